@@ -1,0 +1,300 @@
+"""Settings of recray: typed, frozen and closed, read from YAML plus `section.field=value` overrides.
+
+Owns every default and its explanation; `recray init` and `jobs/configs` are rendered from here. An unknown key, a wrong
+type or two fields that cannot both hold are refused as `SettingsError` before any work starts. Fields marked `_place`
+say where or with what a job runs; they leave its result the same and stay out of run keys.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recray.errors import SettingsError
+
+SAMPLE = "sample:online-retail"  # stands for the data that ships
+
+
+def _place(default: Any, description: str, **kwargs: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"place": True}, **kwargs)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class StorageSettings(Section):
+    root: str = _place("~/.recray", "absolute path under which everything is written; on a cluster a shared file system")
+
+
+class DataSettings(Section):
+    events: tuple[str, ...] = _place((SAMPLE,), f"Parquet files, folders or object-store URIs; {SAMPLE} is the data that ships")
+    items: str | None = _place(None, "Parquet file, folder or URI of the item table; null: items are what the events name")
+    columns: dict[
+        Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket"], str | None
+    ] = Field(default_factory=dict, description="recray's name: your name; null says that you do not have the column")
+    features: dict[str, Literal["categorical", "multi", "numeric", "text"]] = Field(
+        default_factory=dict, description="columns of the item table that describe items, and their kind"
+    )
+    min_user_events: int = Field(1, ge=1, description="users with fewer events are left out (counted after the item filter)")
+    min_item_events: int = Field(0, ge=0, description="items with fewer events are left out; 0 keeps items nobody met yet")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="refuse the input when more of its rows are bad")
+    shards: int | None = Field(None, ge=1, le=65536, description="pieces the users are hashed into; null: one per 500,000 events, at least 4")
+
+
+class SplitSettings(Section):
+    kind: Literal["time", "leave_one_out", "random"] = Field(
+        "time", description="time: next basket after a date; leave_one_out: each user's last item; random: a random tenth"
+    )
+    test_from: dt.datetime | None = Field(None, description="time: first moment of the test, UTC; null: quantile 1 - test_fraction of the events")
+    test_fraction: float = Field(0.1, gt=0, lt=0.5, description="time: share of events after the cut; random: share of each user's events")
+    validation_from: dt.datetime | None = Field(
+        None, description="time: first moment of the validation, UTC; null: quantile 1 - test_fraction of what lies before the test"
+    )
+    validation_users: float = Field(
+        0.15, gt=0, le=1, description="time: share of users held out for validation after validation_from; the others train up to test_from"
+    )
+    seed: int = Field(0, ge=0, description="draws the validation users, and the random split")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SplitSettings:
+        if self.test_from and self.validation_from and self.validation_from >= self.test_from:
+            raise ValueError("validation_from must lie before test_from")
+        return self
+
+
+class ModelSettings(Section):
+    dim: int = Field(64, ge=4, le=1024, description="width of item vectors and hidden states")
+    blocks: int = Field(2, ge=1, le=48, description="attention blocks")
+    heads: int = Field(2, ge=1, le=64, description="attention heads; must divide dim")
+    history: int = Field(200, ge=1, le=8192, description="last events of a user that the model reads")
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on inputs and in blocks")
+    positions: bool = Field(True, description="learned position vectors")
+    time_bias: bool = Field(True, description="attention bias by the age of an event at the time of the request, where time is known")
+    repeat: bool = Field(True, description="copy term: what a user met before scores by how often and how recently")
+    prior_days: int = Field(7, ge=0, description="popularity of the last days as a prior on scores, where time is known; 0: none")
+    feature_buckets: int = Field(4096, ge=16, description="hash buckets for each feature column")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSettings:
+        if self.dim % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide dim ({self.dim})")
+        return self
+
+
+class TrainSettings(Section):
+    epochs: int = Field(50, ge=1, description="at most so many passes over the training histories")
+    patience: int = Field(4, ge=1, description="stop after so many epochs without a better validation NDCG")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    batch_positions: int = Field(5000, ge=16, description="history positions in a global batch, padding included")
+    windows: Literal["all", "last"] = Field("all", description="all: long histories are cut into windows; last: only the last window")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU that has it, else float32")
+    seed: int = Field(0, ge=0, description="draws weights, batches and dropout")
+    validation_users: int = Field(3000, ge=1, description="users scored for early stopping, at most")
+    every_days: int = Field(1, ge=1, description="nightly: train again when the last bundle is so many days old")
+    workers: int = _place(1, "Ray Train workers", ge=1)
+    cpus_per_worker: float = _place(1, "logical CPUs a worker reserves", gt=0)
+    threads: int | None = _place(None, "torch threads a worker; null: the machine's cores over the workers on it", ge=1)
+    use_gpu: bool = _place(False, "one GPU a worker, gradients by NCCL")
+    max_failures: int = _place(2, "restarts after a lost worker, from the last checkpoint", ge=0)
+    timeout_s: float = _place(60, "fail when Ray did not place the workers after so many seconds", gt=0)
+
+
+class EvaluateSettings(Section):
+    k: tuple[int, ...] = Field((10, 20), min_length=1, description="list lengths of the metrics; the first one is the headline")
+    primary_setting: Literal["repeats", "new_only"] = Field(
+        "repeats", description="what selection looks at: repeats allowed, or only items that are new to the user"
+    )
+    ease_max_items: int = Field(10_000, ge=1, description="EASE inverts an items x items matrix; skipped above this")
+    ease_l2: float = Field(500.0, gt=0, description="L2 regularisation of EASE")
+    bootstrap: int = Field(1000, ge=100, description="bootstrap resamples of the users")
+    confidence: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
+    seed: int = Field(0, ge=0, description="draws the resamples")
+    max_users: int | None = Field(None, ge=1, description="evaluate a fixed random sample of so many users; null: all")
+
+
+class ScoreSettings(Section):
+    k: int = Field(50, ge=1, le=10_000, description="items stored for each user")
+    new_only: bool = Field(False, description="leave out what the user already met")
+    batch_users: int = Field(256, ge=1, description="users scored in one forward pass")
+    actors: int = _place(2, "scoring actors", ge=1)
+    cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)
+
+
+class ServeSettings(Section):
+    host: str = _place("127.0.0.1", "address to listen on")
+    port: int = _place(8000, "port to listen on", ge=0, le=65535)
+    replicas: int = _place(1, "Serve replicas", ge=1)
+    max_ongoing_requests: int = _place(32, "requests a replica works on at once", ge=1)
+    max_queued_requests: int = _place(200, "requests that wait; more are answered 503", ge=1)
+    poll_s: float = _place(1.0, "how often a replica looks for a new snapshot", gt=0)
+
+
+class TrackingSettings(Section):
+    uri: str | None = _place(None, "MLflow tracking URI; null: sqlite and a folder under storage.root")
+    experiment: str = _place("recray", "MLflow experiment")
+
+
+class Settings(Section):
+    """All settings. Sections: storage, data, split, model, train, evaluate, score, serve, tracking."""
+
+    storage: StorageSettings = StorageSettings()
+    data: DataSettings = DataSettings()
+    split: SplitSettings = SplitSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    score: ScoreSettings = ScoreSettings()
+    serve: ServeSettings = ServeSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    def root(self) -> Path:
+        """`storage.root` as an absolute path. Raises SettingsError for a relative path or an object store."""
+        root = self.storage.root.removeprefix("file://")
+        if "://" in root:
+            raise SettingsError(
+                f"storage.root: {root!r} is not a path; object stores are read as input but not yet written to",
+                "name a folder on a file system that every node mounts",
+            )
+        path = Path(root).expanduser()
+        if not path.is_absolute():
+            raise SettingsError(f"storage.root: {root!r} is relative", "name an absolute path: a job may run in a copy of your folder")
+        return path
+
+    def result_settings(self, *sections: str) -> dict[str, Any]:
+        """The settings of these sections that change a job's result, as plain JSON values."""
+        chosen: dict[str, Any] = {}
+        for section in sections:
+            values = getattr(self, section)
+            dumped = values.model_dump(mode="json")
+            chosen[section] = {name: dumped[name] for name, field in type(values).model_fields.items() if not _is_place(field)}
+        return chosen
+
+
+def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a YAML file (None: the defaults) with overrides such as `train.epochs=3`.
+
+    Relative `data` paths in the file are taken from the file's folder. Raises SettingsError naming field, value and fix.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        content = _read_yaml(Path(path))
+        _anchor_paths(content, Path(path).resolve().parent)
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, content, str(path) if path else "settings") from None
+
+
+def render_yaml(settings: Settings, heading: str) -> str:
+    """The settings as commented YAML with every field visible, `heading` as its opening comment."""
+    lines = [f"# {line}".rstrip() for line in heading.splitlines()]
+    for name in Settings.model_fields:
+        section = getattr(settings, name)
+        lines += ["", f"{name}:"]
+        dumped = section.model_dump(mode="json")
+        for field_name, field in type(section).model_fields.items():
+            value = yaml.safe_dump(dumped[field_name], default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+            lines.append(f"  {field_name}: {value}  # {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _is_place(field: Any) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("place"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"{path} does not exist", "write one with: recray init") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}", "check that it is a YAML file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(v is None or isinstance(v, dict) for v in content.values()):
+        raise SettingsError(f"{path} does not hold sections", f"expected the sections {', '.join(Settings.model_fields)}")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
+    def anchor(value: Any) -> Any:
+        if not isinstance(value, str) or ":" in value or Path(value).expanduser().is_absolute():
+            return value
+        return str(folder / value)
+
+    data = content.get("data", {})
+    if isinstance(data.get("events"), str):
+        data["events"] = [data["events"]]
+    if isinstance(data.get("events"), list):
+        data["events"] = [anchor(value) for value in data["events"]]
+    if "items" in data:
+        data["items"] = anchor(data["items"])
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    parts = name.split(".")
+    if not separator or len(parts) < 2 or not all(parts):
+        raise SettingsError(f"override {override!r} is not section.field=value", "for example: train.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"override {override!r}: {error}", "quote the value as in YAML") from None
+    if name == "data.events" and isinstance(value, str):
+        value = [value]
+    here = content
+    for part in parts[:-1]:
+        here = here.setdefault(part, {})
+        if not isinstance(here, dict):
+            raise SettingsError(f"override {override!r}: {part} is not a section", "for example: train.epochs=3")
+    here[parts[-1]] = value
+
+
+def _explain(error: ValidationError, content: dict[str, Any], source: str) -> SettingsError:
+    problems, fixes = [], []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{source}: unknown setting {where}")
+            fixes.append(_suggest([str(part) for part in item["loc"]]))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            problems.append(f"{source}: {where}: {message}{shown}")
+            fixes.append("`recray init` writes a file in which every setting is explained")
+    return SettingsError("\n".join(problems), "; ".join(dict.fromkeys(fixes)))
+
+
+def _suggest(loc: list[str]) -> str:
+    known: Any = Settings.model_fields
+    if len(loc) > 1 and loc[0] in known:
+        known = known[loc[0]].annotation.model_fields
+    close = difflib.get_close_matches(loc[-1], list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+AsOf = Annotated[dt.datetime, "UTC"]
+
+
+def parse_as_of(text: str | None) -> AsOf | None:
+    """The last moment that a job reads, UTC. A bare date means its end. Raises SettingsError."""
+    if text is None:
+        return None
+    try:
+        value = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(f"--as-of {text!r} is not a date", "write 2011-12-09 or 2011-12-09T06:00") from None
+    if len(text) == 10:
+        value = value.replace(hour=23, minute=59, second=59, microsecond=999_999)
+    return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)

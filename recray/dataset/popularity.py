@@ -1,0 +1,80 @@
+"""How often each item was met on each day: the dated popularity behind the prior and the popular lists.
+
+Promises that a question about a moment never sees an event of that moment's day or later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+DAY_S = 86_400
+
+
+class Popularity:
+    """Sparse daily counts.
+
+    Parameters
+    ----------
+    day, item_index, count : int arrays [n], sorted by (day, item_index)
+        Days since 1970-01-01 UTC; 0 throughout where no time is known.
+    n_items : int
+        Items in the vocabulary, padding not counted.
+    """
+
+    def __init__(self, day: np.ndarray, item_index: np.ndarray, count: np.ndarray, n_items: int) -> None:
+        self.day, self.item_index, self.count, self.n_items = day, item_index, count, n_items
+
+    @classmethod
+    def count_events(cls, item_index: np.ndarray, timestamp_s: np.ndarray | None, n_items: int) -> Popularity:
+        """Counts of the events [n]; `timestamp_s` None where no time is known."""
+        day = np.zeros(len(item_index), np.int64) if timestamp_s is None else timestamp_s // DAY_S
+        return cls._merge(day, item_index, np.ones(len(item_index), np.int64), n_items)
+
+    def __add__(self, other: Popularity) -> Popularity:
+        parts = ((a, b) for a, b in zip(self._arrays(), other._arrays(), strict=True))
+        return self._merge(*(np.concatenate(pair) for pair in parts), self.n_items)
+
+    @classmethod
+    def _merge(cls, day: np.ndarray, item_index: np.ndarray, count: np.ndarray, n_items: int) -> Popularity:
+        key, inverse = np.unique(day.astype(np.int64) * (n_items + 1) + item_index, return_inverse=True)
+        total = np.bincount(inverse, weights=count, minlength=len(key)).astype(np.int64)
+        return cls(key // (n_items + 1), key % (n_items + 1), total, n_items)
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.day, self.item_index, self.count
+
+    def total(self) -> np.ndarray:
+        """Events of each item, float32 [n_items + 1]; index 0 is padding."""
+        return np.bincount(self.item_index, weights=self.count, minlength=self.n_items + 1).astype(np.float32)
+
+    def window(self, now_s: int, days: int) -> np.ndarray:
+        """Events of each item in the `days` complete days before the day of `now_s`, float32 [n_items + 1]."""
+        today = now_s // DAY_S
+        first, last = np.searchsorted(self.day, [today - days, today])
+        chosen = slice(first, last)
+        return np.bincount(self.item_index[chosen], weights=self.count[chosen], minlength=self.n_items + 1).astype(np.float32)
+
+    def popular(self, now_s: int | None, days: int) -> np.ndarray:
+        """What to show to somebody unknown: recent counts, with the counts of all time to break ties [n_items + 1]."""
+        total = self.total()
+        recent = self.window(now_s, days) if now_s is not None and days > 0 else np.zeros_like(total)
+        return recent + total / (total.sum() + 1.0)
+
+    def remap(self, to: np.ndarray, n_items: int) -> Popularity:
+        """The same counts in another vocabulary: `to` [self.n_items + 1] holds new indices, 0 drops the item."""
+        item_index = to[self.item_index]
+        keep = item_index > 0
+        return self._merge(self.day[keep], item_index[keep], self.count[keep], n_items)
+
+    def save(self, path: Path) -> None:
+        pq.write_table(pa.table({"day": self.day, "item_index": self.item_index, "count": self.count}), path)
+
+    @classmethod
+    def load(cls, path: Path, n_items: int) -> Popularity:
+        table = pq.read_table(path)
+        day, item_index, count = (table[name].to_numpy() for name in ("day", "item_index", "count"))
+        return cls(day, item_index, count, n_items)

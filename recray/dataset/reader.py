@@ -1,0 +1,203 @@
+"""Reader of a prepared dataset: shards of users, memory-mapped, with the split that prepare decided.
+
+Owns `Dataset`, `Shard` and `History`. Holds no user in memory that nobody asked for: arrays are views of mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from recray.dataset.popularity import Popularity
+from recray.errors import MissingArtifactError
+from recray.schema import ITEM_ID, USER_ID
+from recray.storage import manifest_digest, open_sealed
+
+KIND = "dataset"
+SPLIT_COLUMNS = ("train_end", "validation_end", "test_start", "test_end")
+
+
+class History(NamedTuple):
+    """Events of one user in order of time.
+
+    item_index int [n] (0 is never in it), event_index int [n], timestamp_s int64 [n] (or position), value float32 [n].
+    """
+
+    item_index: np.ndarray
+    event_index: np.ndarray
+    timestamp_s: np.ndarray
+    value: np.ndarray
+
+    def last(self, n: int) -> History:
+        return History(*(a[max(len(a) - n, 0) :] for a in self))
+
+
+def bucket_of(user_ids: Sequence[Any], buckets: int) -> np.ndarray:
+    """Shard of each user: xxh64 of the id's text modulo `buckets`, int64 [n]."""
+    return np.fromiter((xxhash.xxh64_intdigest(str(u).encode()) % buckets for u in user_ids), np.int64, len(user_ids))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Users of one shard and their events, flat: user u has the events offsets[u]:offsets[u + 1].
+
+    split int32 [users, 4] counts events from the user's first: [0, train_end) trains, [train_end, validation_end) is
+    the validation target, [0, test_start) the history of the test, [test_start, test_end) its target.
+    """
+
+    user_ids: pa.Array
+    offsets: np.ndarray
+    item_index: np.ndarray
+    event_index: np.ndarray
+    timestamp_s: np.ndarray
+    value: np.ndarray
+    basket: np.ndarray
+    split: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def history(self, user: int, end: int | None = None) -> History:
+        """The first `end` events (None: all) of the shard's user number `user`."""
+        start, stop = int(self.offsets[user]), int(self.offsets[user + 1])
+        if end is not None:
+            stop = start + end
+        return History(*(a[start:stop] for a in (self.item_index, self.event_index, self.timestamp_s, self.value)))
+
+    def history_before(self, user: int, target: int) -> History:
+        """What came before event number `target` of the user: a target is never predicted from its own basket."""
+        start, stop = int(self.offsets[user]), int(self.offsets[user]) + target
+        if stop < self.offsets[user + 1]:
+            stop = start + int(np.searchsorted(self.basket[start:stop], self.basket[stop]))
+        return self.history(user, stop - start)
+
+    def targets(self, user: int, first: int, last: int) -> np.ndarray:
+        """Distinct items of the user's events first:last, ascending."""
+        start = int(self.offsets[user])
+        return np.unique(self.item_index[start + first : start + last])
+
+    @cached_property
+    def basket_starts(self) -> np.ndarray:
+        """Events (flat, over all users) with which a basket begins, ascending, and the number of events, int64."""
+        new = np.ones(len(self.basket) + 1, bool)
+        new[1:-1] = self.basket[1:] != self.basket[:-1]
+        new[self.offsets] = True
+        return np.flatnonzero(new)
+
+    def find(self, user_id: Any) -> int | None:
+        """Row of a user, or None."""
+        row = int(np.searchsorted(self._sorted_ids, user_id))
+        return row if row < len(self) and self._sorted_ids[row] == user_id else None
+
+    @cached_property
+    def _sorted_ids(self) -> np.ndarray:
+        return self.user_ids.to_numpy(zero_copy_only=False)
+
+
+class Dataset:
+    """A prepared dataset. Open it with `Dataset.open`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.key: str = manifest["run_key"]
+        self.n_users: int = manifest["users"]
+        self.n_items: int = manifest["items"]
+        self.n_events: int = manifest["events"]
+        self.n_shards: int = manifest["shards"]
+        self.event_types: list[str] = manifest["event_types"]
+        self.clock: str = manifest["clock"]
+        self.as_of_s: int = manifest["as_of_s"]
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
+        """Open a dataset; `verify` reads every file against its digest.
+
+        Raises MissingArtifactError, DamagedArtifactError.
+        """
+        path = Path(path)
+        return cls(path, open_sealed(path, KIND, verify=verify))
+
+    @cached_property
+    def digest(self) -> str:
+        return manifest_digest(self.path)
+
+    @property
+    def has_time(self) -> bool:
+        return self.clock == "timestamp"
+
+    @property
+    def now_s(self) -> int:
+        """The moment of a nightly score: just after the as-of."""
+        return self.as_of_s + 1
+
+    def cut_s(self, part: str) -> int | None:
+        """First moment of `validation` or `test` under a time split, else None."""
+        return self.manifest["cuts"].get(part)
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """Row i describes item_index i + 1: `item_id`, `events` (count up to as-of) and the feature columns."""
+        return pq.read_table(self.path / "items.parquet")
+
+    @cached_property
+    def popularity(self) -> Popularity:
+        return Popularity.load(self.path / "popularity.parquet", self.n_items)
+
+    @property
+    def user_type(self) -> pa.DataType:
+        return self.shard(0).user_ids.type
+
+    @cached_property
+    def _shards(self) -> dict[int, Shard]:
+        return {}
+
+    def shard(self, number: int) -> Shard:
+        """Shard `number`, mapped once."""
+        if number not in self._shards:
+            self._shards[number] = self._map(number)
+        return self._shards[number]
+
+    def shards(self) -> Iterator[Shard]:
+        return (self.shard(number) for number in range(self.n_shards))
+
+    def _map(self, number: int) -> Shard:
+        file = self.path / "shards" / f"{number:05d}.arrow"
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise MissingArtifactError(f"dataset {self.key}: {file.name} cannot be mapped: {error}", "prepare it again") from None
+        batch = reader.get_batch(0)
+        columns = {name: batch.column(name) for name in batch.schema.names}
+        return Shard(
+            user_ids=columns[USER_ID],
+            offsets=columns["item_index"].offsets.to_numpy().astype(np.int64),
+            split=np.load(self.path / "splits" / f"{number:05d}.npy", mmap_mode="r"),
+            **{name: array.values.to_numpy() for name, array in columns.items() if name != USER_ID},
+        )
+
+    def user_history(self, user_id: Any) -> History | None:
+        """All events of a user, or None if the user is unknown."""
+        shard = self.shard(int(bucket_of([user_id], self.n_shards)[0]))
+        row = shard.find(user_id)
+        return None if row is None else shard.history(row)
+
+    def translate(self, item_ids: pa.Array) -> np.ndarray:
+        """Index of each of this dataset's items in another vocabulary, int64 [n_items + 1]; 0 where it is unknown.
+
+        `item_ids` lists the other vocabulary in the order of its indices, from 1.
+        """
+        mine = self.items[ITEM_ID].combine_chunks()
+        if mine.type != item_ids.type:
+            mine, item_ids = mine.cast(pa.string()), item_ids.cast(pa.string())
+        found = pc.fill_null(pc.index_in(mine, value_set=item_ids), -1)
+        return np.concatenate([[0], found.to_numpy(zero_copy_only=False).astype(np.int64) + 1])

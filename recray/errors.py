@@ -1,0 +1,82 @@
+"""The errors that recray raises on purpose. Each says what is wrong and what to do next.
+
+RecrayError
+├── SettingsError          settings that cannot be used (exit code 2)
+├── RefusedError           a rule said no: nothing broke (exit code 3)
+└── (exit code 1)
+    ├── DataError          input events or items that cannot be used
+    │   └── TooManyBadRowsError
+    ├── ArtifactError      a dataset, bundle or snapshot that is missing, damaged or another run's
+    │   ├── MissingArtifactError
+    │   ├── DamagedArtifactError
+    │   └── OutputExistsError
+    ├── ClusterError       Ray cannot be reached or cannot place the work
+    ├── TrainingError      training stopped: a worker failed, a loss that is not finite
+    └── RequestError       a question that the predictor cannot answer
+
+An error survives pickling between Ray processes, because `args` is all it is made of.
+"""
+
+from __future__ import annotations
+
+
+class RecrayError(Exception):
+    """Base of all errors of recray. `what` names the thing, `fix` the next step to take."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what, fix)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  fix: {self.fix}" if self.fix else self.what
+
+
+class SettingsError(RecrayError):
+    """Settings that cannot be used: an unknown key, a wrong type, two fields that cannot both hold."""
+
+    exit_code = 2
+
+
+class RefusedError(RecrayError):
+    """A rule said no; nothing broke and nothing was published."""
+
+    exit_code = 3
+
+
+class DataError(RecrayError):
+    """Input that cannot be read or does not fit the schema."""
+
+
+class TooManyBadRowsError(DataError):
+    """More rows failed the checks than `data.max_bad_fraction` allows."""
+
+
+class ArtifactError(RecrayError):
+    """A directory that recray wrote, or should have written, cannot be used."""
+
+
+class MissingArtifactError(ArtifactError):
+    """The dataset, bundle or snapshot is not there."""
+
+
+class DamagedArtifactError(ArtifactError):
+    """A file differs from the digest in its manifest."""
+
+
+class OutputExistsError(ArtifactError):
+    """The place for the output is taken by something that this run did not write."""
+
+
+class ClusterError(RecrayError):
+    """Ray cannot be reached, or has no room for the work."""
+
+
+class TrainingError(RecrayError):
+    """Training stopped before its end."""
+
+
+class RequestError(RecrayError):
+    """A request that the predictor cannot answer."""

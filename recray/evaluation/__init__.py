@@ -1,0 +1,1 @@
+"""Trustworthy offline evaluation: metrics over the whole catalogue, protocols, baselines, intervals."""

@@ -1,0 +1,73 @@
+"""Who is asked what: the users of a part of the split, their histories, the moment, and the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from recray.dataset.reader import Dataset, History
+
+SETTINGS = ("repeats", "new_only")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One user of the evaluation."""
+
+    shard: int
+    row: int
+    history: History
+    target: np.ndarray
+
+
+class Ranker(Protocol):
+    """Whatever recommends: the predictor or a baseline."""
+
+    def __call__(self, questions: list[Question], k: int, *, now: int, new_only: bool) -> np.ndarray:
+        """Item indices [len(questions), k]."""
+
+
+class Questions:
+    """The users of `part` (validation or test) of a dataset, in the order of their indices.
+
+    max_users : a fixed random sample of so many; None for all
+    """
+
+    def __init__(self, dataset: Dataset, part: str, *, max_users: int | None = None, seed: int = 0) -> None:
+        self.dataset, self.part = dataset, part
+        first, last = (0, 1) if part == "validation" else (2, 3)
+        places = [
+            np.stack([np.full(len(rows), number), rows, s.split[rows, first], s.split[rows, last]], 1)
+            for number, s in enumerate(dataset.shards())
+            if len(rows := np.flatnonzero((s.split[:, last] > s.split[:, first]) & (s.split[:, first] > 0)))
+        ]
+        self.places = np.concatenate(places) if places else np.zeros((0, 4), np.int64)
+        if max_users is not None and len(self.places) > max_users:
+            chosen = np.random.default_rng(seed).choice(len(self.places), max_users, replace=False)
+            self.places = self.places[np.sort(chosen)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def now(self) -> int:
+        """The moment of the questions: the cut under a time split, else as-of."""
+        cut = self.dataset.cut_s(self.part)
+        return self.dataset.now_s if cut is None else cut
+
+    def batches(self, size: int, rank: int = 0, world: int = 1) -> Iterator[list[Question]]:
+        mine = self.places[rank::world]
+        for start in range(0, len(mine), size):
+            yield [self._question(*map(int, place)) for place in mine[start : start + size]]
+
+    def _question(self, shard_number: int, row: int, first: int, last: int) -> Question:
+        shard = self.dataset.shard(shard_number)
+        return Question(shard_number, row, shard.history_before(row, first), shard.targets(row, first, last))
+
+
+def wanted(question: Question, *, new_only: bool) -> np.ndarray:
+    """The targets that count in a setting."""
+    return np.setdiff1d(question.target, question.history.item_index) if new_only else question.target

@@ -1,0 +1,231 @@
+"""Histories in, ranked items out: pure torch, no Ray, no MLflow.
+
+Owns the one path from a history to scores, so that the nightly batch, the endpoint, evaluation and the rewards of a
+policy agree by construction: equal bits for the same batch, 1e-5 across batch shapes, ties broken by item index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recray.dataset.popularity import DAY_S, Popularity
+from recray.dataset.reader import Dataset, History
+from recray.errors import RequestError
+from recray.inference.topk import top_k
+from recray.model.controls import Controls
+from recray.model.recommender import Batch, Recommender
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POPULAR_DAYS = 7
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which items may be answered. `new_only` leaves out the whole history; `allow` and `deny` hold item indices."""
+
+    new_only: bool = False
+    allow: np.ndarray | None = None
+    deny: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """Answers to B requests: item_index int64 [B, k] (0 where fewer items are allowed), scores float32 [B, k], and the
+    source of each answer: `model`, or `popular` for a history without a known item."""
+
+    item_index: np.ndarray
+    scores: np.ndarray
+    source: list[str]
+
+
+class Predictor:
+    """Scores items for histories. Open a bundle with `Predictor.load`.
+
+    Parameters
+    ----------
+    item_ids : the vocabulary in the order of its indices, from 1
+    event_types : names in the order of `History.event_index`
+    popularity : dated counts in this vocabulary, for the prior and the popular list
+    prior_days : days of the popularity prior, 0 for none
+    has_time : whether `timestamp_s` is a time
+    """
+
+    def __init__(
+        self, model: Recommender, item_ids: pa.Array, event_types: list[str], popularity: Popularity, *, prior_days: int, has_time: bool
+    ) -> None:
+        self.model = model
+        self.item_ids = item_ids
+        self.event_types = event_types
+        self.popularity = popularity
+        self.prior_days = prior_days
+        self.has_time = has_time
+        self.device = next(model.parameters()).device
+        self._index: dict[Any, int] | None = None
+        self.refresh()
+
+    @classmethod
+    def load(cls, bundle: str | Path, *, dataset: Dataset | None = None, device: str = "cpu") -> Predictor:
+        """Predictor of a bundle, after its digests were verified.
+
+        With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in.
+        Raises MissingArtifactError, DamagedArtifactError.
+        """
+        from recray.bundle import Bundle
+
+        return Bundle.open(bundle).predictor(dataset=dataset, device=device)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the model's current weights."""
+        self._parts_MVD = self.model.items.parts()
+        self._table_VD = self.model.items()
+
+    @property
+    def n_items(self) -> int:
+        return len(self.item_ids)
+
+    def index_of(self, item_ids: Sequence[Any]) -> np.ndarray:
+        """Item indices int64 [n]; 0 for an id that the bundle does not know."""
+        if self._index is None:
+            self._index = {item: i + 1 for i, item in enumerate(self.item_ids.to_pylist())}
+        integral = pa.types.is_integer(self.item_ids.type)
+        return np.array([self._index.get(_as_id(item, integral), 0) for item in item_ids], np.int64)
+
+    def ids_of(self, item_index: np.ndarray) -> list[Any]:
+        """Outside ids of item indices above 0."""
+        return self.item_ids.take(pa.array(np.asarray(item_index) - 1)).to_pylist()
+
+    def recommend(
+        self,
+        histories: Sequence[History],
+        k: int,
+        *,
+        now: int | Sequence[int],
+        filters: Filters | Sequence[Filters] = Filters(),
+        controls: Controls | None = None,
+        context: None = None,
+    ) -> Recommendations:
+        """The k best items for each history at the moment `now` (seconds; ignored where no time is known).
+
+        `context` is reserved for request context. Raises RequestError for a k below 1 or an index outside the vocabulary.
+        """
+        if k < 1:
+            raise RequestError(f"k is {k}", "ask for at least one item")
+        scores_BV, source = self._scores(histories, now, controls)
+        each = [filters] * len(histories) if isinstance(filters, Filters) else filters
+        for row, (history, wanted) in enumerate(zip(histories, each, strict=True)):
+            self._filter(scores_BV[row], history, wanted)
+        item_index, scores = top_k(scores_BV, k)
+        return Recommendations(item_index.cpu().numpy(), scores.cpu().numpy(), source)
+
+    def score(
+        self, histories: Sequence[History], candidates: Sequence[np.ndarray], *, now: int | Sequence[int], controls: Controls | None = None
+    ) -> list[np.ndarray]:
+        """Scores float32 of given item indices, one array a history."""
+        scores_BV, _ = self._scores(histories, now, controls)
+        return [scores_BV[row, torch.as_tensor(items)].cpu().numpy() for row, items in enumerate(candidates)]
+
+    @torch.no_grad()
+    def _scores(self, histories: Sequence[History], now: int | Sequence[int], controls: Controls | None) -> tuple[Tensor, list[str]]:
+        """Scores [B, V] and their source."""
+        moments = [int(now)] * len(histories) if isinstance(now, (int, np.integer)) else [int(moment) for moment in now]
+        known = [self._known(history) for history in histories]
+        rows = [row for row, history in enumerate(known) if len(history.item_index)]
+        scores_BV = torch.empty(len(histories), self.n_items + 1, device=self.device)
+        for row, history in enumerate(known):
+            if not len(history.item_index):
+                scores_BV[row] = self._popular(moments[row])
+        if rows:
+            was_training = self.model.training
+            self.model.eval()
+            batch = self._batch([known[row] for row in rows], [moments[row] for row in rows]).to(self.device)
+            chosen = None if controls is None else Controls(*(tensor[rows].to(self.device) for tensor in controls))
+            hidden = self.model.hidden(batch, self._table_VD, self._parts_MVD, chosen, masked=True)
+            scores_BV[rows] = self.model.scores(hidden, self._table_VD, batch)
+            self.model.train(was_training)
+        source = ["model" if len(history.item_index) else "popular" for history in known]
+        return scores_BV, source
+
+    def _known(self, history: History) -> History:
+        """The last events of items that the bundle knows."""
+        index = np.asarray(history.item_index)
+        if len(index) and (index.min() < 0 or index.max() > self.n_items):
+            raise RequestError(f"item index {index.min()} or {index.max()} lies outside 0 to {self.n_items}", "use Predictor.index_of")
+        if not index.all():
+            keep = index > 0
+            history = History(*(np.asarray(a)[keep] for a in history))
+        return history.last(self.model.shape.history)
+
+    def _batch(self, histories: list[History], now: list[int]) -> Batch:
+        length = np.array([len(history.item_index) for history in histories])
+        B, T = len(histories), int(length.max())
+        item, event, time = np.zeros((3, B, T), np.int64)
+        for row, history in enumerate(histories):
+            item[row, : length[row]] = history.item_index
+            event[row, : length[row]] = history.event_index
+            time[row, : length[row]] = history.timestamp_s
+        moment = np.array(now, np.int64)
+        # inside the history a position is asked when the next basket came, the last one (and its basket) at `now`
+        asked = _next_times(time, length, moment) if self.has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
+        days, day = np.unique(moment // DAY_S, return_inverse=True)
+        uses_prior = self.model.prior_scale is not None
+        prior = np.stack([self._prior(int(d)) for d in days]) if uses_prior else np.zeros((1, 1), np.float32)
+        arrays = (item, event, time, asked, np.arange(B), length - 1, prior, day if uses_prior else np.zeros(B, np.int64))
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
+
+    @lru_cache(maxsize=64)  # noqa: B019 - a predictor lives as long as its bundle is served
+    def _prior(self, day: int) -> np.ndarray:
+        return np.log1p(self.popularity.window(day * DAY_S, self.prior_days)).astype(np.float32)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _popular_of(self, day: int) -> Tensor:
+        counts = self.popularity.popular(day * DAY_S if self.has_time else None, POPULAR_DAYS)
+        counts[0] = -np.inf
+        return torch.from_numpy(counts).to(self.device)
+
+    def _popular(self, now_s: int) -> Tensor:
+        return self._popular_of(now_s // DAY_S)
+
+    def _filter(self, scores_V: Tensor, history: History, filters: Filters) -> None:
+        if filters.new_only:
+            scores_V[torch.as_tensor(np.asarray(history.item_index, np.int64))] = -torch.inf
+        if filters.allow is not None:
+            keep = torch.zeros(len(scores_V), dtype=torch.bool, device=scores_V.device)
+            keep[torch.as_tensor(filters.allow)] = True
+            scores_V[~keep] = -torch.inf
+        if filters.deny is not None:
+            scores_V[torch.as_tensor(filters.deny)] = -torch.inf
+
+
+def _next_times(time_BT: np.ndarray, length: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """The time of the first later event of another time for each position; `now` for the last basket and the padding."""
+    T = time_BT.shape[1]
+    asked = np.broadcast_to(now[:, None], time_BT.shape).copy()
+    for position in range(T - 2, -1, -1):
+        inside = position + 1 < length
+        same = time_BT[:, position] == time_BT[:, position + 1]
+        following = np.where(same, asked[:, position + 1], time_BT[:, position + 1])
+        asked[:, position] = np.where(inside, following, now)
+    return asked
+
+
+def _as_id(value: Any, integral: bool) -> Any:
+    """An id from JSON in the vocabulary's type; an id that cannot be one is simply unknown."""
+    if not integral:
+        return str(value)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+

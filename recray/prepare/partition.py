@@ -1,0 +1,215 @@
+"""First pass, one Ray task a row group: check the rows, quarantine the bad, scatter the good over the shards of users.
+
+A task writes into a folder of its own and renames it when it is complete, so that a repeated task changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recray import schema
+from recray.dataset.reader import bucket_of
+from recray.errors import DataError
+from recray.prepare.sources import RowGroup, open_parquet
+from recray.storage import read_json, write_json
+
+BATCH_ROWS = 131_072
+_MIN_US, _MAX_US = 0, 4_102_444_800_000_000  # 1970 to 2100: outside lies a wrong unit
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """What every task of the first pass needs to know."""
+
+    columns: dict[str, str]
+    types: dict[str, pa.DataType]
+    clock: str
+    as_of_us: int | None
+    shards: int
+    staging: Path
+    quarantine: Path
+
+
+def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
+    """Scatter one row group into `plan.staging/<number>/`: an Arrow file a shard, `items.arrow` and `stats.json`."""
+    final = plan.staging / f"{group.number:06d}"
+    if final.exists():
+        return
+    scratch = plan.staging / f".{group.number:06d}.{uuid.uuid4().hex[:8]}"
+    scratch.mkdir(parents=True)
+    stats = {"rows": 0, "bad": 0, "late": 0, "events": 0, "last_us": None, "reasons": {}, "event_types": {}}
+    writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
+    counts: list[pa.Table] = []
+    bad: list[pa.Table] = []
+    for table in _read(plan, group):
+        good, rejected = _check(table)
+        stats["rows"] += len(table)
+        bad.append(rejected)
+        if plan.as_of_us is not None:
+            kept = good.filter(pc.less_equal(good["t"], plan.as_of_us))
+            stats["late"] += len(good) - len(kept)
+            good = kept
+        if not len(good):
+            continue
+        if plan.clock == schema.TIMESTAMP:
+            last = pc.max(good["t"]).as_py()
+            stats["last_us"] = max(last, stats["last_us"] or last)
+        _count(stats["event_types"], good[schema.EVENT])
+        counts.append(good.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
+        _scatter(good, plan.shards, scratch, writers)
+    for writer in writers.values():
+        writer.close()
+    rejected = pa.concat_tables(bad)
+    stats["bad"] = len(rejected)
+    _count(stats["reasons"], rejected["reason"])
+    _write_quarantine(plan, group, rejected)
+    stats["events"] = stats["rows"] - stats["bad"] - stats["late"]
+    _write_counts(counts, scratch / "items.arrow")
+    write_json(scratch / "stats.json", stats)
+    try:
+        os.rename(scratch, final)
+    except OSError:
+        if not final.exists():
+            raise
+        shutil.rmtree(scratch)
+
+
+def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[dict, pa.Table]]:
+    """Statistics and item counts (item_id, count_all) of every row group, in order."""
+    for number in range(groups):
+        folder = plan.staging / f"{number:06d}"
+        with pa.ipc.open_file(folder / "items.arrow") as reader:
+            yield read_json(folder / "stats.json"), reader.read_all()
+
+
+def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
+    """Staged events of one shard in the order (file, row)."""
+    tables = []
+    for number in range(groups):
+        file = plan.staging / f"{number:06d}" / f"{shard:05d}.arrow"
+        if file.exists():
+            tables.append(pa.ipc.open_file(pa.memory_map(str(file))).read_all())
+    return pa.concat_tables(tables) if tables else staged_schema(plan).empty_table()
+
+
+def staged_schema(plan: PartitionPlan) -> pa.Schema:
+    fields = [
+        (schema.USER_ID, plan.types[schema.USER_ID]),
+        (schema.ITEM_ID, plan.types[schema.ITEM_ID]),
+        ("t", pa.int64()),
+        (schema.EVENT, pa.string()),
+        (schema.VALUE, pa.float32()),
+    ]
+    if schema.BASKET in plan.types:
+        fields.append((schema.BASKET, plan.types[schema.BASKET]))
+    return pa.schema(fields)
+
+
+def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[pa.Table]:
+    """Batches of one row group in the staged columns; `t` is microseconds, a position, or 0."""
+    with open_parquet(group.uri) as file:
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.row_group], columns=list(dict.fromkeys(plan.columns.values()))):
+                yield _stage(plan, pa.table(batch), group.uri)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{group.uri}: row group {group.row_group} cannot be read: {error}", "write the file again") from None
+
+
+def _stage(plan: PartitionPlan, batch: pa.Table, uri: str) -> pa.Table:
+    def column(name: str) -> pa.ChunkedArray:
+        found = batch[plan.columns[name]]
+        if pa.types.is_dictionary(found.type):
+            found = pc.cast(found, found.type.value_type)
+        if name == schema.TIMESTAMP:
+            return _microseconds(found)
+        return found.cast(plan.types[name], safe=name != schema.VALUE)
+
+    staged = {name: column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
+    staged["t"] = column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(len(batch), np.int64))
+    if schema.EVENT in plan.columns:
+        staged[schema.EVENT] = pc.fill_null(column(schema.EVENT), schema.DEFAULT_EVENT)
+    else:
+        staged[schema.EVENT] = pa.array([schema.DEFAULT_EVENT]).take(pa.array(np.zeros(len(batch), np.int8)))
+    staged[schema.VALUE] = (
+        column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(len(batch), np.float32))
+    )
+    if schema.BASKET in plan.columns:
+        staged[schema.BASKET] = column(schema.BASKET)
+    return pa.table(staged)
+
+
+def _microseconds(found: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_integer(found.type):
+        return pc.multiply(found.cast(pa.int64()), 1_000_000)
+    if pa.types.is_date(found.type):
+        found = found.cast(pa.timestamp("s"))
+    return found.cast(pa.timestamp("us", tz=getattr(found.type, "tz", None)), safe=False).cast(pa.int64())
+
+
+def _check(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Good rows, and bad rows with the column `reason` (the first that applies)."""
+    t = table["t"]
+    # a value that is missing stands for 1; one that is not a number is an error
+    value = table[schema.VALUE]
+    broken = pc.and_(pc.is_valid(value), pc.invert(pc.fill_null(pc.is_finite(value), True)))
+    checks = {
+        "user_id is null": pc.is_null(table[schema.USER_ID]),
+        "item_id is null": pc.is_null(table[schema.ITEM_ID]),
+        "time is null": pc.is_null(t),
+        "time is outside 1970 to 2100": pc.fill_null(pc.or_(pc.less(t, _MIN_US), pc.greater(t, _MAX_US)), False),
+        "value is not finite": broken,
+    }
+    reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
+    for text, failed in reversed(checks.items()):
+        reason = pc.if_else(failed, text, reason)
+    bad = pc.is_valid(reason)
+    rejected = table.append_column("reason", reason).filter(bad)
+    good = table.filter(pc.invert(bad))
+    where = good.schema.get_field_index(schema.VALUE)
+    return good.set_column(where, schema.VALUE, pc.fill_null(good[schema.VALUE], 1.0)), rejected
+
+
+def _scatter(good: pa.Table, shards: int, folder: Path, writers: dict[int, pa.ipc.RecordBatchFileWriter]) -> None:
+    users = good[schema.USER_ID].combine_chunks().dictionary_encode()
+    if isinstance(users, pa.ChunkedArray):
+        users = users.combine_chunks()
+    bucket = bucket_of(users.dictionary.to_pylist(), shards)[users.indices.to_numpy()]
+    order = np.argsort(bucket, kind="stable")
+    edges = np.searchsorted(bucket[order], np.arange(shards + 1))
+    good = good.take(pa.array(order)).combine_chunks()
+    for shard in np.flatnonzero(np.diff(edges)):
+        if shard not in writers:
+            writers[shard] = pa.ipc.new_file(folder / f"{shard:05d}.arrow", good.schema)
+        writers[shard].write_table(good.slice(edges[shard], edges[shard + 1] - edges[shard]))
+
+
+def _count(into: dict[str, int], column: pa.ChunkedArray) -> None:
+    for entry in column.value_counts().to_pylist():
+        into[entry["values"]] = into.get(entry["values"], 0) + entry["counts"]
+
+
+def _write_counts(counts: list[pa.Table], path: Path) -> None:
+    table = pa.concat_tables(counts) if counts else pa.table({schema.ITEM_ID: [], "count_all": pa.array([], pa.int64())})
+    if counts:
+        table = table.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")]).rename_columns([schema.ITEM_ID, "count_all"])
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _write_quarantine(plan: PartitionPlan, group: RowGroup, rejected: pa.Table) -> None:
+    if not len(rejected):
+        return
+    plan.quarantine.mkdir(parents=True, exist_ok=True)
+    scratch = plan.quarantine / f".{group.number:06d}.{uuid.uuid4().hex[:8]}"
+    pq.write_table(rejected.append_column("file", pa.array([group.uri] * len(rejected))), scratch)
+    os.rename(scratch, plan.quarantine / f"{group.number:06d}.parquet")

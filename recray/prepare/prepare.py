@@ -1,0 +1,183 @@
+"""The prepare stage: footers, first pass, vocabulary, second pass, split, sealed dataset."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recray import __version__, schema
+from recray.config import Settings
+from recray.dataset.popularity import Popularity
+from recray.dataset.reader import KIND, Dataset
+from recray.errors import DataError, TooManyBadRowsError
+from recray.prepare.partition import PartitionPlan, partition_row_group, read_stats
+from recray.prepare.shards import ShardPlan, build_shard
+from recray.prepare.sources import EventSource, digest_files, inspect_events, list_files, read_items
+from recray.prepare.split import cut_dates, split_shard
+from recray.storage import Storage, is_sealed, key_of, sealed_directory
+
+EVENTS_PER_SHARD = 500_000
+
+
+def prepare_key(settings: Settings, as_of: dt.datetime | None) -> str:
+    """Run key of prepare: settings, the content of the input files, as-of and version."""
+    files = list_files(settings.data.events)
+    items = list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ()
+    digests = [digest_files(files), digest_files(items)]
+    return key_of("prepare", settings.result_settings("data", "split"), digests, as_of, __version__)
+
+
+def prepare(settings: Settings, key: str, as_of: dt.datetime | None) -> Dataset:
+    """Write the dataset `key`, or open it if it is there. Needs a Ray session.
+
+    Raises DataError and its kinds, OutputExistsError.
+    """
+    storage = Storage(settings.root())
+    final = storage.dataset(key)
+    if is_sealed(final, KIND, key):
+        return Dataset.open(final)
+    source = inspect_events(settings.data)
+    items = read_items(settings.data)
+    if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
+        raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
+    if source.clock == "file_order" and settings.split.kind != "random":
+        raise DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
+    plan = PartitionPlan(
+        columns=source.columns,
+        types=source.types,
+        clock=source.clock,
+        as_of_us=_microseconds(as_of) if as_of and source.clock == schema.TIMESTAMP else None,
+        shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
+        staging=storage.staging(key),
+        quarantine=storage.quarantine(key),
+    )
+    _partition(plan, source)
+    totals = _totals(plan, source, settings, as_of)
+    vocabulary, item_table = _vocabulary(plan, source, settings, items)
+    fields: dict[str, Any] = {
+        "recray": __version__,
+        "settings": settings.result_settings("data", "split"),
+        "clock": source.clock,
+        "as_of_s": totals["as_of_s"],
+        "shards": plan.shards,
+        "items": len(vocabulary),
+        "event_types": sorted(totals["event_types"]),
+        "rows": totals["rows"],
+        "bad_rows": totals["bad"],
+    }
+    with sealed_directory(final, KIND, key, fields) as folder:
+        (folder / "shards").mkdir()
+        (folder / "splits").mkdir()
+        shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, folder / "shards")
+        _build(shard_plan, plan.shards)
+        pq.write_table(item_table, folder / "items.parquet")
+        _finish(folder, fields, settings)
+    shutil.rmtree(plan.staging, ignore_errors=True)
+    return Dataset.open(final)
+
+
+def _microseconds(moment: dt.datetime) -> int:
+    return (moment - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
+
+
+def _partition(plan: PartitionPlan, source: EventSource) -> None:
+    import ray
+
+    from recray.cluster import unwrapped
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        partition_row_group(plan, source.row_groups[row["item"]])
+        return {"item": row["item"]}
+
+    numbers = list(range(len(source.row_groups)))
+    with unwrapped():
+        ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(run, num_cpus=1).materialize()
+
+
+def _build(plan: ShardPlan, shards: int) -> None:
+    import ray
+
+    from recray.cluster import unwrapped
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        build_shard(plan, row["item"])
+        return {"item": row["item"]}
+
+    with unwrapped():
+        ray.data.from_items(list(range(shards)), override_num_blocks=shards).map(run, num_cpus=1).materialize()
+
+
+def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of: dt.datetime | None) -> dict[str, Any]:
+    """Sum of the row groups' statistics. Raises TooManyBadRowsError, DataError if as-of leaves nothing."""
+    totals: dict[str, Any] = {"rows": 0, "bad": 0, "late": 0, "events": 0, "last_us": None, "reasons": {}, "event_types": {}}
+    for stats, _ in read_stats(plan, len(source.row_groups)):
+        for name in ("rows", "bad", "late", "events"):
+            totals[name] += stats[name]
+        for name in ("reasons", "event_types"):
+            for key, count in stats[name].items():
+                totals[name][key] = totals[name].get(key, 0) + count
+        if stats["last_us"] is not None:
+            totals["last_us"] = max(stats["last_us"], totals["last_us"] or stats["last_us"])
+    if totals["bad"] > settings.data.max_bad_fraction * totals["rows"]:
+        shutil.rmtree(plan.staging, ignore_errors=True)
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals["reasons"].items()))
+        raise TooManyBadRowsError(
+            f"{totals['bad']} of {totals['rows']} rows are bad ({reasons}); they are in {plan.quarantine}",
+            "mend the input, or allow more with data.max_bad_fraction",
+        )
+    if not totals["events"]:
+        shutil.rmtree(plan.staging, ignore_errors=True)
+        raise DataError(f"no event at or before as-of {as_of}: {totals['late']} come later", "choose a later --as-of")
+    known_time = source.clock == schema.TIMESTAMP
+    totals["as_of_s"] = int(as_of.timestamp()) if as_of else totals["last_us"] // 1_000_000 if known_time else 0
+    return totals
+
+
+def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, items: pa.Table | None) -> tuple[pa.Array, pa.Table]:
+    """Item ids in ascending order, and the item table in that order with the column `events`. Raises DataError."""
+    counts = pa.concat_tables([c for _, c in read_stats(plan, len(source.row_groups)) if len(c)])
+    counts = counts.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")]).rename_columns([schema.ITEM_ID, "events"])
+    if items is not None:
+        if items[schema.ITEM_ID].type != counts[schema.ITEM_ID].type:
+            raise DataError(
+                f"item_id is {items[schema.ITEM_ID].type} in data.items and {counts[schema.ITEM_ID].type} in data.events", "write both alike"
+            )
+        counts = counts.join(items, schema.ITEM_ID, join_type="full outer")
+        counts = counts.set_column(1, "events", pc.fill_null(counts["events"], 0))
+    counts = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
+    if not len(counts):
+        raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")
+    return counts[schema.ITEM_ID].combine_chunks(), counts
+
+
+def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:
+    """Count users and events, decide the cuts, write the splits and the popularity."""
+    probe = Dataset(folder, {**fields, "run_key": "", "users": 0, "events": 0, "cuts": {}})
+    minimum = settings.data.min_user_events
+    has_time = probe.has_time
+    popularity = Popularity.count_events(np.zeros(0, np.int64), None, probe.n_items)
+    users = events = 0
+    for number in range(probe.n_shards):
+        np.save(folder / "splits" / f"{number:05d}.npy", np.zeros((0, 4), np.int32))
+        shard = probe._map(number)
+        users += len(shard)
+        events += len(shard.item_index)
+        popularity = popularity + Popularity.count_events(shard.item_index, shard.timestamp_s if has_time else None, probe.n_items)
+
+    def kept_times() -> list[np.ndarray]:
+        chunks = (probe._map(number) for number in range(probe.n_shards))
+        return (s.timestamp_s[np.repeat(np.diff(s.offsets) >= minimum, np.diff(s.offsets))] for s in chunks)  # type: ignore[return-value]
+
+    cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
+    for number in range(probe.n_shards):
+        split = split_shard(probe._map(number), number, settings.split, cuts, minimum)
+        np.save(folder / "splits" / f"{number:05d}.npy", split)
+    popularity.save(folder / "popularity.parquet")
+    fields.update(users=users, events=events, cuts=cuts)

@@ -1,0 +1,116 @@
+"""Second pass, one Ray task a shard: order every user's events, number the baskets, write the shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recray import schema
+from recray.config import SplitSettings
+from recray.prepare.partition import PartitionPlan, read_partition
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What every task of the second pass needs to know. `item_ids` is the vocabulary in the order of its indices."""
+
+    partition: PartitionPlan
+    groups: int
+    item_ids: pa.Array
+    event_types: list[str]
+    split: SplitSettings
+    out: Path
+
+
+def build_shard(plan: ShardPlan, number: int) -> None:
+    """Write shard `number` to `plan.out`. Events of items outside the vocabulary are dropped; their users stay."""
+    table = read_partition(plan.partition, plan.groups, number)
+    users, user = _encode(table[schema.USER_ID])
+    item = pc.fill_null(pc.index_in(table[schema.ITEM_ID], value_set=plan.item_ids), -1).to_numpy() + 1
+    t = table["t"].to_numpy()
+    keep = item > 0
+    basket_key = _basket_keys(table, user, t)
+    order = np.lexsort((t, *basket_key, user))  # stable: equal times keep the order (file, row)
+    order = order[keep[order]]
+    user, item, t = user[order], item[order], t[order]
+    new = np.ones(len(user), bool)
+    keys = [key[order] for key in basket_key] or [t]
+    if plan.partition.clock == "file_order":
+        keys = [np.arange(len(user))]
+    new[1:] = (user[1:] != user[:-1]) | np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    basket = np.cumsum(new)
+    counts = np.bincount(user, minlength=len(users))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    first_basket = np.zeros(len(users), np.int64)
+    first_basket[counts > 0] = basket[offsets[:-1][counts > 0]]
+    basket = basket - first_basket[user]
+    event = pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())).to_numpy()[order]
+    time = t // 1_000_000 if plan.partition.clock == schema.TIMESTAMP else t
+    columns = [item, event, time, table[schema.VALUE].to_numpy()[order], basket]
+    if plan.split.kind == "random":
+        shuffle = _held_out_last(user, counts, offsets, plan.split, number)
+        columns = [column[shuffle] for column in columns[:-1]] + [np.arange(len(user)) - offsets[:-1][user]]
+    _write(plan, number, users, offsets, columns)
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """Distinct ids in ascending order, and the rank of each row's id."""
+    encoded = column.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    if not len(encoded):
+        return encoded.dictionary, np.zeros(0, np.int64)
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return encoded.dictionary.take(pa.array(order)), rank[encoded.indices.to_numpy()]
+
+
+def _basket_keys(table: pa.Table, user: np.ndarray, t: np.ndarray) -> list[np.ndarray]:
+    """Sort keys that keep a named basket together, least significant first: its number, then its first time."""
+    if schema.BASKET not in table.column_names:
+        return []
+    basket = table[schema.BASKET].combine_chunks().dictionary_encode(null_encoding="encode")
+    if isinstance(basket, pa.ChunkedArray):
+        basket = basket.combine_chunks()
+    code = basket.indices.to_numpy().astype(np.int64)
+    _, group = np.unique(user * (code.max(initial=0) + 1) + code, return_inverse=True)
+    first = np.full(group.max(initial=-1) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, group, t)
+    return [group, first[group]]
+
+
+def _held_out_last(user: np.ndarray, counts: np.ndarray, offsets: np.ndarray, split: SplitSettings, number: int) -> np.ndarray:
+    """Order of the events in which a random `test_fraction` of each user's come last, and as many before them.
+
+    The split then is a matter of counting, as under the other kinds. The order of time is kept inside each part.
+    """
+    draw = np.random.default_rng([split.seed, number]).random(len(user))
+    rank = np.lexsort((draw, user))
+    position = np.empty(len(user), np.int64)
+    position[rank] = np.arange(len(user)) - offsets[:-1][user[rank]]
+    held = held_out_counts(counts, split.test_fraction)[user]
+    part = np.where(position < held, 2, np.where(position < 2 * held, 1, 0))
+    return np.lexsort((np.arange(len(user)), part, user))
+
+
+def held_out_counts(counts: np.ndarray, fraction: float) -> np.ndarray:
+    """Events of each user that a random split holds out for the test: a share, at least 1 of 3 or more."""
+    return np.where(counts >= 3, np.maximum(np.round(counts * fraction), 1), 0).astype(np.int64)
+
+
+def _write(plan: ShardPlan, number: int, users: pa.Array, offsets: np.ndarray, columns: list[np.ndarray]) -> None:
+    target = schema.shard_schema(users.type)
+    arrays = [users]
+    for field, column in zip(list(target)[1:], columns, strict=True):
+        values = pa.array(column).cast(field.type.value_type)
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values).cast(field.type))
+    path = plan.out / f"{number:05d}.arrow"
+    scratch = path.with_suffix(".part")
+    with pa.ipc.new_file(scratch, target) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=target))
+    scratch.rename(path)

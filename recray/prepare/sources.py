@@ -1,0 +1,206 @@
+"""What the input consists of: files, row groups and columns, checked from their footers before any row is read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from recray import schema
+from recray.config import SAMPLE, DataSettings
+from recray.errors import DataError
+
+_SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retail"
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One unit of reading: a row group of a file. `number` orders all of them."""
+
+    number: int
+    uri: str
+    file: int
+    row_group: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class EventSource:
+    """The event files, in the order that breaks ties, and the owner's names of the columns that are there."""
+
+    files: tuple[str, ...]
+    columns: dict[str, str]
+    types: dict[str, pa.DataType]
+    row_groups: tuple[RowGroup, ...]
+    clock: str
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.row_groups)
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system and path of a local path or an object-store URI. Raises DataError."""
+    try:
+        if "://" in uri:
+            return fs.FileSystem.from_uri(uri)
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri} cannot be opened: {error}", "use a path or a URI that pyarrow.fs knows: s3://, gs://, hdfs://, file://") from None
+
+
+def list_files(paths: tuple[str, ...], sample: str = "events.parquet") -> tuple[str, ...]:
+    """The Parquet files behind paths, folders (files in order of name) and URIs. Raises DataError for a path with none."""
+    found: list[str] = []
+    for uri in paths:
+        if uri == SAMPLE:
+            uri = str(_SAMPLE_DIR / sample)
+        filesystem, path = resolve(uri)
+        prefix = uri.split("://")[0] + "://" if "://" in uri else ""
+        try:
+            info = filesystem.get_file_info(path)
+            if info.type == fs.FileType.Directory:
+                inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+                names = sorted(f.path for f in inside if f.type == fs.FileType.File and f.path.endswith((".parquet", ".pq")))
+            else:
+                names = [path] if info.type == fs.FileType.File else []
+        except OSError as error:
+            raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
+        if not names:
+            raise DataError(f"{uri} holds no Parquet file", "check data.events and data.items")
+        found += [prefix + name for name in names]
+    return tuple(found)
+
+
+def digest_files(files: tuple[str, ...]) -> list[str]:
+    """sha256 of each file's content, in order."""
+    digests = []
+    for uri in files:
+        filesystem, path = resolve(uri)
+        state = hashlib.sha256()
+        with filesystem.open_input_stream(path) as stream:
+            while block := stream.read(1 << 22):
+                state.update(block)
+        digests.append(state.hexdigest())
+    return digests
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """A Parquet file opened for reading. Raises DataError for a truncated or foreign file."""
+    filesystem, path = resolve(uri)
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri} is not a readable Parquet file: {error}", "write it again; it may be truncated") from None
+
+
+def inspect_events(data: DataSettings) -> EventSource:
+    """Read the footers of all event files and decide how to read them.
+
+    Raises DataError for a missing column, a wrong type, files that disagree, or no rows at all.
+    """
+    files = list_files(data.events)
+    groups: list[RowGroup] = []
+    columns: dict[str, str] = {}
+    types: dict[str, pa.DataType] = {}
+    for number, uri in enumerate(files):
+        with open_parquet(uri) as file:
+            found = _columns(file.schema_arrow, data, uri)
+            found_types = {name: _kind(file.schema_arrow.field(column).type, name, uri) for name, column in found.items()}
+            if number and (found != columns or found_types != types):
+                raise DataError(f"{uri} has other columns or types than {files[0]}: {found_types} against {types}", "write all files alike")
+            columns, types = found, found_types
+            for group in range(file.metadata.num_row_groups):
+                groups.append(RowGroup(len(groups), uri, number, group, file.metadata.row_group(group).num_rows))
+    if not sum(group.rows for group in groups):
+        raise DataError(f"{files[0]}{' and the other files' if len(files) > 1 else ''} have no rows", "check data.events")
+    clock = schema.TIMESTAMP if schema.TIMESTAMP in columns else schema.POSITION if schema.POSITION in columns else "file_order"
+    return EventSource(files, columns, types, tuple(groups), clock)
+
+
+def _columns(found: pa.Schema, data: DataSettings, uri: str) -> dict[str, str]:
+    chosen = {}
+    for name in schema.EVENT_COLUMNS:
+        mapped = name in data.columns
+        column = data.columns.get(name, name)
+        if column is None:
+            continue
+        if column in found.names:
+            chosen[name] = column
+        elif mapped or name in (schema.USER_ID, schema.ITEM_ID):
+            raise DataError(
+                f"{uri} has no column {column!r} for {name}; it has {', '.join(found.names)}",
+                f"name your column: data.columns.{name}=YOUR_COLUMN",
+            )
+    return chosen
+
+
+def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
+    """The type in which a column is staged. Raises DataError if it cannot hold what the name says."""
+    plain = found.value_type if pa.types.is_dictionary(found) else found
+    is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)
+    is_int = pa.types.is_integer(plain)
+    if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET) and (is_text or is_int):
+        return pa.string() if is_text else pa.int64()
+    if name == schema.TIMESTAMP and (pa.types.is_timestamp(plain) or pa.types.is_date(plain) or is_int):
+        return pa.timestamp("us", tz="UTC")
+    if name == schema.POSITION and is_int:
+        return pa.int64()
+    if name == schema.EVENT and is_text:
+        return pa.string()
+    if name == schema.VALUE and (is_int or pa.types.is_floating(plain) or pa.types.is_decimal(plain)):
+        return pa.float32()
+    wanted = {schema.TIMESTAMP: "a timestamp, a date or integer seconds", schema.POSITION: "integers", schema.EVENT: "strings", schema.VALUE: "numbers"}
+    raise DataError(
+        f"{uri}: column for {name} has type {found}, not {wanted.get(name, 'integers or strings')}",
+        f"cast it, or map another column: data.columns.{name}=YOUR_COLUMN",
+    )
+
+
+def read_items(data: DataSettings) -> pa.Table | None:
+    """The item table: `item_id` first, then the feature columns. None if none is configured. Raises DataError."""
+    if data.items is None:
+        if data.features:
+            raise DataError(f"data.features names {', '.join(data.features)}, but data.items is null", "name the item table in data.items")
+        return None
+    files = list_files((data.items,), sample="items.parquet")
+    id_column = data.columns.get(schema.ITEM_ID) or schema.ITEM_ID
+    tables = []
+    for uri in files:
+        with open_parquet(uri) as file:
+            names = file.schema_arrow.names
+            item_column = id_column if id_column in names else schema.ITEM_ID
+            for column in (item_column, *data.features):
+                if column not in names:
+                    raise DataError(f"{uri} has no column {column!r}; it has {', '.join(names)}", "check data.items, data.columns and data.features")
+            item_type = _kind(file.schema_arrow.field(item_column).type, schema.ITEM_ID, uri)
+            table = file.read(columns=[item_column, *data.features]).select([item_column, *data.features])
+            table = table.rename_columns([schema.ITEM_ID, *data.features])
+            tables.append(table.set_column(0, schema.ITEM_ID, table[0].cast(item_type)))
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if table[0].null_count:
+        raise DataError(f"{files[0]}: {table[0].null_count} items have no item_id", "fill or drop them")
+    if len(table[0].unique()) < len(table):
+        raise DataError(f"{files[0]}: {len(table) - len(table[0].unique())} item ids occur more than once", "keep one row an item")
+    for column, kind in data.features.items():
+        _check_feature(table[column].type, column, kind, files[0])
+    return table
+
+
+def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None:
+    plain = found.value_type if pa.types.is_dictionary(found) else found
+    is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain)
+    is_number = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_decimal(plain)
+    is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
+    fits = {
+        "numeric": is_number,
+        "multi": is_list or is_text,
+        "text": is_text,
+        "categorical": not is_list,
+    }[kind]
+    if not fits:
+        raise DataError(f"{uri}: feature {column} has type {found}, which is not {kind}", f"declare another kind: data.features.{column}=…")

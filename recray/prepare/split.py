@@ -1,0 +1,99 @@
+"""Third pass, in the driver: where each user's training events end and what is predicted, one shard at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from recray.config import SplitSettings
+from recray.dataset.reader import Shard
+from recray.errors import DataError
+from recray.prepare.shards import held_out_counts
+
+
+def quantile(chunks: Callable[[], Iterable[np.ndarray]], q: float) -> float:
+    """Quantile of integers that come in chunks, by linear interpolation as `numpy.quantile`, in memory for one chunk.
+
+    Finds the two order statistics around q by narrowing histograms over the value range.
+    """
+    count = sum(len(chunk) for chunk in chunks())
+    where = q * (count - 1)
+    low = _order_statistic(chunks, int(np.floor(where)))
+    high = _order_statistic(chunks, int(np.ceil(where)))
+    return low + (high - low) * (where - np.floor(where))
+
+
+def _order_statistic(chunks: Callable[[], Iterable[np.ndarray]], rank: int) -> int:
+    low = min(int(chunk.min()) for chunk in chunks() if len(chunk))
+    high = max(int(chunk.max()) for chunk in chunks() if len(chunk)) + 1
+    while high - low > 1:
+        width = -(-(high - low) // 4096)
+        bins = np.zeros(4097, np.int64)
+        for chunk in chunks():
+            inside = chunk[(chunk >= low) & (chunk < high)]
+            bins += np.bincount((inside - low) // width, minlength=4097)
+        position = int(np.searchsorted(np.cumsum(bins), rank, side="right"))
+        rank -= int(bins[:position].sum())
+        low, high = low + position * width, min(low + (position + 1) * width, high)
+    return low
+
+
+def cut_dates(settings: SplitSettings, kept_times: Callable[[], Iterable[np.ndarray]]) -> dict[str, int]:
+    """First second of validation and test under a time split. Raises DataError if they cannot both hold events."""
+    test = settings.test_from.timestamp() if settings.test_from else quantile(kept_times, 1 - settings.test_fraction)
+    validation: float = test
+    if settings.validation_from:
+        validation = settings.validation_from.timestamp()
+    elif any((chunk < test).any() for chunk in kept_times()):
+        validation = quantile(lambda: (chunk[chunk < test] for chunk in kept_times()), 1 - settings.test_fraction)
+    first = min((int(chunk.min()) for chunk in kept_times() if len(chunk)), default=0)
+    last = max((int(chunk.max()) for chunk in kept_times() if len(chunk)), default=0)
+    if not first < validation < test <= last:
+        as_date = np.array([first, validation, test, last]).astype("datetime64[s]")
+        raise DataError(
+            f"impossible split: events from {as_date[0]} to {as_date[3]}, validation from {as_date[1]}, test from {as_date[2]}",
+            "set split.validation_from and split.test_from inside the events, or use split.kind=leave_one_out",
+        )
+    return {"validation": int(np.ceil(validation)), "test": int(np.ceil(test))}
+
+
+def split_shard(shard: Shard, number: int, settings: SplitSettings, cuts: dict[str, int], min_events: int) -> np.ndarray:
+    """Split of one shard, int32 [users, 4] as `Shard.split`. Users with fewer than `min_events` get zeros throughout."""
+    counts = np.diff(shard.offsets)
+    split = np.zeros((len(shard), 4), np.int32)
+    train_end, validation_end, test_start, test_end = split.T
+    if settings.kind == "time":
+        draw = np.random.default_rng([settings.seed, number]).random(len(shard))
+        before_test = _count_before(shard, cuts["test"])
+        before_validation = _count_before(shard, cuts["validation"])
+        test_start[:] = before_test
+        test_end[:] = np.where(before_test > 0, _basket_end(shard, before_test), before_test)
+        validation = (draw < settings.validation_users) & (before_validation > 0) & (before_validation < before_test)
+        train_end[:] = np.where(validation, before_validation, before_test)
+        validation_end[:] = np.where(validation, np.minimum(_basket_end(shard, before_validation), before_test), train_end)
+    else:
+        held = np.where(counts >= 3, 1, 0) if settings.kind == "leave_one_out" else held_out_counts(counts, settings.test_fraction)
+        test_end[:] = counts
+        test_start[:] = validation_end[:] = counts - held
+        train_end[:] = counts - 2 * held
+    split[counts < min_events] = 0
+    return split
+
+
+def _count_before(shard: Shard, cut_s: int) -> np.ndarray:
+    """Events of each user before a moment, int64 [users]."""
+    before = np.concatenate([[0], np.cumsum(shard.timestamp_s < cut_s)])
+    return before[shard.offsets[1:]] - before[shard.offsets[:-1]]
+
+
+def _basket_end(shard: Shard, start: np.ndarray) -> np.ndarray:
+    """End (events from the user's first) of the basket in which event `start` lies; `start` if there is none."""
+    counts = np.diff(shard.offsets)
+    if not len(shard.basket):
+        return start
+    key = np.repeat(np.arange(len(shard)), counts) * (int(shard.basket.max()) + 1) + shard.basket
+    there = start < counts
+    event = np.where(there, shard.offsets[:-1] + start, 0)
+    end = np.searchsorted(key, key[event], side="right") - shard.offsets[:-1]
+    return np.where(there, end, start)

@@ -1,0 +1,50 @@
+"""Column names of the outside world, and the Arrow schemas of what recray writes.
+
+Owns the vocabulary that all other modules use; does no reading or writing.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+TIMESTAMP = "timestamp"
+POSITION = "position"
+EVENT = "event"
+VALUE = "value"
+BASKET = "basket"
+
+EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET)
+DEFAULT_EVENT = "interaction"
+
+PADDING = 0  # item_index 0 is padding and is never scored
+
+FEATURE_KINDS = ("categorical", "multi", "numeric", "text")
+
+
+def shard_schema(user_type: pa.DataType) -> pa.Schema:
+    """Schema of one dataset shard: one row a user, users in ascending order of `user_id`."""
+    return pa.schema(
+        [
+            pa.field(USER_ID, user_type, nullable=False),
+            pa.field("item_index", pa.list_(pa.field("item", pa.int32(), nullable=False))),
+            pa.field("event_index", pa.list_(pa.field("item", pa.int16(), nullable=False))),
+            pa.field("timestamp_s", pa.list_(pa.field("item", pa.int64(), nullable=False))),
+            pa.field("value", pa.list_(pa.field("item", pa.float32(), nullable=False))),
+            pa.field("basket", pa.list_(pa.field("item", pa.int32(), nullable=False))),
+        ]
+    )
+
+
+def snapshot_schema(user_type: pa.DataType, item_type: pa.DataType) -> pa.Schema:
+    """Schema of one snapshot part: one row a user, users in ascending order of `user_id`."""
+    return pa.schema(
+        [
+            pa.field(USER_ID, user_type, nullable=False),
+            pa.field("item_ids", pa.list_(item_type)),
+            pa.field("scores", pa.list_(pa.float32())),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("state", pa.list_(pa.float32())),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Training: batches and the loop in plain torch, the worker and the trainer on Ray Train."""

@@ -1,0 +1,199 @@
+"""What the model learns from: windows of histories, asked at the end of each basket what the next basket holds.
+
+Every draw is a function of (seed, epoch), so an epoch can be repeated anywhere: its number is the sampler's whole state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from recray.dataset.reader import Dataset, Shard
+from recray.model.losses import Targets
+from recray.model.recommender import Batch
+
+POOL_BATCHES = 64  # batches that are sorted by length together; more pads less and shuffles less
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of training histories: window i is the events start[i]:stop[i] of shard[i] (flat), all of one user.
+
+    `limit[i]` is where that user's training events end; targets lie before it.
+    """
+
+    shard: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    limit: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> Windows:
+        return Windows(self.shard[chosen], self.start[chosen], self.stop[chosen], self.limit[chosen])
+
+
+class TrainingBatches:
+    """Length-bucketed global batches of one dataset.
+
+    Parameters
+    ----------
+    history : longest window
+    batch_positions : positions of a global batch, padding included
+    windows : "all" cuts long histories into windows at a random phase, "last" keeps the last window
+    prior_days : days of the popularity prior, 0 for none
+    """
+
+    def __init__(self, dataset: Dataset, *, history: int, batch_positions: int, windows: str, prior_days: int, seed: int) -> None:
+        self.dataset, self.history, self.batch_positions = dataset, history, batch_positions
+        self.windows, self.prior_days, self.seed = windows, prior_days, seed
+        self.users = [_input_ranges(shard) for shard in dataset.shards()]
+
+    def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
+        """This rank's part of each global batch: (batch, targets, queries in the global batch).
+
+        The parts of all ranks together are the global batch, whatever `world` is; a part may be empty of queries.
+        """
+        random = np.random.default_rng([self.seed, epoch])
+        windows = self._draw(random)
+        for chosen in self._pack(windows, random):
+            whole = windows[chosen]
+            total = sum(len(self._queries(window)[0]) for window in self._by_shard(whole))
+            if total:
+                batch, targets = self._collate(whole[slice(rank, None, world)])
+                yield batch, targets, total
+
+    def padding(self, epoch: int = 0) -> float:
+        """Share of padded positions in an epoch."""
+        random = np.random.default_rng([self.seed, epoch])
+        windows = self._draw(random)
+        length = windows.stop - windows.start
+        used = sum(len(chosen) * int(length[chosen].max()) for chosen in self._pack(windows, random))
+        return 1.0 - float(length.sum()) / max(used, 1)
+
+    def _draw(self, random: np.random.Generator) -> Windows:
+        parts = []
+        for number, (start, stop, limit) in enumerate(self.users):
+            if self.windows == "last":
+                parts.append((number, np.maximum(start, stop - self.history), stop, limit))
+                continue
+            # cut points start + phase, start + phase + history, …; short histories stay whole
+            length = stop - start
+            phase = np.where(length > self.history, random.integers(1, self.history + 1, len(start)), self.history)
+            pieces = 1 + np.maximum(-(-(length - phase) // self.history), 0)
+            owner = np.repeat(np.arange(len(start)), pieces)
+            piece = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            first = np.where(piece == 0, start[owner], start[owner] + phase[owner] + (piece - 1) * self.history)
+            last = np.minimum(start[owner] + phase[owner] + piece * self.history, stop[owner])
+            parts.append((number, first, last, limit[owner]))
+        shard = np.concatenate([np.full(len(part[1]), part[0]) for part in parts])
+        return Windows(shard, *(np.concatenate([part[i] for part in parts]) for i in (1, 2, 3)))
+
+    def _pack(self, windows: Windows, random: np.random.Generator) -> list[np.ndarray]:
+        length = windows.stop - windows.start
+        order = random.permutation(len(windows))
+        pool = max(int(POOL_BATCHES * self.batch_positions / max(length.mean(), 1)), 1) if len(order) else 1
+        batches = []
+        for first in range(0, len(order), pool):
+            chosen = order[first : first + pool]
+            chosen = chosen[np.argsort(-length[chosen], kind="stable")]
+            here = 0
+            while here < len(chosen):
+                size = max(self.batch_positions // int(length[chosen[here]]), 1)
+                batches.append(chosen[here : here + size])
+                here += size
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def _by_shard(self, windows: Windows) -> list[tuple[Shard, Windows]]:
+        return [(self.dataset.shard(int(windows.shard[rows[0]])), windows[rows]) for rows in _rows_by_shard(windows)]
+
+    def _queries(self, part: tuple[Shard, Windows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row in the part, event (flat) and end of the next basket of each query."""
+        shard, windows = part
+        starts = shard.basket_starts
+        first = np.searchsorted(starts, windows.start, side="right")
+        last = np.searchsorted(starts, windows.stop, side="right")
+        count = last - first
+        row = np.repeat(np.arange(len(windows)), count)
+        basket = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+        return row, starts[basket] - 1, np.minimum(starts[basket + 1], windows.limit[row])
+
+    def _collate(self, windows: Windows) -> tuple[Batch, Targets]:
+        T = max(int((windows.stop - windows.start).max(initial=1)), 1)
+        item, event = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
+        time, now = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
+        user, position, targets, sizes = [], [], [], []
+        for rows, part in zip(_rows_by_shard(windows), self._by_shard(windows), strict=True):
+            shard, mine = part
+            where = mine.start[:, None] + np.arange(T)
+            real = where < mine.stop[:, None]
+            where = np.where(real, where, mine.start[:, None])
+            item[rows] = np.where(real, shard.item_index[where], 0)
+            event[rows] = shard.event_index[where]
+            time[rows] = shard.timestamp_s[where]
+            now[rows] = shard.timestamp_s[_next_basket(shard, where)]
+            row, last, end = self._queries(part)
+            user.append(rows[row])
+            position.append(last - mine.start[row])
+            sizes.append(end - last - 1)
+            targets.append(_ranges(shard.item_index, last + 1, end))
+        user_N, position_N = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (user, position))
+        sizes_N = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+        prior_PV, day_N = self._prior(now[user_N, position_N])
+        arrays = (item, event, time, now, user_N, position_N, prior_PV, day_N)
+        batch = Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
+        offsets = np.concatenate([[0], np.cumsum(sizes_N)])
+        wanted = np.concatenate(targets) if targets else np.zeros(0, np.int64)
+        return batch, Targets(torch.from_numpy(offsets), torch.from_numpy(wanted.astype(np.int64)))
+
+    def _prior(self, now_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self.prior_days or not self.dataset.has_time:
+            return np.zeros((1, 1), np.float32), np.zeros(len(now_N), np.int64)
+        days, day_N = np.unique(now_N // 86_400, return_inverse=True)
+        rows = [self._prior_of(int(day)) for day in days]
+        return (np.stack(rows) if rows else np.zeros((1, self.dataset.n_items + 1), np.float32)), day_N
+
+    @lru_cache(maxsize=512)  # noqa: B019 - lives as long as the training run
+    def _prior_of(self, day: int) -> np.ndarray:
+        return log_prior(self.dataset.popularity.window(day * 86_400, self.prior_days))
+
+
+def log_prior(counts: np.ndarray) -> np.ndarray:
+    """The popularity prior log(1 + count), float32."""
+    return np.log1p(counts).astype(np.float32)
+
+
+def _input_ranges(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat start and stop of each user's inputs, and the end of the training events; users without a target are dropped.
+
+    The last training basket is a target only: nothing that follows it may be learned.
+    """
+    start = shard.offsets[:-1]
+    limit = start + shard.split[:, 0]
+    last = np.maximum(limit - 1, start)
+    stop = shard.basket_starts[np.searchsorted(shard.basket_starts, last, side="right") - 1]
+    keep = (limit > start) & (stop > start)
+    return start[keep], stop[keep], limit[keep]
+
+
+def _next_basket(shard: Shard, where: np.ndarray) -> np.ndarray:
+    """Flat index of the first event after the basket of each event, or the event itself at the very end."""
+    starts = shard.basket_starts
+    following = starts[np.minimum(np.searchsorted(starts, where, side="right"), len(starts) - 1)]
+    return np.where(following < len(shard.item_index), following, where)
+
+
+def _rows_by_shard(windows: Windows) -> list[np.ndarray]:
+    return [np.flatnonzero(windows.shard == number) for number in np.unique(windows.shard)]
+
+
+def _ranges(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """values[first[i]:last[i]] for all i, one after the other."""
+    size = last - first
+    where = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size) + np.repeat(first, size)
+    return values[where]

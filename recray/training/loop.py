@@ -1,0 +1,160 @@
+"""The training loop in plain torch: one process, or one of several that share a process group.
+
+Owns the order of work and the early stop. Everything random in an epoch is drawn from (seed, epoch, rank), so the state
+after an epoch is: weights, optimiser, the best weights so far, and the numbers in `Progress`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recray.errors import TrainingError
+from recray.model.losses import backward_in_blocks
+from recray.model.recommender import Recommender
+from recray.training.batches import TrainingBatches
+
+Validate = Callable[[Recommender, int, int], tuple[float, float]]
+"""(model, rank, world) -> (sum of this rank's per-user NDCG, its number of users)"""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The part of the train settings that the loop reads; see `recray.config.TrainSettings`."""
+
+    epochs: int
+    patience: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    seed: int
+    bfloat16: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `curve` holds one entry an epoch: epoch, steps, loss, validation_ndcg."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    best_ndcg: float = -1.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Loop:
+    """Trains a model until early stop. `state_dict` and `load_state_dict` carry everything between processes."""
+
+    def __init__(self, model: Recommender, batches: TrainingBatches, validate: Validate, settings: LoopSettings) -> None:
+        self.model, self.batches, self.validate, self.settings = model, batches, validate, settings
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = next(model.parameters()).device
+        self.progress = Progress()
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True
+        )
+        self.best = _copy(model)
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train epoch by epoch; yields the epoch's line of the curve (plus `seconds`, which is not kept)."""
+        progress, settings = self.progress, self.settings
+        while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
+            started = time.monotonic()
+            loss = self._epoch(progress.epoch)
+            ndcg = self._validated()
+            progress.epoch += 1
+            if ndcg > progress.best_ndcg:
+                progress.best_ndcg, progress.best_epoch, self.best = ndcg, progress.epoch, _copy(self.model)
+            line = {"epoch": progress.epoch, "steps": progress.step, "loss": loss, "validation_ndcg": ndcg}
+            progress.curve.append(line)
+            yield {**line, "seconds": time.monotonic() - started}
+
+    def _epoch(self, epoch: int) -> float:
+        seed = np.random.SeedSequence([self.settings.seed, epoch, self.rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        self.model.train()
+        total, queries = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for batch, targets, count in self.batches.epoch(epoch, self.rank, self.world):
+            total += self.train_step(batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), count)
+            queries += count
+        total = self._sum(total[None])[0]
+        loss = float(total / queries.clamp(min=1))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of epoch {epoch + 1} is {loss}", "lower train.learning_rate; the last good checkpoint is kept"
+            )
+        return loss
+
+    def train_step(self, batch: Any, targets: Any, count: int) -> Tensor:
+        """One step on this rank's part of a global batch of `count` queries; returns the part's summed loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
+            parts = self.model.items.parts()
+            table = self.model.items()
+            hidden = self.model.hidden(batch, table, parts)
+            loss = backward_in_blocks(self.model, hidden, table, batch, targets, 1.0 / count)
+        self._all_reduce_gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.progress.step += 1
+        rate = self.settings.learning_rate * min(1.0, self.progress.step / max(self.settings.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return loss
+
+    def _all_reduce_gradients(self) -> None:
+        """Sum gradients over the ranks, as one flat tensor. Each loss is already divided by the global batch."""
+        if self.world == 1:
+            return
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        flat = self._sum(torch.cat([g.reshape(-1) for g in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def _validated(self) -> float:
+        total, users = self.validate(self.model, self.rank, self.world)
+        total, users = self._sum(torch.tensor([total, users], dtype=torch.float64, device=self.device)).tolist()
+        return total / max(users, 1.0)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Named tensors by file: model, best, optimizer. `progress` goes beside them as JSON."""
+        optimizer = {
+            f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        return {"model": _copy(self.model), "best": self.best, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.best = state["best"]
+        self.progress = Progress(**progress)
+        by_parameter: dict[int, dict[str, Tensor]] = {}
+        for name, value in state["optimizer"].items():
+            index, key = name.split(".", 1)
+            by_parameter.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
+
+
+def _copy(model: Recommender) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
