@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -182,12 +184,12 @@ class Settings(Section):
 def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
     """Settings from a YAML file (None: the defaults) with overrides such as `train.epochs=3`.
 
-    Relative `data` paths in the file are taken from the file's folder. Raises SettingsError naming field, value and fix.
+    `data` paths in the file may name $VARIABLES; relative ones are taken from the file's folder. Raises SettingsError naming field, value and fix.
     """
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    replaced = {override.partition("=")[0] for override in overrides}
     if path is not None:
-        content = _read_yaml(Path(path))
-        _anchor_paths(content, Path(path).resolve().parent)
+        _anchor_paths(content, Path(path).resolve().parent, replaced)
     for override in overrides:
         _apply(content, override)
     try:
@@ -227,18 +229,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
-def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
+def _anchor_paths(content: dict[str, Any], folder: Path, replaced: set[str]) -> None:
     def anchor(value: Any) -> Any:
-        if not isinstance(value, str) or ":" in value or Path(value).expanduser().is_absolute():
+        if not isinstance(value, str):
+            return value
+        value = os.path.expandvars(value)
+        if unset := re.search(r"\$\{?(\w+)", value):
+            raise SettingsError(f"data: {value!r} needs the environment variable {unset[1]}", f"set {unset[1]}, or override data.events and data.items")
+        if ":" in value or Path(value).expanduser().is_absolute():
             return value
         return str(folder / value)
 
     data = content.get("data", {})
     if isinstance(data.get("events"), str):
         data["events"] = [data["events"]]
-    if isinstance(data.get("events"), list):
+    if isinstance(data.get("events"), list) and "data.events" not in replaced:
         data["events"] = [anchor(value) for value in data["events"]]
-    if "items" in data:
+    if "items" in data and "data.items" not in replaced:
         data["items"] = anchor(data["items"])
 
 

@@ -185,6 +185,15 @@ class Dataset:
             **{name: array.values.to_numpy() for name, array in columns.items() if name != USER_ID},
         )
 
+    def trained_items(self) -> np.ndarray:
+        """Items that occur in the training events, bool [n_items + 1]; the others are cold."""
+        seen = np.zeros(self.n_items + 1, bool)
+        for shard in self.shards():
+            counts = np.diff(shard.offsets)
+            position = np.arange(len(shard.item_index)) - np.repeat(shard.offsets[:-1], counts)
+            seen[shard.item_index[position < np.repeat(shard.split[:, 0], counts)]] = True
+        return seen
+
     def user_history(self, user_id: Any) -> History | None:
         """All events of a user, or None if the user is unknown."""
         shard = self.shard(int(bucket_of([user_id], self.n_shards)[0]))

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from recray.bundle import Bundle
 from recray.dataset.popularity import DAY_S, Popularity
 from recray.dataset.reader import Dataset, History
 from recray.errors import RequestError
@@ -46,6 +47,19 @@ class Recommendations:
     item_index: np.ndarray
     scores: np.ndarray
     source: list[str]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Index tables between a dataset and a bundle; 0 where the other side does not know the item."""
+
+    to_bundle: np.ndarray
+    to_dataset: np.ndarray
+    events: np.ndarray
+
+    def history(self, history: History) -> History:
+        """A dataset's history in the bundle's indices; unknown items become 0 and are skipped by the predictor."""
+        return History(self.to_bundle[history.item_index], self.events[history.event_index], history.timestamp_s, history.value)
 
 
 class Predictor:
@@ -80,9 +94,20 @@ class Predictor:
         With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in.
         Raises MissingArtifactError, DamagedArtifactError.
         """
-        from recray.bundle import Bundle
-
-        return Bundle.open(bundle).predictor(dataset=dataset, device=device)
+        opened = Bundle.open(bundle)
+        n_items = len(opened.item_ids)
+        if dataset is None:
+            popularity = Popularity.load(opened.path / "popularity.parquet", n_items)
+        else:
+            popularity = dataset.popularity.remap(dataset.translate(opened.item_ids), n_items)
+        return cls(
+            opened.model().to(device),
+            opened.item_ids,
+            opened.manifest["event_types"],
+            popularity,
+            prior_days=opened.manifest["prior_days"],
+            has_time=opened.manifest["has_time"],
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -104,6 +129,15 @@ class Predictor:
     def ids_of(self, item_index: np.ndarray) -> list[Any]:
         """Outside ids of item indices above 0."""
         return self.item_ids.take(pa.array(np.asarray(item_index) - 1)).to_pylist()
+
+    def translation(self, dataset: Dataset) -> Translation:
+        """Between a dataset's indices and the bundle's: the dataset may know items that came after the training."""
+        to_bundle = dataset.translate(self.item_ids)
+        to_dataset = np.zeros(self.n_items + 1, np.int64)
+        to_dataset[to_bundle] = np.arange(dataset.n_items + 1)
+        to_dataset[0] = 0
+        events = np.array([self.event_types.index(e) if e in self.event_types else 0 for e in dataset.event_types], np.int64)
+        return Translation(to_bundle, to_dataset, events)
 
     def recommend(
         self,

@@ -46,7 +46,8 @@ class ItemEncoder(nn.Module):
         self.register_buffer("seen_V", torch.as_tensor(seen))
         self.ids = nn.Embedding(len(seen), dim)
         nn.init.normal_(self.ids.weight, std=0.02)
-        self.features = nn.ModuleDict({name: TokenBags(*bag, buckets, dim) for name, bag in features.items()})
+        self.names = sorted(features)
+        self.features = nn.ModuleList(TokenBags(*features[name], buckets, dim) for name in self.names)
 
     @property
     def modalities(self) -> int:
@@ -55,7 +56,7 @@ class ItemEncoder(nn.Module):
     def parts(self) -> Tensor:
         """Vectors by modality [M, V, D]."""
         ids = self.ids.weight * self.seen_V[:, None]
-        return torch.stack([ids, *(bags() for bags in self.features.values())])
+        return torch.stack([ids, *(bags() for bags in self.features)])
 
     def forward(self) -> Tensor:
         """Item vectors [V, D]."""

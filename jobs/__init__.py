@@ -1,0 +1,1 @@
+"""Jobs that people submit; each is a thin shell over `recray.pipeline`."""

@@ -1,0 +1,1 @@
+"""`recray benchmark`: what recray costs, measured on this machine."""

@@ -1,0 +1,115 @@
+"""The bundle: the one thing that passes from training to evaluation, scoring and serving.
+
+A sealed directory: `manifest.json`, `config.yaml` (settings that shaped it, no addresses), `model.safetensors`,
+`items.parquet` (vocabulary and features), `popularity.parquet`, `privacy.json`, `metrics.json`. Immutable, no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recray import __version__
+from recray.dataset.reader import Dataset
+from recray.model.recommender import Recommender, Shape
+from recray.schema import ITEM_ID
+from recray.storage import key_of, manifest_digest, open_sealed, sealed_directory
+
+KIND = "bundle"
+
+
+class Bundle:
+    """A trained model on disk. Open it with `Bundle.open`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.key: str = manifest["run_key"]
+        self.as_of_s: int = manifest["as_of_s"]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a bundle after every file was verified. Raises MissingArtifactError, DamagedArtifactError."""
+        return cls(Path(path), open_sealed(Path(path), KIND))
+
+    @cached_property
+    def digest(self) -> str:
+        return manifest_digest(self.path)
+
+    @cached_property
+    def item_ids(self) -> pa.Array:
+        return pq.read_table(self.path / "items.parquet", columns=[ITEM_ID])[0].combine_chunks()
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        return json.loads((self.path / "metrics.json").read_text())
+
+    def model(self) -> Recommender:
+        """The network with its weights."""
+        state = load_file(self.path / "model.safetensors")
+        features = {
+            name: (state[f"items.features.{i}.tokens_K"].numpy(), state[f"items.features.{i}.offsets_V"].numpy())
+            for i, name in enumerate(sorted(self.manifest["features"]))
+        }
+        model = Recommender(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)
+        model.load_state_dict(state)
+        return model.eval()
+
+
+def write_bundle(
+    path: Path,
+    key: str,
+    *,
+    dataset: Dataset,
+    shape: Shape,
+    state: dict[str, Tensor],
+    features: dict[str, str],
+    prior_days: int,
+    settings: dict[str, Any],
+    metrics: dict[str, Any],
+) -> Bundle:
+    """Seal a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError."""
+    fields = {
+        "recray": __version__,
+        "dataset": dataset.key,
+        "dataset_digest": dataset.digest,
+        "as_of_s": dataset.as_of_s,
+        "shape": shape.to_dict(),
+        "features": features,
+        "event_types": dataset.event_types,
+        "has_time": dataset.has_time,
+        "prior_days": prior_days,
+        "settings_key": settings_key(settings),
+    }
+    with sealed_directory(path, KIND, key, fields) as folder:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}, folder / "model.safetensors")
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True))
+        (folder / "privacy.json").write_text(json.dumps({"differential_privacy": False}) + "\n")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        shutil.copyfile(dataset.path / "items.parquet", folder / "items.parquet")
+        shutil.copyfile(dataset.path / "popularity.parquet", folder / "popularity.parquet")
+    return Bundle.open(path)
+
+
+def settings_key(settings: dict[str, Any]) -> str:
+    """Names the settings of a training apart from its data, to find the last bundle that was trained alike."""
+    return key_of("bundle-settings", settings)
+
+
+def latest_bundle(folder: Path, wanted: str, as_of_s: int) -> Bundle | None:
+    """The youngest bundle in `folder` that was trained with these settings (`settings_key`) up to `as_of_s`."""
+    found = []
+    for manifest in folder.glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        if content.get("settings_key") == wanted and content["as_of_s"] <= as_of_s:
+            found.append((content["as_of_s"], manifest.parent.name, manifest.parent))
+    return Bundle.open(max(found)[2]) if found else None

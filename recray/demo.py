@@ -1,0 +1,110 @@
+"""The demo, and the endpoint in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import socket
+import time
+import urllib.request
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from recray import cluster, pipeline
+from recray.config import Settings, load_settings
+from recray.errors import SettingsError
+from recray.storage import Storage, read_json
+from recray.terminal import Reporter
+
+
+def run_serve(settings: Settings, reporter: Reporter) -> pipeline.JobResult:
+    """Serve the published night until interrupted."""
+    started = time.monotonic()
+    from recray.serving import app
+
+    settings = with_port(settings)
+    cluster.start()
+    address = app.start(settings)
+    reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+    app.stop()
+    return pipeline.JobResult("serve", "ok", outputs={"address": address}, seconds=round(time.monotonic() - started, 2))
+
+
+def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, *, keep_serving: bool) -> pipeline.JobResult:
+    """A night on Online Retail in a fresh root, a table, and three live requests."""
+    started = time.monotonic()
+    where = Path(root) if root else Path(".demo") / dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
+    if where.exists() and any(where.iterdir()):
+        raise SettingsError(f"{where} is not empty", "the demo computes its night anew: name a fresh --root")
+    config = str(resources.files("jobs") / "configs" / "demo.yaml")
+    settings = with_port(load_settings(config, [f"storage.root={where.absolute()}", *overrides]))
+    result = pipeline.run_nightly(settings, None, reporter.say)
+    reporter.show_evaluation(result.outputs["evaluation"], settings)
+    from recray.serving import app
+
+    cluster.start()
+    address = app.start(settings)
+    _ask(address, settings, reporter)
+    reporter.say("written:")
+    for name, path in result.outputs.items():
+        reporter.say(f"  {name:<11} {path}")
+    reporter.say(f"  {'mlflow':<11} mlflow ui --backend-store-uri sqlite:///{Storage(settings.root()).tracking / 'mlflow.db'}")
+    reporter.say(f"go on: recray serve storage.root={settings.root()}   ·   your own data: recray init, then recray nightly --config recray.yaml")
+    metrics = {**result.metrics, "address": address}
+    done = pipeline.JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
+    if keep_serving:
+        reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it")
+        print(done.to_json(), flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+    app.stop()
+    return done
+
+
+def with_port(settings: Settings) -> Settings:
+    """`serve.port` 0 becomes a free port."""
+    if settings.serve.port:
+        return settings
+    with socket.socket() as probe:
+        probe.bind((settings.serve.host, 0))
+        port = probe.getsockname()[1]
+    return settings.model_copy(update={"serve": settings.serve.model_copy(update={"port": port})})
+
+
+def _ask(address: str, settings: Settings, reporter: Reporter) -> None:
+    """Three live requests: a user of the log, a history sent along, somebody unknown."""
+    titles = _titles(settings)
+    liked = [item for item, title in titles.items() if "PARTY BUNTING" in title][:1] or list(titles)[:1]
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("a user of the log", {"user_id": 17850, "k": 3}),
+        (f"a visitor who just bought {titles[liked[0]]}", {"history": [{"item_id": liked[0]}], "k": 3, "new_only": True}),
+        ("somebody unknown", {"user_id": "nobody", "k": 3}),
+    ]
+    for who, body in requests:
+        begun = time.monotonic()
+        answer = post(f"{address}/v1/recommend", body)
+        shown = " · ".join(titles.get(item["item_id"], str(item["item_id"])) for item in answer["items"])
+        reporter.say(f"{who}  →  {shown}  [{answer['source']}, {1000 * (time.monotonic() - begun):.0f} ms]".replace("[", "\\["))
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """POST JSON, get JSON."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return dict(json.load(response))
+
+
+def _titles(settings: Settings) -> dict[Any, str]:
+    from recray.dataset.reader import Dataset
+
+    storage = Storage(settings.root())
+    snapshot = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
+    items = Dataset.open(storage.root / snapshot["dataset"]).items
+    return dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))

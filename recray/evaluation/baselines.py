@@ -1,0 +1,122 @@
+"""Baselines that a model must beat, fitted on the same histories: popularity, personal frequency, item-kNN, EASE.
+
+Each is a `protocol.Ranker`; a baseline that cannot be had on this data says why in `skipped`. Shapes: U users, V items
+and padding, Q questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from recray.dataset.reader import Dataset
+from recray.evaluation.protocol import Question, Questions
+from recray.inference.topk import top_k
+
+RECENT_S = 7 * 86_400
+NEIGHBOURS = 100  # of each item, where all of them do not fit
+
+Score = Callable[[list[Question]], np.ndarray]
+"""Scores float [Q, V] of questions; column 0 is padding."""
+
+
+class Baseline:
+    """A scoring function as a `Ranker`; ties are broken by ascending item index."""
+
+    def __init__(self, score: Score) -> None:
+        self._score = score
+
+    def __call__(self, questions: list[Question], k: int, *, now: int, new_only: bool) -> np.ndarray:
+        scores = torch.from_numpy(np.ascontiguousarray(self._score(questions), np.float32))
+        if new_only:
+            for row, question in enumerate(questions):
+                scores[row, torch.as_tensor(np.asarray(question.history.item_index, np.int64))] = -torch.inf
+        scores[:, 0] = -torch.inf
+        return top_k(scores, k)[0].numpy()
+
+
+def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ease_l2: float) -> Iterator[tuple[str, Baseline | str]]:
+    """Name and baseline, or the reason why it is skipped, one after the other so that one matrix lives at a time."""
+    histories = _histories(dataset, questions.part)
+    seen_UV = _matrix(histories, dataset.n_items)
+    popular_V = np.asarray(seen_UV.sum(0)).ravel()
+    yield "most popular", Baseline(lambda asked: np.tile(popular_V, (len(asked), 1)))
+    recent_V = np.zeros_like(popular_V)
+    if dataset.has_time:
+        recent = [items[times >= questions.now - RECENT_S] for items, times in histories]
+        recent_V = np.asarray(_matrix([(items, items) for items in recent], dataset.n_items).sum(0)).ravel()
+        yield "popular, last 7 days", Baseline(lambda asked: np.tile(recent_V, (len(asked), 1)))
+    else:
+        yield "popular, last 7 days", "no timestamps"
+    yield "personal frequency", Baseline(lambda asked: _counts(asked, dataset.n_items) + recent_V * 1e-4)
+    similarity = _cosine(seen_UV, dense=dataset.n_items <= ease_max_items)
+    yield "item-kNN", Baseline(lambda asked: _product(asked, similarity))
+    del similarity
+    if dataset.n_items > ease_max_items:
+        yield "EASE", f"more than {ease_max_items} items"
+        return
+    weights = _ease(seen_UV, ease_l2)
+    yield "EASE", Baseline(lambda asked: _product(asked, weights))
+
+
+def _histories(dataset: Dataset, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Items and times of every user's events before the part's targets."""
+    column = 0 if part == "validation" else 2
+    found = []
+    for shard in dataset.shards():
+        for row in np.flatnonzero(shard.split[:, column] > 0):
+            history = shard.history_before(int(row), int(shard.split[row, column]))
+            found.append((history.item_index, history.timestamp_s))
+    return found
+
+
+def _matrix(histories: list[tuple[np.ndarray, np.ndarray]], n_items: int) -> sp.csr_matrix:
+    """Who met what, 0 or 1, float32 [U, V]."""
+    rows = np.repeat(np.arange(len(histories)), [len(items) for items, _ in histories])
+    columns = np.concatenate([items for items, _ in histories]) if histories else np.zeros(0, np.int64)
+    matrix = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(histories), n_items + 1))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def _counts(asked: list[Question], n_items: int) -> np.ndarray:
+    return np.stack([np.bincount(question.history.item_index, minlength=n_items + 1) for question in asked]).astype(np.float64)
+
+
+def _product(asked: list[Question], weights: np.ndarray | sp.csr_matrix) -> np.ndarray:
+    met = _matrix([(question.history.item_index, question.history.item_index) for question in asked], weights.shape[0] - 1)
+    product = met @ weights
+    return product.toarray() if sp.issparse(product) else product
+
+
+def _cosine(seen_UV: sp.csr_matrix, *, dense: bool) -> np.ndarray | sp.csr_matrix:
+    """Cosine of items' user sets [V, V], 0 on the diagonal; all neighbours, or the nearest `NEIGHBOURS` of each."""
+    norm = np.sqrt(np.asarray(seen_UV.sum(0)).ravel()) + 1e-9
+    unit = (seen_UV @ sp.diags(1.0 / norm)).tocsr().astype(np.float32)
+    if dense:
+        similarity = (unit.T @ unit).toarray()
+        np.fill_diagonal(similarity, 0.0)
+        return similarity
+    transposed, blocks = unit.T.tocsr(), []
+    for start in range(0, transposed.shape[0], 512):
+        block = (transposed[start : start + 512] @ unit).toarray()
+        block[np.arange(len(block)), start + np.arange(len(block))] = 0.0
+        kept = np.argpartition(-block, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+        values = np.take_along_axis(block, kept, 1)
+        rows = np.repeat(np.arange(len(block)), NEIGHBOURS)
+        blocks.append(sp.csr_matrix((values.ravel(), (rows, kept.ravel())), shape=block.shape))
+    return sp.vstack(blocks).T.tocsr()
+
+
+def _ease(seen_UV: sp.csr_matrix, l2: float) -> np.ndarray:
+    """EASE weights [V, V] (Steck, WWW 2019): B = -P / diag(P) off the diagonal, P the inverse of the Gram matrix plus l2."""
+    gram = (seen_UV.T @ seen_UV).toarray().astype(np.float32)
+    gram[np.diag_indices_from(gram)] += l2
+    inverse = np.linalg.inv(gram)
+    weights = inverse / -np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    return weights

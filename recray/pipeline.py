@@ -1,0 +1,218 @@
+"""The jobs: what each reads, which key names its result, when it is skipped, and what it reports.
+
+A job is safe to repeat: its run key names its output, and an output that is there is not made again. A night is the
+jobs one after the other; repeated, it goes on at the stage that failed.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from recray import cluster
+from recray.bundle import Bundle, latest_bundle, settings_key
+from recray.config import Settings
+from recray.dataset.reader import Dataset
+from recray.errors import MissingArtifactError
+from recray.evaluation import evaluate as evaluation
+from recray.prepare import prepare as preparation
+from recray.prepare.sources import inspect_events, read_items
+from recray.scoring import score as scoring
+from recray.storage import Storage, is_sealed, manifest_digest
+from recray.tracking.runs import Tracking
+from recray.training import trainer
+
+AsOf = dt.datetime | None
+Say = Callable[[str], None]
+
+
+@dataclass
+class JobResult:
+    """How a job ended. `status`: ok | skipped | refused | failed; `seconds` of wall time."""
+
+    job: str
+    status: str
+    run_key: str = ""
+    outputs: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _quiet(message: str) -> None:
+    """Default of `say`: nobody listens."""
+
+
+def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """Check settings, and the input's columns and types from its footers. Runs nothing and writes nothing."""
+    root = settings.root()
+    source = inspect_events(settings.data)
+    items = read_items(settings.data)
+    say(f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {', '.join(source.columns)}")
+    say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
+    return JobResult("validate", "ok", metrics={"rows": source.rows, "items": 0 if items is None else len(items)})
+
+
+def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """Events to dataset."""
+    started = time.monotonic()
+    key = preparation.prepare_key(settings, as_of)
+    path = Storage(settings.root()).dataset(key)
+    skipped = is_sealed(path, "dataset", key)
+    if not skipped:
+        cluster.start()
+        preparation.prepare(settings, key, as_of)
+    dataset = Dataset.open(path)
+    manifest = dataset.manifest
+    metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}
+    say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows")
+    return _result("prepare", skipped, key, {"dataset": str(path)}, metrics, started)
+
+
+def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """Dataset to bundle, with its MLflow run."""
+    started = time.monotonic()
+    dataset = _dataset(settings, as_of)
+    key = trainer.train_key(settings, dataset)
+    path = Storage(settings.root()).bundle(key)
+    skipped = is_sealed(path, "bundle", key)
+    if not skipped:
+        tracking = _tracking(settings)
+        run = tracking.run(key, f"train {_date(dataset.as_of_s)}")
+        tracking.settings(run, trainer.bundle_settings(settings))
+
+        def on_metrics(line: dict[str, float]) -> None:
+            say(
+                f"epoch {line['epoch']:.0f}  loss {line['loss']:.4f}  validation ndcg@{settings.evaluate.k[0]} "
+                f"{line['validation_ndcg']:.4f}  {line['seconds']:.1f} s"
+            )
+            tracking.metrics(run, {name: line[name] for name in ("loss", "validation_ndcg")}, int(line["epoch"]))
+
+        cluster.start()
+        say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); stops {settings.train.patience} epochs after the best")
+        bundle = trainer.train(settings, key, dataset, on_metrics)
+        tracking.folder(run, bundle.path, "bundle")
+        tracking.finish(run)
+    bundle = Bundle.open(path)
+    metrics = {"validation_ndcg": bundle.metrics["best_ndcg"], "epochs": bundle.metrics["epoch"], "best_epoch": bundle.metrics["best_epoch"]}
+    say(f"bundle {key}: best epoch {metrics['best_epoch']}, validation ndcg {metrics['validation_ndcg']:.4f}")
+    return _result("train", skipped, key, {"bundle": str(path)}, metrics, started)
+
+
+def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """The current bundle and the baselines on the dataset's test users."""
+    started = time.monotonic()
+    dataset = _dataset(settings, as_of)
+    bundle = _bundle(settings, dataset)
+    key = evaluation.evaluate_key(settings, dataset, bundle)
+    path = Storage(settings.root()).evaluation(key)
+    skipped = is_sealed(path, evaluation.KIND, key)
+    table = evaluation.evaluate(settings, key, dataset, bundle)
+    metrics = headline(table, settings)
+    if not skipped:
+        tracking = _tracking(settings)
+        run = tracking.run(bundle.key, f"train {_date(bundle.as_of_s)}")
+        tracking.metrics(run, metrics, _day(dataset.as_of_s))
+        tracking.document(run, table, f"evaluation/{_date(dataset.as_of_s)}-{key}.json")
+    say("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return _result("evaluate", skipped, key, {"evaluation": str(path)}, metrics, started)
+
+
+def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """Every user's list by the current bundle, published."""
+    started = time.monotonic()
+    dataset = _dataset(settings, as_of)
+    bundle = _bundle(settings, dataset)
+    key = scoring.score_key(settings, dataset, bundle)
+    storage = Storage(settings.root())
+    path = scoring.snapshot_path(storage, dataset.as_of_s, key)
+    skipped = is_sealed(path, scoring.KIND, key)
+    if not skipped:
+        cluster.start()
+    path, manifest, changed = scoring.score(settings, key, dataset, bundle)
+    metrics = {name: manifest[name] for name in ("users", "popular_users", "coverage@10")}
+    if not skipped:
+        tracking = _tracking(settings)
+        run = tracking.run(bundle.key, f"train {_date(bundle.as_of_s)}")
+        digest = manifest_digest(path)
+        document = {**{n: manifest[n] for n in manifest if n != "files"}, "date": _date(dataset.as_of_s), "manifest_sha256": digest}
+        tracking.document(run, document, f"snapshots/{_date(dataset.as_of_s)}-{key}.json")
+        quantiles = {f"snapshot_best_score_q{q}": value for q, value in manifest["best_score_quantiles"].items()}
+        tracking.metrics(run, {**{f"snapshot_{name}": v for name, v in metrics.items()}, **quantiles}, _day(dataset.as_of_s))
+    say(f"snapshot {key}: {manifest['users']} users, {manifest['popular_users']} with the popular list; {'published' if changed else 'was published'}")
+    return _result("score", skipped and not changed, key, {"snapshot": str(path), "latest": str(storage.latest)}, metrics, started)
+
+
+def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """A night: prepare, train (when `train.every_days` have passed), evaluate, score."""
+    started = time.monotonic()
+    stages = [run_prepare, run_train, run_evaluate, run_score]
+    results = []
+    for stage in stages:
+        if stage is run_train and not _train_is_due(settings, _dataset(settings, as_of)):
+            say("train: the last bundle is younger than train.every_days")
+            continue
+        say(f"── {stage.__name__.removeprefix('run_')}")
+        results.append(stage(settings, as_of, say))
+    outputs = {name: path for result in results for name, path in result.outputs.items()}
+    metrics = {name: value for result in results for name, value in result.metrics.items()}
+    skipped = all(result.status == "skipped" for result in results)
+    return _result("nightly", skipped, results[-1].run_key, outputs, metrics, started)
+
+
+def headline(table: evaluation.Table, settings: Settings) -> dict[str, float]:
+    """The model's figures at the first k of `evaluate.k`, by setting: `repeats_ndcg@10`, …"""
+    k = settings.evaluate.k[0]
+    names = [f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr", "recall", "coverage", "popularity_share")]
+    return {f"{setting}_{name}": rows[evaluation.MODEL][name] for setting, rows in table.items() for name in names}
+
+
+def _dataset(settings: Settings, as_of: AsOf) -> Dataset:
+    key = preparation.prepare_key(settings, as_of)
+    try:
+        return Dataset.open(Storage(settings.root()).dataset(key), verify=True)
+    except MissingArtifactError as error:
+        raise MissingArtifactError(error.what, "run `recray prepare` with the same settings first, or `recray nightly`") from None
+
+
+def _bundle(settings: Settings, dataset: Dataset) -> Bundle:
+    """The bundle trained on this dataset, or else the last one trained alike that is not from the future."""
+    storage = Storage(settings.root())
+    own = storage.bundle(trainer.train_key(settings, dataset))
+    if own.exists():
+        return Bundle.open(own)
+    found = latest_bundle(storage.root / "bundles", settings_key(trainer.bundle_settings(settings)), dataset.as_of_s)
+    if found is None:
+        raise MissingArtifactError(f"no bundle of these settings in {storage.root / 'bundles'}", "run `recray train` first")
+    return found
+
+
+def _train_is_due(settings: Settings, dataset: Dataset) -> bool:
+    storage = Storage(settings.root())
+    last = latest_bundle(storage.root / "bundles", settings_key(trainer.bundle_settings(settings)), dataset.as_of_s)
+    if last is None or storage.bundle(trainer.train_key(settings, dataset)).exists():
+        return True
+    age = _day(dataset.as_of_s) - _day(last.as_of_s)
+    return not 0 < age < settings.train.every_days
+
+
+def _tracking(settings: Settings) -> Tracking:
+    return Tracking(settings.tracking.uri, settings.tracking.experiment, Storage(settings.root()).tracking)
+
+
+def _result(job: str, skipped: bool, key: str, outputs: dict[str, str], metrics: dict[str, Any], started: float) -> JobResult:
+    return JobResult(job, "skipped" if skipped else "ok", key, outputs, metrics, round(time.monotonic() - started, 2))
+
+
+def _day(as_of_s: int) -> int:
+    return as_of_s // 86_400
+
+
+def _date(as_of_s: int) -> str:
+    return str(dt.datetime.fromtimestamp(as_of_s, dt.UTC).date())

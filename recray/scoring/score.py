@@ -1,0 +1,134 @@
+"""The score stage: one task a bucket of users around actors that hold the predictor, then seal and publish."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recray import __version__
+from recray.bundle import Bundle
+from recray.cluster import require, unwrapped
+from recray.config import Settings
+from recray.dataset.reader import Dataset
+from recray.inference import Filters, Predictor
+from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
+from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def score_key(settings: Settings, dataset: Dataset, bundle: Bundle) -> str:
+    return key_of("score", settings.result_settings("score"), dataset.key, dataset.digest, bundle.digest, dataset.as_of_s, __version__)
+
+
+def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> tuple[Path, dict[str, Any], bool]:
+    """Score every user, seal the snapshot and publish it. Needs a Ray session.
+
+    Returns its path, its manifest, and whether the publication changed. Raises RefusedError for an older night.
+    """
+    storage = Storage(settings.root())
+    path = snapshot_path(storage, dataset.as_of_s, key)
+    if not is_sealed(path, KIND, key):
+        fields: dict[str, Any] = {
+            "as_of_s": dataset.as_of_s,
+            "bundle": storage.bundle(bundle.key).relative_to(storage.root).as_posix(),
+            "bundle_digest": bundle.digest,
+            "dataset": storage.dataset(dataset.key).relative_to(storage.root).as_posix(),
+            "dataset_digest": dataset.digest,
+            "user_type": str(dataset.user_type),
+            "buckets": dataset.n_shards,
+            "k": settings.score.k,
+            "new_only": settings.score.new_only,
+        }
+        with sealed_directory(path, KIND, key, fields) as folder:
+            fields.update(_summary(_run(settings, dataset, bundle, folder), len(bundle.item_ids)))
+    manifest = open_sealed(path, KIND, verify=False)
+    return path, manifest, publish(storage, path, manifest)
+
+
+def _run(settings: Settings, dataset: Dataset, bundle: Bundle, folder: Path) -> list[dict[str, Any]]:
+    import ray
+
+    options = settings.score
+    actors = min(options.actors, dataset.n_shards)
+    require(actors * options.cpus_per_actor, 0, "score", settings.train.timeout_s)
+    arguments = {
+        "bundle": str(bundle.path),
+        "dataset": str(dataset.path),
+        "folder": str(folder),
+        "k": options.k,
+        "new_only": options.new_only,
+        "batch_users": options.batch_users,
+        "threads": max(1, (os.cpu_count() or 1) // actors),
+    }
+    with unwrapped():
+        scored = ray.data.from_items(list(range(dataset.n_shards)), override_num_blocks=dataset.n_shards).map(
+            ScoreBucket,
+            fn_constructor_kwargs=arguments,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=options.cpus_per_actor,
+        )
+        return scored.take_all()
+
+
+class ScoreBucket:
+    """Actor that scores one bucket (= dataset shard) a call and writes its part."""
+
+    def __init__(self, *, bundle: str, dataset: str, folder: str, k: int, new_only: bool, batch_users: int, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.dataset = Dataset.open(dataset)
+        self.predictor = Predictor.load(bundle, dataset=self.dataset)
+        self.translation = self.predictor.translation(self.dataset)
+        self.folder, self.k, self.batch_users = Path(folder), k, batch_users
+        self.filters = Filters(new_only=new_only)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        bucket = int(row["item"])
+        shard = self.dataset.shard(bucket)
+        items: list[np.ndarray] = []
+        scores: list[np.ndarray] = []
+        sources: list[str] = []
+        for start in range(0, len(shard), self.batch_users):
+            users = range(start, min(start + self.batch_users, len(shard)))
+            histories = [self.translation.history(shard.history(user)) for user in users]
+            answer = self.predictor.recommend(histories, self.k, now=self.dataset.now_s, filters=self.filters)
+            items.append(answer.item_index)
+            scores.append(answer.scores)
+            sources += answer.source
+        shape = (0, min(self.k, self.predictor.n_items))
+        item_index = np.concatenate(items) if items else np.zeros(shape, np.int64)
+        score_values = np.concatenate(scores) if scores else np.zeros(shape, np.float32)
+        real = item_index > 0
+        offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(1))]), pa.int32())
+        item_ids = self.predictor.item_ids.take(pa.array(item_index[real] - 1))
+        write_part(self.folder, bucket, shard.user_ids, item_ids, offsets, pa.array(score_values[real]), sources)
+        by_model = np.array([source == "model" for source in sources], bool)
+        best = score_values[by_model, 0] if by_model.any() else np.zeros(0)
+        return {
+            "users": len(shard),
+            "popular_users": int((~by_model).sum()),
+            "top_items": np.unique(item_index[:, :10]),
+            "best": np.quantile(best, QUANTILES) if len(best) else np.full(len(QUANTILES), np.nan),
+        }
+
+
+def _summary(parts: list[dict[str, Any]], n_items: int) -> dict[str, Any]:
+    users = sum(part["users"] for part in parts)
+    shown = np.unique(np.concatenate([part["top_items"] for part in parts]))
+    weights = np.array([part["users"] - part["popular_users"] for part in parts], float)
+    best = np.stack([part["best"] for part in parts])
+    weights[np.isnan(best).any(1)] = 0.0
+    means = (np.nan_to_num(best) * weights[:, None]).sum(0) / max(weights.sum(), 1.0)
+    return {
+        "users": users,
+        "popular_users": sum(part["popular_users"] for part in parts),
+        "coverage@10": float((shown > 0).sum() / n_items),
+        # quantiles of every bucket's best scores, averaged over buckets by users
+        "best_score_quantiles": {str(q): round(float(value), 6) for q, value in zip(QUANTILES, means, strict=True)},
+    }

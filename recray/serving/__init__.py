@@ -1,0 +1,1 @@
+"""The endpoint: a Ray Serve application over the published snapshot and the predictor of its bundle."""

@@ -1,0 +1,81 @@
+"""Writing a snapshot: one part a bucket of users, then the seal, then the flip that publishes it.
+
+Promises that a reader sees one night and never a mixture, and that a late attempt of an older night cannot replace a
+newer one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recray.errors import RefusedError
+from recray.schema import snapshot_schema
+from recray.storage import Storage, manifest_digest, read_json, write_json
+
+KIND = "snapshot"
+
+
+def snapshot_path(storage: Storage, as_of_s: int, key: str) -> Path:
+    date = dt.datetime.fromtimestamp(as_of_s, dt.UTC).date()
+    return storage.scores / f"dt={date}" / f"run={key}"
+
+
+def part_name(bucket: int) -> str:
+    return f"part-{bucket:05d}.parquet"
+
+
+def write_part(
+    folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array, offsets: pa.Array, scores: pa.Array, source: list[str]
+) -> None:
+    """Write one bucket: users in ascending order, their items flat with list `offsets` [users + 1]."""
+    columns = [
+        user_ids,
+        pa.ListArray.from_arrays(offsets, item_ids),
+        pa.ListArray.from_arrays(offsets, scores),
+        pa.array(source, pa.string()),
+        pa.nulls(len(user_ids), pa.list_(pa.float32())),
+    ]
+    table = pa.Table.from_arrays(columns, schema=snapshot_schema(user_ids.type, item_ids.type))
+    scratch = folder / f".{part_name(bucket)}"
+    pq.write_table(table, scratch, compression="zstd")
+    scratch.rename(folder / part_name(bucket))
+
+
+def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:
+    """Point `LATEST.json` at a sealed snapshot; False if it already does.
+
+    Raises RefusedError if a snapshot of a later as-of is published.
+    """
+    entry = {
+        "snapshot": snapshot.relative_to(storage.root).as_posix(),
+        "as_of_s": manifest["as_of_s"],
+        "run_key": manifest["run_key"],
+        "manifest_sha256": manifest_digest(snapshot),
+    }
+    with _locked(storage.root / ".LATEST.lock"):
+        if storage.latest.exists():
+            published = read_json(storage.latest)
+            if published == entry:
+                return False
+            if published["as_of_s"] > entry["as_of_s"]:
+                raise RefusedError(
+                    f"{published['snapshot']} is published and is newer than {entry['snapshot']}",
+                    f"to publish the older night on purpose, remove {storage.latest} and score again",
+                )
+        write_json(storage.latest, entry)
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

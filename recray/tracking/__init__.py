@@ -1,0 +1,1 @@
+"""MLflow: one run per trained bundle. The only importer of mlflow."""

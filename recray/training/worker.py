@@ -1,0 +1,139 @@
+"""What one Ray Train worker does: build the model, resume, train epoch by epoch, checkpoint after each."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from recray.dataset.features import tokenize
+from recray.dataset.reader import Dataset
+from recray.evaluation.metrics import per_user
+from recray.evaluation.protocol import Questions, wanted
+from recray.inference import Filters, Predictor
+from recray.model.recommender import Recommender, Shape
+from recray.training.batches import TrainingBatches
+from recray.training.loop import Loop, LoopSettings, Validate
+
+FILES = ("model", "best", "optimizer")
+VALIDATION_BATCH = 256
+
+
+def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
+    """The network that the model settings ask for, given what the data knows."""
+    return Shape(
+        event_types=max(len(dataset.event_types), 1),
+        dim=model["dim"],
+        blocks=model["blocks"],
+        heads=model["heads"],
+        history=model["history"],
+        dropout=model["dropout"],
+        positions=model["positions"],
+        time_bias=model["time_bias"] and dataset.has_time,
+        repeat=model["repeat"],
+        prior=model["prior_days"] > 0 and dataset.has_time,
+        feature_buckets=model["feature_buckets"],
+    )
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    threads = config["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    loop = build_loop(config["dataset"], config["settings"], ray.train.torch.get_device())
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            load_checkpoint(loop, Path(folder))
+    for line in loop.run():
+        with tempfile.TemporaryDirectory() as folder:
+            report = None
+            if context.get_world_rank() == 0:
+                save_checkpoint(loop, Path(folder))
+                report = ray.train.Checkpoint.from_directory(folder)
+                with open(config["progress"], "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            ray.train.report(line, checkpoint=report)
+
+
+def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device) -> Loop:
+    """Model, batches, validation and optimiser for a dataset; `settings` as `Settings.result_settings` gives them."""
+    dataset = Dataset.open(dataset_path)
+    model_settings, train = settings["model"], settings["train"]
+    shape = shape_of(model_settings, dataset)
+    torch.manual_seed(train["seed"])
+    features = tokenize(dataset.items, settings["data"]["features"], shape.feature_buckets)
+    model = Recommender(shape, dataset.trained_items(), features).to(device)
+    batches = TrainingBatches(
+        dataset,
+        history=shape.history,
+        batch_positions=train["batch_positions"],
+        windows=train["windows"],
+        prior_days=model_settings["prior_days"] if shape.prior else 0,
+        seed=train["seed"],
+    )
+    precision = train["precision"]
+    loop_settings = LoopSettings(
+        epochs=train["epochs"],
+        patience=train["patience"],
+        learning_rate=train["learning_rate"],
+        warmup_steps=train["warmup_steps"],
+        weight_decay=train["weight_decay"],
+        seed=train["seed"],
+        bfloat16=precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()),
+    )
+    return Loop(model, batches, _validation(dataset, model, settings), loop_settings)
+
+
+def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) -> Validate:
+    """Mean NDCG of the primary setting over validation users, by the predictor that will serve."""
+    evaluate = settings["evaluate"]
+    new_only, k = evaluate["primary_setting"] == "new_only", evaluate["k"][0]
+    questions = Questions(dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["train"]["seed"])
+    predictor = Predictor(
+        model,
+        dataset.items["item_id"].combine_chunks(),
+        dataset.event_types,
+        dataset.popularity,
+        prior_days=settings["model"]["prior_days"],
+        has_time=dataset.has_time,
+    )
+
+    def validate(_: Recommender, rank: int, world: int) -> tuple[float, float]:
+        predictor.refresh()
+        total = users = 0.0
+        for batch in questions.batches(VALIDATION_BATCH, rank, world):
+            asked = [question for question in batch if len(wanted(question, new_only=new_only))]
+            if not asked:
+                continue
+            answer = predictor.recommend([q.history for q in asked], k, now=questions.now, filters=Filters(new_only=new_only))
+            ndcg = per_user(answer.item_index, [wanted(q, new_only=new_only) for q in asked], k)["ndcg"]
+            total, users = total + float(ndcg.sum()), users + len(asked)
+        return total, users
+
+    return validate
+
+
+def save_checkpoint(loop: Loop, folder: Path) -> None:
+    """Weights, best weights and optimiser as safetensors, the progress as JSON; no pickle.
+
+    Generators and sampler are functions of (seed, epoch, rank), so the epoch in `progress.json` is their state.
+    """
+    for name, tensors in loop.state_dict().items():
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    (folder / "progress.json").write_text(json.dumps(loop.progress.to_dict()))
+
+
+def load_checkpoint(loop: Loop, folder: Path) -> None:
+    """Put a loop where `save_checkpoint` left it."""
+    state = {name: load_file(folder / f"{name}.safetensors", device=str(loop.device)) for name in FILES}
+    loop.load_state_dict(state, json.loads((folder / "progress.json").read_text()))
