@@ -92,12 +92,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _work(arguments: argparse.Namespace) -> Any:
-    from recray import demo, pipeline
+    from recray import benchmark, demo, pipeline
     from recray.terminal import Reporter
 
     with Reporter() as reporter:
         if arguments.job == "demo":
             return demo.run_demo(arguments.root, arguments.overrides, reporter, keep_serving=arguments.keep_serving)
+        if arguments.job == "benchmark":
+            return benchmark.run_benchmark_prepare(Path(arguments.out), reporter.say)
         settings = load_settings(arguments.config, arguments.overrides)
         as_of = parse_as_of(arguments.as_of)
         if arguments.job == "serve":

@@ -38,9 +38,9 @@ class StorageSettings(Section):
 class DataSettings(Section):
     events: tuple[str, ...] = _place((SAMPLE,), f"Parquet files, folders or object-store URIs; {SAMPLE} is the data that ships")
     items: str | None = _place(None, "Parquet file, folder or URI of the item table; null: items are what the events name")
-    columns: dict[
-        Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket"], str | None
-    ] = Field(default_factory=dict, description="recray's name: your name; null says that you do not have the column")
+    columns: dict[Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket"], str | None] = Field(
+        default_factory=dict, description="recray's name: your name; null says that you do not have the column"
+    )
     features: dict[str, Literal["categorical", "multi", "numeric", "text"]] = Field(
         default_factory=dict, description="columns of the item table that describe items, and their kind"
     )
@@ -235,7 +235,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path, replaced: set[str]) -> 
             return value
         value = os.path.expandvars(value)
         if unset := re.search(r"\$\{?(\w+)", value):
-            raise SettingsError(f"data: {value!r} needs the environment variable {unset[1]}", f"set {unset[1]}, or override data.events and data.items")
+            raise SettingsError(
+                f"data: {value!r} needs the environment variable {unset[1]}", f"set {unset[1]}, or override data.events and data.items"
+            )
         if ":" in value or Path(value).expanduser().is_absolute():
             return value
         return str(folder / value)

@@ -2,6 +2,8 @@
 
 A job is safe to repeat: its run key names its output, and an output that is there is not made again. A night is the
 jobs one after the other; repeated, it goes on at the stage that failed.
+
+What needs torch or MLflow is imported by the job that uses it: the driver of prepare stays small.
 """
 
 from __future__ import annotations
@@ -11,20 +13,20 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recray import cluster
-from recray.bundle import Bundle, latest_bundle, settings_key
 from recray.config import Settings
+from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError
-from recray.evaluation import evaluate as evaluation
 from recray.prepare import prepare as preparation
 from recray.prepare.sources import inspect_events, read_items
-from recray.scoring import score as scoring
 from recray.storage import Storage, is_sealed, manifest_digest
-from recray.tracking.runs import Tracking
-from recray.training import trainer
+
+if TYPE_CHECKING:
+    from recray.bundle import Bundle
+    from recray.tracking.runs import Tracking
 
 AsOf = dt.datetime | None
 Say = Callable[[str], None]
@@ -64,7 +66,7 @@ def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult
     started = time.monotonic()
     key = preparation.prepare_key(settings, as_of)
     path = Storage(settings.root()).dataset(key)
-    skipped = is_sealed(path, "dataset", key)
+    skipped = is_sealed(path, DATASET, key)
     if not skipped:
         cluster.start()
         preparation.prepare(settings, key, as_of)
@@ -77,11 +79,14 @@ def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult
 
 def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Dataset to bundle, with its MLflow run."""
+    from recray.bundle import KIND, Bundle
+    from recray.training import trainer
+
     started = time.monotonic()
     dataset = _dataset(settings, as_of)
     key = trainer.train_key(settings, dataset)
     path = Storage(settings.root()).bundle(key)
-    skipped = is_sealed(path, "bundle", key)
+    skipped = is_sealed(path, KIND, key)
     if not skipped:
         tracking = _tracking(settings)
         run = tracking.run(key, f"train {_date(dataset.as_of_s)}")
@@ -107,6 +112,8 @@ def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
 
 def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """The current bundle and the baselines on the dataset's test users."""
+    from recray.evaluation import evaluate as evaluation
+
     started = time.monotonic()
     dataset = _dataset(settings, as_of)
     bundle = _bundle(settings, dataset)
@@ -126,6 +133,8 @@ def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
 
 def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Every user's list by the current bundle, published."""
+    from recray.scoring import score as scoring
+
     started = time.monotonic()
     dataset = _dataset(settings, as_of)
     bundle = _bundle(settings, dataset)
@@ -145,7 +154,9 @@ def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
         tracking.document(run, document, f"snapshots/{_date(dataset.as_of_s)}-{key}.json")
         quantiles = {f"snapshot_best_score_q{q}": value for q, value in manifest["best_score_quantiles"].items()}
         tracking.metrics(run, {**{f"snapshot_{name}": v for name, v in metrics.items()}, **quantiles}, _day(dataset.as_of_s))
-    say(f"snapshot {key}: {manifest['users']} users, {manifest['popular_users']} with the popular list; {'published' if changed else 'was published'}")
+    say(
+        f"snapshot {key}: {manifest['users']} users, {manifest['popular_users']} with the popular list; {'published' if changed else 'was published'}"
+    )
     return _result("score", skipped and not changed, key, {"snapshot": str(path), "latest": str(storage.latest)}, metrics, started)
 
 
@@ -166,11 +177,13 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult
     return _result("nightly", skipped, results[-1].run_key, outputs, metrics, started)
 
 
-def headline(table: evaluation.Table, settings: Settings) -> dict[str, float]:
+def headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:
     """The model's figures at the first k of `evaluate.k`, by setting: `repeats_ndcg@10`, …"""
+    from recray.evaluation.evaluate import MODEL
+
     k = settings.evaluate.k[0]
     names = [f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr", "recall", "coverage", "popularity_share")]
-    return {f"{setting}_{name}": rows[evaluation.MODEL][name] for setting, rows in table.items() for name in names}
+    return {f"{setting}_{name}": rows[MODEL][name] for setting, rows in table.items() for name in names}
 
 
 def _dataset(settings: Settings, as_of: AsOf) -> Dataset:
@@ -183,6 +196,9 @@ def _dataset(settings: Settings, as_of: AsOf) -> Dataset:
 
 def _bundle(settings: Settings, dataset: Dataset) -> Bundle:
     """The bundle trained on this dataset, or else the last one trained alike that is not from the future."""
+    from recray.bundle import Bundle, latest_bundle, settings_key
+    from recray.training import trainer
+
     storage = Storage(settings.root())
     own = storage.bundle(trainer.train_key(settings, dataset))
     if own.exists():
@@ -194,6 +210,9 @@ def _bundle(settings: Settings, dataset: Dataset) -> Bundle:
 
 
 def _train_is_due(settings: Settings, dataset: Dataset) -> bool:
+    from recray.bundle import latest_bundle, settings_key
+    from recray.training import trainer
+
     storage = Storage(settings.root())
     last = latest_bundle(storage.root / "bundles", settings_key(trainer.bundle_settings(settings)), dataset.as_of_s)
     if last is None or storage.bundle(trainer.train_key(settings, dataset)).exists():
@@ -203,6 +222,8 @@ def _train_is_due(settings: Settings, dataset: Dataset) -> bool:
 
 
 def _tracking(settings: Settings) -> Tracking:
+    from recray.tracking.runs import Tracking
+
     return Tracking(settings.tracking.uri, settings.tracking.experiment, Storage(settings.root()).tracking)
 
 

@@ -133,9 +133,7 @@ def is_sealed(path: Path, kind: str, run_key: str) -> bool:
     except (OSError, ValueError):
         raise OutputExistsError(f"{path} exists but is not a {kind} that recray wrote", fix) from None
     if manifest.get("kind") != kind or manifest.get("run_key") != run_key:
-        raise OutputExistsError(
-            f"{path} belongs to {manifest.get('kind')} run {manifest.get('run_key')}, not to {kind} run {run_key}", fix
-        )
+        raise OutputExistsError(f"{path} belongs to {manifest.get('kind')} run {manifest.get('run_key')}, not to {kind} run {run_key}", fix)
     return True
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from recray.config import Settings
-from recray.evaluation.report import render
 
 
 class Reporter:
@@ -42,6 +41,7 @@ class Reporter:
     def show_evaluation(self, path: str, settings: Settings) -> None:
         """The table of an evaluation directory."""
         from recray.evaluation.evaluate import SETTINGS, order
+        from recray.evaluation.report import render
 
         table: dict[str, Any] = json.loads((Path(path) / "metrics.json").read_text())
         self.show(render({s: {name: table[s][name] for name in order(table[s])} for s in SETTINGS}, settings.evaluate.k[0]))

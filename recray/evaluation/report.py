@@ -13,25 +13,24 @@ TITLES = {"repeats": "repeats allowed", "new_only": "new items only"}
 
 def render(table: Table, k: int) -> RichTable:
     """Model and baselines in both settings at `k`; the lead is the model's paired NDCG difference with its interval."""
-    users = ", ".join(f"{rows[MODEL]['users']} ({TITLES[setting]})" for setting, rows in table.items())
-    out = RichTable(title=f"test users: {users}", title_justify="left")
-    out.add_column("setting")
-    out.add_column("ranker")
-    for name in ("HR", "NDCG", "MRR", "Recall"):
-        out.add_column(f"{name}@{k}", justify="right")
-    out.add_column("coverage", justify="right")
-    out.add_column("popular share", justify="right")
-    out.add_column("recray's NDCG lead", justify="right")
+    out = RichTable(caption="lead: recray's NDCG minus the row's, paired per user, with its bootstrap interval", caption_justify="left")
+    out.add_column("")
+    for name in (f"HR@{k}", f"NDCG@{k}", f"MRR@{k}", f"Recall@{k}", "coverage", "popular"):
+        out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("lead", justify="right", no_wrap=True)
     for setting, rows in table.items():
+        out.add_row(f"{TITLES[setting]}, {rows[MODEL]['users']} users", style="italic")
         for name, row in rows.items():
-            out.add_row(TITLES[setting], name, *_cells(row, k), style="bold" if name == MODEL else None)
+            out.add_row(f"  {name}", *_cells(row, k), style="bold" if name == MODEL else None)
         out.add_section()
+    for reason in sorted({f"{name}: skipped, {row['skipped']}" for rows in table.values() for name, row in rows.items() if "skipped" in row}):
+        out.caption = f"{out.caption}\n{reason}"
     return out
 
 
 def _cells(row: dict[str, Any], k: int) -> list[str]:
     if "skipped" in row:
-        return [f"skipped: {row['skipped']}"]
+        return ["–"] * 7
     shown = [f"{row[f'{metric}@{k}']:.4f}" for metric in ("hr", "ndcg", "mrr", "recall")]
     shown += [f"{row[f'{name}@{k}']:.1%}" for name in ("coverage", "popularity_share")]
     if "model_lead" in row:

@@ -261,5 +261,3 @@ def _as_id(value: Any, integral: bool) -> Any:
         return int(value)
     except (TypeError, ValueError):
         return None
-
-

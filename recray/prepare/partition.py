@@ -140,9 +140,7 @@ def _stage(plan: PartitionPlan, batch: pa.Table, uri: str) -> pa.Table:
         staged[schema.EVENT] = pc.fill_null(column(schema.EVENT), schema.DEFAULT_EVENT)
     else:
         staged[schema.EVENT] = pa.array([schema.DEFAULT_EVENT]).take(pa.array(np.zeros(len(batch), np.int8)))
-    staged[schema.VALUE] = (
-        column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(len(batch), np.float32))
-    )
+    staged[schema.VALUE] = column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(len(batch), np.float32))
     if schema.BASKET in plan.columns:
         staged[schema.BASKET] = column(schema.BASKET)
     return pa.table(staged)

@@ -154,7 +154,12 @@ def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
         return pa.string()
     if name == schema.VALUE and (is_int or pa.types.is_floating(plain) or pa.types.is_decimal(plain)):
         return pa.float32()
-    wanted = {schema.TIMESTAMP: "a timestamp, a date or integer seconds", schema.POSITION: "integers", schema.EVENT: "strings", schema.VALUE: "numbers"}
+    wanted = {
+        schema.TIMESTAMP: "a timestamp, a date or integer seconds",
+        schema.POSITION: "integers",
+        schema.EVENT: "strings",
+        schema.VALUE: "numbers",
+    }
     raise DataError(
         f"{uri}: column for {name} has type {found}, not {wanted.get(name, 'integers or strings')}",
         f"cast it, or map another column: data.columns.{name}=YOUR_COLUMN",

@@ -37,14 +37,10 @@ class RecommendRequest(BaseModel):
 
     user_id: Id | None = Field(None, description="a user of the event log; unknown users get the popular list")
     k: int = Field(10, ge=1, le=1000, description="how many items")
-    history: list[Event] | None = Field(
-        None, max_length=10_000, description="the user's events, oldest first; taken instead of the stored history"
-    )
+    history: list[Event] | None = Field(None, max_length=10_000, description="the user's events, oldest first; taken instead of the stored history")
     new_only: bool = Field(False, description="leave out items of the history")
     exclude: list[Id] = Field([], max_length=10_000, description="items that must not be answered")
-    now: dt.datetime | None = Field(
-        None, description="the moment asked about; null: just after the night's as-of or the last event of `history`"
-    )
+    now: dt.datetime | None = Field(None, description="the moment asked about; null: just after the night's as-of or the last event of `history`")
 
 
 class Item(BaseModel):

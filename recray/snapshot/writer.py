@@ -32,9 +32,7 @@ def part_name(bucket: int) -> str:
     return f"part-{bucket:05d}.parquet"
 
 
-def write_part(
-    folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array, offsets: pa.Array, scores: pa.Array, source: list[str]
-) -> None:
+def write_part(folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array, offsets: pa.Array, scores: pa.Array, source: list[str]) -> None:
     """Write one bucket: users in ascending order, their items flat with list `offsets` [users + 1]."""
     columns = [
         user_ids,

@@ -25,9 +25,10 @@ class Tracking:
     def __init__(self, uri: str | None, experiment: str, folder: Path) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
+
+        for noisy in ("mlflow", "mlflow.store.db.utils", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
 
         folder.mkdir(parents=True, exist_ok=True)
         self.uri = uri or f"sqlite:///{folder / 'mlflow.db'}"

@@ -91,9 +91,7 @@ class Loop:
         total = self._sum(total[None])[0]
         loss = float(total / queries.clamp(min=1))
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of epoch {epoch + 1} is {loss}", "lower train.learning_rate; the last good checkpoint is kept"
-            )
+            raise TrainingError(f"the loss of epoch {epoch + 1} is {loss}", "lower train.learning_rate; the last good checkpoint is kept")
         return loss
 
     def train_step(self, batch: Any, targets: Any, count: int) -> Tensor:

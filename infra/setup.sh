@@ -1,0 +1,23 @@
+# Sourced by demo.sh and test.sh: a virtual environment in .venv with the pinned versions, made once per set of pins.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup() {
+    local pins stamp=.venv/.recray-pins
+    pins=$(cat pyproject.toml infra/constraints.txt infra/setup.sh | sha256sum | cut -d' ' -f1)
+    if [[ -f $stamp && $(<"$stamp") == "$pins" ]]; then
+        return
+    fi
+    local python=${PYTHON:-python3.11}
+    command -v "$python" >/dev/null || python=python3
+    "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
+        echo "recray needs Python 3.11; name one with PYTHON=/path/to/python3.11" >&2
+        exit 1
+    }
+    echo "setting up .venv (a few minutes, once)" >&2
+    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+    # a CPU build of torch where an index for one is named; else whatever the configured index has
+    .venv/bin/python -m pip install --quiet ${RECRAY_TORCH_INDEX:+--index-url "$RECRAY_TORCH_INDEX"} torch==2.13.0
+    .venv/bin/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[test]'
+    echo "$pins" >"$stamp"
+}

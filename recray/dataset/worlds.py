@@ -1,0 +1,133 @@
+"""Synthetic worlds: event logs of any size from a seed, for tests and for scale.
+
+Users have tastes that drift; items have a vector, a category, a brand, a price and a popularity; what a user meets
+follows taste, popularity and friends, and some of it is noise. The same seed and size always give the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_START_S = 1_704_067_200  # 2024-01-01 UTC
+_CHUNK_USERS = 20_000
+
+
+@dataclass(frozen=True)
+class World:
+    """Specification of a world.
+
+    Parameters
+    ----------
+    users, items : how many
+    events_per_user : mean of a geometric number of events, at least 3
+    days : length of the log
+    taste_dim : dimensions of taste
+    drift : how far a taste wanders over the log, 0 to 1
+    noise : share of events that follow nothing
+    repeat : share of events that repeat an earlier item of the user
+    friends : friends of each user
+    seed : draws everything
+    """
+
+    users: int
+    items: int
+    events_per_user: float = 20.0
+    days: int = 120
+    taste_dim: int = 8
+    drift: float = 0.3
+    noise: float = 0.1
+    repeat: float = 0.15
+    friends: int = 3
+    seed: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Write `events/part-*.parquet`, `items.parquet` and `social.parquet` below `folder`."""
+        (folder / "events").mkdir(parents=True, exist_ok=True)
+        pq.write_table(self.item_table(), folder / "items.parquet")
+        pq.write_table(self.social_table(), folder / "social.parquet")
+        for number, table in enumerate(self.event_tables()):
+            pq.write_table(table, folder / "events" / f"part-{number:05d}.parquet", row_group_size=250_000)
+
+    def item_table(self) -> pa.Table:
+        """item_id string, title, category, brand, price, tags."""
+        random = np.random.default_rng([self.seed, 1])
+        category = self._categories()
+        brand = random.integers(0, 20, self.items)
+        return pa.table(
+            {
+                "item_id": [f"i{number:07d}" for number in range(self.items)],
+                "title": [f"Item {number} of kind {kind}" for number, kind in enumerate(category)],
+                "category": [f"kind {kind}" for kind in category],
+                "brand": [f"brand {number}" for number in brand],
+                "price": np.round(np.exp(random.normal(2.0, 1.0, self.items)), 2),
+                "tags": [[f"kind {kind}", f"brand {number}"] for kind, number in zip(category, brand, strict=True)],
+            }
+        )
+
+    def social_table(self) -> pa.Table:
+        """user_id, friend_id: friends have neighbouring numbers, and neighbours share a base taste."""
+        user = np.repeat(np.arange(self.users), self.friends)
+        friend = (user + np.tile(np.arange(1, self.friends + 1), self.users)) % self.users
+        return pa.table({"user_id": user, "friend_id": friend})
+
+    def event_tables(self) -> Iterator[pa.Table]:
+        """user_id int64, item_id string, timestamp (us, UTC), event (view, cart, purchase), value; a chunk of users at a time."""
+        for chunk, first in enumerate(range(0, self.users, _CHUNK_USERS)):
+            yield self._events(chunk, np.arange(first, min(first + _CHUNK_USERS, self.users)))
+
+    def _categories(self) -> np.ndarray:
+        return np.random.default_rng([self.seed, 2]).integers(0, 4 * self.taste_dim, self.items)
+
+    def _events(self, chunk: int, users: np.ndarray) -> pa.Table:
+        random = np.random.default_rng([self.seed, 3, chunk])
+        count = 3 + random.geometric(1.0 / max(self.events_per_user - 3.0, 1.0), len(users)) - 1
+        row = np.repeat(np.arange(len(users)), count)
+        when = random.random(len(row))
+        order = np.lexsort((when, row))
+        when = when[order]
+        item = self._choose(random, users, row, when)
+        earlier = np.arange(len(row)) - (random.random(len(row)) * (np.arange(len(row)) - (np.cumsum(count) - count)[row])).astype(int)
+        again = random.random(len(row)) < self.repeat
+        item[again] = item[np.minimum(earlier, np.arange(len(row)))[again]]
+        seconds = _START_S + (when * self.days * 86_400).astype(np.int64)
+        event = np.array(["view", "cart", "purchase"])[np.searchsorted([0.7, 0.85], random.random(len(row)))]
+        return pa.table(
+            {
+                "user_id": users[row],
+                "item_id": pa.array([f"i{number:07d}" for number in range(self.items)]).take(pa.array(item)),
+                "timestamp": pa.array(seconds * 1_000_000, pa.timestamp("us", tz="UTC")),
+                "event": pa.array(event).dictionary_encode(),
+                "value": random.integers(1, 6, len(row)).astype(np.float32),
+            }
+        )
+
+    def _choose(self, random: np.random.Generator, users: np.ndarray, row: np.ndarray, when: np.ndarray) -> np.ndarray:
+        """An item for each event: a category by taste at that time, then an item of it by popularity."""
+        kinds = 4 * self.taste_dim
+        vectors = np.random.default_rng([self.seed, 4]).normal(size=(kinds, self.taste_dim))
+        # users of one circle of friends share a base taste, so that a friend's events tell something
+        circle = np.random.default_rng([self.seed, 5]).normal(size=(self.users // (self.friends + 1) + 1, self.taste_dim))
+        base = circle[users // (self.friends + 1)] + 0.5 * random.normal(size=(len(users), self.taste_dim))
+        goal = random.normal(size=(len(users), self.taste_dim))
+        category = self._categories()
+        by_kind = np.argsort(category, kind="stable")
+        start = np.searchsorted(category[by_kind], np.arange(kinds + 1))
+        kind = np.empty(len(row), np.int64)
+        for first in range(0, len(row), 200_000):
+            part = slice(first, first + 200_000)
+            taste = base[row[part]] + self.drift * when[part, None] * goal[row[part]]
+            logits = 1.5 * taste @ vectors.T + random.gumbel(size=(len(taste), kinds))
+            logits[:, np.diff(start) == 0] = -np.inf
+            kind[part] = logits.argmax(1)
+        size = np.diff(start)[kind]
+        place = np.minimum((size * random.random(len(row)) ** 2.5).astype(np.int64), size - 1)
+        item = by_kind[start[kind] + place]
+        noisy = random.random(len(row)) < self.noise
+        item[noisy] = random.integers(0, self.items, noisy.sum())
+        return item
