@@ -99,7 +99,7 @@ def _holders() -> str:
         actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=5)
     except Exception:
         return "unknown (the state API did not answer)"
-    held = [f"{a.class_name} ({a.required_resources.get('CPU', 0):g})" for a in actors if (a.required_resources or {}).get("CPU")]
+    held = [f"{a.class_name} ({cpus:g})" for a in actors if (cpus := (a.required_resources or {}).get("CPU", 0))]
     return ", ".join(held) or "tasks"
 
 

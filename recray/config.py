@@ -24,7 +24,7 @@ SAMPLE = "sample:online-retail"  # stands for the data that ships
 
 
 def _place(default: Any, description: str, **kwargs: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"place": True}, **kwargs)
+    return Field(default=default, description=description, json_schema_extra={"place": True}, **kwargs)
 
 
 class Section(BaseModel):

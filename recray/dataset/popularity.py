@@ -35,8 +35,8 @@ class Popularity:
         return cls._merge(day, item_index, np.ones(len(item_index), np.int64), n_items)
 
     def __add__(self, other: Popularity) -> Popularity:
-        parts = ((a, b) for a, b in zip(self._arrays(), other._arrays(), strict=True))
-        return self._merge(*(np.concatenate(pair) for pair in parts), self.n_items)
+        day, item_index, count = (np.concatenate(pair) for pair in zip(self._arrays(), other._arrays(), strict=True))
+        return self._merge(day, item_index, count, self.n_items)
 
     @classmethod
     def _merge(cls, day: np.ndarray, item_index: np.ndarray, count: np.ndarray, n_items: int) -> Popularity:

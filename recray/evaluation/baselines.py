@@ -52,14 +52,16 @@ def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ea
     else:
         yield "popular, last 7 days", "no timestamps"
     yield "personal frequency", Baseline(lambda asked: _counts(asked, dataset.n_items) + recent_V * 1e-4)
-    similarity = _cosine(seen_UV, dense=dataset.n_items <= ease_max_items)
-    yield "item-kNN", Baseline(lambda asked: _product(asked, similarity))
-    del similarity
+    yield "item-kNN", _linear(_cosine(seen_UV, dense=dataset.n_items <= ease_max_items))
     if dataset.n_items > ease_max_items:
         yield "EASE", f"more than {ease_max_items} items"
-        return
-    weights = _ease(seen_UV, ease_l2)
-    yield "EASE", Baseline(lambda asked: _product(asked, weights))
+    else:
+        yield "EASE", _linear(_ease(seen_UV, ease_l2))
+
+
+def _linear(weights: np.ndarray | sp.csr_matrix) -> Baseline:
+    """What the user met, times an items x items matrix."""
+    return Baseline(lambda asked: _product(asked, weights))
 
 
 def _histories(dataset: Dataset, part: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -29,6 +29,7 @@ Table = dict[str, Any]
 
 
 def evaluate_key(settings: Settings, dataset: Dataset, bundle: Bundle) -> str:
+    """Run key of evaluate."""
     return key_of("evaluate", settings.result_settings("evaluate"), dataset.key, dataset.digest, bundle.digest, __version__)
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,32 @@ class PartitionPlan:
     quarantine: Path
 
 
+@dataclass
+class Stats:
+    """What the first pass counted: rows = bad + late + events; late rows come after as-of."""
+
+    rows: int = 0
+    bad: int = 0
+    late: int = 0
+    events: int = 0
+    last_us: int | None = None
+    reasons: dict[str, int] = field(default_factory=dict)
+    event_types: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Stats) -> None:
+        for name in ("rows", "bad", "late", "events"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
+            for key, count in theirs.items():
+                mine[key] = mine.get(key, 0) + count
+        self.saw(other.last_us)
+
+    def saw(self, last_us: int | None) -> None:
+        """Take a time into account for `last_us`."""
+        if last_us is not None:
+            self.last_us = last_us if self.last_us is None else max(last_us, self.last_us)
+
+
 def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     """Scatter one row group into `plan.staging/<number>/`: an Arrow file a shard, `items.arrow` and `stats.json`."""
     final = plan.staging / f"{group.number:06d}"
@@ -47,35 +73,34 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
         return
     scratch = plan.staging / f".{group.number:06d}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir(parents=True)
-    stats = {"rows": 0, "bad": 0, "late": 0, "events": 0, "last_us": None, "reasons": {}, "event_types": {}}
+    stats = Stats()
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
     counts: list[pa.Table] = []
     bad: list[pa.Table] = []
     for table in _read(plan, group):
         good, rejected = _check(table)
-        stats["rows"] += len(table)
+        stats.rows += len(table)
         bad.append(rejected)
         if plan.as_of_us is not None:
             kept = good.filter(pc.less_equal(good["t"], plan.as_of_us))
-            stats["late"] += len(good) - len(kept)
+            stats.late += len(good) - len(kept)
             good = kept
         if not len(good):
             continue
         if plan.clock == schema.TIMESTAMP:
-            last = pc.max(good["t"]).as_py()
-            stats["last_us"] = max(last, stats["last_us"] or last)
-        _count(stats["event_types"], good[schema.EVENT])
+            stats.saw(pc.max(good["t"]).as_py())
+        _count(stats.event_types, good[schema.EVENT])
         counts.append(good.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
         _scatter(good, plan.shards, scratch, writers)
     for writer in writers.values():
         writer.close()
     rejected = pa.concat_tables(bad)
-    stats["bad"] = len(rejected)
-    _count(stats["reasons"], rejected["reason"])
+    stats.bad = len(rejected)
+    _count(stats.reasons, rejected["reason"])
     _write_quarantine(plan, group, rejected)
-    stats["events"] = stats["rows"] - stats["bad"] - stats["late"]
+    stats.events = stats.rows - stats.bad - stats.late
     _write_counts(counts, scratch / "items.arrow")
-    write_json(scratch / "stats.json", stats)
+    write_json(scratch / "stats.json", asdict(stats))
     try:
         os.rename(scratch, final)
     except OSError:
@@ -84,12 +109,12 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
         shutil.rmtree(scratch)
 
 
-def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[dict, pa.Table]]:
+def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[Stats, pa.Table]]:
     """Statistics and item counts (item_id, count_all) of every row group, in order."""
     for number in range(groups):
         folder = plan.staging / f"{number:06d}"
         with pa.ipc.open_file(folder / "items.arrow") as reader:
-            yield read_json(folder / "stats.json"), reader.read_all()
+            yield Stats(**read_json(folder / "stats.json")), reader.read_all()
 
 
 def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
@@ -103,6 +128,7 @@ def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
 
 
 def staged_schema(plan: PartitionPlan) -> pa.Schema:
+    """Columns of the staged files; `t` is microseconds, a position, or 0."""
     fields = [
         (schema.USER_ID, plan.types[schema.USER_ID]),
         (schema.ITEM_ID, plan.types[schema.ITEM_ID]),
@@ -185,7 +211,7 @@ def _scatter(good: pa.Table, shards: int, folder: Path, writers: dict[int, pa.ip
     order = np.argsort(bucket, kind="stable")
     edges = np.searchsorted(bucket[order], np.arange(shards + 1))
     good = good.take(pa.array(order)).combine_chunks()
-    for shard in np.flatnonzero(np.diff(edges)):
+    for shard in np.flatnonzero(np.diff(edges)).tolist():
         if shard not in writers:
             writers[shard] = pa.ipc.new_file(folder / f"{shard:05d}.arrow", good.schema)
         writers[shard].write_table(good.slice(edges[shard], edges[shard + 1] - edges[shard]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from recray.config import Settings
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
 from recray.errors import DataError, TooManyBadRowsError
-from recray.prepare.partition import PartitionPlan, partition_row_group, read_stats
+from recray.prepare.partition import PartitionPlan, Stats, partition_row_group, read_stats
 from recray.prepare.shards import ShardPlan, build_shard
-from recray.prepare.sources import EventSource, digest_files, inspect_events, list_files, read_items
+from recray.prepare.sources import EventSource, RowGroup, digest_files, inspect_events, list_files, read_items
 from recray.prepare.split import cut_dates, split_shard
 from recray.storage import Storage, is_sealed, key_of, sealed_directory
 
@@ -34,8 +36,26 @@ def prepare_key(settings: Settings, as_of: dt.datetime | None) -> str:
     return key_of("prepare", settings.result_settings("data", "split"), digests, as_of, __version__)
 
 
-def prepare(settings: Settings, key: str, as_of: dt.datetime | None) -> Dataset:
-    """Write the dataset `key`, or open it if it is there. Needs a Ray session.
+def on_ray_data(task: Callable[[int], None], count: int) -> None:
+    """Run task(0) … task(count - 1) as Ray Data tasks of one CPU each."""
+    import ray
+
+    from recray.cluster import unwrapped
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        task(int(row["item"]))
+        return row
+
+    with unwrapped():
+        ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1).materialize()
+
+
+Each = Callable[[Callable[[int], None], int], None]
+"""Runs a task for each number below a count, in any order and in any process."""
+
+
+def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each = on_ray_data) -> Dataset:
+    """Write the dataset `key`, or open it if it is there. `each` runs the tasks; on Ray Data it needs a Ray session.
 
     Raises DataError and its kinds, OutputExistsError.
     """
@@ -58,25 +78,26 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None) -> Dataset:
         staging=storage.staging(key),
         quarantine=storage.quarantine(key),
     )
-    _partition(plan, source)
+    each(partial(_partition, plan, source.row_groups), len(source.row_groups))
     totals = _totals(plan, source, settings, as_of)
+    as_of_s = int(as_of.timestamp()) if as_of else (totals.last_us or 0) // 1_000_000
     vocabulary, item_table = _vocabulary(plan, source, settings, items)
     fields: dict[str, Any] = {
         "recray": __version__,
         "settings": settings.result_settings("data", "split"),
         "clock": source.clock,
-        "as_of_s": totals["as_of_s"],
+        "as_of_s": as_of_s,
         "shards": plan.shards,
         "items": len(vocabulary),
-        "event_types": sorted(totals["event_types"]),
-        "rows": totals["rows"],
-        "bad_rows": totals["bad"],
+        "event_types": sorted(totals.event_types),
+        "rows": totals.rows,
+        "bad_rows": totals.bad,
     }
     with sealed_directory(final, KIND, key, fields) as folder:
         (folder / "shards").mkdir()
         (folder / "splits").mkdir()
         shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, folder / "shards")
-        _build(shard_plan, plan.shards)
+        each(partial(build_shard, shard_plan), plan.shards)
         pq.write_table(item_table, folder / "items.parquet")
         _finish(folder, fields, settings)
     shutil.rmtree(plan.staging, ignore_errors=True)
@@ -87,56 +108,25 @@ def _microseconds(moment: dt.datetime) -> int:
     return (moment - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
-def _partition(plan: PartitionPlan, source: EventSource) -> None:
-    import ray
-
-    from recray.cluster import unwrapped
-
-    def run(row: dict[str, Any]) -> dict[str, Any]:
-        partition_row_group(plan, source.row_groups[row["item"]])
-        return {"item": row["item"]}
-
-    numbers = list(range(len(source.row_groups)))
-    with unwrapped():
-        ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(run, num_cpus=1).materialize()
+def _partition(plan: PartitionPlan, groups: tuple[RowGroup, ...], number: int) -> None:
+    partition_row_group(plan, groups[number])
 
 
-def _build(plan: ShardPlan, shards: int) -> None:
-    import ray
-
-    from recray.cluster import unwrapped
-
-    def run(row: dict[str, Any]) -> dict[str, Any]:
-        build_shard(plan, row["item"])
-        return {"item": row["item"]}
-
-    with unwrapped():
-        ray.data.from_items(list(range(shards)), override_num_blocks=shards).map(run, num_cpus=1).materialize()
-
-
-def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of: dt.datetime | None) -> dict[str, Any]:
+def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of: dt.datetime | None) -> Stats:
     """Sum of the row groups' statistics. Raises TooManyBadRowsError, DataError if as-of leaves nothing."""
-    totals: dict[str, Any] = {"rows": 0, "bad": 0, "late": 0, "events": 0, "last_us": None, "reasons": {}, "event_types": {}}
+    totals = Stats()
     for stats, _ in read_stats(plan, len(source.row_groups)):
-        for name in ("rows", "bad", "late", "events"):
-            totals[name] += stats[name]
-        for name in ("reasons", "event_types"):
-            for key, count in stats[name].items():
-                totals[name][key] = totals[name].get(key, 0) + count
-        if stats["last_us"] is not None:
-            totals["last_us"] = max(stats["last_us"], totals["last_us"] or stats["last_us"])
-    if totals["bad"] > settings.data.max_bad_fraction * totals["rows"]:
+        totals.add(stats)
+    if totals.bad > settings.data.max_bad_fraction * totals.rows:
         shutil.rmtree(plan.staging, ignore_errors=True)
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals["reasons"].items()))
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
         raise TooManyBadRowsError(
-            f"{totals['bad']} of {totals['rows']} rows are bad ({reasons}); they are in {plan.quarantine}",
+            f"{totals.bad} of {totals.rows} rows are bad ({reasons}); they are in {plan.quarantine}",
             "mend the input, or allow more with data.max_bad_fraction",
         )
-    if not totals["events"]:
+    if not totals.events:
         shutil.rmtree(plan.staging, ignore_errors=True)
-        raise DataError(f"no event at or before as-of {as_of}: {totals['late']} come later", "choose a later --as-of")
-    known_time = source.clock == schema.TIMESTAMP
-    totals["as_of_s"] = int(as_of.timestamp()) if as_of else totals["last_us"] // 1_000_000 if known_time else 0
+        raise DataError(f"no event at or before as-of {as_of}: {totals.late} come later", "choose a later --as-of")
     return totals
 
 
@@ -149,8 +139,11 @@ def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, it
             raise DataError(
                 f"item_id is {items[schema.ITEM_ID].type} in data.items and {counts[schema.ITEM_ID].type} in data.events", "write both alike"
             )
-        counts = counts.join(items, schema.ITEM_ID, join_type="full outer")
-        counts = counts.set_column(1, "events", pc.fill_null(counts["events"], 0))
+        known = pa.chunked_array([*counts[schema.ITEM_ID].chunks, *items[schema.ITEM_ID].chunks]).unique()
+        events = counts["events"].take(pc.index_in(known, counts[schema.ITEM_ID].combine_chunks()))
+        described = items.take(pc.index_in(known, items[schema.ITEM_ID].combine_chunks()))
+        columns = {schema.ITEM_ID: known, "events": pc.fill_null(events, 0)}
+        counts = pa.table({**columns, **{name: described[name] for name in settings.data.features}})
     counts = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
     if not len(counts):
         raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")
@@ -171,9 +164,11 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:
         events += len(shard.item_index)
         popularity = popularity + Popularity.count_events(shard.item_index, shard.timestamp_s if has_time else None, probe.n_items)
 
-    def kept_times() -> list[np.ndarray]:
-        chunks = (probe._map(number) for number in range(probe.n_shards))
-        return (s.timestamp_s[np.repeat(np.diff(s.offsets) >= minimum, np.diff(s.offsets))] for s in chunks)  # type: ignore[return-value]
+    def kept_times() -> Iterator[np.ndarray]:
+        for number in range(probe.n_shards):
+            shard = probe._map(number)
+            counts = np.diff(shard.offsets)
+            yield shard.timestamp_s[np.repeat(counts >= minimum, counts)]
 
     cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
     for number in range(probe.n_shards):

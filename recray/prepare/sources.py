@@ -23,7 +23,6 @@ class RowGroup:
 
     number: int
     uri: str
-    file: int
     row_group: int
     rows: int
 
@@ -114,8 +113,8 @@ def inspect_events(data: DataSettings) -> EventSource:
             if number and (found != columns or found_types != types):
                 raise DataError(f"{uri} has other columns or types than {files[0]}: {found_types} against {types}", "write all files alike")
             columns, types = found, found_types
-            for group in range(file.metadata.num_row_groups):
-                groups.append(RowGroup(len(groups), uri, number, group, file.metadata.row_group(group).num_rows))
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            groups += [RowGroup(len(groups) + i, uri, group, rows) for i, (group, rows) in enumerate((g, n) for g, n in enumerate(sizes) if n)]
     if not sum(group.rows for group in groups):
         raise DataError(f"{files[0]}{' and the other files' if len(files) > 1 else ''} have no rows", "check data.events")
     clock = schema.TIMESTAMP if schema.TIMESTAMP in columns else schema.POSITION if schema.POSITION in columns else "file_order"
@@ -124,9 +123,10 @@ def inspect_events(data: DataSettings) -> EventSource:
 
 def _columns(found: pa.Schema, data: DataSettings, uri: str) -> dict[str, str]:
     chosen = {}
+    mapping: dict[str, str | None] = {str(name): column for name, column in data.columns.items()}
     for name in schema.EVENT_COLUMNS:
-        mapped = name in data.columns
-        column = data.columns.get(name, name)
+        mapped = name in mapping
+        column = mapping.get(name, name)
         if column is None:
             continue
         if column in found.names:
@@ -173,7 +173,7 @@ def read_items(data: DataSettings) -> pa.Table | None:
             raise DataError(f"data.features names {', '.join(data.features)}, but data.items is null", "name the item table in data.items")
         return None
     files = list_files((data.items,), sample="items.parquet")
-    id_column = data.columns.get(schema.ITEM_ID) or schema.ITEM_ID
+    id_column = data.columns.get("item_id") or schema.ITEM_ID
     tables = []
     for uri in files:
         with open_parquet(uri) as file:

@@ -22,6 +22,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def score_key(settings: Settings, dataset: Dataset, bundle: Bundle) -> str:
+    """Run key of score."""
     return key_of("score", settings.result_settings("score"), dataset.key, dataset.digest, bundle.digest, dataset.as_of_s, __version__)
 
 
@@ -67,7 +68,7 @@ def _run(settings: Settings, dataset: Dataset, bundle: Bundle, folder: Path) -> 
     }
     with unwrapped():
         scored = ray.data.from_items(list(range(dataset.n_shards)), override_num_blocks=dataset.n_shards).map(
-            ScoreBucket,
+            ScoreBucket,  # type: ignore[arg-type]
             fn_constructor_kwargs=arguments,
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=options.cpus_per_actor,

@@ -1,7 +1,5 @@
 """The Ray Serve application: HTTP in front of `handler.Night`, and the watch for the next night."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any
@@ -72,7 +70,7 @@ class Endpoint:
 def build(settings: Settings) -> Any:
     """The application of these settings, to run or to deploy."""
     options = settings.serve
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Endpoint,
         num_replicas=options.replicas,
         max_ongoing_requests=options.max_ongoing_requests,

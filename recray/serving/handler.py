@@ -121,7 +121,7 @@ class Night:
         return History(items[order], kinds[order], times[order], values[order])
 
     def _answer(self, items: list[Item], source: str) -> RecommendResponse:
-        return RecommendResponse(items=items, source=source, night=self.date, bundle=self.bundle)  # type: ignore[arg-type]
+        return RecommendResponse(items=items, source=source, night=self.date, bundle=self.bundle)
 
 
 def _seconds(moment: dt.datetime) -> int:

@@ -24,11 +24,13 @@ KIND = "snapshot"
 
 
 def snapshot_path(storage: Storage, as_of_s: int, key: str) -> Path:
+    """Where the snapshot of a night lies."""
     date = dt.datetime.fromtimestamp(as_of_s, dt.UTC).date()
     return storage.scores / f"dt={date}" / f"run={key}"
 
 
 def part_name(bucket: int) -> str:
+    """File name of a bucket."""
     return f"part-{bucket:05d}.parquet"
 
 

@@ -115,10 +115,11 @@ class Loop:
         """Sum gradients over the ranks, as one flat tensor. Each loss is already divided by the global batch."""
         if self.world == 1:
             return
+        gradients = []
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+            gradients.append(parameter.grad)
         flat = self._sum(torch.cat([g.reshape(-1) for g in gradients]))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -33,6 +33,7 @@ def bundle_settings(settings: Settings) -> dict[str, Any]:
 
 
 def train_key(settings: Settings, dataset: Dataset) -> str:
+    """Run key of train; also names the Ray Train run and the MLflow run."""
     return key_of("train", bundle_settings(settings), dataset.key, dataset.digest, __version__)
 
 

@@ -1,0 +1,111 @@
+"""Shared fixtures: small worlds, datasets prepared without Ray, and the rule that a module leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from recray.config import Settings, load_settings
+from recray.dataset.reader import Dataset
+from recray.dataset.worlds import World
+
+SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def in_process(task: Callable[[int], None], count: int) -> None:
+    """Runs the tasks of prepare one after the other, without Ray."""
+    for number in range(count):
+        task(number)
+
+
+def prepare_here(settings: Settings, as_of=None) -> Dataset:
+    from recray.prepare.prepare import prepare, prepare_key
+
+    return prepare(settings, prepare_key(settings, as_of), as_of, in_process)
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    World(users=300, items=120, events_per_user=15, seed=1).write(folder)
+    return folder
+
+
+def world_overrides(folder: Path, root: Path) -> list[str]:
+    return [
+        f"data.events=[{folder / 'events'}]",
+        f"data.items={folder / 'items.parquet'}",
+        "data.features={category: categorical, brand: categorical, price: numeric, tags: multi, title: text}",
+        f"storage.root={root}",
+        "model.dim=16",
+        "model.history=32",
+        "model.feature_buckets=256",
+        "train.epochs=2",
+        "train.batch_positions=512",
+        "train.warmup_steps=5",
+        "evaluate.bootstrap=100",
+        "score.k=20",
+        "split.validation_users=0.5",
+    ]
+
+
+@pytest.fixture(scope="session")
+def world_settings(world_folder, tmp_path_factory) -> Settings:
+    return load_settings(None, world_overrides(world_folder, tmp_path_factory.mktemp("root")))
+
+
+@pytest.fixture(scope="session")
+def world_dataset(world_settings) -> Dataset:
+    return prepare_here(world_settings)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"the data sets of {SHARED} are absent (set RECRAY_DATA)")
+    return SHARED
+
+
+@pytest.fixture(scope="module")
+def own_home(tmp_path_factory) -> Iterator[Path]:
+    """A home, token and Ray address of the module's own; afterwards none of its processes may be left."""
+    home = tmp_path_factory.mktemp("home")
+    before = _processes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        yield home
+    deadline = time.monotonic() + 30
+    while (left := _processes() - before) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left, f"processes left behind: {sorted(left)}"
+
+
+@pytest.fixture(scope="module")
+def ray_session(own_home) -> Iterator[None]:
+    import ray
+
+    from recray import cluster
+
+    cluster.start(2)
+    yield
+    ray.shutdown()
+
+
+def _processes() -> set[tuple[int, str]]:
+    """Ray, MLflow and recray processes on this machine."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if any(word in command for word in ("ray::", "raylet", "gcs_server", "mlflow server", "recray ", "jobs.")):
+                found.add((int(entry.name), command[:80]))
+    return found

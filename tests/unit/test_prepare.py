@@ -1,0 +1,224 @@
+import datetime as dt
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import prepare_here, world_overrides
+
+from recray.config import load_settings
+from recray.dataset.reader import Dataset, bucket_of
+from recray.errors import DamagedArtifactError, DataError, OutputExistsError, TooManyBadRowsError
+from recray.prepare.prepare import prepare_key
+from recray.prepare.split import quantile
+
+
+def table(rows, **types):
+    names = ["user_id", "item_id", "timestamp"]
+    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    columns["timestamp"] = pa.array(columns["timestamp"], types.get("timestamp", pa.int64()))
+    return pa.table(columns)
+
+
+ROWS = [(u, f"i{(u * 3 + t) % 7}", 1_600_000_000 + 86_400 * t + u) for u in range(20) for t in range(10)]
+
+
+def dataset(tmp_path, rows=ROWS, overrides=(), as_of=None, source=None) -> Dataset:
+    path = tmp_path / "events.parquet"
+    pq.write_table(table(rows) if source is None else source, path)
+    return prepare_here(load_settings(None, [f"data.events={path}", f"storage.root={tmp_path / 'root'}", *overrides]), as_of)
+
+
+def everything(data: Dataset) -> dict:
+    ids = [None, *data.items["item_id"].to_pylist()]
+    found = {}
+    for shard in data.shards():
+        for row, user in enumerate(shard.user_ids.to_pylist()):
+            history = shard.history(row)
+            found[user] = [(ids[i], t) for i, t in zip(history.item_index, history.timestamp_s.tolist(), strict=True)]
+    return found
+
+
+def test_histories_hold_every_event_in_order_of_time(tmp_path):
+    shuffled = [ROWS[i] for i in np.random.default_rng(0).permutation(len(ROWS))]
+    data = dataset(tmp_path, shuffled)
+    assert everything(data) == {u: [(i, t) for v, i, t in ROWS if v == u] for u in range(20)}
+    assert data.items["item_id"].to_pylist() == sorted({row[1] for row in ROWS})
+    for number, shard in enumerate(data.shards()):
+        assert (bucket_of(shard.user_ids.to_pylist(), data.n_shards) == number).all()
+        assert shard.user_ids.to_pylist() == sorted(shard.user_ids.to_pylist())
+
+
+def test_equal_times_keep_the_order_of_files_and_rows(tmp_path):
+    rows = [(1, f"i{n}", 1_600_000_000) for n in (5, 2, 9)] + [(1, "i1", 1_600_000_001), (1, "i3", 1_600_100_000)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    pq.write_table(table(rows[:2]), folder / "a.parquet")
+    pq.write_table(table(rows[2:]), folder / "b.parquet", row_group_size=1)
+    overrides = [f"data.events={folder}", f"storage.root={tmp_path / 'root'}", "split.kind=leave_one_out"]
+    data = prepare_here(load_settings(None, overrides))
+    assert [item for item, _ in everything(data)[1]] == ["i5", "i2", "i9", "i1", "i3"]
+    assert data.shard(int(bucket_of([1], data.n_shards)[0])).basket.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_columns_are_mapped_and_types_adapted(tmp_path):
+    source = pa.table(
+        {
+            "who": pa.array(["a", "a", "b", "b"]).dictionary_encode(),
+            "what": pa.array([1, 2, 1, 3], pa.int32()),
+            "when": pa.array([dt.datetime(2024, 1, d, 12) for d in (1, 2, 3, 9)], pa.timestamp("ms")),
+            "stars": pa.array([5, None, 3, 4], pa.int8()),
+        }
+    )
+    columns = "data.columns={user_id: who, item_id: what, timestamp: when, value: stars}"
+    data = dataset(tmp_path, source=source, overrides=[columns, "split.kind=leave_one_out"])
+    values = np.concatenate([shard.value for shard in data.shards()])
+    assert sorted(values.tolist()) == [1.0, 3.0, 4.0, 5.0]
+    assert data.items["item_id"].type == pa.int64()
+    assert data.as_of_s == int(dt.datetime(2024, 1, 9, 12, tzinfo=dt.UTC).timestamp())
+
+
+def test_named_baskets_stay_together(tmp_path):
+    t = 1_600_000_000
+    source = pa.table(
+        {
+            "user_id": [1] * 5,
+            "item_id": list("abcde"),
+            "timestamp": [t, t + 10, t + 20, t + 30, t + 900],
+            "basket": ["x", "y", "x", "y", "z"],
+        }
+    )
+    data = dataset(tmp_path, source=source, overrides=["split.kind=leave_one_out"])
+    shard = data.shard(int(bucket_of([1], data.n_shards)[0]))
+    assert [item for item, _ in everything(data)[1]] == list("acbde")
+    assert shard.basket.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_bad_rows_go_to_quarantine_with_a_reason(tmp_path):
+    source = pa.table(
+        {
+            "user_id": pa.array([1, None, 3, 4, 5] + [6] * 95, pa.int64()),
+            "item_id": pa.array(["a", "b", None, "d", "e"] + ["f"] * 95),
+            "timestamp": pa.array([1_600_000_000, 1_600_000_000, 1_600_000_000, None, -5] + list(range(1_600_000_000, 1_600_000_095))),
+            "value": [1.0] * 99 + [float("inf")],
+        }
+    )
+    with pytest.raises(TooManyBadRowsError, match="5 of 100 rows are bad.*item_id is null") as error:
+        dataset(tmp_path, source=source)
+    assert "max_bad_fraction" in error.value.fix
+    data = dataset(tmp_path, source=source, overrides=["data.max_bad_fraction=0.05", "split.kind=leave_one_out"])
+    assert (data.manifest["bad_rows"], data.n_events) == (5, 95)
+    reasons = pq.read_table(tmp_path / "root" / "quarantine" / data.key)["reason"].to_pylist()
+    assert sorted(reasons) == sorted(
+        ["user_id is null", "item_id is null", "time is null", "time is outside 1970 to 2100", "value is not finite"]
+    )
+
+
+def test_nothing_after_as_of_is_read(tmp_path):
+    as_of = dt.datetime.fromtimestamp(1_600_000_000 + 86_400 * 5, dt.UTC)
+    data = dataset(tmp_path, as_of=as_of)
+    assert max(t for events in everything(data).values() for _, t in events) <= as_of.timestamp()
+    assert data.as_of_s == as_of.timestamp()
+    with pytest.raises(DataError, match="no event at or before as-of"):
+        dataset(tmp_path, as_of=dt.datetime(2001, 1, 1, tzinfo=dt.UTC))
+
+
+def test_time_split_predicts_the_next_basket(tmp_path):
+    data = dataset(tmp_path, overrides=["split.validation_users=1.0"])
+    times = sorted(row[2] for row in ROWS)
+    cut = data.cut_s("test")
+    assert cut == int(np.ceil(np.quantile(times, 0.9)))
+    for shard in data.shards():
+        for row in range(len(shard)):
+            train_end, validation_end, start, end = shard.split[row]
+            t = shard.history(row).timestamp_s
+            assert (t[:start] < cut).all() and (t[start:] >= cut).all()
+            assert end - start == (1 if start < len(t) else 0)
+            assert (t[:train_end] < data.cut_s("validation")).all() and validation_end <= start
+
+
+def test_few_events_leave_training_and_evaluation_but_not_the_dataset(tmp_path):
+    data = dataset(tmp_path, [*ROWS, (99, "i1", 1_600_000_000)], ["data.min_user_events=5"])
+    shard = data.shard(int(bucket_of([99], data.n_shards)[0]))
+    assert shard.split[shard.find(99)].tolist() == [0, 0, 0, 0]
+    assert data.user_history(99) is not None and data.user_history(98) is None
+
+
+def test_leave_one_out_never_shows_the_targets_own_basket(tmp_path):
+    t = 1_600_000_000
+    data = dataset(tmp_path, [(1, "a", t), (1, "b", t + 1), (1, "c", t + 2), (1, "d", t + 2)], ["split.kind=leave_one_out"])
+    shard = data.shard(int(bucket_of([1], data.n_shards)[0]))
+    start, end = shard.split[0, 2:]
+    assert [data.items["item_id"][int(i) - 1].as_py() for i in shard.targets(0, start, end)] == ["d"]
+    assert len(shard.history_before(0, int(start)).item_index) == 2
+
+
+def test_random_split_holds_out_a_share_in_no_order_of_time(tmp_path):
+    data = dataset(tmp_path, overrides=["split.kind=random", "split.test_fraction=0.2"])
+    split = np.concatenate([shard.split for shard in data.shards()])
+    assert (split[:, 3] - split[:, 2] == 2).all() and (split[:, 1] - split[:, 0] == 2).all()
+    held = [shard.history(row).timestamp_s[-2:] for shard in data.shards() for row in range(len(shard))]
+    latest = sum(set(h.tolist()) == set(sorted(h.tolist() + [0])[1:]) and h.min() > 1_600_000_000 + 86_400 * 7 for h in held)
+    assert latest < len(held) / 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.columns={user_id: customer}"], "no column 'customer' for user_id; it has user_id, item_id, timestamp"),
+        (["data.columns={user_id: timestamp, timestamp: item_id}"], "column for timestamp has type string"),
+        (["split.test_from=2031-01-01"], "impossible split"),
+        (["data.items=/nowhere.parquet"], "/nowhere.parquet"),
+        (["data.features={price: numeric}"], "data.items is null"),
+        (["data.columns={timestamp: null}"], "needs a timestamp column"),
+    ],
+)
+def test_unusable_input_is_named_with_a_fix(tmp_path, overrides, message):
+    with pytest.raises(DataError) as error:
+        dataset(tmp_path, overrides=overrides)
+    assert message in str(error.value)
+    assert error.value.fix
+    assert not list((tmp_path / "root").glob("datasets/*")), "nothing half-written where a reader looks"
+
+
+def test_truncated_and_empty_files_are_named(tmp_path):
+    pq.write_table(table(ROWS), tmp_path / "whole.parquet")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
+    pq.write_table(table(ROWS).slice(0, 0), tmp_path / "empty.parquet")
+    (tmp_path / "flipped.parquet").write_bytes(content[:8] + bytes(200) + content[208:])
+    for name, word in (("cut", "truncated"), ("empty", "no rows"), ("flipped", "cannot be read")):
+        with pytest.raises(DataError) as error:
+            prepare_here(load_settings(None, [f"data.events={tmp_path / name}.parquet", f"storage.root={tmp_path / 'root'}"]))
+        assert word in str(error.value) and f"{name}.parquet" in str(error.value)
+
+
+def test_preparing_twice_is_a_no_op_and_the_key_ignores_places(tmp_path, world_folder):
+    settings = load_settings(None, world_overrides(world_folder, tmp_path / "a"))
+    first = prepare_here(settings)
+    stamps = {p: p.stat().st_mtime_ns for p in first.path.rglob("*")}
+    assert prepare_here(settings).key == first.key
+    assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == stamps
+    other = prepare_here(load_settings(None, world_overrides(world_folder, tmp_path / "b")))
+    assert (first.path / "manifest.json").read_bytes() == (other.path / "manifest.json").read_bytes()
+
+
+def test_damage_and_foreign_output_are_refused(tmp_path, world_folder):
+    settings = load_settings(None, world_overrides(world_folder, tmp_path))
+    data = prepare_here(settings)
+    file = data.path / "shards" / "00000.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedArtifactError, match="shards/00000.arrow"):
+        Dataset.open(data.path, verify=True)
+    other = load_settings(None, [*world_overrides(world_folder, tmp_path), "split.seed=5"])
+    (tmp_path / "datasets" / prepare_key(other, None)).mkdir()
+    with pytest.raises(OutputExistsError, match="move"):
+        prepare_here(other)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
+def test_quantile_in_chunks_is_numpys(q):
+    values = np.random.default_rng(1).integers(-(10**9), 10**12, 4001)
+    assert quantile(lambda: iter(np.array_split(values, 7)), q) == pytest.approx(np.quantile(values, q), rel=1e-12)
