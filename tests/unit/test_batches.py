@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+from conftest import prepare_here, world_overrides
+
+from recray.config import load_settings
+from recray.training.batches import TrainingBatches
+
+
+def batches(dataset, **kwargs):
+    options = {"history": 8, "batch_positions": 200, "windows": "all", "prior_days": 7, "seed": 0, **kwargs}
+    return TrainingBatches(dataset, **options)
+
+
+def asked(found):
+    """(user's items up to the question, target items, moment) of every query, as plain values."""
+    out = []
+    for batch, targets, _ in found:
+        offsets = targets.offsets.tolist()
+        for n, (user, position) in enumerate(zip(batch.user_N.tolist(), batch.position_N.tolist(), strict=True)):
+            context = tuple(batch.item_BT[user, : position + 1].tolist())
+            wanted = tuple(targets.item[offsets[n] : offsets[n + 1]].tolist())
+            out.append((context, wanted, int(batch.now_BT[user, position])))
+    return out
+
+
+def expected(data):
+    """The same from the histories: at the end of each training basket, what the next one holds, and when."""
+    out = set()
+    for shard in data.shards():
+        for row in range(len(shard)):
+            start, end = int(shard.offsets[row]), int(shard.offsets[row] + shard.split[row, 0])
+            item, basket, time = (a[start:end].tolist() for a in (shard.item_index, shard.basket, shard.timestamp_s))
+            for e in range(len(item) - 1):
+                if basket[e] != basket[e + 1]:
+                    following = [item[j] for j in range(e + 1, len(item)) if basket[j] == basket[e + 1]]
+                    out.add((tuple(item[: e + 1]), tuple(following), time[e + 1]))
+    return out
+
+
+def test_each_basket_end_asks_for_the_next_basket_and_nothing_else(world_dataset):
+    found = asked(batches(world_dataset, history=1000).epoch(0))
+    assert set(found) == expected(world_dataset)
+
+
+def test_baskets_of_several_items_are_predicted_as_a_whole(tmp_path, world_folder):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(world_folder / "events")
+    daily = pc.floor_temporal(table["timestamp"], multiple=10, unit="day")
+    pq.write_table(table.set_column(2, "timestamp", daily.cast(pa.timestamp("us", tz="UTC"))), tmp_path / "e.parquet")
+    overrides = [*world_overrides(world_folder, tmp_path), f"data.events={tmp_path / 'e.parquet'}"]
+    data = prepare_here(load_settings(None, overrides))
+    found = asked(batches(data, history=1000).epoch(0))
+    assert max(len(wanted) for _, wanted, _ in found) > 2
+    assert set(found) == expected(data)
+
+
+def test_windows_cover_long_histories_once_each_epoch(world_dataset):
+    whole = len(asked(batches(world_dataset, history=1000).epoch(0)))
+    assert len(asked(batches(world_dataset, history=8).epoch(3))) == whole
+    last = batches(world_dataset, history=8, windows="last")
+    assert len(asked(last.epoch(0))) < whole
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_parts_of_all_ranks_are_the_global_batch(world_dataset, world):
+    source = batches(world_dataset)
+    one = list(source.epoch(1))
+    parts = [list(source.epoch(1, rank, world)) for rank in range(world)]
+    assert {len(part) for part in parts} == {len(one)}
+    for step, (batch, targets, count) in enumerate(one):
+        assert count == len(batch.user_N) == sum(len(part[step][0].user_N) for part in parts)
+        assert {part[step][2] for part in parts} == {count}
+        together = asked([part[step] for part in parts])
+        assert sorted(together) == sorted(asked([(batch, targets, count)]))
+
+
+def test_an_epoch_is_a_function_of_its_number(world_dataset):
+    first, again, other = (asked(batches(world_dataset).epoch(e)) for e in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_padding_stays_small_and_batches_within_their_size(world_dataset):
+    source = batches(world_dataset, history=32, batch_positions=128)
+    assert source.padding() <= 0.10
+    assert all(batch.item_BT.numel() <= 128 for batch, _, _ in source.epoch(0))
+
+
+def test_the_prior_sees_no_event_of_the_day_it_is_asked_about(world_dataset):
+    batch, _, _ = next(batches(world_dataset).epoch(0))
+    popularity = world_dataset.popularity
+    for n in range(0, len(batch.user_N), 7):
+        day = int(batch.now_BT[batch.user_N[n], batch.position_N[n]]) // 86_400
+        inside = (popularity.day < day) & (popularity.day >= day - 7)
+        counts = np.bincount(popularity.item_index[inside], weights=popularity.count[inside], minlength=world_dataset.n_items + 1)
+        torch.testing.assert_close(batch.prior_PV[batch.day_N[n]], torch.from_numpy(np.log1p(counts).astype(np.float32)))

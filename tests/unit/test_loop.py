@@ -1,0 +1,98 @@
+import numpy as np
+import torch
+
+from recray.bundle import Bundle, latest_bundle, settings_key, write_bundle
+from recray.inference import Predictor
+from recray.training.trainer import bundle_settings, train_key
+from recray.training.worker import build_loop, load_checkpoint, save_checkpoint, shape_of
+
+
+def loop(settings, dataset, **train):
+    chosen = bundle_settings(settings)
+    chosen["train"] = {**chosen["train"], **train}
+    return build_loop(str(dataset.path), chosen, torch.device("cpu"))
+
+
+def test_training_learns(world_settings, world_dataset):
+    run = loop(world_settings, world_dataset, epochs=4, patience=4)
+    lines = list(run.run())
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    assert run.progress.best_ndcg == max(line["validation_ndcg"] for line in lines)
+
+
+def test_early_stop_counts_from_the_best_epoch(world_settings, world_dataset):
+    run = loop(world_settings, world_dataset, epochs=20, patience=2)
+    scores = iter([0.1, 0.3, 0.2, 0.25, 0.9])
+    run.validate = lambda model, rank, world: (next(scores), 1.0)
+    assert [line["epoch"] for line in run.run()] == [1, 2, 3, 4]
+    assert run.progress.best_epoch == 2
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(world_settings, world_dataset, tmp_path):
+    whole = loop(world_settings, world_dataset, epochs=3, patience=3)
+    list(whole.run())
+    first = loop(world_settings, world_dataset, epochs=3, patience=3)
+    next(first.run())
+    save_checkpoint(first, tmp_path)
+    second = loop(world_settings, world_dataset, epochs=3, patience=3)
+    load_checkpoint(second, tmp_path)
+    list(second.run())
+    assert second.progress == whole.progress
+    for part in ("model", "best"):
+        a, b = whole.state_dict()[part], second.state_dict()[part]
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
+    run = loop(world_settings, world_dataset)
+    chosen, key = bundle_settings(world_settings), train_key(world_settings, world_dataset)
+    options = {
+        "dataset": world_dataset,
+        "shape": shape_of(chosen["model"], world_dataset),
+        "state": run.best,
+        "features": chosen["data"]["features"],
+        "prior_days": 7,
+        "settings": chosen,
+        "metrics": {},
+    }
+    bundle = write_bundle(tmp_path / "bundles" / key, key, **options)
+    again = write_bundle(tmp_path / "again" / key, key, **options)
+    assert bundle.digest == again.digest
+    predictor = Predictor.load(bundle.path)
+    shard = world_dataset.shard(0)
+    histories = [shard.history(row) for row in range(5)]
+    run.model.load_state_dict(run.best)
+    live = Predictor(
+        run.model, bundle.item_ids, world_dataset.event_types, world_dataset.popularity, prior_days=7, has_time=True
+    )
+    now = world_dataset.now_s
+    assert (predictor.recommend(histories, 10, now=now).scores == live.recommend(histories, 10, now=now).scores).all()
+    folder = tmp_path / "bundles"
+    assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s).key == bundle.key
+    assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s - 1) is None
+    assert latest_bundle(folder, "another", world_dataset.as_of_s) is None
+    assert Bundle.open(bundle.path).manifest["dataset"] == world_dataset.key
+
+
+def test_keys_follow_what_changes_the_result(world_settings, world_dataset):
+    key = train_key(world_settings, world_dataset)
+
+    def other(*overrides):
+        section, value = overrides[0].split("=")
+        name, field = section.split(".")
+        updated = getattr(world_settings, name).model_copy(update={field: int(value)})
+        return train_key(world_settings.model_copy(update={name: updated}), world_dataset)
+
+    assert other("train.workers=3") == key
+    assert other("train.every_days=9") == key
+    assert other("score.k=3") == key
+    assert other("train.seed=3") != key
+    assert other("model.blocks=1") != key
+
+
+def test_a_fresh_model_is_drawn_from_its_seed(world_settings, world_dataset):
+    a, b, c = (loop(world_settings, world_dataset, seed=seed).model.items.ids.weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert np.isfinite(a.detach().numpy()).all()
+
+

@@ -1,0 +1,213 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recray.model.attention import causal_bias
+from recray.model.controls import Controls
+from recray.model.losses import Targets, backward_in_blocks
+from recray.model.recommender import Batch, Recommender, Shape
+
+V, B, T, E = 31, 3, 9, 3
+DAY = 86_400
+
+
+def make(features=True, seed=0, **kwargs) -> Recommender:
+    torch.manual_seed(seed)
+    random = np.random.default_rng(0)
+    bags = {
+        name: (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)])) for name in ("brand", "title")
+    } if features else {}
+    seen = np.arange(V + 1) > 0
+    model = Recommender(Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **kwargs), seen, bags)
+    with torch.no_grad():  # nothing at its neutral start
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def make_batch(seed=1) -> Batch:
+    random = torch.Generator().manual_seed(seed)
+    item = torch.randint(1, V + 1, (B, T), generator=random)
+    event = torch.randint(0, E, (B, T), generator=random)
+    time = torch.sort(torch.randint(0, 200 * DAY, (B, T), generator=random), 1).values
+    now = torch.cat([time[:, 1:], torch.full((B, 1), 210 * DAY)], 1)
+    prior = torch.rand(2, V + 1, generator=random)
+    return Batch(item, event, time, now, torch.arange(B), torch.full((B,), T - 1), prior, torch.tensor([0, 1, 1]))
+
+
+def run(model, batch, controls=None, masked=True):
+    table, parts = model.items(), model.items.parts()
+    hidden = model.hidden(batch, table, parts, controls, masked=masked)
+    return model.scores(hidden, table, batch)
+
+
+def controls(model, **changes) -> Controls:
+    zeros = Controls.zeros(B, model.shape.heads, E, model.items.modalities)
+    return zeros._replace(**changes)
+
+
+@pytest.mark.parametrize("time_bias", [True, False])
+def test_zero_controls_change_nothing(time_bias):
+    model, batch = make(time_bias=time_bias), make_batch()
+    assert torch.equal(run(model, batch), run(model, batch, controls(model)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"log_temperature": torch.full((B, 2), 0.5)},
+        {"event_bias": torch.tensor([[1.0, 0, 0]] * B)},
+        {"recency_slope": torch.full((B,), 0.7)},
+        {"log_modality_weight": torch.tensor([[0.5, 0, 0]] * B)},
+    ],
+)
+def test_each_control_moves_the_scores_of_its_own_request_only(change):
+    model, batch = make(), make_batch()
+    ((name, value),) = change.items()
+    alone = torch.zeros_like(value)
+    alone[1] = value[1]
+    base, moved = run(model, batch), run(model, batch, controls(model, **{name: alone}))
+    assert torch.equal(base[[0, 2]], moved[[0, 2]])
+    assert (base[1] - moved[1]).abs()[1:].max() > 1e-4
+
+
+def attention_weights(model, batch, chosen):
+    """The attention distribution of the last position in block 0, head 0, recovered from the real layer."""
+    seen = {}
+
+    def spy(q, k, v, attn_mask=None, is_causal=False):
+        logits = q @ k.mT / math.sqrt(q.shape[-1]) + attn_mask
+        seen.setdefault("weights", torch.softmax(logits, -1))
+        return torch.softmax(logits, -1) @ v
+
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = spy
+    try:
+        run(model, batch, chosen)
+    finally:
+        F.scaled_dot_product_attention = original
+    return seen["weights"][:, :, -1]
+
+
+def entropy(weights):
+    return -(weights * weights.clamp(min=1e-12).log()).sum(-1)
+
+
+def test_temperature_flattens_or_sharpens_its_own_heads():
+    model, batch = make(time_bias=False), make_batch()
+    base = attention_weights(model, batch, controls(model))
+    warm = torch.zeros(B, 2)
+    warm[:, 0] = 1.0
+    hot = attention_weights(model, batch, controls(model, log_temperature=warm))
+    cold = attention_weights(model, batch, controls(model, log_temperature=-warm))
+    assert (entropy(hot)[:, 0] > entropy(base)[:, 0]).all() and (entropy(cold)[:, 0] < entropy(base)[:, 0]).all()
+    assert torch.equal(hot[:, 1], base[:, 1])
+    # exactly the base distribution to the power 1 / temperature
+    powered = base[:, 0] ** math.exp(-1.0)
+    torch.testing.assert_close(hot[:, 0], powered / powered.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+def test_event_bias_multiplies_the_weight_of_its_events():
+    model, batch = make(), make_batch()
+    base = attention_weights(model, batch, controls(model))
+    bias = torch.zeros(B, E)
+    bias[:, 2] = 1.5
+    moved = attention_weights(model, batch, controls(model, event_bias=bias))
+    factor = torch.where(batch.event_BT == 2, math.exp(1.5), 1.0)[:, None]
+    torch.testing.assert_close(moved, base * factor / (base * factor).sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+def test_recency_slope_multiplies_by_a_power_of_the_age():
+    model, batch = make(), make_batch()
+    base = attention_weights(model, batch, controls(model))
+    moved = attention_weights(model, batch, controls(model, recency_slope=torch.full((B,), 2.0)))
+    age_days = (batch.now_BT[:, -1:] - batch.time_BT).float() / DAY
+    factor = ((1 + age_days) ** -2.0)[:, None]
+    torch.testing.assert_close(moved, base * factor / (base * factor).sum(-1, keepdim=True), atol=1e-5, rtol=1e-3)
+
+
+def test_modality_weight_zero_is_the_item_without_it():
+    model, batch = make(), make_batch()
+    off = torch.zeros(B, 3)
+    off[:, 1] = -100.0
+    table, parts = model.items(), model.items.parts()
+    expected = model.hidden(batch, parts[0] + parts[2], parts, None, masked=True)
+    torch.testing.assert_close(model.hidden(batch, table, parts, controls(model, log_modality_weight=off)), expected)
+
+
+def test_the_future_is_never_read():
+    model, batch = make(), make_batch()
+    table, parts = model.items(), model.items.parts()
+    early = batch._replace(position_N=torch.full((B,), 4))
+    changed = early._replace(item_BT=early.item_BT.clone().index_fill_(1, torch.arange(5, T), 7))
+    for masked in (True, False):
+        a, b = (model.hidden(x, table, parts, masked=masked) for x in (early, changed))
+        assert torch.equal(a, b)
+        torch.testing.assert_close(model.scores(a, table, early), model.scores(b, table, changed))
+
+
+@pytest.mark.parametrize("time_bias", [True, False])
+def test_masked_and_causal_paths_agree(time_bias):
+    model, batch = make(time_bias=time_bias), make_batch()
+    torch.testing.assert_close(run(model, batch, masked=True), run(model, batch, masked=False), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_never_scored_and_unseen_items_have_no_id_vector():
+    model = make()
+    assert (run(model, make_batch())[:, 0] == -torch.inf).all()
+    model.items.seen_V[5] = False
+    assert torch.equal(model.items.parts()[0, 5], torch.zeros(16))
+    assert model.items()[5].abs().sum() > 0
+
+
+def test_repeats_count_and_recent_ones_count_by_their_age():
+    model, batch = make(features=False), make_batch()
+    batch = batch._replace(item_BT=torch.tensor([[1, 2, 2, 3, 4, 5, 6, 7, 8]] * B))
+    hidden = torch.zeros(B, 16)
+    mass = model.repeat(hidden, batch, slice(None), V + 1)
+    assert (mass[:, 9:] == 0).all() and (mass[:, 1:9] > 0).all()
+    age = model.repeat.age.weight.squeeze(-1)
+    with torch.no_grad():
+        age.zero_()
+        model.repeat.event.weight.zero_()
+    mass = model.repeat(hidden, batch, slice(None), V + 1)
+    gate = F.softplus(model.repeat.gate.bias)
+    torch.testing.assert_close(mass[:, 2], (gate * math.log(3)).expand(B))
+    torch.testing.assert_close(mass[:, 3], (gate * math.log(2)).expand(B))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [1, 3, 2, 1, 4, 2]])
+def test_cross_entropy_in_blocks_equals_the_whole(sizes):
+    model, batch = make(), make_batch()
+    batch = batch._replace(
+        user_N=torch.arange(6) % B, position_N=torch.tensor([8, 7, 6, 5, 4, 3]), day_N=torch.tensor([0, 1, 0, 1, 0, 1])
+    )
+    random = np.random.default_rng(0)
+    items = [random.choice(np.arange(1, V + 1), size, replace=False) for size in sizes]
+    targets = Targets(torch.tensor([0, *np.cumsum(sizes)]), torch.from_numpy(np.concatenate(items)))
+
+    def gradients(block):
+        model.zero_grad()
+        table, parts = model.items(), model.items.parts()
+        loss = backward_in_blocks(model, model.hidden(batch, table, parts), table, batch, targets, 0.5, block=block)
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    log_p = F.log_softmax(run(model, batch, masked=False), -1)
+    direct = -sum(log_p[n, torch.from_numpy(wanted)].mean() for n, wanted in enumerate(items))
+    (0.5 * direct).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for block in (1, 4, 100):
+        loss, found = gradients(block)
+        torch.testing.assert_close(loss, direct.detach(), rtol=1e-5, atol=1e-5)
+        assert found.keys() == plain.keys()
+        for name in plain:
+            torch.testing.assert_close(found[name], plain[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_causal_bias_is_zero_on_and_below_the_diagonal():
+    bias = causal_bias(3, torch.zeros(1))[0, 0]
+    assert (bias == 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]

@@ -1,0 +1,134 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recray.dataset.features import tokenize
+from recray.dataset.popularity import Popularity
+from recray.dataset.reader import History
+from recray.errors import RequestError
+from recray.inference import Filters, Predictor
+from recray.inference.topk import top_k
+from recray.model.controls import Controls
+from recray.model.recommender import Recommender, Shape
+
+V, DAY = 40, 86_400
+NOW = 300 * DAY
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    torch.manual_seed(0)
+    model = Recommender(Shape(event_types=2, dim=16, history=12), np.arange(V + 1) > 0, {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    random = np.random.default_rng(0)
+    popularity = Popularity.count_events(random.integers(1, V + 1, 500), random.integers(280, 300, 500) * DAY, V)
+    return Predictor(model, pa.array([f"i{n:02d}" for n in range(V)]), ["buy", "view"], popularity, prior_days=7, has_time=True)
+
+
+def history(length: int, seed: int = 0) -> History:
+    random = np.random.default_rng([seed, length])
+    times = np.sort(random.integers(0, 299, length)) * DAY
+    return History(random.integers(1, V + 1, length), random.integers(0, 2, length), times, np.ones(length, np.float32))
+
+
+def test_alone_equals_in_a_batch(predictor):
+    histories = [history(n) for n in (1, 3, 7, 12, 30)]
+    together = predictor.recommend(histories, V, now=NOW)
+    for row, single in enumerate(histories):
+        alone = predictor.recommend([single], V, now=NOW)
+        np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-5)
+        assert alone.item_index[0, 0] == together.item_index[row, 0]
+    again = predictor.recommend(histories, V, now=NOW)
+    assert (again.scores == together.scores).all() and (again.item_index == together.item_index).all()
+
+
+def test_scores_are_the_recommended_scores(predictor):
+    answer = predictor.recommend([history(5), history(9)], 10, now=[NOW, NOW - DAY])
+    scores = predictor.score([history(5), history(9)], list(answer.item_index), now=[NOW, NOW - DAY])
+    np.testing.assert_allclose(np.stack(scores), answer.scores, atol=1e-6)
+
+
+def test_only_the_last_events_of_known_items_count(predictor):
+    long = history(30)
+    assert (predictor.recommend([long], 5, now=NOW).scores == predictor.recommend([long.last(12)], 5, now=NOW).scores).all()
+    unknown = History(*(np.insert(a, 2, 0) for a in long.last(5)))
+    assert (predictor.recommend([unknown], 5, now=NOW).scores == predictor.recommend([long.last(5)], 5, now=NOW).scores).all()
+
+
+def test_without_history_the_popular_list_is_marked(predictor):
+    empty = History(*(np.zeros(0, np.int64) for _ in range(4)))
+    answer = predictor.recommend([history(3), empty], 5, now=NOW)
+    assert answer.source == ["model", "popular"]
+    recent = predictor.popularity.window(NOW, 7)
+    assert recent[answer.item_index[1]].tolist() == sorted(recent, reverse=True)[:5]
+
+
+def test_filters(predictor):
+    h = history(6)
+    new = predictor.recommend([h], V, now=NOW, filters=Filters(new_only=True)).item_index[0]
+    assert not set(new[new > 0]) & set(h.item_index)
+    assert (new == 0).sum() == len(set(h.item_index))
+    allowed = predictor.recommend([h], 5, now=NOW, filters=Filters(allow=np.array([3, 9]), deny=np.array([9]))).item_index[0]
+    assert allowed.tolist() == [3, 0, 0, 0, 0]
+
+
+def test_what_the_request_says_of_now_matters(predictor):
+    a, b = (predictor.recommend([history(8)], V, now=now).scores for now in (NOW, NOW + 40 * DAY))
+    assert np.abs(a - b).max() > 1e-3
+
+
+def test_controls_of_one_request_in_a_batch(predictor):
+    zeros = Controls.zeros(2, 2, 2, 1)
+    hot = zeros._replace(log_temperature=torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    histories = [history(8), history(9)]
+    base, moved = (predictor.recommend(histories, V, now=NOW, controls=c) for c in (zeros, hot))
+    none = predictor.recommend(histories, V, now=NOW)
+    assert (base.scores == none.scores).all()
+    assert (base.scores[0] == moved.scores[0]).all() and np.abs(base.scores[1] - moved.scores[1]).max() > 1e-4
+
+
+def test_questions_that_make_no_sense_are_refused(predictor):
+    with pytest.raises(RequestError, match="k is 0"):
+        predictor.recommend([history(3)], 0, now=NOW)
+    with pytest.raises(RequestError, match="outside 0 to 40"):
+        predictor.recommend([history(3)._replace(item_index=np.array([1, 2, 99]))], 5, now=NOW)
+
+
+def test_ids_and_indices(predictor):
+    assert predictor.index_of(["i00", "nothing", "i39"]).tolist() == [1, 0, 40]
+    assert predictor.ids_of(np.array([1, 40])) == ["i00", "i39"]
+
+
+def test_top_k_breaks_ties_by_index():
+    scores = torch.tensor([[1.0, 3.0, 3.0, -2.0, 3.0, -torch.inf, 0.0, -0.5]])
+    index, values = top_k(scores, 8)
+    assert index[0].tolist() == [1, 2, 4, 0, 6, 7, 3, 0]
+    assert values[0, :7].tolist() == [3, 3, 3, 1, 0, -0.5, -2]
+    random = torch.randn(50, 200).round(decimals=1)
+    index, _ = top_k(random, 20)
+    expected = torch.argsort(-random, dim=1, stable=True)[:, :20]
+    assert torch.equal(index, expected)
+
+
+def test_popularity_by_day_and_in_another_vocabulary():
+    counts = Popularity.count_events(np.array([1, 1, 2, 3]), np.array([5, 6, 6, 9]) * DAY + 100, 3)
+    assert counts.window(9 * DAY, 3).tolist() == [0, 1, 1, 0]
+    assert counts.window(9 * DAY, 4).tolist() == [0, 2, 1, 0]
+    assert counts.total().tolist() == [0, 2, 1, 1]
+    moved = counts.remap(np.array([0, 2, 0, 1]), 2)
+    assert moved.total().tolist() == [0, 1, 2]
+    both = counts + counts
+    assert both.total().tolist() == [0, 4, 2, 2] and len(both.day) == 4
+
+
+def test_features_become_bags_of_tokens():
+    items = pa.table({"brand": ["a", None, "a"], "tags": [["x", "y"], [], None], "price": [1.0, None, 9.0], "title": ["Red bag", "", None]})
+    kinds = {"brand": "categorical", "tags": "multi", "price": "numeric", "title": "text"}
+    bags = tokenize(items, kinds, 1000)
+    sizes = {name: np.diff([*offsets, len(tokens)]).tolist() for name, (tokens, offsets) in bags.items()}
+    assert sizes == {"brand": [0, 1, 0, 1], "tags": [0, 2, 0, 0], "price": [0, 3, 0, 3], "title": [0, 2, 0, 0]}
+    tokens, offsets = bags["brand"]
+    assert tokens[offsets[1]] == tokens[offsets[3]]
