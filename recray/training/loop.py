@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recray.errors import TrainingError
-from recray.model.losses import backward_in_blocks
-from recray.model.recommender import Recommender
-from recray.training.batches import TrainingBatches
+from recray.model.losses import Targets, backward_in_blocks
+from recray.model.recommender import Batch, Recommender
+
+SCALAR_FACTOR = 10.0
 
 Validate = Callable[[Recommender, int, int], tuple[float, float]]
 """(model, rank, world) -> (sum of this rank's per-user NDCG, its number of users)"""
+
+
+class Batches(Protocol):
+    """Where training batches come from; see `recray.training.batches`."""
+
+    def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
+        """This rank's part of each global batch of an epoch, and the number of queries in the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,14 @@ class Progress:
 class Loop:
     """Trains a model until early stop. `state_dict` and `load_state_dict` carry everything between processes."""
 
-    def __init__(self, model: Recommender, batches: TrainingBatches, validate: Validate, settings: LoopSettings) -> None:
+    def __init__(self, model: Recommender, batches: Batches, validate: Validate, settings: LoopSettings) -> None:
         self.model, self.batches, self.validate, self.settings = model, batches, validate, settings
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = next(model.parameters()).device
         self.progress = Progress()
+        groups = [{"params": list(parameters), "factor": factor} for factor, parameters in _by_rate(model)]
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True
+            groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True
         )
         self.best = _copy(model)
 
@@ -94,7 +103,7 @@ class Loop:
             raise TrainingError(f"the loss of epoch {epoch + 1} is {loss}", "lower train.learning_rate; the last good checkpoint is kept")
         return loss
 
-    def train_step(self, batch: Any, targets: Any, count: int) -> Tensor:
+    def train_step(self, batch: Batch, targets: Targets, count: int) -> Tensor:
         """One step on this rank's part of a global batch of `count` queries; returns the part's summed loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
@@ -107,7 +116,7 @@ class Loop:
         self.progress.step += 1
         rate = self.settings.learning_rate * min(1.0, self.progress.step / max(self.settings.warmup_steps, 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.step()
         return loss
 
@@ -153,6 +162,14 @@ class Loop:
             by_parameter.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
+
+
+def _by_rate(model: Recommender) -> list[tuple[float, list[Tensor]]]:
+    """Parameters by factor on the learning rate: the few numbers of the repeat term and the prior must travel further."""
+    few = [p for name, p in model.named_parameters() if name.startswith("repeat.") or name == "prior_scale"]
+    chosen = {id(p) for p in few}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [(1.0, rest), (SCALAR_FACTOR, few)] if few else [(1.0, rest)]
 
 
 def _copy(model: Recommender) -> dict[str, Tensor]:

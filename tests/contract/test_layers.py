@@ -1,0 +1,93 @@
+"""Who may import whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recray
+
+ROOT = Path(recray.__file__).parent
+
+# lower rooms first; a room may import its own level only where the architecture orders it
+LEVEL = {
+    "errors": 0, "schema": 0, "config": 0.1, "storage": 0.1,
+    "dataset": 1.0, "model": 1.0, "bundle": 1.1, "inference": 1.2, "evaluation": 1.3, "snapshot": 1.1,
+    "cluster": 2.0, "prepare": 2.1, "training": 2.1, "scoring": 2.1, "tracking": 2.1,
+    "serving": 3, "pipeline": 4, "terminal": 4, "demo": 4.1, "benchmark": 4.1, "cli": 4.2,
+}  # fmt: skip
+
+
+def files():
+    return sorted(ROOT.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" if node.module == "recray" else node.module for alias in node.names}
+    return found
+
+
+def own(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_room_has_a_level():
+    assert {own(path) for path in files()} - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    me = own(path)
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top == "recray" and room(module) in LEVEL and room(module) != me:
+            assert LEVEL[room(module)] < LEVEL[me], f"{me} imports {module}"
+        if top == "mlflow":
+            assert me == "tracking"
+        if top == "ray":
+            assert LEVEL[me] >= 2, f"{me} imports ray"
+        if top == "policies":
+            assert me in ("pipeline", "cli")
+
+
+def test_the_network_and_its_loop_need_torch_and_numpy_alone():
+    allowed = {"torch", "numpy", "recray"} | set(sys.stdlib_module_names)
+    for name in ("model", "training/loop.py", "evaluation/metrics.py"):
+        for path in sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]:
+            assert {module.split(".")[0] for module in imports(path)} <= allowed, path
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("recray", "ray torch mlflow pyarrow pandas"),
+        ("recray.cli", "ray torch mlflow"),
+        ("recray.model.recommender", "ray mlflow pyarrow pandas pydantic"),
+        ("recray.training.loop", "ray mlflow pyarrow pandas pydantic"),
+        ("recray.evaluation.metrics", "ray mlflow torch pyarrow"),
+        ("recray.inference.predictor", "ray mlflow pydantic"),
+    ],
+)
+def test_importing_costs_no_more_than_it_should(module, forbidden):
+    code = f"import sys, {module}; print([m for m in {forbidden.split()!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_no_pickle_is_written_or_read():
+    names = {"pickle", "cloudpickle", "joblib", "dill", "shelve"}
+    for path in files():
+        assert not {module.split(".")[0] for module in imports(path)} & names, path
+        text = path.read_text()
+        assert "torch.save(" not in text and "torch.load(" not in text and "allow_pickle=True" not in text, path

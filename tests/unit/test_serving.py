@@ -1,0 +1,147 @@
+"""The handler without HTTP: snapshot look-up, real time, unknown users."""
+
+import datetime as dt
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import ValidationError
+
+from recray.bundle import write_bundle
+from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
+from recray.inference import Predictor
+from recray.scoring.score import ScoreBucket, _summary
+from recray.serving.api import RecommendRequest
+from recray.serving.handler import Night
+from recray.snapshot.reader import Snapshot
+from recray.snapshot.writer import publish, write_part
+from recray.storage import Storage, open_sealed, sealed_directory
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop, shape_of
+
+K = 20
+
+
+@pytest.fixture(scope="module")
+def storage(world_settings, world_dataset) -> Storage:
+    """A night scored in this process."""
+    storage = Storage(world_settings.root())
+    chosen = bundle_settings(world_settings)
+    state = build_loop(str(world_dataset.path), chosen, torch.device("cpu")).best
+    shape = shape_of(chosen["model"], world_dataset)
+    bundle = write_bundle(
+        storage.bundle("b"), "b", dataset=world_dataset, shape=shape, state=state, features=chosen["data"]["features"],
+        prior_days=7, settings=chosen, metrics={},
+    )  # fmt: skip
+    path = storage.scores / "night"
+    fields = {
+        "as_of_s": world_dataset.as_of_s, "bundle": "bundles/b", "bundle_digest": bundle.digest,
+        "dataset": f"datasets/{world_dataset.key}", "dataset_digest": world_dataset.digest, "user_type": "int64",
+        "buckets": world_dataset.n_shards, "k": K, "new_only": False,
+    }  # fmt: skip
+    with sealed_directory(path, "snapshot", "night", fields) as folder:
+        bucket = ScoreBucket(
+            bundle=str(bundle.path), dataset=str(world_dataset.path), folder=str(folder), k=K, new_only=False, batch_users=32, threads=1
+        )
+        parts = [bucket({"item": number}) for number in range(world_dataset.n_shards)]
+        fields.update(_summary(parts, len(bundle.item_ids)))
+    publish(storage, path, open_sealed(path, "snapshot"))
+    return storage
+
+
+@pytest.fixture(scope="module")
+def night(storage) -> Night:
+    return Night.load(storage)
+
+
+def ask(night, **body):
+    return night.recommend(RecommendRequest(**body))
+
+
+def test_every_user_is_in_the_snapshot_once(storage, world_dataset):
+    snapshot = Snapshot.latest(storage)
+    assert snapshot.manifest["users"] == world_dataset.n_users == 300
+    assert all(len(snapshot.find(user).item_ids) == K for user in range(300))
+    assert snapshot.find(300) is None and snapshot.find("nobody") is None and snapshot.find("7") == snapshot.find(7)
+
+
+def test_the_snapshot_is_what_the_predictor_says_now(night):
+    for user in (0, 17, 250):
+        stored = ask(night, user_id=user, k=10)
+        live = ask(night, user_id=user, k=10, now=dt.datetime.fromtimestamp(night.dataset.now_s, dt.UTC))
+        assert (stored.source, live.source) == ("snapshot", "realtime")
+        np.testing.assert_allclose([i.score for i in stored.items], [i.score for i in live.items], atol=1e-5)
+
+
+def test_a_history_sent_along_is_read(night):
+    items = night.predictor.item_ids.to_pylist()
+    a = ask(night, history=[{"item_id": items[3]}], k=5)
+    b = ask(night, history=[{"item_id": items[3]}, {"item_id": items[40], "event": "purchase"}], k=5)
+    assert a.source == b.source == "realtime"
+    assert [i.score for i in a.items] != [i.score for i in b.items]
+    new = ask(night, history=[{"item_id": items[3]}], k=50, new_only=True, exclude=[items[5]])
+    assert not {items[3], items[5]} & {i.item_id for i in new.items}
+
+
+def test_order_is_by_time_not_by_place(night):
+    items = night.predictor.item_ids.to_pylist()
+    first = {"item_id": items[1], "timestamp": "2024-04-01T00:00:00Z"}
+    second = {"item_id": items[2], "timestamp": "2024-04-02T00:00:00Z"}
+    a, b = (ask(night, history=h, k=5) for h in ([first, second], [second, first]))
+    assert a == b
+
+
+@pytest.mark.parametrize("body", [{"user_id": "nobody"}, {}, {"history": []}, {"history": [{"item_id": "unheard of"}]}, {"user_id": 10**9}])
+def test_nothing_known_gets_the_popular_list(night, body):
+    answer = ask(night, k=5, **body)
+    assert answer.source == "popular" and len(answer.items) == 5
+
+
+def test_what_the_nightly_list_cannot_answer_is_computed(night):
+    assert ask(night, user_id=3, k=K + 5).source == "realtime"
+    assert len(ask(night, user_id=3, k=K + 5).items) == K + 5
+    assert ask(night, user_id=3, k=5, new_only=True).source == "realtime"
+    first = ask(night, user_id=3, k=1).items[0].item_id
+    assert first not in {i.item_id for i in ask(night, user_id=3, k=5, exclude=[first]).items}
+
+
+@pytest.mark.parametrize("body", [{"k": 0}, {"k": 10**6}, {"bogus": 1}, {"history": [{}]}, {"now": "soon"}])
+def test_requests_that_make_no_sense_are_refused(body):
+    with pytest.raises(ValidationError):
+        RecommendRequest(**body)
+
+
+def test_an_unknown_event_type_is_named(night):
+    with pytest.raises(RequestError, match="zap"):
+        ask(night, history=[{"item_id": "i0000001", "event": "zap"}])
+
+
+def test_damaged_and_missing_snapshots_are_refused(storage, tmp_path):
+    with pytest.raises(MissingArtifactError):
+        Night.load(Storage(tmp_path))
+    part = next((storage.scores / "night").glob("part-*.parquet"))
+    content = part.read_bytes()
+    try:
+        part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DamagedArtifactError, match=part.name):
+            Night.load(storage)
+    finally:
+        part.write_bytes(content)
+
+
+def test_a_dataset_with_newer_items_is_translated(night, world_dataset):
+    older = Predictor(
+        night.predictor.model, pa.array([f"x{n}" for n in range(night.predictor.n_items)]), ["view"], night.predictor.popularity,
+        prior_days=7, has_time=True,
+    )  # fmt: skip
+    translation = older.translation(world_dataset)
+    shard = world_dataset.shard(0)
+    assert not translation.history(shard.history(0)).item_index.any()
+    same = night.predictor.translation(world_dataset)
+    assert same.to_bundle.tolist() == same.to_dataset.tolist() == list(range(world_dataset.n_items + 1))
+
+
+def test_parts_hold_users_without_items(tmp_path):
+    write_part(tmp_path, 0, pa.array([1, 2]), pa.array(["a"]), pa.array([0, 1, 1], pa.int32()), pa.array([0.5], pa.float32()), ["model", "popular"])
+    assert (tmp_path / "part-00000.parquet").exists()
