@@ -1,0 +1,91 @@
+"""Two workers on two nodes learn what one worker learns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import prepare_here, world_overrides
+from safetensors.torch import load_file
+
+from recray.config import load_settings
+from recray.training.trainer import bundle_settings, train_key
+from recray.training.worker import build_loop
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def two_nodes(own_home):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def settings_of(folder, root, *more):
+    overrides = [*world_overrides(folder, root), "model.dropout=0", "train.epochs=1", "train.batch_positions=150", *more]
+    return load_settings(None, overrides)
+
+
+def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from recray.training.worker import train_worker
+
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+    settings = settings_of(world_folder, tmp_path)
+    dataset = prepare_here(settings)
+    chosen = bundle_settings(settings)
+    one = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    assert sum(1 for _ in one.batches.epoch(0)) >= STEPS
+    list(one.run())
+
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"dataset": str(dataset.path), "settings": chosen, "threads": 1, "progress": str(tmp_path / "p.jsonl")},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}, placement_strategy="STRICT_SPREAD"),
+        run_config=RunConfig(name="two", storage_path=str(tmp_path / "runs")),
+    )
+    checkpoint = trainer.fit().checkpoint.path
+    progress = json.loads(open(f"{checkpoint}/progress.json").read())
+    assert progress["step"] == one.progress.step >= STEPS
+    assert progress["curve"][0]["loss"] == pytest.approx(one.progress.curve[0]["loss"], abs=1e-5)
+    assert progress["best_ndcg"] == pytest.approx(one.progress.best_ndcg, abs=1e-3)
+    two = load_file(f"{checkpoint}/model.safetensors")
+    start = build_loop(str(dataset.path), chosen, torch.device("cpu")).model.state_dict()
+    moved = 0.0
+    for name, tensor in one.model.state_dict().items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
+        moved = max(moved, (tensor.float() - start[name].float()).abs().max().item())
+    assert moved > 1e-3, "training moved nothing, so the comparison said nothing"
+
+
+def test_workers_that_find_no_place_are_an_error_that_names_the_holders(two_nodes, world_folder, tmp_path):
+    import ray
+
+    from recray.errors import ClusterError
+    from recray.training.trainer import train
+
+    @ray.remote(num_cpus=1)
+    class Squatter:
+        def ready(self):
+            return True
+
+    settings = settings_of(world_folder, tmp_path, "train.workers=2", "train.timeout_s=2")
+    dataset = prepare_here(settings)
+    squatter = Squatter.remote()
+    ray.get(squatter.ready.remote())
+    with pytest.raises(ClusterError, match="Squatter"):
+        train(settings, train_key(settings, dataset), dataset)
+    ray.kill(squatter)
+    with pytest.raises(ClusterError, match="needs 9 CPUs.*the cluster has 2"):
+        train(settings_of(world_folder, tmp_path, "train.workers=9"), "k", dataset)

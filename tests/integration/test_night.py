@@ -1,0 +1,178 @@
+"""A whole night on real Ray, MLflow and Serve: what it writes, that repeating adds nothing, that all answers agree."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import world_overrides
+
+from recray import pipeline
+from recray.config import load_settings
+from recray.dataset.reader import Dataset
+from recray.dataset.worlds import World
+from recray.demo import post, with_port
+from recray.inference import Predictor
+from recray.serving import app
+from recray.snapshot.reader import Snapshot
+from recray.storage import Storage
+
+FIRST = dt.datetime(2024, 4, 20, 23, 59, 59, tzinfo=dt.UTC)
+SECOND = FIRST + dt.timedelta(days=1)
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("night")
+    World(users=300, items=120, events_per_user=15, seed=1).write(folder)
+    overrides = [*world_overrides(folder, folder / "root"), "serve.port=0", "serve.poll_s=0.2", "train.every_days=3"]
+    return with_port(load_settings(None, overrides))
+
+
+@pytest.fixture(scope="module")
+def night(settings):
+    return pipeline.run_nightly(settings, FIRST)
+
+
+@pytest.fixture(scope="module")
+def address(settings, night):
+    yield app.start(settings)
+    app.stop()
+
+
+def test_a_night_writes_its_four_outputs(night, settings):
+    assert night.status == "ok"
+    assert set(night.outputs) == {"dataset", "bundle", "evaluation", "snapshot", "latest"}
+    assert night.metrics["repeats_ndcg@10"] > 0 and night.metrics["users"] == 300
+    snapshot = Snapshot.latest(Storage(settings.root()))
+    assert snapshot.path.as_posix().startswith(f"{settings.root()}/scores/dt=2024-04-20/run=")
+    rows = [row for part in sorted(snapshot.path.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+    assert len({row["user_id"] for row in rows}) == len(rows) == 300
+    assert {row["source"] for row in rows} <= {"model", "popular"}
+    assert all(len(row["item_ids"]) == 20 and row["scores"] == sorted(row["scores"], reverse=True) for row in rows)
+    assert not list(settings.root().glob("staging/*")) and not list(settings.root().rglob(".run=*"))
+
+
+def test_repeating_the_night_changes_nothing(night, settings):
+    stamps = {p: p.stat().st_mtime_ns for p in settings.root().rglob("*") if p.is_file() and "mlflow" not in p.parts}
+    again = pipeline.run_nightly(settings, FIRST)
+    assert again.status == "skipped" and again.outputs == night.outputs and again.run_key == night.run_key
+    assert {p: p.stat().st_mtime_ns for p in settings.root().rglob("*") if p.is_file() and "mlflow" not in p.parts} == stamps
+
+
+def test_mlflow_knows_the_run_once(night, settings):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{Storage(settings.root()).tracking / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("recray").experiment_id])
+    key = night.outputs["bundle"].rsplit("/", 1)[-1]
+    assert [run.data.tags["recray.run_key"] for run in runs] == [key]
+    run = runs[0]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.epochs"] == "2" and "storage.root" not in run.data.params
+    curve = client.get_metric_history(run.info.run_id, "validation_ndcg")
+    assert [point.step for point in curve] == [1, 2]
+    assert run.data.metrics["repeats_ndcg_at_10"] == pytest.approx(night.metrics["repeats_ndcg@10"])
+    assert run.data.metrics["snapshot_users"] == 300 and "snapshot_best_score_q0.5" in run.data.metrics
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"bundle", "evaluation", "snapshots"}
+    (snapshot,) = client.list_artifacts(run.info.run_id, "snapshots")
+    document = json.loads(open(client.download_artifacts(run.info.run_id, snapshot.path)).read())
+    assert document["date"] == "2024-04-20" and document["users"] == 300 and len(document["manifest_sha256"]) == 64
+
+
+def test_the_answers_of_all_ways_agree(night, settings, address):
+    """Alone, in a batch, through Ray Data (the snapshot) and through HTTP: equal but for scores within 1e-5."""
+    storage = Storage(settings.root())
+    snapshot, dataset = Snapshot.latest(storage), Dataset.open(night.outputs["dataset"])
+    predictor = Predictor.load(night.outputs["bundle"], dataset=dataset)
+    users = [user for user in range(0, 300, 11) if snapshot.find(user).source == "model"]
+    histories = [predictor.translation(dataset).history(dataset.user_history(user)) for user in users]
+    batch = predictor.recommend(histories, 10, now=dataset.now_s)
+    moment = dt.datetime.fromtimestamp(dataset.now_s, dt.UTC).isoformat()
+    sources = set()
+    for row, user in enumerate(users):
+        alone = predictor.recommend([histories[row]], 10, now=dataset.now_s)
+        stored = snapshot.find(user)
+        nightly = post(f"{address}/v1/recommend", {"user_id": user, "k": 10})
+        live = post(f"{address}/v1/recommend", {"user_id": user, "k": 10, "now": moment})
+        sources |= {nightly["source"], live["source"]}
+        answers = [
+            (predictor.ids_of(batch.item_index[row]), batch.scores[row]),
+            (predictor.ids_of(alone.item_index[0]), alone.scores[0]),
+            (stored.item_ids[:10], stored.scores[:10]),
+            *(([i["item_id"] for i in a["items"]], [i["score"] for i in a["items"]]) for a in (nightly, live)),
+        ]
+        for ids, scores in answers:
+            np.testing.assert_allclose(scores, answers[0][1], atol=1e-5)
+            for mine, theirs, score in zip(ids, answers[0][0], scores, strict=True):
+                assert mine == theirs or np.isclose(answers[0][1], score, atol=1e-5).sum() > 1
+    assert sources == {"snapshot", "realtime"}
+
+
+def test_the_endpoint_says_what_it_serves(night, address):
+    def get(path):
+        with urllib.request.urlopen(f"{address}{path}", timeout=30) as response:
+            return json.load(response)
+
+    assert get("/healthz") == {"status": "ok", "night": "2024-04-20"}
+    assert get("/v1/models")["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
+    schema = get("/openapi.json")
+    assert {"/v1/recommend", "/v1/models", "/healthz"} <= set(schema["paths"])
+    assert len(schema["components"]["schemas"]["RecommendRequest"]["examples"]) == 3
+    with urllib.request.urlopen(f"{address}/docs", timeout=30) as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "named"), [(b'{"k": 0}', "k"), (b'{"bogus": 1}', "bogus"), (b"{", "body"), (b'{"history": [{"item_id": "i1", "event": "zap"}]}', "zap")]
+)
+def test_requests_that_make_no_sense_are_422_and_named(address, body, named):
+    request = urllib.request.Request(f"{address}/v1/recommend", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert error.value.code == 422 and named in error.value.read().decode()
+
+
+def test_visitors_and_strangers_are_answered(address):
+    visitor = post(f"{address}/v1/recommend", {"history": [{"item_id": "i0000005", "event": "purchase"}], "k": 5, "new_only": True})
+    stranger = post(f"{address}/v1/recommend", {"user_id": "stranger", "k": 5})
+    assert (visitor["source"], stranger["source"]) == ("realtime", "popular")
+    assert len(visitor["items"]) == len(stranger["items"]) == 5
+    assert "i0000005" not in {item["item_id"] for item in visitor["items"]}
+
+
+def test_the_next_night_keeps_the_bundle_and_the_endpoint_swaps(night, settings, address):
+    second = pipeline.run_nightly(settings, SECOND)
+    assert second.status == "ok" and second.outputs["dataset"] != night.outputs["dataset"]
+    assert "bundle" not in second.outputs, "train.every_days=3 have not passed"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        answer = post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
+        if answer["night"] == "2024-04-21":
+            break
+        time.sleep(0.2)
+    assert answer["night"] == "2024-04-21"
+    assert answer["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
+
+
+def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
+    storage = Storage(settings.root())
+    good = storage.latest.read_bytes()
+    snapshot = storage.root / json.loads(good)["snapshot"]
+    broken = snapshot.with_name("run=broken")
+    shutil.copytree(snapshot, broken)
+    part = next(broken.glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-1])
+    storage.latest.write_text(json.dumps({**json.loads(good), "snapshot": broken.relative_to(storage.root).as_posix()}))
+    time.sleep(2)
+    assert post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["night"] == "2024-04-21"
+    storage.latest.write_bytes(good)
+    shutil.rmtree(broken)
