@@ -15,7 +15,9 @@ LOCAL_OBJECT_STORE_BYTES = 400 << 20
 
 
 def start(cpus: int | None = None) -> None:
-    """Connect to the cluster that `RAY_ADDRESS` or this node names; else start a local Ray. No-op when connected.
+    """Connect to the cluster of `RAY_ADDRESS` (in a submitted job Ray sets it); else start a Ray of our own on this machine.
+
+    No-op when connected.
 
     Raises ClusterError.
     """
@@ -23,9 +25,9 @@ def start(cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; silences its warning
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address := os.environ.get("RAY_ADDRESS"):
             ray.init(address=address, **options)

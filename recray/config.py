@@ -96,6 +96,7 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    average_decay: float = Field(0.99, ge=0, lt=1, description="exponential moving average of the weights, which is validated and kept; 0: none")
     batch_positions: int = Field(5000, ge=16, description="history positions in a global batch, padding included")
     windows: Literal["all", "last"] = Field("all", description="all: long histories are cut into windows; last: only the last window")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU that has it, else float32")

@@ -28,6 +28,28 @@ def prepare_here(settings: Settings, as_of=None) -> Dataset:
     return prepare(settings, prepare_key(settings, as_of), as_of, in_process)
 
 
+def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str):
+    """A bundle of untrained weights."""
+    import torch
+
+    from recray.bundle import write_bundle
+    from recray.training.trainer import bundle_settings
+    from recray.training.worker import build_loop, shape_of
+
+    chosen = bundle_settings(settings)
+    return write_bundle(
+        path,
+        key,
+        dataset=dataset,
+        shape=shape_of(chosen["model"], dataset),
+        state=build_loop(str(dataset.path), chosen, torch.device("cpu")).best,
+        features=chosen["data"]["features"],
+        prior_days=chosen["model"]["prior_days"],
+        settings=chosen,
+        metrics={},
+    )
+
+
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")

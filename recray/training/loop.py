@@ -6,6 +6,7 @@ after an epoch is: weights, optimiser, the best weights so far, and the numbers 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from recray.errors import TrainingError
 from recray.model.losses import Targets, backward_in_blocks
@@ -44,6 +45,7 @@ class LoopSettings:
     warmup_steps: int
     weight_decay: float
     seed: int
+    average_decay: float = 0.0
     bfloat16: bool = False
 
 
@@ -70,9 +72,9 @@ class Loop:
         self.device = next(model.parameters()).device
         self.progress = Progress()
         groups = [{"params": list(parameters), "factor": factor} for factor, parameters in _by_rate(model)]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True)
+        # what is validated and kept: the model itself, or its exponential moving average
+        self.average = copy.deepcopy(model).eval().requires_grad_(False) if settings.average_decay else model
         self.best = _copy(model)
 
     def run(self) -> Iterator[dict[str, float]]:
@@ -84,7 +86,7 @@ class Loop:
             ndcg = self._validated()
             progress.epoch += 1
             if ndcg > progress.best_ndcg:
-                progress.best_ndcg, progress.best_epoch, self.best = ndcg, progress.epoch, _copy(self.model)
+                progress.best_ndcg, progress.best_epoch, self.best = ndcg, progress.epoch, _copy(self.average)
             line = {"epoch": progress.epoch, "steps": progress.step, "loss": loss, "validation_ndcg": ndcg}
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
@@ -118,7 +120,17 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.step()
+        self._update_average()
         return loss
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the average towards the weights; early on faster, so that the start is soon forgotten."""
+        if self.average is self.model:
+            return
+        step = self.progress.step
+        decay = min(self.settings.average_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _all_reduce_gradients(self) -> None:
         """Sum gradients over the ranks, as one flat tensor. Each loss is already divided by the global batch."""
@@ -139,21 +151,22 @@ class Loop:
         return tensor
 
     def _validated(self) -> float:
-        total, users = self.validate(self.model, self.rank, self.world)
+        total, users = self.validate(self.average, self.rank, self.world)
         total, users = self._sum(torch.tensor([total, users], dtype=torch.float64, device=self.device)).tolist()
         return total / max(users, 1.0)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Named tensors by file: model, best, optimizer. `progress` goes beside them as JSON."""
+        """Named tensors by file: model, average, best, optimizer. `progress` goes beside them as JSON."""
         optimizer = {
             f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
             for index, state in self.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        return {"model": _copy(self.model), "best": self.best, "optimizer": optimizer}
+        return {"model": _copy(self.model), "average": _copy(self.average), "best": self.best, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         self.best = state["best"]
         self.progress = Progress(**progress)
         by_parameter: dict[int, dict[str, Tensor]] = {}
@@ -164,7 +177,7 @@ class Loop:
         self.optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
 
 
-def _by_rate(model: Recommender) -> list[tuple[float, list[Tensor]]]:
+def _by_rate(model: Recommender) -> list[tuple[float, list[nn.Parameter]]]:
     """Parameters by factor on the learning rate: the few numbers of the repeat term and the prior must travel further."""
     few = [p for name, p in model.named_parameters() if name.startswith("repeat.") or name == "prior_scale"]
     chosen = {id(p) for p in few}

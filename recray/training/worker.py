@@ -20,7 +20,7 @@ from recray.model.recommender import Recommender, Shape
 from recray.training.batches import TrainingBatches
 from recray.training.loop import Loop, LoopSettings, Validate
 
-FILES = ("model", "best", "optimizer")
+FILES = ("model", "average", "best", "optimizer")
 VALIDATION_BATCH = 256
 
 
@@ -89,6 +89,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         warmup_steps=train["warmup_steps"],
         weight_decay=train["weight_decay"],
         seed=train["seed"],
+        average_decay=train["average_decay"],
         bfloat16=precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()),
     )
     return Loop(model, batches, _validation(dataset, model, settings), loop_settings)
@@ -108,7 +109,8 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
         has_time=dataset.has_time,
     )
 
-    def validate(_: Recommender, rank: int, world: int) -> tuple[float, float]:
+    def validate(candidate: Recommender, rank: int, world: int) -> tuple[float, float]:
+        predictor.model = candidate
         predictor.refresh()
         total = users = 0.0
         for batch in questions.batches(VALIDATION_BATCH, rank, world):

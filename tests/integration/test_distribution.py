@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
         run_config=RunConfig(name="two", storage_path=str(tmp_path / "runs")),
     )
     checkpoint = trainer.fit().checkpoint.path
-    progress = json.loads(open(f"{checkpoint}/progress.json").read())
+    progress = json.loads(Path(checkpoint, "progress.json").read_text())
     assert progress["step"] == one.progress.step >= STEPS
     assert progress["curve"][0]["loss"] == pytest.approx(one.progress.curve[0]["loss"], abs=1e-5)
     assert progress["best_ndcg"] == pytest.approx(one.progress.best_ndcg, abs=1e-3)

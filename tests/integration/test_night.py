@@ -8,6 +8,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -84,7 +85,7 @@ def test_mlflow_knows_the_run_once(night, settings):
     assert run.data.metrics["snapshot_users"] == 300 and "snapshot_best_score_q0.5" in run.data.metrics
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"bundle", "evaluation", "snapshots"}
     (snapshot,) = client.list_artifacts(run.info.run_id, "snapshots")
-    document = json.loads(open(client.download_artifacts(run.info.run_id, snapshot.path)).read())
+    document = json.loads(Path(client.download_artifacts(run.info.run_id, snapshot.path)).read_text())
     assert document["date"] == "2024-04-20" and document["users"] == 300 and len(document["manifest_sha256"]) == 64
 
 

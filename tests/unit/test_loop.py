@@ -1,10 +1,13 @@
 import numpy as np
+import pytest
 import torch
+from conftest import bundle_here
 
-from recray.bundle import Bundle, latest_bundle, settings_key, write_bundle
+from recray.bundle import Bundle, latest_bundle, settings_key
+from recray.errors import TrainingError
 from recray.inference import Predictor
 from recray.training.trainer import bundle_settings, train_key
-from recray.training.worker import build_loop, load_checkpoint, save_checkpoint, shape_of
+from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 
 
 def loop(settings, dataset, **train):
@@ -44,27 +47,15 @@ def test_resumed_equals_uninterrupted_to_the_bit(world_settings, world_dataset, 
 
 
 def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
-    run = loop(world_settings, world_dataset)
     chosen, key = bundle_settings(world_settings), train_key(world_settings, world_dataset)
-    options = {
-        "dataset": world_dataset,
-        "shape": shape_of(chosen["model"], world_dataset),
-        "state": run.best,
-        "features": chosen["data"]["features"],
-        "prior_days": 7,
-        "settings": chosen,
-        "metrics": {},
-    }
-    bundle = write_bundle(tmp_path / "bundles" / key, key, **options)
-    again = write_bundle(tmp_path / "again" / key, key, **options)
+    bundle = bundle_here(world_settings, world_dataset, tmp_path / "bundles" / key, key)
+    again = bundle_here(world_settings, world_dataset, tmp_path / "again" / key, key)
     assert bundle.digest == again.digest
     predictor = Predictor.load(bundle.path)
     shard = world_dataset.shard(0)
     histories = [shard.history(row) for row in range(5)]
-    run.model.load_state_dict(run.best)
-    live = Predictor(
-        run.model, bundle.item_ids, world_dataset.event_types, world_dataset.popularity, prior_days=7, has_time=True
-    )
+    run = loop(world_settings, world_dataset)
+    live = Predictor(run.model, bundle.item_ids, world_dataset.event_types, world_dataset.popularity, prior_days=7, has_time=True)
     now = world_dataset.now_s
     assert (predictor.recommend(histories, 10, now=now).scores == live.recommend(histories, 10, now=now).scores).all()
     folder = tmp_path / "bundles"
@@ -96,3 +87,24 @@ def test_a_fresh_model_is_drawn_from_its_seed(world_settings, world_dataset):
     assert np.isfinite(a.detach().numpy()).all()
 
 
+def test_bfloat16_learns_what_float32_learns(world_settings, world_dataset):
+    full, half = (next(loop(world_settings, world_dataset, precision=p).run()) for p in ("float32", "bfloat16"))
+    assert half["loss"] != full["loss"]
+    np.testing.assert_allclose(half["loss"], full["loss"], rtol=0.01)
+
+
+def test_a_loss_that_is_not_finite_stops_training(world_settings, world_dataset):
+    run = loop(world_settings, world_dataset)
+    with torch.no_grad():
+        run.model.items.ids.weight[3] = torch.nan
+    with pytest.raises(TrainingError, match="loss of epoch 1 is nan"):
+        next(run.run())
+
+
+def test_the_average_follows_the_weights(world_settings, world_dataset):
+    run = loop(world_settings, world_dataset, average_decay=0.9)
+    next(run.run())
+    distance = [(a - b).abs().max() for a, b in zip(run.average.parameters(), run.model.parameters(), strict=True)]
+    assert 0 < max(distance) < 0.1
+    plain = loop(world_settings, world_dataset, average_decay=0.0)
+    assert plain.average is plain.model

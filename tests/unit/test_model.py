@@ -17,9 +17,7 @@ DAY = 86_400
 def make(features=True, seed=0, **kwargs) -> Recommender:
     torch.manual_seed(seed)
     random = np.random.default_rng(0)
-    bags = {
-        name: (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)])) for name in ("brand", "title")
-    } if features else {}
+    bags = {name: (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)])) for name in ("brand", "title")} if features else {}
     seen = np.arange(V + 1) > 0
     model = Recommender(Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **kwargs), seen, bags)
     with torch.no_grad():  # nothing at its neutral start
@@ -182,9 +180,7 @@ def test_repeats_count_and_recent_ones_count_by_their_age():
 @pytest.mark.parametrize("sizes", [[1] * 6, [1, 3, 2, 1, 4, 2]])
 def test_cross_entropy_in_blocks_equals_the_whole(sizes):
     model, batch = make(), make_batch()
-    batch = batch._replace(
-        user_N=torch.arange(6) % B, position_N=torch.tensor([8, 7, 6, 5, 4, 3]), day_N=torch.tensor([0, 1, 0, 1, 0, 1])
-    )
+    batch = batch._replace(user_N=torch.arange(6) % B, position_N=torch.tensor([8, 7, 6, 5, 4, 3]), day_N=torch.tensor([0, 1, 0, 1, 0, 1]))
     random = np.random.default_rng(0)
     items = [random.choice(np.arange(1, V + 1), size, replace=False) for size in sizes]
     targets = Targets(torch.tensor([0, *np.cumsum(sizes)]), torch.from_numpy(np.concatenate(items)))

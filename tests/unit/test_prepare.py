@@ -109,9 +109,7 @@ def test_bad_rows_go_to_quarantine_with_a_reason(tmp_path):
     data = dataset(tmp_path, source=source, overrides=["data.max_bad_fraction=0.05", "split.kind=leave_one_out"])
     assert (data.manifest["bad_rows"], data.n_events) == (5, 95)
     reasons = pq.read_table(tmp_path / "root" / "quarantine" / data.key)["reason"].to_pylist()
-    assert sorted(reasons) == sorted(
-        ["user_id is null", "item_id is null", "time is null", "time is outside 1970 to 2100", "value is not finite"]
-    )
+    assert sorted(reasons) == sorted(["user_id is null", "item_id is null", "time is null", "time is outside 1970 to 2100", "value is not finite"])
 
 
 def test_nothing_after_as_of_is_read(tmp_path):

@@ -5,10 +5,9 @@ import datetime as dt
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
+from conftest import bundle_here
 from pydantic import ValidationError
 
-from recray.bundle import write_bundle
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
 from recray.inference import Predictor
 from recray.scoring.score import ScoreBucket, _summary
@@ -17,8 +16,6 @@ from recray.serving.handler import Night
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import publish, write_part
 from recray.storage import Storage, open_sealed, sealed_directory
-from recray.training.trainer import bundle_settings
-from recray.training.worker import build_loop, shape_of
 
 K = 20
 
@@ -27,13 +24,7 @@ K = 20
 def storage(world_settings, world_dataset) -> Storage:
     """A night scored in this process."""
     storage = Storage(world_settings.root())
-    chosen = bundle_settings(world_settings)
-    state = build_loop(str(world_dataset.path), chosen, torch.device("cpu")).best
-    shape = shape_of(chosen["model"], world_dataset)
-    bundle = write_bundle(
-        storage.bundle("b"), "b", dataset=world_dataset, shape=shape, state=state, features=chosen["data"]["features"],
-        prior_days=7, settings=chosen, metrics={},
-    )  # fmt: skip
+    bundle = bundle_here(world_settings, world_dataset, storage.bundle("b"), "b")
     path = storage.scores / "night"
     fields = {
         "as_of_s": world_dataset.as_of_s, "bundle": "bundles/b", "bundle_digest": bundle.digest,
