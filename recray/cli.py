@@ -7,6 +7,7 @@ standard error; the last line of standard output is the job's JSON.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 import traceback
@@ -72,6 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from recray.pipeline import JobResult
 
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends as an interrupted one
     try:
         if arguments.job == "init":
             return _init(Path(arguments.path))

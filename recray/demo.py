@@ -91,7 +91,7 @@ def _ask(address: str, settings: Settings, reporter: Reporter) -> None:
         begun = time.monotonic()
         answer = post(f"{address}/v1/recommend", body)
         shown = " · ".join(titles.get(item["item_id"], str(item["item_id"])) for item in answer["items"])
-        reporter.say(f"{who}  →  {shown}  [{answer['source']}, {1000 * (time.monotonic() - begun):.0f} ms]".replace("[", "\\["))
+        reporter.say(f"{who}  →  {shown}  [{answer['source']}, {1000 * (time.monotonic() - begun):.0f} ms]")
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ What needs torch or MLflow is imported by the job that uses it: the driver of pr
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError
 from recray.prepare import prepare as preparation
 from recray.prepare.sources import inspect_events, read_items
-from recray.storage import Storage, is_sealed, manifest_digest
+from recray.storage import Storage, is_sealed, manifest_digest, write_json
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle
@@ -89,22 +90,25 @@ def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         tracking = _tracking(settings)
-        run = tracking.run(key, f"train {_date(dataset.as_of_s)}")
-        tracking.settings(run, trainer.bundle_settings(settings))
+        run = tracking.run(key, _run_name(dataset.as_of_s))
 
         def on_metrics(line: dict[str, float]) -> None:
             say(
                 f"epoch {line['epoch']:.0f}  loss {line['loss']:.4f}  validation ndcg@{settings.evaluate.k[0]} "
                 f"{line['validation_ndcg']:.4f}  {line['seconds']:.1f} s"
             )
-            tracking.metrics(run, {name: line[name] for name in ("loss", "validation_ndcg")}, int(line["epoch"]))
+            tracking.curve(run, [line])
 
         cluster.start()
         say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); stops {settings.train.patience} epochs after the best")
-        bundle = trainer.train(settings, key, dataset, on_metrics)
-        tracking.folder(run, bundle.path, "bundle")
-        tracking.finish(run)
+        trainer.train(settings, key, dataset, on_metrics)
     bundle = Bundle.open(path)
+    with _tracked(settings, key, bundle) as (told, run):
+        if told is not None:
+            told.settings(run, trainer.bundle_settings(settings))
+            told.curve(run, bundle.metrics["curve"])
+            told.folder(run, bundle.path, "bundle")
+            told.finish(run)
     metrics = {"validation_ndcg": bundle.metrics["best_ndcg"], "epochs": bundle.metrics["epoch"], "best_epoch": bundle.metrics["best_epoch"]}
     say(f"bundle {key}: best epoch {metrics['best_epoch']}, validation ndcg {metrics['validation_ndcg']:.4f}")
     return _result("train", skipped, key, {"bundle": str(path)}, metrics, started)
@@ -122,12 +126,15 @@ def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
     skipped = is_sealed(path, evaluation.KIND, key)
     table = evaluation.evaluate(settings, key, dataset, bundle)
     metrics = headline(table, settings)
-    if not skipped:
-        tracking = _tracking(settings)
-        run = tracking.run(bundle.key, f"train {_date(bundle.as_of_s)}")
-        tracking.metrics(run, metrics, _day(dataset.as_of_s))
-        tracking.document(run, table, f"evaluation/{_date(dataset.as_of_s)}-{key}.json")
-    say("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    with _tracked(settings, key, bundle) as (tracking, run):
+        if tracking is not None:
+            tracking.metrics(run, metrics, _day(dataset.as_of_s))
+            tracking.document(run, table, f"evaluation/{_date(dataset.as_of_s)}-{key}.json")
+    headline_ndcg = f"ndcg@{settings.evaluate.k[0]}"
+    for setting, rows in table.items():
+        segments = rows[evaluation.MODEL]["segments"].items()
+        shown = ", ".join(f"{name} {found['ndcg']:.4f} ({found['users']})" for name, found in segments if found["users"])
+        say(f"{setting}: {headline_ndcg} {rows[evaluation.MODEL][headline_ndcg]:.4f}; by segment (users): {shown}")
     return _result("evaluate", skipped, key, {"evaluation": str(path)}, metrics, started)
 
 
@@ -146,14 +153,14 @@ def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
         cluster.start()
     path, manifest, changed = scoring.score(settings, key, dataset, bundle)
     metrics = {name: manifest[name] for name in ("users", "popular_users", "coverage@10")}
-    if not skipped:
-        tracking = _tracking(settings)
-        run = tracking.run(bundle.key, f"train {_date(bundle.as_of_s)}")
-        digest = manifest_digest(path)
-        document = {**{n: manifest[n] for n in manifest if n != "files"}, "date": _date(dataset.as_of_s), "manifest_sha256": digest}
-        tracking.document(run, document, f"snapshots/{_date(dataset.as_of_s)}-{key}.json")
-        quantiles = {f"snapshot_best_score_q{q}": value for q, value in manifest["best_score_quantiles"].items()}
-        tracking.metrics(run, {**{f"snapshot_{name}": v for name, v in metrics.items()}, **quantiles}, _day(dataset.as_of_s))
+    with _tracked(settings, key, bundle) as (tracking, run):
+        if tracking is not None:
+            document = {name: value for name, value in manifest.items() if name != "files"}
+            document.update(date=_date(dataset.as_of_s), manifest_sha256=manifest_digest(path))
+            tracking.document(run, document, f"snapshots/{_date(dataset.as_of_s)}-{key}.json")
+            quantiles = {f"best_score_q{q}": value for q, value in manifest["best_score_quantiles"].items()}
+            values = {f"snapshot_{name}": value for name, value in {**metrics, **quantiles}.items()}
+            tracking.metrics(run, values, _day(dataset.as_of_s))
     say(
         f"snapshot {key}: {manifest['users']} users, {manifest['popular_users']} with the popular list; {'published' if changed else 'was published'}"
     )
@@ -225,6 +232,26 @@ def _tracking(settings: Settings) -> Tracking:
     from recray.tracking.runs import Tracking
 
     return Tracking(settings.tracking.uri, settings.tracking.experiment, Storage(settings.root()).tracking)
+
+
+@contextlib.contextmanager
+def _tracked(settings: Settings, key: str, bundle: Bundle) -> Iterator[tuple[Tracking | None, str]]:
+    """The tracking and the bundle's run for what the job `key` has to tell; None if that was told before.
+
+    A job that was killed between its output and its report tells it when it is repeated.
+    """
+    told = Storage(settings.root()).tracked(key)
+    if told.exists():
+        yield None, ""
+        return
+    tracking = _tracking(settings)
+    run = tracking.run(bundle.key, _run_name(bundle.as_of_s))
+    yield tracking, run
+    write_json(told, {"run_id": run})
+
+
+def _run_name(as_of_s: int) -> str:
+    return f"train {_date(as_of_s)}"
 
 
 def _result(job: str, skipped: bool, key: str, outputs: dict[str, str], metrics: dict[str, Any], started: float) -> JobResult:

@@ -59,6 +59,10 @@ class Storage:
         """The pointer to the snapshot that readers use."""
         return self.root / "LATEST.json"
 
+    def tracked(self, key: str) -> Path:
+        """Marks that MLflow was told of a job's output."""
+        return self.root / "tracked" / f"{key}.json"
+
     @property
     def tracking(self) -> Path:
         return self.root / "mlflow"

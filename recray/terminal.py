@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from recray.config import Settings
 
@@ -31,9 +32,10 @@ class Reporter:
             self._status.stop()
 
     def say(self, message: str) -> None:
-        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {message}", highlight=False, soft_wrap=True)
+        elapsed = f"{time.monotonic() - self._started:6.1f}s  "
+        self.console.print(Text.assemble((elapsed, "dim"), message), soft_wrap=True)
         if self._status:
-            self._status.update(message)
+            self._status.update(Text(message, overflow="ellipsis", no_wrap=True))
 
     def show(self, what: RenderableType) -> None:
         self.console.print(what)

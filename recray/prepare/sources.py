@@ -59,7 +59,7 @@ def list_files(paths: tuple[str, ...], sample: str = "events.parquet") -> tuple[
         if uri == SAMPLE:
             uri = str(_SAMPLE_DIR / sample)
         filesystem, path = resolve(uri)
-        prefix = uri.split("://")[0] + "://" if "://" in uri else ""
+        prefix, suffix = _around(uri)
         try:
             info = filesystem.get_file_info(path)
             if info.type == fs.FileType.Directory:
@@ -71,8 +71,16 @@ def list_files(paths: tuple[str, ...], sample: str = "events.parquet") -> tuple[
             raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
         if not names:
             raise DataError(f"{uri} holds no Parquet file", "check data.events and data.items")
-        found += [prefix + name for name in names]
+        found += [prefix + name + suffix for name in names]
     return tuple(found)
+
+
+def _around(uri: str) -> tuple[str, str]:
+    """Scheme and options (`?region=…`) of a URI, which a path inside it keeps."""
+    if "://" not in uri:
+        return "", ""
+    _, question, options = uri.partition("?")
+    return uri.split("://")[0] + "://", question + options
 
 
 def digest_files(files: tuple[str, ...]) -> list[str]:

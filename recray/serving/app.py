@@ -1,5 +1,6 @@
 """The Ray Serve application: HTTP in front of `handler.Night`, and the watch for the next night."""
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,6 @@ class Endpoint:
 
     def _watch(self, poll_s: float) -> None:
         """Load a new night aside and swap the reference; a night that cannot be loaded leaves the old one in place."""
-        import logging
-
         wait = threading.Event()
         while not wait.wait(poll_s):
             try:
@@ -87,6 +86,7 @@ def start(settings: Settings) -> str:
     """
     Night.load(Storage(settings.root()))  # a clear error here beats a deployment that never becomes healthy
     options = settings.serve
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": options.host, "port": options.port, "access_log": False})
         serve.run(build(settings), name=NAME, route_prefix="/")
@@ -96,5 +96,5 @@ def start(settings: Settings) -> str:
 
 
 def stop() -> None:
-    """Take the endpoint down."""
-    serve.shutdown()
+    """Take the endpoint down; other applications of the cluster stay."""
+    serve.delete(NAME)

@@ -59,12 +59,14 @@ class Tracking:
         entries = [Metric(name.replace("@", "_at_"), float(value), step, step) for name, value in values.items()]
         self.client.log_batch(run_id, metrics=entries)
 
+    def curve(self, run_id: str, lines: list[dict[str, float]]) -> None:
+        """Lines of a learning curve, by epoch."""
+        for line in lines:
+            self.metrics(run_id, {name: line[name] for name in ("loss", "validation_ndcg")}, int(line["epoch"]))
+
     def document(self, run_id: str, content: Any, path: str) -> None:
         """A JSON document as an artifact."""
         self.client.log_dict(run_id, content, path)
-
-    def text(self, run_id: str, content: str, path: str) -> None:
-        self.client.log_text(run_id, content, path)
 
     def folder(self, run_id: str, folder: Path, path: str) -> None:
         """A folder as an artifact, once."""

@@ -48,6 +48,8 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         return Bundle.open(final)
     if not any((shard.split[:, 0] > 0).any() for shard in dataset.shards()):
         raise DataError(f"dataset {dataset.key} has no training events", "lower data.min_user_events or move split.test_from later")
+    if not any((shard.split[:, 1] > shard.split[:, 0]).any() for shard in dataset.shards()):
+        raise DataError(f"dataset {dataset.key} has no validation users", "raise split.validation_users, or move split.validation_from")
     chosen = bundle_settings(settings)
     storage.training_runs.mkdir(parents=True, exist_ok=True)
     progress = storage.training_runs / f"{key}.jsonl"

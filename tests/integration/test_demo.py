@@ -1,0 +1,44 @@
+"""The demo as a person runs it, and what its model must reach on Online Retail by the reference protocol."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def demo(own_home, tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo") / "root"
+    recray = Path(sys.executable).with_name("recray")
+    done = subprocess.run([str(recray), "demo", "--root", str(root)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def table(demo):
+    return json.loads((Path(demo[0]["outputs"]["evaluation"]) / "metrics.json").read_text())
+
+
+def test_it_ends_ok_and_shows_what_it_did(demo):
+    result, said = demo
+    assert result["job"] == "demo" and result["status"] == "ok"
+    assert result["metrics"]["repeats_ndcg@10"] > 0 and result["metrics"]["new_only_ndcg@10"] > 0
+    for word in ("item-kNN", "EASE", "personal frequency", "new items only", "somebody unknown", "go on:", "[snapshot,", "[realtime,", "[popular,"):
+        assert word in said, word
+    assert all(Path(path).exists() for path in result["outputs"].values())
+
+
+@pytest.mark.parametrize("setting", ["repeats", "new_only"])
+@pytest.mark.parametrize("baseline", ["most popular", "popular, last 7 days", "item-kNN"])
+def test_the_model_is_above_popularity_and_neighbours(table, setting, baseline):
+    rows = table[setting]
+    assert rows["recray"]["ndcg@10"] > rows[baseline]["ndcg@10"]
+    if baseline == "item-kNN":
+        assert rows[baseline]["model_lead_low"] > 0
+
+
+def test_the_model_is_above_personal_frequency_with_repeats(table):
+    assert table["repeats"]["recray"]["ndcg@10"] > table["repeats"]["personal frequency"]["ndcg@10"]
