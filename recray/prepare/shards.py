@@ -58,26 +58,28 @@ def build_shard(plan: ShardPlan, number: int) -> None:
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """Distinct ids in ascending order, and the rank of each row's id."""
+    """Distinct ids in ascending order, and the rank of each row's id (any rank where it is null)."""
     encoded = column.combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
-    if not len(encoded):
-        return encoded.dictionary, np.zeros(0, np.int64)
+    if not len(encoded.dictionary):
+        return encoded.dictionary, np.zeros(len(encoded), np.int64)
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-    return encoded.dictionary.take(pa.array(order)), rank[encoded.indices.to_numpy()]
+    return encoded.dictionary.take(pa.array(order)), rank[pc.fill_null(encoded.indices, 0).to_numpy()]
 
 
 def _basket_keys(table: pa.Table, user: np.ndarray, t: np.ndarray) -> list[np.ndarray]:
-    """Sort keys that keep a named basket together, least significant first: its number, then its first time."""
+    """Sort keys that keep a named basket together, least significant first: its number, then its first time.
+
+    An event without a basket belongs to the events of its time.
+    """
     if schema.BASKET not in table.column_names:
         return []
-    basket = table[schema.BASKET].combine_chunks().dictionary_encode(null_encoding="encode")
-    if isinstance(basket, pa.ChunkedArray):
-        basket = basket.combine_chunks()
-    code = basket.indices.to_numpy().astype(np.int64)
+    names, code = _encode(table[schema.BASKET])
+    unnamed = pc.is_null(table[schema.BASKET]).to_numpy()
+    code = np.where(unnamed, len(names) + np.unique(t, return_inverse=True)[1], code)
     _, group = np.unique(user * (code.max(initial=0) + 1) + code, return_inverse=True)
     first = np.full(group.max(initial=-1) + 1, np.iinfo(np.int64).max)
     np.minimum.at(first, group, t)

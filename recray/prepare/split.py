@@ -82,8 +82,10 @@ def split_shard(shard: Shard, number: int, settings: SplitSettings, cuts: dict[s
 
 
 def _count_before(shard: Shard, cut_s: int) -> np.ndarray:
-    """Events of each user before a moment, int64 [users]."""
-    before = np.concatenate([[0], np.cumsum(shard.timestamp_s < cut_s)])
+    """Events of each user in baskets that began before a moment, int64 [users]."""
+    starts = shard.basket_starts
+    began = np.repeat(shard.timestamp_s[starts[:-1]], np.diff(starts))
+    before = np.concatenate([[0], np.cumsum(began < cut_s)])
     return before[shard.offsets[1:]] - before[shard.offsets[:-1]]
 
 

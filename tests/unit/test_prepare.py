@@ -94,6 +94,30 @@ def test_named_baskets_stay_together(tmp_path):
     assert shard.basket.tolist() == [0, 0, 1, 1, 2]
 
 
+def test_events_without_a_basket_belong_to_their_time_and_a_basket_lies_on_one_side_of_the_cut(tmp_path):
+    t, day = 1_600_000_000, 86_400
+    source = pa.table(
+        {
+            "user_id": [1] * 6 + [2] * 3,
+            "item_id": list("abcdefabc"),
+            "timestamp": [t, t, t + day, t + 9 * day, t + 11 * day, t + 20 * day, t + 5, t + 2 * day, t + 15 * day],
+            "basket": pa.array([None, None, None, "x", "x", None, "p", "q", "r"]),
+        }
+    )
+    cuts = [f"split.test_from={at(t + 10 * day)}", f"split.validation_from={at(t + day + 5)}"]
+    data = dataset(tmp_path, source=source, overrides=cuts)
+    shard = data.shard(int(bucket_of([1], data.n_shards)[0]))
+    row = shard.find(1)
+    assert shard.basket[shard.offsets[row] : shard.offsets[row + 1]].tolist() == [0, 0, 1, 2, 2, 3]
+    assert shard.split[row, 2:].tolist() == [5, 6], "basket x began before the cut, so all of it is history"
+    unnamed = source.set_column(3, "basket", pa.nulls(9, pa.string()))
+    assert dataset(tmp_path, source=unnamed, overrides=cuts).n_events == 9
+
+
+def at(seconds):
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).isoformat()
+
+
 def test_bad_rows_go_to_quarantine_with_a_reason(tmp_path):
     source = pa.table(
         {
