@@ -7,6 +7,7 @@ standard error; the last line of standard output is the job's JSON.
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -18,6 +19,8 @@ from typing import Any
 import recray
 from recray.config import Settings, load_settings, parse_as_of, render_yaml
 from recray.errors import RecrayError, RefusedError, SettingsError
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")
 
 JOBS = {
     "validate": "check settings, and the input's columns and types; runs nothing",
@@ -34,7 +37,9 @@ Every setting with its default. Override any on the command line: train.epochs=3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `recray`."""
-    return _run(_parser().parse_args(argv))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]  # they may stand anywhere
+    return _run(_parser().parse_args([argument for argument in arguments if argument not in overrides] + overrides))
 
 
 def job_main(job: str, argv: Sequence[str] | None = None) -> int:

@@ -70,7 +70,8 @@ def list_files(paths: tuple[str, ...], sample: str = "events.parquet") -> tuple[
         except OSError as error:
             raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
         if not names:
-            raise DataError(f"{uri} holds no Parquet file", "check data.events and data.items")
+            problem = "does not exist" if info.type == fs.FileType.NotFound else "holds no Parquet file"
+            raise DataError(f"{uri} {problem}", "check data.events and data.items")
         found += [prefix + name + suffix for name in names]
     return tuple(found)
 

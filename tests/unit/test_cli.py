@@ -1,6 +1,7 @@
 """What a person or a scheduler meets: exit codes, the last line, errors that name the thing and the fix."""
 
 import json
+import tempfile
 
 import pytest
 from conftest import bundle_here, prepare_here, world_overrides
@@ -9,6 +10,8 @@ from recray import cli
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import DamagedArtifactError
+
+EMPTY = tempfile.mkdtemp()
 
 
 def call(capsys, *arguments):
@@ -31,7 +34,8 @@ def test_validate_reads_footers_only(capsys, world_folder, tmp_path):
         (["prepare", "--config", "/nowhere.yaml"], 2, "recray init"),
         (["prepare", "--as-of", "soon"], 2, "--as-of"),
         (["prepare", "storage.root=relative"], 2, "absolute"),
-        (["validate", "data.events=/nowhere"], 1, "/nowhere holds no Parquet file"),
+        (["validate", "data.events=/nowhere"], 1, "/nowhere does not exist"),
+        (["validate", f"data.events={EMPTY}", "--as-of", "2024-01-01", "data.items=/nowhere"], 1, "holds no Parquet file"),
         (["train", "storage.root=/tmp/recray-that-is-not-there"], 1, "recray prepare"),
     ],
 )
