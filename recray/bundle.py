@@ -20,6 +20,7 @@ from torch import Tensor
 
 from recray import __version__
 from recray.dataset.reader import Dataset
+from recray.errors import ArtifactError
 from recray.model.recommender import Recommender, Shape
 from recray.schema import ITEM_ID
 from recray.storage import key_of, manifest_digest, open_sealed, sealed_directory
@@ -108,8 +109,11 @@ def settings_key(settings: dict[str, Any]) -> str:
 def latest_bundle(folder: Path, wanted: str, as_of_s: int) -> Bundle | None:
     """The youngest bundle in `folder` that was trained with these settings (`settings_key`) up to `as_of_s`."""
     found = []
-    for manifest in folder.glob("*/manifest.json"):
-        content = json.loads(manifest.read_text())
-        if content.get("settings_key") == wanted and content["as_of_s"] <= as_of_s:
-            found.append((content["as_of_s"], manifest.parent.name, manifest.parent))
+    for path in folder.glob("[!.]*"):
+        try:
+            content = open_sealed(path, KIND, verify=False)
+        except ArtifactError:
+            continue  # a damaged bundle is no reason not to use another
+        if content["settings_key"] == wanted and content["as_of_s"] <= as_of_s:
+            found.append((content["as_of_s"], path.name, path))
     return Bundle.open(max(found)[2]) if found else None

@@ -90,6 +90,10 @@ def _own(error: BaseException | None) -> RecrayError | None:
         seen.add(id(error))
         if type(error).__module__ == RecrayError.__module__ and isinstance(error, RecrayError):
             return error
+        workers = getattr(error, "worker_failures", None) or {}
+        for failure in workers.values():
+            if found := _own(getattr(failure, "_base_exc", failure)):
+                return found
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recray.errors import SettingsError
 
@@ -25,6 +25,13 @@ SAMPLE = "sample:online-retail"  # stands for the data that ships
 
 def _place(default: Any, description: str, **kwargs: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra={"place": True}, **kwargs)
+
+
+def _utc(value: dt.datetime) -> dt.datetime:
+    return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+
+
+Moment = Annotated[dt.datetime, AfterValidator(_utc)]
 
 
 class Section(BaseModel):
@@ -52,11 +59,12 @@ class DataSettings(Section):
 
 class SplitSettings(Section):
     kind: Literal["time", "leave_one_out", "random"] = Field(
-        "time", description="time: next basket after a date; leave_one_out: each user's last item; random: a random tenth"
+        "time",
+        description="time: next basket after a date; leave_one_out: each user's last item; random: random baskets, for logs without an order",
     )
-    test_from: dt.datetime | None = Field(None, description="time: first moment of the test, UTC; null: quantile 1 - test_fraction of the events")
+    test_from: Moment | None = Field(None, description="time: first moment of the test, UTC; null: quantile 1 - test_fraction of the events")
     test_fraction: float = Field(0.1, gt=0, lt=0.5, description="time: share of events after the cut; random: share of each user's events")
-    validation_from: dt.datetime | None = Field(
+    validation_from: Moment | None = Field(
         None, description="time: first moment of the validation, UTC; null: quantile 1 - test_fraction of what lies before the test"
     )
     validation_users: float = Field(
@@ -103,10 +111,10 @@ class TrainSettings(Section):
     seed: int = Field(0, ge=0, description="draws weights, batches and dropout")
     validation_users: int = Field(3000, ge=1, description="users scored for early stopping, at most")
     every_days: int = Field(1, ge=1, description="nightly: train again when the last bundle is so many days old")
-    workers: int = _place(1, "Ray Train workers", ge=1)
+    workers: int = Field(1, ge=1, description="Ray Train workers; each draws its own dropout")
     cpus_per_worker: float = _place(1, "logical CPUs a worker reserves", gt=0)
     threads: int | None = _place(None, "torch threads a worker; null: the machine's cores over the workers on it", ge=1)
-    use_gpu: bool = _place(False, "one GPU a worker, gradients by NCCL")
+    use_gpu: bool = Field(False, description="one GPU a worker, gradients by NCCL, bfloat16 where the GPU has it")
     max_failures: int = _place(2, "restarts after a lost worker, from the last checkpoint", ge=0)
     timeout_s: float = _place(60, "fail when Ray did not place the workers after so many seconds", gt=0)
 
@@ -294,17 +302,16 @@ def _suggest(loc: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
 
 
-AsOf = Annotated[dt.datetime, "UTC"]
-
-
-def parse_as_of(text: str | None) -> AsOf | None:
+def parse_as_of(text: str | None) -> dt.datetime | None:
     """The last moment that a job reads, UTC. A bare date means its end. Raises SettingsError."""
     if text is None:
         return None
     try:
-        value = dt.datetime.fromisoformat(text)
+        day = dt.date.fromisoformat(text)
+        return dt.datetime.combine(day, dt.time.max, dt.UTC)
+    except ValueError:
+        pass
+    try:
+        return _utc(dt.datetime.fromisoformat(text))
     except ValueError:
         raise SettingsError(f"--as-of {text!r} is not a date", "write 2011-12-09 or 2011-12-09T06:00") from None
-    if len(text) == 10:
-        value = value.replace(hour=23, minute=59, second=59, microsecond=999_999)
-    return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)

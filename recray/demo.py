@@ -107,4 +107,5 @@ def _titles(settings: Settings) -> dict[Any, str]:
     storage = Storage(settings.root())
     snapshot = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
     items = Dataset.open(storage.root / snapshot["dataset"]).items
-    return dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
+    shown = "title" if "title" in items.column_names else "item_id"
+    return dict(zip(items["item_id"].to_pylist(), items[shown].to_pylist(), strict=True))

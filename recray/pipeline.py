@@ -22,8 +22,7 @@ from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError
 from recray.prepare import prepare as preparation
-from recray.prepare.sources import inspect_events, read_items
-from recray.storage import Storage, is_sealed, manifest_digest, write_json
+from recray.storage import Storage, is_sealed, locked, manifest_digest, write_json
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle
@@ -55,8 +54,7 @@ def _quiet(message: str) -> None:
 def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Check settings, and the input's columns and types from its footers. Runs nothing and writes nothing."""
     root = settings.root()
-    source = inspect_events(settings.data)
-    items = read_items(settings.data)
+    source, items = preparation.inspect(settings)
     say(f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {', '.join(source.columns)}")
     say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
     return JobResult("validate", "ok", metrics={"rows": source.rows, "items": 0 if items is None else len(items)})
@@ -64,27 +62,71 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
 
 def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Events to dataset."""
+    with _at_work(settings):
+        return _prepare(settings, as_of, say)
+
+
+def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """Dataset to bundle, with its MLflow run."""
+    with _at_work(settings):
+        return _train(settings, _dataset(settings, as_of), say)
+
+
+def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """The current bundle and the baselines on the dataset's test users."""
+    with _at_work(settings):
+        return _evaluate(settings, _dataset(settings, as_of), say)
+
+
+def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """Every user's list by the current bundle, published."""
+    with _at_work(settings):
+        return _score(settings, _dataset(settings, as_of), say)
+
+
+def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """A night: prepare, train (when `train.every_days` have passed), evaluate, score."""
+    started = time.monotonic()
+    with _at_work(settings):
+        say("── prepare")
+        results = [_prepare(settings, as_of, say)]
+        dataset = Dataset.open(results[0].outputs["dataset"], verify=True)
+        for stage in (_train, _evaluate, _score):
+            say(f"── {stage.__name__.removeprefix('_')}")
+            if stage is _train and not _train_is_due(settings, dataset):
+                say("the last bundle is younger than train.every_days")
+                continue
+            results.append(stage(settings, dataset, say))
+    outputs = {name: path for result in results for name, path in result.outputs.items()}
+    metrics = {name: value for result in results for name, value in result.metrics.items()}
+    skipped = all(result.status == "skipped" for result in results)
+    return _result("nightly", skipped, results[-1].run_key, outputs, metrics, started)
+
+
+@contextlib.contextmanager
+def _at_work(settings: Settings) -> Iterator[None]:
+    """One job at a time in a root. Raises RefusedError, or ArtifactError if the root cannot be written to."""
+    with locked(settings.root() / ".lock", wait=False):
+        yield
+
+
+def _prepare(settings: Settings, as_of: AsOf, say: Say) -> JobResult:
     started = time.monotonic()
     key = preparation.prepare_key(settings, as_of)
     path = Storage(settings.root()).dataset(key)
     skipped = is_sealed(path, DATASET, key)
-    if not skipped:
-        cluster.start()
-        preparation.prepare(settings, key, as_of)
-    dataset = Dataset.open(path)
+    dataset = preparation.prepare(settings, key, as_of)
     manifest = dataset.manifest
     metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}
     say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows")
     return _result("prepare", skipped, key, {"dataset": str(path)}, metrics, started)
 
 
-def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """Dataset to bundle, with its MLflow run."""
+def _train(settings: Settings, dataset: Dataset, say: Say) -> JobResult:
     from recray.bundle import KIND, Bundle
     from recray.training import trainer
 
     started = time.monotonic()
-    dataset = _dataset(settings, as_of)
     key = trainer.train_key(settings, dataset)
     path = Storage(settings.root()).bundle(key)
     skipped = is_sealed(path, KIND, key)
@@ -101,7 +143,11 @@ def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
 
         cluster.start()
         say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); stops {settings.train.patience} epochs after the best")
-        trainer.train(settings, key, dataset, on_metrics)
+        try:
+            trainer.train(settings, key, dataset, on_metrics)
+        except Exception:
+            tracking.finish(run, "FAILED")
+            raise
     bundle = Bundle.open(path)
     with _tracked(settings, key, bundle) as (told, run):
         if told is not None:
@@ -114,12 +160,10 @@ def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     return _result("train", skipped, key, {"bundle": str(path)}, metrics, started)
 
 
-def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """The current bundle and the baselines on the dataset's test users."""
+def _evaluate(settings: Settings, dataset: Dataset, say: Say) -> JobResult:
     from recray.evaluation import evaluate as evaluation
 
     started = time.monotonic()
-    dataset = _dataset(settings, as_of)
     bundle = _bundle(settings, dataset)
     key = evaluation.evaluate_key(settings, dataset, bundle)
     path = Storage(settings.root()).evaluation(key)
@@ -132,18 +176,19 @@ def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
             tracking.document(run, table, f"evaluation/{_date(dataset.as_of_s)}-{key}.json")
     headline_ndcg = f"ndcg@{settings.evaluate.k[0]}"
     for setting, rows in table.items():
+        if "skipped" in rows[evaluation.MODEL]:
+            say(f"{setting}: skipped, {rows[evaluation.MODEL]['skipped']}")
+            continue
         segments = rows[evaluation.MODEL]["segments"].items()
         shown = ", ".join(f"{name} {found['ndcg']:.4f} ({found['users']})" for name, found in segments if found["users"])
         say(f"{setting}: {headline_ndcg} {rows[evaluation.MODEL][headline_ndcg]:.4f}; by segment (users): {shown}")
     return _result("evaluate", skipped, key, {"evaluation": str(path)}, metrics, started)
 
 
-def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """Every user's list by the current bundle, published."""
+def _score(settings: Settings, dataset: Dataset, say: Say) -> JobResult:
     from recray.scoring import score as scoring
 
     started = time.monotonic()
-    dataset = _dataset(settings, as_of)
     bundle = _bundle(settings, dataset)
     key = scoring.score_key(settings, dataset, bundle)
     storage = Storage(settings.root())
@@ -167,30 +212,13 @@ def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     return _result("score", skipped and not changed, key, {"snapshot": str(path), "latest": str(storage.latest)}, metrics, started)
 
 
-def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """A night: prepare, train (when `train.every_days` have passed), evaluate, score."""
-    started = time.monotonic()
-    stages = [run_prepare, run_train, run_evaluate, run_score]
-    results = []
-    for stage in stages:
-        if stage is run_train and not _train_is_due(settings, _dataset(settings, as_of)):
-            say("train: the last bundle is younger than train.every_days")
-            continue
-        say(f"── {stage.__name__.removeprefix('run_')}")
-        results.append(stage(settings, as_of, say))
-    outputs = {name: path for result in results for name, path in result.outputs.items()}
-    metrics = {name: value for result in results for name, value in result.metrics.items()}
-    skipped = all(result.status == "skipped" for result in results)
-    return _result("nightly", skipped, results[-1].run_key, outputs, metrics, started)
-
-
 def headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:
-    """The model's figures at the first k of `evaluate.k`, by setting: `repeats_ndcg@10`, …"""
+    """The model's figures at the first k of `evaluate.k`, by setting: `repeats_ndcg@10`, …; none for a skipped setting."""
     from recray.evaluation.evaluate import MODEL
 
     k = settings.evaluate.k[0]
     names = [f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr", "recall", "coverage", "popularity_share")]
-    return {f"{setting}_{name}": rows[MODEL][name] for setting, rows in table.items() for name in names}
+    return {f"{setting}_{name}": rows[MODEL][name] for setting, rows in table.items() for name in names if name in rows[MODEL]}
 
 
 def _dataset(settings: Settings, as_of: AsOf) -> Dataset:
@@ -211,7 +239,7 @@ def _bundle(settings: Settings, dataset: Dataset) -> Bundle:
     if own.exists():
         return Bundle.open(own)
     found = latest_bundle(storage.root / "bundles", settings_key(trainer.bundle_settings(settings)), dataset.as_of_s)
-    if found is None:
+    if found is None or dataset.split_kind == "random":  # another random split tests on what this bundle was trained on
         raise MissingArtifactError(f"no bundle of these settings in {storage.root / 'bundles'}", "run `recray train` first")
     return found
 
@@ -222,7 +250,7 @@ def _train_is_due(settings: Settings, dataset: Dataset) -> bool:
 
     storage = Storage(settings.root())
     last = latest_bundle(storage.root / "bundles", settings_key(trainer.bundle_settings(settings)), dataset.as_of_s)
-    if last is None or storage.bundle(trainer.train_key(settings, dataset)).exists():
+    if last is None or dataset.split_kind == "random" or storage.bundle(trainer.train_key(settings, dataset)).exists():
         return True
     age = _day(dataset.as_of_s) - _day(last.as_of_s)
     return not 0 < age < settings.train.every_days

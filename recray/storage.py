@@ -8,6 +8,7 @@ therefore sees all of it or nothing, whatever was killed when. Files that change
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recray.errors import DamagedArtifactError, MissingArtifactError, OutputExistsError
+from recray.errors import ArtifactError, DamagedArtifactError, MissingArtifactError, OutputExistsError, RefusedError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -68,6 +69,22 @@ class Storage:
         return self.root / "mlflow"
 
 
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock file `path`. Without `wait` raises RefusedError if another process holds it; ArtifactError if it cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - entered below
+    except OSError as error:
+        raise ArtifactError(f"{path.parent} cannot be written to: {error}", "check storage.root and its permissions") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise RefusedError(f"another job is at work in {path.parent}", "wait until it ends, or use another storage.root") from None
+        yield
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex sha256 of a file's content."""
     with open(path, "rb") as file:
@@ -97,7 +114,7 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file. Raises MissingArtifactError or DamagedArtifactError."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise MissingArtifactError(f"{path} does not exist", "run the job that writes it first") from None
     except ValueError as error:
         raise DamagedArtifactError(f"{path} is not JSON: {error}", "remove it and repeat the job that wrote it") from None
@@ -112,6 +129,8 @@ def sealed_directory(path: Path, kind: str, run_key: str, fields: dict[str, Any]
     Raises OutputExistsError if `path` holds something that this run key did not write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):  # by an attempt that was killed; the root's lock admits one job
+        shutil.rmtree(left, ignore_errors=True)
     scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir()
     try:
@@ -149,6 +168,8 @@ def open_sealed(path: Path, kind: str, *, verify: bool = True) -> dict[str, Any]
     if not (path / MANIFEST).is_file():
         raise MissingArtifactError(f"no {kind} at {path}", f"run the job that writes the {kind}, or check storage.root")
     manifest: dict[str, Any] = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _content_digest(manifest):
+        raise DamagedArtifactError(f"{kind} {path.name}: {MANIFEST} differs from its digest", f"remove {path} and repeat the job that wrote it")
     if manifest.get("kind") != kind or manifest.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
             f"{path} is {manifest.get('kind')} format {manifest.get('format_version')}, not {kind} format {FORMAT_VERSION}",
@@ -177,7 +198,13 @@ def _seal(directory: Path, kind: str, run_key: str, fields: dict[str, Any]) -> N
             os.fsync(handle.fileno())
         files[file.relative_to(directory).as_posix()] = {"sha256": digest, "bytes": file.stat().st_size}
     content = {**fields, "format_version": FORMAT_VERSION, "kind": kind, "run_key": run_key, "files": files}
-    write_json(directory / MANIFEST, content)
+    write_json(directory / MANIFEST, {**content, "sha256": _content_digest(content)})
+
+
+def _content_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest without its own digest, as canonical JSON."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _fsync_directory(path: Path) -> None:

@@ -59,10 +59,11 @@ class Popularity:
         return np.bincount(self.item_index[chosen], weights=self.count[chosen], minlength=self.n_items + 1).astype(np.float32)
 
     def popular(self, now_s: int | None, days: int) -> np.ndarray:
-        """What to show to somebody unknown: recent counts, with the counts of all time to break ties [n_items + 1]."""
-        total = self.total()
-        recent = self.window(now_s, days) if now_s is not None and days > 0 else np.zeros_like(total)
-        return recent + total / (total.sum() + 1.0)
+        """What to show to somebody unknown: recent counts, with all counts before that day to break ties [n_items + 1]."""
+        if now_s is None:
+            return self.total()
+        total = self.window(now_s, now_s // DAY_S + 1)
+        return self.window(now_s, days) + total / (total.sum() + 1.0)
 
     def remap(self, to: np.ndarray, n_items: int) -> Popularity:
         """The same counts in another vocabulary: `to` [self.n_items + 1] holds new indices, 0 drops the item."""

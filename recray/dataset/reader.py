@@ -23,7 +23,6 @@ from recray.schema import ITEM_ID, USER_ID
 from recray.storage import manifest_digest, open_sealed
 
 KIND = "dataset"
-SPLIT_COLUMNS = ("train_end", "validation_end", "test_start", "test_end")
 
 
 class History(NamedTuple):
@@ -93,6 +92,14 @@ class Shard:
         new[self.offsets] = True
         return np.flatnonzero(new)
 
+    @cached_property
+    def time_starts(self) -> np.ndarray:
+        """As `basket_starts`, but of the runs of equal `timestamp_s`."""
+        new = np.ones(len(self.timestamp_s) + 1, bool)
+        new[1:-1] = self.timestamp_s[1:] != self.timestamp_s[:-1]
+        new[self.offsets] = True
+        return np.flatnonzero(new)
+
     def find(self, user_id: Any) -> int | None:
         """Row of a user, or None."""
         row = int(np.searchsorted(self._sorted_ids, user_id))
@@ -117,6 +124,7 @@ class Dataset:
         self.event_types: list[str] = manifest["event_types"]
         self.clock: str = manifest["clock"]
         self.as_of_s: int = manifest["as_of_s"]
+        self.split_kind: str = manifest["settings"]["split"]["kind"]
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
@@ -133,7 +141,8 @@ class Dataset:
 
     @property
     def has_time(self) -> bool:
-        return self.clock == "timestamp"
+        """Whether `timestamp_s` is a time and histories are in its order (they are not under a random split)."""
+        return self.clock == "timestamp" and self.split_kind != "random"
 
     @property
     def now_s(self) -> int:

@@ -29,7 +29,7 @@ class Baseline:
     def __init__(self, score: Score) -> None:
         self._score = score
 
-    def __call__(self, questions: list[Question], k: int, *, now: int, new_only: bool) -> np.ndarray:
+    def __call__(self, questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
         scores = torch.from_numpy(np.ascontiguousarray(self._score(questions), np.float32))
         if new_only:
             for row, question in enumerate(questions):
@@ -45,12 +45,13 @@ def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ea
     popular_V = np.asarray(seen_UV.sum(0)).ravel()
     yield "most popular", Baseline(lambda asked: np.tile(popular_V, (len(asked), 1)))
     recent_V = np.zeros_like(popular_V)
-    if dataset.has_time:
-        recent = [items[times >= questions.now - RECENT_S] for items, times in histories]
+    cut_s = dataset.cut_s(questions.part)
+    if cut_s is not None:
+        recent = [items[times >= cut_s - RECENT_S] for items, times in histories]
         recent_V = np.asarray(_matrix([(items, items) for items in recent], dataset.n_items).sum(0)).ravel()
         yield "popular, last 7 days", Baseline(lambda asked: np.tile(recent_V, (len(asked), 1)))
     else:
-        yield "popular, last 7 days", "no timestamps"
+        yield "popular, last 7 days", "only under a time split"
     yield "personal frequency", Baseline(lambda asked: _counts(asked, dataset.n_items) + recent_V * 1e-4)
     yield "item-kNN", _linear(_cosine(seen_UV, dense=dataset.n_items <= ease_max_items))
     if dataset.n_items > ease_max_items:
@@ -104,12 +105,13 @@ def _cosine(seen_UV: sp.csr_matrix, *, dense: bool) -> np.ndarray | sp.csr_matri
         np.fill_diagonal(similarity, 0.0)
         return similarity
     transposed, blocks = unit.T.tocsr(), []
+    kept_count = min(NEIGHBOURS, unit.shape[1])
     for start in range(0, transposed.shape[0], 512):
         block = (transposed[start : start + 512] @ unit).toarray()
         block[np.arange(len(block)), start + np.arange(len(block))] = 0.0
-        kept = np.argpartition(-block, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+        kept = np.argpartition(-block, kept_count - 1, axis=1)[:, :kept_count]
         values = np.take_along_axis(block, kept, 1)
-        rows = np.repeat(np.arange(len(block)), NEIGHBOURS)
+        rows = np.repeat(np.arange(len(block)), kept_count)
         blocks.append(sp.csr_matrix((values.ravel(), (rows, kept.ravel())), shape=block.shape))
     return sp.vstack(blocks).T.tocsr()
 

@@ -75,9 +75,9 @@ def model_ranker(predictor: Predictor, dataset: Dataset) -> Ranker:
     """The predictor as a ranker over a dataset's item indices."""
     translation = predictor.translation(dataset)
 
-    def rank(questions: list[Question], k: int, *, now: int, new_only: bool) -> np.ndarray:
+    def rank(questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
         histories = [translation.history(question.history) for question in questions]
-        answer = predictor.recommend(histories, k, now=now, filters=Filters(new_only=new_only))
+        answer = predictor.recommend(histories, k, now=[question.now for question in questions], filters=Filters(new_only=new_only))
         return translation.to_dataset[answer.item_index]
 
     return rank
@@ -98,6 +98,8 @@ class _Judge:
     def _setting(self, ranker: Ranker, new_only: bool, reference: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
         options, ks = self.options, self.options.k
         lists, targets, lengths = self._lists(ranker, new_only)
+        if not targets:
+            return {"skipped": "no test user has a target that is new"}, np.zeros(0)
         names = [f"{metric}@{k}" for k in ks for metric in m.METRICS]
         columns = np.stack([column for k in ks for column in m.per_user(lists, targets, k).values()], 1)
         headline = columns[:, names.index(f"ndcg@{ks[0]}")]
@@ -119,12 +121,10 @@ class _Judge:
     def _lists(self, ranker: Ranker, new_only: bool) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         lists, targets, lengths = [], [], []
         for asked, asked_targets in self._asked(new_only):
-            lists.append(ranker(asked, max(self.options.k), now=self.questions.now, new_only=new_only))
+            lists.append(ranker(asked, max(self.options.k), new_only=new_only))
             targets += asked_targets
             lengths += [len(question.history.item_index) for question in asked]
-        if not lists:
-            raise DataError("no test user has a target in the setting new_only", "use a later split.test_from or more users")
-        return np.concatenate(lists), targets, np.array(lengths)
+        return np.concatenate(lists) if lists else np.zeros((0, 0), np.int64), targets, np.array(lengths)
 
     def _asked(self, new_only: bool) -> Iterator[tuple[list[Question], list[np.ndarray]]]:
         for batch in self.questions.batches(BATCH):

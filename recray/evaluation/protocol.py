@@ -21,12 +21,13 @@ class Question:
     row: int
     history: History
     target: np.ndarray
+    now: int
 
 
 class Ranker(Protocol):
     """Whatever recommends: the predictor or a baseline."""
 
-    def __call__(self, questions: list[Question], k: int, *, now: int, new_only: bool) -> np.ndarray:
+    def __call__(self, questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
         """Item indices [len(questions), k]."""
 
 
@@ -52,11 +53,10 @@ class Questions:
     def __len__(self) -> int:
         return len(self.places)
 
-    @property
-    def now(self) -> int:
-        """The moment of the questions: the cut under a time split, else as-of."""
+    def _now(self, target_s: int) -> int:
+        """The moment of a question: the cut under a time split, else when its target came, so that no later event is seen."""
         cut = self.dataset.cut_s(self.part)
-        return self.dataset.now_s if cut is None else cut
+        return target_s if cut is None else cut
 
     def batches(self, size: int, rank: int = 0, world: int = 1) -> Iterator[list[Question]]:
         mine = self.places[rank::world]
@@ -65,7 +65,8 @@ class Questions:
 
     def _question(self, shard_number: int, row: int, first: int, last: int) -> Question:
         shard = self.dataset.shard(shard_number)
-        return Question(shard_number, row, shard.history_before(row, first), shard.targets(row, first, last))
+        now = self._now(int(shard.timestamp_s[shard.offsets[row] + first]))
+        return Question(shard_number, row, shard.history_before(row, first), shard.targets(row, first, last), now)
 
 
 def wanted(question: Question, *, new_only: bool) -> np.ndarray:

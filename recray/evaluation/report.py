@@ -19,7 +19,7 @@ def render(table: Table, k: int) -> RichTable:
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("lead", justify="right", no_wrap=True)
     for setting, rows in table.items():
-        out.add_row(f"{TITLES[setting]}, {rows[MODEL]['users']} users", style="italic")
+        out.add_row(f"{TITLES[setting]}, {rows[MODEL].get('users', 0)} users", style="italic")
         for name, row in rows.items():
             out.add_row(f"  {name}", *_cells(row, k), style="bold" if name == MODEL else None)
         out.add_section()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POPULAR_DAYS = 7
+CACHED_DAYS = 64
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Predictor:
         self.has_time = has_time
         self.device = next(model.parameters()).device
         self._index: dict[Any, int] | None = None
+        self._priors: dict[int, np.ndarray] = {}
+        self._populars: dict[int, Tensor] = {}
         self.refresh()
 
     @classmethod
@@ -217,18 +219,22 @@ class Predictor:
         arrays = (item, event, time, asked, np.arange(B), length - 1, prior, day if uses_prior else np.zeros(B, np.int64))
         return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
-    @lru_cache(maxsize=64)  # noqa: B019 - a predictor lives as long as its bundle is served
     def _prior(self, day: int) -> np.ndarray:
-        return np.log1p(self.popularity.window(day * DAY_S, self.prior_days)).astype(np.float32)
-
-    @lru_cache(maxsize=64)  # noqa: B019
-    def _popular_of(self, day: int) -> Tensor:
-        counts = self.popularity.popular(day * DAY_S if self.has_time else None, POPULAR_DAYS)
-        counts[0] = -np.inf
-        return torch.from_numpy(counts).to(self.device)
+        """log(1 + recent count) of every item on a day [V]."""
+        if day not in self._priors:
+            _make_room(self._priors)
+            self._priors[day] = np.log1p(self.popularity.window(day * DAY_S, self.prior_days)).astype(np.float32)
+        return self._priors[day]
 
     def _popular(self, now_s: int) -> Tensor:
-        return self._popular_of(now_s // DAY_S)
+        """Scores of the popular list [V]."""
+        day = now_s // DAY_S if self.has_time else 0
+        if day not in self._populars:
+            _make_room(self._populars)
+            counts = self.popularity.popular(now_s if self.has_time else None, POPULAR_DAYS)
+            counts[0] = -np.inf
+            self._populars[day] = torch.from_numpy(counts).to(self.device)
+        return self._populars[day]
 
     def _filter(self, scores_V: Tensor, history: History, filters: Filters) -> None:
         if filters.new_only:
@@ -251,6 +257,12 @@ def _next_times(time_BT: np.ndarray, length: np.ndarray, now: np.ndarray) -> np.
         following = np.where(same, asked[:, position + 1], time_BT[:, position + 1])
         asked[:, position] = np.where(inside, following, now)
     return asked
+
+
+def _make_room(days: dict[int, Any]) -> None:
+    """Drop the oldest entry of a cache by day that is full; a request may name any day."""
+    if len(days) >= CACHED_DAYS:
+        del days[next(iter(days))]
 
 
 def _as_id(value: Any, integral: bool) -> Any:

@@ -15,7 +15,7 @@ from recray.model.recommender import Batch, Recommender
 
 
 class Targets(NamedTuple):
-    """What the queries should have answered: query i has the items item[offsets[i]:offsets[i + 1]], all of equal weight."""
+    """What the queries should have answered: query i has the items item[offsets[i]:offsets[i + 1]], equal shares each time one occurs."""
 
     offsets: Tensor
     item: Tensor
@@ -49,5 +49,5 @@ def _cross_entropy(scores_NV: Tensor, targets: Targets, queries: slice) -> Tenso
         return F.cross_entropy(scores_NV, item, reduction="sum")
     wanted = torch.zeros_like(scores_NV)
     row = torch.repeat_interleave(torch.arange(len(count), device=item.device), count)
-    wanted[row, item] = (1.0 / count)[row]
+    wanted.index_put_((row, item), (1.0 / count.to(wanted.dtype))[row], accumulate=True)
     return -(wanted * F.log_softmax(scores_NV.clamp(min=-1e9), -1)).sum()

@@ -120,6 +120,8 @@ def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[Stats, pa.Tab
 def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
     """Staged events of one shard in the order (file, row)."""
     tables = []
+    if not plan.staging.is_dir():
+        raise DataError(f"{plan.staging} vanished while it was read", "run one prepare at a time")
     for number in range(groups):
         file = plan.staging / f"{number:06d}" / f"{shard:05d}.arrow"
         if file.exists():

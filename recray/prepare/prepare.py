@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recray import __version__, schema
+from recray import __version__, cluster, schema
 from recray.config import Settings
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
@@ -37,16 +37,16 @@ def prepare_key(settings: Settings, as_of: dt.datetime | None) -> str:
 
 
 def on_ray_data(task: Callable[[int], None], count: int) -> None:
-    """Run task(0) … task(count - 1) as Ray Data tasks of one CPU each."""
+    """Run task(0) … task(count - 1) as Ray Data tasks of one CPU each, on the connected Ray or one that is started."""
     import ray
 
-    from recray.cluster import unwrapped
+    cluster.start()
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
         task(int(row["item"]))
         return row
 
-    with unwrapped():
+    with cluster.unwrapped():
         ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1).materialize()
 
 
@@ -54,8 +54,19 @@ Each = Callable[[Callable[[int], None], int], None]
 """Runs a task for each number below a count, in any order and in any process."""
 
 
+def inspect(settings: Settings) -> tuple[EventSource, pa.Table | None]:
+    """What the input consists of, from its footers, and the item table. Raises DataError for what cannot be prepared."""
+    source = inspect_events(settings.data)
+    items = read_items(settings.data)
+    if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
+        raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
+    if source.clock == "file_order" and settings.split.kind != "random":
+        raise DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
+    return source, items
+
+
 def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each = on_ray_data) -> Dataset:
-    """Write the dataset `key`, or open it if it is there. `each` runs the tasks; on Ray Data it needs a Ray session.
+    """Write the dataset `key`, or open it if it is there. `each` runs the tasks.
 
     Raises DataError and its kinds, OutputExistsError.
     """
@@ -63,12 +74,7 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
     final = storage.dataset(key)
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
-    source = inspect_events(settings.data)
-    items = read_items(settings.data)
-    if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
-        raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
-    if source.clock == "file_order" and settings.split.kind != "random":
-        raise DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
+    source, items = inspect(settings)
     plan = PartitionPlan(
         columns=source.columns,
         types=source.types,
@@ -89,7 +95,7 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
         "as_of_s": as_of_s,
         "shards": plan.shards,
         "items": len(vocabulary),
-        "event_types": sorted(totals.event_types),
+        "event_types": sorted(totals.event_types, key=lambda name: (-totals.event_types[name], name)),
         "rows": totals.rows,
         "bad_rows": totals.bad,
     }

@@ -52,8 +52,7 @@ def build_shard(plan: ShardPlan, number: int) -> None:
     time = t // 1_000_000 if plan.partition.clock == schema.TIMESTAMP else t
     columns = [item, event, time, table[schema.VALUE].to_numpy()[order], basket]
     if plan.split.kind == "random":
-        shuffle = _held_out_last(user, counts, offsets, plan.split, number)
-        columns = [column[shuffle] for column in columns[:-1]] + [np.arange(len(user)) - offsets[:-1][user]]
+        columns = _held_out_last(user, columns, plan.split, number)
     _write(plan, number, users, offsets, columns)
 
 
@@ -86,23 +85,35 @@ def _basket_keys(table: pa.Table, user: np.ndarray, t: np.ndarray) -> list[np.nd
     return [group, first[group]]
 
 
-def _held_out_last(user: np.ndarray, counts: np.ndarray, offsets: np.ndarray, split: SplitSettings, number: int) -> np.ndarray:
-    """Order of the events in which a random `test_fraction` of each user's come last, and as many before them.
+def _held_out_last(user: np.ndarray, columns: list[np.ndarray], split: SplitSettings, number: int) -> list[np.ndarray]:
+    """The columns (basket last) reordered so that a random `test_fraction` of each user's baskets comes last, as many before.
 
-    The split then is a matter of counting, as under the other kinds. The order of time is kept inside each part.
+    The split then is a matter of counting, as under the other kinds. Baskets are renumbered in their new order.
     """
-    draw = np.random.default_rng([split.seed, number]).random(len(user))
-    rank = np.lexsort((draw, user))
-    position = np.empty(len(user), np.int64)
-    position[rank] = np.arange(len(user)) - offsets[:-1][user[rank]]
-    held = held_out_counts(counts, split.test_fraction)[user]
-    part = np.where(position < held, 2, np.where(position < 2 * held, 1, 0))
-    return np.lexsort((np.arange(len(user)), part, user))
+    if not len(user):
+        return columns
+    basket = columns[-1]
+    first = np.flatnonzero(np.concatenate([[True], (user[1:] != user[:-1]) | (basket[1:] != basket[:-1])]))
+    owner = user[first]
+    count = np.bincount(owner, minlength=int(owner.max()) + 1)
+    start = np.cumsum(count) - count
+    draw = np.lexsort((np.random.default_rng([split.seed, number]).random(len(owner)), owner))
+    place = np.empty(len(owner), np.int64)
+    place[draw] = np.arange(len(owner)) - start[owner[draw]]
+    held = held_out_counts(count, split.test_fraction)[owner]
+    part = np.where(place < held, 2, np.where(place < 2 * held, 1, 0))
+    order = np.lexsort((np.arange(len(owner)), part, owner))
+    renumbered = np.empty(len(owner), np.int64)
+    renumbered[order] = np.arange(len(owner)) - start[owner[order]]
+    size = np.diff(np.append(first, len(user)))
+    basket = np.repeat(renumbered, size)
+    shuffle = np.lexsort((np.arange(len(user)), basket, user))
+    return [column[shuffle] for column in (*columns[:-1], basket)]
 
 
-def held_out_counts(counts: np.ndarray, fraction: float) -> np.ndarray:
-    """Events of each user that a random split holds out for the test: a share, at least 1 of 3 or more."""
-    return np.where(counts >= 3, np.maximum(np.round(counts * fraction), 1), 0).astype(np.int64)
+def held_out_counts(baskets: np.ndarray, fraction: float) -> np.ndarray:
+    """Baskets of each user that a random split holds out for the test: a share, at least 1 of 3 or more."""
+    return np.where(baskets >= 3, np.maximum(np.round(baskets * fraction), 1), 0).astype(np.int64)
 
 
 def _write(plan: ShardPlan, number: int, users: pa.Array, offsets: np.ndarray, columns: list[np.ndarray]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,29 +60,29 @@ def list_files(paths: tuple[str, ...], sample: str = "events.parquet") -> tuple[
         if uri == SAMPLE:
             uri = str(_SAMPLE_DIR / sample)
         filesystem, path = resolve(uri)
-        prefix, suffix = _around(uri)
         try:
             info = filesystem.get_file_info(path)
             if info.type == fs.FileType.Directory:
                 inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-                names = sorted(f.path for f in inside if f.type == fs.FileType.File and f.path.endswith((".parquet", ".pq")))
+                inside = [f.path for f in inside if f.type == fs.FileType.File and f.path.endswith((".parquet", ".pq"))]
+                names = sorted(_below(uri, name.removeprefix(path).lstrip("/")) for name in inside)
             else:
-                names = [path] if info.type == fs.FileType.File else []
+                names = [uri] if info.type == fs.FileType.File else []
         except OSError as error:
             raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
         if not names:
             problem = "does not exist" if info.type == fs.FileType.NotFound else "holds no Parquet file"
             raise DataError(f"{uri} {problem}", "check data.events and data.items")
-        found += [prefix + name + suffix for name in names]
+        found += names
     return tuple(found)
 
 
-def _around(uri: str) -> tuple[str, str]:
-    """Scheme and options (`?region=…`) of a URI, which a path inside it keeps."""
+def _below(uri: str, name: str) -> str:
+    """The path or URI of a file below a folder; a URI keeps its host and options (`?region=…`)."""
     if "://" not in uri:
-        return "", ""
-    _, question, options = uri.partition("?")
-    return uri.split("://")[0] + "://", question + options
+        return str(Path(uri) / name)
+    folder, question, options = uri.partition("?")
+    return f"{folder.rstrip('/')}/{quote(name)}{question}{options}"
 
 
 def digest_files(files: tuple[str, ...]) -> list[str]:

@@ -41,6 +41,8 @@ def _order_statistic(chunks: Callable[[], Iterable[np.ndarray]], rank: int) -> i
 
 def cut_dates(settings: SplitSettings, kept_times: Callable[[], Iterable[np.ndarray]]) -> dict[str, int]:
     """First second of validation and test under a time split. Raises DataError if they cannot both hold events."""
+    if not any(len(chunk) for chunk in kept_times()):
+        raise DataError("no user has data.min_user_events events", "lower data.min_user_events")
     test = settings.test_from.timestamp() if settings.test_from else quantile(kept_times, 1 - settings.test_fraction)
     validation: float = test
     if settings.validation_from:
@@ -72,13 +74,27 @@ def split_shard(shard: Shard, number: int, settings: SplitSettings, cuts: dict[s
         validation = (draw < settings.validation_users) & (before_validation > 0) & (before_validation < before_test)
         train_end[:] = np.where(validation, before_validation, before_test)
         validation_end[:] = np.where(validation, np.minimum(_basket_end(shard, before_validation), before_test), train_end)
-    else:
-        held = np.where(counts >= 3, 1, 0) if settings.kind == "leave_one_out" else held_out_counts(counts, settings.test_fraction)
+    elif settings.kind == "leave_one_out":
+        held = np.where(counts >= 3, 1, 0)
         test_end[:] = counts
         test_start[:] = validation_end[:] = counts - held
         train_end[:] = counts - 2 * held
+    else:
+        baskets = np.zeros(len(shard), np.int64)
+        baskets[counts > 0] = shard.basket[shard.offsets[1:][counts > 0] - 1] + 1
+        held = held_out_counts(baskets, settings.test_fraction)
+        test_end[:] = counts
+        test_start[:] = validation_end[:] = _count_before_basket(shard, baskets - held)
+        train_end[:] = _count_before_basket(shard, baskets - 2 * held)
     split[counts < min_events] = 0
     return split
+
+
+def _count_before_basket(shard: Shard, basket: np.ndarray) -> np.ndarray:
+    """Events of each user before basket number `basket[user]`, int64 [users]."""
+    inside = shard.basket < np.repeat(basket, np.diff(shard.offsets))
+    before = np.concatenate([[0], np.cumsum(inside)])
+    return before[shard.offsets[1:]] - before[shard.offsets[:-1]]
 
 
 def _count_before(shard: Shard, cut_s: int) -> np.ndarray:

@@ -110,26 +110,27 @@ class ScoreBucket:
         item_ids = self.predictor.item_ids.take(pa.array(item_index[real] - 1))
         write_part(self.folder, bucket, shard.user_ids, item_ids, offsets, pa.array(score_values[real]), sources)
         by_model = np.array([source == "model" for source in sources], bool)
-        best = score_values[by_model, 0] if by_model.any() else np.zeros(0)
+        best = score_values[by_model, 0] if len(by_model) else np.zeros(0)
+        best = best[np.isfinite(best)]
         return {
             "users": len(shard),
             "popular_users": int((~by_model).sum()),
             "top_items": np.unique(item_index[:, :10]),
-            "best": np.quantile(best, QUANTILES) if len(best) else np.full(len(QUANTILES), np.nan),
+            "scored": len(best),
+            "best": np.quantile(best, QUANTILES) if len(best) else np.zeros(len(QUANTILES)),
         }
 
 
 def _summary(parts: list[dict[str, Any]], n_items: int) -> dict[str, Any]:
     users = sum(part["users"] for part in parts)
     shown = np.unique(np.concatenate([part["top_items"] for part in parts]))
-    weights = np.array([part["users"] - part["popular_users"] for part in parts], float)
+    weights = np.array([part["scored"] for part in parts], float)
     best = np.stack([part["best"] for part in parts])
-    weights[np.isnan(best).any(1)] = 0.0
-    means = (np.nan_to_num(best) * weights[:, None]).sum(0) / max(weights.sum(), 1.0)
+    means = (best * weights[:, None]).sum(0) / max(weights.sum(), 1.0)
     return {
         "users": users,
         "popular_users": sum(part["popular_users"] for part in parts),
         "coverage@10": float((shown > 0).sum() / n_items),
         # quantiles of every bucket's best scores, averaged over buckets by users
-        "best_score_quantiles": {str(q): round(float(value), 6) for q, value in zip(QUANTILES, means, strict=True)},
+        "best_score_quantiles": {} if not weights.sum() else {str(q): round(float(value), 6) for q, value in zip(QUANTILES, means, strict=True)},
     }

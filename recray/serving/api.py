@@ -17,7 +17,7 @@ class Event(BaseModel):
 
     item_id: Id = Field(description="the item, as in the item table", examples=["85123A"])
     timestamp: dt.datetime | None = Field(None, description="when, UTC unless an offset is given; null: at the moment of the request")
-    event: str | None = Field(None, description="event type; null: the first one of the bundle", examples=["purchase"])
+    event: str | None = Field(None, description="event type; null: the most frequent one of the log", examples=["purchase"])
     value: float = Field(1.0, description="rating, quantity, dwell …", allow_inf_nan=False)
 
 

@@ -11,7 +11,7 @@ from ray import serve
 
 import recray
 from recray.config import Settings
-from recray.errors import ClusterError, RecrayError, RequestError
+from recray.errors import ClusterError, RequestError
 from recray.serving.api import Health, ModelsResponse, RecommendRequest, RecommendResponse
 from recray.serving.handler import Night
 from recray.storage import Storage
@@ -47,9 +47,9 @@ class Endpoint:
                 found = self.storage.latest.read_bytes()
                 if found == self._published:
                     continue
+                self._published = found  # tried once: what is broken stays broken until something else is published
                 self.night = Night.load(self.storage)
-                self._published = found
-            except (RecrayError, OSError) as error:
+            except Exception as error:  # whatever it is, this thread must live on
                 logging.getLogger("ray.serve").error("the published night cannot be loaded, the old one stays: %s", error)
 
     @api.post("/v1/recommend", summary="Recommend items", response_model=RecommendResponse)

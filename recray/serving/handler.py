@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from recray.dataset.reader import Dataset, History
-from recray.errors import RequestError
-from recray.inference import Filters, Predictor
+from recray.errors import DamagedArtifactError, RequestError
+from recray.inference import Filters, Predictor, Translation
 from recray.serving.api import Event, Item, ModelsResponse, RecommendRequest, RecommendResponse
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage, manifest_digest
@@ -27,6 +27,7 @@ class Night:
     snapshot: Snapshot
     dataset: Dataset
     predictor: Predictor
+    translation: Translation
     loaded_at: dt.datetime
 
     @classmethod
@@ -34,8 +35,12 @@ class Night:
         """The published night. Raises MissingArtifactError, DamagedArtifactError."""
         snapshot = Snapshot.latest(storage)
         dataset = Dataset.open(storage.root / snapshot.manifest["dataset"])
-        predictor = Predictor.load(storage.root / snapshot.manifest["bundle"], dataset=dataset)
-        return cls(snapshot, dataset, predictor, dt.datetime.now(dt.UTC))
+        bundle = storage.root / snapshot.manifest["bundle"]
+        predictor = Predictor.load(bundle, dataset=dataset)
+        for name, digest in (("bundle", manifest_digest(bundle)), ("dataset", dataset.digest)):
+            if digest != snapshot.manifest[f"{name}_digest"]:
+                raise DamagedArtifactError(f"{name} of {snapshot.path} is not the one it was scored with", "score the night again")
+        return cls(snapshot, dataset, predictor, predictor.translation(dataset), dt.datetime.now(dt.UTC))
 
     @property
     def date(self) -> str:
@@ -74,7 +79,7 @@ class Night:
         user = self.snapshot.find(request.user_id)
         if user is None:
             return None
-        excluded = {str(item) for item in request.exclude}
+        excluded = {str(item) for item, known in zip(request.exclude, self.predictor.index_of(request.exclude), strict=True) if known}
         pairs = [(item, score) for item, score in zip(user.item_ids, user.scores, strict=True) if str(item) not in excluded]
         if len(pairs) < min(request.k, self.predictor.n_items - len(excluded)):
             return None
@@ -88,7 +93,8 @@ class Night:
             now = max(now, int(history.timestamp_s.max()) + 1)
         if request.now is not None:
             now = _seconds(request.now)
-        filters = Filters(new_only=request.new_only, deny=self.predictor.index_of(request.exclude) if request.exclude else None)
+        new_only = request.new_only or self.snapshot.manifest["new_only"]
+        filters = Filters(new_only=new_only, deny=self.predictor.index_of(request.exclude) if request.exclude else None)
         answer = self.predictor.recommend([history], request.k, now=now, filters=filters)
         real = answer.item_index[0] > 0
         ids = self.predictor.ids_of(answer.item_index[0][real])
@@ -102,7 +108,7 @@ class Night:
             return _EMPTY
         user_id = self.snapshot.as_user(request.user_id)
         stored = None if user_id is None else self.dataset.user_history(user_id)
-        return _EMPTY if stored is None else self.predictor.translation(self.dataset).history(stored)
+        return _EMPTY if stored is None else self.translation.history(stored)
 
     def _sent(self, events: list[Event], now: dt.datetime | None) -> History:
         types = self.predictor.event_types

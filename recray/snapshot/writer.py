@@ -6,10 +6,7 @@ newer one.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import pyarrow.parquet as pq
 
 from recray.errors import RefusedError
 from recray.schema import snapshot_schema
-from recray.storage import Storage, manifest_digest, read_json, write_json
+from recray.storage import Storage, locked, manifest_digest, read_json, write_json
 
 KIND = "snapshot"
 
@@ -60,7 +57,7 @@ def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:
         "run_key": manifest["run_key"],
         "manifest_sha256": manifest_digest(snapshot),
     }
-    with _locked(storage.root / ".LATEST.lock"):
+    with locked(storage.root / ".LATEST.lock", wait=True):
         if storage.latest.exists():
             published = read_json(storage.latest)
             if published == entry:
@@ -72,10 +69,3 @@ def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:
                 )
         write_json(storage.latest, entry)
     return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -73,5 +73,5 @@ class Tracking:
         if not self.client.list_artifacts(run_id, path):
             self.client.log_artifacts(run_id, str(folder), path)
 
-    def finish(self, run_id: str) -> None:
-        self.client.set_terminated(run_id, "FINISHED", end_time=None)
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        self.client.set_terminated(run_id, status)

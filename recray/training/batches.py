@@ -136,8 +136,9 @@ class TrainingBatches:
             item[rows] = np.where(real, shard.item_index[where], 0)
             event[rows] = shard.event_index[where]
             time[rows] = shard.timestamp_s[where]
-            now[rows] = shard.timestamp_s[_next_basket(shard, where)]
+            now[rows] = shard.timestamp_s[_next_time(shard, where)]
             row, last, end = self._queries(part)
+            now[rows[row], last - mine.start[row]] = shard.timestamp_s[last + 1]
             user.append(rows[row])
             position.append(last - mine.start[row])
             sizes.append(end - last - 1)
@@ -181,9 +182,9 @@ def _input_ranges(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return start[keep], stop[keep], limit[keep]
 
 
-def _next_basket(shard: Shard, where: np.ndarray) -> np.ndarray:
-    """Flat index of the first event after the basket of each event, or the event itself at the very end."""
-    starts = shard.basket_starts
+def _next_time(shard: Shard, where: np.ndarray) -> np.ndarray:
+    """Flat index of the first event of a later time for each event, or the event itself at the very end."""
+    starts = shard.time_starts
     following = starts[np.minimum(np.searchsorted(starts, where, side="right"), len(starts) - 1)]
     return np.where(following < len(shard.item_index), following, where)
 

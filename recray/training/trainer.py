@@ -25,8 +25,7 @@ OnMetrics = Callable[[dict[str, float]], None]
 
 def bundle_settings(settings: Settings) -> dict[str, Any]:
     """The settings that shape a bundle, given its dataset."""
-    chosen = settings.result_settings("data", "model", "train", "evaluate")
-    chosen["data"] = {"features": chosen["data"]["features"]}
+    chosen = settings.result_settings("data", "split", "model", "train", "evaluate")
     chosen["evaluate"] = {name: chosen["evaluate"][name] for name in ("k", "primary_setting")}
     chosen["train"].pop("every_days")
     return chosen
@@ -97,7 +96,10 @@ def _fit(settings: Settings, key: str, dataset: Dataset, chosen: dict[str, Any],
         failed = getattr(error, "worker_failures", None)
         if failed:
             first = next(iter(failed.values()))
-            raise TrainingError(f"train worker failed: {first}", "mend the cause and repeat the job; it goes on from the last checkpoint") from error
+            first = getattr(first, "_base_exc", first)
+            raise TrainingError(
+                f"train worker failed: {type(first).__name__}: {first}", "mend the cause and repeat the job; it goes on from the last checkpoint"
+            ) from error
         raise
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint", "look at the worker logs of Ray")

@@ -117,7 +117,8 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
             asked = [question for question in batch if len(wanted(question, new_only=new_only))]
             if not asked:
                 continue
-            answer = predictor.recommend([q.history for q in asked], k, now=questions.now, filters=Filters(new_only=new_only))
+            moments = [question.now for question in asked]
+            answer = predictor.recommend([q.history for q in asked], k, now=moments, filters=Filters(new_only=new_only))
             ndcg = per_user(answer.item_index, [wanted(q, new_only=new_only) for q in asked], k)["ndcg"]
             total, users = total + float(ndcg.sum()), users + len(asked)
         return total, users

@@ -1,4 +1,5 @@
 import datetime as dt
+import time
 
 import pytest
 
@@ -38,6 +39,17 @@ def test_two_cuts_in_the_wrong_order_are_refused():
         load_settings(None, ["split.test_from=2024-01-01", "split.validation_from=2024-02-01"])
 
 
+def test_moments_are_utc_wherever_the_job_runs(monkeypatch):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        settings = load_settings(None, ["split.test_from=2020-09-20", "split.validation_from=2020-09-01T00:00:00Z"])
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert settings.split.test_from == dt.datetime(2020, 9, 20, tzinfo=dt.UTC)
+
+
 def test_data_paths_are_taken_from_the_file_and_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "c.yaml"
     file.write_text("data:\n  events: [events, $PLACE/x.parquet]\n")
@@ -61,7 +73,7 @@ def test_a_root_that_cannot_be_written_to_is_refused(root, word):
 
 def test_places_stay_out_of_result_settings():
     base = load_settings(None).result_settings("data", "train", "score")
-    moved = load_settings(None, ["data.events=[/elsewhere]", "train.workers=4", "score.actors=9"]).result_settings("data", "train", "score")
+    moved = load_settings(None, ["data.events=[/elsewhere]", "train.threads=4", "score.actors=9"]).result_settings("data", "train", "score")
     changed = load_settings(None, ["train.seed=1"]).result_settings("data", "train", "score")
     assert base == moved
     assert base != changed
@@ -69,6 +81,7 @@ def test_places_stay_out_of_result_settings():
 
 def test_as_of_date_means_its_end():
     assert parse_as_of("2011-12-09") == dt.datetime(2011, 12, 9, 23, 59, 59, 999_999, dt.UTC)
+    assert parse_as_of("20111209") == parse_as_of("2011-12-09")
     assert parse_as_of("2011-12-09T06:00+02:00") == dt.datetime(2011, 12, 9, 4, tzinfo=dt.UTC)
     with pytest.raises(SettingsError, match="--as-of"):
         parse_as_of("yesterday")

@@ -74,7 +74,7 @@ def test_keys_follow_what_changes_the_result(world_settings, world_dataset):
         updated = getattr(world_settings, name).model_copy(update={field: int(value)})
         return train_key(world_settings.model_copy(update={name: updated}), world_dataset)
 
-    assert other("train.workers=3") == key
+    assert other("train.threads=3") == key
     assert other("train.every_days=9") == key
     assert other("score.k=3") == key
     assert other("train.seed=3") != key

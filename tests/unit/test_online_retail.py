@@ -65,6 +65,6 @@ def test_large_catalogues_skip_ease_and_keep_near_neighbours(retail):
     assert rankers["EASE"] == "more than 100 items"
     dense = dict(baselines(retail, questions, ease_max_items=10_000, ease_l2=500.0))["item-kNN"]
     batch = next(questions.batches(200))
-    a, b = (ranker(batch, 10, now=questions.now, new_only=False) for ranker in (rankers["item-kNN"], dense))
+    a, b = (ranker(batch, 10, new_only=False) for ranker in (rankers["item-kNN"], dense))
     overlap = np.mean([len(set(x) & set(y)) / 10 for x, y in zip(a, b, strict=True)])
     assert overlap > 0.3
