@@ -94,16 +94,15 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module")
 def own_home(tmp_path_factory) -> Iterator[Path]:
-    """A home, token and Ray address of the module's own; afterwards none of its processes may be left."""
+    """A home (and so a Ray token) of the module's own; afterwards no process that was started with it may be left."""
     home = tmp_path_factory.mktemp("home")
-    before = _processes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"):
             patch.delenv(name, raising=False)
         yield home
     deadline = time.monotonic() + 30
-    while (left := _processes() - before) and time.monotonic() < deadline:
+    while (left := _processes(home)) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not left, f"processes left behind: {sorted(left)}"
 
@@ -119,15 +118,16 @@ def ray_session(own_home) -> Iterator[None]:
     ray.shutdown()
 
 
-def _processes() -> set[tuple[int, str]]:
-    """Ray, MLflow and recray processes on this machine."""
-    found = set()
+def _processes(home: Path) -> list[str]:
+    """Processes other than this one that have this home."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             except OSError:
                 continue
-            if any(word in command for word in ("ray::", "raylet", "gcs_server", "mlflow server", "recray ", "jobs.")):
-                found.add((int(entry.name), command[:80]))
+            if f"HOME={home}".encode() in environment and command:
+                found.append(f"{entry.name} {command[:80]}")
     return found

@@ -63,12 +63,11 @@ def test_a_killed_night_repeated_gives_the_same_bytes(world_folder, tmp_path):
 
     process = subprocess.Popen(command(world_folder, killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
-    while not (lines := [p for p in (killed / "training").glob("*.jsonl") if len(p.read_text().splitlines()) >= 1]):
+    while not any(p.read_text() for p in (killed / "training").glob("*.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, "training never began"
         time.sleep(0.05)
     kill_group(process, descendants(process.pid))
     assert not list((killed / "bundles").glob("*")), "killed too late to show a resume"
-    assert lines
 
     again = run(command(world_folder, killed))
     assert again["status"] == "ok" and again["metrics"] == whole["metrics"]

@@ -20,6 +20,7 @@ from recray.config import load_settings
 from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
 from recray.demo import post, with_port
+from recray.errors import DataError, TrainingError
 from recray.inference import Predictor
 from recray.serving import app
 from recray.snapshot.reader import Snapshot
@@ -177,3 +178,21 @@ def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
     assert post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["night"] == "2024-04-21"
     storage.latest.write_bytes(good)
     shutil.rmtree(broken)
+
+
+def test_errors_inside_ray_are_recrays_own(settings, tmp_path):
+    """A damaged page is met inside a Ray Data task, a loss that is not finite inside a train worker."""
+    source = Path(settings.data.events[0])
+    folder = tmp_path / "events"
+    shutil.copytree(source, folder)
+    file = next(folder.glob("*.parquet"))
+    content = file.read_bytes()
+    file.write_bytes(content[:8] + bytes(400) + content[408:])
+    overrides = [*world_overrides(source.parent, tmp_path / "root"), "train.learning_rate=1e30", "train.warmup_steps=0", "train.max_failures=0"]
+    with pytest.raises(DataError, match="cannot be read"):
+        pipeline.run_prepare(load_settings(None, [*overrides, f"data.events=[{folder}]"]), None)
+    assert not list((tmp_path / "root" / "datasets").glob("*"))
+    pipeline.run_prepare(load_settings(None, overrides), None)
+    with pytest.raises(TrainingError, match="loss of epoch 1 is nan"):
+        pipeline.run_train(load_settings(None, overrides), None)
+    assert not list((tmp_path / "root" / "bundles").glob("*"))

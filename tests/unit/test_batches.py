@@ -4,6 +4,7 @@ import torch
 from conftest import prepare_here, world_overrides
 
 from recray.config import load_settings
+from recray.inference.predictor import _next_times
 from recray.training.batches import TrainingBatches
 
 
@@ -98,3 +99,13 @@ def test_the_prior_sees_no_event_of_the_day_it_is_asked_about(world_dataset):
         inside = (popularity.day < day) & (popularity.day >= day - 7)
         counts = np.bincount(popularity.item_index[inside], weights=popularity.count[inside], minlength=world_dataset.n_items + 1)
         torch.testing.assert_close(batch.prior_PV[batch.day_N[n]], torch.from_numpy(np.log1p(counts).astype(np.float32)))
+
+
+def test_training_asks_as_the_predictor_asks(world_dataset):
+    """The moments of all positions of a window are those that the predictor would give them."""
+    for batch, _, _ in batches(world_dataset, history=1000).epoch(0):
+        for user, position in zip(batch.user_N.tolist(), batch.position_N.tolist(), strict=True):
+            times = batch.time_BT[user : user + 1, : position + 1].numpy()
+            now = batch.now_BT[user, position].numpy()[None]
+            expected = _next_times(times, np.array([position + 1]), now)
+            assert batch.now_BT[user, : position + 1].tolist() == expected[0].tolist()

@@ -1,7 +1,6 @@
 """What a person or a scheduler meets: exit codes, the last line, errors that name the thing and the fix."""
 
 import json
-import tempfile
 
 import pytest
 from conftest import bundle_here, prepare_here, world_overrides
@@ -10,8 +9,6 @@ from recray import cli
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import DamagedArtifactError
-
-EMPTY = tempfile.mkdtemp()
 
 
 def call(capsys, *arguments):
@@ -35,11 +32,13 @@ def test_validate_reads_footers_only(capsys, world_folder, tmp_path):
         (["prepare", "--as-of", "soon"], 2, "--as-of"),
         (["prepare", "storage.root=relative"], 2, "absolute"),
         (["validate", "data.events=/nowhere"], 1, "/nowhere does not exist"),
-        (["validate", f"data.events={EMPTY}", "--as-of", "2024-01-01", "data.items=/nowhere"], 1, "holds no Parquet file"),
-        (["train", "storage.root=/tmp/recray-that-is-not-there"], 1, "recray prepare"),
+        (["validate", "data.columns={timestamp: null}"], 1, "needs a timestamp column"),
+        (["prepare", "storage.root=/proc/nowhere"], 1, "cannot be written to"),
+        (["train", "storage.root={tmp}"], 1, "recray prepare"),
     ],
 )
-def test_errors_are_named_without_a_traceback(capsys, arguments, code, named):
+def test_errors_are_named_without_a_traceback(capsys, tmp_path, arguments, code, named):
+    arguments = [argument.format(tmp=tmp_path) if "{tmp}" in argument else argument for argument in arguments]
     found, result, said = call(capsys, *arguments)
     assert (found, result["status"]) == (code, "failed")
     assert named in said and "fix:" in said and "Traceback" not in said
@@ -79,3 +78,18 @@ def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
             Bundle.open(path)
         (path / name).write_bytes(original)
     Bundle.open(path)
+    original = (path / "manifest.json").read_bytes()
+    for place in range(0, len(original), 37):
+        changed = bytearray(original)
+        changed[place] ^= 1
+        (path / "manifest.json").write_bytes(changed)
+        with pytest.raises(DamagedArtifactError):
+            Bundle.open(path)
+
+
+def test_one_job_at_a_time_in_a_root(capsys, world_folder, tmp_path):
+    from recray.storage import locked
+
+    with locked(tmp_path / ".lock", wait=False):
+        code, result, said = call(capsys, "prepare", *world_overrides(world_folder, tmp_path))
+    assert (code, result["status"]) == (3, "refused") and "another job is at work" in said

@@ -62,6 +62,11 @@ def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
     assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s).key == bundle.key
     assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s - 1) is None
     assert latest_bundle(folder, "another", world_dataset.as_of_s) is None
+    resplit = world_settings.model_copy(update={"split": world_settings.split.model_copy(update={"test_fraction": 0.3})})
+    assert settings_key(bundle_settings(resplit)) != settings_key(chosen), "a bundle of another split may know the answers"
+    bundle.path.rename(folder / f".{key}.scratch")
+    assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s) is None
+    (folder / f".{key}.scratch").rename(bundle.path)
     assert Bundle.open(bundle.path).manifest["dataset"] == world_dataset.key
 
 

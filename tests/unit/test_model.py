@@ -204,6 +204,16 @@ def test_cross_entropy_in_blocks_equals_the_whole(sizes):
             torch.testing.assert_close(found[name], plain[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_an_item_twice_in_a_basket_counts_twice():
+    model, batch = make(), make_batch()
+    targets = Targets(torch.tensor([0, 3, 4, 5]), torch.tensor([1, 1, 2, 5, 6]))
+    table, parts = model.items(), model.items.parts()
+    log_p = F.log_softmax(run(model, batch, masked=False), -1)
+    expected = -(2 / 3 * log_p[0, 1] + 1 / 3 * log_p[0, 2] + log_p[1, 5] + log_p[2, 6])
+    found = backward_in_blocks(model, model.hidden(batch, table, parts), table, batch, targets, 1.0)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_causal_bias_is_zero_on_and_below_the_diagonal():
     bias = causal_bias(3, torch.zeros(1))[0, 0]
     assert (bias == 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]

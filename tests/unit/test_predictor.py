@@ -120,6 +120,8 @@ def test_popularity_by_day_and_in_another_vocabulary():
     assert counts.total().tolist() == [0, 2, 1, 1]
     moved = counts.remap(np.array([0, 2, 0, 1]), 2)
     assert moved.total().tolist() == [0, 1, 2]
+    assert counts.popular(8 * DAY, 7).argsort()[::-1][:3].tolist() == [1, 2, 3]
+    assert counts.popular(8 * DAY, 7)[3] == 0, "what comes later is not known"
     both = counts + counts
     assert both.total().tolist() == [0, 4, 2, 2] and len(both.day) == 4
 

@@ -9,7 +9,9 @@ from conftest import prepare_here, world_overrides
 from recray.config import load_settings
 from recray.dataset.reader import Dataset, bucket_of
 from recray.errors import DamagedArtifactError, DataError, OutputExistsError, TooManyBadRowsError
+from recray.evaluation.protocol import Questions
 from recray.prepare.prepare import prepare_key
+from recray.prepare.sources import _below
 from recray.prepare.split import quantile
 
 
@@ -175,13 +177,49 @@ def test_leave_one_out_never_shows_the_targets_own_basket(tmp_path):
     assert len(shard.history_before(0, int(start)).item_index) == 2
 
 
-def test_random_split_holds_out_a_share_in_no_order_of_time(tmp_path):
-    data = dataset(tmp_path, overrides=["split.kind=random", "split.test_fraction=0.2"])
-    split = np.concatenate([shard.split for shard in data.shards()])
-    assert (split[:, 3] - split[:, 2] == 2).all() and (split[:, 1] - split[:, 0] == 2).all()
-    held = [shard.history(row).timestamp_s[-2:] for shard in data.shards() for row in range(len(shard))]
-    latest = sum(set(h.tolist()) == set(sorted(h.tolist() + [0])[1:]) and h.min() > 1_600_000_000 + 86_400 * 7 for h in held)
-    assert latest < len(held) / 2
+def test_random_split_holds_out_whole_baskets_anywhere_in_time(tmp_path):
+    rows = [(u, f"i{(u * 3 + 5 * t + j) % 11}", 1_600_000_000 + 86_400 * t) for u in range(30) for t in range(10) for j in range(2)]
+    data = dataset(tmp_path, rows, ["split.kind=random", "split.test_fraction=0.2"])
+    assert not data.has_time, "histories are not in the order of time"
+    days = []
+    for shard in data.shards():
+        for row in range(len(shard)):
+            train_end, validation_end, start, end = shard.split[row]
+            t = shard.history(row).timestamp_s
+            assert (train_end, validation_end, start, end) == (12, 16, 16, 20)
+            parts = [set(t[:train_end]), set(t[train_end:validation_end]), set(t[start:end])]
+            assert [len(part) for part in parts] == [6, 2, 2], "no basket lies in two parts"
+            assert (np.diff(t[:train_end]) >= 0).all()
+            days += sorted((np.array(list(parts[2])) - 1_600_000_000) // 86_400)
+    assert set(days) == set(range(10))
+
+
+def test_leave_one_out_asks_when_the_target_came(tmp_path):
+    data = dataset(tmp_path, overrides=["split.kind=leave_one_out"])
+    for part, last in (("validation", 2), ("test", 1)):
+        for question in next(Questions(data, part).batches(100)):
+            times = data.shard(question.shard).history(question.row).timestamp_s
+            assert question.now == times[-last] and question.history.timestamp_s.max() < question.now
+            # the popularity of that moment holds no event of its day or later
+            assert data.popularity.window(question.now, 10_000).sum() == sum(t < question.now // 86_400 * 86_400 for _, _, t in ROWS)
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "file://{}/"])
+def test_folders_and_uris_are_listed_below(tmp_path, form):
+    folder = tmp_path / "a folder"
+    (folder / "sub").mkdir(parents=True)
+    pq.write_table(table(ROWS[:100]), folder / "x.parquet")
+    pq.write_table(table(ROWS[100:]), folder / "sub" / "y.parquet")
+    place = form.format(str(folder).replace(" ", "%20") if "://" in form else folder)
+    data = prepare_here(load_settings(None, [f"data.events=['{place}']", f"storage.root={tmp_path / 'root'}"]))
+    assert data.n_events == len(ROWS)
+    assert _below("s3://bucket/data?region=eu", "x 1.parquet") == "s3://bucket/data/x%201.parquet?region=eu"
+    assert _below("hdfs://host:9000/data", "x.parquet") == "hdfs://host:9000/data/x.parquet"
+
+
+def test_nobody_with_enough_events_is_named(tmp_path):
+    with pytest.raises(DataError, match="min_user_events"):
+        dataset(tmp_path, overrides=["data.min_user_events=1000"])
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,20 @@ import datetime as dt
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import bundle_here
+from conftest import bundle_here, prepare_here, world_overrides
 from pydantic import ValidationError
 
+from recray.config import load_settings
+from recray.dataset.reader import bucket_of
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
 from recray.inference import Predictor
 from recray.scoring.score import ScoreBucket, _summary
 from recray.serving.api import RecommendRequest
 from recray.serving.handler import Night
 from recray.snapshot.reader import Snapshot
-from recray.snapshot.writer import publish, write_part
+from recray.snapshot.writer import publish
 from recray.storage import Storage, open_sealed, sealed_directory
 
 K = 20
@@ -133,6 +136,26 @@ def test_a_dataset_with_newer_items_is_translated(night, world_dataset):
     assert same.to_bundle.tolist() == same.to_dataset.tolist() == list(range(world_dataset.n_items + 1))
 
 
-def test_parts_hold_users_without_items(tmp_path):
-    write_part(tmp_path, 0, pa.array([1, 2]), pa.array(["a"]), pa.array([0, 1, 1], pa.int32()), pa.array([0.5], pa.float32()), ["model", "popular"])
-    assert (tmp_path / "part-00000.parquet").exists()
+def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, world_folder):
+    table = pq.read_table(world_folder / "events").select(["user_id", "item_id", "timestamp"])
+    lonely = pa.table({"user_id": [999], "item_id": ["met by nobody else"], "timestamp": table["timestamp"][:1]})
+    pq.write_table(pa.concat_tables([table, lonely]), tmp_path / "e.parquet")
+    overrides = [*world_overrides(world_folder, tmp_path), f"data.events={tmp_path / 'e.parquet'}", "data.min_item_events=2"]
+    settings = load_settings(None, overrides)
+    data = prepare_here(settings)
+    bundle = bundle_here(settings, data, tmp_path / "b", "b")
+    shared = {"bundle": str(bundle.path), "dataset": str(data.path), "batch_users": 64, "threads": 1}
+    bucket = int(bucket_of([999], data.n_shards)[0])
+    part = ScoreBucket(**shared, folder=str(tmp_path), k=5, new_only=False)({"item": bucket})
+    rows = {row["user_id"]: row for row in pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()}
+    assert part["popular_users"] == 1 and rows[999]["source"] == "popular" and len(rows[999]["item_ids"]) == 5
+    assert {row["source"] for user, row in rows.items() if user != 999} == {"model"}
+    everything = ScoreBucket(**shared, folder=str(tmp_path), k=500, new_only=True)({"item": bucket})
+    lists = pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()
+    assert all(not set(row["item_ids"]) & _met(data, row["user_id"]) for row in lists)
+    assert np.isfinite(everything["best"]).all()
+
+
+def _met(data, user_id) -> set:
+    ids = data.items["item_id"].to_pylist()
+    return {ids[index - 1] for index in data.user_history(user_id).item_index}

@@ -1,0 +1,43 @@
+import numpy as np
+from conftest import bundle_here, prepare_here, world_overrides
+
+from recray.config import load_settings
+from recray.evaluation.evaluate import MODEL, compare, evaluate, evaluate_key
+from recray.evaluation.report import render
+from recray.inference import Predictor
+
+
+def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dataset, tmp_path):
+    bundle = bundle_here(world_settings, world_dataset, tmp_path / "b", "b")
+    table = compare(world_settings, world_dataset, Predictor.load(bundle.path, dataset=world_dataset))
+    for rows in table.values():
+        assert list(rows) == [MODEL, "most popular", "popular, last 7 days", "personal frequency", "item-kNN", "EASE"]
+        for name, row in rows.items():
+            if "skipped" in row:
+                continue
+            for k in (10, 20):
+                assert row[f"ndcg@{k}_low"] <= row[f"ndcg@{k}"] <= row[f"ndcg@{k}_high"]
+                assert 0 < row[f"coverage@{k}"] <= 1 and 0 <= row[f"popularity_share@{k}"] <= 1
+            lengths = [row["segments"][s]["users"] for s in row["segments"] if s.startswith("history")]
+            assert sum(lengths) == row["users"]
+            if name != MODEL:
+                lead = rows[MODEL]["ndcg@10"] - row["ndcg@10"]
+                np.testing.assert_allclose(row["model_lead"], lead, atol=1e-9)
+                assert row["model_lead_low"] <= lead <= row["model_lead_high"]
+
+
+def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, world_folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    t = 1_700_000_000
+    rows = [(u, f"i{u % 3}", t + 86_400 * d + u) for u in range(40) for d in range(20)]
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(("user_id", "item_id", "timestamp"))}
+    pq.write_table(pa.table(columns), tmp_path / "e.parquet")
+    overrides = [o for o in world_overrides(world_folder, tmp_path) if not o.startswith(("data.items", "data.features"))]
+    settings = load_settings(None, [*overrides, f"data.events={tmp_path / 'e.parquet'}"])
+    data = prepare_here(settings)
+    bundle = bundle_here(settings, data, tmp_path / "b", "b")
+    table = evaluate(settings, evaluate_key(settings, data, bundle), data, bundle)
+    assert "skipped" in table["new_only"][MODEL] and table["repeats"][MODEL]["users"] > 0
+    render(table, 10)
