@@ -23,6 +23,7 @@ def start(cpus: int | None = None) -> None:
     """
     import ray
 
+    _configure_data()
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -41,7 +42,6 @@ def start(cpus: int | None = None) -> None:
             )
     except Exception as error:  # ray raises many kinds here
         raise ClusterError(f"Ray cannot be reached or started: {error}", "check RAY_ADDRESS, or unset it to start a local Ray") from error
-    _quiet_data()
 
 
 def require(cpus: float, gpus: float, what: str, timeout_s: float) -> None:
@@ -109,10 +109,11 @@ def _holders() -> str:
     return ", ".join(held) or "tasks"
 
 
-def _quiet_data() -> None:
+def _configure_data() -> None:
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else the cause of a failed task is lost on its way here
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors reach us as exceptions
