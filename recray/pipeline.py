@@ -179,8 +179,9 @@ def _evaluate(settings: Settings, dataset: Dataset, say: Say) -> JobResult:
         if "skipped" in rows[evaluation.MODEL]:
             say(f"{setting}: skipped, {rows[evaluation.MODEL]['skipped']}")
             continue
-        segments = rows[evaluation.MODEL]["segments"].items()
-        shown = ", ".join(f"{name} {found['ndcg']:.4f} ({found['users']})" for name, found in segments if found["users"])
+        found = rows[evaluation.MODEL]["segments"]
+        segments = [(name, found[name]) for name in evaluation.SEGMENTS if found[name]["users"]]
+        shown = ", ".join(f"{name} {segment['ndcg']:.4f} ({segment['users']})" for name, segment in segments)
         say(f"{setting}: {headline_ndcg} {rows[evaluation.MODEL][headline_ndcg]:.4f}; by segment (users): {shown}")
     return _result("evaluate", skipped, key, {"evaluation": str(path)}, metrics, started)
 

@@ -22,7 +22,8 @@ from recray.storage import Storage, is_sealed, key_of, sealed_directory
 KIND = "evaluation"
 MODEL = "recray"
 BATCH = 256
-LENGTH_BANDS = ((1, 9), (10, 49), (50, 199), (200, None))
+LENGTH_BANDS = {"history 1-9": (1, 9), "history 10-49": (10, 49), "history 50-199": (50, 199), "history 200+": (200, np.inf)}
+SEGMENTS = (*LENGTH_BANDS, "warm targets", "cold targets")
 
 Table = dict[str, Any]
 """setting -> ranker -> {metric@k: mean, metric@k_low, metric@k_high, coverage@k, popularity_share@k, segments, …}"""
@@ -135,10 +136,8 @@ class _Judge:
     def _segments(self, lists: np.ndarray, targets: list[np.ndarray], lengths: np.ndarray, ndcg: np.ndarray) -> dict[str, Any]:
         """Headline NDCG by history length, and for the targets that training never saw (cold) or saw (warm)."""
         segments: dict[str, Any] = {}
-        for low, high in LENGTH_BANDS:
-            inside = (lengths >= low) & (lengths <= (high or np.inf))
-            name = f"history {low}+" if high is None else f"history {low}-{high}"
-            segments[name] = _segment(ndcg[inside])
+        for name, (low, high) in LENGTH_BANDS.items():
+            segments[name] = _segment(ndcg[(lengths >= low) & (lengths <= high)])
         k = self.options.k[0]
         for name, is_warm in (("warm targets", True), ("cold targets", False)):
             kept = [(row, items[self.trained[items] == is_warm]) for row, items in enumerate(targets)]

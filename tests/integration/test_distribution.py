@@ -90,3 +90,12 @@ def test_workers_that_find_no_place_are_an_error_that_names_the_holders(two_node
     ray.kill(squatter)
     with pytest.raises(ClusterError, match="needs 9 CPUs.*the cluster has 2"):
         train(settings_of(world_folder, tmp_path, "train.workers=9"), "k", dataset)
+
+
+def test_a_gpu_that_is_not_there_is_named(two_nodes, world_folder, tmp_path):
+    from recray.errors import ClusterError
+    from recray.training.trainer import train
+
+    settings = settings_of(world_folder, tmp_path, "train.use_gpu=true")
+    with pytest.raises(ClusterError, match="1 GPUs; the cluster has 2 and 0"):
+        train(settings, "k", prepare_here(settings))
