@@ -31,7 +31,7 @@ JOBS = {
     "nightly": "prepare, train, evaluate, score; goes on where it stopped",
     "serve": "answer requests from the published night until interrupted",
 }
-INIT_HEADING = """recray nightly --config THIS_FILE
+INIT_HEADING = """recray nightly --config {path}
 Every setting with its default. Override any on the command line: train.epochs=3"""
 
 
@@ -121,6 +121,6 @@ def _work(arguments: argparse.Namespace) -> Any:
 def _init(path: Path) -> int:
     if path.exists():
         raise SettingsError(f"{path} exists", "name another file: recray init other.yaml")
-    path.write_text(render_yaml(Settings(), INIT_HEADING))
+    path.write_text(render_yaml(Settings(), INIT_HEADING.format(path=path)))
     print(f"wrote {path}; next: recray validate --config {path}", file=sys.stderr)
     return 0
