@@ -35,7 +35,7 @@ class Reporter:
         elapsed = f"{time.monotonic() - self._started:6.1f}s  "
         self.console.print(Text.assemble((elapsed, "dim"), message), soft_wrap=True)
         if self._status:
-            self._status.update(Text(message, overflow="ellipsis", no_wrap=True))
+            self._status.update(Text(message[: max(self.console.width - 6, 10)]))  # one line: a wrapped spinner leaves traces
 
     def show(self, what: RenderableType) -> None:
         self.console.print(what)
