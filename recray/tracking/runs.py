@@ -49,9 +49,10 @@ class Tracking:
 
     def settings(self, run_id: str, settings: dict[str, Any]) -> None:
         """Settings as parameters `section.field`."""
-        for section, fields in settings.items():
-            for field, value in fields.items():
-                self.client.log_param(run_id, f"{section}.{field}", json.dumps(value))
+        from mlflow.entities import Param
+
+        pairs = [(f"{section}.{field}", json.dumps(value)) for section, fields in settings.items() for field, value in fields.items()]
+        self.client.log_batch(run_id, params=[Param(name, value) for name, value in pairs])
 
     def metrics(self, run_id: str, values: dict[str, float], step: int) -> None:
         from mlflow.entities import Metric
