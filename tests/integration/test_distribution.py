@@ -1,4 +1,8 @@
-"""Two workers on two nodes learn what one worker learns."""
+"""Two workers on two nodes learn what one worker learns.
+
+This module must meet Ray first in its process: after another session of the same process, Ray (2.60) cancels new actors of
+a `cluster_utils` cluster before they start. Pytest's order (by name) sees to it.
+"""
 
 from __future__ import annotations
 
