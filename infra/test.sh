@@ -11,7 +11,5 @@ for argument in "$@"; do
     *) rest+=("$argument") ;;
     esac
 done
-.venv/bin/ruff check recray policies jobs tests
-.venv/bin/ruff format --check --quiet recray policies jobs tests
-.venv/bin/mypy
+bash infra/lint.sh
 exec .venv/bin/python -m pytest "${marks[@]}" "${rest[@]}"

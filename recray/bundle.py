@@ -52,7 +52,8 @@ class Bundle:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        return json.loads((self.path / "metrics.json").read_text())
+        found: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
+        return found
 
     def model(self) -> Recommender:
         """The network with its weights."""
@@ -84,6 +85,8 @@ def write_bundle(
         "dataset": dataset.key,
         "dataset_digest": dataset.digest,
         "as_of_s": dataset.as_of_s,
+        "split_kind": dataset.split_kind,
+        "trained_until_s": dataset.cut_s("test") or dataset.as_of_s,
         "shape": shape.to_dict(),
         "features": features,
         "event_types": dataset.event_types,

@@ -1,7 +1,8 @@
 """`recray …` and `python -m jobs.…`: arguments in, one JSON line and an exit code out.
 
-Exit codes: 0 ok or skipped, 1 failed, 2 settings that cannot be used, 3 refused by a rule. What a person reads goes to
-standard error; the last line of standard output is the job's JSON.
+Exit codes: 0 ok or skipped, 1 failed, 2 settings that cannot be used, 3 refused by a rule. What a person or a log reads
+goes to standard error; the last line of standard output is the job's JSON. A job runs in a child of this process, so that
+the last line is there whatever ended it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,24 +29,37 @@ JOBS = {
     "prepare": "events to a dataset",
     "train": "dataset to a bundle",
     "evaluate": "the bundle beside baselines on the test users",
-    "score": "every user's list, published",
-    "nightly": "prepare, train, evaluate, score; goes on where it stopped",
+    "promote": "ask the gate whether a bundle becomes the champion",
+    "score": "every user's list by the champion, published",
+    "nightly": "prepare, train, evaluate, promote, score, report; goes on where it stopped",
+    "report": "a page about the night, with plots; opened in a browser",
+    "rollback": "the champion before this one again, and its scores for the published night",
     "serve": "answer requests from the published night until interrupted",
 }
+SUBMITTED = ("prepare", "train", "evaluate", "promote", "score", "nightly", "rollback")
 INIT_HEADING = """recray nightly --config {path}
 Every setting with its default. Override any on the command line: train.epochs=3"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `recray`."""
+    """Entry point of `recray`. Given `argv`, runs in this process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]  # they may stand anywhere
-    return _run(_parser().parse_args([argument for argument in arguments if argument not in overrides] + overrides))
+    parsed = _parser().parse_args([argument for argument in arguments if argument not in overrides])
+    if overrides:  # for init argparse knows none
+        parsed.overrides = [*getattr(parsed, "overrides", []), *overrides]
+    if argv is not None:
+        return _run(parsed)
+    from recray.supervise import supervise
+
+    started = time.monotonic()
+    return supervise(lambda reported: _run(parsed, reported), lambda what, fix: _end(parsed, RecrayError(what, fix), started))
 
 
-def job_main(job: str, argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.<job>`: the same arguments as `recray <job>`."""
-    return main([job, *(sys.argv[1:] if argv is None else argv)])
+def job_main(job: str) -> int:
+    """Entry point of `python -m jobs.<job>`: the same arguments as `recray <job>`, with JSON logs."""
+    sys.argv[1:1] = [job, "--log=json"]
+    return main()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,67 +70,142 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("path", nargs="?", default="recray.yaml", help="the file to write (default: recray.yaml)")
     for job, text in JOBS.items():
         command = commands.add_parser(job, help=text, description=text)
-        command.add_argument("--config", help="YAML settings; without it the defaults: the data that ships")
-        command.add_argument("--as-of", help="read nothing after this moment, UTC; a date means its end (default: all there is)")
-        _common(command)
+        if job == "promote":
+            command.add_argument("bundle", nargs="?", help="run key of the bundle (recray models lists them; default: the current one)")
+        if job == "nightly":
+            command.add_argument("--restart", action="store_true", help="begin a night anew that was begun with other settings and did not end")
+        if job == "report":
+            command.add_argument("--no-open", action="store_true", help="write it and say where it is, without a browser")
+        _settings(command)
+    _submit(commands)
+    models = commands.add_parser("models", help="bundles, their roles and their versions in MLflow")
+    _settings(models)
+    doctor = commands.add_parser("doctor", help="look at machine, versions, Ray, MLflow and storage; say what to fix")
+    _settings(doctor)
     demo = commands.add_parser("demo", help="a night on the data that ships, then three live requests")
     demo.add_argument("--root", help="where to write (default: .demo/<time> here)")
     demo.add_argument("--keep-serving", action="store_true", help="leave the endpoint up until interrupted")
     _common(demo)
     benchmark = commands.add_parser("benchmark", help="measure recray itself")
-    benchmark.add_argument("what", choices=["prepare"], help="prepare: peak memory at 1 and 10 million events")
+    benchmark.add_argument("what", choices=["prepare", "submit"], help="prepare: peak memory; submit: a submitted night beside a local one")
     benchmark.add_argument("--out", default="infra/benchmarks", help="folder of the result file (default: infra/benchmarks)")
     _common(benchmark)
     return parser
 
 
+def _submit(commands: Any) -> None:
+    text = "run a job on a Ray cluster by Ray's job API, follow its log, end with its exit code"
+    submit = commands.add_parser("submit", help=text, description=text)
+    submit.add_argument("submitted", choices=SUBMITTED, metavar="JOB", help=", ".join(SUBMITTED))
+    submit.add_argument("--address", help="the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)")
+    submit.add_argument("--working-dir", default=".", help="folder that is sent along: recray's code, jobs/ and configs (default: .)")
+    submit.add_argument("--bundle", metavar="KEY", help="promote: the bundle to ask about")
+    submit.add_argument("--restart", action="store_true", help="nightly: begin a night anew that was begun with other settings")
+    submit.add_argument("--no-follow", action="store_true", help="do not wait for the end")
+    _settings(submit)
+
+
+def _settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", help="YAML settings; without it the defaults: the data that ships")
+    command.add_argument("--as-of", help="read nothing after this moment, UTC; a date means its end (default: all there is)")
+    _common(command)
+
+
 def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to override")
+    command.add_argument("--log", choices=["text", "json"], default="text", help="how standard error is written (jobs.*: json)")
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from recray.pipeline import JobResult
-
+def _run(arguments: argparse.Namespace, reported: Callable[[], None] = lambda: None) -> int:
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends as an interrupted one
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         if arguments.job == "init":
             return _init(Path(arguments.path))
         result = _work(arguments)
         print(result.to_json(), flush=True)
-        return 0
+        return int(result.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the job goes on where it stopped when it is repeated", file=sys.stderr)
-        return 130
+        if arguments.job == "submit":
+            stopped = RecrayError("no longer followed; the job runs on", "the same command follows it again; ray job stop ends it")
+        else:
+            stopped = RecrayError("stopped by a signal", "repeated, the job goes on where it stopped")
+        return _end(arguments, stopped, started)
     except Exception as error:
         if arguments.__dict__.get("traceback"):
             traceback.print_exc()
-        text = str(error) if isinstance(error, RecrayError) else f"unexpected {type(error).__name__}: {error}\n  fix: --traceback shows where"
-        print(f"error: {text}", file=sys.stderr)
-        status = "refused" if isinstance(error, RefusedError) else "failed"
-        print(JobResult(arguments.job, status, seconds=round(time.monotonic() - started, 2)).to_json(), flush=True)
-        return error.exit_code if isinstance(error, RecrayError) else 1
+        return _end(arguments, error, started)
+    finally:
+        reported()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End the job once; a second signal must not cut the end short."""
+    for asks in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asks, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end(arguments: argparse.Namespace, error: Exception, started: float) -> int:
+    """The last words of a job that did not succeed; its exit code."""
+    from recray.stages import JobResult
+
+    known = isinstance(error, RecrayError)
+    text = str(error) if known else f"unexpected {type(error).__name__}: {error}\n  fix: --traceback shows where"
+    _reporter(arguments).error(text)
+    status = "refused" if isinstance(error, RefusedError) else "failed"
+    seconds = round(time.monotonic() - started, 2)
+    print(JobResult(arguments.job, status, seconds=seconds, reason=text.replace("\n  fix: ", "; fix: ")).to_json(), flush=True)
+    return error.exit_code if isinstance(error, RecrayError) else 1
+
+
+def _reporter(arguments: argparse.Namespace) -> Any:
+    from recray.terminal import LogReporter, Reporter
+
+    return LogReporter(arguments.job) if arguments.__dict__.get("log") == "json" else Reporter()
 
 
 def _work(arguments: argparse.Namespace) -> Any:
     from recray import benchmark, demo, pipeline
-    from recray.terminal import Reporter
 
-    with Reporter() as reporter:
+    with _reporter(arguments) as reporter:
         if arguments.job == "demo":
             return demo.run_demo(arguments.root, arguments.overrides, reporter, keep_serving=arguments.keep_serving)
         if arguments.job == "benchmark":
-            return benchmark.run_benchmark_prepare(Path(arguments.out), reporter.say)
+            return benchmark.run(arguments.what, Path(arguments.out), reporter.say)
+        if arguments.job == "submit":
+            return _submitted(arguments, reporter)
         settings = load_settings(arguments.config, arguments.overrides)
         as_of = parse_as_of(arguments.as_of)
         if arguments.job == "serve":
             return demo.run_serve(settings, reporter)
+        if arguments.job == "doctor":
+            from recray import doctor
+
+            return doctor.run_doctor(settings, reporter)
+        if arguments.job == "models":
+            return pipeline.run_models(settings, reporter)
         job: Callable[..., Any] = getattr(pipeline, f"run_{arguments.job}")
-        result = job(settings, as_of, reporter.say)
+        options = {name: getattr(arguments, name) for name in ("bundle", "restart") if hasattr(arguments, name)}
+        result = job(settings, as_of, reporter.say, **options)
         if "evaluation" in result.outputs:
             reporter.show_evaluation(result.outputs["evaluation"], settings)
+        if arguments.job == "report" and not arguments.no_open:
+            webbrowser.open(Path(result.outputs["report"]).as_uri())
         return result
+
+
+def _submitted(arguments: argparse.Namespace, reporter: Any) -> Any:
+    from recray import submission
+
+    if (arguments.restart and arguments.submitted != "nightly") or (arguments.bundle and arguments.submitted != "promote"):
+        raise SettingsError("--restart is for nightly and --bundle for promote", "leave it out")
+    flags = [*(["--restart"] if arguments.restart else []), *([arguments.bundle] if arguments.bundle else [])]
+    home = Path(arguments.working_dir)
+    wanted = submission.wish(arguments.submitted, arguments.config, arguments.as_of, arguments.overrides, home, flags)
+    return submission.run_submit(wanted, arguments.address, reporter, follow=not arguments.no_follow)
 
 
 def _init(path: Path) -> int:
@@ -124,3 +214,7 @@ def _init(path: Path) -> int:
     path.write_text(render_yaml(Settings(), INIT_HEADING.format(path=path)))
     print(f"wrote {path}; next: recray validate --config {path}", file=sys.stderr)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from recray.errors import ClusterError, RecrayError
+from recray.storage import blamed, no_room
 
 LOCAL_OBJECT_STORE_BYTES = 400 << 20
+CONNECT_S = 5.0
 
 
 def start(cpus: int | None = None) -> None:
@@ -29,8 +33,11 @@ def start(cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; silences its warning
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _answers(address)
     try:
-        if address := os.environ.get("RAY_ADDRESS"):
+        if address:
             ray.init(address=address, **options)
         else:
             ray.init(
@@ -41,7 +48,49 @@ def start(cpus: int | None = None) -> None:
                 **options,
             )
     except Exception as error:  # ray raises many kinds here
-        raise ClusterError(f"Ray cannot be reached or started: {error}", "check RAY_ADDRESS, or unset it to start a local Ray") from error
+        raise ClusterError(
+            f"Ray {f'at {address}' if address else 'on this machine'} does not let us in: {first_line(error)}", _fix(address)
+        ) from error
+
+
+def token_source() -> str | None:
+    """Where this process has its Ray token from, None if it has none."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        if os.environ.get(name):
+            return name
+    path = Path("~/.ray/auth_token").expanduser()
+    return str(path) if path.is_file() else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, which Ray follows with pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _answers(address: str) -> None:
+    """Raises ClusterError if nothing listens at the address; Ray itself would try for ever."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like, for Ray to find
+    deadline = time.monotonic() + CONNECT_S
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"no Ray answers at {address}: {error}", "start it, or check RAY_ADDRESS; unset it to start a local Ray") from None
+            time.sleep(0.5)
+
+
+def _fix(address: str | None) -> str:
+    if not address:
+        return "is another Ray starting here, or /dev/shm or /tmp full? recray doctor looks"
+    mode, source = os.environ.get("RAY_AUTH_MODE", "not set"), token_source()
+    return (
+        "check the token (RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token; "
+        f"here the mode is {mode} and the token {f'from {source}' if source else 'missing'}), and that the cluster runs the same Ray and Python"
+    )
 
 
 def require(cpus: float, gpus: float, what: str, timeout_s: float) -> None:
@@ -50,11 +99,11 @@ def require(cpus: float, gpus: float, what: str, timeout_s: float) -> None:
 
     deadline = time.monotonic() + timeout_s
     while True:
-        total, free = ray.cluster_resources(), ray.available_resources()
+        total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
         if total.get("CPU", 0) < cpus or total.get("GPU", 0) < gpus:
             raise ClusterError(
                 f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs; the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}",
-                "add nodes, or lower train.workers, train.cpus_per_worker or score.actors",
+                "add nodes, or lower train.workers (a night that was begun: with --restart), train.cpus_per_worker or score.actors",
             )
         if free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus:
             return
@@ -68,8 +117,8 @@ def require(cpus: float, gpus: float, what: str, timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def unwrapped() -> Iterator[None]:
-    """Raise recray's own errors from Ray tasks as themselves, and Ray's as ClusterError."""
-    from ray.exceptions import RayError
+    """Raise recray's own errors from Ray tasks as themselves, a full or closed disk as OSError, and Ray's as ClusterError."""
+    from ray.exceptions import RayError, RayTaskError
 
     try:
         yield
@@ -78,8 +127,11 @@ def unwrapped() -> Iterator[None]:
     except Exception as error:
         if found := _own(error):
             raise found from None
+        if (number := no_room(error)) is not None:
+            raise OSError(number, os.strerror(number), blamed(error)) from error
         if isinstance(error, RayError):
-            raise ClusterError(f"Ray lost the work: {error}", "repeat the job; it goes on where it stopped") from error
+            told = str(error).strip().splitlines()[-1] if isinstance(error, RayTaskError) else first_line(error)  # after a traceback
+            raise ClusterError(f"Ray lost the work: {told}", "repeat the job; it goes on where it stopped") from error
         raise
 
 
@@ -94,7 +146,7 @@ def _own(error: BaseException | None) -> RecrayError | None:
         for failure in workers.values():
             if found := _own(getattr(failure, "_base_exc", failure)):
                 return found
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        error = getattr(error, "controller_failure", None) or getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 
 

@@ -40,6 +40,7 @@ class Section(BaseModel):
 
 class StorageSettings(Section):
     root: str = _place("~/.recray", "absolute path under which everything is written; on a cluster a shared file system")
+    lease_s: float = _place(60, "a job that shows no sign of life for so long is taken for dead and fenced off", gt=0)
 
 
 class DataSettings(Section):
@@ -117,6 +118,7 @@ class TrainSettings(Section):
     use_gpu: bool = Field(False, description="one GPU a worker, gradients by NCCL, bfloat16 where the GPU has it")
     max_failures: int = _place(2, "restarts after a lost worker, from the last checkpoint", ge=0)
     timeout_s: float = _place(60, "fail when Ray did not place the workers after so many seconds", gt=0)
+    report_timeout_s: float = _place(1800, "a worker that the others wait for so long at the end of an epoch is lost, and the group restarts", gt=0)
 
 
 class EvaluateSettings(Section):
@@ -132,12 +134,25 @@ class EvaluateSettings(Section):
     max_users: int | None = Field(None, ge=1, description="evaluate a fixed random sample of so many users; null: all")
 
 
+class GatesSettings(Section):
+    margin: float = Field(
+        0.01,
+        ge=0,
+        description="NDCG that a challenger may lose on the champion: the interval of their paired difference must lie above -margin",
+    )
+    must_beat: tuple[Literal["most popular", "popular, last 7 days", "personal frequency", "item-kNN", "EASE"], ...] = Field(
+        ("most popular",), description="baselines whose NDCG a challenger must exceed"
+    )
+    parity_users: int = Field(256, ge=1, description="users whose answers alone and in a batch are compared before a promotion")
+
+
 class ScoreSettings(Section):
     k: int = Field(50, ge=1, le=10_000, description="items stored for each user")
     new_only: bool = Field(False, description="leave out what the user already met")
     batch_users: int = Field(256, ge=1, description="users scored in one forward pass")
     actors: int = _place(2, "scoring actors", ge=1)
     cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)
+    max_failures: int = _place(3, "restarts of a lost actor, and repeats of what it was at", ge=0)
 
 
 class ServeSettings(Section):
@@ -152,10 +167,13 @@ class ServeSettings(Section):
 class TrackingSettings(Section):
     uri: str | None = _place(None, "MLflow tracking URI; null: sqlite and a folder under storage.root")
     experiment: str = _place("recray", "MLflow experiment")
+    model: str = _place("recray", "registered model whose versions carry the aliases champion and challenger; one a storage.root")
+    timeout_s: int = _place(10, "limit of one MLflow request; what MLflow could not take is spooled", ge=1)
+    retries: int = _place(2, "repeats of a failed MLflow request", ge=0, le=10)
 
 
 class Settings(Section):
-    """All settings. Sections: storage, data, split, model, train, evaluate, score, serve, tracking."""
+    """All settings. Sections: storage, data, split, model, train, evaluate, gates, score, serve, tracking."""
 
     storage: StorageSettings = StorageSettings()
     data: DataSettings = DataSettings()
@@ -163,6 +181,7 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    gates: GatesSettings = GatesSettings()
     score: ScoreSettings = ScoreSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()

@@ -16,11 +16,12 @@ from typing import Any
 from recray import cluster, pipeline
 from recray.config import Settings, load_settings
 from recray.errors import SettingsError
+from recray.stages import JobResult
 from recray.storage import Storage, read_json
 from recray.terminal import Reporter
 
 
-def run_serve(settings: Settings, reporter: Reporter) -> pipeline.JobResult:
+def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     """Serve the published night until interrupted."""
     started = time.monotonic()
     from recray.serving import app
@@ -33,10 +34,10 @@ def run_serve(settings: Settings, reporter: Reporter) -> pipeline.JobResult:
         while True:
             time.sleep(3600)
     app.stop()
-    return pipeline.JobResult("serve", "ok", outputs={"address": address}, seconds=round(time.monotonic() - started, 2))
+    return JobResult("serve", "ok", outputs={"address": address}, seconds=round(time.monotonic() - started, 2))
 
 
-def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, *, keep_serving: bool) -> pipeline.JobResult:
+def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, *, keep_serving: bool) -> JobResult:
     """A night on Online Retail in a fresh root, a table, and three live requests."""
     started = time.monotonic()
     where = Path(root) if root else Path(".demo") / dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
@@ -57,7 +58,7 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, *, 
     reporter.say(f"  {'mlflow':<11} mlflow ui --backend-store-uri sqlite:///{Storage(settings.root()).tracking / 'mlflow.db'}")
     reporter.say(f"go on: recray serve storage.root={settings.root()}   ·   your own data: recray init, then recray nightly --config recray.yaml")
     metrics = {**result.metrics, "address": address}
-    done = pipeline.JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
+    done = JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
     if keep_serving:
         reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it")
         print(done.to_json(), flush=True)

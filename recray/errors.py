@@ -70,8 +70,16 @@ class OutputExistsError(ArtifactError):
     """The place for the output is taken by something that this run did not write."""
 
 
+class StorageError(RecrayError):
+    """`storage.root` cannot be written to: no space, read-only, no permission."""
+
+
 class ClusterError(RecrayError):
     """Ray cannot be reached, or has no room for the work."""
+
+
+class TrackingError(RecrayError):
+    """MLflow cannot be reached, or what it holds does not fit this storage."""
 
 
 class TrainingError(RecrayError):

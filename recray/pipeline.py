@@ -1,53 +1,33 @@
-"""The jobs: what each reads, which key names its result, when it is skipped, and what it reports.
+"""The jobs that people run: one stage, or a night of them, under the lease of a storage root.
 
-A job is safe to repeat: its run key names its output, and an output that is there is not made again. A night is the
-jobs one after the other; repeated, it goes on at the stage that failed.
-
-What needs torch or MLflow is imported by the job that uses it: the driver of prepare stays small.
+A night is the stages one after the other; repeated, it goes on at the stage that failed. It is refused if a later night
+is published, or if an attempt with other settings did not end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recray import cluster
+from recray import lease, stages
 from recray.config import Settings
-from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset
-from recray.errors import MissingArtifactError
+from recray.errors import ArtifactError, DataError, MissingArtifactError, RecrayError, RefusedError, TrackingError, TrainingError
 from recray.prepare import prepare as preparation
-from recray.storage import Storage, is_sealed, locked, manifest_digest, write_json
+from recray.stages import AsOf, JobResult, Say, Work, date_of
+from recray.storage import Storage, key_of, read_json, storage_error, write_json
 
 if TYPE_CHECKING:
-    from recray.bundle import Bundle
-    from recray.tracking.runs import Tracking
+    from recray.release import Member
+    from recray.terminal import Reporter
 
-AsOf = dt.datetime | None
-Say = Callable[[str], None]
-
-
-@dataclass
-class JobResult:
-    """How a job ended. `status`: ok | skipped | refused | failed; `seconds` of wall time."""
-
-    job: str
-    status: str
-    run_key: str = ""
-    outputs: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+RESULT_SECTIONS = ("data", "split", "model", "train", "evaluate", "gates", "score")
 
 
-def _quiet(message: str) -> None:
+def _quiet(message: str, **fields: Any) -> None:
     """Default of `say`: nobody listens."""
 
 
@@ -62,164 +42,223 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
 
 def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Events to dataset."""
-    with _at_work(settings):
-        return _prepare(settings, as_of, say)
+    with _at_work("prepare", settings, say) as work:
+        return stages.prepare(work, as_of, preparation.prepare_key(settings, as_of))
 
 
 def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Dataset to bundle, with its MLflow run."""
-    with _at_work(settings):
-        return _train(settings, _dataset(settings, as_of), say)
+    with _at_work("train", settings, say) as work:
+        return stages.train(work, _dataset(settings, as_of))
 
 
 def run_evaluate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """The current bundle and the baselines on the dataset's test users."""
-    with _at_work(settings):
-        return _evaluate(settings, _dataset(settings, as_of), say)
+    with _at_work("evaluate", settings, say) as work:
+        return stages.evaluate(work, _dataset(settings, as_of))
+
+
+def run_promote(settings: Settings, as_of: AsOf, say: Say = _quiet, *, bundle: str | None = None) -> JobResult:
+    """Ask the gate whether a bundle (its run key; None: the current one) becomes the champion. Raises RefusedError if it says no."""
+    from recray.bundle import Bundle
+    from recray.release import Release
+
+    with _at_work("promote", settings, say) as work:
+        dataset = _dataset(settings, as_of)
+        wanted = Bundle.open(work.storage.bundle(bundle)) if bundle else stages.current_bundle(settings, dataset)
+        result = stages.promote(work, dataset, wanted if bundle else None)
+        champion = Release.read(work.storage).champion
+        if champion is None or champion.run_key != wanted.key:
+            raise RefusedError(result.reason, f"the champion stays; the checks are in {result.outputs.get('promotion', 'the log')}")
+        return result
+
+
+def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """Make the champion before this one the champion again, and score the published night with it."""
+    from recray.promotion import roll_back
+    from recray.release import Release
+
+    with _at_work("rollback", settings, say) as work:
+        storage = work.storage
+        release = Release.read(storage)
+        if release.previous is not None or _published_by(storage, release.champion):
+            release = roll_back(storage)
+        assert release.champion is not None  # else: flipped by an attempt that ended before it had scored
+        say(f"champion is bundle {release.champion.run_key} again; those rolled back: {', '.join(release.rolled_back)}")
+        stages.deliver(work)
+        result = JobResult("rollback", "ok", release.champion.run_key, {"release": str(storage.release)}, warnings=work.warnings)
+        if storage.latest.exists():
+            published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
+            scored = stages.score(work, Dataset.open(storage.root / published["dataset"], verify=True))
+            result.outputs.update(scored.outputs)
+            result.metrics = scored.metrics
+        return result
 
 
 def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """Every user's list by the current bundle, published."""
-    with _at_work(settings):
-        return _score(settings, _dataset(settings, as_of), say)
+    """Every user's list by the champion, published."""
+    with _at_work("score", settings, say) as work:
+        return stages.score(work, _dataset(settings, as_of))
 
 
-def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """A night: prepare, train (when `train.every_days` have passed), evaluate, score."""
+def run_report(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """A page about the night: what was promoted and why, the figures, the plots."""
+    with _at_work("report", settings, say) as work:
+        return stages.report(work, _dataset(settings, as_of))
+
+
+def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: bool = False) -> JobResult:
+    """A night: prepare, train (when `train.every_days` have passed), evaluate, promote, score, report.
+
+    A night that was begun with other settings and did not end is refused, unless `restart`.
+    """
     started = time.monotonic()
-    with _at_work(settings):
-        say("── prepare")
-        results = [_prepare(settings, as_of, say)]
-        dataset = Dataset.open(results[0].outputs["dataset"], verify=True)
-        for stage in (_train, _evaluate, _score):
-            say(f"── {stage.__name__.removeprefix('_')}")
-            if stage is _train and not _train_is_due(settings, dataset):
-                say("the last bundle is younger than train.every_days")
-                continue
-            results.append(stage(settings, dataset, say))
+    with _at_work("nightly", settings, say) as work:
+        digests = preparation.input_digests(settings)
+        journal = work.storage.night(key_of("night", as_of, digests))
+        _begin(journal, settings, as_of, restart=restart)
+        with _ending(journal):
+            results = _stages(work, as_of, digests)
     outputs = {name: path for result in results for name, path in result.outputs.items()}
     metrics = {name: value for result in results for name, value in result.metrics.items()}
+    reasons = [result.reason for result in results if result.reason]
     skipped = all(result.status == "skipped" for result in results)
-    return _result("nightly", skipped, results[-1].run_key, outputs, metrics, started)
+    done = stages.result_of("nightly", skipped, results[-2].run_key, outputs, metrics, started)
+    done.reason, done.warnings = "; ".join(reasons), work.warnings
+    return done
+
+
+def _stages(work: Work, as_of: AsOf, digests: preparation.Digests) -> list[JobResult]:
+    """The stages of a night, one after the other. Raises RefusedError if there is no champion after promote."""
+    settings, say = work.settings, work.say
+    say("── prepare", stage="prepare")
+    results = [stages.prepare(work, as_of, preparation.prepare_key(settings, as_of, digests))]
+    dataset = Dataset.open(results[0].outputs["dataset"], verify=True)
+    _in_order(work.storage, dataset)
+    for stage in (stages.train, stages.evaluate, stages.promote, stages.score, stages.report):
+        say(f"── {stage.__name__}", stage=stage.__name__)
+        if stage is stages.train and not _train_is_due(settings, dataset):
+            say("the last bundle is younger than train.every_days")
+            continue
+        results.append(stage(work, dataset))
+        if stage is stages.promote and not _has_champion(work.storage):
+            raise RefusedError(results[-1].reason, "nothing was published; mend the model or the gate's settings, then repeat")
+    return results
 
 
 @contextlib.contextmanager
-def _at_work(settings: Settings) -> Iterator[None]:
-    """One job at a time in a root. Raises RefusedError, or ArtifactError if the root cannot be written to."""
-    with locked(settings.root() / ".lock", wait=False):
+def _ending(journal: Path) -> Iterator[None]:
+    """Note that a night ended: well, or with words that ask for other data or settings. What was cut off stays open."""
+    try:
         yield
+    except (DataError, RefusedError, TrainingError):
+        _close(journal)
+        raise
+    _close(journal)
 
 
-def _prepare(settings: Settings, as_of: AsOf, say: Say) -> JobResult:
-    started = time.monotonic()
-    key = preparation.prepare_key(settings, as_of)
-    path = Storage(settings.root()).dataset(key)
-    skipped = is_sealed(path, DATASET, key)
-    dataset = preparation.prepare(settings, key, as_of)
-    manifest = dataset.manifest
-    metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}
-    say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows")
-    return _result("prepare", skipped, key, {"dataset": str(path)}, metrics, started)
+def _close(journal: Path) -> None:
+    content = read_json(journal)
+    if not content["ended"]:
+        with lease.commit(), contextlib.suppress(OSError):
+            write_json(journal, {**content, "ended": True})
 
 
-def _train(settings: Settings, dataset: Dataset, say: Say) -> JobResult:
-    from recray.bundle import KIND, Bundle
-    from recray.training import trainer
-
-    started = time.monotonic()
-    key = trainer.train_key(settings, dataset)
-    path = Storage(settings.root()).bundle(key)
-    skipped = is_sealed(path, KIND, key)
-    if not skipped:
-        tracking = _tracking(settings)
-        run = tracking.run(key, _run_name(dataset.as_of_s))
-
-        def on_metrics(line: dict[str, float]) -> None:
-            say(
-                f"epoch {line['epoch']:.0f}  loss {line['loss']:.4f}  validation ndcg@{settings.evaluate.k[0]} "
-                f"{line['validation_ndcg']:.4f}  {line['seconds']:.1f} s"
-            )
-            tracking.curve(run, [line])
-
-        cluster.start()
-        say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); stops {settings.train.patience} epochs after the best")
+@contextlib.contextmanager
+def _at_work(job: str, settings: Settings, say: Say) -> Iterator[Work]:
+    """One job at a time in a root. Raises RefusedError, or StorageError if the root cannot be written to."""
+    root = settings.root()
+    with lease.hold(root, job, settings.storage.lease_s) as held:
+        say(f"{job} in {root}, attempt {held.attempt}", level="debug", attempt=held.attempt)
         try:
-            trainer.train(settings, key, dataset, on_metrics)
-        except Exception:
-            tracking.finish(run, "FAILED")
-            raise
-    bundle = Bundle.open(path)
-    with _tracked(settings, key, bundle) as (told, run):
-        if told is not None:
-            told.settings(run, trainer.bundle_settings(settings))
-            told.curve(run, bundle.metrics["curve"])
-            told.folder(run, bundle.path, "bundle")
-            told.finish(run)
-    metrics = {"validation_ndcg": bundle.metrics["best_ndcg"], "epochs": bundle.metrics["epoch"], "best_epoch": bundle.metrics["best_epoch"]}
-    say(f"bundle {key}: best epoch {metrics['best_epoch']}, validation ndcg {metrics['validation_ndcg']:.4f}")
-    return _result("train", skipped, key, {"bundle": str(path)}, metrics, started)
+            yield Work(settings, Storage(root), say)
+        except Exception as error:
+            held.check()  # what befell an attempt that was fenced off is of no interest
+            found = None if isinstance(error, RecrayError) else storage_error(error, root)
+            if found is None:
+                raise
+            raise found from error
 
 
-def _evaluate(settings: Settings, dataset: Dataset, say: Say) -> JobResult:
-    from recray.evaluation import evaluate as evaluation
+def run_models(settings: Settings, reporter: Reporter) -> JobResult:
+    """The bundles of the root, oldest first, with their roles and their versions in MLflow."""
+    from rich.table import Table
+
+    from recray.bundle import Bundle
+    from recray.release import Release, bundles
 
     started = time.monotonic()
-    bundle = _bundle(settings, dataset)
-    key = evaluation.evaluate_key(settings, dataset, bundle)
-    path = Storage(settings.root()).evaluation(key)
-    skipped = is_sealed(path, evaluation.KIND, key)
-    table = evaluation.evaluate(settings, key, dataset, bundle)
-    metrics = headline(table, settings)
-    with _tracked(settings, key, bundle) as (tracking, run):
-        if tracking is not None:
-            tracking.metrics(run, metrics, _day(dataset.as_of_s))
-            tracking.document(run, table, f"evaluation/{_date(dataset.as_of_s)}-{key}.json")
-    headline_ndcg = f"ndcg@{settings.evaluate.k[0]}"
-    for setting, rows in table.items():
-        if "skipped" in rows[evaluation.MODEL]:
-            say(f"{setting}: skipped, {rows[evaluation.MODEL]['skipped']}")
-            continue
-        found = rows[evaluation.MODEL]["segments"]
-        segments = [(name, found[name]) for name in evaluation.SEGMENTS if found[name]["users"]]
-        shown = ", ".join(f"{name} {segment['ndcg']:.4f} ({segment['users']})" for name, segment in segments)
-        say(f"{setting}: {headline_ndcg} {rows[evaluation.MODEL][headline_ndcg]:.4f}; by segment (users): {shown}")
-    return _result("evaluate", skipped, key, {"evaluation": str(path)}, metrics, started)
+    work = Work(settings, Storage(settings.root()), reporter.say)
+    release = Release.read(work.storage)
+    table = Table("bundle", "as of", "validation NDCG", "roles", "MLflow version", title=f"{work.storage.root}", title_justify="left")
+    found = []
+    opened = []
+    for path in bundles(work.storage):
+        try:
+            opened.append(Bundle.open(path))
+        except ArtifactError as error:
+            work.warn(error.what)
+    for bundle in sorted(opened, key=lambda bundle: (bundle.as_of_s, bundle.key)):
+        ndcg = bundle.metrics.get("best_ndcg")
+        roles = release.roles_of(bundle.key)
+        version = _version(work, bundle.key)
+        found.append({"bundle": bundle.key, "as_of": date_of(bundle.as_of_s), "validation_ndcg": ndcg, "roles": roles, "version": version})
+        table.add_row(bundle.key, date_of(bundle.as_of_s), "–" if ndcg is None else f"{ndcg:.4f}", ", ".join(roles) or "–", version or "–")
+    reporter.show(table)
+    return JobResult("models", "ok", metrics={"models": found}, seconds=round(time.monotonic() - started, 2), warnings=work.warnings)
 
 
-def _score(settings: Settings, dataset: Dataset, say: Say) -> JobResult:
-    from recray.scoring import score as scoring
-
-    started = time.monotonic()
-    bundle = _bundle(settings, dataset)
-    key = scoring.score_key(settings, dataset, bundle)
-    storage = Storage(settings.root())
-    path = scoring.snapshot_path(storage, dataset.as_of_s, key)
-    skipped = is_sealed(path, scoring.KIND, key)
-    if not skipped:
-        cluster.start()
-    path, manifest, changed = scoring.score(settings, key, dataset, bundle)
-    metrics = {name: manifest[name] for name in ("users", "popular_users", "coverage@10")}
-    with _tracked(settings, key, bundle) as (tracking, run):
-        if tracking is not None:
-            document = {name: value for name, value in manifest.items() if name != "files"}
-            document.update(date=_date(dataset.as_of_s), manifest_sha256=manifest_digest(path))
-            tracking.document(run, document, f"snapshots/{_date(dataset.as_of_s)}-{key}.json")
-            quantiles = {f"best_score_q{q}": value for q, value in manifest["best_score_quantiles"].items()}
-            values = {f"snapshot_{name}": value for name, value in {**metrics, **quantiles}.items()}
-            tracking.metrics(run, values, _day(dataset.as_of_s))
-    say(
-        f"snapshot {key}: {manifest['users']} users, {manifest['popular_users']} with the popular list; {'published' if changed else 'was published'}"
-    )
-    return _result("score", skipped and not changed, key, {"snapshot": str(path), "latest": str(storage.latest)}, metrics, started)
+def _version(work: Work, key: str) -> str | None:
+    if any("MLflow" in warning for warning in work.warnings):
+        return None  # MLflow did not answer before
+    try:
+        found = work.outbox.tracking.version(key)
+    except TrackingError as error:
+        work.warn(error.what)
+        return None
+    return None if found is None else str(found.version)
 
 
-def headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:
-    """The model's figures at the first k of `evaluate.k`, by setting: `repeats_ndcg@10`, …; none for a skipped setting."""
-    from recray.evaluation.evaluate import MODEL
+def _begin(journal: Path, settings: Settings, as_of: AsOf, *, restart: bool) -> None:
+    """Note with which settings a night is begun. Raises RefusedError if it was begun with others and did not end."""
+    now = settings.result_settings(*RESULT_SECTIONS)
+    before = read_json(journal) if journal.exists() else None
+    if before is not None and before["settings"] == now:
+        return
+    if before is not None and not before["ended"] and not restart:
+        old = before["settings"]
+        changed = [f"{s}.{f} {old[s].get(f)!r} → {value!r}" for s, fields in now.items() for f, value in fields.items() if old[s].get(f) != value]
+        raise RefusedError(
+            f"this night (as of {as_of or 'all there is'}) was begun with other settings and did not end: {', '.join(changed)}",
+            "repeat it with the settings it was begun with, or begin anew with these: --restart",
+        )
+    write_json(journal, {"as_of": as_of and as_of.isoformat(), "settings": now, "ended": False})
 
-    k = settings.evaluate.k[0]
-    names = [f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr", "recall", "coverage", "popularity_share")]
-    return {f"{setting}_{name}": rows[MODEL][name] for setting, rows in table.items() for name in names if name in rows[MODEL]}
+
+def _in_order(storage: Storage, dataset: Dataset) -> None:
+    """Raises RefusedError if a later night was published: the as-of, or the clock it was taken from, went back."""
+    if not storage.latest.exists():
+        return
+    published = read_json(storage.latest)
+    if published["as_of_s"] > dataset.as_of_s:
+        raise RefusedError(
+            f"the night of {date_of(published['as_of_s'])} is published; this one ends before, on {date_of(dataset.as_of_s)}: was a clock set back?",
+            f"choose a later --as-of; to publish the older night on purpose, remove {storage.latest}, or use another storage.root",
+        )
+
+
+def _published_by(storage: Storage, champion: Member | None) -> bool:
+    """Whether the published snapshot is the champion's (or there is nothing that could be scored instead)."""
+    if champion is None or not storage.latest.exists():
+        return True
+    published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
+    return bool(published["bundle_digest"] == champion.digest)
+
+
+def _has_champion(storage: Storage) -> bool:
+    from recray.release import Release
+
+    return Release.read(storage).champion is not None
 
 
 def _dataset(settings: Settings, as_of: AsOf) -> Dataset:
@@ -230,66 +269,14 @@ def _dataset(settings: Settings, as_of: AsOf) -> Dataset:
         raise MissingArtifactError(error.what, "run `recray prepare` with the same settings first, or `recray nightly`") from None
 
 
-def _bundle(settings: Settings, dataset: Dataset) -> Bundle:
-    """The bundle trained on this dataset, or else the last one trained alike that is not from the future."""
-    from recray.bundle import Bundle, latest_bundle, settings_key
-    from recray.training import trainer
-
-    storage = Storage(settings.root())
-    own = storage.bundle(trainer.train_key(settings, dataset))
-    if own.exists():
-        return Bundle.open(own)
-    found = latest_bundle(storage.root / "bundles", settings_key(trainer.bundle_settings(settings)), dataset.as_of_s)
-    if found is None or dataset.split_kind == "random":  # another random split tests on what this bundle was trained on
-        raise MissingArtifactError(f"no bundle of these settings in {storage.root / 'bundles'}", "run `recray train` first")
-    return found
-
-
 def _train_is_due(settings: Settings, dataset: Dataset) -> bool:
     from recray.bundle import latest_bundle, settings_key
+    from recray.evaluation.gates import incomparable
     from recray.training import trainer
 
     storage = Storage(settings.root())
     last = latest_bundle(storage.root / "bundles", settings_key(trainer.bundle_settings(settings)), dataset.as_of_s)
-    if last is None or dataset.split_kind == "random" or storage.bundle(trainer.train_key(settings, dataset)).exists():
+    if last is None or incomparable(dataset, last) or storage.bundle(trainer.train_key(settings, dataset)).exists():
         return True
-    age = _day(dataset.as_of_s) - _day(last.as_of_s)
+    age = stages.day_of(dataset.as_of_s) - stages.day_of(last.as_of_s)
     return not 0 < age < settings.train.every_days
-
-
-def _tracking(settings: Settings) -> Tracking:
-    from recray.tracking.runs import Tracking
-
-    return Tracking(settings.tracking.uri, settings.tracking.experiment, Storage(settings.root()).tracking)
-
-
-@contextlib.contextmanager
-def _tracked(settings: Settings, key: str, bundle: Bundle) -> Iterator[tuple[Tracking | None, str]]:
-    """The tracking and the bundle's run for what the job `key` has to tell; None if that was told before.
-
-    A job that was killed between its output and its report tells it when it is repeated.
-    """
-    told = Storage(settings.root()).tracked(key)
-    if told.exists():
-        yield None, ""
-        return
-    tracking = _tracking(settings)
-    run = tracking.run(bundle.key, _run_name(bundle.as_of_s))
-    yield tracking, run
-    write_json(told, {"run_id": run})
-
-
-def _run_name(as_of_s: int) -> str:
-    return f"train {_date(as_of_s)}"
-
-
-def _result(job: str, skipped: bool, key: str, outputs: dict[str, str], metrics: dict[str, Any], started: float) -> JobResult:
-    return JobResult(job, "skipped" if skipped else "ok", key, outputs, metrics, round(time.monotonic() - started, 2))
-
-
-def _day(as_of_s: int) -> int:
-    return as_of_s // 86_400
-
-
-def _date(as_of_s: int) -> str:
-    return str(dt.datetime.fromtimestamp(as_of_s, dt.UTC).date())

@@ -18,10 +18,6 @@ BASKET = "basket"
 EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET)
 DEFAULT_EVENT = "interaction"
 
-PADDING = 0  # item_index 0 is padding and is never scored
-
-FEATURE_KINDS = ("categorical", "multi", "numeric", "text")
-
 
 def shard_schema(user_type: pa.DataType) -> pa.Schema:
     """Schema of one dataset shard: one row a user, users in ascending order of `user_id`."""

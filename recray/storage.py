@@ -8,17 +8,19 @@ therefore sees all of it or nothing, whatever was killed when. Files that change
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recray.errors import ArtifactError, DamagedArtifactError, MissingArtifactError, OutputExistsError, RefusedError
+from recray import lease
+from recray.errors import DamagedArtifactError, MissingArtifactError, OutputExistsError, StorageError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,9 +44,10 @@ class Storage:
     def quarantine(self, key: str) -> Path:
         return self.root / "quarantine" / key
 
-    def staging(self, key: str) -> Path:
-        """Scratch space of one prepare run; removed when it ends."""
-        return self.root / "staging" / key
+    @property
+    def staging(self) -> Path:
+        """Scratch space of prepare; removed when it ends."""
+        return self.root / "staging"
 
     @property
     def scores(self) -> Path:
@@ -60,29 +63,78 @@ class Storage:
         """The pointer to the snapshot that readers use."""
         return self.root / "LATEST.json"
 
-    def tracked(self, key: str) -> Path:
-        """Marks that MLflow was told of a job's output."""
-        return self.root / "tracked" / f"{key}.json"
+    @property
+    def release(self) -> Path:
+        """The pointer to champion and challenger."""
+        return self.root / "RELEASE.json"
+
+    def promotion(self, key: str) -> Path:
+        return self.root / "promotions" / key
+
+    def report(self, key: str) -> Path:
+        return self.root / "reports" / key
+
+    def night(self, key: str) -> Path:
+        """The settings with which a night was begun, and whether it ended."""
+        return self.root / "nights" / f"{key}.json"
+
+    @property
+    def outbox(self) -> Path:
+        """What MLflow is to be told, and what it was told."""
+        return self.root / "tracked"
 
     @property
     def tracking(self) -> Path:
         return self.root / "mlflow"
 
 
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the lock file `path`. Without `wait` raises RefusedError if another process holds it; ArtifactError if it cannot be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 - entered below
-    except OSError as error:
-        raise ArtifactError(f"{path.parent} cannot be written to: {error}", "check storage.root and its permissions") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise RefusedError(f"another job is at work in {path.parent}", "wait until it ends, or use another storage.root") from None
-        yield
+NO_ROOM = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+    errno.EROFS: "Read-only file system",
+    errno.EACCES: "Permission denied",
+    errno.EIO: "Input/output error",
+}
+
+
+def no_room(error: BaseException | None) -> int | None:
+    """The errno if the error, or what caused it, is a disk that takes nothing (`NO_ROOM`); else None.
+
+    Libraries that write from native code leave only the message of the system, so that is looked at too.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        for number, text in NO_ROOM.items():
+            if (isinstance(error, OSError) and error.errno == number) or text.lower() in str(error).lower():
+                return number
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+def blamed(error: BaseException | None) -> str | None:
+    """The absolute path that the system named in the error or in what caused it; None if it named none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and isinstance(error.filename, str) and error.filename.startswith("/"):
+            return error.filename
+        if isinstance(error, OSError) and (found := re.search(r"file '(/[^']+)'", str(error))):
+            return found[1]
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+def storage_error(error: BaseException | None, root: Path) -> StorageError | None:
+    """The error as a StorageError if it is one of a disk that takes nothing, else None."""
+    number = no_room(error)
+    if number is None:
+        return None
+    where = blamed(error)
+    if where and not Path(where).is_relative_to(root):
+        return StorageError(f"{where}: {NO_ROOM[number]}", "make room there and make it accessible, then repeat the job; it goes on where it stopped")
+    fix = "free space or add some" if number in (errno.ENOSPC, errno.EDQUOT) else "make it writable again"
+    return StorageError(f"storage.root {root}: {NO_ROOM[number]}", f"{fix}, then repeat the job; it goes on where it stopped")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -101,12 +153,16 @@ def write_json(path: Path, content: Any) -> None:
     """Replace `path` by `content` in one step; a reader sees the old or the new file, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with open(scratch, "w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "w") as file:
+            json.dump(content, file, indent=2, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
     _fsync_directory(path.parent)
 
 
@@ -126,21 +182,24 @@ def sealed_directory(path: Path, kind: str, run_key: str, fields: dict[str, Any]
 
     `fields` may be filled while the folder is written; it goes into the manifest. After an exception nothing is left.
     If another attempt of the same run was faster, its directory stays and this one is dropped.
-    Raises OutputExistsError if `path` holds something that this run key did not write.
+    Raises OutputExistsError if `path` holds something that this run key did not write, RefusedError if this attempt was
+    fenced off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*"):  # by an attempt that was killed; the root's lock admits one job
-        shutil.rmtree(left, ignore_errors=True)
+    with lease.commit():  # an attempt that was fenced off must not sweep away what the next one writes
+        for left in path.parent.glob(f".{path.name}.*"):  # by an attempt that was killed; the lease admits one job
+            shutil.rmtree(left, ignore_errors=True)
     scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir()
     try:
         yield scratch
         _seal(scratch, kind, run_key, fields)
-        try:
-            os.rename(scratch, path)
-        except OSError:
-            if not is_sealed(path, kind, run_key):
-                raise
+        with lease.commit():
+            try:
+                os.rename(scratch, path)
+            except OSError:
+                if not is_sealed(path, kind, run_key):
+                    raise
         _fsync_directory(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,8 +1,10 @@
-"""What a person sees while a job runs: a spinner and tables on a terminal, plain lines in a log. All on standard error."""
+"""What a job says while it runs, all on standard error: a spinner and tables for a person, one JSON object a line for a log."""
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from recray.config import Settings
 
 
 class Reporter:
-    """Says things. As a context manager it shows a spinner on a terminal."""
+    """Says things to a person. As a context manager it shows a spinner on a terminal."""
 
     def __init__(self) -> None:
         plain = Console(stderr=True)
@@ -31,19 +33,54 @@ class Reporter:
         if self._status:
             self._status.stop()
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, **fields: Any) -> None:
+        """A line with the seconds since the start. Of the `fields`, level `debug` hides it."""
+        if fields.get("level") == "debug":
+            return
         elapsed = f"{time.monotonic() - self._started:6.1f}s  "
         self.console.print(Text.assemble((elapsed, "dim"), message), soft_wrap=True)
         if self._status:
             self._status.update(Text(message[: max(self.console.width - 6, 10)]))  # one line: a wrapped spinner leaves traces
 
     def show(self, what: RenderableType) -> None:
+        """A table."""
         self.console.print(what)
 
     def show_evaluation(self, path: str, settings: Settings) -> None:
         """The table of an evaluation directory."""
-        from recray.evaluation.evaluate import SETTINGS, order
-        from recray.evaluation.report import render
+        from recray.evaluation.evaluate import read_table
+        from recray.evaluation.table import render
 
-        table: dict[str, Any] = json.loads((Path(path) / "metrics.json").read_text())
-        self.show(render({s: {name: table[s][name] for name in order(table[s])} for s in SETTINGS}, settings.evaluate.k[0]))
+        self.show(render(read_table(Path(path)), settings.evaluate.k[0]))
+
+    def error(self, text: str) -> None:
+        """An error that ends the job."""
+        print(f"error: {text}", file=sys.stderr)
+
+
+class LogReporter(Reporter):
+    """Says things to a log: time (UTC), level, job, stage, message, and the fields of the occasion. Tables are left out."""
+
+    def __init__(self, job: str) -> None:
+        self._job, self._stage, self._began = job, "", time.monotonic()
+
+    def __enter__(self) -> LogReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def say(self, message: str, **fields: Any) -> None:
+        self._stage = fields.pop("stage", self._stage)
+        moment = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+        line = {"time": moment, "level": fields.pop("level", "info"), "job": self._job, "stage": self._stage, "message": message, **fields}
+        print(json.dumps(line, default=str), file=sys.stderr, flush=True)
+
+    def show(self, what: RenderableType) -> None:
+        return
+
+    def show_evaluation(self, path: str, settings: Settings) -> None:
+        return
+
+    def error(self, text: str) -> None:
+        self.say(text, level="error")

@@ -131,3 +131,26 @@ def _processes(home: Path) -> list[str]:
             if f"HOME={home}".encode() in environment and command:
                 found.append(f"{entry.name} {command[:80]}")
     return found
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory):
+    """A real cluster for the nights of the chaos tests; its drivers give up a lost head after 10 s instead of 60."""
+    from recray.benchmark import Head
+
+    with Head(tmp_path_factory.mktemp("home")) as head:
+        head.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"
+        yield head
+
+
+@pytest.fixture(scope="session")
+def reference(head, world_folder, tmp_path_factory) -> dict[str, bytes]:
+    """Every file of a night that nothing disturbed."""
+    from harness import Night, assert_right, content
+
+    root = tmp_path_factory.mktemp("reference")
+    code, result = Night(world_folder, root, head.environment).end()
+    assert (code, result["status"]) == (0, "ok"), result
+    found = content(root)
+    assert_right(root, found)
+    return found

@@ -63,7 +63,8 @@ class Popularity:
         if now_s is None:
             return self.total()
         total = self.window(now_s, now_s // DAY_S + 1)
-        return self.window(now_s, days) + total / (total.sum() + 1.0)
+        found: np.ndarray = self.window(now_s, days) + total / (total.sum() + 1.0)
+        return found
 
     def remap(self, to: np.ndarray, n_items: int) -> Popularity:
         """The same counts in another vocabulary: `to` [self.n_items + 1] holds new indices, 0 drops the item."""

@@ -107,7 +107,8 @@ class Shard:
 
     @cached_property
     def _sorted_ids(self) -> np.ndarray:
-        return self.user_ids.to_numpy(zero_copy_only=False)
+        found: np.ndarray = self.user_ids.to_numpy(zero_copy_only=False)
+        return found
 
 
 class Dataset:
@@ -151,7 +152,8 @@ class Dataset:
 
     def cut_s(self, part: str) -> int | None:
         """First moment of `validation` or `test` under a time split, else None."""
-        return self.manifest["cuts"].get(part)
+        found: int | None = self.manifest["cuts"].get(part)
+        return found
 
     @cached_property
     def items(self) -> pa.Table:

@@ -130,4 +130,5 @@ class World:
         item = by_kind[start[kind] + place]
         noisy = random.random(len(row)) < self.noise
         item[noisy] = random.integers(0, self.items, noisy.sum())
-        return item
+        found: np.ndarray = item
+        return found

@@ -93,7 +93,8 @@ def _counts(asked: list[Question], n_items: int) -> np.ndarray:
 def _product(asked: list[Question], weights: np.ndarray | sp.csr_matrix) -> np.ndarray:
     met = _matrix([(question.history.item_index, question.history.item_index) for question in asked], weights.shape[0] - 1)
     product = met @ weights
-    return product.toarray() if sp.issparse(product) else product
+    found: np.ndarray = product.toarray() if sp.issparse(product) else product
+    return found
 
 
 def _cosine(seen_UV: sp.csr_matrix, *, dense: bool) -> np.ndarray | sp.csr_matrix:
@@ -123,4 +124,5 @@ def _ease(seen_UV: sp.csr_matrix, l2: float) -> np.ndarray:
     inverse = np.linalg.inv(gram)
     weights = inverse / -np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
-    return weights
+    found: np.ndarray = weights
+    return found

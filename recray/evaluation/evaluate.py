@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,24 @@ def evaluate(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> 
     """Evaluate a bundle on the test part of a dataset; writes and returns the table. Raises DataError without test users."""
     path = Storage(settings.root()).evaluation(key)
     if not is_sealed(path, KIND, key):
-        table = compare(settings, dataset, Predictor.load(bundle.path, dataset=dataset))
+        table, ndcg = compare(settings, dataset, Predictor.load(bundle.path, dataset=dataset))
         with sealed_directory(path, KIND, key, {"bundle": bundle.key, "dataset": dataset.key}) as folder:
             (folder / "metrics.json").write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+            for setting, values in ndcg.items():
+                np.save(folder / f"ndcg_{setting}.npy", values)
+    return read_table(path)
+
+
+def read_table(path: Path) -> Table:
+    """The table of an evaluation directory, rankers in their order."""
     table = json.loads((path / "metrics.json").read_text())
     return {setting: {name: table[setting][name] for name in order(table[setting])} for setting in SETTINGS}
+
+
+def read_ndcg(path: Path, setting: str) -> np.ndarray:
+    """The model's headline NDCG of each test user that has a target in `setting`, float64 [U]."""
+    found: np.ndarray = np.load(path / f"ndcg_{setting}.npy", allow_pickle=False)
+    return found
 
 
 def order(names: dict[str, Any]) -> list[str]:
@@ -50,13 +64,19 @@ def order(names: dict[str, Any]) -> list[str]:
     return sorted(names, key=lambda name: names[name].get("order", 0))
 
 
-def compare(settings: Settings, dataset: Dataset, predictor: Predictor) -> Table:
-    """The table of a predictor and all baselines. Raises DataError without test users."""
-    options = settings.evaluate
-    questions = Questions(dataset, "test", max_users=options.max_users, seed=options.seed)
+def test_questions(settings: Settings, dataset: Dataset) -> Questions:
+    """The test users of a dataset. Raises DataError if there are none."""
+    questions = Questions(dataset, "test", max_users=settings.evaluate.max_users, seed=settings.evaluate.seed)
     if not len(questions):
         raise DataError(f"dataset {dataset.key} has no test users", "move split.test_from earlier, or use another split.kind")
-    judge = _Judge(settings, dataset, questions)
+    return questions
+
+
+def compare(settings: Settings, dataset: Dataset, predictor: Predictor) -> tuple[Table, dict[str, np.ndarray]]:
+    """The table of a predictor and all baselines, and by setting the predictor's NDCG of each user. Raises DataError without test users."""
+    options = settings.evaluate
+    questions = test_questions(settings, dataset)
+    judge = Judge(settings, dataset, questions)
     reference = judge.run(model_ranker(predictor, dataset), {})
     table: Table = {setting: {MODEL: {**row, "order": 0}} for setting, (row, _) in reference.items()}
     rankers = baselines(dataset, questions, ease_max_items=options.ease_max_items, ease_l2=options.ease_l2)
@@ -69,7 +89,7 @@ def compare(settings: Settings, dataset: Dataset, predictor: Predictor) -> Table
             if name == "personal frequency" and setting == "new_only":
                 rows[setting] = {"skipped": "ranks what the user met"}
             table[setting][name] = {**rows[setting], "order": number}
-    return table
+    return table, {setting: ndcg for setting, (_, ndcg) in reference.items()}
 
 
 def model_ranker(predictor: Predictor, dataset: Dataset) -> Ranker:
@@ -79,12 +99,13 @@ def model_ranker(predictor: Predictor, dataset: Dataset) -> Ranker:
     def rank(questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
         histories = [translation.history(question.history) for question in questions]
         answer = predictor.recommend(histories, k, now=[question.now for question in questions], filters=Filters(new_only=new_only))
-        return translation.to_dataset[answer.item_index]
+        found: np.ndarray = translation.to_dataset[answer.item_index]
+        return found
 
     return rank
 
 
-class _Judge:
+class Judge:
     """Runs rankers over the same users and reduces their lists to one row of the table."""
 
     def __init__(self, settings: Settings, dataset: Dataset, questions: Questions) -> None:

@@ -130,7 +130,8 @@ class Predictor:
 
     def ids_of(self, item_index: np.ndarray) -> list[Any]:
         """Outside ids of item indices above 0."""
-        return self.item_ids.take(pa.array(np.asarray(item_index) - 1)).to_pylist()
+        found: list[Any] = self.item_ids.take(pa.array(np.asarray(item_index) - 1)).to_pylist()
+        return found
 
     def translation(self, dataset: Dataset) -> Translation:
         """Between a dataset's indices and the bundle's: the dataset may know items that came after the training."""

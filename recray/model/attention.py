@@ -45,7 +45,8 @@ class Attention(nn.Module):
                 learned = learned * torch.exp(-controls.log_temperature)[:, :, None, None]
             bias_BHTT = bias_BHTT + learned
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BHTT, is_causal=bias_BHTT is None)
-        return self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        found: Tensor = self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        return found
 
 
 def causal_bias(T: int, like: Tensor) -> Tensor:

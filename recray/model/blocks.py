@@ -18,7 +18,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.into(x).chunk(2, -1)
-        return self.out(F.silu(gate) * value)
+        found: Tensor = self.out(F.silu(gate) * value)
+        return found
 
 
 class GatedResidual(nn.Module):
@@ -30,7 +31,8 @@ class GatedResidual(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
-        return x + torch.sigmoid(self.gate(x)) * self.dropout(update)
+        found: Tensor = x + torch.sigmoid(self.gate(x)) * self.dropout(update)
+        return found
 
 
 class Block(nn.Module):
@@ -45,4 +47,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None, age: Tensor | None, controls: Controls | None) -> Tensor:
         x = self.attention_residual(x, self.attention(self.attention_norm(x), bias, age, controls))
-        return self.feed_residual(x, self.feed(self.feed_norm(x)))
+        found: Tensor = self.feed_residual(x, self.feed(self.feed_norm(x)))
+        return found

@@ -26,7 +26,8 @@ class TokenBags(nn.Module):
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self) -> Tensor:
-        return self.table(self.tokens_K, self.offsets_V)
+        found: Tensor = self.table(self.tokens_K, self.offsets_V)
+        return found
 
 
 class ItemEncoder(nn.Module):

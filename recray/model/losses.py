@@ -34,7 +34,7 @@ def backward_in_blocks(
     for start in range(0, len(hidden), block):
         queries = slice(start, min(start + block, len(hidden)))
         loss = _cross_entropy(model.scores(hidden[queries], table, batch, queries), targets, queries)
-        (loss * scale).backward()
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (hidden, table)]
     torch.autograd.backward([hidden_ND, table_VD], gradients)

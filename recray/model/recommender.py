@@ -107,7 +107,8 @@ class Recommender(nn.Module):
             bias = bias.expand(item_BT.shape[0], self.shape.heads, T, T)
         for block in self.blocks:
             x = block(x, bias, age, controls)
-        return self.norm(x[batch.user_N, batch.position_N])
+        found: Tensor = self.norm(x[batch.user_N, batch.position_N])
+        return found
 
     def scores(self, hidden_ND: Tensor, table_VD: Tensor, batch: Batch, queries: slice = slice(None)) -> Tensor:
         """Scores of all items for some of the batch's queries [N, V]; padding gets -inf."""
@@ -133,7 +134,8 @@ class Recommender(nn.Module):
             x = x + self.positions.weight[: x.shape[1]]
         if self.gaps is not None:
             x = x + self.gaps(age_bucket(batch.now_BT - batch.time_BT))
-        return self.dropout(x)
+        found: Tensor = self.dropout(x)
+        return found
 
     def _recency(self, age_s: Tensor, T: int) -> Tensor:
         """-log(1 + age) [B or 1, T, T], age in days, or in events where no time is known."""

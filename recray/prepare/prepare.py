@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recray import __version__, cluster, schema
+from recray import __version__, cluster, lease, schema
 from recray.config import Settings
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
-from recray.errors import DataError, TooManyBadRowsError
+from recray.errors import DataError, RefusedError, TooManyBadRowsError
 from recray.prepare.partition import PartitionPlan, Stats, partition_row_group, read_stats
 from recray.prepare.shards import ShardPlan, build_shard
 from recray.prepare.sources import EventSource, RowGroup, digest_files, inspect_events, list_files, read_items
@@ -26,14 +27,23 @@ from recray.prepare.split import cut_dates, split_shard
 from recray.storage import Storage, is_sealed, key_of, sealed_directory
 
 EVENTS_PER_SHARD = 500_000
+TASK_RETRIES = 3  # of a task whose worker was lost
+AHEAD = dt.timedelta(hours=36)  # what a time zone taken for UTC, or a date that means its end, may be ahead
 
 
-def prepare_key(settings: Settings, as_of: dt.datetime | None) -> str:
-    """Run key of prepare: settings, the content of the input files, as-of and version."""
+Digests = list[list[str]]
+
+
+def prepare_key(settings: Settings, as_of: dt.datetime | None, digests: Digests | None = None) -> str:
+    """Run key of prepare: settings, the content of the input files (`input_digests`, if they are known), as-of and version."""
+    return key_of("prepare", settings.result_settings("data", "split"), digests or input_digests(settings), as_of, __version__)
+
+
+def input_digests(settings: Settings) -> Digests:
+    """Digests of the event files and of the item files. Raises DataError for what is not there."""
     files = list_files(settings.data.events)
     items = list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ()
-    digests = [digest_files(files), digest_files(items)]
-    return key_of("prepare", settings.result_settings("data", "split"), digests, as_of, __version__)
+    return [digest_files(files), digest_files(items)]
 
 
 def on_ray_data(task: Callable[[int], None], count: int) -> None:
@@ -47,7 +57,11 @@ def on_ray_data(task: Callable[[int], None], count: int) -> None:
         return row
 
     with cluster.unwrapped():
-        ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1).materialize()
+        ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1, ray_remote_args_fn=_retries).materialize()
+
+
+def _retries() -> dict[str, Any]:
+    return {"max_retries": TASK_RETRIES}
 
 
 Each = Callable[[Callable[[int], None], int], None]
@@ -68,50 +82,59 @@ def inspect(settings: Settings) -> tuple[EventSource, pa.Table | None]:
 def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each = on_ray_data) -> Dataset:
     """Write the dataset `key`, or open it if it is there. `each` runs the tasks.
 
-    Raises DataError and its kinds, OutputExistsError.
+    Raises DataError and its kinds, OutputExistsError, RefusedError for events of the future.
     """
     storage = Storage(settings.root())
     final = storage.dataset(key)
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
     source, items = inspect(settings)
+    with lease.commit():
+        shutil.rmtree(storage.staging, ignore_errors=True)  # left by an attempt that was killed
     plan = PartitionPlan(
         columns=source.columns,
         types=source.types,
         clock=source.clock,
         as_of_us=_microseconds(as_of) if as_of and source.clock == schema.TIMESTAMP else None,
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
-        staging=storage.staging(key),
+        staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
         quarantine=storage.quarantine(key),
     )
-    each(partial(_partition, plan, source.row_groups), len(source.row_groups))
-    totals = _totals(plan, source, settings, as_of)
-    as_of_s = int(as_of.timestamp()) if as_of else (totals.last_us or 0) // 1_000_000
-    vocabulary, item_table = _vocabulary(plan, source, settings, items)
-    fields: dict[str, Any] = {
-        "recray": __version__,
-        "settings": settings.result_settings("data", "split"),
-        "clock": source.clock,
-        "as_of_s": as_of_s,
-        "shards": plan.shards,
-        "items": len(vocabulary),
-        "event_types": sorted(totals.event_types, key=lambda name: (-totals.event_types[name], name)),
-        "rows": totals.rows,
-        "bad_rows": totals.bad,
-    }
-    with sealed_directory(final, KIND, key, fields) as folder:
-        (folder / "shards").mkdir()
-        (folder / "splits").mkdir()
-        shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, folder / "shards")
-        each(partial(build_shard, shard_plan), plan.shards)
-        pq.write_table(item_table, folder / "items.parquet")
-        _finish(folder, fields, settings)
-    shutil.rmtree(plan.staging, ignore_errors=True)
+    try:
+        each(partial(_partition, plan, source.row_groups), len(source.row_groups))
+        totals = _totals(plan, source, settings, as_of)
+        as_of_s = int(as_of.timestamp()) if as_of else (totals.last_us or 0) // 1_000_000
+        vocabulary, item_table = _vocabulary(plan, source, settings, items)
+        fields: dict[str, Any] = {
+            "recray": __version__,
+            "settings": settings.result_settings("data", "split"),
+            "clock": source.clock,
+            "as_of_s": as_of_s,
+            "shards": plan.shards,
+            "items": len(vocabulary),
+            "event_types": sorted(totals.event_types, key=lambda name: (-totals.event_types[name], name)),
+            "rows": totals.rows,
+            "bad_rows": totals.bad,
+        }
+        with sealed_directory(final, KIND, key, fields) as folder:
+            (folder / "shards").mkdir()
+            (folder / "splits").mkdir()
+            shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, folder / "shards")
+            each(partial(build_shard, shard_plan), plan.shards)
+            pq.write_table(item_table, folder / "items.parquet")
+            _finish(folder, fields, settings)
+    finally:
+        shutil.rmtree(plan.staging, ignore_errors=True)
     return Dataset.open(final)
 
 
 def _microseconds(moment: dt.datetime) -> int:
     return (moment - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
+
+
+def _moment(us: int | None) -> str:
+    moment = dt.datetime.now(dt.UTC) if us is None else dt.datetime.fromtimestamp(us / 1e6, dt.UTC)
+    return moment.isoformat(sep=" ", timespec="minutes")
 
 
 def _partition(plan: PartitionPlan, groups: tuple[RowGroup, ...], number: int) -> None:
@@ -124,15 +147,19 @@ def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of:
     for stats, _ in read_stats(plan, len(source.row_groups)):
         totals.add(stats)
     if totals.bad > settings.data.max_bad_fraction * totals.rows:
-        shutil.rmtree(plan.staging, ignore_errors=True)
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
         raise TooManyBadRowsError(
             f"{totals.bad} of {totals.rows} rows are bad ({reasons}); they are in {plan.quarantine}",
             "mend the input, or allow more with data.max_bad_fraction",
         )
     if not totals.events:
-        shutil.rmtree(plan.staging, ignore_errors=True)
         raise DataError(f"no event at or before as-of {as_of}: {totals.late} come later", "choose a later --as-of")
+    if as_of is None and plan.clock == schema.TIMESTAMP and (totals.last_us or 0) > _microseconds(dt.datetime.now(dt.UTC) + AHEAD):
+        raise RefusedError(
+            f"the newest event is of {_moment(totals.last_us)}, but this machine's clock says {_moment(None)}: "
+            "either the clock was set back, or events carry times of the future",
+            "set the clock, or read only what has happened with --as-of",
+        )
     return totals
 
 

@@ -47,7 +47,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """File system and path of a local path or an object-store URI. Raises DataError."""
     try:
         if "://" in uri:
-            return fs.FileSystem.from_uri(uri)
+            found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
+            return found
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{uri} cannot be opened: {error}", "use a path or a URI that pyarrow.fs knows: s3://, gs://, hdfs://, file://") from None
@@ -86,14 +87,17 @@ def _below(uri: str, name: str) -> str:
 
 
 def digest_files(files: tuple[str, ...]) -> list[str]:
-    """sha256 of each file's content, in order."""
+    """sha256 of each file's content, in order. Raises DataError for a file that cannot be read."""
     digests = []
     for uri in files:
         filesystem, path = resolve(uri)
         state = hashlib.sha256()
-        with filesystem.open_input_stream(path) as stream:
-            while block := stream.read(1 << 22):
-                state.update(block)
+        try:
+            with filesystem.open_input_stream(path) as stream:
+                while block := stream.read(1 << 22):
+                    state.update(block)
+        except OSError as error:
+            raise DataError(f"{uri} cannot be read: {error}", "check its permissions and its disk") from None
         digests.append(state.hexdigest())
     return digests
 

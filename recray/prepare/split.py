@@ -21,7 +21,8 @@ def quantile(chunks: Callable[[], Iterable[np.ndarray]], q: float) -> float:
     where = q * (count - 1)
     low = _order_statistic(chunks, int(np.floor(where)))
     high = _order_statistic(chunks, int(np.ceil(where)))
-    return low + (high - low) * (where - np.floor(where))
+    found: float = low + (high - low) * (where - np.floor(where))
+    return found
 
 
 def _order_statistic(chunks: Callable[[], Iterable[np.ndarray]], rank: int) -> int:
@@ -94,7 +95,8 @@ def _count_before_basket(shard: Shard, basket: np.ndarray) -> np.ndarray:
     """Events of each user before basket number `basket[user]`, int64 [users]."""
     inside = shard.basket < np.repeat(basket, np.diff(shard.offsets))
     before = np.concatenate([[0], np.cumsum(inside)])
-    return before[shard.offsets[1:]] - before[shard.offsets[:-1]]
+    found: np.ndarray = before[shard.offsets[1:]] - before[shard.offsets[:-1]]
+    return found
 
 
 def _count_before(shard: Shard, cut_s: int) -> np.ndarray:
@@ -102,7 +104,8 @@ def _count_before(shard: Shard, cut_s: int) -> np.ndarray:
     starts = shard.basket_starts
     began = np.repeat(shard.timestamp_s[starts[:-1]], np.diff(starts))
     before = np.concatenate([[0], np.cumsum(began < cut_s)])
-    return before[shard.offsets[1:]] - before[shard.offsets[:-1]]
+    found: np.ndarray = before[shard.offsets[1:]] - before[shard.offsets[:-1]]
+    return found
 
 
 def _basket_end(shard: Shard, start: np.ndarray) -> np.ndarray:

@@ -72,6 +72,7 @@ def _run(settings: Settings, dataset: Dataset, bundle: Bundle, folder: Path) -> 
             fn_constructor_kwargs=arguments,
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=options.cpus_per_actor,
+            ray_remote_args_fn=lambda: {"max_restarts": options.max_failures, "max_task_retries": options.max_failures},
         )
         return scored.take_all()
 

@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recray import lease
 from recray.errors import RefusedError
 from recray.schema import snapshot_schema
-from recray.storage import Storage, locked, manifest_digest, read_json, write_json
+from recray.storage import Storage, manifest_digest, read_json, write_json
 
 KIND = "snapshot"
 
@@ -49,7 +50,7 @@ def write_part(folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array
 def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:
     """Point `LATEST.json` at a sealed snapshot; False if it already does.
 
-    Raises RefusedError if a snapshot of a later as-of is published.
+    Raises RefusedError if a snapshot of a later as-of is published, or this attempt was fenced off.
     """
     entry = {
         "snapshot": snapshot.relative_to(storage.root).as_posix(),
@@ -57,7 +58,7 @@ def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:
         "run_key": manifest["run_key"],
         "manifest_sha256": manifest_digest(snapshot),
     }
-    with locked(storage.root / ".LATEST.lock", wait=True):
+    with lease.commit(storage.root):
         if storage.latest.exists():
             published = read_json(storage.latest)
             if published == entry:

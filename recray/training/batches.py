@@ -166,7 +166,8 @@ class TrainingBatches:
 
 def log_prior(counts: np.ndarray) -> np.ndarray:
     """The popularity prior log(1 + count), float32."""
-    return np.log1p(counts).astype(np.float32)
+    found: np.ndarray = np.log1p(counts).astype(np.float32)
+    return found
 
 
 def _input_ranges(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -197,4 +198,5 @@ def _ranges(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarr
     """values[first[i]:last[i]] for all i, one after the other."""
     size = last - first
     where = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size) + np.repeat(first, size)
-    return values[where]
+    found: np.ndarray = values[where]
+    return found

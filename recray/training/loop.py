@@ -142,7 +142,7 @@ class Loop:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         flat = self._sum(torch.cat([g.reshape(-1) for g in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # type: ignore[no-untyped-call]
             gradient.copy_(part.view_as(gradient))
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -153,7 +153,8 @@ class Loop:
     def _validated(self) -> float:
         total, users = self.validate(self.average, self.rank, self.world)
         total, users = self._sum(torch.tensor([total, users], dtype=torch.float64, device=self.device)).tolist()
-        return total / max(users, 1.0)
+        found: float = total / max(users, 1.0)
+        return found
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Named tensors by file: model, average, best, optimizer. `progress` goes beside them as JSON."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,12 @@ from safetensors.torch import load_file
 
 from recray import __version__
 from recray.bundle import KIND, Bundle, write_bundle
-from recray.cluster import require, unwrapped
+from recray.cluster import first_line, require, unwrapped
 from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.errors import DataError, TrainingError
-from recray.storage import Storage, is_sealed, key_of
-from recray.training.worker import shape_of, train_worker
+from recray.errors import ClusterError, DataError, TrainingError
+from recray.storage import Storage, blamed, is_sealed, key_of, no_room
+from recray.training.worker import last_checkpoint, shape_of, train_worker
 
 OnMetrics = Callable[[dict[str, float]], None]
 """Called in the driver with each new line of the learning curve."""
@@ -43,20 +45,22 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     """
     storage = Storage(settings.root())
     final = storage.bundle(key)
+    run = storage.training_runs / key
     if is_sealed(final, KIND, key):
+        shutil.rmtree(run, ignore_errors=True)  # an attempt may have been killed before it came to this
         return Bundle.open(final)
     if not any((shard.split[:, 0] > 0).any() for shard in dataset.shards()):
         raise DataError(f"dataset {dataset.key} has no training events", "lower data.min_user_events or move split.test_from later")
     if not any((shard.split[:, 1] > shard.split[:, 0]).any() for shard in dataset.shards()):
         raise DataError(f"dataset {dataset.key} has no validation users", "raise split.validation_users, or move split.validation_from")
     chosen = bundle_settings(settings)
-    storage.training_runs.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     progress = storage.training_runs / f"{key}.jsonl"
     with _Follow(progress, on_metrics):
-        checkpoint = _fit(settings, key, dataset, chosen, progress)
+        checkpoint = _fit(settings, run, dataset, chosen, progress)
     curve = json.loads((checkpoint / "progress.json").read_text())
     shape = shape_of(chosen["model"], dataset)
-    return write_bundle(
+    bundle = write_bundle(
         final,
         key,
         dataset=dataset,
@@ -67,25 +71,42 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         settings=chosen,
         metrics=curve,
     )
+    shutil.rmtree(run, ignore_errors=True)  # the bundle has all that is needed of it
+    return bundle
 
 
-def _fit(settings: Settings, key: str, dataset: Dataset, chosen: dict[str, Any], progress: Path) -> Path:
-    """Run Ray Train to the end; returns the folder of the last checkpoint."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+def _fit(settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path) -> Path:
+    """Run Ray Train to the end; returns the folder of the last checkpoint.
+
+    Each attempt is a Ray Train run in a folder of its own, so that one that was taken for dead cannot write into the
+    next one's; it begins with the best checkpoint that any attempt left.
+    """
+    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     options = settings.train
     gpus = options.workers if options.use_gpu else 0
     require(options.workers * options.cpus_per_worker, gpus, "train", options.timeout_s)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(options.report_timeout_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(options.timeout_s)
+    attempt = 1 + sum(1 for path in run.iterdir() if path.is_dir())
+    resume = last_checkpoint(run)
     resources = {"CPU": options.cpus_per_worker, **({"GPU": 1} if options.use_gpu else {})}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"dataset": str(dataset.path), "settings": chosen, "threads": options.threads, "progress": str(progress)},
+        train_loop_config={
+            "dataset": str(dataset.path),
+            "settings": chosen,
+            "threads": options.threads,
+            "progress": str(progress),
+            "resume": resume and str(resume),
+        },
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
-            name=key,
-            storage_path=str(Storage(settings.root()).training_runs),
-            failure_config=FailureConfig(max_failures=options.max_failures),
+            name=f"attempt-{attempt}",
+            storage_path=str(run),
+            failure_config=_failures(options.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
@@ -97,13 +118,30 @@ def _fit(settings: Settings, key: str, dataset: Dataset, chosen: dict[str, Any],
         if failed:
             first = next(iter(failed.values()))
             first = getattr(first, "_base_exc", first)
+            if (number := no_room(first)) is not None:
+                raise OSError(number, os.strerror(number), blamed(first)) from error
             raise TrainingError(
                 f"train worker failed: {type(first).__name__}: {first}", "mend the cause and repeat the job; it goes on from the last checkpoint"
             ) from error
+        if isinstance(error, TrainingFailedError):
+            cause = getattr(error, "controller_failure", error)
+            raise ClusterError(
+                f"Ray Train gave up after {options.max_failures} restarts: {type(cause).__name__}: {first_line(cause)}",
+                "look whether a node was lost (ray status), then repeat the job; it goes on from the last checkpoint",
+            ) from error
         raise
+    if result.checkpoint is None and resume is not None:
+        return resume  # an earlier attempt had trained to the end
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint", "look at the worker logs of Ray")
     return Path(result.checkpoint.path)
+
+
+def _failures(at_most: int) -> Any:
+    """Restarts after a lost worker, a lost node and a group that could not start, each bounded; Ray's defaults are endless."""
+    from ray.train.v2.api.config import FailureConfig
+
+    return FailureConfig(max_failures=at_most, controller_failure_limit=at_most, max_preemption_failures=at_most)
 
 
 class _Follow:
@@ -131,7 +169,10 @@ class _Follow:
         if not self.path.exists():
             return
         for text in self.path.read_text().split("\n")[:-1]:
-            line = json.loads(text)
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # torn by a kill; it is only shown
             if line["epoch"] not in self._seen:
                 self._seen.add(line["epoch"])
                 self.on_metrics(line)

@@ -17,10 +17,12 @@ from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Questions, wanted
 from recray.inference import Filters, Predictor
 from recray.model.recommender import Recommender, Shape
+from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
 from recray.training.loop import Loop, LoopSettings, Validate
 
 FILES = ("model", "average", "best", "optimizer")
+DIGESTS = "digests.json"
 VALIDATION_BATCH = 256
 
 
@@ -42,7 +44,8 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress."""
+    """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress, and in `resume` the
+    checkpoint of an earlier attempt or None."""
     import ray.train
     import ray.train.torch
 
@@ -54,6 +57,8 @@ def train_worker(config: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             load_checkpoint(loop, Path(folder))
+    elif config["resume"]:
+        load_checkpoint(loop, Path(config["resume"]))
     for line in loop.run():
         with tempfile.TemporaryDirectory() as folder:
             report = None
@@ -134,6 +139,21 @@ def save_checkpoint(loop: Loop, folder: Path) -> None:
     for name, tensors in loop.state_dict().items():
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
     (folder / "progress.json").write_text(json.dumps(loop.progress.to_dict()))
+    digests = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    (folder / DIGESTS).write_text(json.dumps(digests))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of most epochs among all attempts of a run; one that a kill left incomplete does not count."""
+    found = []
+    for path in run.glob("*/checkpoint_*"):
+        try:
+            digests = json.loads((path / DIGESTS).read_text())
+            if digests.keys() >= {"progress.json"} and all(sha256_file(path / name) == digest for name, digest in digests.items()):
+                found.append((json.loads((path / "progress.json").read_text())["epoch"], path.as_posix()))
+        except (OSError, ValueError):
+            continue
+    return Path(max(found)[1]) if found else None
 
 
 def load_checkpoint(loop: Loop, folder: Path) -> None:

@@ -8,7 +8,7 @@ from conftest import bundle_here, prepare_here, world_overrides
 from recray import cli
 from recray.bundle import Bundle
 from recray.config import load_settings
-from recray.errors import DamagedArtifactError
+from recray.errors import DamagedArtifactError, RefusedError
 
 
 def call(capsys, *arguments):
@@ -49,9 +49,12 @@ def test_errors_are_named_without_a_traceback(capsys, tmp_path, arguments, code,
 def test_later_stages_name_the_stage_that_is_missing(capsys, world_folder, tmp_path):
     overrides = world_overrides(world_folder, tmp_path)
     prepare_here(load_settings(None, overrides))
-    for job in ("evaluate", "score"):
-        code, _, said = call(capsys, job, *overrides)
-        assert code == 1 and "recray train" in said
+    for job in ("evaluate", "promote", "report"):
+        code, result, said = call(capsys, job, *overrides)
+        assert code == 1 and "recray train" in said and "recray train" in result["reason"]
+    for job, named in (("score", "recray promote"), ("rollback", "recray models")):
+        code, result, said = call(capsys, job, *overrides)
+        assert (code, result["status"]) == (3, "refused") and named in said
 
 
 def test_a_damaged_dataset_stops_the_job_before_any_work(capsys, world_folder, tmp_path):
@@ -88,8 +91,82 @@ def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
 
 
 def test_one_job_at_a_time_in_a_root(capsys, world_folder, tmp_path):
-    from recray.storage import locked
+    from recray import lease
 
-    with locked(tmp_path / ".lock", wait=False):
-        code, result, said = call(capsys, "prepare", *world_overrides(world_folder, tmp_path))
-    assert (code, result["status"]) == (3, "refused") and "another job is at work" in said
+    with lease.hold(tmp_path, "nightly", 1.0):
+        code, result, said = call(capsys, "prepare", *world_overrides(world_folder, tmp_path), "storage.lease_s=1")
+    assert (code, result["status"]) == (3, "refused") and "nightly (attempt 1, process" in said
+
+
+def test_events_of_the_future_or_a_clock_set_back_are_refused(capsys, world_folder, tmp_path, monkeypatch):
+    from recray.prepare import prepare as preparation
+
+    class Earlier(preparation.dt.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return cls(2024, 1, 2, tzinfo=zone)
+
+    settings = load_settings(None, world_overrides(world_folder, tmp_path))
+    monkeypatch.setattr(preparation.dt, "datetime", Earlier)
+    with pytest.raises(RefusedError, match=r"the newest event is of 2024-.*clock says 2024-01-02.*\n.*--as-of"):
+        prepare_here(settings)
+    monkeypatch.undo()
+    prepare_here(settings)
+
+
+def test_a_night_that_was_begun_with_other_settings_is_refused_until_it_ends(world_folder, tmp_path):
+    from recray import pipeline
+
+    journal = tmp_path / "night.json"
+    settings, other = (load_settings(None, [*world_overrides(world_folder, tmp_path), f"train.epochs={n}"]) for n in (2, 3))
+    pipeline._begin(journal, settings, None, restart=False)
+    pipeline._begin(journal, settings, None, restart=False)
+    with pytest.raises(RefusedError, match="train.epochs 2 → 3"):
+        pipeline._begin(journal, other, None, restart=False)
+    pipeline._begin(journal, other, None, restart=True)
+    journal.write_text(journal.read_text().replace('"ended": false', '"ended": true'))
+    pipeline._begin(journal, settings, None, restart=False)
+
+
+def test_json_logs_have_time_level_job_stage_and_fields(capsys):
+    from recray.terminal import LogReporter
+
+    with LogReporter("nightly") as log:
+        log.say("── train", stage="train")
+        log.say("epoch 1", loss=0.5, level="debug")
+        log.error("no room")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["level"], line["job"], line["stage"]) for line in lines] == [
+        ("info", "nightly", "train"), ("debug", "nightly", "train"), ("error", "nightly", "train")
+    ]  # fmt: skip
+    assert lines[1]["loss"] == 0.5 and all(line["time"].endswith("+00:00") for line in lines)
+
+
+def test_doctor_says_what_it_found_and_what_to_fix(capsys, tmp_path, monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, result, said = call(capsys, "doctor", f"storage.root={tmp_path / 'root'}")
+    assert (code, result["status"]) == (0, "ok")
+    for name in ("machine", "Python", "packages", "GPU", "Ray", "Ray token", "Ray job API", "MLflow", "storage space", "storage", "champion"):
+        assert name in result["metrics"], name
+        assert name in said
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "RELEASE.json").write_text("{}")
+    code, result, said = call(capsys, "doctor", f"storage.root={tmp_path / 'root'}", "tracking.uri=http://127.0.0.1:9", "tracking.retries=0")
+    assert (code, result["status"]) == (1, "failed")
+    assert "Ray token" in result["reason"] and "is not a release" in result["reason"] and any("MLflow" in text for text in result["warnings"])
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    code, result, said = call(capsys, "doctor", "storage.root=/proc/nowhere")
+    assert code == 1 and "no Ray answers at 127.0.0.1:9" in result["reason"] and "cannot be written to" in result["reason"]
+
+
+def test_models_of_an_empty_root(capsys, tmp_path):
+    code, result, _ = call(capsys, "models", f"storage.root={tmp_path}")
+    assert (code, result["metrics"]["models"]) == (0, [])
+
+
+def test_options_and_overrides_may_stand_in_any_order(capsys, tmp_path):
+    code, _, said = call(capsys, "promote", f"storage.root={tmp_path}", "0123456789abcdef", "--as-of", "2011-12-01", "train.epochs=1")
+    assert code == 1 and "recray prepare" in said

@@ -3,13 +3,14 @@ from conftest import bundle_here, prepare_here, world_overrides
 
 from recray.config import load_settings
 from recray.evaluation.evaluate import MODEL, compare, evaluate, evaluate_key
-from recray.evaluation.report import render
+from recray.evaluation.table import render
 from recray.inference import Predictor
 
 
 def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dataset, tmp_path):
     bundle = bundle_here(world_settings, world_dataset, tmp_path / "b", "b")
-    table = compare(world_settings, world_dataset, Predictor.load(bundle.path, dataset=world_dataset))
+    table, ndcg = compare(world_settings, world_dataset, Predictor.load(bundle.path, dataset=world_dataset))
+    assert {setting: values.mean() for setting, values in ndcg.items()} == {s: rows[MODEL]["ndcg@10"] for s, rows in table.items()}
     for rows in table.values():
         assert list(rows) == [MODEL, "most popular", "popular, last 7 days", "personal frequency", "item-kNN", "EASE"]
         for name, row in rows.items():

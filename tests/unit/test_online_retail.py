@@ -9,7 +9,7 @@ from conftest import prepare_here
 
 from recray.config import load_settings
 from recray.evaluation.baselines import baselines
-from recray.evaluation.evaluate import _Judge
+from recray.evaluation.evaluate import Judge
 from recray.evaluation.protocol import Questions
 
 # HR@10, NDCG@10, recall@10 printed by the reference implementation of the protocol (developer notes)
@@ -48,7 +48,7 @@ def test_sizes_and_cut(retail):
 def test_baselines_reproduce_the_reference(settings, retail):
     questions = Questions(retail, "test")
     assert len(questions) == 1018
-    judge = _Judge(settings, retail, questions)
+    judge = Judge(settings, retail, questions)
     found = {"repeats": {}, "new_only": {}}
     for name, ranker in baselines(retail, questions, ease_max_items=10_000, ease_l2=500.0):
         for setting, (row, _) in judge.run(ranker, {}).items():

@@ -1,10 +1,12 @@
+import errno
 import json
+import os
 
 import pytest
 
 from recray.errors import DamagedArtifactError, MissingArtifactError, OutputExistsError, RefusedError
 from recray.snapshot.writer import publish
-from recray.storage import Storage, is_sealed, open_sealed, sealed_directory
+from recray.storage import Storage, is_sealed, open_sealed, sealed_directory, storage_error, write_json
 
 
 def seal(path, key="k", **fields):
@@ -64,3 +66,25 @@ def test_an_older_night_cannot_replace_a_newer_one(tmp_path):
     with pytest.raises(RefusedError, match="newer"):
         publish(storage, *nights["old"])
     assert json.loads(storage.latest.read_text())["run_key"] == "new"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_named_however_deep(tmp_path, number):
+    try:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise RuntimeError("while writing") from error
+    except RuntimeError as error:
+        found = storage_error(error, tmp_path)
+    assert str(tmp_path) in found.what and os.strerror(number) in found.what and "repeat the job" in found.fix
+    assert storage_error(RuntimeError(f"native: {os.strerror(number)} (os error {number})"), tmp_path)
+    assert storage_error(RuntimeError("something else"), tmp_path) is None
+    assert storage_error(None, tmp_path) is None
+
+
+def test_a_failed_replacement_leaves_the_old_file_and_no_scratch(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"new": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1} and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,136 @@
+"""The figures of a report, as SVG text that is the same for the same numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from recray.evaluation.evaluate import MODEL, SEGMENTS, Table
+from recray.evaluation.table import TITLES
+
+MINE, OTHER, FAINT, INK = "#2456d6", "#9aa5b8", "#d9dee8", "#273043"
+STYLE: Any = {
+    "svg.hashsalt": "recray",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff5",
+}
+
+
+def learning_curve(curve: list[dict[str, float]], best_epoch: int, k: int) -> str:
+    """Loss and validation NDCG by epoch, the epoch that was kept marked."""
+
+    def draw(figure: Figure) -> None:
+        left = figure.subplots()
+        epochs = [line["epoch"] for line in curve]
+        left.plot(epochs, [line["loss"] for line in curve], color=OTHER, marker="o", markersize=3, label="training loss")
+        left.set(xlabel="epoch", ylabel="training loss")
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        right = left.twinx()
+        right.grid(False)
+        right.plot(epochs, [line["validation_ndcg"] for line in curve], color=MINE, marker="o", markersize=3, label=f"validation NDCG@{k}")
+        right.set_ylabel(f"validation NDCG@{k}", color=MINE)
+        right.axvline(best_epoch, color=MINE, linewidth=1, linestyle=":")
+        side = "right" if 2 * best_epoch > len(curve) else "left"
+        right.annotate(f" kept: epoch {best_epoch} ", (best_epoch, 0.04), xycoords=("data", "axes fraction"), color=MINE, ha=side)
+
+    return _svg(draw, 9.2, 3.2)
+
+
+def metric_bars(table: Table, k: int) -> str:
+    """NDCG of model and baselines with their intervals, a panel a setting."""
+
+    def draw(figure: Figure) -> None:
+        for axes, (setting, rows) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
+            shown = [(name, row) for name, row in rows.items() if "skipped" not in row][::-1]
+            for place, (name, row) in enumerate(shown):
+                value = row[f"ndcg@{k}"]
+                error = [[value - row[f"ndcg@{k}_low"]], [row[f"ndcg@{k}_high"] - value]]
+                axes.barh(place, value, height=0.62, color=MINE if name == MODEL else OTHER, xerr=error, ecolor=INK, capsize=2)
+                axes.annotate(f"{value:.4f}", (row[f"ndcg@{k}_high"], place), (6, 0), textcoords="offset points", va="center", fontsize=9)
+            axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+            axes.set(title=TITLES[setting], xlabel=f"NDCG@{k}")
+            axes.margins(x=0.22)
+            axes.grid(axis="y", visible=False)
+
+    return _svg(draw, 9.2, 3.2)
+
+
+def segments(table: Table, k: int) -> str:
+    """NDCG by history length and by whether training saw the target, beside the best baseline of the setting."""
+
+    def draw(figure: Figure) -> None:
+        for axes, (setting, rows) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
+            axes.set_title(TITLES[setting])
+            if "skipped" in rows[MODEL]:
+                continue
+            best = best_baseline(rows, k)
+            names = [name for name in SEGMENTS if rows[MODEL]["segments"][name]["users"]]
+            _grouped(axes, names, rows, best)
+            axes.set_ylabel(f"NDCG@{k}")
+            axes.margins(y=0.3)
+
+    return _svg(draw, 9.2, 3.4)
+
+
+def breadth(table: Table, k: int) -> str:
+    """Share of the catalogue shown, and share of places that go to the most popular tenth, by ranker."""
+
+    def draw(figure: Figure) -> None:
+        for axes, (setting, rows) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
+            shown = [(name, row) for name, row in rows.items() if "skipped" not in row][::-1]
+            for offset, figure_of, colour, label in (
+                (0.19, f"coverage@{k}", MINE, f"catalogue shown @{k}"),
+                (-0.19, f"popularity_share@{k}", OTHER, "places of the most popular tenth"),
+            ):
+                places = [place + offset for place in range(len(shown))]
+                axes.barh(places, [row[figure_of] for _, row in shown], height=0.36, color=colour, label=label)
+            axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+            axes.set(title=TITLES[setting], xlim=(0, 1))
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.grid(axis="y", visible=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+    return _svg(draw, 9.2, 3.4)
+
+
+def best_baseline(rows: dict[str, Any], k: int) -> str:
+    """The baseline of highest NDCG."""
+    return max((name for name, row in rows.items() if name != MODEL and "skipped" not in row), key=lambda name: rows[name][f"ndcg@{k}"])
+
+
+def _grouped(axes: Axes, names: list[str], rows: dict[str, Any], best: str) -> None:
+    for offset, ranker, colour in ((-0.2, MODEL, MINE), (0.2, best, OTHER)):
+        values = [rows[ranker]["segments"][name]["ndcg"] or 0.0 for name in names]
+        axes.bar([place + offset for place in range(len(names))], values, width=0.38, color=colour, label=ranker)
+    labels = [f"{name.replace(' ', chr(10), 1)}\n({rows[MODEL]['segments'][name]['users']})" for name in names]
+    axes.set_xticks(range(len(names)), labels, fontsize=8)
+    axes.grid(axis="x", visible=False)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _svg(draw: Callable[[Figure], None], width: float, height: float) -> str:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True)
+    return out.getvalue()[out.getvalue().index("<svg") :]

@@ -1,0 +1,136 @@
+"""The promote stage: the gate's decision as a sealed directory, and the flip of RELEASE.json that follows from it.
+
+Knows storage and gates, no MLflow. The same question is decided once: a repeated night finds its decision.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from recray import __version__
+from recray.bundle import Bundle
+from recray.config import Settings
+from recray.dataset.reader import Dataset
+from recray.errors import ArtifactError, RefusedError
+from recray.evaluation import gates
+from recray.evaluation.evaluate import evaluate, evaluate_key
+from recray.release import Member, Release
+from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
+
+KIND = "promotion"
+
+Decision = dict[str, Any]
+"""promoted, reason, challenger, champion (run keys), dataset, as_of_s, checks, comparison."""
+
+
+def promote(settings: Settings, dataset: Dataset, challenger: Bundle, *, by_hand: bool = False) -> tuple[str, Decision, bool]:
+    """Decide whether the challenger becomes the champion, and make it so.
+
+    Returns the promotion's run key, the decision, and whether RELEASE.json changed. A refusal by the gate is a decision
+    with `promoted` false, not an error. `by_hand`: also a bundle that was rolled back may come back.
+    """
+    storage = Storage(settings.root())
+    release = Release.read(storage)
+    if release.champion and release.champion.digest == challenger.digest:
+        return _again(storage, release, dataset, challenger)
+    if challenger.key in release.rolled_back and not by_hand:
+        reason = f"bundle {challenger.key} was rolled back; `recray promote {challenger.key}` lets it come back"
+        return "", _decision(dataset, challenger, release, [], {}, reason), False
+    champion = _champion(storage, release, by_hand=by_hand)
+    key = promote_key(settings, dataset, challenger, champion)
+    path = storage.promotion(key)
+    if not is_sealed(path, KIND, key):
+        _seal(settings, path, key, dataset, challenger, champion, release)
+    decision = read_json(path / "decision.json")
+    return key, decision, _flip(storage, release, challenger, key, promoted=decision["promoted"])
+
+
+def promote_key(settings: Settings, dataset: Dataset, challenger: Bundle, champion: Bundle | None) -> str:
+    """Run key of promote."""
+    chosen = settings.result_settings("gates", "evaluate", "score")
+    return key_of("promote", chosen, dataset.key, dataset.digest, challenger.digest, champion and champion.digest, __version__)
+
+
+def roll_back(storage: Storage) -> Release:
+    """Give the champion's place back to the one before it. Raises RefusedError if none is known."""
+    release = Release.read(storage)
+    if release.champion is None or release.previous is None:
+        raise RefusedError(f"{storage.release} knows no champion before this one", "recray models lists the bundles; recray promote KEY takes one")
+    release.previous.open(storage)
+    rolled_back = (*release.rolled_back, release.champion.run_key)
+    release = Release(champion=release.previous, rolled_back=tuple(sorted(set(rolled_back) - {release.previous.run_key})))
+    release.write(storage)
+    return release
+
+
+def champion_of(storage: Storage) -> Bundle:
+    """The champion. Raises RefusedError if there is none yet, MissingArtifactError if its bundle is gone."""
+    release = Release.read(storage)
+    if release.champion is None:
+        raise RefusedError(f"no bundle of {storage.root} was promoted yet", "run `recray promote`, or `recray nightly`")
+    return release.champion.open(storage)
+
+
+def _champion(storage: Storage, release: Release, *, by_hand: bool) -> Bundle | None:
+    """The champion to compare with. One that is gone or damaged stops a night, but not a person who promotes another."""
+    if release.champion is None:
+        return None
+    try:
+        return release.champion.open(storage)
+    except ArtifactError:
+        if not by_hand:
+            raise
+        return None
+
+
+def _seal(settings: Settings, path: Path, key: str, dataset: Dataset, challenger: Bundle, champion: Bundle | None, release: Release) -> None:
+    """Ask the gate and write down what it said."""
+    storage = Storage(settings.root())
+    evaluated = evaluate_key(settings, dataset, challenger)
+    table = evaluate(settings, evaluated, dataset, challenger)
+    known = storage.dataset(challenger.manifest["dataset"])
+    checks, comparison = gates.decide(settings, dataset, challenger, champion, table, storage.evaluation(evaluated), known)
+    refusals = [check.text for check in checks if not check.passed]
+    content = _decision(dataset, challenger, release, checks, comparison, "; ".join(refusals))
+    with sealed_directory(path, KIND, key, {"bundle": challenger.key, "dataset": dataset.key}) as folder:
+        (folder / "decision.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _decision(dataset: Dataset, challenger: Bundle, release: Release, checks: list[gates.Check], comparison: dict[str, Any], reason: str) -> Decision:
+    return {
+        "promoted": not reason,
+        "reason": reason,
+        "challenger": challenger.key,
+        "champion": release.champion and release.champion.run_key,
+        "dataset": dataset.key,
+        "as_of_s": dataset.as_of_s,
+        "checks": [asdict(check) for check in checks],
+        "comparison": comparison,
+    }
+
+
+def _again(storage: Storage, release: Release, dataset: Dataset, champion: Bundle) -> tuple[str, Decision, bool]:
+    """The decision that made this bundle the champion if it is tonight's, else that there is nothing to decide."""
+    if release.decision:
+        path = storage.promotion(release.decision)
+        if is_sealed(path, KIND, release.decision):
+            decision = read_json(path / "decision.json")
+            if decision["dataset"] == dataset.key:
+                return release.decision, decision, False
+    return "", _decision(dataset, champion, release, [], {}, f"bundle {champion.key} is the champion already"), False
+
+
+def _flip(storage: Storage, release: Release, challenger: Bundle, key: str, *, promoted: bool) -> bool:
+    """Write the release that follows from a decision; False if it was written before."""
+    if promoted:
+        rolled_back = tuple(set(release.rolled_back) - {challenger.key})
+        after = Release(champion=Member.of(challenger), previous=release.champion, decision=key, rolled_back=rolled_back)
+    else:
+        after = replace(release, challenger=Member.of(challenger))
+    if after == release:
+        return False
+    after.write(storage)
+    return True

@@ -1,0 +1,55 @@
+"""Runs a job in a child process, so that whatever ends it is reported.
+
+Ray's native code ends a driver that lost its cluster, and the kernel ends one that takes too much memory; neither leaves
+room for a last word. The parent is small, waits, and has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+PR_SET_PDEATHSIG = 1
+
+Reported = Callable[[], None]
+"""Called by the job when it has printed its result."""
+
+
+def supervise(job: Callable[[Reported], int], lost: Callable[[str, str], int]) -> int:
+    """Run `job` in a forked child and return its exit code.
+
+    If the child ends before it reported, `lost(what, fix)` reports in its place and gives the exit code. Signals that ask
+    for an end reach the child; if the parent is killed, so is the child. Call before any thread is started.
+    """
+    reader, writer = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        sys.exit(job(lambda: _say(writer)))
+    os.close(writer)
+    for asks in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asks, lambda number, _: os.kill(child, number))
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reader, "rb") as pipe:
+        if pipe.read():
+            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        memory = ", which is what the kernel sends when memory runs out" if number == signal.SIGKILL else ""
+        what = f"the job's process was ended by signal {number} ({signal.Signals(number).name}){memory}"
+        return lost(what, "look at the kernel's log and at the memory of this node, then repeat the job; it goes on where it stopped")
+    return lost(
+        "Ray ended the job's process: it lost the cluster's head node (its last lines are above)",
+        "start the cluster again, then repeat the job; it goes on where it stopped",
+    )
+
+
+def _say(writer: int) -> None:
+    os.write(writer, b"1")

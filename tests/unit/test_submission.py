@@ -1,0 +1,68 @@
+"""What a submission is called, and what is refused before anything is sent."""
+
+import pytest
+
+from recray import submission
+from recray.errors import SettingsError
+
+
+def wish(folder, *more, as_of="2011-12-01", config=None, flags=()):
+    return submission.wish("nightly", config, as_of, list(more), folder, flags)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "nightly.py").touch()
+    (tmp_path / "mine.yaml").write_text("train:\n  epochs: 3\n")
+    return tmp_path
+
+
+def test_the_name_is_job_as_of_and_a_hash_of_settings_and_input(checkout):
+    one = wish(checkout)
+    assert one.name.startswith("nightly-2011-12-01-") and len(one.name.rsplit("-", 1)[1]) == 12
+    assert wish(checkout).name == one.name
+    assert wish(checkout, as_of=None).name.startswith("nightly-latest-")
+    others = [wish(checkout, "train.epochs=3"), wish(checkout, config="mine.yaml"), wish(checkout, "storage.root=/elsewhere")]
+    assert len({one.name, *(other.name for other in others)}) == 4
+
+
+def test_a_changed_input_is_another_submission(checkout, tmp_path):
+    file = tmp_path / "events.parquet"
+    file.write_bytes(b"one")
+    before = wish(checkout, f"data.events=[{file}]").name
+    file.write_bytes(b"two!")
+    assert wish(checkout, f"data.events=[{file}]").name != before
+    assert wish(checkout, "data.events=[/only/on/the/cluster.parquet]").name
+
+
+def test_the_job_gets_the_arguments_relative_to_the_working_directory(checkout):
+    found = wish(checkout, "train.epochs=2", flags=["--restart"], config=str(checkout / "mine.yaml"))
+    assert found.passed == ["--config", "mine.yaml", "--restart", "train.epochs=2", "--as-of", "2011-12-01"]
+    assert found.settings.train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "named"),
+    [
+        (["storage.root=relative"], {}, "absolute"),
+        (["train.epoch=3"], {}, "did you mean epochs"),
+        ([], {"config": "/etc/hostname"}, "not in the working directory"),
+        ([], {"as_of": "soon"}, "--as-of"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_is_sent(checkout, more, options, named):
+    with pytest.raises(SettingsError, match=named):
+        wish(checkout, *more, **options)
+
+
+def test_a_folder_without_the_job_is_named(tmp_path):
+    with pytest.raises(SettingsError, match="jobs/nightly.py"):
+        wish(tmp_path)
+
+
+def test_results_are_told_from_logs():
+    line = '{"job": "nightly", "status": "ok", "run_key": "k", "outputs": {}, "metrics": {}, "seconds": 1.0, "reason": "", "warnings": []}'
+    assert submission._result(line)["status"] == "ok"
+    for other in ('{"time": "now"}', '{"job": broken', "epoch 1", '{"job": "x"}'):
+        assert submission._result(other) is None

@@ -1,0 +1,88 @@
+"""Whatever ends a job's process, somebody reports it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+JOB = """
+import os, signal, sys, time
+from recray.supervise import supervise
+
+def job(reported):
+    print("child", os.getpid(), flush=True)
+    {body}
+
+def lost(what, fix):
+    print("lost:", what, "/", fix, flush=True)
+    return 1
+
+sys.exit(supervise(job, lost))
+"""
+
+
+def start(body: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", JOB.format(body=body)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "named"),
+    [
+        ("reported(); return 3", 3, ""),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "signal 9 (SIGKILL), which is what the kernel sends when memory runs out"),
+        ("os.abort()", 1, "signal 6 (SIGABRT)"),
+        ("os._exit(1)", 1, "lost the cluster's head node"),
+        ("reported(); os.kill(os.getpid(), signal.SIGKILL)", 137, ""),
+    ],
+)
+def test_an_end_without_a_word_is_reported(body, code, named):
+    process = start(body)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert ("lost:" in out) == bool(named) and named in out
+
+
+def test_a_request_to_end_reaches_the_job():
+    process = start("signal.signal(signal.SIGTERM, lambda *_: (reported(), os._exit(7))); print('ready', flush=True); time.sleep(60)")
+    process.stdout.readline()
+    process.stdout.readline()
+    process.terminate()
+    assert process.wait(30) == 7
+
+
+def alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_the_job_does_not_outlive_its_parent():
+    process = start("time.sleep(60)")
+    child = int(process.stdout.readline().split()[1])
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def test_the_last_line_is_there_when_the_job_is_killed(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.serve", f"storage.root={tmp_path}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 30
+    while not (children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(int(children[0]), signal.SIGKILL)
+    out, said = process.communicate(timeout=60)
+    result = json.loads(out.splitlines()[-1])
+    assert (process.returncode, result["job"], result["status"]) == (1, "serve", "failed") and "signal 9" in result["reason"]
+    assert json.loads(said.splitlines()[-1])["level"] == "error"
