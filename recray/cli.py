@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args([argument for argument in arguments if argument not in overrides])
     if overrides:  # for init argparse knows none
         parsed.overrides = [*getattr(parsed, "overrides", []), *overrides]
-    if argv is not None:
+    if argv is not None or parsed.job == "init":
         return _run(parsed)
     from recray.supervise import supervise
 
     started = time.monotonic()
-    return supervise(lambda reported: _run(parsed, reported), lambda what, fix: _end(parsed, RecrayError(what, fix), started))
+    return supervise(lambda tell: _run(parsed, tell), lambda what, fix: _end(parsed, RecrayError(what, fix), started))
 
 
 def job_main(job: str) -> int:
@@ -117,28 +117,26 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
-def _run(arguments: argparse.Namespace, reported: Callable[[], None] = lambda: None) -> int:
+def _run(arguments: argparse.Namespace, tell: Callable[[str], None] = print) -> int:
     started = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
         if arguments.job == "init":
             return _init(Path(arguments.path))
-        result = _work(arguments)
-        print(result.to_json(), flush=True)
+        result = _work(arguments, tell)
+        tell(result.to_json())
         return int(result.exit_code)
     except KeyboardInterrupt:
         if arguments.job == "submit":
             stopped = RecrayError("no longer followed; the job runs on", "the same command follows it again; ray job stop ends it")
         else:
             stopped = RecrayError("stopped by a signal", "repeated, the job goes on where it stopped")
-        return _end(arguments, stopped, started)
+        return _end(arguments, stopped, started, tell)
     except Exception as error:
         if arguments.__dict__.get("traceback"):
             traceback.print_exc()
-        return _end(arguments, error, started)
-    finally:
-        reported()
+        return _end(arguments, error, started, tell)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -148,7 +146,7 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _end(arguments: argparse.Namespace, error: Exception, started: float) -> int:
+def _end(arguments: argparse.Namespace, error: Exception, started: float, tell: Callable[[str], None] = print) -> int:
     """The last words of a job that did not succeed; its exit code."""
     from recray.stages import JobResult
 
@@ -157,7 +155,7 @@ def _end(arguments: argparse.Namespace, error: Exception, started: float) -> int
     _reporter(arguments).error(text)
     status = "refused" if isinstance(error, RefusedError) else "failed"
     seconds = round(time.monotonic() - started, 2)
-    print(JobResult(arguments.job, status, seconds=seconds, reason=text.replace("\n  fix: ", "; fix: ")).to_json(), flush=True)
+    tell(JobResult(arguments.job, status, seconds=seconds, reason=text.replace("\n  fix: ", "; fix: ")).to_json())
     return error.exit_code if isinstance(error, RecrayError) else 1
 
 
@@ -167,12 +165,12 @@ def _reporter(arguments: argparse.Namespace) -> Any:
     return LogReporter(arguments.job) if arguments.__dict__.get("log") == "json" else Reporter()
 
 
-def _work(arguments: argparse.Namespace) -> Any:
+def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
     from recray import benchmark, demo, pipeline
 
     with _reporter(arguments) as reporter:
         if arguments.job == "demo":
-            return demo.run_demo(arguments.root, arguments.overrides, reporter, keep_serving=arguments.keep_serving)
+            return demo.run_demo(arguments.root, arguments.overrides, reporter, tell if arguments.keep_serving else None)
         if arguments.job == "benchmark":
             return benchmark.run(arguments.what, Path(arguments.out), reporter.say)
         if arguments.job == "submit":

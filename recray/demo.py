@@ -8,7 +8,7 @@ import json
 import socket
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     return JobResult("serve", "ok", outputs={"address": address}, seconds=round(time.monotonic() - started, 2))
 
 
-def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, *, keep_serving: bool) -> JobResult:
-    """A night on Online Retail in a fresh root, a table, and three live requests."""
+def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, keep_serving: Callable[[str], None] | None) -> JobResult:
+    """A night on Online Retail in a fresh root, a table, and three live requests.
+
+    keep_serving : told the result before the endpoint is left up until interrupted; None: take it down
+    """
     started = time.monotonic()
     where = Path(root) if root else Path(".demo") / dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
     if where.exists() and any(where.iterdir()):
@@ -59,9 +62,9 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, *, 
     reporter.say(f"go on: recray serve storage.root={settings.root()}   ·   your own data: recray init, then recray nightly --config recray.yaml")
     metrics = {**result.metrics, "address": address}
     done = JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
-    if keep_serving:
+    if keep_serving is not None:
         reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it")
-        print(done.to_json(), flush=True)
+        keep_serving(done.to_json())
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)

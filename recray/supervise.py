@@ -1,7 +1,8 @@
 """Runs a job in a child process, so that whatever ends it is reported.
 
 Ray's native code ends a driver that lost its cluster, and the kernel ends one that takes too much memory; neither leaves
-room for a last word. The parent is small, waits, and has it.
+room for a last word. The parent is small, waits, and has it. Standard output is for results alone: whatever else in the
+job prints there, Ray above all, is sent to standard error.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
 
-Reported = Callable[[], None]
-"""Called by the job when it has printed its result."""
+Tell = Callable[[str], None]
+"""Prints a result of the job, one line, on standard output."""
 
 
-def supervise(job: Callable[[Reported], int], lost: Callable[[str, str], int]) -> int:
+def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> int:
     """Run `job` in a forked child and return its exit code.
 
-    If the child ends before it reported, `lost(what, fix)` reports in its place and gives the exit code. Signals that ask
+    If the child ends before the job does, `lost(what, fix)` reports in its place and gives the exit code. Signals that ask
     for an end reach the child; if the parent is killed, so is the child. Call before any thread is started.
     """
     reader, writer = os.pipe()
@@ -32,7 +33,12 @@ def supervise(job: Callable[[Reported], int], lost: Callable[[str, str], int]) -
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-        sys.exit(job(lambda: _say(writer)))
+        results = os.dup(sys.stdout.fileno())
+        sys.stdout.flush()
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        code = job(lambda line: _write(results, f"{line}\n".encode()))
+        os.write(writer, b"1")
+        sys.exit(code)
     os.close(writer)
     for asks in (signal.SIGINT, signal.SIGTERM):
         signal.signal(asks, lambda number, _: os.kill(child, number))
@@ -51,5 +57,6 @@ def supervise(job: Callable[[Reported], int], lost: Callable[[str, str], int]) -
     )
 
 
-def _say(writer: int) -> None:
-    os.write(writer, b"1")
+def _write(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 JOB = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 from recray.supervise import supervise
 
-def job(reported):
-    print("child", os.getpid(), flush=True)
+def job(tell):
+    tell(f"child {{os.getpid()}}")
     {body}
 
 def lost(what, fix):
@@ -33,11 +33,11 @@ def start(body: str) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("body", "code", "named"),
     [
-        ("reported(); return 3", 3, ""),
+        ("return 3", 3, ""),
         ("os.kill(os.getpid(), signal.SIGKILL)", 1, "signal 9 (SIGKILL), which is what the kernel sends when memory runs out"),
         ("os.abort()", 1, "signal 6 (SIGABRT)"),
         ("os._exit(1)", 1, "lost the cluster's head node"),
-        ("reported(); os.kill(os.getpid(), signal.SIGKILL)", 137, ""),
+        ("atexit.register(os.kill, os.getpid(), signal.SIGKILL); return 0", 137, ""),
     ],
 )
 def test_an_end_without_a_word_is_reported(body, code, named):
@@ -48,11 +48,24 @@ def test_an_end_without_a_word_is_reported(body, code, named):
 
 
 def test_a_request_to_end_reaches_the_job():
-    process = start("signal.signal(signal.SIGTERM, lambda *_: (reported(), os._exit(7))); print('ready', flush=True); time.sleep(60)")
+    body = """signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        tell("ready"); time.sleep(60)
+    except KeyboardInterrupt:
+        return 7"""
+    process = start(body)
     process.stdout.readline()
     process.stdout.readline()
     process.terminate()
-    assert process.wait(30) == 7
+    assert "lost" not in process.communicate(timeout=30)[0]
+    assert process.returncode == 7
+
+
+def test_what_others_print_goes_to_standard_error():
+    body = "print('python'); os.system('echo native'); tell('result'); atexit.register(print, 'late'); return 0"
+    process = subprocess.run([sys.executable, "-c", JOB.format(body=body)], capture_output=True, text=True, timeout=60)
+    assert process.stdout.splitlines()[1:] == ["result"]
+    assert {"python", "native", "late"} <= set(process.stderr.split())
 
 
 def alive(pid: int) -> bool:
