@@ -80,14 +80,25 @@ class SplitSettings(Section):
         return self
 
 
+Preset = Literal["ligr", "sasrec", "hstu"]
+_AS_PRESET = "null: as the preset has it"
+
+
 class ModelSettings(Section):
+    preset: Preset = Field("ligr", description="parts from the literature: ligr (gated residuals, SwiGLU), sasrec, hstu (pointwise attention)")
+    attention: Literal["softmax", "pointwise"] | None = Field(None, description=f"attention weights: softmax, or SiLU one by one; {_AS_PRESET}")
+    residual: Literal["gated", "plain"] | None = Field(None, description=f"how a block's update is added; {_AS_PRESET}")
+    feed: Literal["swiglu", "relu", "none"] | None = Field(None, description=f"feed-forward part of a block; {_AS_PRESET}")
+    scores: Literal["dot", "cosine"] | None = Field(None, description=f"dot product, or cosine over a learned temperature; {_AS_PRESET}")
+    positions: bool | None = Field(None, description=f"learned position vectors; {_AS_PRESET}")
+    relative: bool | None = Field(None, description=f"attention bias by the distance in events; {_AS_PRESET}")
     dim: int = Field(64, ge=4, le=1024, description="width of item vectors and hidden states")
     blocks: int = Field(2, ge=1, le=48, description="attention blocks")
     heads: int = Field(2, ge=1, le=64, description="attention heads; must divide dim")
     history: int = Field(200, ge=1, le=8192, description="last events of a user that the model reads")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout on inputs and in blocks")
-    positions: bool = Field(True, description="learned position vectors")
     time_bias: bool = Field(True, description="attention bias by the age of an event at the time of the request, where time is known")
+    values: bool = Field(False, description="ratings, quantities or dwell times of the history as vectors")
     repeat: bool = Field(True, description="copy term: what a user met before scores by how often and how recently")
     prior_days: int = Field(7, ge=0, description="popularity of the last days as a prior on scores, where time is known; 0: none")
     feature_buckets: int = Field(4096, ge=16, description="hash buckets for each feature column")
@@ -100,6 +111,13 @@ class ModelSettings(Section):
 
 
 class TrainSettings(Section):
+    loss: Literal["auto", "softmax", "sampled", "gbce"] = Field(
+        "auto", description="softmax: over all items; sampled: over drawn ones, corrected (logQ); gbce; auto: softmax up to full_softmax_items"
+    )
+    full_softmax_items: int = Field(50_000, ge=1, description="auto: largest catalogue with the softmax over all items")
+    negatives: int = Field(4096, ge=1, description="sampled, gbce: items drawn for a batch")
+    gbce_calibration: float = Field(0.75, ge=0, le=1, description="gbce: 0 is binary cross-entropy, 1 restores calibrated scores")
+    temperature_jitter: float = Field(0.0, ge=0, le=1, description="spread of the log temperature drawn for each history and head while training")
     epochs: int = Field(50, ge=1, description="at most so many passes over the training histories")
     patience: int = Field(4, ge=1, description="stop after so many epochs without a better validation NDCG")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")

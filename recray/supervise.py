@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
+ASKS = (signal.SIGINT, signal.SIGTERM)  # for an end
 
 Tell = Callable[[str], None]
 """Prints a result of the job, one line, on standard output."""
@@ -27,8 +28,10 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
     """
     reader, writer = os.pipe()
     parent = os.getpid()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ASKS, signal.SIGCHLD))  # kept for sigwait, so that none is missed
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(reader)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -40,9 +43,8 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
         os.write(writer, b"1")
         sys.exit(code)
     os.close(writer)
-    for asks in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(asks, lambda number, _: os.kill(child, number))
-    _, status = os.waitpid(child, 0)
+    status = _wait(child)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with os.fdopen(reader, "rb") as pipe:
         if pipe.read():
             return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
@@ -55,6 +57,17 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
         "Ray ended the job's process: it lost the cluster's head node (its last lines are above)",
         "start the cluster again, then repeat the job; it goes on where it stopped",
     )
+
+
+def _wait(child: int) -> int:
+    """Wait status of the child when it has ended; what asks for an end until then is passed on. The signals are blocked."""
+    while True:
+        number = signal.sigwait((*ASKS, signal.SIGCHLD))
+        if number in ASKS:
+            os.kill(child, number)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
 
 
 def _write(descriptor: int, content: bytes) -> None:

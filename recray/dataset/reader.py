@@ -84,6 +84,13 @@ class Shard:
         start = int(self.offsets[user])
         return np.unique(self.item_index[start + first : start + last])
 
+    def trained_item_index(self) -> np.ndarray:
+        """Items of the training events, one after the other."""
+        counts = np.diff(self.offsets)
+        position = np.arange(len(self.item_index)) - np.repeat(self.offsets[:-1], counts)
+        found: np.ndarray = self.item_index[position < np.repeat(self.split[:, 0], counts)]
+        return found
+
     @cached_property
     def basket_starts(self) -> np.ndarray:
         """Events (flat, over all users) with which a basket begins, ascending, and the number of events, int64."""
@@ -200,9 +207,7 @@ class Dataset:
         """Items that occur in the training events, bool [n_items + 1]; the others are cold."""
         seen = np.zeros(self.n_items + 1, bool)
         for shard in self.shards():
-            counts = np.diff(shard.offsets)
-            position = np.arange(len(shard.item_index)) - np.repeat(shard.offsets[:-1], counts)
-            seen[shard.item_index[position < np.repeat(shard.split[:, 0], counts)]] = True
+            seen[shard.trained_item_index()] = True
         return seen
 
     def user_history(self, user_id: Any) -> History | None:

@@ -116,6 +116,7 @@ class Predictor:
         """Take over the model's current weights."""
         self._parts_MVD = self.model.items.parts()
         self._table_VD = self.model.items()
+        self._output_VD = self.model.output(self._table_VD)
 
     @property
     def n_items(self) -> int:
@@ -186,9 +187,9 @@ class Predictor:
             was_training = self.model.training
             self.model.eval()
             batch = self._batch([known[row] for row in rows], [moments[row] for row in rows]).to(self.device)
-            chosen = None if controls is None else Controls(*(tensor[rows].to(self.device) for tensor in controls))
+            chosen = None if controls is None else Controls(*(None if t is None else t[rows].to(self.device) for t in controls))
             hidden = self.model.hidden(batch, self._table_VD, self._parts_MVD, chosen, masked=True)
-            scores_BV[rows] = self.model.scores(hidden, self._table_VD, batch)
+            scores_BV[rows] = self.model.scores(hidden, self._output_VD, batch)
             self.model.train(was_training)
         source = ["model" if len(history.item_index) else "popular" for history in known]
         return scores_BV, source
@@ -207,17 +208,19 @@ class Predictor:
         length = np.array([len(history.item_index) for history in histories])
         B, T = len(histories), int(length.max())
         item, event, time = np.zeros((3, B, T), np.int64)
+        value = np.zeros((B, T), np.float32)
         for row, history in enumerate(histories):
             item[row, : length[row]] = history.item_index
             event[row, : length[row]] = history.event_index
             time[row, : length[row]] = history.timestamp_s
+            value[row, : length[row]] = history.value
         moment = np.array(now, np.int64)
         # inside the history a position is asked when the next basket came, the last one (and its basket) at `now`
         asked = _next_times(time, length, moment) if self.has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
         days, day = np.unique(moment // DAY_S, return_inverse=True)
         uses_prior = self.model.prior_scale is not None
         prior = np.stack([self._prior(int(d)) for d in days]) if uses_prior else np.zeros((1, 1), np.float32)
-        arrays = (item, event, time, asked, np.arange(B), length - 1, prior, day if uses_prior else np.zeros(B, np.int64))
+        arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, day if uses_prior else np.zeros(B, np.int64))
         return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
     def _prior(self, day: int) -> np.ndarray:

@@ -1,12 +1,18 @@
-"""Causal multi-head attention over a history, with biases by age and the run-time controls.
+"""Causal multi-head attention over a history, with biases by age, distance and event type, and the run-time controls.
 
-Histories are padded on the right, so a causal mask is all that real positions need. Shapes: B users, T events, H heads,
-D width, C width of a head.
+Two kinds. `softmax` (Vaswani et al., arXiv 1706.03762): weights of a position sum to one; a temperature divides the logits,
+so the weights become the trained ones to the power 1 / temperature, normalised. `pointwise` (HSTU, arXiv 2402.17152): weights
+are SiLU(logits) / history and sum to anything, so that intensity is kept; a temperature divides the logits before the SiLU,
+so it scales how strongly anything is attended at all.
+
+Histories are padded on the right, so a causal mask is all that real positions need. Shapes: B users, T events, Q asked
+positions (T, or 1), H heads, D width, C width of a head.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +21,7 @@ from torch import Tensor, nn
 from recray.model.controls import Controls
 
 AGE_BUCKETS = 32
+NORM_EPS = 1e-6
 
 
 def age_bucket(age_s: Tensor) -> Tensor:
@@ -23,38 +30,106 @@ def age_bucket(age_s: Tensor) -> Tensor:
     return (2.0 * torch.log2(1.0 + hours)).long().clamp(max=AGE_BUCKETS - 1)
 
 
+class Seen(NamedTuple):
+    """What attention sees of a batch beside the states.
+
+    position_Q int64 [Q] or [B, Q]: the asked positions; age_BQT int64: bucket of the attended event's age when it is asked, or
+    None where no time is known; event_BT int64: event types, or None where there is one; bias_BHQT: the causal mask and the
+    controls' biases, added to the logits, or None where causal order is all there is and all positions are asked.
+    """
+
+    position_Q: Tensor
+    age_BQT: Tensor | None
+    event_BT: Tensor | None
+    bias_BHQT: Tensor | None
+
+
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int, *, time_bias: bool) -> None:
+    """Parameters: `kind` softmax or pointwise, `relative` a bias by distance up to `history`, `time_bias` one by age,
+    `event_types` one by the attended event's type (1: none)."""
+
+    def __init__(self, dim: int, heads: int, *, kind: str, history: int, relative: bool, time_bias: bool, event_types: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.kind, self.history = heads, kind, history
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.gate = nn.Linear(dim, dim, bias=False) if kind == "pointwise" else None
         self.out = nn.Linear(dim, dim, bias=False)
         self.age_bias = nn.Embedding(AGE_BUCKETS, heads) if time_bias else None
-        if self.age_bias is not None:
-            nn.init.zeros_(self.age_bias.weight)
+        self.distance_bias = nn.Embedding(history, heads) if relative else None
+        self.event_bias = nn.Embedding(event_types, heads) if event_types > 1 else None
+        for table in (self.age_bias, self.distance_bias, self.event_bias):
+            if table is not None:
+                nn.init.zeros_(table.weight)
 
-    def forward(self, x_BTD: Tensor, bias_BHTT: Tensor | None, age_BTT: Tensor | None, controls: Controls | None) -> Tensor:
-        """Attend; `bias_BHTT` holds the causal mask and the controls' biases, None means causal only."""
+    def forward(self, x_BTD: Tensor, seen: Seen, controls: Controls | None, asked: Tensor | None = None) -> Tensor:
+        """Attend from all positions [B, T, D], or from one a user, `asked` int64 [B]: [B, 1, D]."""
         B, T, D = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        if controls is not None:
-            q = q * torch.exp(-controls.log_temperature)[:, :, None, None]
-        if self.age_bias is not None and age_BTT is not None and bias_BHTT is not None:
-            learned = self.age_bias(age_BTT).permute(0, 3, 1, 2)
-            if controls is not None:
-                learned = learned * torch.exp(-controls.log_temperature)[:, :, None, None]
-            bias_BHTT = bias_BHTT + learned
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BHTT, is_causal=bias_BHTT is None)
-        found: Tensor = self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        if asked is None:
+            projected = self.qkv(x_BTD)
+            q, k, v = projected.view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+            own_BQD = x_BTD
+        else:
+            own_BQD = x_BTD[torch.arange(B, device=x_BTD.device), asked][:, None]
+            q = F.linear(own_BQD, self.qkv.weight[:D]).view(B, 1, self.heads, -1).transpose(1, 2)
+            k, v = F.linear(x_BTD, self.qkv.weight[D:]).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.kind == "pointwise":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        cooling = None
+        if controls is not None and controls.log_temperature is not None:
+            cooling = torch.exp(-controls.log_temperature)[:, :, None, None]
+        if cooling is not None:
+            q = q * cooling
+        bias = self._bias(seen, cooling, T)
+        if self.kind == "softmax":
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+        else:
+            mixed = self._pointwise(q, k, v, bias)
+        mixed_BQD = mixed.transpose(1, 2).reshape(own_BQD.shape)
+        if self.gate is not None:
+            mixed_BQD = F.rms_norm(mixed_BQD, (D,), eps=NORM_EPS) * F.silu(self.gate(own_BQD))
+        found: Tensor = self.out(mixed_BQD)
         return found
 
+    def _bias(self, seen: Seen, cooling: Tensor | None, T: int) -> Tensor | None:
+        """Everything that is added to the logits [B or 1, H or 1, Q, T]; the learned part shares the temperature."""
+        learned: Tensor | None = None
+        if self.age_bias is not None and seen.age_BQT is not None:
+            learned = self.age_bias(seen.age_BQT).permute(0, 3, 1, 2)
+        if self.distance_bias is not None:
+            distance = seen.position_Q[..., None] - torch.arange(T, device=seen.position_Q.device)
+            by_distance = self.distance_bias(distance.clamp(0, self.history - 1)).movedim(-1, -3)
+            learned = by_distance if learned is None else learned + by_distance
+        if self.event_bias is not None and seen.event_BT is not None:
+            by_event = self.event_bias(seen.event_BT).transpose(1, 2)[:, :, None]
+            learned = by_event if learned is None else learned + by_event
+        if learned is None:
+            return seen.bias_BHQT
+        if cooling is not None:
+            learned = learned * cooling
+        assert seen.bias_BHQT is not None
+        return seen.bias_BHQT + learned
 
-def causal_bias(T: int, like: Tensor) -> Tensor:
-    """Additive causal mask [1, 1, T, T]: 0 on and below the diagonal, -inf above."""
-    return torch.full((T, T), -math.inf, dtype=like.dtype, device=like.device).triu(1)[None, None]
+    def _pointwise(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is not None
+        logits = q @ k.mT / math.sqrt(q.shape[-1])
+        mask = torch.isinf(bias)
+        weights = F.silu(logits + bias.masked_fill(mask, 0.0)).masked_fill(mask, 0.0)
+        return (weights / self.history) @ v
 
 
-def control_bias(controls: Controls, event_BT: Tensor, recency_BTT: Tensor) -> Tensor:
-    """Additive bias of the controls [B, 1, T, T]: event type and recency of the attended event."""
-    by_event_BT = torch.gather(controls.event_bias, 1, event_BT)
-    return (by_event_BT[:, None, :] + controls.recency_slope[:, None, None] * recency_BTT)[:, None]
+def causal_bias(position_Q: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask [1 or B, 1, Q, T]: 0 up to the asked position [Q] or [B, Q], -inf after it."""
+    after = torch.arange(T, device=position_Q.device) > position_Q[..., None]
+    bias = torch.zeros(after.shape, dtype=dtype, device=after.device).masked_fill(after, -math.inf)
+    return bias[None, None] if bias.dim() == 2 else bias[:, None]
+
+
+def control_bias(controls: Controls, event_BT: Tensor, recency_BQT: Tensor) -> Tensor | None:
+    """Additive bias of the controls [B, 1, Q, T], event type and recency of the attended event; None if there is none."""
+    found: Tensor | None = None
+    if controls.event_bias is not None:
+        found = torch.gather(controls.event_bias, 1, event_BT)[:, None, :]
+    if controls.recency_slope is not None:
+        by_recency = controls.recency_slope[:, None, None] * recency_BQT
+        found = by_recency if found is None else found + by_recency
+    return None if found is None else found[:, None]

@@ -1,4 +1,8 @@
-"""One transformer block: pre-norm, gated residuals and SwiGLU (Shazeer, arXiv 2002.05202; LiGR, arXiv 2502.03417)."""
+"""One transformer block, pre-norm, from switchable parts.
+
+`residual` gated: x + sigmoid(W x) * update (LiGR, arXiv 2502.03417), or plain: x + update. `feed` swiglu (Shazeer, arXiv
+2002.05202), relu (SASRec, arXiv 1808.09781), or none (HSTU, arXiv 2402.17152).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recray.model.attention import Attention
+from recray.model.attention import NORM_EPS, Attention, Seen
 from recray.model.controls import Controls
 
 
@@ -31,21 +35,42 @@ class GatedResidual(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
-        found: Tensor = x + torch.sigmoid(self.gate(x)) * self.dropout(update)
+        return torch.addcmul(x, torch.sigmoid(self.gate(x)), self.dropout(update))
+
+
+class PlainResidual(nn.Module):
+    """x + dropout(update)."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, update: Tensor) -> Tensor:
+        found: Tensor = x + self.dropout(update)
         return found
+
+
+RESIDUALS: dict[str, type[GatedResidual] | type[PlainResidual]] = {"gated": GatedResidual, "plain": PlainResidual}
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, dropout: float, *, time_bias: bool) -> None:
+    def __init__(self, dim: int, dropout: float, *, residual: str, feed: str, attention: Attention) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.attention = Attention(dim, heads, time_bias=time_bias)
-        self.attention_residual = GatedResidual(dim, dropout)
-        self.feed_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.feed = SwiGLU(dim, 2 * dim)
-        self.feed_residual = GatedResidual(dim, dropout)
+        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.attention = attention
+        self.attention_residual = RESIDUALS[residual](dim, dropout)
+        self.feed: nn.Module | None = None
+        if feed != "none":
+            self.feed_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+            self.feed = SwiGLU(dim, 2 * dim) if feed == "swiglu" else nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+            self.feed_residual = RESIDUALS[residual](dim, dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None, age: Tensor | None, controls: Controls | None) -> Tensor:
-        x = self.attention_residual(x, self.attention(self.attention_norm(x), bias, age, controls))
-        found: Tensor = self.feed_residual(x, self.feed(self.feed_norm(x)))
-        return found
+    def forward(self, x: Tensor, seen: Seen, controls: Controls | None, asked: Tensor | None = None) -> Tensor:
+        """New states [B, T, D]; with `asked` int64 [B] those of one position a user alone, [B, 1, D]."""
+        update = self.attention(self.attention_norm(x), seen, controls, asked)
+        if asked is not None:
+            x = x[torch.arange(len(x), device=x.device), asked][:, None]
+        x = self.attention_residual(x, update)
+        if self.feed is not None:
+            x = self.feed_residual(x, self.feed(self.feed_norm(x)))
+        return x

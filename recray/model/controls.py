@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Controls(NamedTuple):
-    """Controls of a batch of B requests.
+    """Controls of a batch of B requests; None stands for zeros.
 
     log_temperature [B, H]: attention logits of head group h (its head in every block) are divided by exp(value);
     event_bias [B, E]: added to the attention logits of events of a type;
@@ -20,10 +20,10 @@ class Controls(NamedTuple):
     log_modality_weight [B, M]: item vectors of the history weigh their modality m (0 is the id) by exp(value).
     """
 
-    log_temperature: Tensor
-    event_bias: Tensor
-    recency_slope: Tensor
-    log_modality_weight: Tensor
+    log_temperature: Tensor | None = None
+    event_bias: Tensor | None = None
+    recency_slope: Tensor | None = None
+    log_modality_weight: Tensor | None = None
 
     @classmethod
     def zeros(cls, batch: int, heads: int, event_types: int, modalities: int) -> Controls:

@@ -1,8 +1,8 @@
-"""Item vectors: an id vector plus one vector per feature column, summed.
+"""Item vectors: an id vector and one vector per feature column, fused by attention over these modalities.
 
 Every feature column is a bag of tokens per item, whatever its kind; its vector is the mean of its tokens' vectors. Items
-that training never saw keep no id vector and live from their features. Shapes: V items and padding, D width, M modalities
-(the id first), K tokens.
+that training never saw keep no id vector and live from their features. A modality that an item does not have takes no part.
+Shapes: V items and padding (or a selection of them), D width, M modalities (the id first), K tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +25,25 @@ class TokenBags(nn.Module):
         self.table = nn.EmbeddingBag(buckets, dim, mode="mean")
         nn.init.normal_(self.table.weight, std=0.02)
 
-    def forward(self) -> Tensor:
-        found: Tensor = self.table(self.tokens_K, self.offsets_V)
+    def forward(self, index: Tensor | None = None) -> Tensor:
+        """Vectors [V, D] of all items, or of those in `index`."""
+        tokens, offsets = (self.tokens_K, self.offsets_V) if index is None else self._chosen(index)
+        found: Tensor = self.table(tokens, offsets)
         return found
+
+    def present(self, index: Tensor | None = None) -> Tensor:
+        """Whether an item has a token, bool [V]."""
+        found = self._sizes() > 0
+        return found if index is None else found[index]
+
+    def _sizes(self) -> Tensor:
+        return torch.diff(self.offsets_V, append=self.offsets_V.new_tensor([len(self.tokens_K)]))
+
+    def _chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = self._sizes()[index]
+        offsets = sizes.cumsum(0) - sizes
+        where = torch.arange(int(sizes.sum()), device=index.device)
+        return self.tokens_K[where + torch.repeat_interleave(self.offsets_V[index] - offsets, sizes)], offsets
 
 
 class ItemEncoder(nn.Module):
@@ -50,23 +66,47 @@ class ItemEncoder(nn.Module):
         self.names = sorted(features)
         self.features = nn.ModuleList(TokenBags(*features[name], buckets, dim) for name in self.names)
 
+        self.fusion = nn.Parameter(torch.zeros(self.modalities, dim)) if features else None
+
     @property
     def modalities(self) -> int:
         return 1 + len(self.features)
 
-    def parts(self) -> Tensor:
-        """Vectors by modality [M, V, D]."""
-        ids = self.ids.weight * self.seen_V[:, None]
-        return torch.stack([ids, *(bags() for bags in self.features)])
+    def parts(self, index: Tensor | None = None) -> Tensor:
+        """Vectors by modality [M, V, D]; zero where an item does not have it."""
+        return torch.stack([self._ids(index), *(bags(index) for bags in self._bags)])
 
-    def forward(self) -> Tensor:
+    @property
+    def _bags(self) -> list[TokenBags]:
+        return [bags for bags in self.features if isinstance(bags, TokenBags)]
+
+    def _ids(self, index: Tensor | None) -> Tensor:
+        if index is None:
+            return self.ids.weight * self.seen_V[:, None]
+        found: Tensor = self.ids(index) * self.seen_V[index][:, None]
+        return found
+
+    def present(self, index: Tensor | None = None) -> Tensor:
+        """Which item has which modality, bool [M, V]."""
+        seen = self.seen_V if index is None else self.seen_V[index]
+        return torch.stack([seen, *(bags.present(index) for bags in self._bags)])
+
+    def forward(self, index: Tensor | None = None) -> Tensor:
         """Item vectors [V, D]."""
-        return fuse(self.parts())
+        if self.fusion is None:
+            return self._ids(index)
+        return self.fuse(self.parts(index), self.present(index))
 
+    def fuse(self, parts: Tensor, present: Tensor, log_weight: Tensor | None = None) -> Tensor:
+        """Attention over the modalities of an item, times how many it has: at zero `fusion` the plain sum.
 
-def fuse(parts_MVD: Tensor) -> Tensor:
-    """Sum over modalities, one after the other: gathering before or after gives the same bits."""
-    total = parts_MVD[0]
-    for part in parts_MVD[1:]:
-        total = total + part
-    return total
+        parts [M, ..., D], present bool [M, ...], log_weight [M, ...] added to the logits of the modalities.
+        """
+        if self.fusion is None:
+            return parts[0] if log_weight is None else parts[0] * log_weight[0].exp()[..., None]
+        query = self.fusion.view(len(parts), *[1] * (parts.dim() - 2), -1)
+        logits = (parts * query).sum(-1)
+        weight = present.to(logits.dtype) if log_weight is None else present * log_weight.exp()
+        share = (logits - logits.amax(0)).exp() * weight
+        scale = weight.sum(0) / share.sum(0).clamp(min=1e-9)
+        return (share[..., None] * parts).sum(0) * scale[..., None]

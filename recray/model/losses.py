@@ -1,17 +1,22 @@
-"""Full softmax cross-entropy in blocks of queries, so that [queries x items] never exists at once.
+"""Losses over the catalogue, computed in blocks of queries so that [queries x items] never exists at once.
 
-Shapes: N queries, V items and padding, D width.
+Each loss turns a block of scores into its gradient in place; the gradients of hidden states and item table follow by two
+matrix products, without a graph. Shapes: N queries, U candidate items and padding (all of them, or a sample), D width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recray.model.controls import Controls
 from recray.model.recommender import Batch, Recommender
+
+BLOCK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}  # scores at once: what a CPU's cache holds, what a GPU is busy with
 
 
 class Targets(NamedTuple):
@@ -21,33 +26,182 @@ class Targets(NamedTuple):
     item: Tensor
 
 
-def backward_in_blocks(
-    model: Recommender, hidden_ND: Tensor, table_VD: Tensor, batch: Batch, targets: Targets, scale: float, block: int = 256
-) -> Tensor:
-    """Cross-entropy summed over the queries, times `scale`, with gradients left in every `.grad`; returns the sum itself.
+class Loss(Protocol):
+    """How the scores of a block of queries are judged."""
 
-    The loss of a query is the mean over its target items of -log softmax(scores)[item]. Each block runs forward and
-    backward down to the hidden states and the item table; one last backward goes through the network.
+    def __call__(self, scores_nU: Tensor, item: Tensor, row: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss summed over the block, and its gradient [n, U] by the scores, which may be overwritten.
+
+        scores_nU : -inf for what does not compete
+        item, row, share : int64, int64, float [t] of the block's targets: the item, its query, and its share of the query
+        """
+
+
+def softmax(scores_nU: Tensor, item: Tensor, row: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over what competes, -Σ share · log softmax(scores)[item]; its gradient is softmax(scores) - shares."""
+    gradient = torch.softmax(scores_nU, 1)
+    probability = gradient[row, item]
+    log_p = probability.log()
+    if (lost := probability < torch.finfo(torch.float32).tiny).any():
+        log_p[lost] = torch.log_softmax(scores_nU[row[lost]], 1).gather(1, item[lost, None]).squeeze(1)
+    gradient.index_put_((row, item), -share, accumulate=True)
+    return -(share * log_p).sum(), gradient
+
+
+def gbce(beta: float) -> Loss:
+    """gBCE (Petrov and Macdonald, arXiv 2308.07192): -β log σ(target) - Σ over the other candidates of log(1 - σ(score)).
+
+    beta : see `gbce_beta`; 1 is binary cross-entropy
     """
-    hidden, table = hidden_ND.detach().requires_grad_(), table_VD.detach().requires_grad_()
+
+    def judge(scores_nU: Tensor, item: Tensor, row: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = scores_nU[row, item]
+        negative = F.softplus(scores_nU)
+        rest = negative.sum() - negative[row, item].sum()
+        gradient = scores_nU.sigmoid_()
+        gradient[row, item] = 0.0
+        gradient.index_put_((row, item), -beta * share * torch.sigmoid(-wanted), accumulate=True)
+        return rest + (beta * share * F.softplus(-wanted)).sum(), gradient
+
+    return judge
+
+
+def gbce_beta(negatives: int, items: int, calibration: float) -> float:
+    """β = α (t (1 - 1/α) + 1/α) with α = negatives / (items - 1); t 0 is binary cross-entropy, 1 restores calibration."""
+    alpha = min(negatives / max(items - 1, 1), 1.0)
+    return alpha * (calibration * (1.0 - 1.0 / alpha) + 1.0 / alpha)
+
+
+class Candidates(NamedTuple):
+    """The items that compete in a batch: `item_U` int64, item indices ascending with padding first, and `correction_U`
+    float32, added to the scores of those that a query did not ask for: -log of the chance that a batch has the item.
+    Items of the histories are among them for their vectors; only those that were drawn compete."""
+
+    item_U: Tensor
+    correction_U: Tensor
+
+    def place(self, batch: Batch, targets: Targets) -> tuple[Batch, Targets]:
+        """The batch and its targets in indices of the candidates."""
+        item_BT, item = torch.searchsorted(self.item_U, batch.item_BT), torch.searchsorted(self.item_U, targets.item)
+        prior_PV = batch.prior_PV if batch.prior_PV.shape[1] == 1 else batch.prior_PV[:, self.item_U]
+        return batch._replace(item_BT=item_BT, prior_PV=prior_PV), targets._replace(item=item)
+
+
+def draw_mixed(batch: Batch, targets: Targets, share_V: Tensor, negatives: int) -> Candidates:
+    """The batch's targets and `negatives` uniform draws compete (mixed negative sampling, Yang et al., WWW 2020).
+
+    The chance of item i is 1 - (1 - share_i)^targets (1 - 1/items)^negatives. Divided by it, the sum over competitors is an
+    unbiased estimate of the sum over all items.
+
+    share_V : float32 [V], share of each item in the training events; padding 0
+    """
+    uniform = torch.randint(1, len(share_V), (negatives,), device=share_V.device)
+    index, competes = _index(batch, targets, torch.cat([targets.item, uniform]))
+    missed = len(targets.item) * torch.log1p(-share_V[index].double().clamp(max=0.5)) + negatives * math.log1p(-1.0 / (len(share_V) - 1))
+    return Candidates(index, torch.where(competes, -torch.log(-torch.expm1(missed)), -math.inf).float())
+
+
+def draw_uniform(batch: Batch, targets: Targets, share_V: Tensor, negatives: int) -> Candidates:
+    """`negatives` uniform draws compete, uncorrected."""
+    index, competes = _index(batch, targets, torch.randint(1, len(share_V), (negatives,), device=share_V.device))
+    return Candidates(index, torch.where(competes, 0.0, -math.inf))
+
+
+def _index(batch: Batch, targets: Targets, competing: Tensor) -> tuple[Tensor, Tensor]:
+    """All items that a batch needs, ascending with padding first, and which of them compete."""
+    needed = torch.cat([competing.new_zeros(1), competing, targets.item, batch.item_BT.flatten()])
+    index: Tensor = torch.unique(needed)
+    competes = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+    competes[torch.searchsorted(index, competing)] = True
+    return index, competes
+
+
+class Criterion:
+    """Forward and backward of a batch under a loss.
+
+    Parameters
+    ----------
+    loss : softmax, sampled, gbce, or auto: softmax up to `full_items` items, else sampled
+    share_V : float32 [V], share of each item in the training events; padding 0
+    negatives : items drawn for a batch by sampled and gbce
+    calibration : of gbce
+    """
+
+    def __init__(self, loss: str, share_V: Tensor, *, full_items: int = 50_000, negatives: int = 4096, calibration: float = 0.75) -> None:
+        items = len(share_V) - 1
+        self.share_V, self.negatives = share_V, negatives
+        self.loss = ("softmax" if items <= full_items else "sampled") if loss == "auto" else loss
+        self.judge = softmax
+        if self.loss == "gbce":
+            distinct = round(items * -math.expm1(negatives * math.log1p(-1.0 / items))) if items > 1 else 1
+            self.judge = gbce(gbce_beta(distinct, items, calibration))
+
+    def backward(self, model: Recommender, batch: Batch, targets: Targets, scale: float, controls: Controls | None = None) -> Tensor:
+        """The loss summed over the queries; gradients of `scale` times it are left in every `.grad`."""
+        correction = index = None
+        if self.loss != "softmax":
+            draw = draw_mixed if self.loss == "sampled" else draw_uniform
+            candidates = draw(batch, targets, self.share_V, self.negatives)
+            batch, targets = candidates.place(batch, targets)
+            index, correction = candidates
+        table = model.items(index)
+        hidden = model.hidden(batch, table, None, controls)
+        return backward_in_blocks(model, hidden, model.output(table), batch, targets, scale, judge=self.judge, correction_U=correction)
+
+
+def backward_in_blocks(
+    model: Recommender,
+    hidden_ND: Tensor,
+    output_UD: Tensor,
+    batch: Batch,
+    targets: Targets,
+    scale: float,
+    *,
+    judge: Loss = softmax,
+    correction_U: Tensor | None = None,
+    block: int | None = None,
+) -> Tensor:
+    """The loss summed over the queries; gradients of `scale` times it are left in every `.grad`.
+
+    output_UD : vectors that the scores compare with (`Recommender.output`), of all items or of the candidates
+    correction_U : `Candidates.correction`
+    block : queries at once; None: as many as the cache (the GPU's memory) holds
+    """
+    half = torch.is_autocast_enabled(hidden_ND.device.type)
+    dtype = torch.get_autocast_dtype(hidden_ND.device.type) if half else torch.float32
+    hidden, table = hidden_ND.detach().to(dtype), output_UD.detach().to(dtype)
+    block = block or max(BLOCK_SCORES[hidden.device.type] // len(table), 16)
     total = torch.zeros((), device=hidden.device)
+    grad_hidden, grad_table = torch.empty_like(hidden_ND, dtype=torch.float32), torch.zeros_like(output_UD, dtype=torch.float32)
     for start in range(0, len(hidden), block):
         queries = slice(start, min(start + block, len(hidden)))
-        loss = _cross_entropy(model.scores(hidden[queries], table, batch, queries), targets, queries)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (hidden, table)]
-    torch.autograd.backward([hidden_ND, table_VD], gradients)
+        item, row, share = _targets(targets, queries)
+        scores = torch.mm(hidden[queries], table.mT).float()
+        scores[:, 0] = -math.inf
+        asking = hidden_ND[queries].detach().requires_grad_()
+        extra = model.extra(asking, batch, queries, len(table))
+        if extra is not None:
+            scores += extra.detach()
+        if correction_U is not None:
+            own = scores[row, item]
+            scores += correction_U
+            scores[row, item] = own
+        judged, gradient = judge(scores, item, row, share)
+        total += judged
+        gradient *= scale
+        grad_hidden[queries] = gradient.to(dtype) @ table
+        grad_table += gradient.to(dtype).mT @ hidden[queries]
+        if extra is not None:
+            torch.autograd.backward(extra, gradient.to(extra.dtype))
+            if asking.grad is not None:
+                grad_hidden[queries] += asking.grad
+    torch.autograd.backward([hidden_ND, output_UD], [grad_hidden.to(hidden_ND.dtype), grad_table.to(output_UD.dtype)])
     return total
 
 
-def _cross_entropy(scores_NV: Tensor, targets: Targets, queries: slice) -> Tensor:
+def _targets(targets: Targets, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Item, query within the block, and share of each target of a block."""
     offsets = targets.offsets[queries.start : queries.stop + 1]
-    item = targets.item[offsets[0] : offsets[-1]]
     count = offsets.diff()
-    if len(item) == len(scores_NV):
-        return F.cross_entropy(scores_NV, item, reduction="sum")
-    wanted = torch.zeros_like(scores_NV)
-    row = torch.repeat_interleave(torch.arange(len(count), device=item.device), count)
-    wanted.index_put_((row, item), (1.0 / count.to(wanted.dtype))[row], accumulate=True)
-    return -(wanted * F.log_softmax(scores_NV.clamp(min=-1e9), -1)).sum()
+    row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    return targets.item[offsets[0] : offsets[-1]], row, (1.0 / count.float())[row]

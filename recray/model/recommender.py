@@ -17,15 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recray.model.attention import AGE_BUCKETS, age_bucket, causal_bias, control_bias
+from recray.model.attention import AGE_BUCKETS, NORM_EPS, Attention, Seen, age_bucket, causal_bias, control_bias
 from recray.model.blocks import Block
 from recray.model.controls import Controls
-from recray.model.items import ItemEncoder, fuse
+from recray.model.items import ItemEncoder
+
+VALUE_BUCKETS = 64
+COLDEST, HOTTEST = 0.01, 1.0  # bounds of the learned temperature of cosine scores
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ligr": {"attention": "softmax", "residual": "gated", "feed": "swiglu", "scores": "dot", "positions": True, "relative": False},
+    "sasrec": {"attention": "softmax", "residual": "plain", "feed": "relu", "scores": "dot", "positions": True, "relative": False},
+    "hstu": {"attention": "pointwise", "residual": "plain", "feed": "none", "scores": "cosine", "positions": False, "relative": True},
+}
+"""Parts of the networks of the literature: LiGR (arXiv 2502.03417), SASRec (arXiv 1808.09781), HSTU (arXiv 2402.17152)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the network consists of; with the state dict it is all that rebuilds it."""
+    """What the network consists of; with the state dict it is all that rebuilds it. The parts are those of `ModelSettings`."""
 
     event_types: int
     dim: int = 64
@@ -33,8 +43,14 @@ class Shape:
     heads: int = 2
     history: int = 200
     dropout: float = 0.2
+    attention: str = "softmax"
+    residual: str = "gated"
+    feed: str = "swiglu"
+    scores: str = "dot"
     positions: bool = True
+    relative: bool = False
     time_bias: bool = True
+    values: bool = False
     repeat: bool = True
     prior: bool = True
     feature_buckets: int = 4096
@@ -46,12 +62,13 @@ class Shape:
 class Batch(NamedTuple):
     """Histories padded on the right with 0, and the queries into them.
 
-    item, event [B, T]; time [B, T] seconds (or positions); now [B, T] the moment at which position t is asked;
-    user, position [N] of the queries; prior [P, V] log(1 + recent count) by day; day [N] the queries' rows in it.
+    item, event [B, T]; value [B, T] as logged; time [B, T] seconds (or positions); now [B, T] the moment at which position t
+    is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day; day [N] the queries' rows in it.
     """
 
     item_BT: Tensor
     event_BT: Tensor
+    value_BT: Tensor
     time_BT: Tensor
     now_BT: Tensor
     user_N: Tensor
@@ -61,6 +78,11 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def value_bucket(value: Tensor) -> Tensor:
+    """Bucket of a rating, a quantity, a price or a dwell time: quarter powers of two of 1 + value, int64 in [0, VALUE_BUCKETS)."""
+    return (4.0 * torch.log2(1.0 + value.float().clamp(min=0))).round().long().clamp(max=VALUE_BUCKETS - 1)
 
 
 class Recommender(nn.Module):
@@ -77,59 +99,93 @@ class Recommender(nn.Module):
         dim = shape.dim
         self.items = ItemEncoder(seen, features, shape.feature_buckets, dim)
         self.events = nn.Embedding(shape.event_types, dim) if shape.event_types > 1 else None
+        self.values = nn.Embedding(VALUE_BUCKETS, dim) if shape.values else None
         self.positions = nn.Embedding(shape.history, dim) if shape.positions else None
         self.gaps = nn.Embedding(AGE_BUCKETS, dim) if shape.time_bias else None
-        for table in (self.events, self.positions, self.gaps):
+        for table in (self.events, self.values, self.positions, self.gaps):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
         self.dropout = nn.Dropout(shape.dropout)
-        self.blocks = nn.ModuleList(Block(dim, shape.heads, shape.dropout, time_bias=shape.time_bias) for _ in range(shape.blocks))
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(dim, shape.dropout, residual=shape.residual, feed=shape.feed, attention=_attention(shape)) for _ in range(shape.blocks)
+        )
+        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.temperature = nn.Parameter(torch.tensor(0.05)) if shape.scores == "cosine" else None
         self.repeat = RepeatTerm(dim, shape.event_types, has_time=shape.time_bias) if shape.repeat else None
         self.prior_scale = nn.Parameter(torch.tensor(0.5)) if shape.prior else None
 
-    def hidden(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor, controls: Controls | None = None, *, masked: bool = False) -> Tensor:
-        """Hidden states of the queries [N, D].
+    def hidden(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor | None, controls: Controls | None = None, *, masked: bool = False) -> Tensor:
+        """Hidden states of the queries [N, D]; `parts_MVD` are needed where the controls weigh modalities.
 
-        `masked` asks for the explicit mask even where causal order is all there is; inference always does.
+        `masked` is the way of inference: one query a user, in the order of the users; always the explicit mask, and the last
+        block at the asked position alone.
         """
-        item_BT = batch.item_BT
         x = self._embed(batch, table_VD, parts_MVD, controls)
-        T = item_BT.shape[1]
-        bias = age = None
-        if self.shape.time_bias or masked or controls is not None:
-            bias = causal_bias(T, x)
-            age_s = batch.now_BT[:, :, None] - batch.time_BT[:, None, :]
-            if self.shape.time_bias:
-                age = age_bucket(age_s)
-            if controls is not None:
-                bias = bias + control_bias(controls, batch.event_BT, self._recency(age_s, T))
-            bias = bias.expand(item_BT.shape[0], self.shape.heads, T, T)
-        for block in self.blocks:
-            x = block(x, bias, age, controls)
-        found: Tensor = self.norm(x[batch.user_N, batch.position_N])
+        T = batch.item_BT.shape[1]
+        everywhere = torch.arange(T, device=x.device)
+        seen = self._seen(batch, everywhere, controls, masked=masked)
+        for block in self.blocks[:-1]:
+            x = block(x, seen, controls)
+        if masked:
+            asked = batch.position_N
+            found: Tensor = self.blocks[-1](x, self._seen(batch, asked[:, None], controls, masked=True), controls, asked)[:, 0]
+        else:
+            found = self.blocks[-1](x, seen, controls)[batch.user_N, batch.position_N]
+        found = self.norm(found)
+        if self.temperature is not None:
+            found = F.normalize(found, dim=-1) / self.temperature.clamp(COLDEST, HOTTEST)
         return found
 
-    def scores(self, hidden_ND: Tensor, table_VD: Tensor, batch: Batch, queries: slice = slice(None)) -> Tensor:
-        """Scores of all items for some of the batch's queries [N, V]; padding gets -inf."""
-        padding_V = torch.zeros(len(table_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
-        padding_V[0] = -math.inf
-        scores = torch.addmm(padding_V, hidden_ND, table_VD.mT)
-        if self.repeat is not None:
-            scores = scores + self.repeat(hidden_ND, batch, queries, len(table_VD))
-        if self.prior_scale is not None:
-            scores = scores + self.prior_scale * batch.prior_PV[batch.day_N[queries]]
-        return scores
+    def _seen(self, batch: Batch, position_Q: Tensor, controls: Controls | None, *, masked: bool) -> Seen:
+        """What attention sees from the positions [T], or [B, 1]."""
+        shape = self.shape
+        bias = age = None
+        event = batch.event_BT if shape.event_types > 1 else None
+        if masked or controls is not None or shape.time_bias or shape.relative or shape.attention == "pointwise" or event is not None:
+            T = batch.item_BT.shape[1]
+            bias = causal_bias(position_Q, T, torch.float32)
+            now_BQ = batch.now_BT if position_Q.dim() == 1 else batch.now_BT.gather(1, position_Q)
+            age_s = now_BQ[:, :, None] - batch.time_BT[:, None, :] if shape.time_bias else None
+            age = None if age_s is None else age_bucket(age_s)
+            if controls is not None:
+                moved = control_bias(controls, batch.event_BT, _recency(age_s, position_Q, T))
+                bias = bias if moved is None else bias + moved
+        return Seen(position_Q, age, event, bias)
 
-    def _embed(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor, controls: Controls | None) -> Tensor:
-        if controls is None:
+    def output(self, table_VD: Tensor) -> Tensor:
+        """The vectors [V, D] that `scores` compares with: those of the items, of length one for cosine scores."""
+        return table_VD if self.temperature is None else F.normalize(table_VD, dim=-1)
+
+    def scores(self, hidden_ND: Tensor, output_VD: Tensor, batch: Batch, queries: slice = slice(None)) -> Tensor:
+        """Scores of all items for some of the batch's queries [N, V]; padding gets -inf."""
+        padding_V = torch.zeros(len(output_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
+        padding_V[0] = -math.inf
+        scores = torch.addmm(padding_V, hidden_ND, output_VD.mT)
+        extra = self.extra(hidden_ND, batch, queries, len(output_VD))
+        return scores if extra is None else scores + extra
+
+    def extra(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int) -> Tensor | None:
+        """What repetition and recent popularity add to the scores [N, V], None for a model with neither."""
+        found: Tensor | None = None
+        if self.repeat is not None:
+            found = self.repeat(hidden_ND, batch, queries, n_items)
+        if self.prior_scale is not None:
+            prior = self.prior_scale * batch.prior_PV[batch.day_N[queries]]
+            found = prior if found is None else found + prior
+        return found
+
+    def _embed(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor | None, controls: Controls | None) -> Tensor:
+        if controls is None or controls.log_modality_weight is None:
             x = F.embedding(batch.item_BT, table_VD)
         else:
-            weights = torch.exp(controls.log_modality_weight)
-            x = fuse(torch.stack([part[batch.item_BT] * weights[:, m, None, None] for m, part in enumerate(parts_MVD)]))
+            assert parts_MVD is not None
+            present_MBT = self.items.present()[:, batch.item_BT]
+            x = self.items.fuse(parts_MVD[:, batch.item_BT], present_MBT, controls.log_modality_weight.mT[:, :, None])
         x = x * math.sqrt(self.shape.dim)
         if self.events is not None:
             x = x + self.events(batch.event_BT)
+        if self.values is not None:
+            x = x + self.values(value_bucket(batch.value_BT))
         if self.positions is not None:
             x = x + self.positions.weight[: x.shape[1]]
         if self.gaps is not None:
@@ -137,12 +193,26 @@ class Recommender(nn.Module):
         found: Tensor = self.dropout(x)
         return found
 
-    def _recency(self, age_s: Tensor, T: int) -> Tensor:
-        """-log(1 + age) [B or 1, T, T], age in days, or in events where no time is known."""
-        if self.shape.time_bias:
-            return -torch.log1p(age_s.clamp(min=0).float() / 86_400.0)
-        where = torch.arange(T, device=age_s.device)
-        return -torch.log1p((where[:, None] - where[None, :]).clamp(min=0).float())[None]
+
+def _attention(shape: Shape) -> Attention:
+    return Attention(
+        shape.dim,
+        shape.heads,
+        kind=shape.attention,
+        history=shape.history,
+        relative=shape.relative,
+        time_bias=shape.time_bias,
+        event_types=shape.event_types,
+    )
+
+
+def _recency(age_BQT: Tensor | None, position_Q: Tensor, T: int) -> Tensor:
+    """-log(1 + age) [B or 1, Q, T], age in days, or in events where no time is known."""
+    if age_BQT is not None:
+        return -torch.log1p(age_BQT.clamp(min=0).float() / 86_400.0)
+    distance = position_Q[..., None] - torch.arange(T, device=position_Q.device)
+    found = -torch.log1p(distance.clamp(min=0).float())
+    return found if found.dim() == 3 else found[None]
 
 
 class RepeatTerm(nn.Module):

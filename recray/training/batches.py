@@ -68,6 +68,14 @@ class TrainingBatches:
                 batch, targets = self._collate(whole[slice(rank, None, world)])
                 yield batch, targets, total
 
+    def item_share(self) -> np.ndarray:
+        """Share of each item in the training events, float32 [n_items + 1]; padding 0."""
+        counts = np.zeros(self.dataset.n_items + 1)
+        for shard in self.dataset.shards():
+            counts += np.bincount(shard.trained_item_index(), minlength=len(counts))
+        found: np.ndarray = (counts / max(counts.sum(), 1.0)).astype(np.float32)
+        return found
+
     def padding(self, epoch: int = 0) -> float:
         """Share of padded positions in an epoch."""
         random = np.random.default_rng([self.seed, epoch])
@@ -127,6 +135,7 @@ class TrainingBatches:
         T = max(int((windows.stop - windows.start).max(initial=1)), 1)
         item, event = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
         time, now = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
+        value = np.zeros((len(windows), T), np.float32)
         user, position, targets, sizes = [], [], [], []
         for rows, part in zip(_rows_by_shard(windows), self._by_shard(windows), strict=True):
             shard, mine = part
@@ -135,6 +144,7 @@ class TrainingBatches:
             where = np.where(real, where, mine.start[:, None])
             item[rows] = np.where(real, shard.item_index[where], 0)
             event[rows] = shard.event_index[where]
+            value[rows] = shard.value[where]
             time[rows] = shard.timestamp_s[where]
             now[rows] = shard.timestamp_s[_next_time(shard, where)]
             row, last, end = self._queries(part)
@@ -146,7 +156,7 @@ class TrainingBatches:
         user_N, position_N = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (user, position))
         sizes_N = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
         prior_PV, day_N = self._prior(now[user_N, position_N])
-        arrays = (item, event, time, now, user_N, position_N, prior_PV, day_N)
+        arrays = (item, event, value, time, now, user_N, position_N, prior_PV, day_N)
         batch = Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
         offsets = np.concatenate([[0], np.cumsum(sizes_N)])
         wanted = np.concatenate(targets) if targets else np.zeros(0, np.int64)

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recray.errors import TrainingError
-from recray.model.losses import Targets, backward_in_blocks
+from recray.model.controls import Controls
+from recray.model.losses import Criterion, Targets
 from recray.model.recommender import Batch, Recommender
 
 SCALAR_FACTOR = 10.0
@@ -46,6 +47,7 @@ class LoopSettings:
     weight_decay: float
     seed: int
     average_decay: float = 0.0
+    temperature_jitter: float = 0.0
     bfloat16: bool = False
 
 
@@ -66,8 +68,8 @@ class Progress:
 class Loop:
     """Trains a model until early stop. `state_dict` and `load_state_dict` carry everything between processes."""
 
-    def __init__(self, model: Recommender, batches: Batches, validate: Validate, settings: LoopSettings) -> None:
-        self.model, self.batches, self.validate, self.settings = model, batches, validate, settings
+    def __init__(self, model: Recommender, batches: Batches, validate: Validate, criterion: Criterion, settings: LoopSettings) -> None:
+        self.model, self.batches, self.validate, self.criterion, self.settings = model, batches, validate, criterion, settings
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = next(model.parameters()).device
         self.progress = Progress()
@@ -109,10 +111,7 @@ class Loop:
         """One step on this rank's part of a global batch of `count` queries; returns the part's summed loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
-            parts = self.model.items.parts()
-            table = self.model.items()
-            hidden = self.model.hidden(batch, table, parts)
-            loss = backward_in_blocks(self.model, hidden, table, batch, targets, 1.0 / count)
+            loss = self.criterion.backward(self.model, batch, targets, 1.0 / count, self._jitter(batch))
         self._all_reduce_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.progress.step += 1
@@ -122,6 +121,12 @@ class Loop:
         self.optimizer.step()
         self._update_average()
         return loss
+
+    def _jitter(self, batch: Batch) -> Controls | None:
+        """Attention temperatures of a training batch, so that other temperatures than 1 are known later."""
+        if not self.settings.temperature_jitter:
+            return None
+        return Controls(self.settings.temperature_jitter * torch.randn(len(batch.item_BT), self.model.shape.heads, device=self.device))
 
     @torch.no_grad()
     def _update_average(self) -> None:

@@ -16,7 +16,8 @@ from recray.dataset.reader import Dataset
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Questions, wanted
 from recray.inference import Filters, Predictor
-from recray.model.recommender import Recommender, Shape
+from recray.model.losses import Criterion
+from recray.model.recommender import PRESETS, Recommender, Shape
 from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
 from recray.training.loop import Loop, LoopSettings, Validate
@@ -35,7 +36,8 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
         heads=model["heads"],
         history=model["history"],
         dropout=model["dropout"],
-        positions=model["positions"],
+        values=model["values"],
+        **{part: default if model[part] is None else model[part] for part, default in PRESETS[model["preset"]].items()},
         time_bias=model["time_bias"] and dataset.has_time,
         repeat=model["repeat"],
         prior=model["prior_days"] > 0 and dataset.has_time,
@@ -95,9 +97,17 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         weight_decay=train["weight_decay"],
         seed=train["seed"],
         average_decay=train["average_decay"],
+        temperature_jitter=train["temperature_jitter"],
         bfloat16=precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()),
     )
-    return Loop(model, batches, _validation(dataset, model, settings), loop_settings)
+    criterion = Criterion(
+        train["loss"],
+        torch.from_numpy(batches.item_share()).to(device),
+        full_items=train["full_softmax_items"],
+        negatives=train["negatives"],
+        calibration=train["gbce_calibration"],
+    )
+    return Loop(model, batches, _validation(dataset, model, settings), criterion, loop_settings)
 
 
 def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) -> Validate:

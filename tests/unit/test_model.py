@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from recray.model.attention import causal_bias
 from recray.model.controls import Controls
-from recray.model.losses import Targets, backward_in_blocks
-from recray.model.recommender import Batch, Recommender, Shape
+from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
+from recray.model.recommender import PRESETS, Batch, Recommender, Shape, value_bucket
 
 V, B, T, E = 31, 3, 9, 3
 DAY = 86_400
@@ -33,13 +33,14 @@ def make_batch(seed=1) -> Batch:
     time = torch.sort(torch.randint(0, 200 * DAY, (B, T), generator=random), 1).values
     now = torch.cat([time[:, 1:], torch.full((B, 1), 210 * DAY)], 1)
     prior = torch.rand(2, V + 1, generator=random)
-    return Batch(item, event, time, now, torch.arange(B), torch.full((B,), T - 1), prior, torch.tensor([0, 1, 1]))
+    value = torch.randint(0, 6, (B, T), generator=random).float()
+    return Batch(item, event, value, time, now, torch.arange(B), torch.full((B,), T - 1), prior, torch.tensor([0, 1, 1]))
 
 
 def run(model, batch, controls=None, masked=True):
     table, parts = model.items(), model.items.parts()
     hidden = model.hidden(batch, table, parts, controls, masked=masked)
-    return model.scores(hidden, table, batch)
+    return model.scores(hidden, model.output(table), batch)
 
 
 def controls(model, **changes) -> Controls:
@@ -70,6 +71,70 @@ def test_each_control_moves_the_scores_of_its_own_request_only(change):
     base, moved = run(model, batch), run(model, batch, controls(model, **{name: alone}))
     assert torch.equal(base[[0, 2]], moved[[0, 2]])
     assert (base[1] - moved[1]).abs()[1:].max() > 1e-4
+
+
+ANY = [pytest.param({**parts, "values": True}, id=name) for name, parts in PRESETS.items()]
+
+
+@pytest.mark.parametrize("parts", ANY)
+def test_every_preset_reads_its_inputs_and_nothing_of_the_future(parts):
+    model, batch = make(**parts), make_batch()
+    base = run(model, batch)
+    assert torch.isfinite(base[:, 1:]).all() and (base[:, 0] == -torch.inf).all()
+    for name, change in (("item_BT", 1), ("event_BT", -1), ("value_BT", 3.0), ("now_BT", 90 * DAY)):
+        moved = batch._replace(
+            **{name: torch.where(getattr(batch, name) + change < 0, 1, (getattr(batch, name) + change)).to(getattr(batch, name).dtype)}
+        )
+        moved = moved._replace(item_BT=(moved.item_BT - 1) % V + 1)
+        assert (run(model, moved) - base)[:, 1:].abs().max() > 1e-4, name
+    early = batch._replace(position_N=torch.full((B,), 4))
+    later = early._replace(item_BT=early.item_BT.clone().index_fill_(1, torch.arange(5, T), 7))
+    assert torch.equal(run(model, early), run(model, later))
+    torch.testing.assert_close(run(model, batch, masked=True), run(model, batch, masked=False), atol=1e-4, rtol=1e-4)
+    assert torch.equal(base, run(model, batch, controls(model)))
+
+
+@pytest.mark.parametrize("parts", ANY)
+def test_a_temperature_moves_only_its_own_request_in_every_preset(parts):
+    model, batch = make(**parts), make_batch()
+    warm = torch.zeros(B, 2)
+    warm[1] = 0.7
+    base, moved = run(model, batch), run(model, batch, controls(model, log_temperature=warm))
+    assert torch.equal(base[[0, 2]], moved[[0, 2]]) and (base[1] - moved[1])[1:].abs().max() > 1e-4
+
+
+def test_cosine_scores_lie_between_bounds_of_the_temperature():
+    model, batch = make(scores="cosine", repeat=False, prior=False), make_batch()
+    model.temperature.data.fill_(1e-9)
+    assert run(model, batch)[:, 1:].abs().max() <= 100 * (1 + 1e-5)
+    model.temperature.data.fill_(0.5)
+    assert run(model, batch)[:, 1:].abs().max() <= 2 * (1 + 1e-5)
+
+
+def test_value_buckets_tell_ratings_apart_and_take_anything():
+    assert len(set(value_bucket(torch.arange(1.0, 6.0)).tolist())) == 5
+    assert value_bucket(torch.tensor([-3.0, 0.0, 1e30])).tolist() == [0, 0, 63]
+
+
+def test_chosen_rows_are_the_rows_of_the_whole_table():
+    model = make()
+    with torch.no_grad():
+        model.items.seen_V[[3, 9]] = False
+    index = torch.tensor([0, 3, 5, 9, 30])
+    torch.testing.assert_close(model.items(index), model.items()[index])
+    assert torch.equal(model.items.parts(index), model.items.parts()[:, index])
+
+
+def test_a_modality_that_is_missing_takes_no_part():
+    model = make()
+    model.items.seen_V[4] = False
+    parts = model.items.parts()
+    with torch.no_grad():
+        model.items.fusion[0] += 5.0  # of the ids
+    alone = model.items.fuse(parts[:, 4], model.items.present()[:, 4])
+    with torch.no_grad():
+        model.items.fusion[0] -= 9.0
+    torch.testing.assert_close(model.items.fuse(parts[:, 4], model.items.present()[:, 4]), alone)
 
 
 def attention_weights(model, batch, chosen):
@@ -132,6 +197,9 @@ def test_modality_weight_zero_is_the_item_without_it():
     off = torch.zeros(B, 3)
     off[:, 1] = -100.0
     table, parts = model.items(), model.items.parts()
+    with torch.no_grad():
+        model.items.fusion.zero_()  # the plain sum
+    table = model.items()
     expected = model.hidden(batch, parts[0] + parts[2], parts, None, masked=True)
     torch.testing.assert_close(model.hidden(batch, table, parts, controls(model, log_modality_weight=off)), expected)
 
@@ -177,9 +245,10 @@ def test_repeats_count_and_recent_ones_count_by_their_age():
     torch.testing.assert_close(mass[:, 3], (gate * math.log(2)).expand(B))
 
 
+@pytest.mark.parametrize("scores", ["dot", "cosine"])
 @pytest.mark.parametrize("sizes", [[1] * 6, [1, 3, 2, 1, 4, 2]])
-def test_cross_entropy_in_blocks_equals_the_whole(sizes):
-    model, batch = make(), make_batch()
+def test_cross_entropy_in_blocks_equals_the_whole(sizes, scores):
+    model, batch = make(scores=scores), make_batch()
     batch = batch._replace(user_N=torch.arange(6) % B, position_N=torch.tensor([8, 7, 6, 5, 4, 3]), day_N=torch.tensor([0, 1, 0, 1, 0, 1]))
     random = np.random.default_rng(0)
     items = [random.choice(np.arange(1, V + 1), size, replace=False) for size in sizes]
@@ -188,7 +257,7 @@ def test_cross_entropy_in_blocks_equals_the_whole(sizes):
     def gradients(block):
         model.zero_grad()
         table, parts = model.items(), model.items.parts()
-        loss = backward_in_blocks(model, model.hidden(batch, table, parts), table, batch, targets, 0.5, block=block)
+        loss = backward_in_blocks(model, model.hidden(batch, table, parts), model.output(table), batch, targets, 0.5, block=block)
         return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     model.zero_grad()
@@ -215,5 +284,83 @@ def test_an_item_twice_in_a_basket_counts_twice():
 
 
 def test_causal_bias_is_zero_on_and_below_the_diagonal():
-    bias = causal_bias(3, torch.zeros(1))[0, 0]
+    bias = causal_bias(torch.arange(3), 3, torch.float32)[0, 0]
     assert (bias == 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def queries(n=6):
+    batch = make_batch()
+    batch = batch._replace(user_N=torch.arange(n) % B, position_N=torch.tensor([8, 7, 6, 5, 4, 3]), day_N=torch.tensor([0, 1, 0, 1, 0, 1]))
+    return batch, Targets(torch.arange(n + 1), torch.tensor([4, 9, 11, 2, 30, 17]))
+
+
+def test_gbce_is_its_formula_and_its_gradient_autograds():
+    scores = torch.randn(3, 8).index_fill_(1, torch.tensor([0, 5]), -math.inf)
+    item, row, share = torch.tensor([1, 6, 2, 3]), torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0.5, 0.5, 1.0])
+    beta = gbce_beta(negatives=3, items=8, calibration=0.75)
+    assert beta == pytest.approx((3 / 7) * (0.75 * (1 - 7 / 3) + 7 / 3))
+    assert gbce_beta(5, 8, 0.0) == pytest.approx(1.0)
+    variable = scores.clone().requires_grad_()
+    others = torch.isfinite(scores).index_put((row, item), torch.tensor(False))
+    direct = -(beta * share * F.logsigmoid(variable[row, item])).sum() - F.logsigmoid(-variable[others]).sum()
+    direct.backward()
+    gradient = scores.clone()
+    found, gradient = gbce(beta)(gradient, item, row, share)
+    torch.testing.assert_close(found, direct.detach())
+    torch.testing.assert_close(gradient, variable.grad.nan_to_num(0.0))
+
+
+def test_the_sampled_sum_over_items_is_unbiased():
+    """Averaged over draws, corrected candidates stand for all items."""
+    batch, targets = queries()
+    share = torch.zeros(V + 1)
+    share[1:] = torch.softmax(torch.randn(V), 0)
+    scores = torch.randn(V + 1).exp()
+    torch.manual_seed(0)
+    sums = []
+    for _ in range(4000):
+        popular = Targets(targets.offsets, torch.multinomial(share, 6, replacement=True))
+        candidates = draw_mixed(batch, popular, share, negatives=4)
+        sums.append((scores[candidates.item_U] * candidates.correction_U.exp()).sum())
+    found = torch.stack(sums)
+    assert abs(found.mean() - scores[1:].sum()) < 4 * found.std() / math.sqrt(len(sums))
+    uncorrected = scores[1:].sum() * 10 / V
+    assert abs(found.mean() - uncorrected) > 20 * found.std() / math.sqrt(len(sums))
+
+
+@pytest.mark.parametrize("loss", ["sampled", "gbce"])
+def test_with_every_item_drawn_a_sampled_loss_is_the_whole_one(loss):
+    batch, targets = queries()
+    share = torch.full((V + 1,), 1 / V)
+    model = make()
+
+    def gradients(criterion):
+        model.zero_grad()
+        torch.manual_seed(0)
+        found = criterion.backward(model, batch, targets, 1.0)
+        return found, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    sampled, mine = gradients(Criterion(loss, share, negatives=100 * V, calibration=0.75))
+    if loss == "sampled":
+        whole, plain = gradients(Criterion("softmax", share))
+    else:
+        model.zero_grad()
+        table = model.items()
+        judge = gbce(gbce_beta(V, V, 0.75))
+        whole = backward_in_blocks(model, model.hidden(batch, table, None), model.output(table), batch, targets, 1.0, judge=judge)
+        plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(sampled, whole, rtol=1e-4, atol=1e-4)
+    for name in plain:
+        torch.testing.assert_close(mine[name], plain[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_loss_is_chosen_by_the_size_of_the_catalogue():
+    assert Criterion("auto", torch.zeros(100), full_items=99).loss == "softmax"
+    assert Criterion("auto", torch.zeros(101), full_items=99).loss == "sampled"
+    assert Criterion("gbce", torch.zeros(100), full_items=99).loss == "gbce"
+
+
+def test_softmax_of_an_impossible_target_is_exact():
+    scores = torch.tensor([[-math.inf, 0.0, 300.0]])
+    found, gradient = softmax(scores, torch.tensor([1]), torch.tensor([0]), torch.tensor([1.0]))
+    assert found.item() == 300.0 and torch.equal(gradient, torch.tensor([[0.0, -1.0, 1.0]]))
