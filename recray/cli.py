@@ -86,8 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--root", help="where to write (default: .demo/<time> here)")
     demo.add_argument("--keep-serving", action="store_true", help="leave the endpoint up until interrupted")
     _common(demo)
-    benchmark = commands.add_parser("benchmark", help="measure recray itself")
-    benchmark.add_argument("what", choices=["prepare", "submit"], help="prepare: peak memory; submit: a submitted night beside a local one")
+    text = "measure recray on this machine, beside a peer where one is named"
+    benchmark = commands.add_parser("benchmark", help=text, description=text)
+    benchmark.add_argument(
+        "what",
+        choices=["prepare", "submit", "train", "score"],
+        help="prepare: peak memory; submit: a submitted night beside a local one; train: seconds an epoch; score: users a second",
+    )
+    benchmark.add_argument("--data", help="train, score: folder of a data set, or its name under $RECRAY_DATA")
+    benchmark.add_argument("--against", choices=["rectools"], help="train, score: the peer to run on the same data in the same run")
     benchmark.add_argument("--out", default="infra/benchmarks", help="folder of the result file (default: infra/benchmarks)")
     _common(benchmark)
     return parser
@@ -172,7 +179,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "demo":
             return demo.run_demo(arguments.root, arguments.overrides, reporter, tell if arguments.keep_serving else None)
         if arguments.job == "benchmark":
-            return benchmark.run(arguments.what, Path(arguments.out), reporter.say)
+            return benchmark.run(arguments.what, Path(arguments.out), reporter.say, data=arguments.data, against=arguments.against)
         if arguments.job == "submit":
             return _submitted(arguments, reporter)
         settings = load_settings(arguments.config, arguments.overrides)

@@ -167,7 +167,7 @@ class GatesSettings(Section):
 class ScoreSettings(Section):
     k: int = Field(50, ge=1, le=10_000, description="items stored for each user")
     new_only: bool = Field(False, description="leave out what the user already met")
-    batch_users: int = Field(256, ge=1, description="users scored in one forward pass")
+    batch_users: int = Field(1024, ge=1, description="users read and scored at once")
     actors: int = _place(2, "scoring actors", ge=1)
     cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)
     max_failures: int = _place(3, "restarts of a lost actor, and repeats of what it was at", ge=0)

@@ -136,7 +136,7 @@ def _processes(home: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def head(tmp_path_factory):
     """A real cluster for the nights of the chaos tests; its drivers give up a lost head after 10 s instead of 60."""
-    from recray.benchmark import Head
+    from recray.benchmark.submit import Head
 
     with Head(tmp_path_factory.mktemp("home")) as head:
         head.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"

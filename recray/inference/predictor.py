@@ -6,8 +6,9 @@ policy agree by construction: equal bits for the same batch, 1e-5 across batch s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from recray.bundle import Bundle
 from recray.dataset.popularity import DAY_S, Popularity
 from recray.dataset.reader import Dataset, History
 from recray.errors import RequestError
-from recray.inference.topk import top_k
+from recray.inference.topk import merge, top_k
 from recray.model.controls import Controls
 from recray.model.recommender import Batch, Recommender
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 POPULAR_DAYS = 7
 CACHED_DAYS = 64
+POSITIONS = 1 << 14  # history positions of one forward pass, padding included
+ROWS = 512  # histories of one, at most
+ITEM_BLOCK = 1 << 16  # items scored at once
+
+_Score = Callable[[int], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ class Predictor:
         events = np.array([self.event_types.index(e) if e in self.event_types else 0 for e in dataset.event_types], np.int64)
         return Translation(to_bundle, to_dataset, events)
 
+    @torch.no_grad()
     def recommend(
         self,
         histories: Sequence[History],
@@ -159,40 +166,62 @@ class Predictor:
         """
         if k < 1:
             raise RequestError(f"k is {k}", "ask for at least one item")
-        scores_BV, source = self._scores(histories, now, controls)
-        each = [filters] * len(histories) if isinstance(filters, Filters) else filters
-        for row, (history, wanted) in enumerate(zip(histories, each, strict=True)):
-            self._filter(scores_BV[row], history, wanted)
-        item_index, scores = top_k(scores_BV, k)
-        return Recommendations(item_index.cpu().numpy(), scores.cpu().numpy(), source)
+        k = min(k, self.n_items + 1)
+        each = [filters] * len(histories) if isinstance(filters, Filters) else list(filters)
+        item_index, scores = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
+        known = [self._known(history) for history in histories]
+        for rows, score in self._chunks(known, now, controls):
+            barred = _Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
+            best: tuple[Tensor, Tensor] | None = None
+            for first in range(0, self.n_items + 1, ITEM_BLOCK):
+                found = barred.apply(score(first), first)
+                index, values = top_k(found, k)
+                best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), k)
+            assert best is not None
+            item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
+        return Recommendations(item_index, scores, ["model" if len(history.item_index) else "popular" for history in known])
 
+    @torch.no_grad()
     def score(
         self, histories: Sequence[History], candidates: Sequence[np.ndarray], *, now: int | Sequence[int], controls: Controls | None = None
     ) -> list[np.ndarray]:
         """Scores float32 of given item indices, one array a history."""
-        scores_BV, _ = self._scores(histories, now, controls)
-        return [scores_BV[row, torch.as_tensor(items)].cpu().numpy() for row, items in enumerate(candidates)]
+        found = [np.zeros(len(items), np.float32) for items in candidates]
+        for rows, score in self._chunks([self._known(history) for history in histories], now, controls):
+            for first in range(0, self.n_items + 1, ITEM_BLOCK):
+                scores = score(first).cpu().numpy()
+                for place, row in enumerate(rows):
+                    inside = np.asarray(candidates[row]) - first
+                    chosen = (inside >= 0) & (inside < scores.shape[1])
+                    found[row][chosen] = scores[place, inside[chosen]]
+        return found
 
-    @torch.no_grad()
-    def _scores(self, histories: Sequence[History], now: int | Sequence[int], controls: Controls | None) -> tuple[Tensor, list[str]]:
-        """Scores [B, V] and their source."""
-        moments = [int(now)] * len(histories) if isinstance(now, (int, np.integer)) else [int(moment) for moment in now]
-        known = [self._known(history) for history in histories]
-        rows = [row for row, history in enumerate(known) if len(history.item_index)]
-        scores_BV = torch.empty(len(histories), self.n_items + 1, device=self.device)
-        for row, history in enumerate(known):
-            if not len(history.item_index):
-                scores_BV[row] = self._popular(moments[row])
-        if rows:
+    def _chunks(self, known: list[History], now: int | Sequence[int], controls: Controls | None) -> Iterator[tuple[np.ndarray, _Score]]:
+        """Rows of similar length, and their scores [rows, ITEM_BLOCK] of the items from `first` on."""
+        moments = np.broadcast_to(np.asarray(now, np.int64), len(known))
+        length = np.array([len(history.item_index) for history in known], np.int64)
+        order = np.argsort(-length, kind="stable")
+        order, unknown = order[length[order] > 0], order[length[order] == 0]
+        for start in range(0, len(unknown), ROWS):
+            rows = unknown[start : start + ROWS]
+            yield rows, partial(self._popular_scores, moments[rows])
+        start = 0
+        while start < len(order):
+            rows = order[start : start + max(min(POSITIONS // int(length[order[start]]), ROWS), 1)]
+            start += len(rows)
+            batch = self._batch([known[row] for row in rows], moments[rows]).to(self.device)
+            chosen = None if controls is None else Controls(*(None if t is None else t[rows].to(self.device) for t in controls))
             was_training = self.model.training
             self.model.eval()
-            batch = self._batch([known[row] for row in rows], [moments[row] for row in rows]).to(self.device)
-            chosen = None if controls is None else Controls(*(None if t is None else t[rows].to(self.device) for t in controls))
             hidden = self.model.hidden(batch, self._table_VD, self._parts_MVD, chosen, masked=True)
-            scores_BV[rows] = self.model.scores(hidden, self._output_VD, batch)
             self.model.train(was_training)
-        source = ["model" if len(history.item_index) else "popular" for history in known]
-        return scores_BV, source
+            yield rows, partial(self._model_scores, hidden, batch)
+
+    def _model_scores(self, hidden: Tensor, batch: Batch, first: int) -> Tensor:
+        return self.model.scores(hidden, self._output_VD[first : first + ITEM_BLOCK], batch, first=first)
+
+    def _popular_scores(self, moments: np.ndarray, first: int) -> Tensor:
+        return torch.stack([self._popular(int(moment))[first : first + ITEM_BLOCK] for moment in moments])
 
     def _known(self, history: History) -> History:
         """The last events of items that the bundle knows."""
@@ -204,7 +233,7 @@ class Predictor:
             history = History(*(np.asarray(a)[keep] for a in history))
         return history.last(self.model.shape.history)
 
-    def _batch(self, histories: list[History], now: list[int]) -> Batch:
+    def _batch(self, histories: list[History], moment: np.ndarray) -> Batch:
         length = np.array([len(history.item_index) for history in histories])
         B, T = len(histories), int(length.max())
         item, event, time = np.zeros((3, B, T), np.int64)
@@ -214,7 +243,6 @@ class Predictor:
             event[row, : length[row]] = history.event_index
             time[row, : length[row]] = history.timestamp_s
             value[row, : length[row]] = history.value
-        moment = np.array(now, np.int64)
         # inside the history a position is asked when the next basket came, the last one (and its basket) at `now`
         asked = _next_times(time, length, moment) if self.has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
         days, day = np.unique(moment // DAY_S, return_inverse=True)
@@ -240,15 +268,32 @@ class Predictor:
             self._populars[day] = torch.from_numpy(counts).to(self.device)
         return self._populars[day]
 
-    def _filter(self, scores_V: Tensor, history: History, filters: Filters) -> None:
-        if filters.new_only:
-            scores_V[torch.as_tensor(np.asarray(history.item_index, np.int64))] = -torch.inf
-        if filters.allow is not None:
-            keep = torch.zeros(len(scores_V), dtype=torch.bool, device=scores_V.device)
-            keep[torch.as_tensor(filters.allow)] = True
-            scores_V[~keep] = -torch.inf
-        if filters.deny is not None:
-            scores_V[torch.as_tensor(filters.deny)] = -torch.inf
+
+class _Barred:
+    """What may not be answered to some histories, as places of the score matrix: row and item."""
+
+    def __init__(self, wanted: list[tuple[np.ndarray, Filters]], device: torch.device) -> None:
+        barred = [
+            (row, items)
+            for row, (history, filters) in enumerate(wanted)
+            for items in (history if filters.new_only else None, filters.deny)
+            if items is not None and len(items)
+        ]
+        rows = np.repeat([row for row, _ in barred], [len(items) for _, items in barred]).astype(np.int64)
+        self._rows = torch.from_numpy(rows).to(device)
+        items = np.concatenate([items for _, items in barred]) if barred else np.zeros(0)
+        self._items = torch.from_numpy(items.astype(np.int64)).to(device)
+        self._allowed = {row: torch.from_numpy(f.allow.astype(np.int64)).to(device) for row, (_, f) in enumerate(wanted) if f.allow is not None}
+
+    def apply(self, scores: Tensor, first: int) -> Tensor:
+        """Scores [rows, n] of the items from `first` on, -inf where an item is barred."""
+        inside = (self._items >= first) & (self._items < first + scores.shape[1])
+        scores[self._rows[inside], self._items[inside] - first] = -torch.inf
+        for row, items in self._allowed.items():
+            keep = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+            keep[items[(items >= first) & (items < first + scores.shape[1])] - first] = True
+            scores[row, ~keep] = -torch.inf
+        return scores
 
 
 def _next_times(time_BT: np.ndarray, length: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -156,21 +156,22 @@ class Recommender(nn.Module):
         """The vectors [V, D] that `scores` compares with: those of the items, of length one for cosine scores."""
         return table_VD if self.temperature is None else F.normalize(table_VD, dim=-1)
 
-    def scores(self, hidden_ND: Tensor, output_VD: Tensor, batch: Batch, queries: slice = slice(None)) -> Tensor:
-        """Scores of all items for some of the batch's queries [N, V]; padding gets -inf."""
-        padding_V = torch.zeros(len(output_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
-        padding_V[0] = -math.inf
-        scores = torch.addmm(padding_V, hidden_ND, output_VD.mT)
-        extra = self.extra(hidden_ND, batch, queries, len(output_VD))
+    def scores(self, hidden_ND: Tensor, output_VD: Tensor, batch: Batch, queries: slice = slice(None), first: int = 0) -> Tensor:
+        """Scores of the items first, first + 1, … for some of the batch's queries [N, V]; padding (item 0) gets -inf."""
+        scores = hidden_ND @ output_VD.mT
+        if first == 0:
+            scores = scores.index_fill(1, torch.zeros(1, dtype=torch.int64, device=scores.device), -math.inf)
+        extra = self.extra(hidden_ND, batch, queries, len(output_VD), first)
         return scores if extra is None else scores + extra
 
-    def extra(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int) -> Tensor | None:
-        """What repetition and recent popularity add to the scores [N, V], None for a model with neither."""
+    def extra(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, first: int = 0) -> Tensor | None:
+        """What repetition and recent popularity add to the scores of items first : first + n_items [N, n_items]; None for a
+        model with neither."""
         found: Tensor | None = None
         if self.repeat is not None:
-            found = self.repeat(hidden_ND, batch, queries, n_items)
+            found = self.repeat(hidden_ND, batch, queries, n_items, first)
         if self.prior_scale is not None:
-            prior = self.prior_scale * batch.prior_PV[batch.day_N[queries]]
+            prior = self.prior_scale * batch.prior_PV[:, first : first + n_items][batch.day_N[queries]]
             found = prior if found is None else found + prior
         return found
 
@@ -228,8 +229,8 @@ class RepeatTerm(nn.Module):
             nn.init.zeros_(parameter)
         nn.init.ones_(self.gate.bias)
 
-    def forward(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int) -> Tensor:
-        """Dense scores [N, V]."""
+    def forward(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, first: int = 0) -> Tensor:
+        """Scores of the items first : first + n_items [N, n_items]."""
         user_N, position_N = batch.user_N[queries], batch.position_N[queries]
         item_NT = batch.item_BT[user_N]
         where_T = torch.arange(item_NT.shape[1], device=item_NT.device)
@@ -240,5 +241,6 @@ class RepeatTerm(nn.Module):
         weight_NT = torch.exp(self.age(age_NT) + self.event(batch.event_BT[user_N])).squeeze(-1)
         weight_NT = weight_NT * (where_T <= position_N[:, None])
         mass_NV = torch.zeros(len(item_NT), n_items, dtype=hidden_ND.dtype, device=hidden_ND.device)
-        mass_NV = mass_NV.scatter_add(1, item_NT, weight_NT.to(hidden_ND.dtype))
+        inside = (item_NT >= first) & (item_NT < first + n_items)
+        mass_NV = mass_NV.scatter_add(1, (item_NT - first).clamp(0, n_items - 1), (weight_NT * inside).to(hidden_ND.dtype))
         return F.softplus(self.gate(hidden_ND)) * torch.log1p(mass_NV)

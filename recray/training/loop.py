@@ -35,6 +35,9 @@ class Batches(Protocol):
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
         """This rank's part of each global batch of an epoch, and the number of queries in the whole batch."""
 
+    def padding(self, epoch: int = 0) -> float:
+        """Share of padded positions in an epoch."""
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -84,7 +87,7 @@ class Loop:
         progress, settings = self.progress, self.settings
         while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
             started = time.monotonic()
-            loss = self._epoch(progress.epoch)
+            loss = self.train_epoch(progress.epoch)
             ndcg = self._validated()
             progress.epoch += 1
             if ndcg > progress.best_ndcg:
@@ -93,7 +96,8 @@ class Loop:
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
 
-    def _epoch(self, epoch: int) -> float:
+    def train_epoch(self, epoch: int) -> float:
+        """One pass over the training histories; the mean loss of a query. Raises TrainingError if it is not finite."""
         seed = np.random.SeedSequence([self.settings.seed, epoch, self.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         self.model.train()

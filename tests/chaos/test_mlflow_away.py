@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from harness import STAGES, Night, assert_tracked
 
-from recray.benchmark import Head, free_port
+from recray.benchmark.submit import Head, free_port
 
 FIRST = dt.date(2024, 4, 20)
 IN_CI = ("train", "promote")

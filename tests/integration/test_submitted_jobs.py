@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import world_overrides
 
-from recray.benchmark import Head, free_port
+from recray.benchmark.submit import Head, free_port
 from recray.demo import post
 
 REPOSITORY = Path(__file__).resolve().parents[2]

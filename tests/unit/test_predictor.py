@@ -97,6 +97,22 @@ def test_questions_that_make_no_sense_are_refused(predictor):
         predictor.recommend([history(3)._replace(item_index=np.array([1, 2, 99]))], 5, now=NOW)
 
 
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_the_answer_does_not_depend_on_how_many_items_or_histories_are_scored_at_once(predictor, monkeypatch, block):
+    histories = [history(n) for n in (0, 1, 3, 7, 12, 30)]
+    filters = [Filters(new_only=n % 2 == 0, deny=np.array([3, 9 + n]), allow=np.arange(1, 30) if n > 3 else None) for n in range(6)]
+    whole = predictor.recommend(histories, 25, now=NOW, filters=filters)
+    candidates = [np.array([1, 40, 7])] * 6
+    scores = predictor.score(histories, candidates, now=NOW)
+    monkeypatch.setattr("recray.inference.predictor.ITEM_BLOCK", block)
+    monkeypatch.setattr("recray.inference.predictor.POSITIONS", 13)
+    parts = predictor.recommend(histories, 25, now=NOW, filters=filters)
+    np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-5)
+    assert (parts.item_index == whole.item_index).mean() > 0.99 and parts.source == whole.source
+    assert (parts.item_index[parts.scores == -np.inf] == 0).all() and (whole.item_index > 0).sum() == (parts.item_index > 0).sum()
+    np.testing.assert_allclose(np.stack(predictor.score(histories, candidates, now=NOW)), np.stack(scores), atol=1e-5)
+
+
 def test_ids_and_indices(predictor):
     assert predictor.index_of(["i00", "nothing", "i39"]).tolist() == [1, 0, 40]
     assert predictor.ids_of(np.array([1, 40])) == ["i00", "i39"]

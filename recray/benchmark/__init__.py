@@ -1,0 +1,61 @@
+"""`recray benchmark`: what recray costs and how well it ranks, measured on this machine, kept as one JSON file a run."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from recray.errors import SettingsError
+from recray.stages import JobResult, Say
+
+ALONE = ("prepare", "submit")
+
+
+def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None) -> JobResult:
+    """Run one benchmark and keep its figures as a JSON file in `out`.
+
+    data : folder of a data set, or its name under $RECRAY_DATA; for train and score
+    against : the peer that runs on the same data in the same run; None: recray alone
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
+        config, metrics = _measure(what, Path(folder), say, data, against)
+    result = JobResult(f"benchmark {what}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2))
+    out.mkdir(parents=True, exist_ok=True)
+    named = f"{what}-{Path(data).name}" if data else what
+    path = out / f"{named}-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}.json"
+    content = {"benchmark": what, "metrics": metrics, "config": config, **machine()}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    result.outputs["result"] = str(path)
+    return result
+
+
+def _measure(what: str, folder: Path, say: Say, data: str | None, against: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    if what in ALONE:
+        if data or against:
+            raise SettingsError(f"benchmark {what} takes neither --data nor --against", "leave them out")
+        from recray.benchmark import prepare, submit
+
+        return {}, {"prepare": prepare.measure_prepare, "submit": submit.measure_submit}[what](folder, say)
+    if data is None:
+        raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
+    from recray.benchmark import score, train
+
+    return {"train": train.measure_train, "score": score.measure_score}[what](folder, data, against, say)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    packages = ("recray", "ray", "torch", "pyarrow", "numpy")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "machine": {"cpus": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()},
+        "versions": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,57 @@
+"""What a benchmark runs on: a data set prepared as its config says, and the same events as a file for the peers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recray.config import Settings, load_settings
+from recray.dataset.reader import Dataset
+from recray.errors import DataError, SettingsError
+from recray.prepare.prepare import prepare, prepare_key
+
+
+def prepared(data: str, root: Path, overrides: list[str]) -> tuple[Settings, Dataset]:
+    """Settings of `jobs/configs/<name>.yaml` with overrides, and the dataset that they make, in this process.
+
+    data : folder of the data set, or its name under $RECRAY_DATA. Raises SettingsError, DataError.
+    """
+    folder = Path(data) if Path(data).is_dir() else Path(os.environ.get("RECRAY_DATA", "")) / data
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there", "name the folder of the data set, or set RECRAY_DATA to where it lies")
+    configs = Path(str(resources.files("jobs") / "configs"))
+    config = configs / f"{folder.resolve().name}.yaml"
+    if not config.is_file():
+        known = ", ".join(sorted(path.stem for path in configs.glob("*.yaml")))
+        raise SettingsError(f"no config is named after {folder.resolve().name}", f"benchmarks know {known}")
+    os.environ["RECRAY_DATA"] = str(folder.resolve().parent)
+    settings = load_settings(config, [f"storage.root={root}", *overrides])
+    return settings, prepare(settings, prepare_key(settings, None), None, _one_by_one)
+
+
+def _one_by_one(task: Callable[[int], None], count: int) -> None:
+    for number in range(count):
+        task(number)
+
+
+def write_for_peers(dataset: Dataset, path: Path) -> None:
+    """All events as Parquet: user (a number), item (index), order in the user's history, and part: 0 train, 1 validation, 2 test."""
+    users, items, orders, parts = [], [], [], []
+    first = 0
+    for shard in dataset.shards():
+        count = np.diff(shard.offsets)
+        owner = np.repeat(np.arange(len(shard)), count)
+        place = np.arange(len(owner)) - shard.offsets[owner]
+        users.append(first + owner)
+        items.append(shard.item_index)
+        orders.append(place)
+        parts.append((place >= shard.split[owner, 0]).astype(np.int8) + (place >= shard.split[owner, 2]))
+        first += len(shard)
+    columns = {"user": users, "item": items, "order": orders, "part": parts}
+    pq.write_table(pa.table({name: np.concatenate(values) for name, values in columns.items()}), path)

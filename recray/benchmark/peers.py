@@ -1,0 +1,51 @@
+"""The peers' own environment, made on first use, and how they are asked: a script in it, one JSON line back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from recray.errors import ClusterError
+from recray.stages import Say
+
+PINS = {"rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "implicit==0.7.3")}
+
+
+def ask(peer: str, question: dict[str, Any], folder: Path, say: Say) -> dict[str, Any]:
+    """Run `<peer>_peer.py` in the peer's environment with a question; its answer.
+
+    Raises ClusterError if the environment cannot be made or the peer fails.
+    """
+    python = environment(peer, say)
+    asked = folder / "question.json"
+    asked.write_text(json.dumps(question))
+    script = str(resources.files("recray.benchmark") / f"{peer}_peer.py")
+    done = subprocess.run([str(python), script, str(asked)], capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise ClusterError(f"{peer} failed: {done.stderr.strip()[-600:]}", f"run it by hand: {python} {script}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def environment(peer: str, say: Say) -> Path:
+    """The Python of the peer's environment, under the user's cache; $RECRAY_TORCH_INDEX names an index with a CPU build of torch."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recray" / "peers"
+    home = cache / "-".join((peer, *PINS[peer])).translate(str.maketrans("[]=", "---"))
+    python, complete = home / "bin" / "python", home / ".complete"
+    if complete.exists():
+        return python
+    say(f"making the environment of {peer} (some minutes, once)")
+    index = ["--index-url", os.environ["RECRAY_TORCH_INDEX"]] if os.environ.get("RECRAY_TORCH_INDEX") else []
+    torch, *rest = PINS[peer]
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    for command in ([sys.executable, "-m", "venv", str(home)], [*pip, *index, torch], [*pip, *rest]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ClusterError(f"the environment of {peer} could not be made: {done.stderr.strip()[-600:]}", "check the network and pip's index")
+    complete.touch()
+    return python

@@ -1,0 +1,126 @@
+"""Peak memory of prepare."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from recray import cluster
+from recray.config import load_settings
+from recray.dataset.worlds import World
+from recray.prepare.prepare import prepare, prepare_key
+from recray.stages import Say
+
+MILLIONS = (1, 10)
+BASE_BYTES = 1_000_000_000  # the bound is this and 100 bytes an event
+
+
+class MemoryPeak:
+    """Samples, while it is entered, the memory of this process and Ray's workers below it, and the object store in use.
+
+    Memory is PSS without shared memory (which holds the object store's pages, counted once by the store itself). Ray's
+    daemons are left out.
+    """
+
+    def __init__(self, period_s: float = 0.2) -> None:
+        self.period_s = period_s
+        self.peak = 0
+        self.peak_workers = 0
+        self.peak_store = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> MemoryPeak:
+        self._empty = _shared_memory()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(self.period_s):
+            workers = sum(_private_pss(pid) for pid in [os.getpid(), *_ray_workers()])
+            store = max(_shared_memory() - self._empty, 0)
+            self.peak = max(self.peak, workers + store)
+            self.peak_workers, self.peak_store = max(self.peak_workers, workers), max(self.peak_store, store)
+
+
+def measure_prepare(folder: Path, say: Say) -> dict[str, float]:
+    """Peak memory of prepare at 1 and 10 million synthetic events, against 1 GB + 100 B an event.
+
+    Needs a machine on which nothing else uses /dev/shm meanwhile.
+    """
+    metrics: dict[str, float] = {}
+    for millions in MILLIONS:
+        say(f"writing a world of {millions} million events")
+        world = World(users=50_000 * millions, items=20_000, events_per_user=20.0)
+        world.write(folder / f"world-{millions}")
+        metrics.update(_measure(folder, millions, say))
+    return metrics
+
+
+def _measure(folder: Path, millions: int, say: Say) -> dict[str, float]:
+    import ray
+
+    world = folder / f"world-{millions}"
+    settings = load_settings(None, [f"data.events=[{world / 'events'}]", f"data.items={world / 'items.parquet'}", f"storage.root={folder / 'root'}"])
+    with MemoryPeak() as memory:
+        begun = time.monotonic()
+        cluster.start()
+        dataset = prepare(settings, prepare_key(settings, None), None)
+        seconds = time.monotonic() - begun
+        ray.shutdown()
+    bound = BASE_BYTES + 100 * dataset.n_events
+    say(
+        f"{dataset.n_events} events: peak {memory.peak / 1e6:.0f} MB (workers {memory.peak_workers / 1e6:.0f}, object store "
+        f"{memory.peak_store / 1e6:.0f}), bound {bound / 1e6:.0f} MB, {seconds:.0f} s with Ray's start"
+    )
+    prefix = f"{millions}m_"
+    return {
+        f"{prefix}events": dataset.n_events,
+        f"{prefix}peak_bytes": memory.peak,
+        f"{prefix}bound_bytes": bound,
+        f"{prefix}peak_ratio": round(memory.peak / bound, 4),
+        f"{prefix}seconds": round(seconds, 1),
+    }
+
+
+def _ray_workers() -> list[int]:
+    """Processes of Ray's workers below this process: Ray titles them `ray::…`."""
+    parents, titles = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                titles[int(entry.name)] = (entry / "cmdline").read_bytes()
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+
+    def below(pid: int) -> bool:
+        while pid > 1:
+            pid = parents.get(pid, 0)
+            if pid == os.getpid():
+                return True
+        return False
+
+    return [pid for pid, title in titles.items() if title.startswith(b"ray::") and not title.startswith(_DAEMONS) and below(pid)]
+
+
+_DAEMONS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
+
+
+def _private_pss(pid: int) -> int:
+    try:
+        fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    except (OSError, ValueError):
+        return 0
+    return (int(fields["Pss"].split()[0]) - int(fields["Pss_Shmem"].split()[0])) * 1024
+
+
+def _shared_memory() -> int:
+    status = os.statvfs("/dev/shm")
+    return (status.f_blocks - status.f_bfree) * status.f_frsize

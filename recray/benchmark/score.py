@@ -1,0 +1,76 @@
+"""Users scored per second, top 10 of everything that is new to them, beside a peer's `recommend`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recray.benchmark import peers
+from recray.benchmark.data import prepared, write_for_peers
+from recray.benchmark.train import SAME, peer_question
+from recray.bundle import write_bundle
+from recray.scoring.score import ScoreBucket
+from recray.stages import Say
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop, shape_of
+
+ROUNDS, PEER_ROUNDS = 5, 2
+K = 10
+
+
+def measure_score(folder: Path, data: str, against: str | None, say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Half of our rounds over all users, the peer's, the other half of ours: medians of each, and their ratio.
+
+    Ours is what an actor of the nightly job does, from mapped histories to written parts, in one process with all threads.
+    What the weights are does not matter, so they are those of the start.
+    """
+    settings, dataset = prepared(data, folder / "root", SAME)
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    chosen = bundle_settings(settings)
+    shape = shape_of(chosen["model"], dataset)
+    state = build_loop(str(dataset.path), chosen, torch.device("cpu")).best
+    rest = {"features": chosen["data"]["features"], "prior_days": chosen["model"]["prior_days"], "settings": chosen, "metrics": {}}
+    bundle = write_bundle(folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **rest)
+    parts = folder / "parts"
+    parts.mkdir()
+    actor = ScoreBucket(
+        bundle=str(bundle.path),
+        dataset=str(dataset.path),
+        folder=str(parts),
+        k=K,
+        new_only=True,
+        batch_users=settings.score.batch_users,
+        threads=threads,
+    )
+    seconds: list[float] = []
+
+    def rounds() -> None:
+        for _ in range(ROUNDS):
+            begun = time.monotonic()
+            for bucket in range(dataset.n_shards):
+                actor({"item": bucket})
+            seconds.append(time.monotonic() - begun)
+            say(f"recray: {dataset.n_users / seconds[-1]:.0f} users/s")
+
+    rounds()
+    metrics: dict[str, Any] = {"users": dataset.n_users}
+    if against:
+        write_for_peers(dataset, folder / "events.parquet")
+        question = peer_question(chosen, folder, threads) | {"epochs": 1, "batches": 1, "recommend": PEER_ROUNDS}
+        answer = peers.ask(against, question, folder, say)
+        theirs = [answer["users"] / s for s in answer["recommend_s"]]
+        say(f"{against}: {', '.join(f'{rate:.0f}' for rate in theirs)} users/s")
+        rounds()
+        metrics |= {"peer": against, "peer_users_per_s": round(statistics.median(theirs), 1)}
+    rate = statistics.median(dataset.n_users / s for s in seconds)
+    metrics["users_per_s"] = round(rate, 1)
+    if against:
+        metrics["users_per_s_ratio"] = round(rate / statistics.median(theirs), 2)
+        say(f"{metrics['users_per_s_ratio']} times the peer's users a second")
+    return chosen, metrics

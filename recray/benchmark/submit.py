@@ -1,0 +1,101 @@
+"""A submitted night beside a local one, and the cluster of one node that it is submitted to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from recray import cluster
+from recray.errors import ClusterError
+from recray.stages import Say
+
+SUBMITTED_EPOCHS = 3  # of both nights: enough to be a night, few enough to be quick
+
+
+def measure_submit(folder: Path, say: Say) -> dict[str, float]:
+    """Seconds of the same night on the data that ships: by `recray nightly` on a local Ray, and by `recray submit nightly`
+    on a cluster that runs already. Run in a checkout of recray."""
+    overrides = ["--config", "jobs/configs/demo.yaml", f"train.epochs={SUBMITTED_EPOCHS}"]
+    recray = [sys.executable, "-m", "recray.cli"]
+    metrics: dict[str, float] = {}
+    with Head(folder / "home") as head:
+        for name, command, environment in (("local", "nightly", dict(os.environ)), ("submitted", "submit nightly", head.environment)):
+            say(f"the night, {name}")
+            begun = time.monotonic()
+            words = [*recray, *command.split(), *overrides, f"storage.root={folder / name}"]
+            done = subprocess.run(words, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise ClusterError(f"the {name} night ended {done.returncode}: {done.stderr[-600:]}", "run it by hand to see why")
+            metrics[f"{name}_s"] = round(time.monotonic() - begun, 1)
+    metrics["overhead_s"] = round(metrics["submitted_s"] - metrics["local_s"], 1)
+    say(f"local {metrics['local_s']} s, submitted {metrics['submitted_s']} s: {metrics['overhead_s']:+} s")
+    return metrics
+
+
+class Head:
+    """A Ray cluster of one node on this machine, with token authentication, up while it is entered.
+
+    Parameters
+    ----------
+    home : its HOME, where its token lies
+    cpus : logical CPUs of the node
+
+    `environment` is what a process needs to reach it.
+    """
+
+    def __init__(self, home: Path, cpus: int = 2) -> None:
+        self.home, self.cpus = home, cpus
+        self.port, self.dashboard = free_port(), free_port()
+        base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        self._own = {**base, **quiet, "HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        reach = {"RAY_ADDRESS": f"127.0.0.1:{self.port}", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}"}
+        self.environment = {**self._own, **reach}
+
+    def __enter__(self) -> Head:
+        token = self.home / ".ray" / "auth_token"
+        token.parent.mkdir(parents=True, exist_ok=True)
+        if not token.exists():
+            token.write_text(secrets.token_hex(32))
+            token.chmod(0o600)
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Bring it up. Raises ClusterError."""
+        words = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--num-cpus={self.cpus}", "--node-ip-address=127.0.0.1"]
+        words += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]  # other clusters may be here
+        words += ["--object-store-memory", str(cluster.LOCAL_OBJECT_STORE_BYTES), "--disable-usage-stats", "--block"]
+        with open(self.home / "head.log", "a") as log:
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *words]
+            self.process = subprocess.Popen(command, env=self._own, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (_listens(self.dashboard) and _listens(self.port)):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise ClusterError(f"the cluster did not start: {(self.home / 'head.log').read_text()[-400:]}", "look at that log")
+            time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # its daemons do not heed SIGTERM
+        self.process.wait()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
