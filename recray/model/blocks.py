@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recray.model.attention import NORM_EPS, Attention, Seen
 from recray.model.controls import Controls
+from recray.model.dropout import Dropout
 
 
 class SwiGLU(nn.Module):
@@ -32,7 +33,7 @@ class GatedResidual(nn.Module):
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.gate = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         return torch.addcmul(x, torch.sigmoid(self.gate(x)), self.dropout(update))
@@ -43,7 +44,7 @@ class PlainResidual(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         found: Tensor = x + self.dropout(update)

@@ -16,7 +16,7 @@ from torch import Tensor
 from recray.model.controls import Controls
 from recray.model.recommender import Batch, Recommender
 
-BLOCK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}  # scores at once: what a CPU's cache holds, what a GPU is busy with
+BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # scores at once: what a CPU's cache holds, what a GPU is busy with
 
 
 class Targets(NamedTuple):
@@ -171,11 +171,16 @@ def backward_in_blocks(
     dtype = torch.get_autocast_dtype(hidden_ND.device.type) if half else torch.float32
     hidden, table = hidden_ND.detach().to(dtype), output_UD.detach().to(dtype)
     block = block or max(BLOCK_SCORES[hidden.device.type] // len(table), 16)
+    count = targets.offsets.diff()
+    query_t = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    share_t = (1.0 / count.float())[query_t]
+    bounds = targets.offsets.tolist()
     total = torch.zeros((), device=hidden.device)
     grad_hidden, grad_table = torch.empty_like(hidden_ND, dtype=torch.float32), torch.zeros_like(output_UD, dtype=torch.float32)
     for start in range(0, len(hidden), block):
         queries = slice(start, min(start + block, len(hidden)))
-        item, row, share = _targets(targets, queries)
+        asked = slice(bounds[queries.start], bounds[queries.stop])
+        item, row, share = targets.item[asked], query_t[asked] - start, share_t[asked]
         scores = torch.mm(hidden[queries], table.mT).float()
         scores[:, 0] = -math.inf
         asking = hidden_ND[queries].detach().requires_grad_()
@@ -189,19 +194,12 @@ def backward_in_blocks(
         judged, gradient = judge(scores, item, row, share)
         total += judged
         gradient *= scale
-        grad_hidden[queries] = gradient.to(dtype) @ table
-        grad_table += gradient.to(dtype).mT @ hidden[queries]
+        part = gradient.to(dtype)
+        grad_hidden[queries] = part @ table
+        grad_table += part.mT @ hidden[queries]
         if extra is not None:
             torch.autograd.backward(extra, gradient.to(extra.dtype))
             if asking.grad is not None:
                 grad_hidden[queries] += asking.grad
     torch.autograd.backward([hidden_ND, output_UD], [grad_hidden.to(hidden_ND.dtype), grad_table.to(output_UD.dtype)])
     return total
-
-
-def _targets(targets: Targets, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Item, query within the block, and share of each target of a block."""
-    offsets = targets.offsets[queries.start : queries.stop + 1]
-    count = offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-    return targets.item[offsets[0] : offsets[-1]], row, (1.0 / count.float())[row]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recray.model.attention import AGE_BUCKETS, NORM_EPS, Attention, Seen, age_bucket, causal_bias, control_bias
 from recray.model.blocks import Block
 from recray.model.controls import Controls
+from recray.model.dropout import Dropout
 from recray.model.items import ItemEncoder
 
 VALUE_BUCKETS = 64
@@ -105,7 +106,7 @@ class Recommender(nn.Module):
         for table in (self.events, self.values, self.positions, self.gaps):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
         self.blocks = nn.ModuleList(
             Block(dim, shape.dropout, residual=shape.residual, feed=shape.feed, attention=_attention(shape)) for _ in range(shape.blocks)
         )
