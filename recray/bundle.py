@@ -20,12 +20,13 @@ from torch import Tensor
 
 from recray import __version__
 from recray.dataset.reader import Dataset
-from recray.errors import ArtifactError
+from recray.errors import ArtifactError, DamagedArtifactError
 from recray.model.recommender import Recommender, Shape
 from recray.schema import ITEM_ID
 from recray.storage import key_of, manifest_digest, open_sealed, sealed_directory
 
 KIND = "bundle"
+LATER = ("items.fusion", "attention.event_bias.weight")  # zero where a bundle was written before they came: the same model
 
 
 class Bundle:
@@ -56,14 +57,18 @@ class Bundle:
         return found
 
     def model(self) -> Recommender:
-        """The network with its weights."""
+        """The network with its weights. Raises DamagedArtifactError if they are not of this network."""
         state = load_file(self.path / "model.safetensors")
-        features = {
-            name: (state[f"items.features.{i}.tokens_K"].numpy(), state[f"items.features.{i}.offsets_V"].numpy())
-            for i, name in enumerate(sorted(self.manifest["features"]))
-        }
+        features = {}
+        for i, (name, kind) in enumerate(sorted(self.manifest["features"].items())):
+            pair = ("values_VC", "present_V") if kind == "vector" else ("tokens_K", "offsets_V")
+            first, second = (state[f"items.features.{i}.{buffer}"].numpy() for buffer in pair)
+            features[name] = (first, second)
         model = Recommender(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)
-        model.load_state_dict(state)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or not all(name.endswith(LATER) for name in missing):
+            what = f"bundle {self.key}: the weights do not fit the network: missing {missing}, unexpected {unexpected}"
+            raise DamagedArtifactError(what, "read it with the version of recray that wrote it, or train again")
         return model.eval()
 
 

@@ -49,7 +49,7 @@ class DataSettings(Section):
     columns: dict[Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket"], str | None] = Field(
         default_factory=dict, description="recray's name: your name; null says that you do not have the column"
     )
-    features: dict[str, Literal["categorical", "multi", "numeric", "text"]] = Field(
+    features: dict[str, Literal["categorical", "multi", "numeric", "text", "vector"]] = Field(
         default_factory=dict, description="columns of the item table that describe items, and their kind"
     )
     min_user_events: int = Field(1, ge=1, description="users with fewer events are left out (counted after the item filter)")
@@ -126,7 +126,9 @@ class TrainSettings(Section):
     average_decay: float = Field(0.99, ge=0, lt=1, description="exponential moving average of the weights, which is validated and kept; 0: none")
     batch_positions: int = Field(5000, ge=16, description="history positions in a global batch, padding included")
     windows: Literal["all", "last"] = Field("all", description="all: long histories are cut into windows; last: only the last window")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU that has it, else float32")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="bfloat16: all of a GPU's products, a CPU's in the loss; auto: where the device has it"
+    )
     seed: int = Field(0, ge=0, description="draws weights, batches and dropout")
     validation_users: int = Field(3000, ge=1, description="users scored for early stopping, at most")
     every_days: int = Field(1, ge=1, description="nightly: train again when the last bundle is so many days old")

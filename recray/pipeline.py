@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recray import lease, stages
 from recray.config import Settings
+from recray.dataset.features import notes
 from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, DataError, MissingArtifactError, RecrayError, RefusedError, TrackingError, TrainingError
 from recray.prepare import prepare as preparation
@@ -32,12 +33,15 @@ def _quiet(message: str, **fields: Any) -> None:
 
 
 def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """Check settings, and the input's columns and types from its footers. Runs nothing and writes nothing."""
+    """Check settings, the events' columns and types from their footers, and the item table. Runs nothing and writes nothing."""
     root = settings.root()
     source, items = preparation.inspect(settings)
     say(f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {', '.join(source.columns)}")
     say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
-    return JobResult("validate", "ok", metrics={"rows": source.rows, "items": 0 if items is None else len(items)})
+    found = [] if items is None else notes(items, dict(settings.data.features))
+    for note in found:
+        say(f"note: {note}", level="warning")
+    return JobResult("validate", "ok", metrics={"rows": source.rows, "items": 0 if items is None else len(items)}, warnings=found)
 
 
 def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:

@@ -12,8 +12,9 @@ from typing import Any
 
 from recray.errors import ClusterError
 from recray.stages import Say
+from recray.storage import key_of
 
-PINS = {"rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "implicit==0.7.3")}
+PINS = {"rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "implicit==0.7.3", "pyarrow==25.0.1")}
 
 
 def ask(peer: str, question: dict[str, Any], folder: Path, say: Say) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def ask(peer: str, question: dict[str, Any], folder: Path, say: Say) -> dict[str
 def environment(peer: str, say: Say) -> Path:
     """The Python of the peer's environment, under the user's cache; $RECRAY_TORCH_INDEX names an index with a CPU build of torch."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recray" / "peers"
-    home = cache / "-".join((peer, *PINS[peer])).translate(str.maketrans("[]=", "---"))
+    home = cache / f"{peer}-{key_of(PINS[peer])}"
     python, complete = home / "bin" / "python", home / ".complete"
     if complete.exists():
         return python

@@ -21,10 +21,9 @@ K = 10
 
 
 class Clock(Callback):  # type: ignore[misc]
-    """Seconds of each epoch."""
+    """Seconds of each epoch, for all copies that are made of it."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    seconds: list[float] = []
 
     def on_train_epoch_start(self, *_: object) -> None:
         self._begun = time.monotonic()

@@ -1,4 +1,9 @@
-"""Feature columns of the item table as bags of tokens: one mechanism for categories, lists, numbers and text."""
+"""Feature columns of the item table as the model takes them: bags of tokens, or vectors.
+
+Categories, lists, numbers and text are bags of hashed tokens, one mechanism for all; vectors (embeddings of images, audio or
+text made elsewhere) stay vectors. An item without a value, with an empty text or with a vector that is not finite does not
+have the feature; a column that no item has, or that all have alike, tells nothing and does no harm (`notes` says so).
+"""
 
 from __future__ import annotations
 
@@ -8,20 +13,48 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
+from recray.errors import DataError
+
 NUMERIC_BINS = 20
+MANY_MISSING = 0.5  # of the items, to be worth a note
 _WORD = re.compile(r"\w+")
 
 
-def tokenize(items: pa.Table, features: dict[str, str], buckets: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Tokens of every feature column.
+Encoded = tuple[np.ndarray, np.ndarray]
+"""A feature of the vocabulary with padding first: tokens int64 [K] and where each item's begin, offsets int64 [V]; or
+vectors float32 [V, C] of length 1 (zero where there is none) and whether there is one, bool [V]."""
 
-    Returns name -> (tokens int64 [K], offsets int64 [V]) over the vocabulary with padding first; a missing value has no
-    token, so that its vector is zero. Numbers become their quantile bin and its neighbours, text its words and the
-    trigrams of its words, all hashed into `buckets`.
+
+def encode(items: pa.Table, features: dict[str, str], buckets: int) -> dict[str, Encoded]:
+    """Every feature column, encoded. Raises DataError for vectors of several lengths.
+
+    Numbers become their quantile bin and its neighbours, text its words and the trigrams of its words, all hashed into
+    `buckets`; vectors are centred, then scaled to length 1.
     """
-    return {name: _bags(_tokens(items[name], kind), name, buckets) for name, kind in features.items()}
+    return {
+        name: _vectors(items[name], name) if kind == "vector" else _bags(_tokens(items[name], kind), name, buckets) for name, kind in features.items()
+    }
+
+
+def notes(items: pa.Table, features: dict[str, str]) -> list[str]:
+    """What a person should know of the feature columns: which tell nothing, and what many items lack."""
+    found = []
+    for name, kind in features.items():
+        encoded = encode(items, {name: kind}, 1 << 30)[name]
+        if kind == "vector":
+            present, distinct = encoded[1][1:], len(np.unique(encoded[0][1:][encoded[1][1:]], axis=0))
+        else:
+            bags = np.split(encoded[0], encoded[1][2:]) if len(encoded[1]) > 1 else []
+            present, distinct = np.array([len(bag) > 0 for bag in bags]), len({bag.tobytes() for bag in bags if len(bag)})
+        missing = 1.0 - float(present.mean()) if len(present) else 1.0
+        if distinct <= 1:
+            found.append(f"feature {name}: {'no item has a value' if not distinct else 'all items have the same value'}; it tells nothing")
+        elif missing > MANY_MISSING:
+            found.append(f"feature {name}: {missing:.0%} of the items have no value")
+    return found
 
 
 def _tokens(column: pa.ChunkedArray, kind: str) -> Iterable[list[str]]:
@@ -48,10 +81,29 @@ def _text(value: str) -> list[str]:
     return [token for word in words for token in (word, *(word[i : i + 3] for i in range(len(word) - 2) if len(word) > 3))]
 
 
-def _bags(items: Iterable[list[str]], name: str, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+def _bags(items: Iterable[list[str]], name: str, buckets: int) -> Encoded:
     tokens: list[int] = []
     offsets = [0]
     for item in items:
         offsets.append(len(tokens))
         tokens += [xxhash.xxh64_intdigest(f"{name}\0{token}".encode()) % buckets for token in item]
     return np.array(tokens, np.int64), np.array(offsets, np.int64)
+
+
+def _vectors(column: pa.ChunkedArray, name: str) -> Encoded:
+    values = column.combine_chunks()
+    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    there = values.is_valid().to_numpy(zero_copy_only=False)
+    size = np.where(there, pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False), 0)
+    sizes = np.unique(size[size > 0])
+    if len(sizes) > 1:
+        raise DataError(f"feature {name}: vectors of {sizes[0]} and of {sizes[-1]} numbers", "write vectors of one length")
+    found = np.zeros((len(values) + 1, int(sizes[0]) if len(sizes) else 1), np.float32)
+    present = np.concatenate([[False], size > 0])
+    found[present] = flat.reshape(-1, found.shape[1]) if len(sizes) else 0.0
+    present &= np.isfinite(found).all(1)
+    found[present] -= found[present].mean(0) if present.sum() > 1 else 0.0
+    length = np.linalg.norm(found, axis=1, keepdims=True)
+    present &= (length > 0).squeeze(1)
+    found = np.where(present[:, None], found / np.maximum(length, 1e-12), 0.0).astype(np.float32)
+    return found, present

@@ -1,8 +1,9 @@
 """Item vectors: an id vector and one vector per feature column, fused by attention over these modalities.
 
-Every feature column is a bag of tokens per item, whatever its kind; its vector is the mean of its tokens' vectors. Items
-that training never saw keep no id vector and live from their features. A modality that an item does not have takes no part.
-Shapes: V items and padding (or a selection of them), D width, M modalities (the id first), K tokens.
+A feature column is a bag of tokens per item, whose vector is the mean of its tokens' vectors, or a vector per item, which is
+projected. Items that training never saw keep no id vector and live from their features. A modality that an item does not
+have takes no part. Shapes: V items and padding (or a selection of them), D width, M modalities (the id first), K tokens, C
+numbers of a vector.
 """
 
 from __future__ import annotations
@@ -46,6 +47,29 @@ class TokenBags(nn.Module):
         return self.tokens_K[where + torch.repeat_interleave(self.offsets_V[index] - offsets, sizes)], offsets
 
 
+class VectorColumn(nn.Module):
+    """One column of vectors float32 [V, C], and whether an item has one, bool [V]."""
+
+    values_VC: Tensor
+    present_V: Tensor
+
+    def __init__(self, values: np.ndarray, present: np.ndarray, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("values_VC", torch.as_tensor(values))
+        self.register_buffer("present_V", torch.as_tensor(present))
+        self.project = nn.Linear(values.shape[1], dim, bias=False)
+        nn.init.normal_(self.project.weight, std=0.02)
+
+    def forward(self, index: Tensor | None = None) -> Tensor:
+        """Vectors [V, D] of all items, or of those in `index`; zero where there is none."""
+        found: Tensor = self.project(self.values_VC if index is None else self.values_VC[index])
+        return found
+
+    def present(self, index: Tensor | None = None) -> Tensor:
+        """Whether an item has a vector, bool [V]."""
+        return self.present_V if index is None else self.present_V[index]
+
+
 class ItemEncoder(nn.Module):
     """All item vectors at once.
 
@@ -53,7 +77,7 @@ class ItemEncoder(nn.Module):
     ----------
     seen : bool [V]
         Items that training saw; padding (index 0) is False.
-    features : name -> (tokens [K], offsets [V]), as `recray.dataset.features` makes them
+    features : name -> (tokens [K], offsets [V]) or (vectors [V, C], present [V]), as `recray.dataset.features` makes them
     """
 
     seen_V: Tensor
@@ -64,7 +88,9 @@ class ItemEncoder(nn.Module):
         self.ids = nn.Embedding(len(seen), dim)
         nn.init.normal_(self.ids.weight, std=0.02)
         self.names = sorted(features)
-        self.features = nn.ModuleList(TokenBags(*features[name], buckets, dim) for name in self.names)
+        self.features = nn.ModuleList(
+            VectorColumn(*features[name], dim) if features[name][0].ndim == 2 else TokenBags(*features[name], buckets, dim) for name in self.names
+        )
 
         self.fusion = nn.Parameter(torch.zeros(self.modalities, dim)) if features else None
 
@@ -74,11 +100,11 @@ class ItemEncoder(nn.Module):
 
     def parts(self, index: Tensor | None = None) -> Tensor:
         """Vectors by modality [M, V, D]; zero where an item does not have it."""
-        return torch.stack([self._ids(index), *(bags(index) for bags in self._bags)])
+        return torch.stack([self._ids(index), *(column(index) for column in self._columns)])
 
     @property
-    def _bags(self) -> list[TokenBags]:
-        return [bags for bags in self.features if isinstance(bags, TokenBags)]
+    def _columns(self) -> list[TokenBags | VectorColumn]:
+        return [column for column in self.features if isinstance(column, TokenBags | VectorColumn)]
 
     def _ids(self, index: Tensor | None) -> Tensor:
         if index is None:
@@ -89,7 +115,7 @@ class ItemEncoder(nn.Module):
     def present(self, index: Tensor | None = None) -> Tensor:
         """Which item has which modality, bool [M, V]."""
         seen = self.seen_V if index is None else self.seen_V[index]
-        return torch.stack([seen, *(bags.present(index) for bags in self._bags)])
+        return torch.stack([seen, *(column.present(index) for column in self._columns)])
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Item vectors [V, D]."""

@@ -39,13 +39,11 @@ class Loss(Protocol):
 
 def softmax(scores_nU: Tensor, item: Tensor, row: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy over what competes, -Σ share · log softmax(scores)[item]; its gradient is softmax(scores) - shares."""
-    gradient = torch.softmax(scores_nU, 1)
-    probability = gradient[row, item]
-    log_p = probability.log()
-    if (lost := probability < torch.finfo(torch.float32).tiny).any():
-        log_p[lost] = torch.log_softmax(scores_nU[row[lost]], 1).gather(1, item[lost, None]).squeeze(1)
+    wanted, best = scores_nU[row, item], scores_nU.amax(1)
+    gradient = torch.softmax(scores_nU, 1, out=scores_nU)
+    log_mass = best - gradient.amax(1).log()
     gradient.index_put_((row, item), -share, accumulate=True)
-    return -(share * log_p).sum(), gradient
+    return (share * (log_mass[row] - wanted)).sum(), gradient
 
 
 def gbce(beta: float) -> Loss:
@@ -125,11 +123,14 @@ class Criterion:
     share_V : float32 [V], share of each item in the training events; padding 0
     negatives : items drawn for a batch by sampled and gbce
     calibration : of gbce
+    half : products with the item table in bfloat16
     """
 
-    def __init__(self, loss: str, share_V: Tensor, *, full_items: int = 50_000, negatives: int = 4096, calibration: float = 0.75) -> None:
+    def __init__(
+        self, loss: str, share_V: Tensor, *, full_items: int = 50_000, negatives: int = 4096, calibration: float = 0.75, half: bool = False
+    ) -> None:
         items = len(share_V) - 1
-        self.share_V, self.negatives = share_V, negatives
+        self.share_V, self.negatives, self.half = share_V, negatives, half
         self.loss = ("softmax" if items <= full_items else "sampled") if loss == "auto" else loss
         self.judge = softmax
         if self.loss == "gbce":
@@ -145,8 +146,10 @@ class Criterion:
             batch, targets = candidates.place(batch, targets)
             index, correction = candidates
         table = model.items(index)
-        hidden = model.hidden(batch, table, None, controls)
-        return backward_in_blocks(model, hidden, model.output(table), batch, targets, scale, judge=self.judge, correction_U=correction)
+        hidden, output = model.hidden(batch, table, None, controls), model.output(table)
+        return backward_in_blocks(
+            model, hidden, model.output(table), batch, targets, scale, judge=self.judge, correction_U=correction, half=self.half
+        )
 
 
 def backward_in_blocks(
@@ -159,16 +162,17 @@ def backward_in_blocks(
     *,
     judge: Loss = softmax,
     correction_U: Tensor | None = None,
+    half: bool = False,
     block: int | None = None,
 ) -> Tensor:
     """The loss summed over the queries; gradients of `scale` times it are left in every `.grad`.
 
     output_UD : vectors that the scores compare with (`Recommender.output`), of all items or of the candidates
     correction_U : `Candidates.correction`
+    half : products in bfloat16, everything else in float32
     block : queries at once; None: as many as the cache (the GPU's memory) holds
     """
-    half = torch.is_autocast_enabled(hidden_ND.device.type)
-    dtype = torch.get_autocast_dtype(hidden_ND.device.type) if half else torch.float32
+    dtype = torch.bfloat16 if half else torch.float32
     hidden, table = hidden_ND.detach().to(dtype), output_UD.detach().to(dtype)
     block = block or max(BLOCK_SCORES[hidden.device.type] // len(table), 16)
     count = targets.offsets.diff()
@@ -176,12 +180,14 @@ def backward_in_blocks(
     share_t = (1.0 / count.float())[query_t]
     bounds = targets.offsets.tolist()
     total = torch.zeros((), device=hidden.device)
-    grad_hidden, grad_table = torch.empty_like(hidden_ND, dtype=torch.float32), torch.zeros_like(output_UD, dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden)
+    grad_table = torch.zeros_like(output_UD, dtype=torch.float32)
+    room = hidden.new_empty(min(block, len(hidden)), len(table))  # one for all blocks: fresh memory costs page faults
     for start in range(0, len(hidden), block):
         queries = slice(start, min(start + block, len(hidden)))
         asked = slice(bounds[queries.start], bounds[queries.stop])
         item, row, share = targets.item[asked], query_t[asked] - start, share_t[asked]
-        scores = torch.mm(hidden[queries], table.mT).float()
+        scores = torch.mm(hidden[queries], table.mT, out=room[: queries.stop - start]).float()
         scores[:, 0] = -math.inf
         asking = hidden_ND[queries].detach().requires_grad_()
         extra = model.extra(asking, batch, queries, len(table))
@@ -193,13 +199,16 @@ def backward_in_blocks(
             scores[row, item] = own
         judged, gradient = judge(scores, item, row, share)
         total += judged
-        gradient *= scale
         part = gradient.to(dtype)
-        grad_hidden[queries] = part @ table
-        grad_table += part.mT @ hidden[queries]
+        torch.mm(part, table, out=grad_hidden[queries])
+        if half:
+            grad_table += part.mT @ hidden[queries]
+        else:
+            grad_table.addmm_(part.mT, hidden[queries])
         if extra is not None:
-            torch.autograd.backward(extra, gradient.to(extra.dtype))
+            torch.autograd.backward(extra, gradient.mul_(scale).to(extra.dtype))
             if asking.grad is not None:
-                grad_hidden[queries] += asking.grad
-    torch.autograd.backward([hidden_ND, output_UD], [grad_hidden.to(hidden_ND.dtype), grad_table.to(output_UD.dtype)])
+                grad_hidden[queries] += asking.grad / scale
+    gradients = [grad_hidden.to(hidden_ND.dtype) * scale, grad_table.to(output_UD.dtype) * scale]
+    torch.autograd.backward([hidden_ND, output_UD], gradients)
     return total

@@ -212,14 +212,19 @@ def read_items(data: DataSettings) -> pa.Table | None:
 
 def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None:
     plain = found.value_type if pa.types.is_dictionary(found) else found
-    is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain)
-    is_number = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_decimal(plain)
+    is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain) or pa.types.is_fixed_size_list(plain)
+    is_number = _is_number(plain)
     is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
     fits = {
         "numeric": is_number,
         "multi": is_list or is_text,
         "text": is_text,
         "categorical": not is_list,
+        "vector": is_list and _is_number(plain.value_type),
     }[kind]
     if not fits:
         raise DataError(f"{uri}: feature {column} has type {found}, which is not {kind}", f"declare another kind: data.features.{column}=…")
+
+
+def _is_number(found: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found))

@@ -51,7 +51,7 @@ class LoopSettings:
     seed: int
     average_decay: float = 0.0
     temperature_jitter: float = 0.0
-    bfloat16: bool = False
+    autocast: bool = False
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Loop:
     def train_step(self, batch: Batch, targets: Targets, count: int) -> Tensor:
         """One step on this rank's part of a global batch of `count` queries; returns the part's summed loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
             loss = self.criterion.backward(self.model, batch, targets, 1.0 / count, self._jitter(batch))
         self._all_reduce_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from recray.dataset.features import tokenize
+from recray.dataset.features import encode
 from recray.dataset.reader import Dataset
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Questions, wanted
@@ -78,7 +78,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
     model_settings, train = settings["model"], settings["train"]
     shape = shape_of(model_settings, dataset)
     torch.manual_seed(train["seed"])
-    features = tokenize(dataset.items, settings["data"]["features"], shape.feature_buckets)
+    features = encode(dataset.items, settings["data"]["features"], shape.feature_buckets)
     model = Recommender(shape, dataset.trained_items(), features).to(device)
     batches = TrainingBatches(
         dataset,
@@ -88,7 +88,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         prior_days=model_settings["prior_days"] if shape.prior else 0,
         seed=train["seed"],
     )
-    precision = train["precision"]
+    half = train["precision"] == "bfloat16" or (train["precision"] == "auto" and _gains_by_bfloat16(device))
     loop_settings = LoopSettings(
         epochs=train["epochs"],
         patience=train["patience"],
@@ -98,7 +98,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         seed=train["seed"],
         average_decay=train["average_decay"],
         temperature_jitter=train["temperature_jitter"],
-        bfloat16=precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()),
+        autocast=half and device.type == "cuda",
     )
     criterion = Criterion(
         train["loss"],
@@ -106,8 +106,17 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         full_items=train["full_softmax_items"],
         negatives=train["negatives"],
         calibration=train["gbce_calibration"],
+        half=half,
     )
     return Loop(model, batches, _validation(dataset, model, settings), criterion, loop_settings)
+
+
+def _gains_by_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for it. On a CPU only the loss's products use them: elsewhere converting costs more."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) -> Validate:

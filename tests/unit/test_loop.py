@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import bundle_here
+from safetensors.torch import save_file
 
-from recray.bundle import Bundle, latest_bundle, settings_key
-from recray.errors import TrainingError
+from recray.bundle import LATER, Bundle, latest_bundle, settings_key
+from recray.errors import DamagedArtifactError, TrainingError
 from recray.inference import Predictor
 from recray.training.trainer import bundle_settings, train_key
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
@@ -68,6 +69,19 @@ def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
     assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s) is None
     (folder / f".{key}.scratch").rename(bundle.path)
     assert Bundle.open(bundle.path).manifest["dataset"] == world_dataset.key
+
+
+def test_a_bundle_from_before_a_part_came_is_the_same_model_and_a_foreign_one_is_refused(world_settings, world_dataset, tmp_path):
+    bundle = bundle_here(world_settings, world_dataset, tmp_path / "b", "b")
+    whole = bundle.model().state_dict()
+    older = {name: tensor for name, tensor in whole.items() if not name.endswith(LATER)}
+    assert len(older) < len(whole)
+    save_file(older, bundle.path / "model.safetensors")
+    again = bundle.model().state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    save_file({name: tensor for name, tensor in whole.items() if "norm" not in name}, bundle.path / "model.safetensors")
+    with pytest.raises(DamagedArtifactError, match="do not fit.*norm.weight"):
+        bundle.model()
 
 
 def test_keys_follow_what_changes_the_result(world_settings, world_dataset):

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.dataset.features import tokenize
+from recray.dataset.features import encode
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import History
 from recray.errors import RequestError
@@ -145,7 +145,7 @@ def test_popularity_by_day_and_in_another_vocabulary():
 def test_features_become_bags_of_tokens():
     items = pa.table({"brand": ["a", None, "a"], "tags": [["x", "y"], [], None], "price": [1.0, None, 9.0], "title": ["Red bag", "", None]})
     kinds = {"brand": "categorical", "tags": "multi", "price": "numeric", "title": "text"}
-    bags = tokenize(items, kinds, 1000)
+    bags = encode(items, kinds, 1000)
     sizes = {name: np.diff([*offsets, len(tokens)]).tolist() for name, (tokens, offsets) in bags.items()}
     assert sizes == {"brand": [0, 1, 0, 1], "tags": [0, 2, 0, 0], "price": [0, 3, 0, 3], "title": [0, 2, 0, 0]}
     tokens, offsets = bags["brand"]
