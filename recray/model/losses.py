@@ -147,9 +147,7 @@ class Criterion:
             index, correction = candidates
         table = model.items(index)
         hidden, output = model.hidden(batch, table, None, controls), model.output(table)
-        return backward_in_blocks(
-            model, hidden, model.output(table), batch, targets, scale, judge=self.judge, correction_U=correction, half=self.half
-        )
+        return backward_in_blocks(model, hidden, output, batch, targets, scale, judge=self.judge, correction_U=correction, half=self.half)
 
 
 def backward_in_blocks(
