@@ -48,8 +48,13 @@ class Bundle:
         return manifest_digest(self.path)
 
     @cached_property
+    def items(self) -> pa.Table:
+        """Row i describes item_index i + 1: `item_id` and the feature columns."""
+        return pq.read_table(self.path / "items.parquet")
+
+    @cached_property
     def item_ids(self) -> pa.Array:
-        return pq.read_table(self.path / "items.parquet", columns=[ITEM_ID])[0].combine_chunks()
+        return self.items[ITEM_ID].combine_chunks()
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

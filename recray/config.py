@@ -169,10 +169,21 @@ class GatesSettings(Section):
 class ScoreSettings(Section):
     k: int = Field(50, ge=1, le=10_000, description="items stored for each user")
     new_only: bool = Field(False, description="leave out what the user already met")
+    diversity: float = Field(0.0, ge=0, le=1, description="0: by score alone, 1: lists as varied as can be (maximal marginal relevance)")
+    boosts: dict[str, float] = Field(default_factory=dict, description="feature=value: added to the scores of its items, for example brand=Acme: 0.5")
+    exclude: tuple[str, ...] = Field((), description="feature=value: items that are never answered")
+    caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="categorical feature: how many items of one value a list may hold"
+    )
     batch_users: int = Field(1024, ge=1, description="users read and scored at once")
     actors: int = _place(2, "scoring actors", ge=1)
     cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)
     max_failures: int = _place(3, "restarts of a lost actor, and repeats of what it was at", ge=0)
+
+    def rules(self) -> dict[str, Any]:
+        """What `recray.inference.Rules` is declared from, as plain JSON values."""
+        found: dict[str, Any] = self.model_dump(mode="json", include={"diversity", "boosts", "exclude", "caps"})
+        return found
 
 
 class ServeSettings(Section):
@@ -205,6 +216,17 @@ class Settings(Section):
     score: ScoreSettings = ScoreSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _rules_name_features(self) -> Settings:
+        for field, names in (("boosts", list(self.score.boosts)), ("exclude", list(self.score.exclude))):
+            for name in names:
+                if "=" not in name or name.partition("=")[0] not in self.data.features:
+                    raise ValueError(f"score.{field}: {name!r} is not feature=value with a feature of data.features")
+        for name in self.score.caps:
+            if self.data.features.get(name) != "categorical":
+                raise ValueError(f"score.caps: {name!r} is not a categorical feature of data.features")
+        return self
 
     def root(self) -> Path:
         """`storage.root` as an absolute path. Raises SettingsError for a relative path or an object store."""

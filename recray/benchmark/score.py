@@ -45,6 +45,7 @@ def measure_score(folder: Path, data: str, against: str | None, say: Say) -> tup
         folder=str(parts),
         k=K,
         new_only=True,
+        rules=settings.score.rules(),
         batch_users=settings.score.batch_users,
         threads=threads,
     )

@@ -102,6 +102,7 @@ def _vectors(column: pa.ChunkedArray, name: str) -> Encoded:
     present = np.concatenate([[False], size > 0])
     found[present] = flat.reshape(-1, found.shape[1]) if len(sizes) else 0.0
     present &= np.isfinite(found).all(1)
+    found[~present] = 0.0
     found[present] -= found[present].mean(0) if present.sum() > 1 else 0.0
     length = np.linalg.norm(found, axis=1, keepdims=True)
     present &= (length > 0).squeeze(1)

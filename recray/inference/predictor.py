@@ -20,6 +20,7 @@ from recray.bundle import Bundle
 from recray.dataset.popularity import DAY_S, Popularity
 from recray.dataset.reader import Dataset, History
 from recray.errors import RequestError
+from recray.inference.rules import Rules
 from recray.inference.topk import merge, top_k
 from recray.model.controls import Controls
 from recray.model.recommender import Batch, Recommender
@@ -158,26 +159,33 @@ class Predictor:
         now: int | Sequence[int],
         filters: Filters | Sequence[Filters] = Filters(),
         controls: Controls | None = None,
+        rules: Rules | None = None,
         context: None = None,
     ) -> Recommendations:
         """The k best items for each history at the moment `now` (seconds; ignored where no time is known).
 
-        `context` is reserved for request context. Raises RequestError for a k below 1 or an index outside the vocabulary.
+        `rules` may choose others and another order (see `Rules`). `context` is reserved for request context.
+        Raises RequestError for a k below 1 or an index outside the vocabulary.
         """
         if k < 1:
             raise RequestError(f"k is {k}", "ask for at least one item")
         k = min(k, self.n_items + 1)
+        pool = k if rules is None else min(rules.pool(k), self.n_items + 1)
         each = [filters] * len(histories) if isinstance(filters, Filters) else list(filters)
         item_index, scores = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         known = [self._known(history) for history in histories]
         for rows, score in self._chunks(known, now, controls):
-            barred = _Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
+            barred = _Barred([(histories[row].item_index, each[row]) for row in rows], None if rules is None else rules.barred, self.device)
             best: tuple[Tensor, Tensor] | None = None
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
-                found = barred.apply(score(first), first)
-                index, values = top_k(found, k)
-                best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), k)
+                found = score(first)
+                if rules is not None:
+                    found += rules.boost_V[first : first + ITEM_BLOCK].to(self.device)
+                index, values = top_k(barred.apply(found, first), pool)
+                best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), pool)
             assert best is not None
+            if rules is not None:
+                best = rules.choose(*best, self._table_VD, k)
             item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
         return Recommendations(item_index, scores, ["model" if len(history.item_index) else "popular" for history in known])
 
@@ -272,11 +280,11 @@ class Predictor:
 class _Barred:
     """What may not be answered to some histories, as places of the score matrix: row and item."""
 
-    def __init__(self, wanted: list[tuple[np.ndarray, Filters]], device: torch.device) -> None:
+    def __init__(self, wanted: list[tuple[np.ndarray, Filters]], always: np.ndarray | None, device: torch.device) -> None:
         barred = [
             (row, items)
             for row, (history, filters) in enumerate(wanted)
-            for items in (history if filters.new_only else None, filters.deny)
+            for items in (history if filters.new_only else None, filters.deny, always)
             if items is not None and len(items)
         ]
         rows = np.repeat([row for row, _ in barred], [len(items) for _, items in barred]).astype(np.int64)

@@ -14,7 +14,7 @@ from recray.bundle import Bundle
 from recray.cluster import require, unwrapped
 from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.inference import Filters, Predictor
+from recray.inference import Filters, Predictor, Rules
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
 
@@ -44,6 +44,7 @@ def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> tup
             "buckets": dataset.n_shards,
             "k": settings.score.k,
             "new_only": settings.score.new_only,
+            "rules": settings.score.rules(),
         }
         with sealed_directory(path, KIND, key, fields) as folder:
             fields.update(_summary(_run(settings, dataset, bundle, folder), len(bundle.item_ids)))
@@ -63,6 +64,7 @@ def _run(settings: Settings, dataset: Dataset, bundle: Bundle, folder: Path) -> 
         "folder": str(folder),
         "k": options.k,
         "new_only": options.new_only,
+        "rules": options.rules(),
         "batch_users": options.batch_users,
         "threads": max(1, (os.cpu_count() or 1) // actors),
     }
@@ -80,7 +82,9 @@ def _run(settings: Settings, dataset: Dataset, bundle: Bundle, folder: Path) -> 
 class ScoreBucket:
     """Actor that scores one bucket (= dataset shard) a call and writes its part."""
 
-    def __init__(self, *, bundle: str, dataset: str, folder: str, k: int, new_only: bool, batch_users: int, threads: int) -> None:
+    def __init__(
+        self, *, bundle: str, dataset: str, folder: str, k: int, new_only: bool, rules: dict[str, Any], batch_users: int, threads: int
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -89,6 +93,7 @@ class ScoreBucket:
         self.translation = self.predictor.translation(self.dataset)
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
         self.filters = Filters(new_only=new_only)
+        self.rules = Rules.declared(rules, Bundle.open(bundle).items)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         bucket = int(row["item"])
@@ -99,7 +104,7 @@ class ScoreBucket:
         for start in range(0, len(shard), self.batch_users):
             users = range(start, min(start + self.batch_users, len(shard)))
             histories = [self.translation.history(shard.history(user)) for user in users]
-            answer = self.predictor.recommend(histories, self.k, now=self.dataset.now_s, filters=self.filters)
+            answer = self.predictor.recommend(histories, self.k, now=self.dataset.now_s, filters=self.filters, rules=self.rules)
             items.append(answer.item_index)
             scores.append(answer.scores)
             sources += answer.source

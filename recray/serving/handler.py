@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recray.bundle import Bundle
 from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, RequestError
-from recray.inference import Filters, Predictor, Translation
+from recray.inference import Filters, Predictor, Rules, Translation
 from recray.serving.api import Event, Item, ModelsResponse, RecommendRequest, RecommendResponse
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage, manifest_digest
@@ -28,6 +29,7 @@ class Night:
     dataset: Dataset
     predictor: Predictor
     translation: Translation
+    rules: Rules | None
     loaded_at: dt.datetime
 
     @classmethod
@@ -40,7 +42,9 @@ class Night:
         for name, digest in (("bundle", manifest_digest(bundle)), ("dataset", dataset.digest)):
             if digest != snapshot.manifest[f"{name}_digest"]:
                 raise DamagedArtifactError(f"{name} of {snapshot.path} is not the one it was scored with", "score the night again")
-        return cls(snapshot, dataset, predictor, predictor.translation(dataset), dt.datetime.now(dt.UTC))
+        declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
+        rules = None if declared is None else Rules.declared(declared, Bundle.open(bundle).items)
+        return cls(snapshot, dataset, predictor, predictor.translation(dataset), rules, dt.datetime.now(dt.UTC))
 
     @property
     def date(self) -> str:
@@ -95,7 +99,7 @@ class Night:
             now = _seconds(request.now)
         new_only = request.new_only or self.snapshot.manifest["new_only"]
         filters = Filters(new_only=new_only, deny=self.predictor.index_of(request.exclude) if request.exclude else None)
-        answer = self.predictor.recommend([history], request.k, now=now, filters=filters)
+        answer = self.predictor.recommend([history], request.k, now=now, filters=filters, rules=self.rules)
         real = answer.item_index[0] > 0
         ids = self.predictor.ids_of(answer.item_index[0][real])
         items = [Item(item_id=item, score=float(score)) for item, score in zip(ids, answer.scores[0][real], strict=True)]

@@ -3,11 +3,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.dataset.features import encode
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import History
 from recray.errors import RequestError
-from recray.inference import Filters, Predictor
+from recray.inference import Filters, Predictor, Rules
 from recray.inference.topk import top_k
 from recray.model.controls import Controls
 from recray.model.recommender import Recommender, Shape
@@ -113,6 +112,21 @@ def test_the_answer_does_not_depend_on_how_many_items_or_histories_are_scored_at
     np.testing.assert_allclose(np.stack(predictor.score(histories, candidates, now=NOW)), np.stack(scores), atol=1e-5)
 
 
+def test_rules_apply_to_answers_of_model_and_popularity_alike(predictor):
+    group = torch.arange(V + 1) % 2
+    group[0] = -1
+    boost = torch.zeros(V + 1)
+    boost[7] = 1000.0
+    rules = Rules(0.0, boost, np.array([8]), ((group, 3),))
+    answer = predictor.recommend([history(0), history(5)], 6, now=NOW, rules=rules)
+    assert answer.item_index[0, 0] == answer.item_index[1, 0] == 7
+    for row in answer.item_index:
+        assert 8 not in row and (group[row].bincount() == 3).all()
+    plain = predictor.recommend([history(5)], 40, now=NOW)
+    scores = dict(zip(plain.item_index[0].tolist(), plain.scores[0].tolist(), strict=True))
+    np.testing.assert_allclose(answer.scores[1, 1:], [scores[item] for item in answer.item_index[1, 1:].tolist()], atol=1e-5)
+
+
 def test_ids_and_indices(predictor):
     assert predictor.index_of(["i00", "nothing", "i39"]).tolist() == [1, 0, 40]
     assert predictor.ids_of(np.array([1, 40])) == ["i00", "i39"]
@@ -140,13 +154,3 @@ def test_popularity_by_day_and_in_another_vocabulary():
     assert counts.popular(8 * DAY, 7)[3] == 0, "what comes later is not known"
     both = counts + counts
     assert both.total().tolist() == [0, 4, 2, 2] and len(both.day) == 4
-
-
-def test_features_become_bags_of_tokens():
-    items = pa.table({"brand": ["a", None, "a"], "tags": [["x", "y"], [], None], "price": [1.0, None, 9.0], "title": ["Red bag", "", None]})
-    kinds = {"brand": "categorical", "tags": "multi", "price": "numeric", "title": "text"}
-    bags = encode(items, kinds, 1000)
-    sizes = {name: np.diff([*offsets, len(tokens)]).tolist() for name, (tokens, offsets) in bags.items()}
-    assert sizes == {"brand": [0, 1, 0, 1], "tags": [0, 2, 0, 0], "price": [0, 3, 0, 3], "title": [0, 2, 0, 0]}
-    tokens, offsets = bags["brand"]
-    assert tokens[offsets[1]] == tokens[offsets[3]]

@@ -1,6 +1,7 @@
 """The handler without HTTP: snapshot look-up, real time, unknown users."""
 
 import datetime as dt
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 from conftest import bundle_here, prepare_here, world_overrides
 from pydantic import ValidationError
 
-from recray.config import load_settings
+from recray.config import ScoreSettings, load_settings
 from recray.dataset.reader import bucket_of
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
 from recray.inference import Predictor
@@ -21,6 +22,8 @@ from recray.snapshot.writer import publish
 from recray.storage import Storage, open_sealed, sealed_directory
 
 K = 20
+NO_RULES = ScoreSettings().rules()
+RULES = {**NO_RULES, "exclude": ["brand=brand 3"], "caps": {"category": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,18 @@ def storage(world_settings, world_dataset) -> Storage:
     fields = {
         "as_of_s": world_dataset.as_of_s, "bundle": "bundles/b", "bundle_digest": bundle.digest,
         "dataset": f"datasets/{world_dataset.key}", "dataset_digest": world_dataset.digest, "user_type": "int64",
-        "buckets": world_dataset.n_shards, "k": K, "new_only": False,
+        "buckets": world_dataset.n_shards, "k": K, "new_only": False, "rules": RULES,
     }  # fmt: skip
     with sealed_directory(path, "snapshot", "night", fields) as folder:
         bucket = ScoreBucket(
-            bundle=str(bundle.path), dataset=str(world_dataset.path), folder=str(folder), k=K, new_only=False, batch_users=32, threads=1
+            bundle=str(bundle.path),
+            dataset=str(world_dataset.path),
+            folder=str(folder),
+            k=K,
+            new_only=False,
+            rules=RULES,
+            batch_users=32,
+            threads=1,
         )
         parts = [bucket({"item": number}) for number in range(world_dataset.n_shards)]
         fields.update(_summary(parts, len(bundle.item_ids)))
@@ -66,6 +76,15 @@ def test_the_snapshot_is_what_the_predictor_says_now(night):
         live = ask(night, user_id=user, k=10, now=dt.datetime.fromtimestamp(night.dataset.now_s, dt.UTC))
         assert (stored.source, live.source) == ("snapshot", "realtime")
         np.testing.assert_allclose([i.score for i in stored.items], [i.score for i in live.items], atol=1e-5)
+
+
+def test_nightly_lists_and_live_answers_keep_the_rules(night, world_dataset):
+    items = {row["item_id"]: row for row in world_dataset.items.to_pylist()}
+    assert sum(row["brand"] == "brand 3" for row in items.values()) > 3
+    for body in ({"user_id": 7, "k": K}, {"user_id": 7, "k": K, "now": "2025-01-01"}, {"user_id": "nobody", "k": K}, {"history": [], "k": K}):
+        shown = [items[item.item_id] for item in ask(night, **body).items]
+        assert len(shown) == K and "brand 3" not in {row["brand"] for row in shown}, body
+        assert max(Counter(row["category"] for row in shown).values()) <= 4, body
 
 
 def test_a_history_sent_along_is_read(night):
@@ -144,7 +163,7 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
     settings = load_settings(None, overrides)
     data = prepare_here(settings)
     bundle = bundle_here(settings, data, tmp_path / "b", "b")
-    shared = {"bundle": str(bundle.path), "dataset": str(data.path), "batch_users": 64, "threads": 1}
+    shared = {"bundle": str(bundle.path), "dataset": str(data.path), "batch_users": 64, "threads": 1, "rules": NO_RULES}
     bucket = int(bucket_of([999], data.n_shards)[0])
     part = ScoreBucket(**shared, folder=str(tmp_path), k=5, new_only=False)({"item": bucket})
     rows = {row["user_id"]: row for row in pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()}

@@ -1,0 +1,105 @@
+"""What the model gets of the item table, and that nothing in it makes a score that is not a number."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import bundle_here, prepare_here
+
+from recray.config import load_settings
+from recray.dataset.features import encode, notes
+from recray.errors import DataError
+from recray.inference import Predictor
+from recray.pipeline import run_validate
+
+
+def test_features_become_bags_of_tokens():
+    items = pa.table({"brand": ["a", None, "a"], "tags": [["x", "y"], [], None], "price": [1.0, None, 9.0], "title": ["Red bag", "", None]})
+    kinds = {"brand": "categorical", "tags": "multi", "price": "numeric", "title": "text"}
+    bags = encode(items, kinds, 1000)
+    sizes = {name: np.diff([*offsets, len(tokens)]).tolist() for name, (tokens, offsets) in bags.items()}
+    assert sizes == {"brand": [0, 1, 0, 1], "tags": [0, 2, 0, 0], "price": [0, 3, 0, 3], "title": [0, 2, 0, 0]}
+    tokens, offsets = bags["brand"]
+    assert tokens[offsets[1]] == tokens[offsets[3]]
+
+
+def vectors(*rows):
+    return encode(pa.table({"image": pa.array(rows, pa.list_(pa.float32()))}), {"image": "vector"}, 10)["image"]
+
+
+def test_vectors_are_centred_and_of_length_one_and_broken_ones_are_missing():
+    values, present = vectors([1.0, 0.0], None, [float("nan"), 1.0], [3.0, 2.0], [], [float("inf"), 0.0])
+    assert present.tolist() == [False, True, False, False, True, False, False]
+    np.testing.assert_allclose(np.linalg.norm(values[present], axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(values[1], -values[4])
+    assert (values[~present] == 0).all() and values.dtype == np.float32
+
+
+def test_vectors_of_two_lengths_are_named():
+    with pytest.raises(DataError, match="feature image: vectors of 1 and of 2 numbers"):
+        vectors([1.0], [1.0, 2.0])
+
+
+def test_columns_that_tell_nothing_are_noted():
+    items = pa.table({"brand": ["a", "a", "a"], "colour": pa.nulls(3, pa.string()), "size": ["s", None, None], "title": ["x", "y", "z"],
+                      "image": [[1.0, 2.0]] * 3})  # fmt: skip
+    kinds = {"brand": "categorical", "colour": "categorical", "size": "categorical", "title": "text", "image": "vector"}
+    assert notes(items, kinds) == [
+        "feature brand: all items have the same value; it tells nothing",
+        "feature colour: no item has a value; it tells nothing",
+        "feature size: all items have the same value; it tells nothing",
+        "feature image: no item has a value; it tells nothing",
+    ]
+    assert notes(items.set_column(2, "size", pa.array(["s", "m", None])), {"size": "categorical"}) == []
+    many = pa.table({"size": ["s", "m", None, None, None]})
+    assert notes(many, {"size": "categorical"}) == ["feature size: 60% of the items have no value"]
+
+
+@pytest.fixture(scope="module")
+def poor(tmp_path_factory):
+    """A shop whose item table has everything that can be missing or broken."""
+    folder = tmp_path_factory.mktemp("poor")
+    random = np.random.default_rng(0)
+    events = {"user_id": random.integers(0, 30, 600), "item_id": random.integers(0, 20, 600), "timestamp": np.arange(600) * 3600 + 1_700_000_000}
+    pq.write_table(pa.table(events), folder / "events.parquet")
+    image = [None if n % 5 == 0 else [float("nan"), 1.0, 2.0] if n % 5 == 1 else random.normal(size=3).tolist() for n in range(24)]
+    items = {
+        "item_id": np.arange(24),
+        "title": ["", None, "red shoe", "  "] * 6,
+        "colour": pa.nulls(24, pa.string()),
+        "price": [None, float("nan"), 3.0, 1e30] * 6,
+        "image": pa.array(image, pa.list_(pa.float64())),
+    }
+    pq.write_table(pa.table(items), folder / "items.parquet")
+    kinds = "{title: text, colour: categorical, price: numeric, image: vector}"
+    overrides = [f"data.events={folder / 'events.parquet'}", f"data.items={folder / 'items.parquet'}", f"data.features={kinds}"]
+    return load_settings(None, [*overrides, f"storage.root={folder / 'root'}", "model.dim=8", "model.history=16", "split.validation_users=0.5"])
+
+
+def test_a_poor_item_table_never_makes_a_score_that_is_not_a_number(poor, tmp_path):
+    result = run_validate(poor, None)
+    assert any(note.startswith("feature colour: no item has a value") for note in result.warnings)
+    dataset = prepare_here(poor)
+    bundle = bundle_here(poor, dataset, tmp_path / "b", "b")
+    predictor = Predictor.load(bundle.path, dataset=dataset)
+    histories = [dataset.shard(0).history(row) for row in range(len(dataset.shard(0)))]
+    scores = predictor.recommend(histories, 24, now=dataset.now_s).scores
+    assert np.isfinite(scores).all()
+    weights = bundle.model().state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ("{weight: numeric}", "has no column 'weight'"),
+        ("{title: numeric}", "feature title has type string, which is not numeric"),
+        ("{title: vector}", "feature title has type string, which is not vector"),
+        ("{image: categorical}", "which is not categorical"),
+    ],
+)
+def test_columns_that_are_missing_or_of_another_type_are_named_by_validate(poor, kinds, message):
+    settings = load_settings(None, [f"data.events={poor.data.events[0]}", f"data.items={poor.data.items}", f"data.features={kinds}"])
+    with pytest.raises(DataError, match=message):
+        run_validate(settings, None)
