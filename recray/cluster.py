@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,4 @@ def _configure_data() -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # else the cause of a failed task is lost on its way here
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors reach us as exceptions
+    warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # Ray 2.60 bounds its restarts in no other way

@@ -55,7 +55,7 @@ def train_worker(config: dict[str, Any]) -> None:
     threads = config["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory for every tensor, to no use here
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads fresh memory
     loop = build_loop(config["dataset"], config["settings"], ray.train.torch.get_device())
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
