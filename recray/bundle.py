@@ -48,13 +48,8 @@ class Bundle:
         return manifest_digest(self.path)
 
     @cached_property
-    def items(self) -> pa.Table:
-        """Row i describes item_index i + 1: `item_id` and the feature columns."""
-        return pq.read_table(self.path / "items.parquet")
-
-    @cached_property
     def item_ids(self) -> pa.Array:
-        return self.items[ITEM_ID].combine_chunks()
+        return pq.read_table(self.path / "items.parquet", columns=[ITEM_ID])[0].combine_chunks()
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

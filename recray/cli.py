@@ -90,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help=text, description=text)
     benchmark.add_argument(
         "what",
-        choices=["prepare", "submit", "train", "score"],
-        help="prepare: peak memory; submit: a submitted night beside a local one; train: seconds an epoch; score: users a second",
+        choices=["prepare", "submit", "train", "score", "catalogue"],
+        help="prepare: peak memory; submit: a submitted night beside a local one; train: seconds an epoch; score: users a second; "
+        "catalogue: memory and time with a million items",
     )
     benchmark.add_argument("--data", help="train, score: folder of a data set, or its name under $RECRAY_DATA")
     benchmark.add_argument("--against", choices=["rectools"], help="train, score: the peer to run on the same data in the same run")
@@ -179,7 +180,9 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "demo":
             return demo.run_demo(arguments.root, arguments.overrides, reporter, tell if arguments.keep_serving else None)
         if arguments.job == "benchmark":
-            return benchmark.run(arguments.what, Path(arguments.out), reporter.say, data=arguments.data, against=arguments.against)
+            return benchmark.run(
+                arguments.what, Path(arguments.out), reporter.say, data=arguments.data, against=arguments.against, overrides=arguments.overrides
+            )
         if arguments.job == "submit":
             return _submitted(arguments, reporter)
         settings = load_settings(arguments.config, arguments.overrides)

@@ -170,7 +170,9 @@ class ScoreSettings(Section):
     k: int = Field(50, ge=1, le=10_000, description="items stored for each user")
     new_only: bool = Field(False, description="leave out what the user already met")
     diversity: float = Field(0.0, ge=0, le=1, description="0: by score alone, 1: lists as varied as can be (maximal marginal relevance)")
-    boosts: dict[str, float] = Field(default_factory=dict, description="feature=value: added to the scores of its items, for example brand=Acme: 0.5")
+    boosts: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="feature=value: added to the scores of its items, for example brand=Acme: 0.5"
+    )
     exclude: tuple[str, ...] = Field((), description="feature=value: items that are never answered")
     caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="categorical feature: how many items of one value a list may hold"

@@ -240,6 +240,7 @@ def _not_promoted(work: Work, reason: str, started: float) -> JobResult:
 
 def score(work: Work, dataset: Dataset) -> JobResult:
     """Every user's list by the champion, published. Raises RefusedError if there is no champion, or the night is older than it."""
+    from recray.inference import unmatched
     from recray.promotion import champion_of
     from recray.scoring import score as scoring
     from recray.snapshot import writer
@@ -252,6 +253,8 @@ def score(work: Work, dataset: Dataset) -> JobResult:
             f"champion {bundle.key} knows events up to {date_of(bundle.as_of_s)}, later than this night of {date_of(dataset.as_of_s)}",
             "score a later night, or an older one in a storage.root of its own",
         )
+    for name in unmatched(settings.score.rules(), dataset):
+        work.warn(f"a rule of section score is about {name!r}, which no item has")
     key = scoring.score_key(settings, dataset, bundle)
     path = writer.snapshot_path(storage, dataset.as_of_s, key)
     skipped = is_sealed(path, writer.KIND, key)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
+STDOUT, STDERR = 1, 2
 ASKS = (signal.SIGINT, signal.SIGTERM)  # for an end
 
 Tell = Callable[[str], None]
@@ -28,6 +29,7 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
     """
     reader, writer = os.pipe()
     parent = os.getpid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored (as some callers leave it), the child's end would not be told
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ASKS, signal.SIGCHLD))  # kept for sigwait, so that none is missed
     child = os.fork()
     if child == 0:
@@ -36,9 +38,7 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-        results = os.dup(sys.stdout.fileno())
-        sys.stdout.flush()
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        results = _results()
         code = job(lambda line: _write(results, f"{line}\n".encode()))
         os.write(writer, b"1")
         sys.exit(code)
@@ -57,6 +57,20 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
         "Ray ended the job's process: it lost the cluster's head node (its last lines are above)",
         "start the cluster again, then repeat the job; it goes on where it stopped",
     )
+
+
+def _results() -> int:
+    """A descriptor of standard output; from now on, what is written there goes to standard error. Either may be closed."""
+    for descriptor in (STDOUT, STDERR):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    results = os.dup(STDOUT)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    os.dup2(STDERR, STDOUT)
+    return results
 
 
 def _wait(child: int) -> int:

@@ -1,4 +1,4 @@
-"""`recray benchmark`: what recray costs and how well it ranks, measured on this machine, kept as one JSON file a run."""
+"""`recray benchmark`: what recray costs, measured on this machine, kept as one JSON file a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
-ALONE = ("prepare", "submit")
+ALONE = ("prepare", "submit", "catalogue")
 
 
-def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None) -> JobResult:
+def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None, overrides: Sequence[str] = ()) -> JobResult:
     """Run one benchmark and keep its figures as a JSON file in `out`.
 
     data : folder of a data set, or its name under $RECRAY_DATA; for train and score
     against : the peer that runs on the same data in the same run; None: recray alone
+    overrides : of the settings; for train and score
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
-        config, metrics = _measure(what, Path(folder), say, data, against)
+        config, metrics = _measure(what, Path(folder), say, data, against, overrides)
     result = JobResult(f"benchmark {what}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2))
     out.mkdir(parents=True, exist_ok=True)
     named = f"{what}-{Path(data).name}" if data else what
@@ -37,18 +39,21 @@ def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str
     return result
 
 
-def _measure(what: str, folder: Path, say: Say, data: str | None, against: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measure(
+    what: str, folder: Path, say: Say, data: str | None, against: str | None, overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     if what in ALONE:
-        if data or against:
-            raise SettingsError(f"benchmark {what} takes neither --data nor --against", "leave them out")
-        from recray.benchmark import prepare, submit
+        if data or against or overrides:
+            raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
+        from recray.benchmark import catalogue, prepare, submit
 
-        return {}, {"prepare": prepare.measure_prepare, "submit": submit.measure_submit}[what](folder, say)
+        measures = {"prepare": prepare.measure_prepare, "submit": submit.measure_submit, "catalogue": catalogue.measure_catalogue}
+        return {}, measures[what](folder, say)
     if data is None:
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
     from recray.benchmark import score, train
 
-    return {"train": train.measure_train, "score": score.measure_score}[what](folder, data, against, say)
+    return {"train": train.measure_train, "score": score.measure_score}[what](folder, data, against, list(overrides), say)
 
 
 def machine() -> dict[str, Any]:

@@ -23,13 +23,13 @@ ROUNDS, PEER_ROUNDS = 5, 2
 K = 10
 
 
-def measure_score(folder: Path, data: str, against: str | None, say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_score(folder: Path, data: str, against: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
     """Half of our rounds over all users, the peer's, the other half of ours: medians of each, and their ratio.
 
     Ours is what an actor of the nightly job does, from mapped histories to written parts, in one process with all threads.
     What the weights are does not matter, so they are those of the start.
     """
-    settings, dataset = prepared(data, folder / "root", SAME)
+    settings, dataset = prepared(data, folder / "root", [*SAME, *overrides])
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     chosen = bundle_settings(settings)

@@ -21,9 +21,9 @@ SAME = ["train.windows=last", "train.loss=softmax"]  # the peer learns from the 
 PEER_BATCH_USERS = 128  # its default
 
 
-def measure_train(folder: Path, data: str, against: str | None, say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_train(folder: Path, data: str, against: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
     """Half of our epochs, the peer's, the other half of ours: medians of each, and their ratio."""
-    settings, dataset = prepared(data, folder / "root", SAME)
+    settings, dataset = prepared(data, folder / "root", [*SAME, *overrides])
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     chosen = bundle_settings(settings)

@@ -19,6 +19,7 @@ import xxhash
 from recray.errors import DataError
 
 NUMERIC_BINS = 20
+LARGEST = 1e100  # of a number in a vector; a larger one, or one that is not finite, is an error of whoever made it
 MANY_MISSING = 0.5  # of the items, to be worth a note
 _WORD = re.compile(r"\w+")
 
@@ -43,15 +44,12 @@ def notes(items: pa.Table, features: dict[str, str]) -> list[str]:
     """What a person should know of the feature columns: which tell nothing, and what many items lack."""
     found = []
     for name, kind in features.items():
-        encoded = encode(items, {name: kind}, 1 << 30)[name]
-        if kind == "vector":
-            present, distinct = encoded[1][1:], len(np.unique(encoded[0][1:][encoded[1][1:]], axis=0))
-        else:
-            bags = np.split(encoded[0], encoded[1][2:]) if len(encoded[1]) > 1 else []
-            present, distinct = np.array([len(bag) > 0 for bag in bags]), len({bag.tobytes() for bag in bags if len(bag)})
+        first, second = encode(items, {name: kind}, 1 << 30)[name]
+        present = second[1:] if kind == "vector" else np.diff(second, append=len(first))[1:] > 0
+        distinct = {str(value) for value, there in zip(items[name].to_pylist(), present, strict=True) if there or kind == "vector"} - {"None"}
         missing = 1.0 - float(present.mean()) if len(present) else 1.0
-        if distinct <= 1:
-            found.append(f"feature {name}: {'no item has a value' if not distinct else 'all items have the same value'}; it tells nothing")
+        if len(distinct) <= 1:
+            found.append(f"feature {name}: {'all items have the same value' if distinct else 'no item has a value'}; it tells nothing")
         elif missing > MANY_MISSING:
             found.append(f"feature {name}: {missing:.0%} of the items have no value")
     return found
@@ -64,8 +62,14 @@ def _tokens(column: pa.ChunkedArray, kind: str) -> Iterable[list[str]]:
     if kind == "text":
         return ([] if value is None else _text(value) for value in values)
     if kind == "multi":
-        return ([] if v is None else [str(x) for x in (v.split("|") if isinstance(v, str) else v)] for v in values)
-    return ([] if value is None else [str(value)] for value in values)
+        return (elements(value) for value in values)
+    return ([] if value is None or value == "" else [str(value)] for value in values)
+
+
+def elements(value: Any) -> list[str]:
+    """The values of a `multi` column in one item: a list, or text with `|` between them; what is empty is none."""
+    parts = [] if value is None else value.split("|") if isinstance(value, str) else value
+    return [str(part) for part in parts if part is not None and part != ""]
 
 
 def _numeric(values: list[Any]) -> Iterable[list[str]]:
@@ -92,19 +96,18 @@ def _bags(items: Iterable[list[str]], name: str, buckets: int) -> Encoded:
 
 def _vectors(column: pa.ChunkedArray, name: str) -> Encoded:
     values = column.combine_chunks()
-    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
     there = values.is_valid().to_numpy(zero_copy_only=False)
     size = np.where(there, pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False), 0)
     sizes = np.unique(size[size > 0])
     if len(sizes) > 1:
         raise DataError(f"feature {name}: vectors of {sizes[0]} and of {sizes[-1]} numbers", "write vectors of one length")
-    found = np.zeros((len(values) + 1, int(sizes[0]) if len(sizes) else 1), np.float32)
+    found = np.zeros((len(values) + 1, int(sizes[0]) if len(sizes) else 1))
     present = np.concatenate([[False], size > 0])
     found[present] = flat.reshape(-1, found.shape[1]) if len(sizes) else 0.0
-    present &= np.isfinite(found).all(1)
+    present &= (np.abs(found) < LARGEST).all(1)
     found[~present] = 0.0
     found[present] -= found[present].mean(0) if present.sum() > 1 else 0.0
     length = np.linalg.norm(found, axis=1, keepdims=True)
     present &= (length > 0).squeeze(1)
-    found = np.where(present[:, None], found / np.maximum(length, 1e-12), 0.0).astype(np.float32)
-    return found, present
+    return np.where(present[:, None], found / np.maximum(length, 1e-300), 0.0).astype(np.float32), present

@@ -122,7 +122,8 @@ def incomparable(dataset: Dataset, bundle: Bundle) -> str | None:
 
 
 def parity(settings: Settings, dataset: Dataset, predictor: Predictor) -> Check:
-    """Whether users get the same answer alone as in a batch: scores within 1e-5, items the same but for ties."""
+    """Whether users get the same answer alone as in a batch: scores within 1e-5 of their scale, items the same but for ties."""
+    allowed = PARITY * predictor.model.scale
     questions = Questions(dataset, "test", max_users=settings.gates.parity_users, seed=settings.evaluate.seed)
     translation = predictor.translation(dataset)
     k, worst, users = settings.score.k, 0.0, 0
@@ -134,17 +135,17 @@ def parity(settings: Settings, dataset: Dataset, predictor: Predictor) -> Check:
             found = np.isfinite(alone.scores[0]) & np.isfinite(together.scores[row])
             gaps = np.abs(alone.scores[0] - together.scores[row])[found]
             swapped = alone.item_index[0] != together.item_index[row]
-            if (np.isfinite(alone.scores[0]) != np.isfinite(together.scores[row])).any() or not _ties(together.scores[row], swapped):
+            if (np.isfinite(alone.scores[0]) != np.isfinite(together.scores[row])).any() or not _ties(together.scores[row], swapped, 2 * allowed):
                 return Check("parity", False, f"user {users}: other items alone than in a batch")
             worst, users = max(worst, float(gaps.max(initial=0.0))), users + 1
-    text = f"answers of {users} users alone and in a batch differ by at most {worst:.1e} (allowed {PARITY:.0e})"
-    return Check("parity", worst <= PARITY, text)
+    text = f"answers of {users} users alone and in a batch differ by at most {worst:.1e} (allowed {allowed:.0e})"
+    return Check("parity", worst <= allowed, text)
 
 
-def _ties(scores: np.ndarray, swapped: np.ndarray) -> bool:
-    """Whether every swapped place has a neighbour of nearly the same score; the last place may tie with what was cut off."""
+def _ties(scores: np.ndarray, swapped: np.ndarray, near_by: float) -> bool:
+    """Whether every swapped place has a neighbour of nearly the same score (within `near_by`); the last place may tie with what was cut off."""
     for place in np.flatnonzero(swapped):
-        near = np.abs(scores - scores[place]) <= 2 * PARITY
+        near = np.abs(scores - scores[place]) <= near_by
         if near.sum() < 2 and place != len(scores) - 1:
             return False
     return True

@@ -1,7 +1,7 @@
 """Histories in, ranked items out: pure torch, no Ray, no MLflow.
 
 Owns the one path from a history to scores, so that the nightly batch, the endpoint, evaluation and the rewards of a
-policy agree by construction: equal bits for the same batch, 1e-5 across batch shapes, ties broken by item index.
+policy agree by construction: equal bits for the same batch, 1e-5 of their scale across batch shapes, ties broken by item index.
 """
 
 from __future__ import annotations
@@ -170,24 +170,33 @@ class Predictor:
         if k < 1:
             raise RequestError(f"k is {k}", "ask for at least one item")
         k = min(k, self.n_items + 1)
-        pool = k if rules is None else min(rules.pool(k), self.n_items + 1)
         each = [filters] * len(histories) if isinstance(filters, Filters) else list(filters)
         item_index, scores = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         known = [self._known(history) for history in histories]
         for rows, score in self._chunks(known, now, controls):
-            barred = _Barred([(histories[row].item_index, each[row]) for row in rows], None if rules is None else rules.barred, self.device)
+            barred = _Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
+            best = self._best(score, barred, k, rules)
+            item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
+        return Recommendations(item_index, scores, ["model" if len(history.item_index) else "popular" for history in known])
+
+    def _best(self, score: _Score, barred: _Barred, k: int, rules: Rules | None) -> tuple[Tensor, Tensor]:
+        """Items and scores [rows, k] of a chunk."""
+        pool = k if rules is None else min(rules.pool(k), self.n_items + 1)
+        while True:
             best: tuple[Tensor, Tensor] | None = None
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
                 found = score(first)
                 if rules is not None:
-                    found += rules.boost_V[first : first + ITEM_BLOCK].to(self.device)
+                    found = found + rules.boost_V[first : first + ITEM_BLOCK].to(self.device)
                 index, values = top_k(barred.apply(found, first), pool)
                 best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), pool)
             assert best is not None
-            if rules is not None:
-                best = rules.choose(*best, self._table_VD, k)
-            item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
-        return Recommendations(item_index, scores, ["model" if len(history.item_index) else "popular" for history in known])
+            if rules is None:
+                return best
+            chosen = rules.choose(*best, self._table_VD, k)
+            if pool > self.n_items or not (rules.caps and ((chosen[0] == 0) & (best[0][:, -1:] > 0)).any()):
+                return chosen
+            pool = min(4 * pool, self.n_items + 1)  # caps left places empty although there is more to choose from
 
     @torch.no_grad()
     def score(
@@ -280,11 +289,11 @@ class Predictor:
 class _Barred:
     """What may not be answered to some histories, as places of the score matrix: row and item."""
 
-    def __init__(self, wanted: list[tuple[np.ndarray, Filters]], always: np.ndarray | None, device: torch.device) -> None:
+    def __init__(self, wanted: list[tuple[np.ndarray, Filters]], device: torch.device) -> None:
         barred = [
             (row, items)
             for row, (history, filters) in enumerate(wanted)
-            for items in (history if filters.new_only else None, filters.deny, always)
+            for items in (history if filters.new_only else None, filters.deny)
             if items is not None and len(items)
         ]
         rows = np.repeat([row for row, _ in barred], [len(items) for _, items in barred]).astype(np.int64)

@@ -16,7 +16,12 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-POOL = 5  # candidates for each place
+from recray.dataset.features import elements
+from recray.dataset.reader import Dataset
+from recray.errors import RefusedError
+
+POOL = 500  # candidates, at least: the same for every short list, so that a longer one begins like a shorter one
+POOL_EACH = 5  # candidates for each place
 
 
 @dataclass(frozen=True)
@@ -24,33 +29,36 @@ class Rules:
     """Rules in item indices.
 
     diversity : 0 (by score alone) to 1 (as unlike one another as can be)
-    boost_V : float32 [V], added to scores
-    barred : item indices that are never answered
+    boost_V : float32 [V], added to scores; -inf for what is never answered
     caps : for each capped column the number of an item's value, int64 [V] (-1: it has none), and how many of one value a list may hold
     """
 
     diversity: float
     boost_V: Tensor
-    barred: np.ndarray
     caps: tuple[tuple[Tensor, int], ...]
 
     @classmethod
-    def declared(cls, declared: dict[str, Any], items: pa.Table) -> Rules | None:
-        """The `diversity`, `boosts`, `exclude` and `caps` of `ScoreSettings`, for an item table (row i is item i + 1); None for none."""
-        boost = np.zeros(len(items) + 1, np.float32)
+    def declared(cls, declared: dict[str, Any], dataset: Dataset, to_bundle: np.ndarray, n_items: int) -> Rules | None:
+        """The `diversity`, `boosts`, `exclude` and `caps` of `ScoreSettings`, by a dataset's item table; None for none.
+
+        to_bundle : index of each of the dataset's items in a bundle of `n_items` (`Translation.to_bundle`).
+        Raises RefusedError for a column that the dataset does not have.
+        """
+        boost = torch.zeros(n_items + 1)
+        to = torch.from_numpy(to_bundle)
         for name, value in declared["boosts"].items():
-            boost[1:][_matches(items, name)] += value
-        barred = np.zeros(len(items) + 1, bool)
+            boost[to[1:][_matches(dataset, name)]] += value
         for name in declared["exclude"]:
-            barred[1:] |= _matches(items, name)
-        caps = tuple((_groups(items[column]), limit) for column, limit in declared["caps"].items())
-        if not (declared["diversity"] or boost.any() or barred.any() or caps):
+            boost[to[1:][_matches(dataset, name)]] = -torch.inf
+        boost[0] = 0.0
+        caps = tuple((_groups(dataset, column, to, n_items), limit) for column, limit in declared["caps"].items())
+        if not (declared["diversity"] or boost.any() or caps):
             return None
-        return cls(declared["diversity"], torch.from_numpy(boost), np.flatnonzero(barred), caps)
+        return cls(declared["diversity"], boost, caps)
 
     def pool(self, k: int) -> int:
         """How many of the best items to choose k from."""
-        return k * POOL if self.diversity or self.caps else k
+        return max(POOL_EACH * k, POOL) if self.diversity or self.caps else k
 
     def choose(self, index_BP: Tensor, scores_BP: Tensor, vectors_VD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """k of P items in a new order, and their scores [B, k]; index 0 and -inf where a cap leaves a place empty.
@@ -62,18 +70,20 @@ class Rules:
             return index_BP[:, :k], scores_BP[:, :k]
         rows = torch.arange(len(index_BP), device=index_BP.device)
         free = scores_BP > -torch.inf
-        worst = torch.where(free, scores_BP, torch.inf).amin(1, keepdim=True)
-        span = (scores_BP[:, :1] - worst).clamp(min=1e-9)
-        relevance = torch.where(free, (scores_BP - worst) / span, 0.0)
-        unit_BPD = torch.nn.functional.normalize(vectors_VD[index_BP], dim=-1)
-        likeness = torch.zeros_like(relevance)
+        worth, unit_BPD = scores_BP, None
+        if self.diversity:
+            relevance = _relevance(scores_BP, free)
+            unit_BPD = torch.nn.functional.normalize(vectors_VD[index_BP], dim=-1)
+            likeness = torch.zeros_like(relevance)
         values = [group_V.to(index_BP.device)[index_BP] for group_V, _ in self.caps]
-        picks = []
+        picks: list[Tensor] = []
         for _ in range(min(k, index_BP.shape[1])):
-            worth = (1 - self.diversity) * relevance - self.diversity * likeness
+            if unit_BPD is not None:
+                worth = (1 - self.diversity) * relevance - self.diversity * likeness
             pick = worth.masked_fill(~free, -torch.inf).argmax(1)
             picks.append(torch.where(free.any(1), pick, -1))
-            likeness = torch.maximum(likeness, torch.einsum("bpd,bd->bp", unit_BPD, unit_BPD[rows, pick]))
+            if unit_BPD is not None:
+                likeness = torch.maximum(likeness, (unit_BPD @ unit_BPD[rows, pick][:, :, None]).squeeze(2))
             free[rows, pick] = False
             chosen = torch.stack(picks, 1)
             for (_, limit), value_BP in zip(self.caps, values, strict=True):
@@ -89,16 +99,53 @@ class Rules:
         )
 
 
-def _matches(items: pa.Table, name: str) -> np.ndarray:
-    """Which items have the value of `column=value`, bool [items]; a list has it if one of its elements is it."""
+def unmatched(declared: dict[str, Any], dataset: Dataset) -> list[str]:
+    """The `feature=value` of boosts and exclusions that no item of the dataset has. Raises RefusedError as `Rules.declared`."""
+    return [name for name in (*declared["boosts"], *declared["exclude"]) if not _matches(dataset, name).any()]
+
+
+def _relevance(scores_BP: Tensor, free: Tensor) -> Tensor:
+    """Scores from 1 (the best) to 0 (the last of the first `POOL`), lower ones below 0."""
+    first = slice(0, POOL)
+    worst = torch.where(free[:, first], scores_BP[:, first], torch.inf).amin(1, keepdim=True)
+    span = (scores_BP[:, :1] - worst).clamp(min=1e-9)
+    return torch.where(free, (scores_BP - worst) / span, 0.0)
+
+
+def _column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    if column not in dataset.items.column_names:
+        raise RefusedError(
+            f"a rule of section score is about {column!r}, which dataset {dataset.key} does not have",
+            "name it in data.features and prepare the dataset again, or take the rule out",
+        )
+    return dataset.items[column]
+
+
+def _matches(dataset: Dataset, name: str) -> Tensor:
+    """Which items have the value of `column=value`, bool [items]: a list if one of its elements is it, a number if it is equal."""
     column, _, value = name.partition("=")
-    return np.array([value in (map(str, x) if isinstance(x, list) else [str(x)]) for x in items[column].to_pylist()], bool)
+    found = _column(dataset, column)
+    multi = dataset.manifest["settings"]["data"]["features"].get(column) == "multi"
+
+    def has(here: Any) -> bool:
+        if here is None or isinstance(here, bool):
+            return here is not None and str(here).lower() == value.lower()
+        if isinstance(here, int | float):
+            try:
+                return here == float(value)
+            except ValueError:
+                return False
+        return value in elements(here) if multi else str(here) == value
+
+    return torch.tensor([has(here) for here in found.to_pylist()], dtype=torch.bool)
 
 
-def _groups(column: pa.ChunkedArray) -> Tensor:
-    """Number of each item's value, int64 [V] with padding first; -1 for none."""
-    encoded = column.combine_chunks().dictionary_encode()
+def _groups(dataset: Dataset, column: str, to: Tensor, n_items: int) -> Tensor:
+    """Number of each of the bundle's items' value, int64 [V]; -1 for none."""
+    encoded = _column(dataset, column).combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
-    codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy()
-    return torch.from_numpy(np.concatenate([[-1], codes]))
+    found = torch.full((n_items + 1,), -1)
+    found[to[1:]] = torch.from_numpy(pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy().copy())
+    found[0] = -1
+    return found

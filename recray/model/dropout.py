@@ -19,7 +19,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        cut = round(256 * self.p)
+        cut = min(round(256 * self.p), 255)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
         mask = (words.view(torch.uint8)[: x.numel()] >= cut).to(x.dtype)
         return x * mask.mul_(256 / (256 - cut)).view(x.shape)

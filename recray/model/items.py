@@ -132,7 +132,10 @@ class ItemEncoder(nn.Module):
             return parts[0] if log_weight is None else parts[0] * log_weight[0].exp()[..., None]
         query = self.fusion.view(len(parts), *[1] * (parts.dim() - 2), -1)
         logits = (parts * query).sum(-1)
-        weight = present.to(logits.dtype) if log_weight is None else present * log_weight.exp()
-        share = (logits - logits.amax(0)).exp() * weight
-        scale = weight.sum(0) / share.sum(0).clamp(min=1e-9)
+        weight = present.to(logits.dtype)
+        if log_weight is not None:
+            logits, weight = logits + log_weight, weight * log_weight.exp()
+        logits = logits.masked_fill(~present, -torch.inf)
+        share = (logits - logits.amax(0).clamp(min=torch.finfo(logits.dtype).min)).exp()
+        scale = weight.sum(0) / share.sum(0).clamp(min=torch.finfo(logits.dtype).tiny)
         return (share[..., None] * parts).sum(0) * scale[..., None]

@@ -55,7 +55,8 @@ def gbce(beta: float) -> Loss:
     def judge(scores_nU: Tensor, item: Tensor, row: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         wanted = scores_nU[row, item]
         negative = F.softplus(scores_nU)
-        rest = negative.sum() - negative[row, item].sum()
+        negative[row, item] = 0.0
+        rest = negative.sum()
         gradient = scores_nU.sigmoid_()
         gradient[row, item] = 0.0
         gradient.index_put_((row, item), -beta * share * torch.sigmoid(-wanted), accumulate=True)
@@ -95,7 +96,9 @@ def draw_mixed(batch: Batch, targets: Targets, share_V: Tensor, negatives: int) 
     """
     uniform = torch.randint(1, len(share_V), (negatives,), device=share_V.device)
     index, competes = _index(batch, targets, torch.cat([targets.item, uniform]))
-    missed = len(targets.item) * torch.log1p(-share_V[index].double().clamp(max=0.5)) + negatives * math.log1p(-1.0 / (len(share_V) - 1))
+    items = len(share_V) - 1
+    by_chance = negatives * math.log1p(-1.0 / items) if items > 1 else -math.inf
+    missed = len(targets.item) * torch.log1p(-share_V[index].double().clamp(max=0.5)) + by_chance
     return Candidates(index, torch.where(competes, -torch.log(-torch.expm1(missed)), -math.inf).float())
 
 

@@ -83,7 +83,7 @@ class Batch(NamedTuple):
 
 def value_bucket(value: Tensor) -> Tensor:
     """Bucket of a rating, a quantity, a price or a dwell time: quarter powers of two of 1 + value, int64 in [0, VALUE_BUCKETS)."""
-    return (4.0 * torch.log2(1.0 + value.float().clamp(min=0))).round().long().clamp(max=VALUE_BUCKETS - 1)
+    return (4.0 * torch.log2(1.0 + value.float().clamp(min=0))).round().clamp(max=VALUE_BUCKETS - 1).long()
 
 
 class Recommender(nn.Module):
@@ -114,6 +114,11 @@ class Recommender(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.05)) if shape.scores == "cosine" else None
         self.repeat = RepeatTerm(dim, shape.event_types, has_time=shape.time_bias) if shape.repeat else None
         self.prior_scale = nn.Parameter(torch.tensor(0.5)) if shape.prior else None
+
+    @property
+    def scale(self) -> float:
+        """Size of one unit of similarity in the scores: 1, for cosine scores 1 / temperature."""
+        return 1.0 if self.temperature is None else 1.0 / float(self.temperature.clamp(COLDEST, HOTTEST))
 
     def hidden(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor | None, controls: Controls | None = None, *, masked: bool = False) -> Tensor:
         """Hidden states of the queries [N, D]; `parts_MVD` are needed where the controls weigh modalities.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recray.bundle import Bundle
 from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, RequestError
 from recray.inference import Filters, Predictor, Rules, Translation
@@ -43,8 +42,9 @@ class Night:
             if digest != snapshot.manifest[f"{name}_digest"]:
                 raise DamagedArtifactError(f"{name} of {snapshot.path} is not the one it was scored with", "score the night again")
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
-        rules = None if declared is None else Rules.declared(declared, Bundle.open(bundle).items)
-        return cls(snapshot, dataset, predictor, predictor.translation(dataset), rules, dt.datetime.now(dt.UTC))
+        translation = predictor.translation(dataset)
+        rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.n_items)
+        return cls(snapshot, dataset, predictor, translation, rules, dt.datetime.now(dt.UTC))
 
     @property
     def date(self) -> str:

@@ -36,6 +36,23 @@ def test_vectors_are_centred_and_of_length_one_and_broken_ones_are_missing():
     assert (values[~present] == 0).all() and values.dtype == np.float32
 
 
+def test_numbers_too_large_for_float32_do_no_harm():
+    values, present = vectors_of_doubles([3e38, 0.0], [3e38, 1.0], [1.0, 2.0], [1e20, 1.0], [1e300, 0.0])
+    assert np.isfinite(values).all() and present.tolist() == [False, True, True, True, True, False]
+    np.testing.assert_allclose(np.linalg.norm(values[present], axis=1), 1.0, rtol=1e-5)
+
+
+def vectors_of_doubles(*rows):
+    return encode(pa.table({"image": pa.array(rows, pa.list_(pa.float64()))}), {"image": "vector"}, 10)["image"]
+
+
+def test_empty_values_are_no_values():
+    items = pa.table({"brand": ["", "a", None], "tags": [[""], [None, "x"], []], "genres": ["", "a||b", None]})
+    for name, kind, sizes in (("brand", "categorical", [0, 1, 0]), ("tags", "multi", [0, 1, 0]), ("genres", "multi", [0, 2, 0])):
+        tokens, offsets = encode(items, {name: kind}, 100)[name]
+        assert np.diff([*offsets, len(tokens)]).tolist() == [0, *sizes], name
+
+
 def test_vectors_of_two_lengths_are_named():
     with pytest.raises(DataError, match="feature image: vectors of 1 and of 2 numbers"):
         vectors([1.0], [1.0, 2.0])
@@ -49,9 +66,10 @@ def test_columns_that_tell_nothing_are_noted():
         "feature brand: all items have the same value; it tells nothing",
         "feature colour: no item has a value; it tells nothing",
         "feature size: all items have the same value; it tells nothing",
-        "feature image: no item has a value; it tells nothing",
+        "feature image: all items have the same value; it tells nothing",
     ]
     assert notes(items.set_column(2, "size", pa.array(["s", "m", None])), {"size": "categorical"}) == []
+    assert notes(pa.table({"price": [0.0] * 97 + [5.0, 6.0, 7.0]}), {"price": "numeric"}) == []
     many = pa.table({"size": ["s", "m", None, None, None]})
     assert notes(many, {"size": "categorical"}) == ["feature size: 60% of the items have no value"]
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from recray.model.attention import causal_bias
 from recray.model.controls import Controls
+from recray.model.dropout import Dropout
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
 from recray.model.recommender import PRESETS, Batch, Recommender, Shape, value_bucket
 
@@ -113,7 +114,7 @@ def test_cosine_scores_lie_between_bounds_of_the_temperature():
 
 def test_value_buckets_tell_ratings_apart_and_take_anything():
     assert len(set(value_bucket(torch.arange(1.0, 6.0)).tolist())) == 5
-    assert value_bucket(torch.tensor([-3.0, 0.0, 1e30])).tolist() == [0, 0, 63]
+    assert value_bucket(torch.tensor([-3.0, 0.0, 1e30, math.inf])).tolist() == [0, 0, 63, 63]
 
 
 def test_chosen_rows_are_the_rows_of_the_whole_table():
@@ -135,6 +136,11 @@ def test_a_modality_that_is_missing_takes_no_part():
     with torch.no_grad():
         model.items.fusion[0] -= 9.0
     torch.testing.assert_close(model.items.fuse(parts[:, 4], model.items.present()[:, 4]), alone)
+    one = torch.ones(3, 1, 16) * torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+    with torch.no_grad():
+        model.items.fusion[0] = -20.0  # a logit of -320, beside nothing
+    torch.testing.assert_close(model.items.fuse(one, torch.tensor([[True], [False], [False]])), one[0])
+    assert torch.isfinite(model.items.fuse(one, torch.zeros(3, 1, dtype=torch.bool))).all()
 
 
 def attention_weights(model, batch, chosen):
@@ -300,6 +306,8 @@ def test_gbce_is_its_formula_and_its_gradient_autograds():
     beta = gbce_beta(negatives=3, items=8, calibration=0.75)
     assert beta == pytest.approx((3 / 7) * (0.75 * (1 - 7 / 3) + 7 / 3))
     assert gbce_beta(5, 8, 0.0) == pytest.approx(1.0)
+    twice = torch.zeros(1, 4)
+    assert gbce(1.0)(twice, torch.tensor([1, 1]), torch.tensor([0, 0]), torch.tensor([0.5, 0.5]))[0].item() == pytest.approx(4 * math.log(2))
     variable = scores.clone().requires_grad_()
     others = torch.isfinite(scores).index_put((row, item), torch.tensor(False))
     direct = -(beta * share * F.logsigmoid(variable[row, item])).sum() - F.logsigmoid(-variable[others]).sum()
@@ -352,6 +360,23 @@ def test_with_every_item_drawn_a_sampled_loss_is_the_whole_one(loss):
     torch.testing.assert_close(sampled, whole, rtol=1e-4, atol=1e-4)
     for name in plain:
         torch.testing.assert_close(mine[name], plain[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_sampling_from_one_item():
+    batch, targets = queries()
+    drawn = draw_mixed(batch._replace(item_BT=torch.ones_like(batch.item_BT)), targets._replace(item=torch.ones(6, dtype=torch.int64)),
+                       torch.tensor([0.0, 1.0]), negatives=3)  # fmt: skip
+    assert drawn.item_U.tolist() == [0, 1] and drawn.correction_U.tolist() == [-math.inf, 0.0]
+
+
+@pytest.mark.parametrize("p", [0.001, 0.2, 0.5, 0.999])
+def test_dropout_keeps_the_mean_and_nothing_but_multiples(p):
+    torch.manual_seed(0)
+    drop = Dropout(p)
+    found = drop(torch.ones(1000, 1001))
+    assert len(found.unique()) <= 2 and abs(found.mean().item() - 1.0) < 0.1
+    assert abs((found == 0).float().mean().item() - p) < 1 / 256 + 0.002
+    assert torch.equal(drop.eval()(torch.ones(3)), torch.ones(3))
 
 
 def test_the_loss_is_chosen_by_the_size_of_the_catalogue():

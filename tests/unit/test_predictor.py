@@ -116,8 +116,8 @@ def test_rules_apply_to_answers_of_model_and_popularity_alike(predictor):
     group = torch.arange(V + 1) % 2
     group[0] = -1
     boost = torch.zeros(V + 1)
-    boost[7] = 1000.0
-    rules = Rules(0.0, boost, np.array([8]), ((group, 3),))
+    boost[7], boost[8] = 1000.0, -torch.inf
+    rules = Rules(0.0, boost, ((group, 3),))
     answer = predictor.recommend([history(0), history(5)], 6, now=NOW, rules=rules)
     assert answer.item_index[0, 0] == answer.item_index[1, 0] == 7
     for row in answer.item_index:
@@ -125,6 +125,26 @@ def test_rules_apply_to_answers_of_model_and_popularity_alike(predictor):
     plain = predictor.recommend([history(5)], 40, now=NOW)
     scores = dict(zip(plain.item_index[0].tolist(), plain.scores[0].tolist(), strict=True))
     np.testing.assert_allclose(answer.scores[1, 1:], [scores[item] for item in answer.item_index[1, 1:].tolist()], atol=1e-5)
+
+
+def test_a_longer_diverse_list_begins_like_a_shorter_one(predictor, monkeypatch):
+    monkeypatch.setattr("recray.inference.rules.POOL", 25)
+    rules = Rules(0.4, torch.zeros(V + 1), ())
+    short, long = (predictor.recommend([history(5)], k, now=NOW, rules=rules).item_index[0] for k in (2, 5))
+    assert short.tolist() == long[:2].tolist() != predictor.recommend([history(5)], 2, now=NOW).item_index[0].tolist()
+
+
+def test_a_cap_looks_as_far_as_it_must(predictor, monkeypatch):
+    monkeypatch.setattr("recray.inference.rules.POOL", 5)
+    monkeypatch.setattr("recray.inference.rules.POOL_EACH", 1)
+    best = predictor.recommend([history(5)], V, now=NOW).item_index[0]
+    group = torch.full((V + 1,), -1)
+    group[torch.from_numpy(best[:20].copy())] = 0
+    answer = predictor.recommend([history(5)], 4, now=NOW, rules=Rules(0.0, torch.zeros(V + 1), ((group, 1),))).item_index[0]
+    assert answer.tolist() == [best[0], *best[20:23]]
+    alone = torch.zeros(V + 1, dtype=torch.int64)
+    answer = predictor.recommend([history(5)], 4, now=NOW, rules=Rules(0.0, torch.zeros(V + 1), ((alone, 1),)))
+    assert answer.item_index[0].tolist() == [best[0], 0, 0, 0] and np.isinf(answer.scores[0, 1:]).all()
 
 
 def test_ids_and_indices(predictor):

@@ -1,40 +1,74 @@
 """What is declared about lists: boosts, exclusions, caps and diversity."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from recray.config import load_settings
-from recray.errors import SettingsError
-from recray.inference import Rules
+from recray.config import ScoreSettings, load_settings
+from recray.errors import RefusedError, SettingsError
+from recray.inference import Rules, unmatched
 
 ITEMS = pa.table(
     {
         "item_id": [f"i{n}" for n in range(6)],
         "brand": ["acme", "acme", "acme", "bolt", None, "bolt"],
         "tags": [["new"], [], None, ["old", "new"], ["old"], []],
+        "genres": ["Action|Comedy", "Action", "Drama", "", None, "Comedy"],
+        "price": [3.0, 3.0, 4.5, None, float("nan"), 1.0],
+        "used": [True, False, None, True, False, False],
     }
 )
-NONE = {"diversity": 0.0, "boosts": {}, "exclude": [], "caps": {}}
+KINDS = {"brand": "categorical", "tags": "multi", "genres": "multi", "price": "numeric", "used": "categorical"}
+DATA = SimpleNamespace(key="d", items=ITEMS, manifest={"settings": {"data": {"features": KINDS}}})
+NONE = ScoreSettings().rules()
 INDEX, SCORES = torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
 VECTORS = torch.tensor([[0.0, 0.0], [1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1], [-1, 0]])
 
 
-def declared(**rules) -> Rules:
-    found = Rules.declared({**NONE, **rules}, ITEMS)
+def declared(to_bundle=None, n_items=6, **rules) -> Rules:
+    found = Rules.declared({**NONE, **rules}, DATA, np.arange(7) if to_bundle is None else to_bundle, n_items)
     assert found is not None
     return found
 
 
 def test_nothing_declared_is_no_rule():
-    assert Rules.declared(NONE, ITEMS) is None
+    assert Rules.declared(NONE, DATA, np.arange(7), 6) is None
 
 
 def test_boosts_and_exclusions_find_their_items():
     rules = declared(boosts={"brand=acme": 0.5, "tags=new": 1.0}, exclude=["tags=old"])
-    assert rules.boost_V.tolist() == [0, 1.5, 0.5, 0.5, 1.0, 0, 0]
-    assert rules.barred.tolist() == [4, 5] and rules.pool(10) == 10
+    assert rules.boost_V.tolist() == [0, 1.5, 0.5, 0.5, -np.inf, -np.inf, 0]
+    assert rules.pool(10) == 10
+
+
+@pytest.mark.parametrize(
+    ("rule", "items"),
+    [
+        ("genres=Comedy", [1, 6]), ("genres=Action", [1, 2]), ("genres=Action|Comedy", []), ("price=3", [1, 2]), ("price=4.50", [3]),
+        ("price=nan", []), ("price=cheap", []), ("used=true", [1, 4]), ("brand=None", []), ("tags=old", [4, 5]), ("brand=bol", []),
+    ],
+)  # fmt: skip
+def test_a_rule_finds_the_items_that_have_its_value(rule, items):
+    assert np.flatnonzero(declared(boosts={rule: 1.0}, diversity=0.1).boost_V).tolist() == items
+    assert unmatched({**NONE, "exclude": [rule]}, DATA) == ([] if items else [rule])
+
+
+def test_rules_are_those_of_tonights_items_in_the_bundles_indices():
+    """The bundle knows three of the six items, in another order."""
+    rules = declared(np.array([0, 3, 0, 1, 2, 0, 0]), 3, exclude=["brand=acme"], caps={"brand": 1})
+    assert rules.boost_V.tolist() == [0, -np.inf, 0, -np.inf]
+    ((group_V, _),) = rules.caps
+    assert group_V[0] == -1 and group_V[1] == group_V[3] != group_V[2]
+
+
+def test_a_rule_on_a_column_that_the_data_do_not_have_is_refused():
+    with pytest.raises(RefusedError, match="'colour', which dataset d does not have"):
+        declared(caps={"colour": 1})
+    with pytest.raises(RefusedError, match="'colour'"):
+        unmatched({**NONE, "boosts": {"colour=red": 1.0}}, DATA)
 
 
 def test_caps_leave_room_for_others_and_items_without_a_value_are_free():
@@ -46,7 +80,7 @@ def test_caps_leave_room_for_others_and_items_without_a_value_are_free():
 
 def test_more_diversity_means_less_likeness_and_none_changes_nothing():
     def likeness(diversity):
-        index, scores = Rules(diversity, torch.zeros(7), np.zeros(0, np.int64), ()).choose(INDEX, SCORES, VECTORS, 3)
+        index, scores = Rules(diversity, torch.zeros(7), ()).choose(INDEX, SCORES, VECTORS, 3)
         unit = torch.nn.functional.normalize(VECTORS[index[0]], dim=-1)
         assert torch.equal(scores[0], SCORES[0, index[0] - 1])
         return (unit @ unit.T).triu(1).sum().item(), index[0].tolist()
@@ -65,3 +99,9 @@ def test_fewer_candidates_than_places():
 def test_rules_on_what_is_no_feature_are_refused(override):
     with pytest.raises(SettingsError, match="of data.features"):
         load_settings(None, ["data.items=x", "data.features={brand: categorical, tags: multi}", override])
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_boost_is_a_number(value):
+    with pytest.raises(SettingsError, match="finite"):
+        load_settings(None, ["data.items=x", "data.features={brand: categorical}", f"score.boosts={{brand=acme: {value}}}"])

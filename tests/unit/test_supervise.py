@@ -50,7 +50,9 @@ def test_an_end_without_a_word_is_reported(body, code, named):
 def test_a_request_to_end_reaches_the_job():
     body = """signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        tell("ready"); time.sleep(60)
+        tell("ready")
+        while True:  # a signal that comes just before a long sleep would wait for its end
+            time.sleep(0.05)
     except KeyboardInterrupt:
         return 7"""
     process = start(body)
@@ -66,6 +68,15 @@ def test_what_others_print_goes_to_standard_error():
     process = subprocess.run([sys.executable, "-c", JOB.format(body=body)], capture_output=True, text=True, timeout=60)
     assert process.stdout.splitlines()[1:] == ["result"]
     assert {"python", "native", "late"} <= set(process.stderr.split())
+
+
+@pytest.mark.parametrize("closed", ["", "2>&-", "</dev/null >/dev/null"])
+def test_a_caller_that_ignores_the_end_of_children_or_closed_a_descriptor(closed, tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(JOB.format(body="return 5"))
+    command = f"exec {sys.executable} {script} {closed}"
+    done = subprocess.run(["bash", "-c", command], timeout=60, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert done.returncode == 5
 
 
 def alive(pid: int) -> bool:

@@ -1,0 +1,120 @@
+"""Memory and time of a large catalogue: a training step of 128 users, and the top 100 of everything for 10,000 users.
+
+Each figure comes from a process of its own, so that its peak memory is that of the work. Without times: no prior, no age bias.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recray.dataset.popularity import Popularity
+from recray.dataset.reader import History
+from recray.errors import TrainingError
+from recray.inference import Predictor
+from recray.model.losses import Criterion, Targets
+from recray.model.recommender import Batch, Recommender, Shape
+from recray.stages import Say
+from recray.training.loop import Loop, LoopSettings
+
+SIZES = (100_000, 1_000_000)
+DIM, HISTORY = 64, 50
+STEP_USERS, STEPS = 128, 5
+TOP_USERS, TOP_K, TOP_BATCH = 10_000, 100, 1024
+STEP_BOUND, TOP_BOUND = 4e9, 3e9
+
+
+def measure_catalogue(folder: Path, say: Say) -> dict[str, Any]:
+    """Peak bytes and seconds at each size; `top_item_ratio`: seconds an item at the largest size over those at the smallest."""
+    metrics: dict[str, Any] = {}
+    for items in SIZES:
+        for what in ("step", "top"):
+            done = subprocess.run([sys.executable, "-m", __name__, what, str(items)], capture_output=True, text=True)
+            if done.returncode:
+                raise TrainingError(f"{what} of {items} items failed: {done.stderr.strip()[-600:]}", "is there memory for it?")
+            found = json.loads(done.stdout)
+            say(f"{items:,} items, {what}: peak {found['peak_bytes'] / 1e9:.2f} GB, {found['seconds']:.2f} s")
+            metrics |= {f"{what}_{items}_{name}": value for name, value in found.items()}
+    small, large = SIZES[0], SIZES[-1]
+    ratio = metrics[f"top_{large}_seconds"] / large / (metrics[f"top_{small}_seconds"] / small)
+    metrics["top_item_ratio"] = round(ratio, 3)
+    metrics["step_memory_ratio"] = round(metrics[f"step_{large}_peak_bytes"] / STEP_BOUND, 3)
+    metrics["top_memory_ratio"] = round(metrics[f"top_{large}_peak_bytes"] / TOP_BOUND, 3)
+    say(f"top {TOP_K}: an item costs {ratio:.2f} times what it costs in the small catalogue")
+    return metrics
+
+
+def _model(items: int) -> Recommender:
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    shape = Shape(event_types=1, dim=DIM, history=HISTORY, time_bias=False, prior=False)
+    return Recommender(shape, np.arange(items + 1) > 0, {})
+
+
+class _Users:
+    """Batches of users with random histories, asked at every position."""
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+
+    def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
+        """`STEPS` batches."""
+        random = torch.Generator().manual_seed(epoch)
+        user, position = torch.arange(STEP_USERS).repeat_interleave(HISTORY), torch.arange(HISTORY).repeat(STEP_USERS)
+        nothing = torch.zeros(STEP_USERS, HISTORY, dtype=torch.int64)
+        for _ in range(STEPS):
+            item = torch.randint(1, self.items + 1, (STEP_USERS, HISTORY + 1), generator=random)
+            targets = Targets(torch.arange(len(user) + 1), item[:, 1:].flatten())
+            batch = Batch(item[:, :-1], nothing, nothing.float(), nothing, nothing, user, position, torch.zeros(1, 1), torch.zeros_like(user))
+            yield batch, targets, len(user)
+
+    def padding(self, epoch: int = 0) -> float:
+        """None is padded."""
+        return 0.0
+
+
+def _step(items: int) -> float:
+    """Seconds of one training step, of `STEPS`."""
+    model = _model(items)
+    criterion = Criterion("auto", torch.full((items + 1,), 1.0 / items).index_fill(0, torch.tensor([0]), 0.0))
+    settings = LoopSettings(epochs=1, patience=1, learning_rate=1e-3, warmup_steps=1, weight_decay=0.0, seed=0, average_decay=0.99)
+    loop = Loop(model, _Users(items), lambda model, rank, world: (0.0, 1.0), criterion, settings)
+    begun = time.monotonic()
+    loop.train_epoch(0)
+    return (time.monotonic() - begun) / STEPS
+
+
+def _top(items: int) -> float:
+    """Seconds for all users."""
+    nobody = Popularity.count_events(np.zeros(0, np.int64), None, items)
+    predictor = Predictor(_model(items), pa.array(np.arange(items)), ["interaction"], nobody, prior_days=0, has_time=False)
+    random = np.random.default_rng(0)
+    histories = []
+    for _ in range(TOP_USERS):
+        events = np.arange(random.integers(1, HISTORY + 1))
+        histories.append(History(random.integers(1, items + 1, len(events)), events * 0, events, np.ones(len(events), np.float32)))
+    begun = time.monotonic()
+    for first in range(0, TOP_USERS, TOP_BATCH):
+        predictor.recommend(histories[first : first + TOP_BATCH], TOP_K, now=0)
+    return time.monotonic() - begun
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process since its program was loaded."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    seconds = {"step": _step, "top": _top}[sys.argv[1]](int(sys.argv[2]))
+    print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes()}))
