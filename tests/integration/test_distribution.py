@@ -35,7 +35,7 @@ def two_nodes(own_home):
 
 
 def settings_of(folder, root, *more):
-    overrides = [*world_overrides(folder, root), "model.dropout=0", "train.epochs=1", "train.batch_positions=150", *more]
+    overrides = [*world_overrides(folder, root), "model.dropout=0", "train.precision=float32", "train.epochs=1", "train.batch_positions=150", *more]
     return load_settings(None, overrides)
 
 
