@@ -83,8 +83,12 @@ def write_bundle(
     prior_days: int,
     settings: dict[str, Any],
     metrics: dict[str, Any],
+    parent: str | None = None,
 ) -> Bundle:
-    """Seal a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError."""
+    """Seal a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError.
+
+    parent : run key of the bundle whose weights the training began with
+    """
     fields = {
         "recray": __version__,
         "dataset": dataset.key,
@@ -98,6 +102,7 @@ def write_bundle(
         "has_time": dataset.has_time,
         "prior_days": prior_days,
         "settings_key": settings_key(settings),
+        "parent": parent,
     }
     with sealed_directory(path, KIND, key, fields) as folder:
         save_file({name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}, folder / "model.safetensors")

@@ -121,6 +121,7 @@ class TrainSettings(Section):
     epochs: int = Field(50, ge=1, description="at most so many passes over the training histories")
     patience: int = Field(4, ge=1, description="stop after so many epochs without a better validation NDCG")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    warm_start: bool = Field(False, description="begin with the champion's weights, items matched by their ids; anew where its network is another")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     average_decay: float = Field(0.99, ge=0, lt=1, description="exponential moving average of the weights, which is validated and kept; 0: none")

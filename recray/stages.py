@@ -114,6 +114,9 @@ def train(work: Work, dataset: Dataset) -> JobResult:
         live = _Live(work, key, _run_name(dataset.as_of_s))
         cluster.start()
         say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); stops {settings.train.patience} epochs after the best")
+        if settings.train.warm_start:
+            parent = trainer.parent_of(settings, dataset)
+            say(f"begins with the weights of bundle {parent.key}" if parent else "begins anew: no champion of before with this network")
         try:
             trainer.train(settings, key, dataset, live)
         except Exception:

@@ -22,19 +22,22 @@ ALONE = ("prepare", "submit", "catalogue")
 def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None, overrides: Sequence[str] = ()) -> JobResult:
     """Run one benchmark and keep its figures as a JSON file in `out`.
 
-    data : folder of a data set, or its name under $RECRAY_DATA; for train and score
+    data : folder of a data set, or its name under $RECRAY_DATA; for quality, train and score
     against : the peer that runs on the same data in the same run; None: recray alone
-    overrides : of the settings; for train and score
+    overrides : of the settings; for quality, train and score
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
         config, metrics = _measure(what, Path(folder), say, data, against, overrides)
+        kept = {path.name: path.read_bytes() for path in Path(folder).glob("keep/*")}
     result = JobResult(f"benchmark {what}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2))
     out.mkdir(parents=True, exist_ok=True)
     named = f"{what}-{Path(data).name}" if data else what
     path = out / f"{named}-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}.json"
     content = {"benchmark": what, "metrics": metrics, "config": config, **machine()}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    for name, data_of in kept.items():
+        path.with_suffix(f".{name}").write_bytes(data_of)
     result.outputs["result"] = str(path)
     return result
 
@@ -51,9 +54,9 @@ def _measure(
         return {}, measures[what](folder, say)
     if data is None:
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
-    from recray.benchmark import score, train
+    from recray.benchmark import quality, score, train
 
-    return {"train": train.measure_train, "score": score.measure_score}[what](folder, data, against, list(overrides), say)
+    return {"quality": quality.measure_quality, "train": train.measure_train, "score": score.measure_score}[what](folder, data, against, list(overrides), say)
 
 
 def machine() -> dict[str, Any]:

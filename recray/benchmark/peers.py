@@ -26,17 +26,28 @@ def ask(peer: str, question: dict[str, Any], folder: Path, say: Say) -> dict[str
     asked = folder / "question.json"
     asked.write_text(json.dumps(question))
     script = str(resources.files("recray.benchmark") / f"{peer}_peer.py")
-    done = subprocess.run([str(python), script, str(asked)], capture_output=True, text=True, cwd=folder)
-    if done.returncode:
-        raise ClusterError(f"{peer} failed: {done.stderr.strip()[-600:]}", f"run it by hand: {python} {script}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    with subprocess.Popen([str(python), script, str(asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
+        assert process.stdout and process.stderr
+        last: list[str] = []
+        for line in process.stderr:
+            last = [*last[-9:], line.strip()]
+            if line.startswith("{"):
+                say(f"{peer}: {line.strip()}")
+        answered = process.stdout.read()
+    if process.returncode:
+        raise ClusterError(f"{peer} failed: {' | '.join(last)[-600:]}", f"run it by hand: {python} {script}")
+    answer: dict[str, Any] = json.loads(answered.strip().splitlines()[-1])
     return answer
+
+
+def cache() -> Path:
+    """Where environments and long runs of peers are kept, under the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recray" / "peers"
 
 
 def environment(peer: str, say: Say) -> Path:
     """The Python of the peer's environment, under the user's cache; $RECRAY_TORCH_INDEX names an index with a CPU build of torch."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recray" / "peers"
-    home = cache / f"{peer}-{key_of(PINS[peer])}"
+    home = cache() / f"{peer}-{key_of(PINS[peer])}"
     python, complete = home / "bin" / "python", home / ".complete"
     if complete.exists():
         return python

@@ -51,12 +51,19 @@ class Popularity:
         """Events of each item, float32 [n_items + 1]; index 0 is padding."""
         return np.bincount(self.item_index, weights=self.count, minlength=self.n_items + 1).astype(np.float32)
 
-    def window(self, now_s: int, days: int) -> np.ndarray:
-        """Events of each item in the `days` complete days before the day of `now_s`, float32 [n_items + 1]."""
+    def window(self, now_s: int, days: int, among: np.ndarray | None = None) -> np.ndarray:
+        """Events of each item in the `days` complete days before the day of `now_s`, float32 [n_items + 1].
+
+        among : item indices, ascending and distinct, that alone are counted and answered, [len(among)]; None: all
+        """
         today = now_s // DAY_S
         first, last = np.searchsorted(self.day, [today - days, today])
-        chosen = slice(first, last)
-        return np.bincount(self.item_index[chosen], weights=self.count[chosen], minlength=self.n_items + 1).astype(np.float32)
+        item_index, count = self.item_index[first:last], self.count[first:last]
+        if among is None:
+            return np.bincount(item_index, weights=count, minlength=self.n_items + 1).astype(np.float32)
+        place = np.minimum(np.searchsorted(among, item_index), len(among) - 1)
+        known = among[place] == item_index
+        return np.bincount(place[known], weights=count[known], minlength=len(among)).astype(np.float32)
 
     def popular(self, now_s: int | None, days: int) -> np.ndarray:
         """What to show to somebody unknown: recent counts, with all counts before that day to break ties [n_items + 1]."""

@@ -7,8 +7,10 @@ matrix products, without a graph. Shapes: N queries, U candidate items and paddi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,8 +84,7 @@ class Candidates(NamedTuple):
     def place(self, batch: Batch, targets: Targets) -> tuple[Batch, Targets]:
         """The batch and its targets in indices of the candidates."""
         item_BT, item = torch.searchsorted(self.item_U, batch.item_BT), torch.searchsorted(self.item_U, targets.item)
-        prior_PV = batch.prior_PV if batch.prior_PV.shape[1] == 1 else batch.prior_PV[:, self.item_U]
-        return batch._replace(item_BT=item_BT, prior_PV=prior_PV), targets._replace(item=item)
+        return batch._replace(item_BT=item_BT), targets._replace(item=item)
 
 
 def draw_mixed(batch: Batch, targets: Targets, share_V: Tensor, negatives: int) -> Candidates:
@@ -117,6 +118,9 @@ def _index(batch: Batch, targets: Targets, competing: Tensor) -> tuple[Tensor, T
     return index, competes
 
 
+Prior = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+
+
 class Criterion:
     """Forward and backward of a batch under a loss.
 
@@ -127,13 +131,22 @@ class Criterion:
     negatives : items drawn for a batch by sampled and gbce
     calibration : of gbce
     half : products with the item table in bfloat16
+    prior : the popularity prior [P, items] on days [P] of the items that compete (indices ascending, None: all)
     """
 
     def __init__(
-        self, loss: str, share_V: Tensor, *, full_items: int = 50_000, negatives: int = 4096, calibration: float = 0.75, half: bool = False
+        self,
+        loss: str,
+        share_V: Tensor,
+        *,
+        full_items: int = 50_000,
+        negatives: int = 4096,
+        calibration: float = 0.75,
+        half: bool = False,
+        prior: Prior | None = None,
     ) -> None:
         items = len(share_V) - 1
-        self.share_V, self.negatives, self.half = share_V, negatives, half
+        self.share_V, self.negatives, self.half, self.prior = share_V, negatives, half, prior
         self.loss = ("softmax" if items <= full_items else "sampled") if loss == "auto" else loss
         self.judge = softmax
         if self.loss == "gbce":
@@ -148,6 +161,9 @@ class Criterion:
             candidates = draw(batch, targets, self.share_V, self.negatives)
             batch, targets = candidates.place(batch, targets)
             index, correction = candidates
+        if self.prior is not None:
+            found = self.prior(batch.prior_PV.cpu().numpy(), None if index is None else index.cpu().numpy())
+            batch = batch._replace(prior_PV=torch.from_numpy(found).to(self.share_V.device))
         table = model.items(index)
         hidden, output = model.hidden(batch, table, None, controls), model.output(table)
         return backward_in_blocks(model, hidden, output, batch, targets, scale, judge=self.judge, correction_U=correction, half=self.half)

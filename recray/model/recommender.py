@@ -64,7 +64,8 @@ class Batch(NamedTuple):
     """Histories padded on the right with 0, and the queries into them.
 
     item, event [B, T]; value [B, T] as logged; time [B, T] seconds (or positions); now [B, T] the moment at which position t
-    is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day; day [N] the queries' rows in it.
+    is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day, or int64 [P] the days themselves as long
+    as it is open which items compete; day [N] the queries' rows in it.
     """
 
     item_BT: Tensor

@@ -205,7 +205,7 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:
 
     cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
     for number in range(probe.n_shards):
-        split = split_shard(probe._map(number), number, settings.split, cuts, minimum)
+        split = split_shard(probe._map(number), settings.split, cuts, minimum)
         np.save(folder / "splits" / f"{number:05d}.npy", split)
     popularity.save(folder / "popularity.parquet")
     fields.update(users=users, events=events, cuts=cuts)

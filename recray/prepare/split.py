@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import xxhash
 
 from recray.config import SplitSettings
 from recray.dataset.reader import Shard
@@ -61,13 +62,13 @@ def cut_dates(settings: SplitSettings, kept_times: Callable[[], Iterable[np.ndar
     return {"validation": int(np.ceil(validation)), "test": int(np.ceil(test))}
 
 
-def split_shard(shard: Shard, number: int, settings: SplitSettings, cuts: dict[str, int], min_events: int) -> np.ndarray:
+def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min_events: int) -> np.ndarray:
     """Split of one shard, int32 [users, 4] as `Shard.split`. Users with fewer than `min_events` get zeros throughout."""
     counts = np.diff(shard.offsets)
     split = np.zeros((len(shard), 4), np.int32)
     train_end, validation_end, test_start, test_end = split.T
     if settings.kind == "time":
-        draw = np.random.default_rng([settings.seed, number]).random(len(shard))
+        draw = _draw(shard, settings.seed)
         before_test = _count_before(shard, cuts["test"])
         before_validation = _count_before(shard, cuts["validation"])
         test_start[:] = before_test
@@ -89,6 +90,13 @@ def split_shard(shard: Shard, number: int, settings: SplitSettings, cuts: dict[s
         train_end[:] = _count_before_basket(shard, baskets - 2 * held)
     split[counts < min_events] = 0
     return split
+
+
+def _draw(shard: Shard, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each user, float64 [users]: every night the same, so that who was held out yesterday is held out today."""
+    text = (f"{seed}\0{user}".encode() for user in shard.user_ids.to_pylist())
+    found: np.ndarray = np.fromiter((xxhash.xxh64_intdigest(user) for user in text), np.uint64, len(shard)) / 2.0**64
+    return found
 
 
 def _count_before_basket(shard: Shard, basket: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from recray.dataset.popularity import DAY_S
 from recray.dataset.reader import Dataset, Shard
 from recray.model.losses import Targets
 from recray.model.recommender import Batch
@@ -51,7 +52,7 @@ class TrainingBatches:
 
     def __init__(self, dataset: Dataset, *, history: int, batch_positions: int, windows: str, prior_days: int, seed: int) -> None:
         self.dataset, self.history, self.batch_positions = dataset, history, batch_positions
-        self.windows, self.prior_days, self.seed = windows, prior_days, seed
+        self.windows, self.prior_days, self.seed = windows, prior_days if dataset.has_time else 0, seed
         self.users = [_input_ranges(shard) for shard in dataset.shards()]
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
@@ -155,23 +156,26 @@ class TrainingBatches:
             targets.append(_ranges(shard.item_index, last + 1, end))
         user_N, position_N = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (user, position))
         sizes_N = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
-        prior_PV, day_N = self._prior(now[user_N, position_N])
-        arrays = (item, event, value, time, now, user_N, position_N, prior_PV, day_N)
+        day_P, day_N = np.unique(now[user_N, position_N] // DAY_S, return_inverse=True)
+        arrays = (item, event, value, time, now, user_N, position_N, day_P, day_N)
         batch = Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
         offsets = np.concatenate([[0], np.cumsum(sizes_N)])
         wanted = np.concatenate(targets) if targets else np.zeros(0, np.int64)
         return batch, Targets(torch.from_numpy(offsets), torch.from_numpy(wanted.astype(np.int64)))
 
-    def _prior(self, now_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if not self.prior_days or not self.dataset.has_time:
-            return np.zeros((1, 1), np.float32), np.zeros(len(now_N), np.int64)
-        days, day_N = np.unique(now_N // 86_400, return_inverse=True)
-        rows = [self._prior_of(int(day)) for day in days]
-        return (np.stack(rows) if rows else np.zeros((1, self.dataset.n_items + 1), np.float32)), day_N
+    def prior(self, day_P: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+        """The popularity prior of the items `among` (ascending; None: all) on each day, float32 [P, items]; [1, 1] where there is none."""
+        if not self.prior_days:
+            return np.zeros((1, 1), np.float32)
+        rows = [self._prior_of(int(day)) if among is None else self._window(int(day), among) for day in day_P]
+        return np.stack(rows) if rows else np.zeros((1, self.dataset.n_items + 1 if among is None else len(among)), np.float32)
 
-    @lru_cache(maxsize=512)  # noqa: B019 - lives as long as the training run
+    @lru_cache(maxsize=512)  # noqa: B019 - lives as long as the training run; all items: where they are few
     def _prior_of(self, day: int) -> np.ndarray:
-        return log_prior(self.dataset.popularity.window(day * 86_400, self.prior_days))
+        return self._window(day, None)
+
+    def _window(self, day: int, among: np.ndarray | None) -> np.ndarray:
+        return log_prior(self.dataset.popularity.window(day * DAY_S, self.prior_days, among))
 
 
 def log_prior(counts: np.ndarray) -> np.ndarray:

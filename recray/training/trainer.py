@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from recray.cluster import first_line, require, unwrapped
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, TrainingError
+from recray.evaluation.gates import incomparable
+from recray.model.recommender import Shape
+from recray.release import Release
 from recray.storage import Storage, blamed, is_sealed, key_of, no_room
 from recray.training.worker import last_checkpoint, shape_of, train_worker
 
@@ -35,7 +39,30 @@ def bundle_settings(settings: Settings) -> dict[str, Any]:
 
 def train_key(settings: Settings, dataset: Dataset) -> str:
     """Run key of train; also names the Ray Train run and the MLflow run."""
-    return key_of("train", bundle_settings(settings), dataset.key, dataset.digest, __version__)
+    chosen = bundle_settings(settings)
+    parent = parent_of(settings, dataset)
+    return key_of("train", chosen, dataset.key, dataset.digest, parent and parent.digest, __version__)
+
+
+def parent_of(settings: Settings, dataset: Dataset) -> Bundle | None:
+    """The bundle that a training begins with: the champion of before this night. None to begin anew: `train.warm_start` is off,
+    there is no champion, its network is another, or it knows some of tonight's test.
+
+    Tonight's own champion stands for the one that it began with, so that a repeated night begins alike.
+    """
+    if not settings.train.warm_start:
+        return None
+    storage = Storage(settings.root())
+    champion = Release.read(storage).champion
+    bundle = None if champion is None else champion.open(storage)
+    while bundle is not None and bundle.as_of_s >= dataset.as_of_s:
+        before = bundle.manifest.get("parent")
+        path = before and storage.bundle(before)
+        bundle = Bundle.open(path) if path and path.exists() else None
+    if bundle is None or incomparable(dataset, bundle) or bundle.manifest["features"] != dict(settings.data.features):
+        return None
+    shape = shape_of(bundle_settings(settings)["model"], dataset)
+    return bundle if replace(Shape(**bundle.manifest["shape"]), event_types=shape.event_types) == shape else None
 
 
 def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics = lambda line: None) -> Bundle:
@@ -54,12 +81,13 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     if not any((shard.split[:, 1] > shard.split[:, 0]).any() for shard in dataset.shards()):
         raise DataError(f"dataset {dataset.key} has no validation users", "raise split.validation_users, or move split.validation_from")
     chosen = bundle_settings(settings)
+    shape = shape_of(chosen["model"], dataset)
+    parent = parent_of(settings, dataset)
     run.mkdir(parents=True, exist_ok=True)
     progress = storage.training_runs / f"{key}.jsonl"
     with _Follow(progress, on_metrics):
-        checkpoint = _fit(settings, run, dataset, chosen, progress)
+        checkpoint = _fit(settings, run, dataset, chosen, progress, parent)
     curve = json.loads((checkpoint / "progress.json").read_text())
-    shape = shape_of(chosen["model"], dataset)
     bundle = write_bundle(
         final,
         key,
@@ -70,12 +98,13 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         prior_days=chosen["model"]["prior_days"] if shape.prior else 0,
         settings=chosen,
         metrics=curve,
+        parent=parent and parent.key,
     )
     shutil.rmtree(run, ignore_errors=True)  # the bundle has all that is needed of it
     return bundle
 
 
-def _fit(settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path) -> Path:
+def _fit(settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path, parent: Bundle | None) -> Path:
     """Run Ray Train to the end; returns the folder of the last checkpoint.
 
     Each attempt is a Ray Train run in a folder of its own, so that one that was taken for dead cannot write into the
@@ -101,6 +130,7 @@ def _fit(settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any]
             "threads": options.threads,
             "progress": str(progress),
             "resume": resume and str(resume),
+            "parent": parent and str(parent.path),
         },
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources),
         run_config=RunConfig(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from recray.bundle import Bundle
 from recray.dataset.features import encode
 from recray.dataset.reader import Dataset
 from recray.evaluation.metrics import per_user
@@ -21,6 +22,7 @@ from recray.model.recommender import PRESETS, Recommender, Shape
 from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
 from recray.training.loop import Loop, LoopSettings, Validate
+from recray.training.warm import begin_with
 
 FILES = ("model", "average", "best", "optimizer")
 DIGESTS = "digests.json"
@@ -46,8 +48,8 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress, and in `resume` the
-    checkpoint of an earlier attempt or None."""
+    """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress, in `resume` the
+    checkpoint of an earlier attempt or None, and in `parent` the bundle to begin with or None."""
     import ray.train
     import ray.train.torch
 
@@ -56,7 +58,7 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads fresh memory
-    loop = build_loop(config["dataset"], config["settings"], ray.train.torch.get_device())
+    loop = build_loop(config["dataset"], config["settings"], ray.train.torch.get_device(), config["parent"])
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             load_checkpoint(loop, Path(folder))
@@ -73,14 +75,19 @@ def train_worker(config: dict[str, Any]) -> None:
             ray.train.report(line, checkpoint=report)
 
 
-def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device) -> Loop:
-    """Model, batches, validation and optimiser for a dataset; `settings` as `Settings.result_settings` gives them."""
+def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device, parent: str | None = None) -> Loop:
+    """Model, batches, validation and optimiser for a dataset; `settings` as `Settings.result_settings` gives them.
+
+    parent : folder of the bundle whose weights the model begins with
+    """
     dataset = Dataset.open(dataset_path)
     model_settings, train = settings["model"], settings["train"]
     shape = shape_of(model_settings, dataset)
     torch.manual_seed(train["seed"])
     features = encode(dataset.items, settings["data"]["features"], shape.feature_buckets)
     model = Recommender(shape, dataset.trained_items(), features).to(device)
+    if parent is not None:
+        begin_with(model, dataset, Bundle.open(parent))
     batches = TrainingBatches(
         dataset,
         history=shape.history,
@@ -108,6 +115,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         negatives=train["negatives"],
         calibration=train["gbce_calibration"],
         half=half,
+        prior=batches.prior if shape.prior else None,
     )
     return Loop(model, batches, _validation(dataset, model, settings), criterion, loop_settings)
 
@@ -124,7 +132,7 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
     """Mean NDCG of the primary setting over validation users, by the predictor that will serve."""
     evaluate = settings["evaluate"]
     new_only, k = evaluate["primary_setting"] == "new_only", evaluate["k"][0]
-    questions = Questions(dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["train"]["seed"])
+    questions = Questions(dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"])
     predictor = Predictor(
         model,
         dataset.items["item_id"].combine_chunks(),

@@ -92,13 +92,17 @@ def test_padding_stays_small_and_batches_within_their_size(world_dataset):
 
 
 def test_the_prior_sees_no_event_of_the_day_it_is_asked_about(world_dataset):
-    batch, _, _ = next(batches(world_dataset).epoch(0))
+    source = batches(world_dataset)
+    batch, _, _ = next(source.epoch(0))
     popularity = world_dataset.popularity
+    among = np.array([0, 3, 4, world_dataset.n_items])
+    prior, few = source.prior(batch.prior_PV.numpy()), source.prior(batch.prior_PV.numpy(), among)
     for n in range(0, len(batch.user_N), 7):
         day = int(batch.now_BT[batch.user_N[n], batch.position_N[n]]) // 86_400
         inside = (popularity.day < day) & (popularity.day >= day - 7)
         counts = np.bincount(popularity.item_index[inside], weights=popularity.count[inside], minlength=world_dataset.n_items + 1)
-        torch.testing.assert_close(batch.prior_PV[batch.day_N[n]], torch.from_numpy(np.log1p(counts).astype(np.float32)))
+        np.testing.assert_allclose(prior[batch.day_N[n]], np.log1p(counts), rtol=1e-6)
+        np.testing.assert_allclose(few[batch.day_N[n]], np.log1p(counts)[among], rtol=1e-6)
 
 
 def test_training_asks_as_the_predictor_asks(world_dataset):

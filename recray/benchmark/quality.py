@@ -1,0 +1,158 @@
+"""How well the model ranks, and how soon, over several seeds and beside a peer that trains to its own early stop."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from recray.benchmark import peers
+from recray.benchmark.data import prepared, write_for_peers
+from recray.benchmark.train import peer_question
+from recray.dataset.reader import Dataset
+from recray.evaluation import metrics as m
+from recray.evaluation.protocol import Question, Questions, wanted
+from recray.inference import Filters, Predictor
+from recray.stages import Say
+from recray.storage import key_of
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop
+
+SEEDS = (0, 1, 2)
+K = 10
+BATCH = 256
+PEER_BATCH_USERS = 64  # half of its default: as good in fewer epochs, and these are what costs its time
+PEER_PATIENCE = 8
+RESAMPLES, CONFIDENCE = 2000, 0.95
+
+
+def measure_quality(folder: Path, data: str, against: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+    """HR@10 and NDCG@10 of the test users, means over seeds; beside a peer the paired difference of NDCG and the time to the
+    peer's validation NDCG, as CPU seconds of training and as seconds.
+
+    Ranks of every user's test item, and NDCG over time, are written to `folder/keep`.
+    """
+    settings, dataset = prepared(data, folder / "root", overrides)
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    keep = folder / "keep"
+    keep.mkdir()
+    chosen = bundle_settings(settings)
+    questions = Questions(dataset, "test")
+    asked = [question for batch in questions.batches(BATCH) for question in batch if len(wanted(question, new_only=True)) == 1]
+    number = _numbers(dataset)
+    users = [int(number[question.shard] + question.row) for question in asked]
+    ranks, curves = {"user": np.array(users)}, []
+    theirs = _peer(against, chosen, dataset, folder, threads, say) if against else None
+    for seed in SEEDS:
+        settings_of = {**chosen, "train": {**chosen["train"], "seed": seed}}
+        curve, ranks[f"recray_{seed}"] = _train(dataset, settings_of, asked, say, seed)
+        curves += [{"who": f"recray_{seed}", **line} for line in curve]
+    ours = [ranks[f"recray_{seed}"] for seed in SEEDS]
+    each = {"hr@10": [float(hr(r).mean()) for r in ours], "ndcg@10": [float(ndcg(r).mean()) for r in ours]}
+    metrics: dict[str, Any] = {"users": len(asked), "items": dataset.n_items, "seeds": {name: _rounded(found) for name, found in each.items()}}
+    metrics |= {name: round(float(np.mean(found)), 4) for name, found in each.items()}
+    if theirs is not None:
+        ranks[str(against)] = np.array([theirs["ranks"].get(str(user), 0) for user in users])
+        curves += [{"who": against, **line} for line in theirs["curve"]]
+        metrics |= _beside(ours, ranks[str(against)], curves, str(against))
+        say(f"lead over {against} {metrics['ndcg_lead']:+.4f} [{metrics['ndcg_lead_low']:+.4f}, {metrics['ndcg_lead_high']:+.4f}]")
+    pq.write_table(pa.table(ranks), keep / "ranks.parquet")
+    pq.write_table(pa.Table.from_pylist(curves), keep / "curves.parquet")
+    return chosen, metrics
+
+
+def hr(ranks: np.ndarray) -> np.ndarray:
+    """Whether one wanted item at these ranks (from 1; 0: nowhere) is among the first ten."""
+    return ((ranks > 0) & (ranks <= K)).astype(float)
+
+
+def ndcg(ranks: np.ndarray) -> np.ndarray:
+    """NDCG@10 of one wanted item at these ranks."""
+    return np.where(hr(ranks) > 0, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0)
+
+
+def _beside(ours: list[np.ndarray], theirs: np.ndarray, curves: list[dict[str, Any]], peer: str) -> dict[str, Any]:
+    lead = np.mean([ndcg(ranks) for ranks in ours], 0) - ndcg(theirs)
+    low, high = m.interval(m.bootstrap_means(lead[:, None], RESAMPLES, 0)[:, 0], CONFIDENCE)
+    found = {"peer": peer, "peer_hr@10": round(float(hr(theirs).mean()), 4), "peer_ndcg@10": round(float(ndcg(theirs).mean()), 4)}
+    found |= {"ndcg_lead": round(float(lead.mean()), 4), "ndcg_lead_low": round(low, 4), "ndcg_lead_high": round(high, 4)}
+    best = max((line for line in curves if line["who"] == peer), key=lambda line: line["validation_ndcg"])
+    found |= {"peer_validation_ndcg": round(best["validation_ndcg"], 4), "peer_epochs": best["epoch"]}
+    for clock in ("seconds", "cpu_seconds"):
+        reached = []
+        for seed in SEEDS:
+            mine = [line for line in curves if line["who"] == f"recray_{seed}" and line["validation_ndcg"] >= best["validation_ndcg"]]
+            reached.append(mine[0][clock] if mine else np.inf)
+        found[f"{clock}_to_peer"], found[f"peer_{clock}"] = [round(value, 1) for value in reached], round(best[clock], 1)
+        found["time_to_peer_ratio" if clock == "seconds" else "cpu_time_to_peer_ratio"] = round(float(np.mean(reached)) / best[clock], 4)
+    return found
+
+
+def _train(dataset: Dataset, chosen: dict[str, Any], asked: list[Question], say: Say, seed: int) -> tuple[list[dict[str, float]], np.ndarray]:
+    """Train to the early stop; the learning curve with its clocks (validation left out), and the rank of each test item."""
+    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    spent, validate = {"wall": 0.0, "cpu": 0.0}, loop.validate
+
+    def timed(*arguments: Any) -> tuple[float, float]:
+        wall, cpu = time.monotonic(), time.process_time()
+        found = validate(*arguments)
+        spent["wall"] += time.monotonic() - wall
+        spent["cpu"] += time.process_time() - cpu
+        return found
+
+    loop.validate = timed
+    curve = []
+    wall, cpu = time.monotonic(), time.process_time()
+    for line in loop.run():
+        line["seconds"] = time.monotonic() - wall - spent["wall"]
+        line["cpu_seconds"] = time.process_time() - cpu - spent["cpu"]
+        curve.append(line)
+        say(f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, validation NDCG@10 {line['validation_ndcg']:.4f}")
+    loop.average.load_state_dict(loop.best)
+    ranks = _ranks(loop.average.eval(), dataset, chosen, asked)
+    say(f"seed {seed}: HR@10 {hr(ranks).mean():.4f}, NDCG@10 {ndcg(ranks).mean():.4f}, epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
+    return curve, ranks
+
+
+def _ranks(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Question]) -> np.ndarray:
+    """Rank from 1 of the wanted item of each question among all that the user did not meet."""
+    ids = dataset.items["item_id"].combine_chunks()
+    rest = {"prior_days": chosen["model"]["prior_days"], "has_time": dataset.has_time}
+    predictor = Predictor(model, ids, dataset.event_types, dataset.popularity, **rest)
+    ranks = []
+    for first in range(0, len(asked), BATCH):
+        batch = asked[first : first + BATCH]
+        answer = predictor.recommend([q.history for q in batch], dataset.n_items, now=[q.now for q in batch], filters=Filters(new_only=True))
+        ranks += [1 + int(np.flatnonzero(answer.item_index[row] == q.target[0])[0]) for row, q in enumerate(batch)]
+    return np.array(ranks)
+
+
+def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, threads: int, say: Say) -> dict[str, Any]:
+    """Train a peer to its own early stop. It goes on where an earlier run with the same question was stopped."""
+    events = folder / "events.parquet"
+    write_for_peers(dataset, events)
+    number = _numbers(dataset)
+    validation = Questions(dataset, "validation", max_users=chosen["train"]["validation_users"], seed=chosen["split"]["seed"])
+    users = [int(number[shard] + row) for shard, row, _, _ in validation.places]
+    question = peer_question(chosen, folder, threads) | {"batch_users": PEER_BATCH_USERS, "patience": PEER_PATIENCE, "validation_users": users}
+    asked = {name: value for name, value in question.items() if name not in ("events", "threads")}
+    keep = peers.cache() / "runs" / key_of(peer, peers.PINS[peer], asked, dataset.key)
+    keep.mkdir(parents=True, exist_ok=True)
+    say(f"{peer} trains to its early stop; where it stands is kept in {keep}")
+    return peers.ask(peer, question | {"keep": str(keep)}, folder, say)
+
+
+def _numbers(dataset: Dataset) -> np.ndarray:
+    """Number of the first user of each shard, as `write_for_peers` counts them."""
+    return np.concatenate([[0], np.cumsum([len(shard) for shard in dataset.shards()])])
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]

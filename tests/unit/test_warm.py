@@ -1,0 +1,84 @@
+import datetime as dt
+
+import torch
+from conftest import bundle_here, prepare_here, world_overrides
+
+from recray.bundle import write_bundle
+from recray.config import load_settings
+from recray.release import Member, Release
+from recray.storage import Storage
+from recray.training.trainer import bundle_settings, parent_of, train_key
+from recray.training.worker import build_loop, shape_of
+
+EARLY = dt.datetime(2024, 3, 1, tzinfo=dt.UTC)
+
+
+def settings_in(world_folder, root, *overrides):
+    return load_settings(None, [*world_overrides(world_folder, root), "train.warm_start=true", *overrides])
+
+
+def trained(settings, dataset, path, parent=None):
+    chosen = bundle_settings(settings)
+    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    for epoch in range(4):
+        loop.train_epoch(epoch)
+    shape = shape_of(chosen["model"], dataset)
+    rest = {"features": chosen["data"]["features"], "prior_days": 7, "settings": chosen, "metrics": {}, "parent": parent}
+    return write_bundle(path, path.name, dataset=dataset, shape=shape, state=loop.model.state_dict(), **rest)
+
+
+def test_items_and_event_types_come_and_go_and_the_rest_goes_on(world_folder, tmp_path):
+    alone = ["data.items=null", "data.features={}"]
+    early = settings_in(world_folder, tmp_path / "a", *alone, "data.min_item_events=15")
+    late = settings_in(world_folder, tmp_path / "b", *alone, "data.min_item_events=30")
+    before, after = prepare_here(early, EARLY), prepare_here(late)
+    bundle = trained(early, before, tmp_path / "parent")
+    old, new = before.items["item_id"].to_pylist(), after.items["item_id"].to_pylist()
+    came, stayed = sorted(set(new) - set(old)), sorted(set(new) & set(old))
+    assert came and stayed and set(old) - set(new), "the world must lose and gain items for this to be a test"
+    chosen = bundle_settings(late)
+    cold, warm = (build_loop(str(after.path), chosen, torch.device("cpu"), parent) for parent in (None, str(bundle.path)))
+    theirs = bundle.model()
+    for item in stayed:
+        assert torch.equal(warm.model.items.ids.weight[new.index(item) + 1], theirs.items.ids.weight[old.index(item) + 1])
+    for item in came:
+        assert torch.equal(warm.model.items.ids.weight[new.index(item) + 1], cold.model.items.ids.weight[new.index(item) + 1])
+    for mine, event in enumerate(after.event_types):
+        assert torch.equal(warm.model.events.weight[mine], theirs.events.weight[before.event_types.index(event)])
+    assert torch.equal(warm.model.blocks[0].attention.qkv.weight, theirs.blocks[0].attention.qkv.weight)
+    assert warm.train_epoch(0) < cold.train_epoch(0) - 0.1
+
+
+def test_the_parent_is_the_champion_of_before_also_when_the_night_is_repeated(world_folder, tmp_path):
+    settings = settings_in(world_folder, tmp_path)
+    storage = Storage(settings.root())
+    before, after = prepare_here(settings, EARLY), prepare_here(settings)
+    assert parent_of(settings, after) is None
+    anew = train_key(settings, after)
+    yesterday = bundle_here(settings, before, storage.bundle("yesterday"), "yesterday")
+    Release(champion=Member.of(yesterday)).write(storage)
+    assert parent_of(settings, after).key == "yesterday"
+    assert parent_of(settings, before) is None, "a champion of the same night"
+    key = train_key(settings, after)
+    assert key != anew
+    tonight = trained(settings, after, storage.bundle("tonight"), parent="yesterday")
+    Release(champion=Member.of(tonight), previous=Member.of(yesterday)).write(storage)
+    assert parent_of(settings, after).key == "yesterday"
+    assert train_key(settings, after) == key
+    for other in ("model.blocks=1", "train.warm_start=false", "data.features={category: categorical}"):
+        assert parent_of(settings_in(world_folder, tmp_path, other), after) is None, other
+
+
+def held_out(dataset):
+    shards = list(dataset.shards())
+    return {shard.user_ids[i].as_py() for shard in shards for i in range(len(shard)) if shard.split[i, 0] < shard.split[i, 2]}
+
+
+def test_who_is_held_out_stays_held_out_as_the_log_grows(world_folder, tmp_path):
+    """Else a warm start would know the events that it is selected by."""
+    half, everybody = settings_in(world_folder, tmp_path), settings_in(world_folder, tmp_path, "split.validation_users=1.0")
+    yesterday, tonight = (held_out(prepare_here(half, as_of)) for as_of in (dt.datetime(2024, 4, 10, tzinfo=dt.UTC), None))
+    could = held_out(prepare_here(everybody))
+    assert 20 < len(tonight) < 0.7 * len(could)
+    assert len(yesterday & could) > 20
+    assert yesterday & could <= tonight
