@@ -101,6 +101,7 @@ def write_bundle(
         "event_types": dataset.event_types,
         "has_time": dataset.has_time,
         "prior_days": prior_days,
+        "context": dataset.context,
         "settings_key": settings_key(settings),
         "parent": parent,
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from recray.errors import SettingsError
 
@@ -52,10 +52,20 @@ class DataSettings(Section):
     features: dict[str, Literal["categorical", "multi", "numeric", "text", "vector"]] = Field(
         default_factory=dict, description="columns of the item table that describe items, and their kind"
     )
+    context: tuple[str, ...] = Field(
+        (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"
+    )
     min_user_events: int = Field(1, ge=1, description="users with fewer events are left out (counted after the item filter)")
     min_item_events: int = Field(0, ge=0, description="items with fewer events are left out; 0 keeps items nobody met yet")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="refuse the input when more of its rows are bad")
     shards: int | None = Field(None, ge=1, le=65536, description="pieces the users are hashed into; null: one per 500,000 events, at least 4")
+
+    @field_validator("context")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("a name occurs twice")
+        return names
 
 
 class SplitSettings(Section):

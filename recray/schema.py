@@ -5,6 +5,8 @@ Owns the vocabulary that all other modules use; does no reading or writing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 USER_ID = "user_id"
@@ -17,10 +19,11 @@ BASKET = "basket"
 
 EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET)
 DEFAULT_EVENT = "interaction"
+CONTEXT = "context_"  # before the name of a column of request context
 
 
-def shard_schema(user_type: pa.DataType) -> pa.Schema:
-    """Schema of one dataset shard: one row a user, users in ascending order of `user_id`."""
+def shard_schema(user_type: pa.DataType, context: Sequence[str] = ()) -> pa.Schema:
+    """Schema of one dataset shard: one row a user, users in ascending order of `user_id`; `context` names columns of codes."""
     return pa.schema(
         [
             pa.field(USER_ID, user_type, nullable=False),
@@ -28,6 +31,7 @@ def shard_schema(user_type: pa.DataType) -> pa.Schema:
             pa.field("event_index", pa.list_(pa.field("item", pa.int16(), nullable=False))),
             pa.field("timestamp_s", pa.list_(pa.field("item", pa.int64(), nullable=False))),
             pa.field("value", pa.list_(pa.field("item", pa.float32(), nullable=False))),
+            *(pa.field(CONTEXT + name, pa.list_(pa.field("item", pa.int16(), nullable=False))) for name in context),
             pa.field("basket", pa.list_(pa.field("item", pa.int32(), nullable=False))),
         ]
     )

@@ -61,6 +61,7 @@ def world_overrides(folder: Path, root: Path) -> list[str]:
     return [
         f"data.events=[{folder / 'events'}]",
         f"data.items={folder / 'items.parquet'}",
+        "data.context=[hour]",
         "data.features={category: categorical, brand: categorical, price: numeric, tags: multi, title: text}",
         f"storage.root={root}",
         "model.dim=16",

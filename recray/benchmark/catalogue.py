@@ -72,11 +72,12 @@ class _Users:
         random = torch.Generator().manual_seed(epoch)
         user, position = torch.arange(STEP_USERS).repeat_interleave(HISTORY), torch.arange(HISTORY).repeat(STEP_USERS)
         nothing = torch.zeros(STEP_USERS, HISTORY, dtype=torch.int64)
+        unknown = torch.zeros(len(user), 0, dtype=torch.int64)
         for _ in range(STEPS):
             item = torch.randint(1, self.items + 1, (STEP_USERS, HISTORY + 1), generator=random)
             targets = Targets(torch.arange(len(user) + 1), item[:, 1:].flatten())
-            batch = Batch(item[:, :-1], nothing, nothing.float(), nothing, nothing, user, position, torch.zeros(1, 1), torch.zeros_like(user))
-            yield batch, targets, len(user)
+            histories = (item[:, :-1], nothing, nothing.float(), nothing, nothing)
+            yield Batch(*histories, user, position, torch.zeros(1, 1), torch.zeros_like(user), unknown), targets, len(user)
 
     def padding(self, epoch: int = 0) -> float:
         """None is padded."""

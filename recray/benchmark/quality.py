@@ -124,12 +124,13 @@ def _train(dataset: Dataset, chosen: dict[str, Any], asked: list[Question], say:
 def _ranks(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Question]) -> np.ndarray:
     """Rank from 1 of the wanted item of each question among all that the user did not meet."""
     ids = dataset.items["item_id"].combine_chunks()
-    rest = {"prior_days": chosen["model"]["prior_days"], "has_time": dataset.has_time}
+    rest = {"prior_days": chosen["model"]["prior_days"], "has_time": dataset.has_time, "context": dataset.context}
     predictor = Predictor(model, ids, dataset.event_types, dataset.popularity, **rest)
     ranks = []
     for first in range(0, len(asked), BATCH):
         batch = asked[first : first + BATCH]
-        answer = predictor.recommend([q.history for q in batch], dataset.n_items, now=[q.now for q in batch], filters=Filters(new_only=True))
+        asks = {"now": [q.now for q in batch], "context": [q.context for q in batch], "filters": Filters(new_only=True)}
+        answer = predictor.recommend([q.history for q in batch], dataset.n_items, **asks)
         ranks += [1 + int(np.flatnonzero(answer.item_index[row] == q.target[0])[0]) for row, q in enumerate(batch)]
     return np.array(ranks)
 

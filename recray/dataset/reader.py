@@ -6,7 +6,7 @@ Owns `Dataset`, `Shard` and `History`. Holds no user in memory that nobody asked
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from recray.dataset.context import clock_code
 from recray.dataset.popularity import Popularity
 from recray.errors import MissingArtifactError
-from recray.schema import ITEM_ID, USER_ID
+from recray.schema import CONTEXT, ITEM_ID, USER_ID
 from recray.storage import manifest_digest, open_sealed
 
 KIND = "dataset"
@@ -50,7 +51,8 @@ class Shard:
     """Users of one shard and their events, flat: user u has the events offsets[u]:offsets[u + 1].
 
     split int32 [users, 4] counts events from the user's first: [0, train_end) trains, [train_end, validation_end) is
-    the validation target, [0, test_start) the history of the test, [test_start, test_end) its target.
+    the validation target, [0, test_start) the history of the test, [test_start, test_end) its target. context holds the codes
+    of the declared columns, int16 [n] each.
     """
 
     user_ids: pa.Array
@@ -61,6 +63,7 @@ class Shard:
     value: np.ndarray
     basket: np.ndarray
     split: np.ndarray
+    context: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -78,6 +81,11 @@ class Shard:
         if stop < self.offsets[user + 1]:
             stop = start + int(np.searchsorted(self.basket[start:stop], self.basket[stop]))
         return self.history(user, stop - start)
+
+    def context_of(self, names: Sequence[str], event: np.ndarray) -> np.ndarray:
+        """Codes of the context in which events (flat) came, int64 [n, len(names)]; see `recray.dataset.context`."""
+        found = [self.context[name][event] if name in self.context else clock_code(name, self.timestamp_s[event]) for name in names]
+        return np.stack(found, 1).astype(np.int64) if names else np.zeros((len(event), 0), np.int64)
 
     def targets(self, user: int, first: int, last: int) -> np.ndarray:
         """Distinct items of the user's events first:last, ascending."""
@@ -132,6 +140,7 @@ class Dataset:
         self.event_types: list[str] = manifest["event_types"]
         self.clock: str = manifest["clock"]
         self.as_of_s: int = manifest["as_of_s"]
+        self.context: list[str] = manifest["settings"]["data"].get("context", [])
         self.split_kind: str = manifest["settings"]["split"]["kind"]
 
     @classmethod
@@ -200,7 +209,8 @@ class Dataset:
             user_ids=columns[USER_ID],
             offsets=columns["item_index"].offsets.to_numpy().astype(np.int64),
             split=np.load(self.path / "splits" / f"{number:05d}.npy", mmap_mode="r"),
-            **{name: array.values.to_numpy() for name, array in columns.items() if name != USER_ID},
+            context={name.removeprefix(CONTEXT): array.values.to_numpy() for name, array in columns.items() if name.startswith(CONTEXT)},
+            **{name: array.values.to_numpy() for name, array in columns.items() if name != USER_ID and not name.startswith(CONTEXT)},
         )
 
     def trained_items(self) -> np.ndarray:

@@ -8,20 +8,21 @@ from typing import Protocol
 
 import numpy as np
 
-from recray.dataset.reader import Dataset, History
+from recray.dataset.reader import Dataset, History, Shard
 
 SETTINGS = ("repeats", "new_only")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One user of the evaluation."""
+    """One user of the evaluation. `context` holds the codes [C] of what is known when the question is asked."""
 
     shard: int
     row: int
     history: History
     target: np.ndarray
     now: int
+    context: np.ndarray
 
 
 class Ranker(Protocol):
@@ -66,7 +67,15 @@ class Questions:
     def _question(self, shard_number: int, row: int, first: int, last: int) -> Question:
         shard = self.dataset.shard(shard_number)
         now = self._now(int(shard.timestamp_s[shard.offsets[row] + first]))
-        return Question(shard_number, row, shard.history_before(row, first), shard.targets(row, first, last), now)
+        context = self._context(shard, int(shard.offsets[row]) + first)
+        return Question(shard_number, row, shard.history_before(row, first), shard.targets(row, first, last), now, context)
+
+    def _context(self, shard: Shard, event: int) -> np.ndarray:
+        """That of the target's moment; unknown under a time split, which asks all users at the cut."""
+        names = self.dataset.context
+        if self.dataset.cut_s(self.part) is not None:
+            return np.zeros(len(names), np.int64)
+        return shard.context_of(names, np.array([event]))[0]
 
 
 def wanted(question: Question, *, new_only: bool) -> np.ndarray:

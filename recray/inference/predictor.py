@@ -79,10 +79,19 @@ class Predictor:
     popularity : dated counts in this vocabulary, for the prior and the popular list
     prior_days : days of the popularity prior, 0 for none
     has_time : whether `timestamp_s` is a time
+    context : names of the fields of the request context
     """
 
     def __init__(
-        self, model: Recommender, item_ids: pa.Array, event_types: list[str], popularity: Popularity, *, prior_days: int, has_time: bool
+        self,
+        model: Recommender,
+        item_ids: pa.Array,
+        event_types: list[str],
+        popularity: Popularity,
+        *,
+        prior_days: int,
+        has_time: bool,
+        context: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.item_ids = item_ids
@@ -90,6 +99,7 @@ class Predictor:
         self.popularity = popularity
         self.prior_days = prior_days
         self.has_time = has_time
+        self.context = list(context)
         self.device = next(model.parameters()).device
         self._index: dict[Any, int] | None = None
         self._priors: dict[int, np.ndarray] = {}
@@ -116,6 +126,7 @@ class Predictor:
             popularity,
             prior_days=opened.manifest["prior_days"],
             has_time=opened.manifest["has_time"],
+            context=opened.manifest.get("context", []),
         )
 
     @torch.no_grad()
@@ -160,11 +171,12 @@ class Predictor:
         filters: Filters | Sequence[Filters] = Filters(),
         controls: Controls | None = None,
         rules: Rules | None = None,
-        context: None = None,
+        context: Sequence[np.ndarray] | None = None,
     ) -> Recommendations:
         """The k best items for each history at the moment `now` (seconds; ignored where no time is known).
 
-        `rules` may choose others and another order (see `Rules`). `context` is reserved for request context.
+        `rules` may choose others and another order (see `Rules`). `context` holds the codes [C] of each
+        request's context (see `recray.dataset.context.asked`); None: unknown.
         Raises RequestError for a k below 1 or an index outside the vocabulary.
         """
         if k < 1:
@@ -173,7 +185,7 @@ class Predictor:
         each = [filters] * len(histories) if isinstance(filters, Filters) else list(filters)
         item_index, scores = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         known = [self._known(history) for history in histories]
-        for rows, score in self._chunks(known, now, controls):
+        for rows, score in self._chunks(known, now, controls, context):
             barred = _Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
             best = self._best(score, barred, k, rules)
             item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
@@ -200,11 +212,17 @@ class Predictor:
 
     @torch.no_grad()
     def score(
-        self, histories: Sequence[History], candidates: Sequence[np.ndarray], *, now: int | Sequence[int], controls: Controls | None = None
+        self,
+        histories: Sequence[History],
+        candidates: Sequence[np.ndarray],
+        *,
+        now: int | Sequence[int],
+        controls: Controls | None = None,
+        context: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """Scores float32 of given item indices, one array a history."""
         found = [np.zeros(len(items), np.float32) for items in candidates]
-        for rows, score in self._chunks([self._known(history) for history in histories], now, controls):
+        for rows, score in self._chunks([self._known(history) for history in histories], now, controls, context):
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
                 scores = score(first).cpu().numpy()
                 for place, row in enumerate(rows):
@@ -213,9 +231,13 @@ class Predictor:
                     found[row][chosen] = scores[place, inside[chosen]]
         return found
 
-    def _chunks(self, known: list[History], now: int | Sequence[int], controls: Controls | None) -> Iterator[tuple[np.ndarray, _Score]]:
+    def _chunks(
+        self, known: list[History], now: int | Sequence[int], controls: Controls | None, context: Sequence[np.ndarray] | None
+    ) -> Iterator[tuple[np.ndarray, _Score]]:
         """Rows of similar length, and their scores [rows, ITEM_BLOCK] of the items from `first` on."""
         moments = np.broadcast_to(np.asarray(now, np.int64), len(known))
+        fields = self.model.shape.context
+        context_BC = np.zeros((len(known), fields), np.int64) if context is None else np.reshape(context, (len(known), fields)).astype(np.int64)
         length = np.array([len(history.item_index) for history in known], np.int64)
         order = np.argsort(-length, kind="stable")
         order, unknown = order[length[order] > 0], order[length[order] == 0]
@@ -226,7 +248,7 @@ class Predictor:
         while start < len(order):
             rows = order[start : start + max(min(POSITIONS // int(length[order[start]]), ROWS), 1)]
             start += len(rows)
-            batch = self._batch([known[row] for row in rows], moments[rows]).to(self.device)
+            batch = self._batch([known[row] for row in rows], moments[rows], context_BC[rows]).to(self.device)
             chosen = None if controls is None else Controls(*(None if t is None else t[rows].to(self.device) for t in controls))
             was_training = self.model.training
             self.model.eval()
@@ -250,7 +272,7 @@ class Predictor:
             history = History(*(np.asarray(a)[keep] for a in history))
         return history.last(self.model.shape.history)
 
-    def _batch(self, histories: list[History], moment: np.ndarray) -> Batch:
+    def _batch(self, histories: list[History], moment: np.ndarray, context_BC: np.ndarray) -> Batch:
         length = np.array([len(history.item_index) for history in histories])
         B, T = len(histories), int(length.max())
         item, event, time = np.zeros((3, B, T), np.int64)
@@ -265,7 +287,7 @@ class Predictor:
         days, day = np.unique(moment // DAY_S, return_inverse=True)
         uses_prior = self.model.prior_scale is not None
         prior = np.stack([self._prior(int(d)) for d in days]) if uses_prior else np.zeros((1, 1), np.float32)
-        arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, day if uses_prior else np.zeros(B, np.int64))
+        arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, day if uses_prior else np.zeros(B, np.int64), context_BC)
         return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
     def _prior(self, day: int) -> np.ndarray:

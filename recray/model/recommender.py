@@ -24,6 +24,8 @@ from recray.model.dropout import Dropout
 from recray.model.items import ItemEncoder
 
 VALUE_BUCKETS = 64
+CODES = 1024  # of a field of the context, as `recray.dataset.context` makes them
+UNKNOWN_SHARE = 0.25
 COLDEST, HOTTEST = 0.01, 1.0  # bounds of the learned temperature of cosine scores
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,6 +57,7 @@ class Shape:
     repeat: bool = True
     prior: bool = True
     feature_buckets: int = 4096
+    context: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +68,7 @@ class Batch(NamedTuple):
 
     item, event [B, T]; value [B, T] as logged; time [B, T] seconds (or positions); now [B, T] the moment at which position t
     is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day, or int64 [P] the days themselves as long
-    as it is open which items compete; day [N] the queries' rows in it.
+    as it is open which items compete; day [N] the queries' rows in it; context [N, C] codes of each request's context, 0 unknown.
     """
 
     item_BT: Tensor
@@ -77,6 +80,7 @@ class Batch(NamedTuple):
     position_N: Tensor
     prior_PV: Tensor
     day_N: Tensor
+    context_NC: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -111,6 +115,7 @@ class Recommender(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, shape.dropout, residual=shape.residual, feed=shape.feed, attention=_attention(shape)) for _ in range(shape.blocks)
         )
+        self.context = nn.ModuleList(Modulation(dim) for _ in range(shape.context))
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.temperature = nn.Parameter(torch.tensor(0.05)) if shape.scores == "cosine" else None
         self.repeat = RepeatTerm(dim, shape.event_types, has_time=shape.time_bias) if shape.repeat else None
@@ -138,6 +143,8 @@ class Recommender(nn.Module):
             found: Tensor = self.blocks[-1](x, self._seen(batch, asked[:, None], controls, masked=True), controls, asked)[:, 0]
         else:
             found = self.blocks[-1](x, seen, controls)[batch.user_N, batch.position_N]
+        for field, modulation in enumerate(self.context):
+            found = modulation(found, batch.context_NC[:, field])
         found = self.norm(found)
         if self.temperature is not None:
             found = F.normalize(found, dim=-1) / self.temperature.clamp(COLDEST, HOTTEST)
@@ -221,6 +228,24 @@ def _recency(age_BQT: Tensor | None, position_Q: Tensor, T: int) -> Tensor:
     distance = position_Q[..., None] - torch.arange(T, device=position_Q.device)
     found = -torch.log1p(distance.clamp(min=0).float())
     return found if found.dim() == 3 else found[None]
+
+
+class Modulation(nn.Module):
+    """What one field of the context does to hidden states: x * (1 + scale) + shift, both looked up (FiLM, arXiv 1709.07871).
+
+    Unknown (code 0) does nothing; in training a share of the known is taken for unknown, so that nightly lists are learned too.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(CODES, 2 * dim, padding_idx=0)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, x_ND: Tensor, code_N: Tensor) -> Tensor:
+        if self.training:
+            code_N = code_N * (torch.rand(code_N.shape, device=code_N.device) >= UNKNOWN_SHARE)
+        scale, shift = self.table(code_N).chunk(2, -1)
+        return x_ND * (1.0 + scale) + shift
 
 
 class RepeatTerm(nn.Module):

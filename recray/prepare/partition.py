@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recray import schema
+from recray.dataset.context import codes
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError
 from recray.prepare.sources import RowGroup, open_parquet
@@ -140,6 +141,7 @@ def staged_schema(plan: PartitionPlan) -> pa.Schema:
     ]
     if schema.BASKET in plan.types:
         fields.append((schema.BASKET, plan.types[schema.BASKET]))
+    fields += [(name, pa.int16()) for name in plan.columns if name.startswith(schema.CONTEXT)]
     return pa.schema(fields)
 
 
@@ -171,6 +173,9 @@ def _stage(plan: PartitionPlan, batch: pa.Table, uri: str) -> pa.Table:
     staged[schema.VALUE] = column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(len(batch), np.float32))
     if schema.BASKET in plan.columns:
         staged[schema.BASKET] = column(schema.BASKET)
+    for name in plan.columns:
+        if name.startswith(schema.CONTEXT):
+            staged[name] = pa.array(codes(name.removeprefix(schema.CONTEXT), column(name)))
     return pa.table(staged)
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from recray import __version__, cluster, lease, schema
 from recray.config import Settings
+from recray.dataset.context import CLOCK
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
 from recray.errors import DataError, RefusedError, TooManyBadRowsError
@@ -74,6 +75,8 @@ def inspect(settings: Settings) -> tuple[EventSource, pa.Table | None]:
     items = read_items(settings.data)
     if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
         raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
+    if source.clock != schema.TIMESTAMP and (read_off := [name for name in settings.data.context if name in CLOCK]):
+        raise DataError(f"data.context: {read_off[0]} needs a timestamp column", "map one with data.columns.timestamp=…, or leave it out")
     if source.clock == "file_order" and settings.split.kind != "random":
         raise DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
     return source, items

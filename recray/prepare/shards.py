@@ -50,10 +50,16 @@ def build_shard(plan: ShardPlan, number: int) -> None:
     basket = basket - first_basket[user]
     event = pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())).to_numpy()[order]
     time = t // 1_000_000 if plan.partition.clock == schema.TIMESTAMP else t
-    columns = [item, event, time, table[schema.VALUE].to_numpy()[order], basket]
+    context = [table[name].to_numpy()[order] for name in _context(table)]
+    columns = [item, event, time, table[schema.VALUE].to_numpy()[order], *context, basket]
     if plan.split.kind == "random":
         columns = _held_out_last(user, columns, plan.split, number)
-    _write(plan, number, users, offsets, columns)
+    target = schema.shard_schema(users.type, [name.removeprefix(schema.CONTEXT) for name in _context(table)])
+    _write(plan, number, target, users, offsets, columns)
+
+
+def _context(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if name.startswith(schema.CONTEXT)]
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
@@ -116,8 +122,7 @@ def held_out_counts(baskets: np.ndarray, fraction: float) -> np.ndarray:
     return np.where(baskets >= 3, np.maximum(np.round(baskets * fraction), 1), 0).astype(np.int64)
 
 
-def _write(plan: ShardPlan, number: int, users: pa.Array, offsets: np.ndarray, columns: list[np.ndarray]) -> None:
-    target = schema.shard_schema(users.type)
+def _write(plan: ShardPlan, number: int, target: pa.Schema, users: pa.Array, offsets: np.ndarray, columns: list[np.ndarray]) -> None:
     arrays = [users]
     for field, column in zip(list(target)[1:], columns, strict=True):
         values = pa.array(column).cast(field.type.value_type)

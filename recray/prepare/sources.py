@@ -13,6 +13,7 @@ from pyarrow import fs
 
 from recray import schema
 from recray.config import SAMPLE, DataSettings
+from recray.dataset.context import CLOCK
 from recray.errors import DataError
 
 _SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retail"
@@ -150,6 +151,11 @@ def _columns(found: pa.Schema, data: DataSettings, uri: str) -> dict[str, str]:
                 f"{uri} has no column {column!r} for {name}; it has {', '.join(found.names)}",
                 f"name your column: data.columns.{name}=YOUR_COLUMN",
             )
+    for name in data.context:
+        if name not in (*found.names, *CLOCK):
+            raise DataError(f"{uri} has no column {name!r} for data.context; it has {', '.join(found.names)}", "name a column, hour or weekday")
+        if name not in CLOCK:
+            chosen[schema.CONTEXT + name] = name
     return chosen
 
 
@@ -166,8 +172,13 @@ def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
         return pa.int64()
     if name == schema.EVENT and is_text:
         return pa.string()
+    if name.startswith(schema.CONTEXT) and (is_text or is_int or pa.types.is_boolean(plain)):
+        return pa.string()
     if name == schema.VALUE and (is_int or pa.types.is_floating(plain) or pa.types.is_decimal(plain)):
         return pa.float32()
+    if name.startswith(schema.CONTEXT):
+        field = name.removeprefix(schema.CONTEXT)
+        raise DataError(f"{uri}: context {field} has type {found}, not strings, integers or booleans", f"cast it, or leave {field} out of data.context")
     wanted = {
         schema.TIMESTAMP: "a timestamp, a date or integer seconds",
         schema.POSITION: "integers",

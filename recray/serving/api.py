@@ -40,6 +40,7 @@ class RecommendRequest(BaseModel):
     history: list[Event] | None = Field(None, max_length=10_000, description="the user's events, oldest first; taken instead of the stored history")
     new_only: bool = Field(False, description="leave out items of the history")
     exclude: list[Id] = Field([], max_length=10_000, description="items that must not be answered")
+    context: dict[str, str | int | bool] = Field({}, max_length=64, description="what is known of the request: fields of data.context, as in the log")
     now: dt.datetime | None = Field(None, description="the moment asked about; null: just after the night's as-of or the last event of `history`")
 
 

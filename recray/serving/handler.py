@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recray.dataset.context import asked
 from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, RequestError
 from recray.inference import Filters, Predictor, Rules, Translation
@@ -69,7 +70,7 @@ class Night:
 
     def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """Answer one request. Raises RequestError for an event type that the bundle does not know."""
-        if request.history is None and request.now is None and request.user_id is not None:
+        if request.history is None and request.now is None and not request.context and request.user_id is not None:
             answer = self._from_snapshot(request)
             if answer is not None:
                 return answer
@@ -99,7 +100,8 @@ class Night:
             now = _seconds(request.now)
         new_only = request.new_only or self.snapshot.manifest["new_only"]
         filters = Filters(new_only=new_only, deny=self.predictor.index_of(request.exclude) if request.exclude else None)
-        answer = self.predictor.recommend([history], request.k, now=now, filters=filters, rules=self.rules)
+        context = asked(self.predictor.context, request.context, None if request.now is None else now)
+        answer = self.predictor.recommend([history], request.k, now=now, filters=filters, rules=self.rules, context=[context])
         real = answer.item_index[0] > 0
         ids = self.predictor.ids_of(answer.item_index[0][real])
         items = [Item(item_id=item, score=float(score)) for item, score in zip(ids, answer.scores[0][real], strict=True)]

@@ -137,7 +137,7 @@ class TrainingBatches:
         item, event = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
         time, now = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
         value = np.zeros((len(windows), T), np.float32)
-        user, position, targets, sizes = [], [], [], []
+        user, position, context, targets, sizes = [], [], [], [], []
         for rows, part in zip(_rows_by_shard(windows), self._by_shard(windows), strict=True):
             shard, mine = part
             where = mine.start[:, None] + np.arange(T)
@@ -152,12 +152,14 @@ class TrainingBatches:
             now[rows[row], last - mine.start[row]] = shard.timestamp_s[last + 1]
             user.append(rows[row])
             position.append(last - mine.start[row])
+            context.append(shard.context_of(self.dataset.context, last + 1))
             sizes.append(end - last - 1)
             targets.append(_ranges(shard.item_index, last + 1, end))
         user_N, position_N = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (user, position))
         sizes_N = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
         day_P, day_N = np.unique(now[user_N, position_N] // DAY_S, return_inverse=True)
-        arrays = (item, event, value, time, now, user_N, position_N, day_P, day_N)
+        context_NC = np.concatenate(context) if context else np.zeros((0, len(self.dataset.context)), np.int64)
+        arrays = (item, event, value, time, now, user_N, position_N, day_P, day_N, context_NC)
         batch = Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
         offsets = np.concatenate([[0], np.cumsum(sizes_N)])
         wanted = np.concatenate(targets) if targets else np.zeros(0, np.int64)

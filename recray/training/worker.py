@@ -44,6 +44,7 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
         repeat=model["repeat"],
         prior=model["prior_days"] > 0 and dataset.has_time,
         feature_buckets=model["feature_buckets"],
+        context=len(dataset.context),
     )
 
 
@@ -140,6 +141,7 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
         dataset.popularity,
         prior_days=settings["model"]["prior_days"],
         has_time=dataset.has_time,
+        context=dataset.context,
     )
 
     def validate(candidate: Recommender, rank: int, world: int) -> tuple[float, float]:
@@ -150,8 +152,8 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
             asked = [question for question in batch if len(wanted(question, new_only=new_only))]
             if not asked:
                 continue
-            moments = [question.now for question in asked]
-            answer = predictor.recommend([q.history for q in asked], k, now=moments, filters=Filters(new_only=new_only))
+            moments, contexts = [question.now for question in asked], [question.context for question in asked]
+            answer = predictor.recommend([q.history for q in asked], k, now=moments, filters=Filters(new_only=new_only), context=contexts)
             ndcg = per_user(answer.item_index, [wanted(q, new_only=new_only) for q in asked], k)["ndcg"]
             total, users = total + float(ndcg.sum()), users + len(asked)
         return total, users

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import bundle_here, prepare_here, world_overrides
 from pydantic import ValidationError
 
@@ -128,6 +129,16 @@ def test_requests_that_make_no_sense_are_refused(body):
 def test_an_unknown_event_type_is_named(night):
     with pytest.raises(RequestError, match="zap"):
         ask(night, history=[{"item_id": "i0000001", "event": "zap"}])
+
+
+def test_the_context_of_a_request_is_heard(storage):
+    night = Night.load(storage)
+    torch.nn.init.normal_(night.predictor.model.context[0].table.weight[1:].data)
+    history = [{"item_id": "i0000003"}]
+    morning, evening, unknown = (ask(night, history=history, **now).items for now in ({"now": "2024-05-01T08:00"}, {"now": "2024-05-01T20:00"}, {}))
+    assert morning != evening != unknown
+    with pytest.raises(RequestError, match="context: unknown field 'device'"):
+        ask(night, history=history, context={"device": "phone"})
 
 
 def test_damaged_and_missing_snapshots_are_refused(storage, tmp_path):
