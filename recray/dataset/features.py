@@ -1,7 +1,7 @@
 """Feature columns of the item table as the model takes them: bags of tokens, or vectors.
 
 Categories, lists, numbers and text are bags of hashed tokens, one mechanism for all; vectors (embeddings of images, audio or
-text made elsewhere) stay vectors. An item without a value, with an empty text or with a vector that is not finite does not
+text made elsewhere, or by a sentence encoder when the data was prepared) stay vectors. An item without a value, with an empty text or with a vector that is not finite does not
 have the feature; a column that no item has, or that all have alike, tells nothing and does no harm (`notes` says so).
 """
 
@@ -20,6 +20,7 @@ from recray.errors import DataError
 
 NUMERIC_BINS = 20
 LARGEST = 1e100  # of a number in a vector; a larger one, or one that is not finite, is an error of whoever made it
+VECTORS = ("vector", "sentence")  # kinds that a dataset keeps as one vector an item
 MANY_MISSING = 0.5  # of the items, to be worth a note
 _WORD = re.compile(r"\w+")
 
@@ -36,7 +37,7 @@ def encode(items: pa.Table, features: dict[str, str], buckets: int) -> dict[str,
     `buckets`; vectors are centred, then scaled to length 1.
     """
     return {
-        name: _vectors(items[name], name) if kind == "vector" else _bags(_tokens(items[name], kind), name, buckets) for name, kind in features.items()
+        name: _vectors(items[name], name) if kind in VECTORS else _bags(_tokens(items[name], kind), name, buckets) for name, kind in features.items()
     }
 
 
@@ -44,6 +45,7 @@ def notes(items: pa.Table, features: dict[str, str]) -> list[str]:
     """What a person should know of the feature columns: which tell nothing, and what many items lack."""
     found = []
     for name, kind in features.items():
+        kind = "text" if kind == "sentence" else kind  # as the owner has it
         first, second = encode(items, {name: kind}, 1 << 30)[name]
         present = second[1:] if kind == "vector" else np.diff(second, append=len(first))[1:] > 0
         distinct = {str(value) for value, there in zip(items[name].to_pylist(), present, strict=True) if there or kind == "vector"} - {"None"}

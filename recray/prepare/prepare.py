@@ -22,6 +22,7 @@ from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
 from recray.errors import DataError, RefusedError, TooManyBadRowsError
 from recray.prepare.partition import PartitionPlan, Stats, partition_row_group, read_stats
+from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
 from recray.prepare.shards import ShardPlan, build_shard
 from recray.prepare.sources import EventSource, RowGroup, digest_files, inspect_events, list_files, read_items
 from recray.prepare.split import cut_dates, split_shard
@@ -40,11 +41,17 @@ def prepare_key(settings: Settings, as_of: dt.datetime | None, digests: Digests 
     return key_of("prepare", settings.result_settings("data", "split"), digests or input_digests(settings), as_of, __version__)
 
 
+def _encoder(settings: Settings) -> Path | None:
+    """The sentence encoder, where a feature needs one."""
+    return find_encoder(settings.data.text_encoder) if "sentence" in settings.data.features.values() else None
+
+
 def input_digests(settings: Settings) -> Digests:
-    """Digests of the event files and of the item files. Raises DataError for what is not there."""
+    """Digests of the event files, of the item files and of the sentence encoder. Raises DataError, SettingsError for what is not there."""
     files = list_files(settings.data.events)
     items = list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ()
-    return [digest_files(files), digest_files(items)]
+    encoder = _encoder(settings)
+    return [digest_files(files), digest_files(items), *([[digest_encoder(encoder)]] if encoder else [])]
 
 
 def on_ray_data(task: Callable[[int], None], count: int) -> None:
@@ -70,7 +77,8 @@ Each = Callable[[Callable[[int], None], int], None]
 
 
 def inspect(settings: Settings) -> tuple[EventSource, pa.Table | None]:
-    """What the input consists of, from its footers, and the item table. Raises DataError for what cannot be prepared."""
+    """What the input consists of, from its footers, and the item table. Raises DataError, SettingsError for what cannot be prepared."""
+    _encoder(settings)
     source = inspect_events(settings.data)
     items = read_items(settings.data)
     if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
@@ -124,7 +132,7 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
             (folder / "splits").mkdir()
             shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
-            pq.write_table(item_table, folder / "items.parquet")
+            pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
             _finish(folder, fields, settings)
     finally:
         shutil.rmtree(plan.staging, ignore_errors=True)
@@ -184,6 +192,16 @@ def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, it
     if not len(counts):
         raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")
     return counts[schema.ITEM_ID].combine_chunks(), counts
+
+
+def _with_sentences(items: pa.Table, settings: Settings, storage: Storage) -> pa.Table:
+    """The item table with vectors in the place of texts of kind `sentence`."""
+    encoder = _encoder(settings)
+    for name, kind in settings.data.features.items():
+        if encoder is not None and kind == "sentence":
+            vectors = encode_sentences(items[name], encoder, storage.sentences(digest_encoder(encoder)))
+            items = items.set_column(items.schema.get_field_index(name), name, vectors)
+    return items
 
 
 def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:

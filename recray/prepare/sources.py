@@ -230,6 +230,7 @@ def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None
         "numeric": is_number,
         "multi": is_list or is_text,
         "text": is_text,
+        "sentence": is_text,
         "categorical": not is_list,
         "vector": is_list and _is_number(plain.value_type),
     }[kind]
