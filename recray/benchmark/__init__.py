@@ -54,9 +54,16 @@ def _measure(
         return {}, measures[what](folder, say)
     if data is None:
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
-    from recray.benchmark import quality, score, train
+    from recray.benchmark import features, quality, score, train
 
-    return {"quality": quality.measure_quality, "train": train.measure_train, "score": score.measure_score}[what](folder, data, against, list(overrides), say)
+    if what == "features":
+        if against:
+            raise SettingsError("benchmark features takes no --against", "leave it out")
+        return features.measure_features(folder, data, list(overrides), say)
+
+    return {"quality": quality.measure_quality, "train": train.measure_train, "score": score.measure_score}[what](
+        folder, data, against, list(overrides), say
+    )
 
 
 def machine() -> dict[str, Any]:

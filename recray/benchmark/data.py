@@ -16,22 +16,26 @@ from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
 from recray.prepare.prepare import prepare, prepare_key
 
+CONFIGS = {"complete-journey": "shop"}  # of data sets that no config is named after
 
-def prepared(data: str, root: Path, overrides: list[str]) -> tuple[Settings, Dataset]:
-    """Settings of `jobs/configs/<name>.yaml` with overrides, and the dataset that they make, in this process.
 
-    data : folder of the data set, or its name under $RECRAY_DATA. Raises SettingsError, DataError.
+def prepared(data: str, root: Path, overrides: list[str], config: str | None = None) -> tuple[Settings, Dataset]:
+    """Settings of a config with overrides, and the dataset that they make, in this process. Raises SettingsError, DataError.
+
+    data : folder of the data set, or its name under $RECRAY_DATA
+    config : name of a file in jobs/configs; None: that of the data set
     """
     folder = Path(data) if Path(data).is_dir() else Path(os.environ.get("RECRAY_DATA", "")) / data
     if not folder.is_dir():
         raise DataError(f"{folder} is not there", "name the folder of the data set, or set RECRAY_DATA to where it lies")
     configs = Path(str(resources.files("jobs") / "configs"))
-    config = configs / f"{folder.resolve().name}.yaml"
-    if not config.is_file():
+    name = folder.resolve().name
+    path = configs / f"{config or CONFIGS.get(name, name)}.yaml"
+    if not path.is_file():
         known = ", ".join(sorted(path.stem for path in configs.glob("*.yaml")))
-        raise SettingsError(f"no config is named after {folder.resolve().name}", f"benchmarks know {known}")
+        raise SettingsError(f"no config is named after {name}", f"benchmarks know {known}")
     os.environ["RECRAY_DATA"] = str(folder.resolve().parent)
-    settings = load_settings(config, [f"storage.root={root}", *overrides])
+    settings = load_settings(path, [f"storage.root={root}", *overrides])
     return settings, prepare(settings, prepare_key(settings, None), None, _one_by_one)
 
 

@@ -129,7 +129,7 @@ def _ranks(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Que
     ranks = []
     for first in range(0, len(asked), BATCH):
         batch = asked[first : first + BATCH]
-        asks = {"now": [q.now for q in batch], "context": [q.context for q in batch], "filters": Filters(new_only=True)}
+        asks: dict[str, Any] = {"now": [q.now for q in batch], "context": [q.context for q in batch], "filters": Filters(new_only=True)}
         answer = predictor.recommend([q.history for q in batch], dataset.n_items, **asks)
         ranks += [1 + int(np.flatnonzero(answer.item_index[row] == q.target[0])[0]) for row, q in enumerate(batch)]
     return np.array(ranks)

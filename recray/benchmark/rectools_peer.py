@@ -103,39 +103,64 @@ def _until_it_stops(model: SASRecModel, events: pd.DataFrame, question: dict[str
     """Epoch by epoch with an early stop; the curve (epoch, seconds and CPU seconds of training so far, NDCG) and the ranks."""
     trained = _dataset(events[events.part == TRAIN])
     users = np.array(question["validation_users"])
-    kept = Path(question["keep"]) / "state.pt"
-    state: dict[str, Any] = {"curve": [], "best": -1.0, "best_epoch": 0}
+    kept = Path(question["keep"]) / "state.npz"
+    curve: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
     if kept.exists():
-        state = torch.load(kept, weights_only=True)
-        _restore(model, trained, state)
-    while len(state["curve"]) - state["best_epoch"] < question["patience"]:
-        epoch = len(state["curve"]) + 1
+        curve, best = _restore(model, trained, kept)
+    while len(curve) - _best_epoch(curve) < question["patience"]:
+        epoch = len(curve) + 1
         torch.manual_seed(question["seed"] * 10_000 + epoch)
         wall, cpu = time.monotonic(), time.process_time()
         model.fit_partial(trained, min_epochs=1, max_epochs=1)
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
         ndcg = _ndcg(model, trained, events[events.part == VALIDATION], users)
-        before = state["curve"][-1] if state["curve"] else {"seconds": 0.0, "cpu_seconds": 0.0}
+        before = curve[-1] if curve else {"seconds": 0.0, "cpu_seconds": 0.0}
         line = {"epoch": epoch, "seconds": before["seconds"] + wall, "cpu_seconds": before["cpu_seconds"] + cpu, "validation_ndcg": ndcg}
-        state["curve"].append(line)
-        if ndcg > state["best"]:
-            state |= {"best": ndcg, "best_epoch": epoch, "best_weights": copy.deepcopy(model.torch_model.state_dict())}
-        state |= {"weights": model.torch_model.state_dict(), "optimizer": model.lightning_model.optimizer.state_dict()}
-        torch.save(state, kept.with_suffix(".new"))
-        os.replace(kept.with_suffix(".new"), kept)
+        curve.append(line)
+        if _best_epoch(curve) == epoch:
+            best = copy.deepcopy(model.torch_model.state_dict())
+        _save(model, curve, best, kept)
         print(json.dumps(line), file=sys.stderr, flush=True)
-    model.torch_model.load_state_dict(state["best_weights"])
+    model.torch_model.load_state_dict(best)
     ranks = _ranks(model, _dataset(events[events.part < TEST]), events[events.part == TEST])
-    return {"curve": state["curve"], "best_epoch": state["best_epoch"], "ranks": ranks}
+    return {"curve": curve, "best_epoch": _best_epoch(curve), "ranks": ranks}
 
 
-def _restore(model: SASRecModel, trained: Dataset, state: dict[str, Any]) -> None:
-    """Put a model where the state was saved; as `fit_partial` would have left it."""
+def _best_epoch(curve: list[dict[str, Any]]) -> int:
+    return max(curve, key=lambda line: line["validation_ndcg"])["epoch"] if curve else 0
+
+
+def _save(model: SASRecModel, curve: list[dict[str, Any]], best: dict[str, Any], path: Path) -> None:
+    """Weights, best weights, the optimiser's moments and the curve as arrays."""
+    arrays: dict[str, Any] = {"curve": np.frombuffer(json.dumps(curve).encode(), np.uint8)}
+    moments = {f"{i}/{name}": value for i, state in model.lightning_model.optimizer.state_dict()["state"].items() for name, value in state.items()}
+    for what, tensors in (("weights", model.torch_model.state_dict()), ("best", best), ("moments", moments)):
+        arrays |= {f"{what}/{name}": tensor.numpy() for name, tensor in tensors.items()}
+    scratch = path.with_name("new.npz")
+    np.savez(scratch, **arrays)
+    os.replace(scratch, path)
+
+
+def _restore(model: SASRecModel, trained: Dataset, path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Put a model where it was saved, as `fit_partial` would have left it; the curve and the best weights."""
+    with np.load(path, allow_pickle=False) as arrays:
+        found: dict[str, dict[str, Any]] = {"weights": {}, "best": {}, "moments": {}}
+        for name in arrays.files:
+            what, _, rest = name.partition("/")
+            if rest:
+                found[what][rest] = torch.from_numpy(arrays[name])
+        curve = json.loads(arrays["curve"].tobytes())
     model._build_model_from_dataset(trained)
     model.fit_trainer = copy.deepcopy(model._trainer)
     model.is_fitted = model.lightning_model.is_fitted = True
-    model.torch_model.load_state_dict(state["weights"])
-    model.lightning_model.configure_optimizers().load_state_dict(state["optimizer"])
+    model.torch_model.load_state_dict(found["weights"])
+    optimizer = model.lightning_model.configure_optimizers()
+    moments: dict[int, dict[str, Any]] = {}
+    for name, value in found["moments"].items():
+        moments.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return curve, found["best"]
 
 
 def _ndcg(model: SASRecModel, dataset: Dataset, wanted: pd.DataFrame, users: np.ndarray) -> float:

@@ -1,7 +1,9 @@
 """Feature columns of the item table as the model takes them: bags of tokens, or vectors.
 
 Categories, lists, numbers and text are bags of hashed tokens, one mechanism for all; vectors (embeddings of images, audio or
-text made elsewhere, or by a sentence encoder when the data was prepared) stay vectors. An item without a value, with an empty text or with a vector that is not finite does not
+text made elsewhere, or by a sentence encoder when the data was prepared) stay vectors.
+
+An item without a value, with an empty text or with a vector that is not finite does not
 have the feature; a column that no item has, or that all have alike, tells nothing and does no harm (`notes` says so).
 """
 

@@ -75,7 +75,8 @@ class Questions:
         names = self.dataset.context
         if self.dataset.cut_s(self.part) is not None:
             return np.zeros(len(names), np.int64)
-        return shard.context_of(names, np.array([event]))[0]
+        found: np.ndarray = shard.context_of(names, np.array([event]))[0]
+        return found
 
 
 def wanted(question: Question, *, new_only: bool) -> np.ndarray:

@@ -78,13 +78,16 @@ class ItemEncoder(nn.Module):
     seen : bool [V]
         Items that training saw; padding (index 0) is False.
     features : name -> (tokens [K], offsets [V]) or (vectors [V, C], present [V]), as `recray.dataset.features` makes them
+    id_dropout : share of the items that a training step takes for unseen, so that features learn to speak for those that are
+        (DropoutNet, Volkovs et al., NeurIPS 2017)
     """
 
     seen_V: Tensor
 
-    def __init__(self, seen: np.ndarray, features: dict[str, tuple[np.ndarray, np.ndarray]], buckets: int, dim: int) -> None:
+    def __init__(self, seen: np.ndarray, features: dict[str, tuple[np.ndarray, np.ndarray]], buckets: int, dim: int, id_dropout: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("seen_V", torch.as_tensor(seen))
+        self.id_dropout = id_dropout if features else 0.0
         self.ids = nn.Embedding(len(seen), dim)
         nn.init.normal_(self.ids.weight, std=0.02)
         self.names = sorted(features)
@@ -100,28 +103,37 @@ class ItemEncoder(nn.Module):
 
     def parts(self, index: Tensor | None = None) -> Tensor:
         """Vectors by modality [M, V, D]; zero where an item does not have it."""
-        return torch.stack([self._ids(index), *(column(index) for column in self._columns)])
+        return self._parts(index, self._seen(index))
+
+    def _parts(self, index: Tensor | None, seen: Tensor) -> Tensor:
+        return torch.stack([self._ids(index, seen), *(column(index) for column in self._columns)])
+
+    def _seen(self, index: Tensor | None) -> Tensor:
+        return self.seen_V if index is None else self.seen_V[index]
 
     @property
     def _columns(self) -> list[TokenBags | VectorColumn]:
         return [column for column in self.features if isinstance(column, TokenBags | VectorColumn)]
 
-    def _ids(self, index: Tensor | None) -> Tensor:
-        if index is None:
-            return self.ids.weight * self.seen_V[:, None]
-        found: Tensor = self.ids(index) * self.seen_V[index][:, None]
+    def _ids(self, index: Tensor | None, seen: Tensor) -> Tensor:
+        found: Tensor = (self.ids.weight if index is None else self.ids(index)) * seen[:, None]
         return found
 
     def present(self, index: Tensor | None = None) -> Tensor:
         """Which item has which modality, bool [M, V]."""
-        seen = self.seen_V if index is None else self.seen_V[index]
+        return self._present(index, self._seen(index))
+
+    def _present(self, index: Tensor | None, seen: Tensor) -> Tensor:
         return torch.stack([seen, *(column.present(index) for column in self._columns)])
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Item vectors [V, D]."""
+        seen = self._seen(index)
         if self.fusion is None:
-            return self._ids(index)
-        return self.fuse(self.parts(index), self.present(index))
+            return self._ids(index, seen)
+        if self.training and self.id_dropout:
+            seen = seen & (torch.rand(seen.shape, device=seen.device) >= self.id_dropout)
+        return self.fuse(self._parts(index, seen), self._present(index, seen))
 
     def fuse(self, parts: Tensor, present: Tensor, log_weight: Tensor | None = None) -> Tensor:
         """Attention over the modalities of an item, times how many it has: at zero `fusion` the plain sum.

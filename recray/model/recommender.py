@@ -57,6 +57,7 @@ class Shape:
     repeat: bool = True
     prior: bool = True
     feature_buckets: int = 4096
+    id_dropout: float = 0.0
     context: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Recommender(nn.Module):
         super().__init__()
         self.shape = shape
         dim = shape.dim
-        self.items = ItemEncoder(seen, features, shape.feature_buckets, dim)
+        self.items = ItemEncoder(seen, features, shape.feature_buckets, dim, shape.id_dropout)
         self.events = nn.Embedding(shape.event_types, dim) if shape.event_types > 1 else None
         self.values = nn.Embedding(VALUE_BUCKETS, dim) if shape.values else None
         self.positions = nn.Embedding(shape.history, dim) if shape.positions else None
@@ -245,7 +246,8 @@ class Modulation(nn.Module):
         if self.training:
             code_N = code_N * (torch.rand(code_N.shape, device=code_N.device) >= UNKNOWN_SHARE)
         scale, shift = self.table(code_N).chunk(2, -1)
-        return x_ND * (1.0 + scale) + shift
+        found: Tensor = x_ND * (1.0 + scale) + shift
+        return found
 
 
 class RepeatTerm(nn.Module):

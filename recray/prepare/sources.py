@@ -178,7 +178,9 @@ def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
         return pa.float32()
     if name.startswith(schema.CONTEXT):
         field = name.removeprefix(schema.CONTEXT)
-        raise DataError(f"{uri}: context {field} has type {found}, not strings, integers or booleans", f"cast it, or leave {field} out of data.context")
+        raise DataError(
+            f"{uri}: context {field} has type {found}, not strings, integers or booleans", f"cast it, or leave {field} out of data.context"
+        )
     wanted = {
         schema.TIMESTAMP: "a timestamp, a date or integer seconds",
         schema.POSITION: "integers",

@@ -98,7 +98,7 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         prior_days=chosen["model"]["prior_days"] if shape.prior else 0,
         settings=chosen,
         metrics=curve,
-        parent=parent and parent.key,
+        parent=None if parent is None else parent.key,
     )
     shutil.rmtree(run, ignore_errors=True)  # the bundle has all that is needed of it
     return bundle

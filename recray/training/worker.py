@@ -44,6 +44,7 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
         repeat=model["repeat"],
         prior=model["prior_days"] > 0 and dataset.has_time,
         feature_buckets=model["feature_buckets"],
+        id_dropout=model["id_dropout"],
         context=len(dataset.context),
     )
 

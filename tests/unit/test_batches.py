@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from conftest import prepare_here, world_overrides
 
 from recray.config import load_settings

@@ -36,7 +36,14 @@ def by_device(tmp_path_factory):
 
 def settings_of(folder, root, *overrides):
     chosen = [f"data.events={folder / 'events.parquet'}", f"storage.root={root}", "data.context=[device, hour]", "split.kind=leave_one_out"]
-    small = ["model.dim=16", "model.history=16", "model.repeat=false", "train.batch_positions=512", "train.learning_rate=0.01", "data.min_item_events=1"]
+    small = [
+        "model.dim=16",
+        "model.history=16",
+        "model.repeat=false",
+        "train.batch_positions=512",
+        "train.learning_rate=0.01",
+        "data.min_item_events=1",
+    ]
     return load_settings(None, [*chosen, *small, *overrides])
 
 

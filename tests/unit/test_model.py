@@ -35,7 +35,9 @@ def make_batch(seed=1) -> Batch:
     now = torch.cat([time[:, 1:], torch.full((B, 1), 210 * DAY)], 1)
     prior = torch.rand(2, V + 1, generator=random)
     value = torch.randint(0, 6, (B, T), generator=random).float()
-    return Batch(item, event, value, time, now, torch.arange(B), torch.full((B,), T - 1), prior, torch.tensor([0, 1, 1]), torch.zeros(B, 0, dtype=torch.int64))
+    return Batch(
+        item, event, value, time, now, torch.arange(B), torch.full((B,), T - 1), prior, torch.tensor([0, 1, 1]), torch.zeros(B, 0, dtype=torch.int64)
+    )
 
 
 def run(model, batch, controls=None, masked=True):

@@ -11,7 +11,14 @@ from recray.prepare import sentences
 from recray.prepare.prepare import inspect, prepare_key
 from recray.storage import Storage
 
-PLOTS = ["A heist on a space station", "Robbers plan to steal a rocket", "A chef learns to cook pasta", "The kitchen of an Italian restaurant", "", None]
+PLOTS = [
+    "A heist on a space station",
+    "Robbers plan to steal a rocket",
+    "A chef learns to cook pasta",
+    "The kitchen of an Italian restaurant",
+    "",
+    None,
+]
 
 
 @pytest.fixture(scope="module")
