@@ -144,6 +144,7 @@ class TrainSettings(Section):
     average_decay: float = Field(0.99, ge=0, lt=1, description="exponential moving average of the weights, which is validated and kept; 0: none")
     batch_positions: int = Field(5000, ge=16, description="history positions in a global batch, padding included")
     windows: Literal["all", "last"] = Field("all", description="all: long histories are cut into windows; last: only the last window")
+    horizon: int = Field(1, ge=1, description="next baskets that a training query must answer; more teaches what goes together, less what comes when")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16: all of a GPU's products, a CPU's in the loss; auto: where the device has it"
     )

@@ -16,7 +16,7 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
-ALONE = ("prepare", "submit", "catalogue")
+ALONE = ("prepare", "submit", "catalogue", "scale")
 
 
 def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None, overrides: Sequence[str] = ()) -> JobResult:
@@ -48,9 +48,14 @@ def _measure(
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
-        from recray.benchmark import catalogue, prepare, submit
+        from recray.benchmark import catalogue, prepare, scale, submit
 
-        measures = {"prepare": prepare.measure_prepare, "submit": submit.measure_submit, "catalogue": catalogue.measure_catalogue}
+        measures = {
+            "prepare": prepare.measure_prepare,
+            "submit": submit.measure_submit,
+            "catalogue": catalogue.measure_catalogue,
+            "scale": scale.measure_scale,
+        }
         return {}, measures[what](folder, say)
     if data is None:
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")

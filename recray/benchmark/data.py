@@ -36,7 +36,12 @@ def prepared(data: str, root: Path, overrides: list[str], config: str | None = N
         raise SettingsError(f"no config is named after {name}", f"benchmarks know {known}")
     os.environ["RECRAY_DATA"] = str(folder.resolve().parent)
     settings = load_settings(path, [f"storage.root={root}", *overrides])
-    return settings, prepare(settings, prepare_key(settings, None), None, _one_by_one)
+    return settings, prepare_alone(settings)
+
+
+def prepare_alone(settings: Settings) -> Dataset:
+    """The dataset of the settings, made in this process without Ray."""
+    return prepare(settings, prepare_key(settings, None), None, _one_by_one)
 
 
 def _one_by_one(task: Callable[[int], None], count: int) -> None:

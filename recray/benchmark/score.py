@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from recray.benchmark import peers
 from recray.benchmark.data import prepared, write_for_peers
 from recray.benchmark.train import SAME, peer_question
 from recray.bundle import write_bundle
+from recray.config import Settings
+from recray.dataset.reader import Dataset
 from recray.scoring.score import ScoreBucket
 from recray.stages import Say
 from recray.training.trainer import bundle_settings
@@ -33,29 +36,13 @@ def measure_score(folder: Path, data: str, against: str | None, overrides: list[
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     chosen = bundle_settings(settings)
-    shape = shape_of(chosen["model"], dataset)
-    state = build_loop(str(dataset.path), chosen, torch.device("cpu")).best
-    rest = {"features": chosen["data"]["features"], "prior_days": chosen["model"]["prior_days"], "settings": chosen, "metrics": {}}
-    bundle = write_bundle(folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **rest)
-    parts = folder / "parts"
-    parts.mkdir()
-    actor = ScoreBucket(
-        bundle=str(bundle.path),
-        dataset=str(dataset.path),
-        folder=str(parts),
-        k=K,
-        new_only=True,
-        rules=settings.score.rules(),
-        batch_users=settings.score.batch_users,
-        threads=threads,
-    )
+    score = scorer(folder, settings, dataset, build_loop(str(dataset.path), chosen, torch.device("cpu")).best)
     seconds: list[float] = []
 
     def rounds() -> None:
         for _ in range(ROUNDS):
             begun = time.monotonic()
-            for bucket in range(dataset.n_shards):
-                actor({"item": bucket})
+            score()
             seconds.append(time.monotonic() - begun)
             say(f"recray: {dataset.n_users / seconds[-1]:.0f} users/s")
 
@@ -75,3 +62,21 @@ def measure_score(folder: Path, data: str, against: str | None, overrides: list[
         metrics["users_per_s_ratio"] = round(rate / statistics.median(theirs), 2)
         say(f"{metrics['users_per_s_ratio']} times the peer's users a second")
     return chosen, metrics
+
+
+def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Scores all users with the weights `state`, as an actor of the nightly job does, and writes the parts below `folder`."""
+    chosen = bundle_settings(settings)
+    shape = shape_of(chosen["model"], dataset)
+    rest = {"features": chosen["data"]["features"], "prior_days": chosen["model"]["prior_days"], "settings": chosen, "metrics": {}}
+    bundle = write_bundle(folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **rest)
+    parts = folder / "parts"
+    parts.mkdir()
+    options = {"k": K, "new_only": True, "rules": settings.score.rules(), "batch_users": settings.score.batch_users}
+    actor = ScoreBucket(bundle=str(bundle.path), dataset=str(dataset.path), folder=str(parts), threads=torch.get_num_threads(), **options)
+
+    def score() -> None:
+        for bucket in range(dataset.n_shards):
+            actor({"item": bucket})
+
+    return score

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from recray.evaluation.evaluate import MODEL, SEGMENTS, Table
 from recray.evaluation.table import TITLES
@@ -110,6 +110,21 @@ def breadth(table: Table, k: int) -> str:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
     return _svg(draw, 9.2, 3.4)
+
+
+def growth(trained: list[tuple[int, float]], scored: list[tuple[int, float]]) -> str:
+    """Seconds by size, a panel for training (events) and for scoring (users), beside the line through the largest size and zero."""
+
+    def draw(figure: Figure) -> None:
+        for axes, points, what, of in zip(figure.subplots(1, 2), (trained, scored), ("training epoch", "scores of all"), ("events", "users"), strict=True):
+            sizes, seconds = zip(*points, strict=True)
+            axes.plot([0, sizes[-1]], [0, seconds[-1]], color=OTHER, linestyle=":", label="linear")
+            axes.plot(sizes, seconds, color=MINE, marker="o", label=f"seconds of a {what}" if of == "events" else f"seconds of the {what}")
+            axes.set(xlabel=of, ylabel="seconds", xlim=(0, None), ylim=(0, None))
+            axes.xaxis.set_major_formatter(EngFormatter())
+            axes.legend(frameon=False, fontsize=9)
+
+    return _svg(draw, 9.2, 3.2)
 
 
 def best_baseline(rows: dict[str, Any], k: int) -> str:

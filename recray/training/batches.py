@@ -48,11 +48,13 @@ class TrainingBatches:
     batch_positions : positions of a global batch, padding included
     windows : "all" cuts long histories into windows at a random phase, "last" keeps the last window
     prior_days : days of the popularity prior, 0 for none
+    horizon : next baskets that a query must answer, all alike (the dense loss over all future actions of PinnerFormer,
+        arXiv 2205.04507, counted in baskets)
     """
 
-    def __init__(self, dataset: Dataset, *, history: int, batch_positions: int, windows: str, prior_days: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, *, history: int, batch_positions: int, windows: str, prior_days: int, seed: int, horizon: int = 1) -> None:
         self.dataset, self.history, self.batch_positions = dataset, history, batch_positions
-        self.windows, self.prior_days, self.seed = windows, prior_days if dataset.has_time else 0, seed
+        self.windows, self.prior_days, self.seed, self.horizon = windows, prior_days if dataset.has_time else 0, seed, horizon
         self.users = [_input_ranges(shard) for shard in dataset.shards()]
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
@@ -122,7 +124,7 @@ class TrainingBatches:
         return [(self.dataset.shard(int(windows.shard[rows[0]])), windows[rows]) for rows in _rows_by_shard(windows)]
 
     def _queries(self, part: tuple[Shard, Windows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row in the part, event (flat) and end of the next basket of each query."""
+        """Row in the part, event (flat) and end of the next baskets of each query."""
         shard, windows = part
         starts = shard.basket_starts
         first = np.searchsorted(starts, windows.start, side="right")
@@ -130,7 +132,8 @@ class TrainingBatches:
         count = last - first
         row = np.repeat(np.arange(len(windows)), count)
         basket = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-        return row, starts[basket] - 1, np.minimum(starts[basket + 1], windows.limit[row])
+        last = np.minimum(basket + self.horizon, len(starts) - 1)
+        return row, starts[basket] - 1, np.minimum(starts[last], windows.limit[row])
 
     def _collate(self, windows: Windows) -> tuple[Batch, Targets]:
         T = max(int((windows.stop - windows.start).max(initial=1)), 1)

@@ -97,6 +97,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         windows=train["windows"],
         prior_days=model_settings["prior_days"] if shape.prior else 0,
         seed=train["seed"],
+        horizon=train["horizon"],
     )
     half = train["precision"] == "bfloat16" or (train["precision"] == "auto" and _gains_by_bfloat16(device))
     loop_settings = LoopSettings(

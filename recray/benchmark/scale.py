@@ -1,0 +1,62 @@
+"""What growth costs: seconds of a training epoch by events, and of the scores of all users by users, at four sizes, with a plot."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recray.benchmark.data import prepare_alone
+from recray.benchmark.score import scorer
+from recray.config import load_settings
+from recray.dataset.worlds import World
+from recray.evaluation.plots import growth
+from recray.stages import Say
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop
+
+USERS = (12_500, 25_000, 50_000, 100_000)
+ITEMS, EVENTS_PER_USER = 5_000, 20.0
+ROUNDS = 2  # the faster one counts: what else a machine does only ever adds
+
+
+def measure_scale(folder: Path, say: Say) -> dict[str, Any]:
+    """Seconds at each size; `train_exponent`, `score_exponent`: slope of log seconds over log size, 1 where cost is linear."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    trained, scored = [], []
+    for users in USERS:
+        home = folder / str(users)
+        World(users=users, items=ITEMS, events_per_user=EVENTS_PER_USER).write(home)
+        settings = load_settings(None, [f"data.events=[{home / 'events'}]", f"storage.root={home / 'root'}"])
+        dataset = prepare_alone(settings)
+        loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+        trained.append((dataset.n_events, _fastest(lambda epoch, loop=loop: loop.train_epoch(epoch))))
+        score = scorer(home, settings, dataset, loop.best)
+        scored.append((dataset.n_users, _fastest(lambda _, score=score: score())))
+        say(f"{users:,} users: {dataset.n_events:,} events trained in {trained[-1][1]:.1f} s, all users scored in {scored[-1][1]:.1f} s")
+    keep = folder / "keep"
+    keep.mkdir()
+    (keep / "svg").write_text(growth(trained, scored))
+    metrics: dict[str, Any] = {"train": trained, "score": scored}
+    metrics |= {"train_exponent": _exponent(trained), "score_exponent": _exponent(scored)}
+    say(f"seconds grow as events to the {metrics['train_exponent']}, as users to the {metrics['score_exponent']}")
+    return metrics
+
+
+def _fastest(work: Any) -> float:
+    seconds = []
+    for number in range(ROUNDS):
+        begun = time.monotonic()
+        work(number)
+        seconds.append(time.monotonic() - begun)
+    return round(min(seconds), 3)
+
+
+def _exponent(points: list[tuple[int, float]]) -> float:
+    """Slope of the least-squares line through (log size, log seconds)."""
+    size, seconds = np.log(np.array(points, float)).T
+    return round(float(np.polyfit(size, seconds, 1)[0]), 3)
