@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from recray import __version__
 from recray.dataset.features import VECTORS
-from recray.dataset.reader import Dataset
+from recray.dataset.reader import Dataset, released_day
 from recray.errors import ArtifactError, DamagedArtifactError
 from recray.model.recommender import Recommender, Shape
 from recray.schema import ITEM_ID
@@ -51,6 +52,11 @@ class Bundle:
     @cached_property
     def item_ids(self) -> pa.Array:
         return pq.read_table(self.path / "items.parquet", columns=[ITEM_ID])[0].combine_chunks()
+
+    @cached_property
+    def released_day(self) -> np.ndarray | None:
+        """Day since which each item can be met, as `Dataset.released_day`."""
+        return released_day(pq.read_table(self.path / "items.parquet")) if self.manifest["has_time"] else None
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

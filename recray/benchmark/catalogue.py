@@ -77,7 +77,7 @@ class _Users:
             item = torch.randint(1, self.items + 1, (STEP_USERS, HISTORY + 1), generator=random)
             targets = Targets(torch.arange(len(user) + 1), item[:, 1:].flatten())
             histories = (item[:, :-1], nothing, nothing.float(), nothing, nothing)
-            yield Batch(*histories, user, position, torch.zeros(1, 1), torch.zeros_like(user), unknown), targets, len(user)
+            yield Batch(*histories, user, position, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros_like(user), unknown), targets, len(user)
 
     def padding(self, epoch: int = 0) -> float:
         """None is padded."""

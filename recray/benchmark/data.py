@@ -25,9 +25,7 @@ def prepared(data: str, root: Path, overrides: list[str], config: str | None = N
     data : folder of the data set, or its name under $RECRAY_DATA
     config : name of a file in jobs/configs; None: that of the data set
     """
-    folder = Path(data) if Path(data).is_dir() else Path(os.environ.get("RECRAY_DATA", "")) / data
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not there", "name the folder of the data set, or set RECRAY_DATA to where it lies")
+    folder = find_data(data)
     configs = Path(str(resources.files("jobs") / "configs"))
     name = folder.resolve().name
     path = configs / f"{config or CONFIGS.get(name, name)}.yaml"
@@ -37,6 +35,14 @@ def prepared(data: str, root: Path, overrides: list[str], config: str | None = N
     os.environ["RECRAY_DATA"] = str(folder.resolve().parent)
     settings = load_settings(path, [f"storage.root={root}", *overrides])
     return settings, prepare_alone(settings)
+
+
+def find_data(data: str) -> Path:
+    """The folder of a data set, or that of its name under $RECRAY_DATA. Raises DataError."""
+    folder = Path(data) if Path(data).is_dir() else Path(os.environ.get("RECRAY_DATA", "")) / data
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there", "name the folder of the data set, or set RECRAY_DATA to where it lies")
+    return folder
 
 
 def prepare_alone(settings: Settings) -> Dataset:

@@ -14,6 +14,18 @@ import pyarrow.parquet as pq
 DAY_S = 86_400
 
 
+FRESHNESS_BUCKETS = 20
+
+
+def freshness(day: int, released_day: np.ndarray) -> np.ndarray:
+    """Bucket of each item's age on a day, int64 [n] in [0, FRESHNESS_BUCKETS): 0 not known, 1 not yet released, then 2 for the day
+    itself and half powers of two of 1 + days."""
+    age = day - released_day
+    found = 2 + np.floor(2.0 * np.log2(1.0 + np.maximum(age, 0))).astype(np.int64)
+    found = np.where(age < 0, 1, np.minimum(found, FRESHNESS_BUCKETS - 1))
+    return np.where(released_day < 0, 0, found)
+
+
 class Popularity:
     """Sparse daily counts.
 

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import xxhash
 
 from recray.dataset.context import clock_code
-from recray.dataset.popularity import Popularity
+from recray.dataset.popularity import DAY_S, Popularity
 from recray.errors import MissingArtifactError
-from recray.schema import CONTEXT, ITEM_ID, USER_ID
+from recray.schema import CONTEXT, ITEM_ID, RELEASED, USER_ID
 from recray.storage import manifest_digest, open_sealed
 
 KIND = "dataset"
+NEVER_SAID = -1_000_000  # a day long before all others
 
 
 class History(NamedTuple):
@@ -44,6 +45,14 @@ class History(NamedTuple):
 def bucket_of(user_ids: Sequence[Any], buckets: int) -> np.ndarray:
     """Shard of each user: xxh64 of the id's text modulo `buckets`, int64 [n]."""
     return np.fromiter((xxhash.xxh64_intdigest(str(u).encode()) % buckets for u in user_ids), np.int64, len(user_ids))
+
+
+def released_day(items: pa.Table) -> np.ndarray | None:
+    """See `Dataset.released_day`; of an item table with padding first."""
+    if RELEASED not in items.column_names:
+        return None
+    seconds = pc.fill_null(items[RELEASED], NEVER_SAID * DAY_S).to_numpy()
+    return np.concatenate([[NEVER_SAID], seconds // DAY_S])
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,7 @@ class Dataset:
         self.clock: str = manifest["clock"]
         self.as_of_s: int = manifest["as_of_s"]
         self.context: list[str] = manifest["settings"]["data"].get("context", [])
+        self.asked_at: str = manifest["settings"]["split"].get("asked_at", "cut")
         self.split_kind: str = manifest["settings"]["split"]["kind"]
 
     @classmethod
@@ -175,6 +185,11 @@ class Dataset:
     def items(self) -> pa.Table:
         """Row i describes item_index i + 1: `item_id`, `events` (count up to as-of) and the feature columns."""
         return pq.read_table(self.path / "items.parquet")
+
+    @property
+    def released_day(self) -> np.ndarray | None:
+        """Day since which each item can be met, int64 [n_items + 1]; NEVER_SAID where it is not known, None for a dataset without."""
+        return released_day(self.items) if self.has_time else None
 
     @cached_property
     def popularity(self) -> Popularity:

@@ -6,6 +6,7 @@ follows taste, popularity and friends, and some of it is noise. The same seed an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,3 +133,110 @@ class World:
         item[noisy] = random.integers(0, self.items, noisy.sum())
         found: np.ndarray = item
         return found
+
+
+@dataclass(frozen=True)
+class News:
+    """Specification of a news site: articles live for days, are read by topic, freshness and quality, and most of tomorrow's
+    reads are of articles that nobody has read yet.
+
+    Parameters
+    ----------
+    users, articles : how many
+    events_per_user : mean of a geometric number of reads, at least 2; a second read of an article is dropped
+    days : length of the log; articles appear all the time
+    topics : of articles and tastes; three of them make a section
+    fading : what a day of age costs, in units of the choice's logits
+    live_days : when an article is taken down
+    seed : draws everything
+    """
+
+    users: int = 5_000
+    articles: int = 3_000
+    events_per_user: float = 20.0
+    days: int = 28
+    topics: int = 24
+    fading: float = 1.5
+    live_days: float = 4.0
+    seed: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Write `events.parquet` and `items.parquet` to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(self.item_table(), folder / "items.parquet")
+        pq.write_table(self.event_table(), folder / "events.parquet")
+
+    def item_table(self) -> pa.Table:
+        """item_id string, title (words of the topic among words of all), section, published (us, UTC)."""
+        topic, published, _ = self._articles()
+        random = np.random.default_rng([self.seed, 6])
+        own = random.integers(0, 30, (self.articles, 5))
+        common = random.integers(0, 200, (self.articles, 3))
+        titles = [
+            " ".join([*(_word(100 + 30 * t + word) for word in mine), *(_word(10_000 + word) for word in theirs)])
+            for t, mine, theirs in zip(topic.tolist(), own.tolist(), common.tolist(), strict=True)
+        ]
+        return pa.table(
+            {
+                "item_id": self._names(),
+                "title": titles,
+                "section": [f"section {t // 3}" for t in topic.tolist()],
+                "published": pa.array(published * 1_000_000, pa.timestamp("us", tz="UTC")),
+            }
+        )
+
+    def event_table(self) -> pa.Table:
+        """user_id int64, item_id string, timestamp (us, UTC), device (phone, desk); in order of time."""
+        random = np.random.default_rng([self.seed, 7])
+        topic, published, quality = self._articles()
+        taste = 1.5 * random.normal(size=(self.users, self.topics))
+        by_device = np.stack([np.where(np.arange(self.topics) % 2 == d, 0.8, -0.8) for d in (0, 1)])
+        count = 1 + random.geometric(1.0 / max(self.events_per_user - 1.0, 1.0), self.users)
+        user = np.repeat(np.arange(self.users), count)
+        second = _START_S + np.sort(random.random(len(user)) * self.days * 86_400).astype(np.int64)
+        user = random.permutation(user)
+        device = random.integers(0, 2, len(user))
+        order = np.argsort(published, kind="stable")
+        item = np.empty(len(user), np.int64)
+        for first in range(0, len(user), 1_000):
+            part = slice(first, first + 1_000)
+            start, stop = np.searchsorted(published[order], [second[part][0] - self.live_days * 86_400, second[part][-1]])
+            live = order[start:stop]
+            age = (second[part, None] - published[live]) / 86_400
+            logits = (taste[user[part]] + by_device[device[part]])[:, topic[live]] + 0.7 * quality[live] - self.fading * age
+            logits[(age < 0) | (age > self.live_days)] = -np.inf
+            item[part] = live[(logits + random.gumbel(size=logits.shape)).argmax(1)]
+        _, once = np.unique(user * self.articles + item, return_index=True)
+        once.sort()
+        columns = {"user_id": user[once], "item_id": self._names().take(pa.array(item[once]))}
+        columns["timestamp"] = pa.array(second[once] * 1_000_000, pa.timestamp("us", tz="UTC"))
+        return pa.table({**columns, "device": pa.array(np.array(["phone", "desk"])[device[once]])})
+
+    def _names(self) -> pa.Array:
+        return pa.array([f"a{number:06d}" for number in range(self.articles)])
+
+    def _articles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Topic, second of publication and quality of each article; the first ones are there when the log begins."""
+        random = np.random.default_rng([self.seed, 8])
+        published = _START_S + ((random.random(self.articles) * (self.days + self.live_days) - self.live_days) * 86_400).astype(np.int64)
+        return random.integers(0, self.topics, self.articles), published, random.normal(size=self.articles)
+
+
+def _word(number: int) -> str:
+    """A word of syllables for a number, another one for another."""
+    syllables = []
+    while number:
+        number, rest = divmod(number, 70)
+        syllables.append("bdfgklmnprstvz"[rest % 14] + "aeiou"[rest // 14])
+    return "".join(syllables)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m recray.dataset.worlds news FOLDER` writes a news site of standard size."""
+    if len(arguments) != 2 or arguments[0] != "news":
+        raise SystemExit("usage: python -m recray.dataset.worlds news FOLDER")
+    News().write(Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -54,10 +54,13 @@ class Questions:
     def __len__(self) -> int:
         return len(self.places)
 
+    def _at_cut(self) -> bool:
+        return self.dataset.cut_s(self.part) is not None and self.dataset.asked_at == "cut"
+
     def _now(self, target_s: int) -> int:
-        """The moment of a question: the cut under a time split, else when its target came, so that no later event is seen."""
+        """The moment of a question: the cut, or when its target came, so that no later event is seen."""
         cut = self.dataset.cut_s(self.part)
-        return target_s if cut is None else cut
+        return cut if cut is not None and self._at_cut() else target_s
 
     def batches(self, size: int, rank: int = 0, world: int = 1) -> Iterator[list[Question]]:
         mine = self.places[rank::world]
@@ -71,9 +74,9 @@ class Questions:
         return Question(shard_number, row, shard.history_before(row, first), shard.targets(row, first, last), now, context)
 
     def _context(self, shard: Shard, event: int) -> np.ndarray:
-        """That of the target's moment; unknown under a time split, which asks all users at the cut."""
+        """That of the target's moment; unknown where all users are asked at the cut."""
         names = self.dataset.context
-        if self.dataset.cut_s(self.part) is not None:
+        if self._at_cut():
             return np.zeros(len(names), np.int64)
         found: np.ndarray = shard.context_of(names, np.array([event]))[0]
         return found

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from recray.bundle import Bundle
-from recray.dataset.popularity import DAY_S, Popularity
+from recray.dataset.popularity import DAY_S, Popularity, freshness
 from recray.dataset.reader import Dataset, History
 from recray.errors import RequestError
 from recray.inference.rules import Rules
@@ -80,6 +80,7 @@ class Predictor:
     prior_days : days of the popularity prior, 0 for none
     has_time : whether `timestamp_s` is a time
     context : names of the fields of the request context
+    released_day : since when each item can be met, as `Dataset.released_day`
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Predictor:
         prior_days: int,
         has_time: bool,
         context: Sequence[str] = (),
+        released_day: np.ndarray | None = None,
     ) -> None:
         self.model = model
         self.item_ids = item_ids
@@ -100,9 +102,10 @@ class Predictor:
         self.prior_days = prior_days
         self.has_time = has_time
         self.context = list(context)
+        self.released_day = released_day
         self.device = next(model.parameters()).device
         self._index: dict[Any, int] | None = None
-        self._priors: dict[int, np.ndarray] = {}
+        self._dated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._populars: dict[int, Tensor] = {}
         self.refresh()
 
@@ -127,6 +130,7 @@ class Predictor:
             prior_days=opened.manifest["prior_days"],
             has_time=opened.manifest["has_time"],
             context=opened.manifest.get("context", []),
+            released_day=opened.released_day,
         )
 
     @torch.no_grad()
@@ -285,17 +289,23 @@ class Predictor:
         # inside the history a position is asked when the next basket came, the last one (and its basket) at `now`
         asked = _next_times(time, length, moment) if self.has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
         days, day = np.unique(moment // DAY_S, return_inverse=True)
-        uses_prior = self.model.prior_scale is not None
-        prior = np.stack([self._prior(int(d)) for d in days]) if uses_prior else np.zeros((1, 1), np.float32)
-        arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, day if uses_prior else np.zeros(B, np.int64), context_BC)
+        dated = [self._on(int(d)) for d in days]
+        prior, fresh = np.stack([rows[0] for rows in dated]), np.stack([rows[1] for rows in dated])
+        arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, fresh, day, context_BC)
         return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
-    def _prior(self, day: int) -> np.ndarray:
-        """log(1 + recent count) of every item on a day [V]."""
-        if day not in self._priors:
-            _make_room(self._priors)
-            self._priors[day] = np.log1p(self.popularity.window(day * DAY_S, self.prior_days)).astype(np.float32)
-        return self._priors[day]
+    def _on(self, day: int) -> tuple[np.ndarray, np.ndarray]:
+        """On a day log(1 + recent count) and the bucket of freshness of every item [V]; [1] of what the model does not ask for."""
+        if day not in self._dated:
+            _make_room(self._dated)
+            prior, fresh = np.zeros(1, np.float32), np.zeros(1, np.uint8)
+            if self.model.prior_scale is not None:
+                prior = np.log1p(self.popularity.window(day * DAY_S, self.prior_days)).astype(np.float32)
+            if self.model.freshness is not None:
+                assert self.released_day is not None
+                fresh = freshness(day, self.released_day).astype(np.uint8)
+            self._dated[day] = prior, fresh
+        return self._dated[day]
 
     def _popular(self, now_s: int) -> Tensor:
         """Scores of the popular list [V]."""

@@ -118,7 +118,7 @@ def _index(batch: Batch, targets: Targets, competing: Tensor) -> tuple[Tensor, T
     return index, competes
 
 
-Prior = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+Dated = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 
 
 class Criterion:
@@ -131,7 +131,8 @@ class Criterion:
     negatives : items drawn for a batch by sampled and gbce
     calibration : of gbce
     half : products with the item table in bfloat16
-    prior : the popularity prior [P, items] on days [P] of the items that compete (indices ascending, None: all)
+    dated : what is known on days [P] of the items that compete (indices ascending, None: all): popularity prior and bucket of
+        freshness [P, items]
     """
 
     def __init__(
@@ -143,10 +144,10 @@ class Criterion:
         negatives: int = 4096,
         calibration: float = 0.75,
         half: bool = False,
-        prior: Prior | None = None,
+        dated: Dated | None = None,
     ) -> None:
         items = len(share_V) - 1
-        self.share_V, self.negatives, self.half, self.prior = share_V, negatives, half, prior
+        self.share_V, self.negatives, self.half, self.dated = share_V, negatives, half, dated
         self.loss = ("softmax" if items <= full_items else "sampled") if loss == "auto" else loss
         self.judge = softmax
         if self.loss == "gbce":
@@ -161,9 +162,10 @@ class Criterion:
             candidates = draw(batch, targets, self.share_V, self.negatives)
             batch, targets = candidates.place(batch, targets)
             index, correction = candidates
-        if self.prior is not None:
-            found = self.prior(batch.prior_PV.cpu().numpy(), None if index is None else index.cpu().numpy())
-            batch = batch._replace(prior_PV=torch.from_numpy(found).to(self.share_V.device))
+        if self.dated is not None:
+            found = self.dated(batch.prior_PV.cpu().numpy(), None if index is None else index.cpu().numpy())
+            prior_PV, fresh_PV = (torch.from_numpy(rows).to(self.share_V.device) for rows in found)
+            batch = batch._replace(prior_PV=prior_PV, fresh_PV=fresh_PV)
         table = model.items(index)
         hidden, output = model.hidden(batch, table, None, controls), model.output(table)
         return backward_in_blocks(model, hidden, output, batch, targets, scale, judge=self.judge, correction_U=correction, half=self.half)

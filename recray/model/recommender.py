@@ -1,8 +1,8 @@
 """The recommender: history and moment in, a score for every item out.
 
-score(user, item) = hidden · item vector  +  how often and how recently the user met the item  +  recent popularity,
+score(user, item) = hidden · item vector  +  how often and how recently the user met the item  +  recent popularity  +  freshness,
 
-the last two optional. Hidden states come from causal attention over the history; each position may be asked what comes
+the last three optional. Hidden states come from causal attention over the history; each position may be asked what comes
 next at a moment `now`. Shapes: B users, T events, N queries (user, position), V items and padding, D width, P days.
 """
 
@@ -24,6 +24,7 @@ from recray.model.dropout import Dropout
 from recray.model.items import ItemEncoder
 
 VALUE_BUCKETS = 64
+FRESHNESS_BUCKETS = 20  # as `recray.dataset.popularity.freshness` makes them
 CODES = 1024  # of a field of the context, as `recray.dataset.context` makes them
 UNKNOWN_SHARE = 0.25
 COLDEST, HOTTEST = 0.01, 1.0  # bounds of the learned temperature of cosine scores
@@ -56,6 +57,7 @@ class Shape:
     values: bool = False
     repeat: bool = True
     prior: bool = True
+    fresh: bool = False
     feature_buckets: int = 4096
     id_dropout: float = 0.0
     context: int = 0
@@ -68,8 +70,9 @@ class Batch(NamedTuple):
     """Histories padded on the right with 0, and the queries into them.
 
     item, event [B, T]; value [B, T] as logged; time [B, T] seconds (or positions); now [B, T] the moment at which position t
-    is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day, or int64 [P] the days themselves as long
-    as it is open which items compete; day [N] the queries' rows in it; context [N, C] codes of each request's context, 0 unknown.
+    is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day and
+    fresh [P, V] the bucket of an item's age on it, or int64 [P] the days themselves as long as it is open which items compete; day [N]
+    the queries' rows in them; context [N, C] codes of each request's context, 0 unknown.
     """
 
     item_BT: Tensor
@@ -80,6 +83,7 @@ class Batch(NamedTuple):
     user_N: Tensor
     position_N: Tensor
     prior_PV: Tensor
+    fresh_PV: Tensor
     day_N: Tensor
     context_NC: Tensor
 
@@ -121,6 +125,9 @@ class Recommender(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.05)) if shape.scores == "cosine" else None
         self.repeat = RepeatTerm(dim, shape.event_types, has_time=shape.time_bias) if shape.repeat else None
         self.prior_scale = nn.Parameter(torch.tensor(0.5)) if shape.prior else None
+        self.freshness = nn.Embedding(FRESHNESS_BUCKETS, 1) if shape.fresh else None
+        if self.freshness is not None:
+            nn.init.zeros_(self.freshness.weight)
 
     @property
     def scale(self) -> float:
@@ -180,14 +187,17 @@ class Recommender(nn.Module):
         return scores if extra is None else scores + extra
 
     def extra(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, first: int = 0) -> Tensor | None:
-        """What repetition and recent popularity add to the scores of items first : first + n_items [N, n_items]; None for a
-        model with neither."""
+        """What repetition, recent popularity and freshness add to the scores of items first : first + n_items [N, n_items]; None for
+        a model with none of them."""
         found: Tensor | None = None
         if self.repeat is not None:
             found = self.repeat(hidden_ND, batch, queries, n_items, first)
         if self.prior_scale is not None:
             prior = self.prior_scale * batch.prior_PV[:, first : first + n_items][batch.day_N[queries]]
             found = prior if found is None else found + prior
+        if self.freshness is not None:
+            fresh = self.freshness(batch.fresh_PV[:, first : first + n_items].long()).squeeze(-1)[batch.day_N[queries]]
+            found = fresh if found is None else found + fresh
         return found
 
     def _embed(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor | None, controls: Controls | None) -> Tensor:

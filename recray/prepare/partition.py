@@ -21,7 +21,7 @@ from recray import schema
 from recray.dataset.context import codes
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError
-from recray.prepare.sources import RowGroup, open_parquet
+from recray.prepare.sources import RowGroup, microseconds, open_parquet
 from recray.storage import read_json, write_json
 
 BATCH_ROWS = 131_072
@@ -161,7 +161,7 @@ def _stage(plan: PartitionPlan, batch: pa.Table, uri: str) -> pa.Table:
         if pa.types.is_dictionary(found.type):
             found = pc.cast(found, found.type.value_type)
         if name == schema.TIMESTAMP:
-            return _microseconds(found)
+            return microseconds(found)
         return found.cast(plan.types[name], safe=name != schema.VALUE)
 
     staged = {name: column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
@@ -177,14 +177,6 @@ def _stage(plan: PartitionPlan, batch: pa.Table, uri: str) -> pa.Table:
         if name.startswith(schema.CONTEXT):
             staged[name] = pa.array(codes(name.removeprefix(schema.CONTEXT), column(name)))
     return pa.table(staged)
-
-
-def _microseconds(found: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_integer(found.type):
-        return pc.multiply(found.cast(pa.int64()), 1_000_000)
-    if pa.types.is_date(found.type):
-        found = found.cast(pa.timestamp("s"))
-    return found.cast(pa.timestamp("us", tz=getattr(found.type, "tz", None)), safe=False).cast(pa.int64())
 
 
 def _check(table: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -187,7 +187,8 @@ def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, it
         events = counts["events"].take(pc.index_in(known, counts[schema.ITEM_ID].combine_chunks()))
         described = items.take(pc.index_in(known, items[schema.ITEM_ID].combine_chunks()))
         columns = {schema.ITEM_ID: known, "events": pc.fill_null(events, 0)}
-        counts = pa.table({**columns, **{name: described[name] for name in settings.data.features}})
+        dated = [schema.RELEASED] if settings.data.released else []
+        counts = pa.table({**columns, **{name: described[name] for name in (*settings.data.features, *dated)}})
     counts = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
     if not len(counts):
         raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")

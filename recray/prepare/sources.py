@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -196,8 +197,8 @@ def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
 def read_items(data: DataSettings) -> pa.Table | None:
     """The item table: `item_id` first, then the feature columns. None if none is configured. Raises DataError."""
     if data.items is None:
-        if data.features:
-            raise DataError(f"data.features names {', '.join(data.features)}, but data.items is null", "name the item table in data.items")
+        if named := [*data.features, *([data.released] if data.released else [])]:
+            raise DataError(f"data.features or data.released names {', '.join(named)}, but data.items is null", "name the item table in data.items")
         return None
     files = list_files((data.items,), sample="items.parquet")
     id_column = data.columns.get("item_id") or schema.ITEM_ID
@@ -206,13 +207,16 @@ def read_items(data: DataSettings) -> pa.Table | None:
         with open_parquet(uri) as file:
             names = file.schema_arrow.names
             item_column = id_column if id_column in names else schema.ITEM_ID
-            for column in (item_column, *data.features):
+            for column in (item_column, *data.features, *([data.released] if data.released else [])):
                 if column not in names:
-                    raise DataError(f"{uri} has no column {column!r}; it has {', '.join(names)}", "check data.items, data.columns and data.features")
+                    raise DataError(
+                        f"{uri} has no column {column!r}; it has {', '.join(names)}", "check data.items, data.columns, data.features and data.released"
+                    )
             item_type = _kind(file.schema_arrow.field(item_column).type, schema.ITEM_ID, uri)
             table = file.read(columns=[item_column, *data.features]).select([item_column, *data.features])
             table = table.rename_columns([schema.ITEM_ID, *data.features])
-            tables.append(table.set_column(0, schema.ITEM_ID, table[0].cast(item_type)))
+            table = table.set_column(0, schema.ITEM_ID, table[0].cast(item_type))
+            tables.append(table if data.released is None else table.append_column(schema.RELEASED, _released(file, data.released, uri)))
     table = pa.concat_tables(tables, promote_options="permissive")
     if table[0].null_count:
         raise DataError(f"{files[0]}: {table[0].null_count} items have no item_id", "fill or drop them")
@@ -221,6 +225,23 @@ def read_items(data: DataSettings) -> pa.Table | None:
     for column, kind in data.features.items():
         _check_feature(table[column].type, column, kind, files[0])
     return table
+
+
+def _released(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
+    """The release of each item in seconds, null where it is not known. Raises DataError for a column that holds no times."""
+    column = file.read(columns=[name])[name]
+    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type) or pa.types.is_integer(column.type)):
+        raise DataError(f"{uri}: data.released {name} has type {column.type}, not a timestamp, a date or integer seconds", "cast it")
+    return pc.divide(microseconds(column), 1_000_000)
+
+
+def microseconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of timestamps, dates or integer seconds as int64 microseconds since 1970, UTC."""
+    if pa.types.is_integer(column.type):
+        return pc.multiply(column.cast(pa.int64()), 1_000_000)
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("s"))
+    return column.cast(pa.timestamp("us", tz=getattr(column.type, "tz", None)), safe=False).cast(pa.int64())
 
 
 def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from recray.dataset.popularity import DAY_S
+from recray.dataset.popularity import DAY_S, freshness
 from recray.dataset.reader import Dataset, Shard
 from recray.model.losses import Targets
 from recray.model.recommender import Batch
@@ -55,6 +55,7 @@ class TrainingBatches:
     def __init__(self, dataset: Dataset, *, history: int, batch_positions: int, windows: str, prior_days: int, seed: int, horizon: int = 1) -> None:
         self.dataset, self.history, self.batch_positions = dataset, history, batch_positions
         self.windows, self.prior_days, self.seed, self.horizon = windows, prior_days if dataset.has_time else 0, seed, horizon
+        self.released_day = dataset.released_day
         self.users = [_input_ranges(shard) for shard in dataset.shards()]
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
@@ -162,25 +163,30 @@ class TrainingBatches:
         sizes_N = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
         day_P, day_N = np.unique(now[user_N, position_N] // DAY_S, return_inverse=True)
         context_NC = np.concatenate(context) if context else np.zeros((0, len(self.dataset.context)), np.int64)
-        arrays = (item, event, value, time, now, user_N, position_N, day_P, day_N, context_NC)
+        arrays = (item, event, value, time, now, user_N, position_N, day_P, day_P, day_N, context_NC)
         batch = Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
         offsets = np.concatenate([[0], np.cumsum(sizes_N)])
         wanted = np.concatenate(targets) if targets else np.zeros(0, np.int64)
         return batch, Targets(torch.from_numpy(offsets), torch.from_numpy(wanted.astype(np.int64)))
 
-    def prior(self, day_P: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
-        """The popularity prior of the items `among` (ascending; None: all) on each day, float32 [P, items]; [1, 1] where there is none."""
-        if not self.prior_days:
-            return np.zeros((1, 1), np.float32)
-        rows = [self._prior_of(int(day)) if among is None else self._window(int(day), among) for day in day_P]
-        return np.stack(rows) if rows else np.zeros((1, self.dataset.n_items + 1 if among is None else len(among)), np.float32)
+    def dated(self, day_P: np.ndarray, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """On each day the popularity prior float32 and the bucket of freshness uint8 of the items `among` (ascending; None: all),
+        [P, items] each; [1, 1] where the data have none."""
+        rows = [self._rows(int(day)) if among is None else self._on(int(day), among) for day in day_P]
+        nothing = (np.zeros((1, 1), np.float32), np.zeros((1, 1), np.uint8))
+        return (np.stack([prior for prior, _ in rows]), np.stack([fresh for _, fresh in rows])) if rows else nothing
 
     @lru_cache(maxsize=512)  # noqa: B019 - lives as long as the training run; all items: where they are few
-    def _prior_of(self, day: int) -> np.ndarray:
-        return self._window(day, None)
+    def _rows(self, day: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._on(day, None)
 
-    def _window(self, day: int, among: np.ndarray | None) -> np.ndarray:
-        return log_prior(self.dataset.popularity.window(day * DAY_S, self.prior_days, among))
+    def _on(self, day: int, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        prior, fresh = np.zeros(1, np.float32), np.zeros(1, np.uint8)
+        if self.prior_days:
+            prior = log_prior(self.dataset.popularity.window(day * DAY_S, self.prior_days, among))
+        if self.released_day is not None:
+            fresh = freshness(day, self.released_day if among is None else self.released_day[among]).astype(np.uint8)
+        return prior, fresh
 
 
 def log_prior(counts: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
         time_bias=model["time_bias"] and dataset.has_time,
         repeat=model["repeat"],
         prior=model["prior_days"] > 0 and dataset.has_time,
+        fresh=dataset.released_day is not None,
         feature_buckets=model["feature_buckets"],
         id_dropout=model["id_dropout"],
         context=len(dataset.context),
@@ -118,7 +119,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         negatives=train["negatives"],
         calibration=train["gbce_calibration"],
         half=half,
-        prior=batches.prior if shape.prior else None,
+        dated=batches.dated if shape.prior or shape.fresh else None,
     )
     return Loop(model, batches, _validation(dataset, model, settings), criterion, loop_settings)
 
@@ -144,6 +145,7 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
         prior_days=settings["model"]["prior_days"],
         has_time=dataset.has_time,
         context=dataset.context,
+        released_day=dataset.released_day,
     )
 
     def validate(candidate: Recommender, rank: int, world: int) -> tuple[float, float]:

@@ -95,7 +95,7 @@ def test_the_prior_sees_no_event_of_the_day_it_is_asked_about(world_dataset):
     batch, _, _ = next(source.epoch(0))
     popularity = world_dataset.popularity
     among = np.array([0, 3, 4, world_dataset.n_items])
-    prior, few = source.prior(batch.prior_PV.numpy()), source.prior(batch.prior_PV.numpy(), among)
+    prior, few = (source.dated(batch.prior_PV.numpy(), chosen)[0] for chosen in (None, among))
     for n in range(0, len(batch.user_N), 7):
         day = int(batch.now_BT[batch.user_N[n], batch.position_N[n]]) // 86_400
         inside = (popularity.day < day) & (popularity.day >= day - 7)

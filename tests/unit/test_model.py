@@ -9,7 +9,7 @@ from recray.model.attention import causal_bias
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
-from recray.model.recommender import PRESETS, Batch, Recommender, Shape, value_bucket
+from recray.model.recommender import FRESHNESS_BUCKETS, PRESETS, Batch, Recommender, Shape, value_bucket
 
 V, B, T, E = 31, 3, 9, 3
 DAY = 86_400
@@ -20,7 +20,7 @@ def make(features=True, seed=0, **kwargs) -> Recommender:
     random = np.random.default_rng(0)
     bags = {name: (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)])) for name in ("brand", "title")} if features else {}
     seen = np.arange(V + 1) > 0
-    model = Recommender(Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **kwargs), seen, bags)
+    model = Recommender(Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **{"fresh": True, **kwargs}), seen, bags)
     with torch.no_grad():  # nothing at its neutral start
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -34,10 +34,10 @@ def make_batch(seed=1) -> Batch:
     time = torch.sort(torch.randint(0, 200 * DAY, (B, T), generator=random), 1).values
     now = torch.cat([time[:, 1:], torch.full((B, 1), 210 * DAY)], 1)
     prior = torch.rand(2, V + 1, generator=random)
+    fresh = torch.randint(0, FRESHNESS_BUCKETS, (2, V + 1), generator=random)
     value = torch.randint(0, 6, (B, T), generator=random).float()
-    return Batch(
-        item, event, value, time, now, torch.arange(B), torch.full((B,), T - 1), prior, torch.tensor([0, 1, 1]), torch.zeros(B, 0, dtype=torch.int64)
-    )
+    asked, day, context = torch.full((B,), T - 1), torch.tensor([0, 1, 1]), torch.zeros(B, 0, dtype=torch.int64)
+    return Batch(item, event, value, time, now, torch.arange(B), asked, prior, fresh, day, context)
 
 
 def run(model, batch, controls=None, masked=True):
