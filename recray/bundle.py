@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recray import __version__
-from recray.dataset.features import VECTORS
+from recray.dataset.features import VECTORS, described, encode, joined
 from recray.dataset.reader import Dataset, released_day
 from recray.errors import ArtifactError, DamagedArtifactError
 from recray.model.recommender import Recommender, Shape
@@ -56,21 +57,45 @@ class Bundle:
     @cached_property
     def released_day(self) -> np.ndarray | None:
         """Day since which each item can be met, as `Dataset.released_day`."""
-        return released_day(pq.read_table(self.path / "items.parquet")) if self.manifest["has_time"] else None
+        return released_day(self.items) if self.manifest["has_time"] else None
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
         return found
 
-    def model(self) -> Recommender:
-        """The network with its weights. Raises DamagedArtifactError if they are not of this network."""
+    @cached_property
+    def items(self) -> pa.Table:
+        """The item table that the model was trained with."""
+        return pq.read_table(self.path / "items.parquet")
+
+    def newcomers(self, dataset: Dataset) -> pa.Table:
+        """Items of a dataset that this bundle does not know and that have a feature: they can be scored by it."""
+        features = self.manifest["features"]
+        same = dataset.items[ITEM_ID].type == self.item_ids.type and set(features) <= set(dataset.items.column_names)
+        rows = np.flatnonzero(dataset.translate(self.item_ids)[1:] == 0) if same and features else np.zeros(0, np.int64)
+        found = dataset.items.take(pa.array(rows))
+        if not len(rows):
+            return found
+        return found.filter(pa.array(described(encode(found, features, self.manifest["shape"]["feature_buckets"], self.items), len(rows))))
+
+    def model(self, newcomers: pa.Table | None = None) -> Recommender:
+        """The network with its weights. Raises DamagedArtifactError if they are not of this network.
+
+        newcomers : items that it knows by their features alone; they follow the others in the order of the indices
+        """
         state = load_file(self.path / "model.safetensors")
+        more = len(newcomers) if newcomers is not None else 0
+        kinds = self.manifest["features"]
+        added = encode(newcomers, kinds, self.manifest["shape"]["feature_buckets"], self.items) if newcomers is not None and more else {}
         features = {}
-        for i, (name, kind) in enumerate(sorted(self.manifest["features"].items())):
-            pair = ("values_VC", "present_V") if kind in VECTORS else ("tokens_K", "offsets_V")
-            first, second = (state[f"items.features.{i}.{buffer}"].numpy() for buffer in pair)
-            features[name] = (first, second)
+        for i, (name, kind) in enumerate(sorted(kinds.items())):
+            pair = [f"items.features.{i}.{buffer}" for buffer in (("values_VC", "present_V") if kind in VECTORS else ("tokens_K", "offsets_V"))]
+            first, second = (state[buffer].numpy() for buffer in pair)
+            features[name] = joined((first, second), added[name]) if more else (first, second)
+            state.update(zip(pair, map(torch.from_numpy, features[name]), strict=True))
+        for name in ("items.ids.weight", "items.seen_V"):
+            state[name] = torch.cat([state[name], state[name].new_zeros(more, *state[name].shape[1:])])
         model = Recommender(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or not all(name.endswith(LATER) for name in missing):

@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=["prepare", "submit", "quality", "features", "slate", "train", "score", "catalogue", "scale"],
         help="prepare: peak memory; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); features: what each column is worth, and items "
-        "that training never saw; slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; catalogue: memory and time with a million items; "
-        "scale: how seconds grow with events and users",
+        "that training never saw; slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; "
+        "catalogue: memory and time with a million items; scale: how seconds grow with events and users",
     )
     benchmark.add_argument("--data", help="quality, features, slate, train, score: folder of a data set, or its name under $RECRAY_DATA")
     benchmark.add_argument("--against", choices=["rectools"], help="quality, train, score: the peer to run on the same data in the same run")

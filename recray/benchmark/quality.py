@@ -123,9 +123,7 @@ def _train(dataset: Dataset, chosen: dict[str, Any], asked: list[Question], say:
 
 def _ranks(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Question]) -> np.ndarray:
     """Rank from 1 of the wanted item of each question among all that the user did not meet."""
-    ids = dataset.items["item_id"].combine_chunks()
-    rest = {"prior_days": chosen["model"]["prior_days"], "has_time": dataset.has_time, "context": dataset.context, "released_day": dataset.released_day}
-    predictor = Predictor(model, ids, dataset.event_types, dataset.popularity, **rest)
+    predictor = Predictor.of(model, dataset, chosen["model"]["prior_days"])
     ranks = []
     for first in range(0, len(asked), BATCH):
         batch = asked[first : first + BATCH]

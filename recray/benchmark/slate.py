@@ -97,8 +97,7 @@ def _write(home: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame
 
 def _scores(model: Any, dataset: Dataset, chosen: dict[str, Any], test: pd.DataFrame, sessions: pd.DataFrame) -> list[np.ndarray]:
     """Scores of the items of each impression, in the order of the impressions."""
-    rest = {"prior_days": chosen["model"]["prior_days"], "has_time": True, "context": dataset.context, "released_day": dataset.released_day}
-    predictor = Predictor(model, dataset.items["item_id"].combine_chunks(), dataset.event_types, dataset.popularity, **rest)
+    predictor = Predictor.of(model, dataset, chosen["model"]["prior_days"])
     before = sessions.set_index("impression_id").history
     slates = list(test.groupby("impression_id", sort=True))
     found: list[np.ndarray] = []

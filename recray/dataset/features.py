@@ -32,15 +32,36 @@ Encoded = tuple[np.ndarray, np.ndarray]
 vectors float32 [V, C] of length 1 (zero where there is none) and whether there is one, bool [V]."""
 
 
-def encode(items: pa.Table, features: dict[str, str], buckets: int) -> dict[str, Encoded]:
+def encode(items: pa.Table, features: dict[str, str], buckets: int, known: pa.Table | None = None) -> dict[str, Encoded]:
     """Every feature column, encoded. Raises DataError for vectors of several lengths.
 
     Numbers become their quantile bin and its neighbours, text its words and the trigrams of its words, all hashed into
     `buckets`; vectors are centred, then scaled to length 1.
+
+    known : the table whose numbers decide the bins and whose vectors the centre, for items that come later; None: `items`
     """
-    return {
-        name: _vectors(items[name], name) if kind in VECTORS else _bags(_tokens(items[name], kind), name, buckets) for name, kind in features.items()
-    }
+    return {name: _encoded(items[name], name, kind, buckets, None if known is None else known[name]) for name, kind in features.items()}
+
+
+def _encoded(column: pa.ChunkedArray, name: str, kind: str, buckets: int, known: pa.ChunkedArray | None) -> Encoded:
+    return _vectors(column, name, known) if kind in VECTORS else _bags(_tokens(column, kind, known), name, buckets)
+
+
+def joined(first: Encoded, then: Encoded) -> Encoded:
+    """The feature of some items followed by that of others, whose own padding is left out."""
+    values, places = first
+    more, where = then
+    if values.ndim == 2:
+        return np.concatenate([values, more[1:]]), np.concatenate([places, where[1:]])
+    return np.concatenate([values, more]), np.concatenate([places, where[1:] + len(values)])
+
+
+def described(encoded: dict[str, Encoded], count: int) -> np.ndarray:
+    """Which of `count` items have any feature, bool [count], padding not counted."""
+    found = np.zeros(count, bool)
+    for values, places in encoded.values():
+        found |= places[1:] if values.ndim == 2 else np.diff(places, append=len(values))[1:] > 0
+    return found
 
 
 def notes(items: pa.Table, features: dict[str, str]) -> list[str]:
@@ -59,10 +80,10 @@ def notes(items: pa.Table, features: dict[str, str]) -> list[str]:
     return found
 
 
-def _tokens(column: pa.ChunkedArray, kind: str) -> Iterable[list[str]]:
+def _tokens(column: pa.ChunkedArray, kind: str, known: pa.ChunkedArray | None) -> Iterable[list[str]]:
     values = column.to_pylist()
     if kind == "numeric":
-        return _numeric(values)
+        return _numeric(values, values if known is None else known.to_pylist())
     if kind == "text":
         return ([] if value is None else _text(value) for value in values)
     if kind == "multi":
@@ -76,9 +97,9 @@ def elements(value: Any) -> list[str]:
     return [str(part) for part in parts if part is not None and part != ""]
 
 
-def _numeric(values: list[Any]) -> Iterable[list[str]]:
-    number = np.array([np.nan if v is None else float(v) for v in values])
-    known = number[np.isfinite(number)]
+def _numeric(values: list[Any], others: list[Any]) -> Iterable[list[str]]:
+    number, known = (np.array([np.nan if v is None else float(v) for v in column]) for column in (values, others))
+    known = known[np.isfinite(known)]
     edges = np.unique(np.quantile(known, np.linspace(0, 1, NUMERIC_BINS + 1)[1:-1])) if len(known) else np.zeros(0)
     bins = np.searchsorted(edges, number, side="right")
     return ([str(b - 1), str(b), str(b + 1)] if np.isfinite(x) else [] for b, x in zip(bins, number, strict=True))
@@ -98,7 +119,22 @@ def _bags(items: Iterable[list[str]], name: str, buckets: int) -> Encoded:
     return np.array(tokens, np.int64), np.array(offsets, np.int64)
 
 
-def _vectors(column: pa.ChunkedArray, name: str) -> Encoded:
+def _vectors(column: pa.ChunkedArray, name: str, known: pa.ChunkedArray | None) -> Encoded:
+    found, present = _read_vectors(column, name)
+    centre = found[present].mean(0) if present.sum() > 1 else np.zeros(found.shape[1])
+    if known is not None:
+        others, there = _read_vectors(known, name)
+        centre = others[there].mean(0) if there.sum() > 1 else np.zeros(others.shape[1])
+        if found.shape[1] != len(centre):  # from another encoder: of no use to this model
+            found, present = np.zeros((len(found), len(centre))), np.zeros(len(found), bool)
+    found[present] -= centre
+    length = np.linalg.norm(found, axis=1, keepdims=True)
+    present &= (length > 0).squeeze(1)
+    return np.where(present[:, None], found / np.maximum(length, 1e-300), 0.0).astype(np.float32), present
+
+
+def _read_vectors(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors as they are [V, C], and which items have one that can be used [V]; padding first."""
     values = column.combine_chunks()
     flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
     there = values.is_valid().to_numpy(zero_copy_only=False)
@@ -111,7 +147,4 @@ def _vectors(column: pa.ChunkedArray, name: str) -> Encoded:
     found[present] = flat.reshape(-1, found.shape[1]) if len(sizes) else 0.0
     present &= (np.abs(found) < LARGEST).all(1)
     found[~present] = 0.0
-    found[present] -= found[present].mean(0) if present.sum() > 1 else 0.0
-    length = np.linalg.norm(found, axis=1, keepdims=True)
-    present &= (length > 0).squeeze(1)
-    return np.where(present[:, None], found / np.maximum(length, 1e-300), 0.0).astype(np.float32), present
+    return found, present

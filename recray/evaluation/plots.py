@@ -116,7 +116,9 @@ def growth(trained: list[tuple[int, float]], scored: list[tuple[int, float]]) ->
     """Seconds by size, a panel for training (events) and for scoring (users), beside the line through the largest size and zero."""
 
     def draw(figure: Figure) -> None:
-        for axes, points, what, of in zip(figure.subplots(1, 2), (trained, scored), ("training epoch", "scores of all"), ("events", "users"), strict=True):
+        for axes, points, what, of in zip(
+            figure.subplots(1, 2), (trained, scored), ("training epoch", "scores of all"), ("events", "users"), strict=True
+        ):
             sizes, seconds = zip(*points, strict=True)
             axes.plot([0, sizes[-1]], [0, seconds[-1]], color=OTHER, linestyle=":", label="linear")
             axes.plot(sizes, seconds, color=MINE, marker="o", label=f"seconds of a {what}" if of == "events" else f"seconds of the {what}")

@@ -18,12 +18,13 @@ import torch
 
 from recray.bundle import Bundle
 from recray.dataset.popularity import DAY_S, Popularity, freshness
-from recray.dataset.reader import Dataset, History
+from recray.dataset.reader import NEVER_SAID, Dataset, History, released_day
 from recray.errors import RequestError
 from recray.inference.rules import Rules
 from recray.inference.topk import merge, top_k
 from recray.model.controls import Controls
 from recray.model.recommender import Batch, Recommender
+from recray.schema import ITEM_ID
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +82,7 @@ class Predictor:
     has_time : whether `timestamp_s` is a time
     context : names of the fields of the request context
     released_day : since when each item can be met, as `Dataset.released_day`
+    retired : indices of items that are never answered
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Predictor:
         has_time: bool,
         context: Sequence[str] = (),
         released_day: np.ndarray | None = None,
+        retired: np.ndarray | None = None,
     ) -> None:
         self.model = model
         self.item_ids = item_ids
@@ -104,6 +107,7 @@ class Predictor:
         self.context = list(context)
         self.released_day = released_day
         self.device = next(model.parameters()).device
+        self.retired = torch.from_numpy(np.zeros(0, np.int64) if retired is None else np.asarray(retired, np.int64)).to(self.device)
         self._index: dict[Any, int] | None = None
         self._dated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._populars: dict[int, Tensor] = {}
@@ -113,24 +117,48 @@ class Predictor:
     def load(cls, bundle: str | Path, *, dataset: Dataset | None = None, device: str = "cpu") -> Predictor:
         """Predictor of a bundle, after its digests were verified.
 
-        With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in.
-        Raises MissingArtifactError, DamagedArtifactError.
+        With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in; items that came
+        since are scored by their features, and those that are gone are not answered. Raises MissingArtifactError, DamagedArtifactError.
         """
         opened = Bundle.open(bundle)
-        n_items = len(opened.item_ids)
+        newcomers = None if dataset is None else opened.newcomers(dataset)
+        item_ids, released = opened.item_ids, opened.released_day
+        if newcomers is not None and len(newcomers):
+            item_ids = pa.concat_arrays([item_ids, newcomers[ITEM_ID].combine_chunks()])
+            if released is not None:
+                theirs = released_day(newcomers)
+                released = np.concatenate([released, np.full(len(newcomers), NEVER_SAID) if theirs is None else theirs[1:]])
+        retired = None
         if dataset is None:
-            popularity = Popularity.load(opened.path / "popularity.parquet", n_items)
+            popularity = Popularity.load(opened.path / "popularity.parquet", len(item_ids))
         else:
-            popularity = dataset.popularity.remap(dataset.translate(opened.item_ids), n_items)
+            place = dataset.translate(item_ids)
+            popularity = dataset.popularity.remap(place, len(item_ids))
+            retired = np.setdiff1d(np.arange(1, len(item_ids) + 1), place)
         return cls(
-            opened.model().to(device),
-            opened.item_ids,
+            opened.model(newcomers).to(device),
+            item_ids,
             opened.manifest["event_types"],
             popularity,
             prior_days=opened.manifest["prior_days"],
             has_time=opened.manifest["has_time"],
             context=opened.manifest.get("context", []),
-            released_day=opened.released_day,
+            released_day=released,
+            retired=retired,
+        )
+
+    @classmethod
+    def of(cls, model: Recommender, dataset: Dataset, prior_days: int) -> Predictor:
+        """Predictor of a model that was built for a dataset, in that dataset's indices."""
+        return cls(
+            model,
+            dataset.items[ITEM_ID].combine_chunks(),
+            dataset.event_types,
+            dataset.popularity,
+            prior_days=prior_days,
+            has_time=dataset.has_time,
+            context=dataset.context,
+            released_day=dataset.released_day,
         )
 
     @torch.no_grad()
@@ -204,6 +232,9 @@ class Predictor:
                 found = score(first)
                 if rules is not None:
                     found = found + rules.boost_V[first : first + ITEM_BLOCK].to(self.device)
+                gone = self.retired[(self.retired >= first) & (self.retired < first + ITEM_BLOCK)] - first
+                if len(gone):
+                    found = found.index_fill(1, gone, -torch.inf)
                 index, values = top_k(barred.apply(found, first), pool)
                 best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), pool)
             assert best is not None

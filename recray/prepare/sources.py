@@ -210,7 +210,8 @@ def read_items(data: DataSettings) -> pa.Table | None:
             for column in (item_column, *data.features, *([data.released] if data.released else [])):
                 if column not in names:
                     raise DataError(
-                        f"{uri} has no column {column!r}; it has {', '.join(names)}", "check data.items, data.columns, data.features and data.released"
+                        f"{uri} has no column {column!r}; it has {', '.join(names)}",
+                        "check data.items, data.columns, data.features and data.released",
                     )
             item_type = _kind(file.schema_arrow.field(item_column).type, schema.ITEM_ID, uri)
             table = file.read(columns=[item_column, *data.features]).select([item_column, *data.features])

@@ -47,7 +47,7 @@ def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> tup
             "rules": settings.score.rules(),
         }
         with sealed_directory(path, KIND, key, fields) as folder:
-            fields.update(_summary(_run(settings, dataset, bundle, folder), len(bundle.item_ids)))
+            fields.update(_summary(_run(settings, dataset, bundle, folder), len(bundle.item_ids) + len(bundle.newcomers(dataset))))
     manifest = open_sealed(path, KIND, verify=False)
     return path, manifest, publish(storage, path, manifest)
 

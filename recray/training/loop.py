@@ -188,8 +188,8 @@ class Loop:
 
 
 def _by_rate(model: Recommender) -> list[tuple[float, list[nn.Parameter]]]:
-    """Parameters by factor on the learning rate: the few numbers of the repeat term and the prior must travel further."""
-    few = [p for name, p in model.named_parameters() if name.startswith("repeat.") or name == "prior_scale"]
+    """Parameters by factor on the learning rate: the few numbers of the repeat term, the prior and freshness must travel further."""
+    few = [p for name, p in model.named_parameters() if name.startswith(("repeat.", "prior_scale", "freshness."))]
     chosen = {id(p) for p in few}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [(1.0, rest), (SCALAR_FACTOR, few)] if few else [(1.0, rest)]

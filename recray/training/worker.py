@@ -137,16 +137,7 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
     evaluate = settings["evaluate"]
     new_only, k = evaluate["primary_setting"] == "new_only", evaluate["k"][0]
     questions = Questions(dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"])
-    predictor = Predictor(
-        model,
-        dataset.items["item_id"].combine_chunks(),
-        dataset.event_types,
-        dataset.popularity,
-        prior_days=settings["model"]["prior_days"],
-        has_time=dataset.has_time,
-        context=dataset.context,
-        released_day=dataset.released_day,
-    )
+    predictor = Predictor.of(model, dataset, settings["model"]["prior_days"])
 
     def validate(candidate: Recommender, rank: int, world: int) -> tuple[float, float]:
         predictor.model = candidate

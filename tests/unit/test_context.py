@@ -91,8 +91,7 @@ def test_what_the_context_decides_is_learned_and_the_unknown_stays_neutral(datas
     loop = build_loop(str(dataset.path), bundle_settings(settings_of(by_device, tmp_path)), torch.device("cpu"))
     for epoch in range(8):
         loop.train_epoch(epoch)
-    args = (dataset.items["item_id"].combine_chunks(), dataset.event_types, dataset.popularity)
-    predictor = Predictor(loop.model, *args, prior_days=7, has_time=True, context=dataset.context)
+    predictor = Predictor.of(loop.model, dataset, 7)
     questions = next(Questions(dataset, "test").batches(200))
 
     def first_half(context):

@@ -1,0 +1,106 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import bundle_here, prepare_here, world_overrides
+
+from recray.config import load_settings
+from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, freshness
+from recray.dataset.reader import NEVER_SAID
+from recray.dataset.worlds import News
+from recray.errors import DataError
+from recray.evaluation.protocol import Questions
+from recray.inference import Filters, Predictor
+from recray.model import recommender
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("news")
+    News(users=400, articles=600, events_per_user=12, days=20).write(folder)
+    return folder
+
+
+def settings_of(site, root, *overrides):
+    given = [f"data.events={site / 'events.parquet'}", f"data.items={site / 'items.parquet'}", f"storage.root={root}", "data.released=published"]
+    given += ["data.features={title: text, section: categorical}", "data.context=[device]", "split.asked_at=target", "split.validation_users=0.5"]
+    small = [
+        "model.dim=16",
+        "model.history=16",
+        "model.repeat=false",
+        "model.id_dropout=0.3",
+        "train.batch_positions=1024",
+        "train.learning_rate=0.01",
+    ]
+    return load_settings(None, [*given, *small, *overrides])
+
+
+@pytest.fixture(scope="module")
+def dataset(site, tmp_path_factory):
+    return prepare_here(settings_of(site, tmp_path_factory.mktemp("root")))
+
+
+def test_buckets_grow_with_age_and_tell_the_unknown_and_the_unborn():
+    found = freshness(100, np.array([NEVER_SAID, 101, 100, 99, 98, 90, 0]))
+    assert found.tolist()[:4] == [0, 1, 2, 4]
+    assert (np.diff(found[1:]) > 0).all() and found.max() < FRESHNESS_BUCKETS
+    assert recommender.FRESHNESS_BUCKETS == FRESHNESS_BUCKETS
+
+
+def test_release_days_are_read_and_bad_ones_named(dataset, site, world_folder, tmp_path):
+    published = pq.read_table(site / "items.parquet").sort_by("item_id")["published"].cast("int64").to_numpy() // 1_000_000
+    assert (dataset.released_day[1:] == published // DAY_S).all() and dataset.released_day[0] == NEVER_SAID
+    table = pq.read_table(site / "items.parquet")
+    gaps = table.set_column(3, "published", pc.if_else(pc.equal(table["section"], "section 0"), None, table["published"]))
+    pq.write_table(gaps, tmp_path / "gaps.parquet")
+    some = prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / 'gaps.parquet'}"))
+    nothing = pc.equal(some.items["section"], "section 0").to_numpy()
+    assert ((some.released_day[1:] == NEVER_SAID) == nothing).all() and nothing.any()
+    with pytest.raises(DataError, match="data.released title has type string"):
+        prepare_here(settings_of(site, tmp_path, "data.released=title"))
+    with pytest.raises(DataError, match="no column 'born'"):
+        prepare_here(settings_of(site, tmp_path, "data.released=born"))
+    with pytest.raises(DataError, match="data.released names born, but data.items is null"):
+        prepare_here(load_settings(None, [*world_overrides(world_folder, tmp_path), "data.items=null", "data.features={}", "data.released=born"]))
+
+
+def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, site, tmp_path):
+    settings = settings_of(site, tmp_path)
+    loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+    for epoch in range(12):
+        loop.train_epoch(epoch)
+    weight = loop.model.freshness.weight.detach().squeeze(-1)
+    assert weight[2] > weight[1] + 1, "today's articles above those that are not there yet"
+    assert weight[2] > weight[6] + 1, "and above those of three days ago"
+    predictor = Predictor.of(loop.model, dataset, 7)
+    trained = dataset.trained_items()
+    hits, asked = 0, 0
+    for batch in Questions(dataset, "test").batches(200):
+        cold = [q for q in batch if not trained[q.target].any()]
+        if cold:
+            asks = {"now": [q.now for q in cold], "context": [q.context for q in cold], "filters": Filters(new_only=True)}
+            lists = predictor.recommend([q.history for q in cold], 10, **asks).item_index
+            hits += sum(bool(np.isin(q.target, lists[row]).any()) for row, q in enumerate(cold))
+            asked += len(cold)
+    assert asked > 50
+    assert hits / asked > 5 * 10 / dataset.n_items
+
+
+def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
+    bundle = bundle_here(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
+    assert (Predictor.load(bundle.path).released_day == dataset.released_day).all()
+
+
+def test_the_news_site_is_drawn_from_its_seed_and_fades(site):
+    again = News(users=400, articles=600, events_per_user=12, days=20)
+    events, items = pq.read_table(site / "events.parquet"), pq.read_table(site / "items.parquet")
+    assert again.event_table() == events and again.item_table() == items
+    assert News(users=400, articles=600, events_per_user=12, days=20, seed=1).event_table() != events
+    place = pc.index_in(events["item_id"], items["item_id"].combine_chunks())
+    age = (events["timestamp"].cast(pa.int64()).to_numpy() - items["published"].cast(pa.int64()).take(place).to_numpy()) / 86_400e6
+    assert age.min() >= 0 and age.max() <= again.live_days
+    assert np.histogram(age, bins=4, range=(0, 4))[0].tolist() == sorted(np.histogram(age, bins=4, range=(0, 4))[0].tolist(), reverse=True)

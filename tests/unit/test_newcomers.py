@@ -1,0 +1,92 @@
+"""Items that came, and items that went, since a bundle was trained."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import bundle_here, prepare_here, world_overrides
+
+from recray.config import load_settings
+from recray.dataset.features import encode, joined
+from recray.inference import Predictor
+
+KINDS = {"category": "categorical", "price": "numeric", "tags": "multi", "title": "text", "image": "vector"}
+
+
+def with_images(table: pa.Table) -> pa.Table:
+    vectors = np.random.default_rng(0).normal(size=(len(table), 6)).astype(np.float32)
+    return table.append_column("image", pa.array(list(vectors), pa.list_(pa.float32())))
+
+
+@pytest.fixture(scope="module")
+def items(world_folder) -> pa.Table:
+    return with_images(pq.read_table(world_folder / "items.parquet"))
+
+
+def prepared(world_folder, root, items, *overrides):
+    pq.write_table(items, root / "items.parquet")
+    features = "{" + ", ".join(f"{name}: {kind}" for name, kind in KINDS.items()) + "}"
+    given = [*world_overrides(world_folder, root), f"data.items={root / 'items.parquet'}", f"data.features={features}", *overrides]
+    settings = load_settings(None, given)
+    return settings, prepare_here(settings)
+
+
+def test_what_comes_later_is_encoded_as_if_it_had_been_there(items):
+    first, then = items.slice(0, 70), items.slice(70)
+    whole, start = encode(items, KINDS, 64, first), encode(first, KINDS, 64)
+    more = encode(then, KINDS, 64, first)
+    for name in KINDS:
+        for mine, theirs in zip(joined(start[name], more[name]), whole[name], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_newcomers_are_scored_by_their_features_and_the_rest_as_before(world_folder, items, tmp_path):
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    unseen = items.slice(0, 1).set_column(0, "item_id", pa.array(["j-unseen"]))  # nobody met it, so it has no id vector
+    settings, before = prepared(world_folder, tmp_path / "before", pa.concat_tables([items, unseen]))
+    bundle = bundle_here(settings, before, tmp_path / "bundle", "bundle")
+    twin = unseen.set_column(0, "item_id", pa.array(["z-twin"]))
+    bare = pa.table({name: pa.nulls(1, twin[name].type) for name in twin.column_names}).set_column(0, "item_id", pa.array(["z-bare"]))
+    _, after = prepared(world_folder, tmp_path / "after", pa.concat_tables([items, unseen, twin, bare]))
+    old, new = Predictor.load(bundle.path), Predictor.load(bundle.path, dataset=after)
+    assert new.n_items == old.n_items + 1, "one that nothing is known of cannot be scored"
+    histories = [new.translation(after).history(after.shard(0).history(row)) for row in range(8)]
+    place = new.index_of(["j-unseen", "z-twin"])
+    assert place.all()
+    scores = np.stack(new.score(histories, [place] * len(histories), now=after.now_s))
+    np.testing.assert_allclose(scores[:, 0], scores[:, 1], rtol=1e-6, atol=1e-7)
+    known = np.arange(1, old.n_items + 1)
+    for a, b in zip(*(p.score(histories, [known] * len(histories), now=after.now_s) for p in (old, new)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    answer = new.recommend(histories, new.n_items, now=after.now_s)
+    assert (answer.item_index == place[1]).any(1).all()
+
+
+def test_items_that_are_gone_are_not_answered(world_folder, items, tmp_path):
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    settings, before = prepared(world_folder, tmp_path / "before", items)
+    bundle = bundle_here(settings, before, tmp_path / "bundle", "bundle")
+    _, after = prepared(world_folder, tmp_path / "after", items, "data.min_item_events=20")
+    gone = set(before.items["item_id"].to_pylist()) - set(after.items["item_id"].to_pylist())
+    assert 3 < len(gone) < len(before.items) - 3
+    predictor = Predictor.load(bundle.path, dataset=after)
+    history = predictor.translation(after).history(after.shard(0).history(0))
+    for histories in ([history], [history.last(0)]):
+        answer = predictor.recommend(histories, predictor.n_items, now=after.now_s)
+        found = predictor.ids_of(answer.item_index[0][answer.item_index[0] > 0])
+        assert set(found) == set(after.items["item_id"].to_pylist()), "all that are left, and none that is gone"
+
+
+def test_a_bundle_without_features_knows_nothing_of_newcomers(world_folder, items, tmp_path):
+    (tmp_path / "before").mkdir()
+    settings, before = prepared(world_folder, tmp_path / "before", items, "data.features={}")
+    bundle = bundle_here(settings, before, tmp_path / "bundle", "bundle")
+    (tmp_path / "after").mkdir()
+    extra = pa.concat_tables([items, items.slice(0, 1).set_column(0, "item_id", pa.array(["z"]))])
+    _, after = prepared(world_folder, tmp_path / "after", extra)
+    assert len(bundle.newcomers(after)) == 0
+    assert Predictor.load(bundle.path, dataset=after).n_items == len(before.items)
+    assert torch.equal(bundle.model().items.ids.weight, bundle.model(bundle.newcomers(after)).items.ids.weight)
