@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         "catalogue: memory and time with a million items; scale: how seconds grow with events and users",
     )
     benchmark.add_argument("--data", help="quality, features, slate, train, score: folder of a data set, or its name under $RECRAY_DATA")
-    benchmark.add_argument("--against", choices=["rectools"], help="quality, train, score: the peer to run on the same data in the same run")
+    benchmark.add_argument(
+        "--against", choices=["implicit", "rectools"], help="quality, train, score: the peer to run on the same data in the same run"
+    )
     benchmark.add_argument("--out", default="infra/benchmarks", help="folder of the result file (default: infra/benchmarks)")
     _common(benchmark)
     return parser

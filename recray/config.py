@@ -157,6 +157,9 @@ class TrainSettings(Section):
     )
     seed: int = Field(0, ge=0, description="draws weights, batches and dropout")
     validation_users: int = Field(3000, ge=1, description="users scored for early stopping, at most")
+    select_by: Literal["primary", "both"] = Field(
+        "primary", description="validation NDCG that picks the epoch: in evaluate.primary_setting, or the mean of both settings"
+    )
     every_days: int = Field(1, ge=1, description="nightly: train again when the last bundle is so many days old")
     workers: int = Field(1, ge=1, description="Ray Train workers; each draws its own dropout")
     cpus_per_worker: float = _place(1, "logical CPUs a worker reserves", gt=0)

@@ -61,6 +61,9 @@ def _measure(
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
     from recray.benchmark import features, quality, score, slate, train
 
+    if what == "train" and against == "implicit":
+        raise SettingsError("benchmark train compares epochs, which implicit does not have", "--against rectools, or another benchmark")
+
     if what in ("features", "slate"):
         if against:
             raise SettingsError(f"benchmark {what} takes no --against", "leave it out")

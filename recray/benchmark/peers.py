@@ -15,6 +15,7 @@ from recray.stages import Say
 from recray.storage import key_of
 
 PINS = {"rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "implicit==0.7.3", "pyarrow==25.0.1")}
+HOME = {"rectools": "rectools", "implicit": "rectools"}  # whose environment a peer runs in
 
 
 def ask(peer: str, question: dict[str, Any], folder: Path, say: Say) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def ask(peer: str, question: dict[str, Any], folder: Path, say: Say) -> dict[str
 
     Raises ClusterError if the environment cannot be made or the peer fails.
     """
-    python = environment(peer, say)
+    python = environment(HOME[peer], say)
     asked = folder / "question.json"
     asked.write_text(json.dumps(question))
     script = str(resources.files("recray.benchmark") / f"{peer}_peer.py")

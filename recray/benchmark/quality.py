@@ -142,7 +142,7 @@ def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, thr
     users = [int(number[shard] + row) for shard, row, _, _ in validation.places]
     question = peer_question(chosen, folder, threads) | {"batch_users": PEER_BATCH_USERS, "patience": PEER_PATIENCE, "validation_users": users}
     asked = {name: value for name, value in question.items() if name not in ("events", "threads")}
-    keep = peers.cache() / "runs" / key_of(peer, peers.PINS[peer], asked, dataset.key)
+    keep = peers.cache() / "runs" / key_of(peer, peers.PINS[peers.HOME[peer]], asked, dataset.key)
     keep.mkdir(parents=True, exist_ok=True)
     say(f"{peer} trains to its early stop; where it stands is kept in {keep}")
     return peers.ask(peer, question | {"keep": str(keep)}, folder, say)

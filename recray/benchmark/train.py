@@ -22,13 +22,17 @@ PEER_BATCH_USERS = 128  # its default
 
 
 def measure_train(folder: Path, data: str, against: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Half of our epochs, the peer's, the other half of ours: medians of each, and their ratio."""
+    """Half of our epochs, the peer's, the other half of ours: medians of each, and their ratio. A batch holds as many positions as the peer's."""
     settings, dataset = prepared(data, folder / "root", [*SAME, *overrides])
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     chosen = bundle_settings(settings)
     loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
-    positions = sum(batch.item_BT.count_nonzero().item() for batch, _, _ in loop.batches.epoch(0))
+    sizes = [(int(batch.item_BT.count_nonzero()), len(batch.item_BT)) for batch, _, _ in loop.batches.epoch(0)]
+    positions = sum(real for real, _ in sizes)
+    if not any(override.startswith("train.batch_positions=") for override in overrides):
+        chosen["train"]["batch_positions"] = round(PEER_BATCH_USERS * positions / sum(users for _, users in sizes))
+        loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
     say(f"{dataset.n_users} users, {dataset.n_items} items; {positions} positions an epoch, {loop.batches.padding():.1%} padding")
     seconds: list[float] = []
 

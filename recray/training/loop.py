@@ -26,7 +26,7 @@ from recray.model.recommender import Batch, Recommender
 SCALAR_FACTOR = 10.0
 
 Validate = Callable[[Recommender, int, int], tuple[float, float]]
-"""(model, rank, world) -> (sum of this rank's per-user NDCG, its number of users)"""
+"""(model, rank, world) -> (this rank's part of a sum, its part of what the sum is divided by): together the mean NDCG"""
 
 
 class Batches(Protocol):

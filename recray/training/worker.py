@@ -15,7 +15,7 @@ from recray.bundle import Bundle
 from recray.dataset.features import encode
 from recray.dataset.reader import Dataset
 from recray.evaluation.metrics import per_user
-from recray.evaluation.protocol import Questions, wanted
+from recray.evaluation.protocol import SETTINGS, Questions, wanted
 from recray.inference import Filters, Predictor
 from recray.model.losses import Criterion
 from recray.model.recommender import PRESETS, Recommender, Shape
@@ -133,25 +133,31 @@ def _gains_by_bfloat16(device: torch.device) -> bool:
 
 
 def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) -> Validate:
-    """Mean NDCG of the primary setting over validation users, by the predictor that will serve."""
+    """Mean NDCG over validation users in the setting that selects, or the mean of both, by the predictor that will serve."""
     evaluate = settings["evaluate"]
-    new_only, k = evaluate["primary_setting"] == "new_only", evaluate["k"][0]
+    k = evaluate["k"][0]
+    selecting = SETTINGS if settings["train"]["select_by"] == "both" else (evaluate["primary_setting"],)
     questions = Questions(dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"])
     predictor = Predictor.of(model, dataset, settings["model"]["prior_days"])
+
+    whole = [question for batch in questions.batches(VALIDATION_BATCH) for question in batch]
+    users = {setting: sum(len(wanted(question, new_only=setting == "new_only")) > 0 for question in whole) for setting in selecting}
 
     def validate(candidate: Recommender, rank: int, world: int) -> tuple[float, float]:
         predictor.model = candidate
         predictor.refresh()
-        total = users = 0.0
+        total = 0.0
         for batch in questions.batches(VALIDATION_BATCH, rank, world):
-            asked = [question for question in batch if len(wanted(question, new_only=new_only))]
-            if not asked:
-                continue
-            moments, contexts = [question.now for question in asked], [question.context for question in asked]
-            answer = predictor.recommend([q.history for q in asked], k, now=moments, filters=Filters(new_only=new_only), context=contexts)
-            ndcg = per_user(answer.item_index, [wanted(q, new_only=new_only) for q in asked], k)["ndcg"]
-            total, users = total + float(ndcg.sum()), users + len(asked)
-        return total, users
+            for setting in selecting:
+                new_only = setting == "new_only"
+                asked = [question for question in batch if len(wanted(question, new_only=new_only))]
+                if not asked:
+                    continue
+                moments, contexts = [question.now for question in asked], [question.context for question in asked]
+                answer = predictor.recommend([q.history for q in asked], k, now=moments, filters=Filters(new_only=new_only), context=contexts)
+                ndcg = per_user(answer.item_index, [wanted(q, new_only=new_only) for q in asked], k)["ndcg"]
+                total += float(ndcg.sum()) / (len(selecting) * users[setting])
+        return total, 1.0 / world
 
     return validate
 

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from recray.bundle import LATER, Bundle, latest_bundle, settings_key
 from recray.errors import DamagedArtifactError, TrainingError
 from recray.inference import Predictor
+from recray.training.batches import TrainingBatches
 from recray.training.trainer import bundle_settings, train_key
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 
@@ -127,3 +128,29 @@ def test_the_average_follows_the_weights(world_settings, world_dataset):
     assert 0 < max(distance) < 0.1
     plain = loop(world_settings, world_dataset, average_decay=0.0)
     assert plain.average is plain.model
+
+
+def test_both_settings_may_select(world_settings, world_dataset):
+    found = {}
+    for name, primary, select_by in (("repeats", "repeats", "primary"), ("new_only", "new_only", "primary"), ("both", "repeats", "both")):
+        chosen = bundle_settings(world_settings)
+        chosen["evaluate"]["primary_setting"], chosen["train"]["select_by"] = primary, select_by
+        run = build_loop(str(world_dataset.path), chosen, torch.device("cpu"))
+        run.train_epoch(0)
+        total, users = run.validate(run.model, 0, 1)
+        found[name] = total / users
+    assert found["both"] == pytest.approx((found["repeats"] + found["new_only"]) / 2)
+
+
+def test_a_longer_horizon_asks_for_more_baskets(world_dataset):
+    one, three = (
+        next(iter(TrainingBatches(world_dataset, history=1000, batch_positions=2000, windows="all", prior_days=0, seed=0, horizon=h).epoch(0)))
+        for h in (1, 3)
+    )
+    assert torch.equal(one[0].item_BT, three[0].item_BT) and torch.equal(one[0].position_N, three[0].position_N)
+    some, many = one[1].offsets.diff(), three[1].offsets.diff()
+    assert (many >= some).all() and many.sum() > 2 * some.sum()
+    first = [three[1].item[start : start + size] for start, size in zip(three[1].offsets.tolist(), some.tolist(), strict=False)]
+    assert torch.equal(torch.cat(first), one[1].item), "the next basket comes first"
+    trained = set(np.concatenate([shard.trained_item_index() for shard in world_dataset.shards()]).tolist())
+    assert set(three[1].item.tolist()) <= trained, "what is held out is never a target"

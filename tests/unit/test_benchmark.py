@@ -1,0 +1,105 @@
+"""The arithmetic of the benchmarks, and what they feed their models; the benchmarks themselves take minutes to hours."""
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from recray import benchmark
+from recray.benchmark import features, quality, scale, slate
+from recray.errors import DataError, SettingsError
+from recray.evaluation import metrics
+
+
+def test_ranks_tell_what_lists_tell():
+    ranks = np.array([1, 2, 10, 11, 0, 400])
+    lists = np.zeros((len(ranks), 10), np.int64)
+    for row, rank in enumerate(ranks):
+        if 0 < rank <= 10:
+            lists[row, rank - 1] = 7
+    expected = metrics.per_user(lists, [np.array([7])] * len(ranks), 10)
+    np.testing.assert_allclose(quality.hr(ranks), expected["hr"])
+    np.testing.assert_allclose(quality.ndcg(ranks), expected["ndcg"])
+
+
+def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
+    curves = [
+        {"who": "peer", "epoch": e, "seconds": 100.0 * e, "cpu_seconds": 200.0 * e, "validation_ndcg": v} for e, v in ((1, 0.1), (2, 0.15), (3, 0.14))
+    ]
+    for seed in quality.SEEDS:
+        curves += [
+            {"who": f"recray_{seed}", "seconds": 10.0 * e, "cpu_seconds": 20.0 * e, "validation_ndcg": v}
+            for e, v in ((1, 0.1), (2, 0.149), (3, 0.151), (4, 0.2))
+        ]
+    ours, theirs = np.array([1, 2, 3, 1, 0]), np.array([2, 4, 11, 1, 5])
+    found = quality._beside([ours] * 3, theirs, curves, "peer")
+    assert found["peer_epochs"] == 2 and found["peer_seconds"] == 200.0
+    assert found["time_to_peer_ratio"] == pytest.approx(30 / 200) and found["cpu_time_to_peer_ratio"] == pytest.approx(60 / 400)
+    assert found["ndcg_lead"] == pytest.approx((quality.ndcg(ours) - quality.ndcg(theirs)).mean(), abs=1e-4)
+    assert found["ndcg_lead_low"] < found["ndcg_lead"] < found["ndcg_lead_high"]
+
+
+def test_held_out_items_are_nowhere_before_the_test(world_dataset, tmp_path):
+    features._hold_out(world_dataset, tmp_path / "events.parquet")
+    kept = pq.read_table(tmp_path / "events.parquet").to_pandas()
+    cold = {item for item in world_dataset.items["item_id"].to_pylist() if features.is_cold(item)}
+    assert 3 < len(cold) < 40
+    expected = []
+    for shard in world_dataset.shards():
+        for row in range(len(shard)):
+            for place, item in enumerate(shard.history(row).item_index):
+                name = world_dataset.items["item_id"][int(item) - 1].as_py()
+                if place >= shard.split[row, 2] or name not in cold:
+                    expected.append((shard.user_ids[row].as_py(), name, int(shard.history(row).timestamp_s[place])))
+    times = kept.timestamp.astype("datetime64[s]").astype("int64")
+    assert sorted(zip(kept.user_id, kept.item_id, times, strict=True)) == sorted(expected)
+    before = kept[times < world_dataset.cut_s("test")]
+    assert not set(before.item_id) & cold and set(kept.item_id) & cold
+
+
+def test_auc():
+    clicked = np.array([True, False, False, True])
+    assert slate.auc(np.array([4.0, 1, 2, 3]), clicked) == 1.0
+    assert slate.auc(np.array([1.0, 4, 3, 2]), clicked) == 0.0
+    assert slate.auc(np.zeros(4), clicked) == 0.5
+    assert slate.auc(np.array([3.0, 2, 1, 1]), clicked) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+
+
+def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
+    moments = pd.to_datetime(["2019-11-09 10:00", "2019-11-10 10:00", "2019-11-14 10:00"])
+    sessions = pd.DataFrame({"impression_id": [1, 2, 3], "user_id": ["u", "u", "v"], "timestamp": moments, "history": [["a"], ["a", "b"], ["c"]]})
+    rows = [(i, s, item, event) for i, s in ((1, 0), (2, 1), (3, 2)) for item, event in ((f"click{i}", "click"), (f"not{i}", "impression"))]
+    shown = pd.DataFrame(
+        [{"impression_id": i, "user_id": sessions.user_id[s], "timestamp": moments[s], "item_id": item, "event": event} for i, s, item, event in rows]
+    )
+    for name, table in (("sessions", sessions), ("interactions", shown)):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    pd.DataFrame({"item_id": ["a", "not1"], "title": ["x", "y"], "category": ["k", "k"]}).to_parquet(tmp_path / "items.parquet")
+    shown, sessions, cut = slate._read(tmp_path)
+    (tmp_path / "out").mkdir()
+    slate._write(tmp_path, tmp_path / "out", shown, sessions, cut)
+    events = pd.read_parquet(tmp_path / "out" / "events.parquet").sort_values("timestamp")
+    assert events[events.user_id == "u"].item_id.tolist() == ["a", "b", "click1", "click2"]
+    assert events[events.user_id == "v"].item_id.tolist() == ["c", "click3"]
+    assert set(pd.read_parquet(tmp_path / "out" / "items.parquet").item_id) == {
+        "a",
+        "b",
+        "c",
+        *(f"{w}{i}" for w in ("click", "not") for i in (1, 2, 3)),
+    }
+    with pytest.raises(DataError, match="not laid out as MIND"):
+        slate._read(tmp_path / "out")
+
+
+def test_the_exponent_of_linear_growth_is_one():
+    assert scale._exponent([(10, 2.0), (20, 4.0), (40, 8.0)]) == pytest.approx(1.0)
+    assert scale._exponent([(10, 2.0), (20, 8.0), (40, 32.0)]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("what", ["quality", "features", "slate", "train", "score"])
+def test_a_benchmark_on_data_asks_for_them(what, tmp_path):
+    with pytest.raises(SettingsError, match="needs --data"):
+        benchmark.run(what, tmp_path, lambda text: None)
+    with pytest.raises(DataError, match="is not there"):
+        benchmark.run(what, tmp_path, lambda text: None, data="no-such-data")
+    assert not list(tmp_path.iterdir())
