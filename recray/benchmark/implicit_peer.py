@@ -55,7 +55,7 @@ def _matrix(events: pd.DataFrame, shape: tuple[int, int]) -> sp.csr_matrix:
 
 def _ranks(model: AlternatingLeastSquares, met: sp.csr_matrix, wanted: pd.DataFrame) -> dict[int, int]:
     """Rank from 1 of each user's wanted item among all that the user did not meet."""
-    ranks = {}
+    ranks: dict[int, int] = {}
     for first in range(0, len(wanted), RANKED_USERS):
         part = wanted[first : first + RANKED_USERS]
         factors = model.recalculate_user(part.user.to_numpy(), met[part.user.to_numpy()])
