@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.model.attention import NORM_EPS, Attention, Seen
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
+from recray.model.fused import RMSNorm, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -22,8 +22,7 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.into(x).chunk(2, -1)
-        found: Tensor = self.out(F.silu(gate) * value)
+        found: Tensor = self.out(swiglu(self.into(x)))
         return found
 
 
@@ -57,12 +56,12 @@ RESIDUALS: dict[str, type[GatedResidual] | type[PlainResidual]] = {"gated": Gate
 class Block(nn.Module):
     def __init__(self, dim: int, dropout: float, *, residual: str, feed: str, attention: Attention) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.attention_norm = RMSNorm(dim, eps=NORM_EPS)
         self.attention = attention
         self.attention_residual = RESIDUALS[residual](dim, dropout)
         self.feed: nn.Module | None = None
         if feed != "none":
-            self.feed_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+            self.feed_norm = RMSNorm(dim, eps=NORM_EPS)
             self.feed = SwiGLU(dim, 2 * dim) if feed == "swiglu" else nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
             self.feed_residual = RESIDUALS[residual](dim, dropout)
 

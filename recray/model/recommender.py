@@ -21,6 +21,7 @@ from recray.model.attention import AGE_BUCKETS, NORM_EPS, Attention, Seen, age_b
 from recray.model.blocks import Block
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
+from recray.model.fused import RMSNorm
 from recray.model.items import ItemEncoder
 
 VALUE_BUCKETS = 64
@@ -121,7 +122,7 @@ class Recommender(nn.Module):
             Block(dim, shape.dropout, residual=shape.residual, feed=shape.feed, attention=_attention(shape)) for _ in range(shape.blocks)
         )
         self.context = nn.ModuleList(Modulation(dim) for _ in range(shape.context))
-        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.norm = RMSNorm(dim, eps=NORM_EPS)
         self.temperature = nn.Parameter(torch.tensor(0.05)) if shape.scores == "cosine" else None
         self.repeat = RepeatTerm(dim, shape.event_types, has_time=shape.time_bias) if shape.repeat else None
         self.prior_scale = nn.Parameter(torch.tensor(0.5)) if shape.prior else None

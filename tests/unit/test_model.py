@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from recray.model.attention import causal_bias
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
+from recray.model.fused import RMSNorm, swiglu
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
 from recray.model.recommender import FRESHNESS_BUCKETS, PRESETS, Batch, Recommender, Shape, value_bucket
 
@@ -391,3 +392,28 @@ def test_softmax_of_an_impossible_target_is_exact():
     scores = torch.tensor([[-math.inf, 0.0, 300.0]])
     found, gradient = softmax(scores, torch.tensor([1]), torch.tensor([0]), torch.tensor([1.0]))
     assert found.item() == 300.0 and torch.equal(gradient, torch.tensor([[0.0, -1.0, 1.0]]))
+
+
+def test_parts_with_a_backward_by_hand_are_what_autograd_says():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 12)
+    mine, theirs = RMSNorm(12, eps=1e-6), torch.nn.RMSNorm(12, eps=1e-6)
+    weight = torch.randn(12)
+    for ours, reference, parameters in (
+        (mine, theirs, (mine.weight, theirs.weight)),
+        (swiglu, lambda t: torch.nn.functional.silu(t[..., :6]) * t[..., 6:], None),
+    ):
+        if parameters:
+            for parameter in parameters:
+                parameter.data.copy_(weight)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        up, down = ours(a), reference(b)
+        torch.testing.assert_close(up, down)
+        gradient = torch.randn_like(up)
+        up.backward(gradient)
+        down.backward(gradient)
+        torch.testing.assert_close(a.grad, b.grad)
+        if parameters:
+            torch.testing.assert_close(parameters[0].grad, parameters[1].grad)
+    half = x.to(torch.bfloat16)
+    torch.testing.assert_close(mine(half), theirs(half))

@@ -1,0 +1,67 @@
+"""Two parts of a block whose backward is written by hand, because autograd's costs more passes over memory than a CPU likes.
+
+On other devices, and where a backward of the backward is asked for, they are the ordinary ones. Shapes: [..., D] states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised states, of the shape of x."""
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        found: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale
+        grad_weight = (grad * normal).flatten(0, -2).sum(0)
+        wanted = grad * weight
+        along = (wanted * normal).mean(-1, keepdim=True)
+        return wanted.sub_(normal.mul_(along)).mul_(scale), grad_weight, None
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(first half) · second half of the last dimension [..., 2 H] -> [..., H] (Shazeer, arXiv 2002.05202)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+    found: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        gate, value = x.chunk(2, -1)
+        found = torch.empty_like(x)
+        into_gate, into_value = found.chunk(2, -1)
+        torch.mul(grad, F.silu(gate), out=into_value)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=into_gate)
+        return found
