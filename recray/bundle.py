@@ -60,6 +60,12 @@ class Bundle:
         return released_day(self.items) if self.manifest["has_time"] else None
 
     @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings that shaped it."""
+        found: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text())
+        return found
+
+    @cached_property
     def metrics(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
         return found
@@ -70,9 +76,11 @@ class Bundle:
         return pq.read_table(self.path / "items.parquet")
 
     def newcomers(self, dataset: Dataset) -> pa.Table:
-        """Items of a dataset that this bundle does not know and that have a feature: they can be scored by it."""
+        """Items of a dataset that this bundle does not know and that have a feature: they can be scored by it. None where the
+        features are declared otherwise now."""
         features = self.manifest["features"]
-        same = dataset.items[ITEM_ID].type == self.item_ids.type and set(features) <= set(dataset.items.column_names)
+        same = dataset.items[ITEM_ID].type == self.item_ids.type and features.items() <= dataset.features.items()
+        same = same and self.manifest.get("text_encoder") == dataset.text_encoder
         rows = np.flatnonzero(dataset.translate(self.item_ids)[1:] == 0) if same and features else np.zeros(0, np.int64)
         found = dataset.items.take(pa.array(rows))
         if not len(rows):
@@ -134,6 +142,7 @@ def write_bundle(
         "has_time": dataset.has_time,
         "prior_days": prior_days,
         "context": dataset.context,
+        "text_encoder": dataset.text_encoder,
         "settings_key": settings_key(settings),
         "parent": parent,
     }

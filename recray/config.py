@@ -348,6 +348,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path, replaced: set[str]) -> 
         data["events"] = [data["events"]]
     if isinstance(data.get("events"), list) and "data.events" not in replaced:
         data["events"] = [anchor(value) for value in data["events"]]
+    encoder = data.get("text_encoder")
+    if isinstance(encoder, str) and ("/" in encoder or "$" in encoder) and "data.text_encoder" not in replaced:
+        data["text_encoder"] = anchor(encoder)
     if "items" in data and "data.items" not in replaced:
         data["items"] = anchor(data["items"])
 

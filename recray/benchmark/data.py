@@ -56,7 +56,7 @@ def _one_by_one(task: Callable[[int], None], count: int) -> None:
 
 
 def write_for_peers(dataset: Dataset, path: Path) -> None:
-    """All events as Parquet: user (a number), item (index), order in the user's history, and part: 0 train, 1 validation, 2 test."""
+    """All events as Parquet: user (a number), item (index), order in the user's history, and part: 0 train, 1 validation, 2 test, 3 none."""
     users, items, orders, parts = [], [], [], []
     first = 0
     for shard in dataset.shards():
@@ -66,7 +66,9 @@ def write_for_peers(dataset: Dataset, path: Path) -> None:
         users.append(first + owner)
         items.append(shard.item_index)
         orders.append(place)
-        parts.append((place >= shard.split[owner, 0]).astype(np.int8) + (place >= shard.split[owner, 2]))
+        train_end, validation_end, test_start, test_end = shard.split[owner].T
+        validation, test = (place >= train_end) & (place < validation_end), (place >= test_start) & (place < test_end)
+        parts.append(np.select([place < train_end, validation, test], [0, 1, 2], 3).astype(np.int8))
         first += len(shard)
     columns = {"user": users, "item": items, "order": orders, "part": parts}
     pq.write_table(pa.table({name: np.concatenate(values) for name, values in columns.items()}), path)

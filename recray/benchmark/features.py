@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from recray.benchmark.data import prepared
+from recray.dataset.context import CLOCK
 from recray.dataset.reader import Dataset
 from recray.evaluation import metrics as m
 from recray.evaluation.protocol import Question, Questions, wanted
@@ -41,11 +42,14 @@ def measure_features(folder: Path, data: str, overrides: list[str], say: Say) ->
     columns = {name: name for name in pq.read_schema(folder / "events.parquet").names}
     split = [] if whole.cut_s("test") is None else [f"split.{part}_from={_moment(whole.cut_s(part))}" for part in ("validation", "test")]
     kept = [*overrides, f"data.events={folder / 'events.parquet'}", f"data.columns={columns}", *split]
+    kept.append(f"data.context=[{', '.join(name for name in settings.data.context if name in CLOCK)}]")
     features = dict(settings.data.features)
     variants = {"ids": {}, **{f"ids + {name}": {name: kind} for name, kind in features.items()}, "all": features}
     metrics: dict[str, Any] = {"items": whole.n_items, "variants": {}}
     for name, chosen in variants.items():
-        settings, dataset = prepared(data, folder / "root", [*kept, f"data.features={chosen}", *([] if chosen else ["data.items=null"])], config)
+        settings, dataset = prepared(
+            data, folder / "root", [*kept, f"data.features={chosen}", *([] if chosen else ["data.items=null", "data.released=null"])], config
+        )
         metrics["variants"][name] = found = _variant(dataset, bundle_settings(settings))
         say(f"{name}: " + ", ".join(f"{what} {value}" for what, value in found.items()))
     best = metrics["variants"]["all"]

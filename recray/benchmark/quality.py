@@ -86,12 +86,13 @@ def _beside(ours: list[np.ndarray], theirs: np.ndarray, curves: list[dict[str, A
     best = max((line for line in curves if line["who"] == peer), key=lambda line: line["validation_ndcg"])
     found |= {"peer_validation_ndcg": round(best["validation_ndcg"], 4), "peer_epochs": best["epoch"]}
     for clock in ("seconds", "cpu_seconds"):
-        reached = []
+        reached: list[Any] = []
         for seed in SEEDS:
             mine = [line for line in curves if line["who"] == f"recray_{seed}" and line["validation_ndcg"] >= best["validation_ndcg"]]
-            reached.append(mine[0][clock] if mine else np.inf)
-        found[f"{clock}_to_peer"], found[f"peer_{clock}"] = [round(value, 1) for value in reached], round(best[clock], 1)
-        found["time_to_peer_ratio" if clock == "seconds" else "cpu_time_to_peer_ratio"] = round(float(np.mean(reached)) / best[clock], 4)
+            reached.append(round(mine[0][clock], 1) if mine else None)
+        found[f"{clock}_to_peer"], found[f"peer_{clock}"] = reached, round(best[clock], 1)
+        ratio = None if None in reached else round(sum(reached) / len(reached) / best[clock], 4)
+        found["time_to_peer_ratio" if clock == "seconds" else "cpu_time_to_peer_ratio"] = ratio
     return found
 
 
@@ -129,7 +130,7 @@ def _ranks(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Que
         batch = asked[first : first + BATCH]
         asks: dict[str, Any] = {"now": [q.now for q in batch], "context": [q.context for q in batch], "filters": Filters(new_only=True)}
         answer = predictor.recommend([q.history for q in batch], dataset.n_items, **asks)
-        ranks += [1 + int(np.flatnonzero(answer.item_index[row] == q.target[0])[0]) for row, q in enumerate(batch)]
+        ranks += [1 + int(np.flatnonzero(answer.item_index[row] == wanted(q, new_only=True)[0])[0]) for row, q in enumerate(batch)]
     return np.array(ranks)
 
 

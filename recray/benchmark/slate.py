@@ -39,7 +39,7 @@ def measure_slate(folder: Path, data: str, overrides: list[str], say: Say) -> tu
     home = find_data(data)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     shown, sessions, cut = _read(home)
-    _write(home, folder, shown, sessions, cut)
+    _write(home, folder, shown, sessions)
     given = [f"data.events={folder / 'events.parquet'}", f"data.items={folder / 'items.parquet'}", "data.released=null", "data.context=[hour]"]
     given += ["data.features={title: text, category: categorical}", f"split.test_from={pd.Timestamp(cut, unit='s')}", *overrides]
     settings, dataset = prepared(data, folder / "root", given, "news")
@@ -79,12 +79,10 @@ def _read(home: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
     return shown, sessions, int(sessions.second.quantile(1 - TEST_SHARE))
 
 
-def _write(home: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame, cut: int) -> None:
-    """The events to learn from (each user's longest history, clicks before the cut, and one click after it), and all items."""
-    longest = sessions.loc[sessions.history.map(len).groupby(sessions.user_id).idxmax()]
-    length = longest.history.map(len)
-    first = sessions.groupby("user_id").second.min().reindex(longest.user_id).to_numpy()
-    past = longest.assign(begin=first - STEP_S * (length + 1)).explode("history").dropna(subset="history")
+def _write(home: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame) -> None:
+    """The events, which are each user's first history and all clicks (training ends at the cut), and all items."""
+    first = sessions.loc[sessions.groupby("user_id").second.idxmin()]
+    past = first.assign(begin=first.second - STEP_S * (first.history.map(len) + 1)).explode("history").dropna(subset="history")
     past["second"] = past.begin + STEP_S * past.groupby("user_id").cumcount()
     clicks = shown[shown.clicked]
     events = pd.concat([past.rename(columns={"history": "item_id"})[["user_id", "item_id", "second"]], clicks[["user_id", "item_id", "second"]]])

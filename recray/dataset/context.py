@@ -22,6 +22,8 @@ CODES = 1024
 
 def code(name: str, value: Any) -> int:
     """Code of one value, 1 to CODES - 1; 0 for None."""
+    if isinstance(value, bool):
+        value = str(value).lower()  # as Arrow writes it
     return 0 if value is None else 1 + xxhash.xxh64_intdigest(f"{name}\0{value}".encode()) % (CODES - 1)
 
 

@@ -15,6 +15,7 @@ DAY_S = 86_400
 
 
 FRESHNESS_BUCKETS = 20
+NEVER_SAID = -1_000_000  # in the place of a day that is not known, long before all others
 
 
 def freshness(day: int, released_day: np.ndarray) -> np.ndarray:
@@ -23,7 +24,7 @@ def freshness(day: int, released_day: np.ndarray) -> np.ndarray:
     age = day - released_day
     found = 2 + np.floor(2.0 * np.log2(1.0 + np.maximum(age, 0))).astype(np.int64)
     found = np.where(age < 0, 1, np.minimum(found, FRESHNESS_BUCKETS - 1))
-    return np.where(released_day < 0, 0, found)
+    return np.where(released_day <= NEVER_SAID, 0, found)
 
 
 class Popularity:

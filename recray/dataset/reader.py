@@ -18,13 +18,12 @@ import pyarrow.parquet as pq
 import xxhash
 
 from recray.dataset.context import clock_code
-from recray.dataset.popularity import DAY_S, Popularity
+from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity
 from recray.errors import MissingArtifactError
 from recray.schema import CONTEXT, ITEM_ID, RELEASED, USER_ID
 from recray.storage import manifest_digest, open_sealed
 
 KIND = "dataset"
-NEVER_SAID = -1_000_000  # a day long before all others
 
 
 class History(NamedTuple):
@@ -150,6 +149,8 @@ class Dataset:
         self.clock: str = manifest["clock"]
         self.as_of_s: int = manifest["as_of_s"]
         self.context: list[str] = manifest["settings"]["data"].get("context", [])
+        self.features: dict[str, str] = manifest["settings"]["data"].get("features", {})
+        self.text_encoder: str | None = manifest.get("text_encoder")
         self.asked_at: str = manifest["settings"]["split"].get("asked_at", "cut")
         self.split_kind: str = manifest["settings"]["split"]["kind"]
 

@@ -98,7 +98,7 @@ def model_ranker(predictor: Predictor, dataset: Dataset) -> Ranker:
 
     def rank(questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
         histories = [translation.history(question.history) for question in questions]
-        moments, contexts = [question.now for question in questions], [question.context for question in questions]
+        moments, contexts = [question.now for question in questions], [translation.context(question.context) for question in questions]
         answer = predictor.recommend(histories, k, now=moments, filters=Filters(new_only=new_only), context=contexts)
         found: np.ndarray = translation.to_dataset[answer.item_index]
         return found

@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 
 from recray.bundle import Bundle
-from recray.dataset.popularity import DAY_S, Popularity, freshness
-from recray.dataset.reader import NEVER_SAID, Dataset, History, released_day
+from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity, freshness
+from recray.dataset.reader import Dataset, History, released_day
 from recray.errors import RequestError
 from recray.inference.rules import Rules
 from recray.inference.topk import merge, top_k
@@ -64,6 +64,13 @@ class Translation:
     to_bundle: np.ndarray
     to_dataset: np.ndarray
     events: np.ndarray
+    fields: np.ndarray  # place of each of the bundle's context fields among the dataset's, -1 where it has none
+
+    def context(self, codes: np.ndarray) -> np.ndarray:
+        """A dataset's context codes [C] as the bundle's; unknown where the dataset has no such field."""
+        known = np.append(codes, 0)  # place -1
+        found: np.ndarray = known[self.fields]
+        return found
 
     def history(self, history: History) -> History:
         """A dataset's history in the bundle's indices; unknown items become 0 and are skipped by the predictor."""
@@ -172,6 +179,11 @@ class Predictor:
     def n_items(self) -> int:
         return len(self.item_ids)
 
+    @property
+    def answerable(self) -> int:
+        """Items that may be answered: all but those that are gone."""
+        return self.n_items - len(self.retired)
+
     def index_of(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Item indices int64 [n]; 0 for an id that the bundle does not know."""
         if self._index is None:
@@ -191,7 +203,8 @@ class Predictor:
         to_dataset[to_bundle] = np.arange(dataset.n_items + 1)
         to_dataset[0] = 0
         events = np.array([self.event_types.index(e) if e in self.event_types else 0 for e in dataset.event_types], np.int64)
-        return Translation(to_bundle, to_dataset, events)
+        fields = np.array([dataset.context.index(name) if name in dataset.context else -1 for name in self.context], np.int64)
+        return Translation(to_bundle, to_dataset, events, fields)
 
     @torch.no_grad()
     def recommend(

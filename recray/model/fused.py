@@ -1,6 +1,6 @@
 """Two parts of a block whose backward is written by hand, because autograd's costs more passes over memory than a CPU likes.
 
-On other devices, and where a backward of the backward is asked for, they are the ordinary ones. Shapes: [..., D] states.
+On other devices and in other precisions they are the ordinary ones. Shapes: [..., D] states.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
@@ -33,6 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normal = x * scale
@@ -59,6 +61,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         gate, value = x.chunk(2, -1)

@@ -115,6 +115,7 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
         each(partial(_partition, plan, source.row_groups), len(source.row_groups))
         totals = _totals(plan, source, settings, as_of)
         as_of_s = int(as_of.timestamp()) if as_of else (totals.last_us or 0) // 1_000_000
+        encoder = _encoder(settings)
         vocabulary, item_table = _vocabulary(plan, source, settings, items)
         fields: dict[str, Any] = {
             "recray": __version__,
@@ -126,6 +127,7 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
             "event_types": sorted(totals.event_types, key=lambda name: (-totals.event_types[name], name)),
             "rows": totals.rows,
             "bad_rows": totals.bad,
+            "text_encoder": None if encoder is None else digest_encoder(encoder),
         }
         with sealed_directory(final, KIND, key, fields) as folder:
             (folder / "shards").mkdir()

@@ -84,5 +84,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _write(path: Path, known: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    pq.write_table(pa.table({"key": list(known), "vector": pa.array(list(known.values()), pa.list_(pa.float32()))}), scratch)
-    os.replace(scratch, path)
+    try:
+        pq.write_table(pa.table({"key": list(known), "vector": pa.array(list(known.values()), pa.list_(pa.float32()))}), scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

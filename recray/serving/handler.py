@@ -64,7 +64,7 @@ class Night:
             dataset=self.dataset.key,
             night=self.date,
             users=manifest["users"],
-            items=self.predictor.n_items,
+            items=self.predictor.answerable,
             loaded_at=self.loaded_at,
         )
 
@@ -86,7 +86,7 @@ class Night:
             return None
         excluded = {str(item) for item, known in zip(request.exclude, self.predictor.index_of(request.exclude), strict=True) if known}
         pairs = [(item, score) for item, score in zip(user.item_ids, user.scores, strict=True) if str(item) not in excluded]
-        if len(pairs) < min(request.k, self.predictor.n_items - len(excluded)):
+        if len(pairs) < min(request.k, self.predictor.answerable - len(excluded)):
             return None
         items = [Item(item_id=item, score=score) for item, score in pairs[: request.k]]
         return self._answer(items, "popular" if user.source == "popular" else "snapshot")

@@ -59,9 +59,13 @@ def parent_of(settings: Settings, dataset: Dataset) -> Bundle | None:
         before = bundle.manifest.get("parent")
         path = before and storage.bundle(before)
         bundle = Bundle.open(path) if path and path.exists() else None
-    if bundle is None or incomparable(dataset, bundle) or bundle.manifest["features"] != dict(settings.data.features):
+    if bundle is None or incomparable(dataset, bundle):
         return None
-    shape = shape_of(bundle_settings(settings)["model"], dataset)
+    chosen = bundle_settings(settings)
+    told = {"features": dict(settings.data.features), "context": dataset.context, "text_encoder": dataset.text_encoder}
+    if any(bundle.manifest.get(name) != value for name, value in told.items()) or bundle.settings["split"] != chosen["split"]:
+        return None  # with another split it may have learned what tonight's training is selected by
+    shape = shape_of(chosen["model"], dataset)
     return bundle if replace(Shape(**bundle.manifest["shape"]), event_types=shape.event_types) == shape else None
 
 

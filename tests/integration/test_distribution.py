@@ -35,7 +35,15 @@ def two_nodes(own_home):
 
 
 def settings_of(folder, root, *more):
-    overrides = [*world_overrides(folder, root), "model.dropout=0", "train.precision=float32", "train.epochs=1", "train.batch_positions=150", *more]
+    overrides = [
+        *world_overrides(folder, root),
+        "model.dropout=0",
+        "data.context=[]",
+        "train.precision=float32",
+        "train.epochs=1",
+        "train.batch_positions=150",
+        *more,
+    ]
     return load_settings(None, overrides)
 
 
@@ -56,7 +64,14 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
 
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"dataset": str(dataset.path), "settings": chosen, "threads": 1, "progress": str(tmp_path / "p.jsonl"), "resume": None},
+        train_loop_config={
+            "dataset": str(dataset.path),
+            "settings": chosen,
+            "threads": 1,
+            "progress": str(tmp_path / "p.jsonl"),
+            "resume": None,
+            "parent": None,
+        },
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}, placement_strategy="STRICT_SPREAD"),
         run_config=RunConfig(name="two", storage_path=str(tmp_path / "runs")),
     )

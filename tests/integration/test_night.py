@@ -17,6 +17,7 @@ from conftest import world_overrides
 
 from recray import pipeline
 from recray.config import load_settings
+from recray.dataset.context import asked
 from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
 from recray.demo import post, with_port
@@ -97,6 +98,14 @@ def test_mlflow_knows_the_run_once(night, settings):
     assert document["date"] == "2024-04-20" and document["users"] == 300 and len(document["manifest_sha256"]) == 64
 
 
+def ids_of(answer):
+    return [item["item_id"] for item in answer["items"]]
+
+
+def scores_of(answer):
+    return [item["score"] for item in answer["items"]]
+
+
 def test_the_answers_of_all_ways_agree(night, settings, address):
     """Alone, in a batch, through Ray Data (the snapshot) and through HTTP: equal but for scores within 1e-5."""
     storage = Storage(settings.root())
@@ -105,6 +114,8 @@ def test_the_answers_of_all_ways_agree(night, settings, address):
     users = [user for user in range(0, 300, 11) if snapshot.find(user).source == "model"]
     histories = [predictor.translation(dataset).history(dataset.user_history(user)) for user in users]
     batch = predictor.recommend(histories, 10, now=dataset.now_s)
+    told = [asked(predictor.context, {}, dataset.now_s)] * len(histories)  # a request that names its moment tells its hour
+    aware = predictor.recommend(histories, 10, now=dataset.now_s, context=told)
     moment = dt.datetime.fromtimestamp(dataset.now_s, dt.UTC).isoformat()
     sources = set()
     for row, user in enumerate(users):
@@ -117,12 +128,13 @@ def test_the_answers_of_all_ways_agree(night, settings, address):
             (predictor.ids_of(batch.item_index[row]), batch.scores[row]),
             (predictor.ids_of(alone.item_index[0]), alone.scores[0]),
             (stored.item_ids[:10], stored.scores[:10]),
-            *(([i["item_id"] for i in a["items"]], [i["score"] for i in a["items"]]) for a in (nightly, live)),
+            (ids_of(nightly), scores_of(nightly)),
         ]
-        for ids, scores in answers:
-            np.testing.assert_allclose(scores, answers[0][1], atol=1e-5)
-            for mine, theirs, score in zip(ids, answers[0][0], scores, strict=True):
-                assert mine == theirs or np.isclose(answers[0][1], score, atol=1e-5).sum() > 1
+        for same in (answers, [(predictor.ids_of(aware.item_index[row]), aware.scores[row]), (ids_of(live), scores_of(live))]):
+            for ids, scores in same:
+                np.testing.assert_allclose(scores, same[0][1], atol=1e-5)
+                for mine, theirs, score in zip(ids, same[0][0], scores, strict=True):
+                    assert mine == theirs or np.isclose(same[0][1], score, atol=1e-5).sum() > 1
     assert sources == {"snapshot", "realtime"}
 
 

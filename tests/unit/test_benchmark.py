@@ -75,15 +75,14 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
     for name, table in (("sessions", sessions), ("interactions", shown)):
         table.to_parquet(tmp_path / f"{name}.parquet")
     pd.DataFrame({"item_id": ["a", "not1"], "title": ["x", "y"], "category": ["k", "k"]}).to_parquet(tmp_path / "items.parquet")
-    shown, sessions, cut = slate._read(tmp_path)
+    shown, sessions, _ = slate._read(tmp_path)
     (tmp_path / "out").mkdir()
-    slate._write(tmp_path, tmp_path / "out", shown, sessions, cut)
+    slate._write(tmp_path, tmp_path / "out", shown, sessions)
     events = pd.read_parquet(tmp_path / "out" / "events.parquet").sort_values("timestamp")
-    assert events[events.user_id == "u"].item_id.tolist() == ["a", "b", "click1", "click2"]
+    assert events[events.user_id == "u"].item_id.tolist() == ["a", "click1", "click2"]
     assert events[events.user_id == "v"].item_id.tolist() == ["c", "click3"]
     assert set(pd.read_parquet(tmp_path / "out" / "items.parquet").item_id) == {
         "a",
-        "b",
         "c",
         *(f"{w}{i}" for w in ("click", "not") for i in (1, 2, 3)),
     }

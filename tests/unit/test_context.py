@@ -57,6 +57,8 @@ def test_codes():
     found = codes("device", column)
     assert found.tolist() == [code("device", "phone"), 0, code("device", "desk"), code("device", "phone")]
     assert code("page", "phone") != code("device", "phone")
+    booleans = pa.chunked_array([[True, False]]).cast(pa.string())
+    assert codes("new", booleans).tolist() == [code("new", True), code("new", False)], "a request says true as the log does"
     assert codes("device", pa.chunked_array([pa.array([], pa.string())])).tolist() == []
     thursday_noon = np.array([12 * 3600])  # 1970-01-01 was a Thursday
     assert clock_code("hour", thursday_noon).tolist() == [13]

@@ -7,8 +7,7 @@ import torch
 from conftest import bundle_here, prepare_here, world_overrides
 
 from recray.config import load_settings
-from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, freshness
-from recray.dataset.reader import NEVER_SAID
+from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, NEVER_SAID, freshness
 from recray.dataset.worlds import News
 from recray.errors import DataError
 from recray.evaluation.protocol import Questions
@@ -45,9 +44,9 @@ def dataset(site, tmp_path_factory):
 
 
 def test_buckets_grow_with_age_and_tell_the_unknown_and_the_unborn():
-    found = freshness(100, np.array([NEVER_SAID, 101, 100, 99, 98, 90, 0]))
+    found = freshness(100, np.array([NEVER_SAID, 101, 100, 99, 98, 90, 0, -7000]))
     assert found.tolist()[:4] == [0, 1, 2, 4]
-    assert (np.diff(found[1:]) > 0).all() and found.max() < FRESHNESS_BUCKETS
+    assert (np.diff(found[1:7]) > 0).all() and found[7] == FRESHNESS_BUCKETS - 1 and found.max() < FRESHNESS_BUCKETS
     assert recommender.FRESHNESS_BUCKETS == FRESHNESS_BUCKETS
 
 

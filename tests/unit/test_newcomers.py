@@ -90,3 +90,21 @@ def test_a_bundle_without_features_knows_nothing_of_newcomers(world_folder, item
     assert len(bundle.newcomers(after)) == 0
     assert Predictor.load(bundle.path, dataset=after).n_items == len(before.items)
     assert torch.equal(bundle.model().items.ids.weight, bundle.model(bundle.newcomers(after)).items.ids.weight)
+
+
+def test_what_is_declared_otherwise_now_is_not_taken_for_what_it_was(world_folder, items, tmp_path):
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    settings, before = prepared(world_folder, tmp_path / "before", items)
+    bundle = bundle_here(settings, before, tmp_path / "bundle", "bundle")
+    extra = pa.concat_tables([items, items.slice(0, 1).set_column(0, "item_id", pa.array(["z"]))])
+    _, same = prepared(world_folder, tmp_path / "after", extra)
+    assert bundle.newcomers(same)["item_id"].to_pylist() == ["z"]
+    _, other = prepared(
+        world_folder, tmp_path / "after", extra, "data.features={category: categorical, title: categorical}", "data.context=[weekday, hour]"
+    )
+    assert len(bundle.newcomers(other)) == 0
+    translation = Predictor.load(bundle.path, dataset=other).translation(other)
+    assert translation.context(np.array([3, 14])).tolist() == [14], "the hour by its name, not by its place"
+    _, nothing = prepared(world_folder, tmp_path / "after", extra, "data.context=[]")
+    assert Predictor.load(bundle.path, dataset=nothing).translation(nothing).context(np.zeros(0, np.int64)).tolist() == [0]
