@@ -20,7 +20,7 @@ from recray.evaluation import metrics as m
 from recray.evaluation.protocol import Question, Questions, wanted
 from recray.inference import Filters, Predictor
 from recray.stages import Say
-from recray.storage import key_of
+from recray.storage import key_of, sha256_file
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -143,7 +143,7 @@ def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, thr
     users = [int(number[shard] + row) for shard, row, _, _ in validation.places]
     question = peer_question(chosen, folder, threads) | {"batch_users": PEER_BATCH_USERS, "patience": PEER_PATIENCE, "validation_users": users}
     asked = {name: value for name, value in question.items() if name not in ("events", "threads")}
-    keep = peers.cache() / "runs" / key_of(peer, peers.PINS[peers.HOME[peer]], asked, dataset.key)
+    keep = peers.cache() / "runs" / key_of(peer, peers.PINS[peers.HOME[peer]], asked, sha256_file(events))
     keep.mkdir(parents=True, exist_ok=True)
     say(f"{peer} trains to its early stop; where it stands is kept in {keep}")
     return peers.ask(peer, question | {"keep": str(keep)}, folder, say)
