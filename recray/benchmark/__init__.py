@@ -22,9 +22,9 @@ ALONE = ("prepare", "submit", "catalogue", "scale")
 def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None, overrides: Sequence[str] = ()) -> JobResult:
     """Run one benchmark and keep its figures as a JSON file in `out`.
 
-    data : folder of a data set, or its name under $RECRAY_DATA; for quality, train and score
+    data : folder of a data set, or its name under $RECRAY_DATA; for those that run on one
     against : the peer that runs on the same data in the same run; None: recray alone
-    overrides : of the settings; for quality, train and score
+    overrides : of the settings, where data are named
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:

@@ -27,6 +27,22 @@ def freshness(day: int, released_day: np.ndarray) -> np.ndarray:
     return np.where(released_day <= NEVER_SAID, 0, found)
 
 
+def dated(
+    day: int, popularity: Popularity, prior_days: int, released_day: np.ndarray | None, among: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is known of the items on a day: the prior log(1 + events of the `prior_days` days before), float32, and the bucket of
+    freshness, uint8 [n_items + 1]; [1] where there is none (no days, no releases).
+
+    among : item indices, ascending and distinct, that alone are answered; None: all
+    """
+    prior, fresh = np.zeros(1, np.float32), np.zeros(1, np.uint8)
+    if prior_days:
+        prior = np.log1p(popularity.window(day * DAY_S, prior_days, among)).astype(np.float32)
+    if released_day is not None:
+        fresh = freshness(day, released_day if among is None else released_day[among]).astype(np.uint8)
+    return prior, fresh
+
+
 class Popularity:
     """Sparse daily counts.
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from recray.bundle import Bundle
-from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity, freshness
+from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity, dated
 from recray.dataset.reader import Dataset, History, released_day
 from recray.errors import RequestError
 from recray.inference.rules import Rules
@@ -333,8 +333,8 @@ class Predictor:
         # inside the history a position is asked when the next basket came, the last one (and its basket) at `now`
         asked = _next_times(time, length, moment) if self.has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
         days, day = np.unique(moment // DAY_S, return_inverse=True)
-        dated = [self._on(int(d)) for d in days]
-        prior, fresh = np.stack([rows[0] for rows in dated]), np.stack([rows[1] for rows in dated])
+        known = [self._on(int(d)) for d in days]
+        prior, fresh = np.stack([rows[0] for rows in known]), np.stack([rows[1] for rows in known])
         arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, fresh, day, context_BC)
         return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
@@ -342,13 +342,8 @@ class Predictor:
         """On a day log(1 + recent count) and the bucket of freshness of every item [V]; [1] of what the model does not ask for."""
         if day not in self._dated:
             _make_room(self._dated)
-            prior, fresh = np.zeros(1, np.float32), np.zeros(1, np.uint8)
-            if self.model.prior_scale is not None:
-                prior = np.log1p(self.popularity.window(day * DAY_S, self.prior_days)).astype(np.float32)
-            if self.model.freshness is not None:
-                assert self.released_day is not None
-                fresh = freshness(day, self.released_day).astype(np.uint8)
-            self._dated[day] = prior, fresh
+            prior_days = 0 if self.model.prior_scale is None else self.prior_days
+            self._dated[day] = dated(day, self.popularity, prior_days, self.released_day if self.model.shape.fresh else None)
         return self._dated[day]
 
     def _popular(self, now_s: int) -> Tensor:

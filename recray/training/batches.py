@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from recray.dataset.popularity import DAY_S, freshness
+from recray.dataset.popularity import DAY_S, dated
 from recray.dataset.reader import Dataset, Shard
 from recray.model.losses import Targets
 from recray.model.recommender import Batch
@@ -181,18 +181,7 @@ class TrainingBatches:
         return self._on(day, None)
 
     def _on(self, day: int, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        prior, fresh = np.zeros(1, np.float32), np.zeros(1, np.uint8)
-        if self.prior_days:
-            prior = log_prior(self.dataset.popularity.window(day * DAY_S, self.prior_days, among))
-        if self.released_day is not None:
-            fresh = freshness(day, self.released_day if among is None else self.released_day[among]).astype(np.uint8)
-        return prior, fresh
-
-
-def log_prior(counts: np.ndarray) -> np.ndarray:
-    """The popularity prior log(1 + count), float32."""
-    found: np.ndarray = np.log1p(counts).astype(np.float32)
-    return found
+        return dated(day, self.dataset.popularity, self.prior_days, self.released_day, among)
 
 
 def _input_ranges(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
