@@ -153,7 +153,7 @@ class TrainSettings(Section):
     windows: Literal["all", "last"] = Field("all", description="all: long histories are cut into windows; last: only the last window")
     horizon: int = Field(1, ge=1, description="next baskets that a training query must answer; more teaches what goes together, less what comes when")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="bfloat16: all of a GPU's products, a CPU's in the loss; auto: where the device has it"
+        "auto", description="bfloat16: products of training, sums in float32; auto: where the device has it"
     )
     seed: int = Field(0, ge=0, description="draws weights, batches and dropout")
     validation_users: int = Field(3000, ge=1, description="users scored for early stopping, at most")

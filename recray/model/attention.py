@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.model.controls import Controls
+from recray.model.fused import Linear
 
 AGE_BUCKETS = 32
 NORM_EPS = 1e-6
@@ -51,9 +52,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, *, kind: str, history: int, relative: bool, time_bias: bool, event_types: int) -> None:
         super().__init__()
         self.heads, self.kind, self.history = heads, kind, history
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.gate = nn.Linear(dim, dim, bias=False) if kind == "pointwise" else None
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.gate = Linear(dim, dim, bias=False) if kind == "pointwise" else None
+        self.out = Linear(dim, dim, bias=False)
         self.age_bias = nn.Embedding(AGE_BUCKETS, heads) if time_bias else None
         self.distance_bias = nn.Embedding(history, heads) if relative else None
         self.event_bias = nn.Embedding(event_types, heads) if event_types > 1 else None

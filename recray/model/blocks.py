@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from recray.model.attention import NORM_EPS, Attention, Seen
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
-from recray.model.fused import RMSNorm, swiglu
+from recray.model.fused import Linear, RMSNorm, swiglu
 
 
 class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.into = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
+        self.into = Linear(dim, 2 * hidden, bias=False)
+        self.out = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.out(swiglu(self.into(x)))
@@ -31,7 +31,7 @@ class GatedResidual(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, dim)
+        self.gate = Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.feed: nn.Module | None = None
         if feed != "none":
             self.feed_norm = RMSNorm(dim, eps=NORM_EPS)
-            self.feed = SwiGLU(dim, 2 * dim) if feed == "swiglu" else nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+            self.feed = SwiGLU(dim, 2 * dim) if feed == "swiglu" else nn.Sequential(Linear(dim, 4 * dim), nn.ReLU(), Linear(4 * dim, dim))
             self.feed_residual = RESIDUALS[residual](dim, dropout)
 
     def forward(self, x: Tensor, seen: Seen, controls: Controls | None, asked: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two parts of a block whose backward is written by hand, because autograd's costs more passes over memory than a CPU likes.
+"""Parts of a block whose backward is written by hand, because autograd's costs more passes over memory than a CPU likes.
 
 On other devices and in other precisions they are the ordinary ones. Shapes: [..., D] states.
 """
@@ -11,6 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b; where `halved`, a CPU trains it with products in bfloat16, summed in float32, of float32 states and weights."""
+
+    halved = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        if not (self.halved and self.training and x.device.type == "cpu" and x.dtype == torch.float32):
+            return F.linear(x, self.weight, self.bias)
+        found: Tensor = _HalvedLinear.apply(x.flatten(0, -2), self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return found.view(*x.shape[:-1], -1)
+
+
+class _HalvedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        found = torch.mm(x, weight.mT).float()
+        return found if bias is None else found.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        half = grad.to(torch.bfloat16)
+        return torch.mm(half, weight).float(), torch.mm(half.mT, x).float(), grad.sum(0) if ctx.biased else None
 
 
 class RMSNorm(nn.RMSNorm):

@@ -17,6 +17,7 @@ from recray.dataset.reader import Dataset
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import SETTINGS, Questions, wanted
 from recray.inference import Filters, Predictor
+from recray.model.fused import Linear
 from recray.model.losses import Criterion
 from recray.model.recommender import PRESETS, Recommender, Shape
 from recray.storage import sha256_file
@@ -112,6 +113,9 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         temperature_jitter=train["temperature_jitter"],
         autocast=half and device.type == "cuda",
     )
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.halved = half
     criterion = Criterion(
         train["loss"],
         torch.from_numpy(batches.item_share()).to(device),
@@ -125,7 +129,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
 
 
 def _gains_by_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units for it. On a CPU only the loss's products use them: elsewhere converting costs more."""
+    """Whether the device has units for it; without, converting costs more than it saves."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     found = torch.cpu.get_capabilities()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from recray.model.attention import causal_bias
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
-from recray.model.fused import RMSNorm, swiglu
+from recray.model.fused import Linear, RMSNorm, swiglu
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
 from recray.model.recommender import FRESHNESS_BUCKETS, PRESETS, Batch, Recommender, Shape, value_bucket
 
@@ -417,3 +417,21 @@ def test_parts_with_a_backward_by_hand_are_what_autograd_says():
             torch.testing.assert_close(parameters[0].grad, parameters[1].grad)
     half = x.to(torch.bfloat16)
     torch.testing.assert_close(mine(half), theirs(half))
+
+
+def test_a_halved_layer_trains_close_to_the_whole_one_and_answers_like_it():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 12)
+    layer, whole = Linear(12, 7), torch.nn.Linear(12, 7)
+    whole.load_state_dict(layer.state_dict())
+    layer.halved = True
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    up, down = layer(a), whole(b)
+    assert up.dtype == torch.float32 and not torch.equal(up, down)
+    gradient = torch.randn_like(up)
+    up.backward(gradient)
+    down.backward(gradient)
+    for mine, theirs in ((up, down), (a.grad, b.grad), (layer.weight.grad, whole.weight.grad), (layer.bias.grad, whole.bias.grad)):
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
+    layer.eval()
+    assert torch.equal(layer(x), whole(x))
