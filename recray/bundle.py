@@ -71,6 +71,12 @@ class Bundle:
         return found
 
     @cached_property
+    def privacy(self) -> dict[str, Any]:
+        """The statement: `differential_privacy`, and where it is true what is promised to whom."""
+        found: dict[str, Any] = json.loads((self.path / "privacy.json").read_text())
+        return found
+
+    @cached_property
     def items(self) -> pa.Table:
         """The item table that the model was trained with."""
         return pq.read_table(self.path / "items.parquet")
@@ -124,10 +130,12 @@ def write_bundle(
     settings: dict[str, Any],
     metrics: dict[str, Any],
     parent: str | None = None,
+    privacy: dict[str, Any] | None = None,
 ) -> Bundle:
     """Seal a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError.
 
     parent : run key of the bundle whose weights the training began with
+    privacy : the statement of a private training
     """
     fields = {
         "recray": __version__,
@@ -149,7 +157,7 @@ def write_bundle(
     with sealed_directory(path, KIND, key, fields) as folder:
         save_file({name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}, folder / "model.safetensors")
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True))
-        (folder / "privacy.json").write_text(json.dumps({"differential_privacy": False}) + "\n")
+        (folder / "privacy.json").write_text(json.dumps(privacy or {"differential_privacy": False}, indent=2, sort_keys=True) + "\n")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(dataset.path / "items.parquet", folder / "items.parquet")
         shutil.copyfile(dataset.path / "popularity.parquet", folder / "popularity.parquet")

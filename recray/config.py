@@ -89,6 +89,9 @@ class SplitSettings(Section):
     validation_users: float = Field(
         0.15, gt=0, le=1, description="time: share of users held out for validation after validation_from; the others train up to test_from"
     )
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="share of the users of whom nothing is learned; above 0, validation, test and gates ask them alone"
+    )
     asked_at: Literal["cut", "target"] = Field(
         "cut", description="time: users are asked at the cut, as for a nightly list, or when the target came, with its context, as live"
     )
@@ -101,12 +104,14 @@ class SplitSettings(Section):
         return self
 
 
-Preset = Literal["ligr", "sasrec", "hstu"]
+Preset = Literal["ligr", "sasrec", "hstu", "dp"]
 _AS_PRESET = "null: as the preset has it"
 
 
 class ModelSettings(Section):
-    preset: Preset = Field("ligr", description="parts from the literature: ligr (gated residuals, SwiGLU), sasrec, hstu (pointwise attention)")
+    preset: Preset = Field(
+        "ligr", description="parts from the literature: ligr (gated residuals, SwiGLU), sasrec, hstu (pointwise attention), dp (for privacy)"
+    )
     attention: Literal["softmax", "pointwise"] | None = Field(None, description=f"attention weights: softmax, or SiLU one by one; {_AS_PRESET}")
     residual: Literal["gated", "plain"] | None = Field(None, description=f"how a block's update is added; {_AS_PRESET}")
     feed: Literal["swiglu", "relu", "none"] | None = Field(None, description=f"feed-forward part of a block; {_AS_PRESET}")
@@ -168,6 +173,23 @@ class TrainSettings(Section):
     max_failures: int = _place(2, "restarts after a lost worker, from the last checkpoint", ge=0)
     timeout_s: float = _place(60, "fail when Ray did not place the workers after so many seconds", gt=0)
     report_timeout_s: float = _place(1800, "a worker that the others wait for so long at the end of an epoch is lost, and the group restarts", gt=0)
+
+
+class PrivacySettings(Section):
+    enabled: bool = Field(False, description="train with differential privacy: what one user's events can change is bounded; needs split.held_out")
+    epsilon: float | None = Field(8.0, gt=0, description="ε of one training; null: as sigma makes it")
+    sigma: float | None = Field(None, gt=0, description="noise multiplier; null: the smallest that keeps epsilon")
+    delta: float = Field(1e-6, gt=0, lt=1, description="δ, the chance that ε does not hold; refused at 1/users or more")
+    clipping_norm: float = Field(1.0, gt=0, description="C, what the gradient of one user is shortened to")
+    sampling_rate: float = Field(0.05, gt=0, le=1, description="q, the chance of each user to be in a step (Poisson)")
+    steps: int = Field(400, ge=1, description="steps of a training; there is no early stop")
+    report_every: int = Field(40, ge=1, description="steps between two checkpoints")
+
+    @model_validator(mode="after")
+    def _one_dial(self) -> PrivacySettings:
+        if (self.epsilon is None) == (self.sigma is None):
+            raise ValueError("name either epsilon or sigma, and set the other to null")
+        return self
 
 
 class EvaluateSettings(Section):
@@ -235,13 +257,14 @@ class TrackingSettings(Section):
 
 
 class Settings(Section):
-    """All settings. Sections: storage, data, split, model, train, evaluate, gates, score, serve, tracking."""
+    """All settings. Sections: storage, data, split, model, train, privacy, evaluate, gates, score, serve, tracking."""
 
     storage: StorageSettings = StorageSettings()
     data: DataSettings = DataSettings()
     split: SplitSettings = SplitSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
+    privacy: PrivacySettings = PrivacySettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     gates: GatesSettings = GatesSettings()
     score: ScoreSettings = ScoreSettings()
@@ -257,6 +280,38 @@ class Settings(Section):
         for name in self.score.caps:
             if self.data.features.get(name) != "categorical":
                 raise ValueError(f"score.caps: {name!r} is not a categorical feature of data.features")
+        return self
+
+    @model_validator(mode="after")
+    def _private(self) -> Settings:
+        if not self.privacy.enabled:
+            return self
+        if not self.split.held_out:
+            raise ValueError("privacy.enabled: split.held_out is 0, but selection, gates and metrics need users of whom nothing is learned")
+        if self.split.kind == "random":
+            raise ValueError("privacy.enabled: a random split draws from all users' events at once; use split.kind=time or leave_one_out")
+        refused = {
+            "model.preset": self.model.preset not in ("dp", "sasrec"),
+            "model.time_bias": self.model.time_bias,
+            "model.values": self.model.values,
+            "model.repeat": self.model.repeat,
+            "model.prior_days": self.model.prior_days > 0,
+            "model.relative": bool(self.model.relative),
+            "model.attention": self.model.attention == "pointwise",
+            "data.features": bool(self.data.features),
+            "data.context": bool(self.data.context),
+            "data.released": self.data.released is not None,
+            "train.warm_start": self.train.warm_start,
+            "train.loss": self.train.loss not in ("auto", "softmax"),
+            "train.temperature_jitter": self.train.temperature_jitter > 0,
+            "train.horizon": self.train.horizon > 1,
+        }
+        wrong = [name for name, found in refused.items() if found]
+        if wrong:
+            raise ValueError(
+                f"privacy.enabled: {', '.join(wrong)}: what one user adds is not known exactly there; use model.preset dp or sasrec, "
+                "time_bias, values and repeat false, prior_days 0, no features or context, train.loss softmax, and no warm start, jitter or horizon"
+            )
         return self
 
     def root(self) -> Path:

@@ -147,7 +147,8 @@ class _Live:
 
     def __call__(self, line: dict[str, float]) -> None:
         k = self.work.settings.evaluate.k[0]
-        shown = f"loss {line['loss']:.4f}  validation ndcg@{k} {line['validation_ndcg']:.4f}  {line['seconds']:.1f} s"
+        loss = f"loss {line['loss']:.4f}  " if "loss" in line else f"{line['steps']:.0f} steps  "
+        shown = f"{loss}validation ndcg@{k} {line['validation_ndcg']:.4f}  {line['seconds']:.1f} s"
         self.work.say(f"epoch {line['epoch']:.0f}  {shown}", **line)
         with self._if_there():
             if self.run:

@@ -46,6 +46,13 @@ def bucket_of(user_ids: Sequence[Any], buckets: int) -> np.ndarray:
     return np.fromiter((xxhash.xxh64_intdigest(str(u).encode()) % buckets for u in user_ids), np.int64, len(user_ids))
 
 
+def draw_of(user_ids: pa.Array, seed: object) -> np.ndarray:
+    """A number in [0, 1) for each user, float64 [users]: every night the same, so that who was held out yesterday is held out today."""
+    text = (f"{seed}\0{user}".encode() for user in user_ids.to_pylist())
+    found: np.ndarray = np.fromiter((xxhash.xxh64_intdigest(user) for user in text), np.uint64, len(user_ids)) / 2.0**64
+    return found
+
+
 def released_day(items: pa.Table) -> np.ndarray | None:
     """See `Dataset.released_day`; of an item table with padding first."""
     if RELEASED not in items.column_names:
@@ -60,7 +67,7 @@ class Shard:
 
     split int32 [users, 4] counts events from the user's first: [0, train_end) trains, [train_end, validation_end) is
     the validation target, [0, test_start) the history of the test, [test_start, test_end) its target. context holds the codes
-    of the declared columns, int16 [n] each.
+    of the declared columns, int16 [n] each. held_out bool [users]: nothing is learned of them; None where there are none.
     """
 
     user_ids: pa.Array
@@ -72,6 +79,7 @@ class Shard:
     basket: np.ndarray
     split: np.ndarray
     context: dict[str, np.ndarray] = field(default_factory=dict)
+    held_out: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -100,11 +108,21 @@ class Shard:
         start = int(self.offsets[user])
         return np.unique(self.item_index[start + first : start + last])
 
+    @cached_property
+    def learned(self) -> np.ndarray:
+        """How many events from the first of each user may be learned, int [users]."""
+        return self.split[:, 0] if self.held_out is None else np.where(self.held_out, 0, self.split[:, 0])
+
+    @property
+    def asked(self) -> np.ndarray:
+        """The users who are asked in validation and test, bool [users]."""
+        return np.ones(len(self), bool) if self.held_out is None else self.held_out
+
     def trained_item_index(self) -> np.ndarray:
         """Items of the training events, one after the other."""
         counts = np.diff(self.offsets)
         position = np.arange(len(self.item_index)) - np.repeat(self.offsets[:-1], counts)
-        found: np.ndarray = self.item_index[position < np.repeat(self.split[:, 0], counts)]
+        found: np.ndarray = self.item_index[position < np.repeat(self.learned, counts)]
         return found
 
     @cached_property
@@ -221,10 +239,12 @@ class Dataset:
             raise MissingArtifactError(f"dataset {self.key}: {file.name} cannot be mapped: {error}", "prepare it again") from None
         batch = reader.get_batch(0)
         columns = {name: batch.column(name) for name in batch.schema.names}
+        held = self.path / "held_out" / f"{number:05d}.npy"
         return Shard(
             user_ids=columns[USER_ID],
             offsets=columns["item_index"].offsets.to_numpy().astype(np.int64),
             split=np.load(self.path / "splits" / f"{number:05d}.npy", mmap_mode="r"),
+            held_out=np.load(held, mmap_mode="r") if held.exists() else None,
             context={name.removeprefix(CONTEXT): array.values.to_numpy() for name, array in columns.items() if name.startswith(CONTEXT)},
             **{name: array.values.to_numpy() for name, array in columns.items() if name != USER_ID and not name.startswith(CONTEXT)},
         )

@@ -41,7 +41,8 @@ def learning_curve(curve: list[dict[str, float]], best_epoch: int, k: int) -> st
     def draw(figure: Figure) -> None:
         left = figure.subplots()
         epochs = [line["epoch"] for line in curve]
-        left.plot(epochs, [line["loss"] for line in curve], color=OTHER, marker="o", markersize=3, label="training loss")
+        if all("loss" in line for line in curve):  # of a private training it is not known
+            left.plot(epochs, [line["loss"] for line in curve], color=OTHER, marker="o", markersize=3, label="training loss")
         left.set(xlabel="epoch", ylabel="training loss")
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         right = left.twinx()

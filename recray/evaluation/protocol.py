@@ -44,7 +44,7 @@ class Questions:
         places = [
             np.stack([np.full(len(rows), number), rows, s.split[rows, first], s.split[rows, last]], 1)
             for number, s in enumerate(dataset.shards())
-            if len(rows := np.flatnonzero((s.split[:, last] > s.split[:, first]) & (s.split[:, first] > 0)))
+            if len(rows := np.flatnonzero((s.split[:, last] > s.split[:, first]) & (s.split[:, first] > 0) & s.asked))
         ]
         self.places = np.concatenate(places) if places else np.zeros((0, 4), np.int64)
         if max_users is not None and len(self.places) > max_users:

@@ -33,6 +33,7 @@ COLDEST, HOTTEST = 0.01, 1.0  # bounds of the learned temperature of cosine scor
 PRESETS: dict[str, dict[str, Any]] = {
     "ligr": {"attention": "softmax", "residual": "gated", "feed": "swiglu", "scores": "dot", "positions": True, "relative": False},
     "sasrec": {"attention": "softmax", "residual": "plain", "feed": "relu", "scores": "dot", "positions": True, "relative": False},
+    "dp": {"attention": "softmax", "residual": "plain", "feed": "swiglu", "scores": "dot", "positions": True, "relative": False},
     "hstu": {"attention": "pointwise", "residual": "plain", "feed": "none", "scores": "cosine", "positions": False, "relative": True},
 }
 """Parts of the networks of the literature: LiGR (arXiv 2502.03417), SASRec (arXiv 1808.09781), HSTU (arXiv 2402.17152)."""
@@ -141,20 +142,29 @@ class Recommender(nn.Module):
         `masked` is the way of inference: one query a user, in the order of the users; always the explicit mask, and the last
         block at the asked position alone.
         """
-        x = self._embed(batch, table_VD, parts_MVD, controls)
-        T = batch.item_BT.shape[1]
-        everywhere = torch.arange(T, device=x.device)
+        states = self.states(self.embed(batch, table_VD, parts_MVD, controls), batch, controls, masked=masked)
+        found = states[:, 0] if masked else states[batch.user_N, batch.position_N]
+        for field, modulation in enumerate(self.context):
+            found = modulation(found, batch.context_NC[:, field])
+        return self.finish(found)
+
+    def states(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None, *, masked: bool = False) -> Tensor:
+        """What the blocks make of the embedded histories: [B, T, D]; with `masked` at the asked positions alone, [B, 1, D]."""
+        x = self.dropout(x_BTD)
+        everywhere = torch.arange(x.shape[1], device=x.device)
         seen = self._seen(batch, everywhere, controls, masked=masked)
         for block in self.blocks[:-1]:
             x = block(x, seen, controls)
-        if masked:
-            asked = batch.position_N
-            found: Tensor = self.blocks[-1](x, self._seen(batch, asked[:, None], controls, masked=True), controls, asked)[:, 0]
-        else:
-            found = self.blocks[-1](x, seen, controls)[batch.user_N, batch.position_N]
-        for field, modulation in enumerate(self.context):
-            found = modulation(found, batch.context_NC[:, field])
-        found = self.norm(found)
+        if not masked:
+            found: Tensor = self.blocks[-1](x, seen, controls)
+            return found
+        asked = batch.position_N
+        found = self.blocks[-1](x, self._seen(batch, asked[:, None], controls, masked=True), controls, asked)
+        return found
+
+    def finish(self, states: Tensor) -> Tensor:
+        """Hidden states that `scores` compares with items, of states [..., D]."""
+        found: Tensor = self.norm(states)
         if self.temperature is not None:
             found = F.normalize(found, dim=-1) / self.temperature.clamp(COLDEST, HOTTEST)
         return found
@@ -201,7 +211,8 @@ class Recommender(nn.Module):
             found = fresh if found is None else found + fresh
         return found
 
-    def _embed(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor | None, controls: Controls | None) -> Tensor:
+    def embed(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor | None = None, controls: Controls | None = None) -> Tensor:
+        """The events of the histories as vectors [B, T, D]."""
         if controls is None or controls.log_modality_weight is None:
             x = F.embedding(batch.item_BT, table_VD)
         else:
@@ -217,8 +228,7 @@ class Recommender(nn.Module):
             x = x + self.positions.weight[: x.shape[1]]
         if self.gaps is not None:
             x = x + self.gaps(age_bucket(batch.now_BT - batch.time_BT))
-        found: Tensor = self.dropout(x)
-        return found
+        return x
 
 
 def _attention(shape: Shape) -> Attention:

@@ -25,7 +25,7 @@ from recray.prepare.partition import PartitionPlan, Stats, partition_row_group, 
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
 from recray.prepare.shards import ShardPlan, build_shard
 from recray.prepare.sources import EventSource, RowGroup, digest_files, inspect_events, list_files, read_items
-from recray.prepare.split import cut_dates, split_shard
+from recray.prepare.split import cut_dates, held_out, split_shard
 from recray.storage import Storage, is_sealed, key_of, sealed_directory
 
 EVENTS_PER_SHARD = 500_000
@@ -132,6 +132,8 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
         with sealed_directory(final, KIND, key, fields) as folder:
             (folder / "shards").mkdir()
             (folder / "splits").mkdir()
+            if settings.split.held_out:
+                (folder / "held_out").mkdir()
             shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
@@ -229,7 +231,9 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:
 
     cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
     for number in range(probe.n_shards):
-        split = split_shard(probe._map(number), settings.split, cuts, minimum)
-        np.save(folder / "splits" / f"{number:05d}.npy", split)
+        shard = probe._map(number)
+        np.save(folder / "splits" / f"{number:05d}.npy", split_shard(shard, settings.split, cuts, minimum))
+        if settings.split.held_out:
+            np.save(folder / "held_out" / f"{number:05d}.npy", held_out(shard, settings.split))
     popularity.save(folder / "popularity.parquet")
     fields.update(users=users, events=events, cuts=cuts)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import xxhash
 
 from recray.config import SplitSettings
-from recray.dataset.reader import Shard
+from recray.dataset.reader import Shard, draw_of
 from recray.errors import DataError
 from recray.prepare.shards import held_out_counts
 
@@ -68,12 +67,12 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min
     split = np.zeros((len(shard), 4), np.int32)
     train_end, validation_end, test_start, test_end = split.T
     if settings.kind == "time":
-        draw = _draw(shard, settings.seed)
+        draw = draw_of(shard.user_ids, settings.seed)
         before_test = _count_before(shard, cuts["test"])
         before_validation = _count_before(shard, cuts["validation"])
         test_start[:] = before_test
         test_end[:] = np.where(before_test > 0, _basket_end(shard, before_test), before_test)
-        validation = (draw < settings.validation_users) & (before_validation > 0) & (before_validation < before_test)
+        validation = ((draw < settings.validation_users) | held_out(shard, settings)) & (before_validation > 0) & (before_validation < before_test)
         train_end[:] = np.where(validation, before_validation, before_test)
         validation_end[:] = np.where(validation, np.minimum(_basket_end(shard, before_validation), before_test), train_end)
     elif settings.kind == "leave_one_out":
@@ -92,10 +91,11 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min
     return split
 
 
-def _draw(shard: Shard, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each user, float64 [users]: every night the same, so that who was held out yesterday is held out today."""
-    text = (f"{seed}\0{user}".encode() for user in shard.user_ids.to_pylist())
-    found: np.ndarray = np.fromiter((xxhash.xxh64_intdigest(user) for user in text), np.uint64, len(shard)) / 2.0**64
+def held_out(shard: Shard, settings: SplitSettings) -> np.ndarray:
+    """The users of whom nothing is learned, bool [users]."""
+    if not settings.held_out:
+        return np.zeros(len(shard), bool)
+    found: np.ndarray = draw_of(shard.user_ids, f"held out {settings.seed}") < settings.held_out
     return found
 
 

@@ -122,7 +122,7 @@ class Tracking:
     def curve(self, run_id: str, lines: list[dict[str, float]]) -> None:
         """Lines of a learning curve, by epoch."""
         for line in lines:
-            self.metrics(run_id, {name: line[name] for name in ("loss", "validation_ndcg")}, int(line["epoch"]))
+            self.metrics(run_id, {name: line[name] for name in ("loss", "validation_ndcg") if name in line}, int(line["epoch"]))
 
     def document(self, run_id: str, content: Any, path: str) -> None:
         """A JSON document as an artifact."""

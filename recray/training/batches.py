@@ -69,7 +69,7 @@ class TrainingBatches:
             whole = windows[chosen]
             total = sum(len(self._queries(window)[0]) for window in self._by_shard(whole))
             if total:
-                batch, targets = self._collate(whole[slice(rank, None, world)])
+                batch, targets = self.collate(whole[slice(rank, None, world)])
                 yield batch, targets, total
 
     def item_share(self) -> np.ndarray:
@@ -89,11 +89,10 @@ class TrainingBatches:
         return 1.0 - float(length.sum()) / max(used, 1)
 
     def _draw(self, random: np.random.Generator) -> Windows:
+        if self.windows == "last":
+            return self.last_windows()
         parts = []
         for number, (start, stop, limit) in enumerate(self.users):
-            if self.windows == "last":
-                parts.append((number, np.maximum(start, stop - self.history), stop, limit))
-                continue
             # cut points start + phase, start + phase + history, …; short histories stay whole
             length = stop - start
             phase = np.where(length > self.history, random.integers(1, self.history + 1, len(start)), self.history)
@@ -103,8 +102,7 @@ class TrainingBatches:
             first = np.where(piece == 0, start[owner], start[owner] + phase[owner] + (piece - 1) * self.history)
             last = np.minimum(start[owner] + phase[owner] + piece * self.history, stop[owner])
             parts.append((number, first, last, limit[owner]))
-        shard = np.concatenate([np.full(len(part[1]), part[0]) for part in parts])
-        return Windows(shard, *(np.concatenate([part[i] for part in parts]) for i in (1, 2, 3)))
+        return Windows(*_joined(parts))
 
     def _pack(self, windows: Windows, random: np.random.Generator) -> list[np.ndarray]:
         length = windows.stop - windows.start
@@ -136,7 +134,13 @@ class TrainingBatches:
         last = np.minimum(basket + self.horizon, len(starts) - 1)
         return row, starts[basket] - 1, np.minimum(starts[last], windows.limit[row])
 
-    def _collate(self, windows: Windows) -> tuple[Batch, Targets]:
+    def last_windows(self) -> Windows:
+        """The last window of each user who is learned from, a row a user."""
+        parts = [(number, np.maximum(start, stop - self.history), stop, limit) for number, (start, stop, limit) in enumerate(self.users)]
+        return Windows(*_joined(parts))
+
+    def collate(self, windows: Windows) -> tuple[Batch, Targets]:
+        """A batch of windows, a row each, and what its queries should have answered."""
         T = max(int((windows.stop - windows.start).max(initial=1)), 1)
         item, event = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
         time, now = np.zeros((len(windows), T), np.int64), np.zeros((len(windows), T), np.int64)
@@ -184,13 +188,24 @@ class TrainingBatches:
         return dated(day, self.dataset.popularity, self.prior_days, self.released_day, among)
 
 
+def users_learned(dataset: Dataset) -> int:
+    """How many users have something to learn from: a history and a target."""
+    return sum(len(_input_ranges(shard)[0]) for shard in dataset.shards())
+
+
+def _joined(parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Number of the shard, first, last and limit of the windows of all shards."""
+    shard = np.concatenate([np.full(len(part[1]), part[0]) for part in parts])
+    return [shard, *(np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))]
+
+
 def _input_ranges(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Flat start and stop of each user's inputs, and the end of the training events; users without a target are dropped.
 
     The last training basket is a target only: nothing that follows it may be learned.
     """
     start = shard.offsets[:-1]
-    limit = start + shard.split[:, 0]
+    limit = start + shard.learned
     last = np.maximum(limit - 1, start)
     stop = shard.basket_starts[np.searchsorted(shard.basket_starts, last, side="right") - 1]
     keep = (limit > start) & (stop > start)

@@ -80,7 +80,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True)
         # what is validated and kept: the model itself, or its exponential moving average
         self.average = copy.deepcopy(model).eval().requires_grad_(False) if settings.average_decay else model
-        self.best = _copy(model)
+        self.best = copied(model)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train epoch by epoch; yields the epoch's line of the curve (plus `seconds`, which is not kept)."""
@@ -91,7 +91,7 @@ class Loop:
             ndcg = self._validated()
             progress.epoch += 1
             if ndcg > progress.best_ndcg:
-                progress.best_ndcg, progress.best_epoch, self.best = ndcg, progress.epoch, _copy(self.average)
+                progress.best_ndcg, progress.best_epoch, self.best = ndcg, progress.epoch, copied(self.average)
             line = {"epoch": progress.epoch, "steps": progress.step, "loss": loss, "validation_ndcg": ndcg}
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
@@ -172,7 +172,7 @@ class Loop:
             for index, state in self.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        return {"model": _copy(self.model), "average": _copy(self.average), "best": self.best, "optimizer": optimizer}
+        return {"model": copied(self.model), "average": copied(self.average), "best": self.best, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -195,5 +195,6 @@ def _by_rate(model: Recommender) -> list[tuple[float, list[nn.Parameter]]]:
     return [(1.0, rest), (SCALAR_FACTOR, few)] if few else [(1.0, rest)]
 
 
-def _copy(model: Recommender) -> dict[str, Tensor]:
+def copied(model: Recommender) -> dict[str, Tensor]:
+    """Its weights as they are now."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

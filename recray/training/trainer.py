@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, TrainingError
 from recray.evaluation.gates import incomparable
 from recray.model.recommender import Shape
+from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.release import Release
 from recray.storage import Storage, blamed, is_sealed, key_of, no_room
+from recray.training.batches import users_learned
 from recray.training.worker import last_checkpoint, shape_of, train_worker
 
 OnMetrics = Callable[[dict[str, float]], None]
@@ -31,7 +33,7 @@ OnMetrics = Callable[[dict[str, float]], None]
 
 def bundle_settings(settings: Settings) -> dict[str, Any]:
     """The settings that shape a bundle, given its dataset."""
-    chosen = settings.result_settings("data", "split", "model", "train", "evaluate")
+    chosen = settings.result_settings("data", "split", "model", "train", "privacy", "evaluate")
     chosen["evaluate"] = {name: chosen["evaluate"][name] for name in ("k", "primary_setting")}
     chosen["train"].pop("every_days")
     return chosen
@@ -80,17 +82,18 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     if is_sealed(final, KIND, key):
         shutil.rmtree(run, ignore_errors=True)  # an attempt may have been killed before it came to this
         return Bundle.open(final)
-    if not any((shard.split[:, 0] > 0).any() for shard in dataset.shards()):
+    if not any((shard.learned > 0).any() for shard in dataset.shards()):
         raise DataError(f"dataset {dataset.key} has no training events", "lower data.min_user_events or move split.test_from later")
-    if not any((shard.split[:, 1] > shard.split[:, 0]).any() for shard in dataset.shards()):
+    if not any(((shard.split[:, 1] > shard.split[:, 0]) & shard.asked).any() for shard in dataset.shards()):
         raise DataError(f"dataset {dataset.key} has no validation users", "raise split.validation_users, or move split.validation_from")
     chosen = bundle_settings(settings)
     shape = shape_of(chosen["model"], dataset)
     parent = parent_of(settings, dataset)
+    mechanism = mechanism_for(settings, dataset)
     run.mkdir(parents=True, exist_ok=True)
     progress = storage.training_runs / f"{key}.jsonl"
     with _Follow(progress, on_metrics):
-        checkpoint = _fit(settings, run, dataset, chosen, progress, parent)
+        checkpoint = _fit(settings, run, dataset, chosen, progress, parent, mechanism)
     curve = json.loads((checkpoint / "progress.json").read_text())
     bundle = write_bundle(
         final,
@@ -103,12 +106,22 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         settings=chosen,
         metrics=curve,
         parent=None if parent is None else parent.key,
+        privacy=None if mechanism is None else mechanism.statement(),
     )
     shutil.rmtree(run, ignore_errors=True)  # the bundle has all that is needed of it
     return bundle
 
 
-def _fit(settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path, parent: Bundle | None) -> Path:
+def mechanism_for(settings: Settings, dataset: Dataset) -> Mechanism | None:
+    """What a private training does; None where privacy is off. Raises SettingsError if the settings cannot be kept with these users."""
+    if not settings.privacy.enabled:
+        return None
+    return mechanism_of(settings.privacy, users_learned(dataset))
+
+
+def _fit(
+    settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path, parent: Bundle | None, mechanism: Mechanism | None
+) -> Path:
     """Run Ray Train to the end; returns the folder of the last checkpoint.
 
     Each attempt is a Ray Train run in a folder of its own, so that one that was taken for dead cannot write into the
@@ -135,6 +148,7 @@ def _fit(settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any]
             "progress": str(progress),
             "resume": resume and str(resume),
             "parent": parent and str(parent.path),
+            "mechanism": mechanism and asdict(mechanism),
         },
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources),
         run_config=RunConfig(

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -53,7 +54,7 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
 
 def train_worker(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress, in `resume` the
-    checkpoint of an earlier attempt or None, and in `parent` the bundle to begin with or None."""
+    checkpoint of an earlier attempt or None, in `parent` the bundle to begin with or None, and in `mechanism` that of a private training."""
     import ray.train
     import ray.train.torch
 
@@ -62,7 +63,7 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads fresh memory
-    loop = build_loop(config["dataset"], config["settings"], ray.train.torch.get_device(), config["parent"])
+    loop = build_loop(config["dataset"], config["settings"], ray.train.torch.get_device(), config["parent"], config["mechanism"])
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             load_checkpoint(loop, Path(folder))
@@ -79,24 +80,30 @@ def train_worker(config: dict[str, Any]) -> None:
             ray.train.report(line, checkpoint=report)
 
 
-def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device, parent: str | None = None) -> Loop:
+def build_loop(
+    dataset_path: str, settings: dict[str, Any], device: torch.device, parent: str | None = None, mechanism: dict[str, Any] | None = None
+) -> Loop:
     """Model, batches, validation and optimiser for a dataset; `settings` as `Settings.result_settings` gives them.
 
     parent : folder of the bundle whose weights the model begins with
+    mechanism : a `Mechanism` as a dictionary, for a private training
     """
     dataset = Dataset.open(dataset_path)
     model_settings, train = settings["model"], settings["train"]
     shape = shape_of(model_settings, dataset)
     torch.manual_seed(train["seed"])
     features = encode(dataset.items, settings["data"]["features"], shape.feature_buckets)
-    model = Recommender(shape, dataset.trained_items(), features).to(device)
+    seen = dataset.trained_items()
+    if mechanism is not None:  # which items were met is not to be learned from the weights: the catalogue is public
+        seen = np.arange(dataset.n_items + 1) > 0
+    model = Recommender(shape, seen, features).to(device)
     if parent is not None:
         begin_with(model, dataset, Bundle.open(parent))
     batches = TrainingBatches(
         dataset,
         history=shape.history,
         batch_positions=train["batch_positions"],
-        windows=train["windows"],
+        windows=train["windows"] if mechanism is None else "last",
         prior_days=model_settings["prior_days"] if shape.prior else 0,
         seed=train["seed"],
         horizon=train["horizon"],
@@ -115,7 +122,7 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
     )
     for module in model.modules():
         if isinstance(module, Linear):
-            module.halved = half
+            module.halved = half and mechanism is None
     criterion = Criterion(
         train["loss"],
         torch.from_numpy(batches.item_share()).to(device),
@@ -125,7 +132,13 @@ def build_loop(dataset_path: str, settings: dict[str, Any], device: torch.device
         half=half,
         dated=batches.dated if shape.prior or shape.fresh else None,
     )
-    return Loop(model, batches, _validation(dataset, model, settings), criterion, loop_settings)
+    validate = _validation(dataset, model, settings)
+    if mechanism is None:
+        return Loop(model, batches, validate, criterion, loop_settings)
+    from recray.privacy.accounting import Mechanism
+    from recray.training.private import PrivateLoop
+
+    return PrivateLoop(model, batches, validate, criterion, loop_settings, Mechanism(**mechanism), every=settings["privacy"]["report_every"])
 
 
 def _gains_by_bfloat16(device: torch.device) -> bool:

@@ -1,0 +1,112 @@
+"""What steps cost: privacy loss distributions of the Poisson-subsampled Gaussian mechanism, composed (PRV, arXiv 2106.02848).
+
+Neighbouring data sets differ by all events of one user being there or not (add or remove).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from recray.config import PrivacySettings
+from recray.errors import SettingsError
+
+TOLERANCE = 0.01  # of epsilon, to which σ is found and the accountant computes
+MAX_SIGMA = 1e4
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What a training does to the gradients of `users` users: a Poisson-subsampled Gaussian mechanism, `steps` times."""
+
+    sigma: float
+    rate: float
+    steps: int
+    clipping_norm: float
+    delta: float
+    users: int
+
+    @property
+    def epsilon(self) -> float:
+        """ε of the whole training at `delta`."""
+        return epsilon_of([Steps(self.sigma, self.rate, self.steps)], self.delta)
+
+    def statement(self) -> dict[str, Any]:
+        """What is promised and what is not, as it travels with the weights."""
+        return {
+            "differential_privacy": True,
+            "epsilon": round(self.epsilon, 4),
+            **asdict(self),
+            "unit": "user: all events of one",
+            "adjacency": "add or remove one user",
+            "accountant": "PRV (Opacus)",
+            "sampling": "Poisson",
+            "protected": "the weights, and whatever is computed from them, against anyone who sees them, for users who are learned from",
+            "not_protected": [
+                "a user's own list, which is made from the user's own history",
+                "users who are held out: validation, gates and metrics are measured on them",
+                "the catalogue and its popular list, which are taken for public",
+                "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
+            ],
+            "randomness": "seeded by the operating system; the generators are not cryptographic",
+        }
+
+
+def mechanism_of(options: PrivacySettings, users: int) -> Mechanism:
+    """What the settings ask for. Raises SettingsError for a δ of 1/users or more, or an ε that no noise reaches."""
+    if users == 0 or options.delta >= 1 / users:
+        raise SettingsError(
+            f"privacy.delta: {options.delta:g} is not below 1/{users}: it would allow to publish a user as it is",
+            f"lower it, to {0.1 / max(users, 1):.0e} say",
+        )
+    rate, steps, delta = options.sampling_rate, options.steps, options.delta
+    if options.sigma is not None:
+        sigma = options.sigma
+    else:
+        assert options.epsilon is not None
+        sigma = sigma_for(options.epsilon, delta, rate, steps)
+    return Mechanism(sigma, rate, steps, options.clipping_norm, delta, users)
+
+
+class Steps(NamedTuple):
+    """Steps of one mechanism: noise multiplier σ, sampling rate q, and how many."""
+
+    sigma: float
+    rate: float
+    number: int
+
+
+def epsilon_of(spent: Sequence[Steps], delta: float) -> float:
+    """Upper bound of the ε that these steps have together at δ; 0 without steps."""
+    history = [steps for steps in spent if steps.number]
+    if not history:
+        return 0.0
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [tuple(steps) for steps in history]
+    return float(accountant.get_epsilon(delta, eps_error=TOLERANCE))
+
+
+def sigma_for(epsilon: float, delta: float, rate: float, count: int, before: Sequence[Steps] = ()) -> float:
+    """The smallest noise multiplier (to 0.5 %) with which `count` steps, after those that were taken before, stay within ε.
+
+    Raises SettingsError if none does.
+    """
+    if epsilon_of(before, delta) >= epsilon:
+        raise SettingsError(f"privacy: ε {epsilon:g} is spent already", "raise the cap, or wait for a population that was not used yet")
+    low, high = 0.0, 1.0
+    while epsilon_of([*before, Steps(high, rate, count)], delta) > epsilon:
+        low, high = high, 2 * high
+        if high > MAX_SIGMA:
+            raise SettingsError(
+                f"privacy: no noise brings {count} steps at a rate of {rate:g} within ε {epsilon:g}", "take fewer steps, or a lower rate"
+            )
+    while high - low > 0.005 * high:
+        middle = (low + high) / 2
+        if epsilon_of([*before, Steps(middle, rate, count)], delta) > epsilon:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -1,0 +1,238 @@
+"""One private step: every user's gradient is clipped to C, the sum is noised, the weights move.
+
+Opacus finds the norms of the blocks' layers, adds the noise and reduces over the ranks; the tables, which histories read and
+scores are compared with, have norms of their own (`recray.privacy.norms`). The loss of a user is the mean over its
+queries of the cross-entropy over the whole catalogue. Two passes backward: one for the norms, one for the clipped sum.
+
+Shapes as in `recray.model.recommender`; B users of a physical batch, Q queries of the user that has most.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
+from opacus.grad_sample.linear import compute_linear_grad_sample
+from opacus.grad_sample.rms_norm import compute_rms_norm_grad_sample
+from opacus.optimizers.ddpoptimizer_fast_gradient_clipping import DistributedDPOptimizerFastGradientClipping
+from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+from torch import Tensor, nn
+
+from recray.errors import SettingsError
+from recray.model.fused import Linear, RMSNorm
+from recray.model.losses import Targets
+from recray.model.recommender import Batch, Recommender
+from recray.privacy.norms import Compared, layer_norms, lookup_norms
+
+BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # scores at once: what a CPU's cache holds, what a GPU is busy with
+TINY = 1e-6
+TABLES = ("items.ids.weight", "positions.weight", "events.weight")
+BIASES = ".event_bias.weight"
+
+register_norm_sampler(Linear)(layer_norms)
+register_grad_sampler(Linear)(compute_linear_grad_sample)
+register_grad_sampler(RMSNorm)(compute_rms_norm_grad_sample)
+
+
+class _Hooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
+    """Opacus' norms of every layer but the tables that histories read: of what the item table's two uses share it knows nothing,
+    and a user could contribute 1.25 C."""
+
+    def __init__(self, model: Recommender, clipping_norm: float) -> None:
+        self._tables = [module for module in (model.items, model.positions, model.events) if module is not None]
+        super().__init__(model, loss_reduction="sum", strict=False, max_grad_norm=clipping_norm)
+
+    def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
+        if not any(module is table for table in self._tables):
+            yield from super().iterate_submodules(module)
+
+
+class PrivateStep:
+    """Steps of differentially private training of one model, on one rank or several that share a process group.
+
+    Parameters
+    ----------
+    clipping_norm : C, what one user's gradient is shortened to
+    noise_multiplier : σ; the sum over the users gets Gaussian noise of standard deviation σ C, once over all ranks
+    expected_users : users of a step over all ranks, on average; the noised sum is divided by it
+    generator : draws the noise; None: one seeded by the system's randomness
+
+    Raises SettingsError for a model with a part whose norm is not known exactly.
+    """
+
+    def __init__(
+        self,
+        model: Recommender,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clipping_norm: float,
+        noise_multiplier: float,
+        expected_users: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.model, self.clipping_norm = model, clipping_norm
+        self.device = next(model.parameters()).device
+        if model.temperature is not None:
+            model.temperature.requires_grad_(False)  # a public constant
+        self.layers = _layers(model)
+        self.hooks = _Hooks(model, clipping_norm)
+        self.roots = [parameter for name, parameter in model.named_parameters() if name.endswith(BIASES)]  # no way back to x leads by them
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        wrapper = DistributedDPOptimizerFastGradientClipping if dist.is_initialized() else DPOptimizerFastGradientClipping
+        self.optimizer = wrapper(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clipping_norm,
+            expected_batch_size=expected_users / world,
+            generator=generator or seeded_by_the_system(self.device),
+        )
+
+    def step(self, physical: Iterable[tuple[Batch, Targets]]) -> None:
+        """One update from this rank's users, a row of a batch each, in physical batches that memory can hold; there may be none."""
+        self.optimizer.zero_grad()
+        for parameter in self.optimizer.params:
+            parameter.grad = torch.zeros_like(parameter)
+        for batch, targets in physical:
+            self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
+        self.optimizer.step()
+
+    def clipped_sum(self, batch: Batch, targets: Targets) -> Tensor:
+        """Adds the users' clipped gradients to every `.grad`; their norms before clipping [B], which are not private."""
+        model = self.model.train()
+        with torch.no_grad():
+            table = model.items()
+            output = model.output(table)
+            x = model.embed(batch, table)
+        x.requires_grad_()
+        hidden = model.finish(model.states(x, batch))
+        self.hooks.enable_hooks()
+        compared = _Catalogue(model, batch, targets, hidden.detach(), table, output)
+        asked = hidden[batch.user_N, batch.position_N]
+        by_x, *_ = torch.autograd.grad(asked, [x, *self.roots], compared.gradient_ND, retain_graph=True)
+        norm = self._norms(batch, by_x, compared)
+        factor = (self.clipping_norm / (norm + TINY)).clamp(max=1.0)
+        self.hooks.disable_hooks()
+        torch.autograd.backward(asked, compared.gradient_ND * factor[batch.user_N, None])
+        self.hooks.enable_hooks()
+        assert x.grad is not None
+        self._add_tables(batch, x.grad, compared.table_gradient(factor))
+        return norm
+
+    def _norms(self, batch: Batch, by_x: Tensor, compared: _Catalogue) -> Tensor:
+        """Norm of each user's whole gradient [B]."""
+        squared = compared.norms(by_x * math.sqrt(self.model.shape.dim))
+        if self.model.positions is not None:
+            squared = squared + by_x.square().sum((1, 2))
+        if self.model.events is not None:
+            squared = squared + lookup_norms(batch.event_BT, by_x)
+        for parameter in self.layers:
+            squared = squared + parameter._norm_sample.square()  # type: ignore[attr-defined]
+            del parameter._norm_sample  # type: ignore[attr-defined]
+        return squared.sqrt()
+
+    @torch.no_grad()
+    def _add_tables(self, batch: Batch, by_x: Tensor, by_output: Tensor) -> None:
+        """The clipped sums of the tables, from those of the embedded histories and of what scores are compared with."""
+        model = self.model
+        rows = by_x.flatten(0, 1)
+        ids = by_output.index_add_(0, batch.item_BT.flatten(), rows, alpha=math.sqrt(model.shape.dim))
+        ids[0] = 0.0
+        _grad(model.items.ids.weight).add_(ids)
+        if model.positions is not None:
+            _grad(model.positions.weight)[: by_x.shape[1]] += by_x.sum(0)
+        if model.events is not None:
+            _grad(model.events.weight).index_add_(0, batch.event_BT.flatten(), rows)
+
+
+class _Catalogue:
+    """The loss over the catalogue of a physical batch: gradients by hidden states, norms and clipped sum of the item table."""
+
+    def __init__(self, model: Recommender, batch: Batch, targets: Targets, hidden_BTD: Tensor, table_VD: Tensor, output_VD: Tensor) -> None:
+        B, V = len(batch.item_BT), len(output_VD)
+        self.item_BT, self.output_VD = batch.item_BT, output_VD
+        self.length_V = None if model.temperature is None else table_VD.norm(dim=1).clamp(min=1e-12)
+        count = torch.bincount(batch.user_N, minlength=B)
+        order = torch.argsort(batch.user_N, stable=True)
+        slot_N = torch.empty_like(order)
+        slot_N[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[batch.user_N[order]]
+        Q = int(count.max()) if len(count) else 0
+        self.hidden_BQD = hidden_BTD.new_zeros(B, Q, hidden_BTD.shape[2])
+        self.hidden_BQD[batch.user_N, slot_N] = hidden_BTD[batch.user_N, batch.position_N]
+        weight_BQ = hidden_BTD.new_zeros(B, Q)
+        weight_BQ[batch.user_N, slot_N] = 1.0 / count[batch.user_N].to(weight_BQ.dtype)
+        wanted = targets.offsets.diff()
+        query = torch.repeat_interleave(torch.arange(len(wanted), device=wanted.device), wanted)
+        share = weight_BQ[batch.user_N, slot_N][query] / wanted[query]
+        self.gradient_BQV = hidden_BTD.new_empty(B, Q, V)
+        by_hidden = torch.zeros_like(self.hidden_BQD)
+        self.blocks: list[tuple[slice, Compared]] = []
+        size = max(BLOCK_SCORES[hidden_BTD.device.type] // max(Q * V, 1), 1)
+        for first in range(0, B if Q else 0, size):
+            users = slice(first, min(first + size, B))
+            mine = (batch.user_N[query] >= users.start) & (batch.user_N[query] < users.stop)
+            place = (batch.user_N[query[mine]] - first, slot_N[query[mine]], targets.item[mine])
+            scores = self.gradient_BQV[users]
+            torch.mm(self.hidden_BQD[users].flatten(0, 1), output_VD.mT, out=scores.flatten(0, 1))
+            scores[:, :, 0] = -math.inf
+            kept = None if self.length_V is None else scores.clone().index_fill_(2, place[2].new_zeros(1), 0.0)
+            gradient = torch.softmax(scores, 2, out=scores).mul_(weight_BQ[users, :, None])
+            gradient.index_put_(place, -share[mine], accumulate=True)
+            by_hidden[users] = gradient @ output_VD
+            self.blocks.append((users, Compared(self.item_BT[users], self.hidden_BQD[users], gradient, kept, self.length_V)))
+        self.gradient_ND = by_hidden[batch.user_N, slot_N]
+
+    def norms(self, gradient_BTD: Tensor) -> Tensor:
+        """Squared norm of each user's gradient of the table [B], given that of the rows which its history reads."""
+        gradient_BTD = gradient_BTD * (self.item_BT > 0)[:, :, None]
+        along_BT = None if self.length_V is None else (gradient_BTD * self.output_VD[self.item_BT]).sum(2)
+        found = lookup_norms(self.item_BT, gradient_BTD) if not self.blocks else torch.empty_like(gradient_BTD[:, 0, 0])
+        for users, compared in self.blocks:
+            found[users] = compared.table_norms(gradient_BTD[users], None if along_BT is None else along_BT[users])
+        return found
+
+    def table_gradient(self, factor_B: Tensor) -> Tensor:
+        """Sum over the users of factor times their gradient of the table, as far as scores are compared with it [V, D]."""
+        weighted = (self.hidden_BQD * factor_B[:, None, None]).flatten(0, 1)
+        found: Tensor = self.gradient_BQV.flatten(0, 1).mT @ weighted
+        if self.length_V is None:
+            return found
+        radial = (found * self.output_VD).sum(1, keepdim=True)
+        found = (found - radial * self.output_VD) / self.length_V[:, None]
+        return found
+
+
+def seeded_by_the_system(device: torch.device) -> torch.Generator:
+    """A generator whose seed nobody knows. It is not a cryptographic one: Opacus' needs torchcsprng, which is not to be had."""
+    return torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _layers(model: Recommender) -> list[nn.Parameter]:
+    """The parameters whose norms Opacus finds. Raises SettingsError unless every trainable one has exactly one source of its norm."""
+    sources = {name: 0 for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in TABLES:
+        if name in sources:
+            sources[name] += 1
+    layers = []
+    for where, module in model.named_modules():
+        for name, parameter in module.named_parameters(where, recurse=False):
+            if parameter.requires_grad and (type(module) in (Linear, RMSNorm) or name.endswith(BIASES)):
+                sources[name] += 1
+                layers.append(parameter)
+    wrong = sorted(name for name, count in sources.items() if count != 1)
+    if wrong:
+        raise SettingsError(
+            f"privacy: nobody knows exactly what one user adds to {', '.join(wrong)}",
+            "use model.preset=dp or sasrec without time_bias, values, repeat, prior_days, context and features",
+        )
+    return layers

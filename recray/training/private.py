@@ -1,0 +1,97 @@
+"""Training with user-level differential privacy: a fixed number of noised steps instead of epochs until an early stop.
+
+A user is one row: its last events, as many as the model reads. Nothing that is seen of a user who is learned from leaves the
+steps: no loss, no norm; what is reported is measured on users of whom nothing is learned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from recray.errors import TrainingError
+from recray.model.losses import Criterion, Targets
+from recray.model.recommender import Batch, Recommender
+from recray.privacy.accounting import Mechanism
+from recray.privacy.engine import PrivateStep
+from recray.privacy.sampling import PoissonUsers
+from recray.training.batches import TrainingBatches
+from recray.training.loop import Loop, LoopSettings, Validate, copied
+
+PHYSICAL_BYTES = 256 << 20
+"""Scores of a physical batch, which are kept between its two passes: users x queries x items in float32."""
+
+
+class PrivateRows:
+    """A row for each user who is learned from, and the drawn ones of a step in physical batches."""
+
+    def __init__(self, batches: TrainingBatches) -> None:
+        self.batches = batches
+        self.windows = batches.last_windows()
+        self.length = self.windows.stop - self.windows.start
+        self.items = batches.dataset.n_items + 1
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def physical(self, users: np.ndarray) -> Iterator[tuple[Batch, Targets]]:
+        """Batches of the users, the longest histories first, each as large as memory may hold."""
+        chosen = users[np.argsort(-self.length[users], kind="stable")]
+        first = 0
+        while first < len(chosen):
+            size = max(PHYSICAL_BYTES // (4 * self.items * int(self.length[chosen[first]])), 1)
+            yield self.batches.collate(self.windows[chosen[first : first + size]])
+            first += size
+
+
+class PrivateLoop(Loop):
+    """Steps with noise until they are all taken; an epoch is what lies between two checkpoints."""
+
+    def __init__(
+        self,
+        model: Recommender,
+        batches: TrainingBatches,
+        validate: Validate,
+        criterion: Criterion,
+        settings: LoopSettings,
+        mechanism: Mechanism,
+        *,
+        every: int,
+    ) -> None:
+        super().__init__(model, batches, validate, criterion, settings)
+        self.rows = PrivateRows(batches)
+        if len(self.rows) != mechanism.users:
+            raise TrainingError(f"{len(self.rows)} users are learned from, but {mechanism.users} were accounted for", "prepare the dataset anew")
+        self.steps, self.every = mechanism.steps, every
+        self.sampler = PoissonUsers(len(self.rows), mechanism.rate, rank=self.rank, world=self.world)
+        self.private = PrivateStep(
+            model,
+            self.optimizer,
+            clipping_norm=mechanism.clipping_norm,
+            noise_multiplier=mechanism.sigma,
+            expected_users=mechanism.rate * mechanism.users,
+        )
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train to the last step; yields a line a checkpoint. There is no loss in it: it is not private."""
+        progress = self.progress
+        while progress.step < self.steps:
+            started = time.monotonic()
+            for _ in range(min(self.every, self.steps - progress.step)):
+                self.private_step()
+            progress.epoch += 1
+            progress.best_epoch, progress.best_ndcg, self.best = progress.epoch, self._validated(), copied(self.average)
+            line = {"epoch": progress.epoch, "steps": progress.step, "validation_ndcg": progress.best_ndcg}
+            progress.curve.append(line)
+            yield {**line, "seconds": time.monotonic() - started}
+
+    def private_step(self) -> None:
+        """One step; its users are drawn anew."""
+        self.progress.step += 1
+        rate = self.settings.learning_rate * min(1.0, self.progress.step / max(self.settings.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.private.step(self.rows.physical(self.sampler.draw()))
+        self._update_average()

@@ -1,0 +1,183 @@
+"""What one user can add to a step, shown against autograd."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recray.errors import SettingsError
+from recray.model.losses import Targets
+from recray.model.recommender import PRESETS, Batch, Recommender, Shape
+from recray.privacy.engine import PrivateStep
+from recray.privacy.norms import layer_norms
+
+V, B, T, D = 23, 5, 8, 12
+OFF = {"time_bias": False, "repeat": False, "prior": False, "dropout": 0.0}
+NETWORKS = {
+    "dp": PRESETS["dp"],
+    "dp, cosine": {**PRESETS["dp"], "scores": "cosine"},
+    "sasrec": PRESETS["sasrec"],
+    "sasrec, cosine": {**PRESETS["sasrec"], "scores": "cosine"},
+    "ligr": PRESETS["ligr"],
+    "event types": {**PRESETS["dp"], "event_types": 3},
+}
+networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+def make(name: str, seed: int = 0, **more) -> Recommender:
+    torch.manual_seed(seed)
+    model = Recommender(Shape(**{"event_types": 1, "dim": D, "history": T, **OFF, **NETWORKS[name], **more}), np.arange(V + 1) > 0, {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    if model.temperature is not None:
+        model.temperature.requires_grad_(False).fill_(0.2)
+    return model.train()
+
+
+def make_batch(users: int = B, seed: int = 1, events: int = 3) -> tuple[Batch, Targets]:
+    """Histories with repeated items, of different lengths, each asked at some positions; the last user is asked nothing."""
+    random = torch.Generator().manual_seed(seed)
+    length = torch.randint(2, T + 1, (users,), generator=random)
+    item = torch.randint(1, 6, (users, T), generator=random) * (torch.arange(T) < length[:, None])
+    event = torch.randint(0, events, (users, T), generator=random)
+    asked = (torch.rand(users, T, generator=random) < 0.7) & (torch.arange(T) < length[:, None])
+    asked[:, 0] = True
+    asked[-1] = False
+    user, position = asked.nonzero(as_tuple=True)
+    count = torch.randint(1, 3, (len(user),), generator=random)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+    wanted = torch.randint(1, V + 1, (int(count.sum()),), generator=random)
+    nothing = torch.zeros(1, 1)
+    zeros = torch.zeros(users, T, dtype=torch.int64)
+    batch = Batch(item, event, zeros.float(), zeros, zeros, user, position, nothing, nothing, torch.zeros_like(user), torch.zeros(len(user), 0))
+    return batch, Targets(offsets, wanted)
+
+
+def alone(batch: Batch, targets: Targets, user: int) -> tuple[Batch, Targets]:
+    """The row of one user as a batch of its own."""
+    mine = (batch.user_N == user).nonzero()[:, 0]
+    rows = {name: getattr(batch, name)[user : user + 1] for name in ("item_BT", "event_BT", "value_BT", "time_BT", "now_BT")}
+    queries = {
+        "user_N": torch.zeros_like(mine),
+        "position_N": batch.position_N[mine],
+        "day_N": batch.day_N[mine],
+        "context_NC": batch.context_NC[mine],
+    }
+    parts = [targets.item[targets.offsets[n] : targets.offsets[n + 1]] for n in mine.tolist()]
+    offsets = torch.tensor([0, *np.cumsum([len(part) for part in parts])], dtype=torch.int64)
+    return batch._replace(**rows, **queries), Targets(offsets, torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64))
+
+
+def by_autograd(model: Recommender, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
+    """Gradient of the mean cross-entropy of one user's queries."""
+    table = model.items()
+    scores = model.scores(model.hidden(batch, table, None), model.output(table), batch)
+    count = targets.offsets.diff()
+    query = torch.repeat_interleave(torch.arange(len(count)), count)
+    loss = -(F.log_softmax(scores, 1)[query, targets.item] / count[query]).sum() / max(len(count), 1)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)}
+
+
+def norm_of(gradients: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+
+
+def private(model: Recommender, clipping_norm: float, noise: float = 0.0, users: float = 1.0, rate: float = 1.0) -> PrivateStep:
+    trained = [parameter for name, parameter in model.named_parameters() if name != "temperature"]
+    return PrivateStep(model, torch.optim.SGD(trained, lr=rate), clipping_norm=clipping_norm, noise_multiplier=noise, expected_users=users)
+
+
+@networks
+def test_the_ghost_norm_is_that_of_autograd(name):
+    batch, targets = make_batch()
+    expected = [norm_of(by_autograd(make(name), *alone(batch, targets, user))) for user in range(B)]
+    assert expected[-1] == 0.0
+    step = private(make(name), 1.0)
+    for block in (1 << 20, 1):  # all users at once, and one at a time
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("recray.privacy.engine.BLOCK_SCORES", {"cpu": block})
+            np.testing.assert_allclose(step.clipped_sum(batch, targets).numpy(), expected, rtol=1e-4)
+
+
+@networks
+def test_the_contribution_of_each_user_is_at_most_the_clipping_norm(name):
+    batch, targets = make_batch()
+    norms = [norm_of(by_autograd(make(name), *alone(batch, targets, user))) for user in range(B)]
+    clipping_norm = 0.7 * sorted(norms)[2]
+    for user in range(B):
+        model = make(name)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        private(model, clipping_norm).step([alone(batch, targets, user)])
+        moved = norm_of({name: parameter.detach() - before[name] for name, parameter in model.named_parameters()})
+        assert moved <= clipping_norm * (1 + 1e-4)
+        np.testing.assert_allclose(moved, min(norms[user], clipping_norm), rtol=1e-3)
+
+
+@networks
+def test_the_step_is_the_sum_of_the_clipped_gradients(name):
+    batch, targets = make_batch()
+    model = make(name)
+    each = [by_autograd(model, *alone(batch, targets, user)) for user in range(B)]
+    clipping_norm = sorted(norm_of(gradients) for gradients in each)[2]
+    factors = [min(1.0, clipping_norm / (norm_of(gradients) + 1e-12)) for gradients in each]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    parts = [alone(batch, targets, user) for user in range(B - 1)] + [alone(batch, targets, B - 1)]
+    for physical in ([(batch, targets)], parts):  # physical batches are not seen in the result
+        model = make(name)
+        private(model, clipping_norm, users=4.0).step(physical)
+        for parameter, value in model.named_parameters():
+            if parameter == "temperature":
+                continue
+            expected = sum(f * gradients[parameter] for f, gradients in zip(factors, each, strict=True)) / 4.0
+            torch.testing.assert_close(before[parameter] - value.detach(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_noise_has_the_stated_deviation_also_in_an_empty_step():
+    model = make("dp", dim=64)
+    sigma, clipping_norm, users = 1.7, 0.3, 20.0
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step = private(model, clipping_norm, noise=sigma, users=users)
+    step.step([])
+    moved = torch.cat([(parameter.detach() - before[name]).flatten() for name, parameter in model.named_parameters()])
+    assert len(moved) > 50_000
+    np.testing.assert_allclose(moved.std().item(), sigma * clipping_norm / users, rtol=0.02)
+    assert abs(moved.mean().item()) < 4 * sigma * clipping_norm / users / math.sqrt(len(moved))
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"time_bias": True}, "age_bias"),
+        ({"repeat": True}, "repeat"),
+        ({"prior": True}, "prior_scale"),
+        ({"fresh": True}, "freshness"),
+        ({"values": True}, "values"),
+        ({"context": 1}, "context"),
+        ({"relative": True}, "distance_bias"),
+    ],
+)
+def test_a_part_whose_norm_is_not_known_is_refused_by_name(more, part):
+    with pytest.raises(SettingsError, match=part):
+        private(make("dp", **more), 1.0)
+
+
+def test_features_that_are_learned_are_refused_by_name():
+    bags = {"brand": (np.zeros(V + 1, np.int64), np.arange(V + 1))}
+    model = Recommender(Shape(event_types=1, dim=D, history=T, **OFF, **PRESETS["dp"]), np.arange(V + 1) > 0, bags)
+    with pytest.raises(SettingsError, match="items.features"):
+        private(model, 1.0)
+
+
+@pytest.mark.parametrize("T", [3, 40])
+def test_both_ways_to_the_norm_of_a_layer_find_it(T):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 8)
+    x, gradient = torch.randn(4, T, 6), torch.randn(4, T, 8)
+    found = layer_norms(layer, [x], gradient)
+    torch.testing.assert_close(found[layer.weight], torch.einsum("bti,bto->boi", x, gradient).flatten(1).norm(dim=1))
+    torch.testing.assert_close(found[layer.bias], gradient.sum(1).norm(dim=1))
