@@ -439,7 +439,7 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str) -> Se
         else:
             message = item["msg"].removeprefix("Value error, ")
             shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            problems.append(f"{source}: {where}: {message}{shown}")
+            problems.append(": ".join(part for part in (source, where, message) if part) + shown)
             fixes.append("`recray init` writes a file in which every setting is explained")
     return SettingsError("\n".join(problems), "; ".join(dict.fromkeys(fixes)))
 

@@ -1,0 +1,191 @@
+"""Private training on a small shop: who is learned from, what is drawn, and that ranks stay together."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from conftest import prepare_here, world_overrides
+
+from recray.config import load_settings
+from recray.errors import SettingsError, TrainingError
+from recray.evaluation.protocol import Questions
+from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of, sigma_for
+from recray.privacy.sampling import PoissonUsers
+from recray.training.batches import TrainingBatches, users_learned
+from recray.training.trainer import bundle_settings, mechanism_for
+from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
+
+PRIVATE = [
+    "privacy.enabled=true", "privacy.epsilon=null", "privacy.sigma=0.5", "privacy.delta=1e-4", "privacy.steps=12", "privacy.report_every=5",
+    "privacy.sampling_rate=0.2", "split.held_out=0.25", "model.preset=dp", "model.time_bias=false", "model.repeat=false", "model.prior_days=0",
+    "model.dropout=0", "train.average_decay=0", "data.features={}", "data.context=[]",
+]  # fmt: skip
+
+
+def private_settings(folder, root, *more):
+    return load_settings(None, [*world_overrides(folder, root), *PRIVATE, *more])
+
+
+@pytest.fixture(scope="module")
+def settings(world_folder, tmp_path_factory):
+    return private_settings(world_folder, tmp_path_factory.mktemp("private"))
+
+
+@pytest.fixture(scope="module")
+def dataset(settings):
+    return prepare_here(settings)
+
+
+def loop_of(settings, dataset, **more):
+    mechanism = mechanism_for(settings, dataset)
+    return build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, {**vars(mechanism), **more})
+
+
+def test_nothing_is_learned_of_those_who_are_asked(dataset):
+    held = [shard.held_out for shard in dataset.shards()]
+    assert 0.15 < np.mean(np.concatenate(held)) < 0.35
+    batches = TrainingBatches(dataset, history=50, batch_positions=500, windows="last", prior_days=0, seed=0)
+    rows = batches.last_windows()
+    for number, shard in enumerate(dataset.shards()):
+        users = np.searchsorted(shard.offsets, rows.start[rows.shard == number], side="right") - 1
+        assert not shard.held_out[users].any() and len(np.unique(users)) == len(users)
+        assert not shard.learned[shard.held_out].any()
+    for part in ("validation", "test"):
+        asked = Questions(dataset, part).places
+        assert len(asked) > 20
+        assert all(held[shard][row] for shard, row, _, _ in asked)
+
+
+def test_steps_are_taken_as_accounted_and_end_there(settings, dataset):
+    run = loop_of(settings, dataset)
+    lines = list(run.run())
+    assert [line["steps"] for line in lines] == [5, 10, 12] and run.progress.step == 12
+    assert not any("loss" in line for line in lines)
+    assert run.private.optimizer.noise_multiplier == 0.5 and run.private.optimizer.expected_batch_size == 0.2 * users_learned(dataset)
+    assert list(run.run()) == []
+
+
+def test_two_trainings_draw_other_noise(settings, dataset):
+    first, second = (loop_of(settings, dataset) for _ in range(2))
+    before = first.model.state_dict()["items.ids.weight"].clone()
+    assert torch.equal(before, second.model.state_dict()["items.ids.weight"])
+    next(first.run())
+    next(second.run())
+    assert not torch.equal(first.model.items.ids.weight, second.model.items.ids.weight)
+
+
+def test_it_learns_with_little_noise(world_folder, tmp_path):
+    settings = private_settings(
+        world_folder, tmp_path, "privacy.steps=150", "privacy.report_every=150", "privacy.sigma=0.01", "train.learning_rate=0.01"
+    )
+    run = loop_of(settings, prepare_here(settings))
+    untrained = run._validated()
+    assert next(run.run())["validation_ndcg"] > 2 * untrained
+
+
+def test_a_resumed_training_takes_the_steps_that_are_left(settings, dataset, tmp_path):
+    first = loop_of(settings, dataset)
+    next(first.run())
+    save_checkpoint(first, tmp_path)
+    second = loop_of(settings, dataset)
+    load_checkpoint(second, tmp_path)
+    assert torch.equal(first.model.items.ids.weight, second.model.items.ids.weight)
+    assert [line["steps"] for line in second.run()] == [10, 12]
+    assert "generator" not in json.dumps(second.progress.to_dict())
+
+
+def test_users_who_were_not_accounted_for_are_refused(settings, dataset):
+    with pytest.raises(TrainingError, match="were accounted for"):
+        loop_of(settings, dataset, users=3)
+
+
+def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    run = build_loop(path, bundle_settings(settings), torch.device("cpu"), None, mechanism)
+    drawn = []
+    draw = run.sampler.draw
+
+    def watched():
+        users = draw() if run.progress.step % 4 else np.zeros(0, np.int64)  # some steps find nobody on any rank
+        drawn.append(users.tolist())
+        return users
+
+    run.sampler.draw = watched
+    list(run.run())
+    torch.save({"weights": run.model.state_dict(), "steps": run.progress.step, "drawn": drawn}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_draw_apart_and_stay_equal_to_the_bit(settings, dataset, tmp_path):
+    processes.spawn(_rank, (str(tmp_path), settings, str(dataset.path), vars(mechanism_for(settings, dataset))), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["steps"] == two["steps"] == 12
+    assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+    assert not {user for step in one["drawn"] for user in step} & {user for step in two["drawn"] for user in step}
+    assert one["drawn"] != [[user - 1 for user in step] for step in two["drawn"]]
+
+
+def test_each_user_is_drawn_with_the_chance_that_is_accounted():
+    users, rate, steps = 400, 0.1, 2000
+    ranks = [PoissonUsers(users, rate, rank=rank, world=2, entropy=rank) for rank in range(2)]
+    masks = np.zeros((2, steps, users // 2), bool)
+    for step in range(steps):
+        for rank, sampler in enumerate(ranks):
+            drawn = sampler.draw()
+            assert (drawn % 2 == rank).all()
+            masks[rank, step, drawn // 2] = True
+    share = masks.mean(1)
+    assert np.abs(share - rate).max() < 5 * math.sqrt(rate * (1 - rate) / steps)
+    together = (masks[0] & masks[1]).mean()  # what independent ranks have in common
+    assert abs(together - rate**2) < 5 * math.sqrt(rate**2 / masks[0].size)
+    sizes = masks.sum(2).sum(0)
+    np.testing.assert_allclose(sizes.var(), users * rate * (1 - rate), rtol=0.2)
+
+
+def test_epsilon_is_that_of_the_literature():
+    # what 300 steps of 1,024 expected users out of 6,040 need at δ 1e-5
+    for epsilon, sigma in ((1, 11.3), (3, 4.24), (8, 1.94)):
+        np.testing.assert_allclose(sigma_for(epsilon, 1e-5, 1024 / 6040, 300), sigma, rtol=0.02)
+    spent = [Steps(4.0, 0.1, 100)]
+    assert epsilon_of([], 1e-5) == 0.0 < epsilon_of(spent, 1e-5) < epsilon_of(spent * 2, 1e-5)
+    assert sigma_for(3.0, 1e-5, 0.1, 100, before=spent) > sigma_for(3.0, 1e-5, 0.1, 100)
+
+
+def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
+    with pytest.raises(SettingsError, match="below 1/1000"):
+        mechanism_of(settings.privacy.model_copy(update={"delta": 1e-3}), 1000)
+    with pytest.raises(SettingsError, match="spent already"):
+        sigma_for(0.5, 1e-5, 0.1, 100, before=[Steps(1.0, 0.1, 100)])
+    mechanism = mechanism_of(settings.privacy.model_copy(update={"sigma": None, "epsilon": 2.0}), 1000)
+    assert 1.8 < mechanism.epsilon <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("privacy.epsilon=0", "greater than 0"),
+        ("privacy.epsilon=1", "either epsilon or sigma"),
+        ("split.held_out=0", "held_out is 0"),
+        ("model.preset=ligr", "model.preset"),
+        ("model.repeat=true", "model.repeat"),
+        ("model.prior_days=7", "model.prior_days"),
+        ("train.warm_start=true", "train.warm_start"),
+        ("train.loss=sampled", "train.loss"),
+        ("split.kind=random", "random split"),
+    ],
+)
+def test_settings_that_break_the_promise_are_refused(world_folder, tmp_path, override, words):
+    with pytest.raises(SettingsError, match=words):
+        private_settings(world_folder, tmp_path, override)
+
+
+def test_the_statement_says_what_is_promised_and_what_is_not():
+    statement = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 1000).statement()
+    assert statement["differential_privacy"] and statement["sigma"] == 2.0 and 0 < statement["epsilon"] < 20
+    assert "user" in statement["unit"] and any("held out" in text for text in statement["not_protected"])
+    json.dumps(statement)
