@@ -1,0 +1,277 @@
+"""What was spent of the privacy of a population, for the life of its data: an append-only list in a database.
+
+A training reserves its steps before the first one, takes them piece by piece (a piece is on disk before its first step), and
+commits. What a crash left is counted: the whole reservation until it is committed, then every step that was taken, released
+or not. A population is a set of users, known by salted hashes; it may grow, but nobody may be in two.
+
+sqlite by default, any database that SQLAlchemy knows by its URL. Nothing in it is secret but the salt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from recray.errors import MissingArtifactError, RefusedError, StorageError
+from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
+
+RESERVE, TAKE, COMMIT = "reserve", "take", "commit"
+BATCH = 10_000
+
+_schema = sa.MetaData()
+_salt = sa.Table("salt", _schema, sa.Column("value", sa.LargeBinary, nullable=False))
+_members = sa.Table(
+    "members",
+    _schema,
+    sa.Column("user", sa.LargeBinary(16), primary_key=True),
+    sa.Column("population", sa.String, nullable=False),
+)
+_entries = sa.Table(
+    "entries",
+    _schema,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String, nullable=False),
+    sa.Column("population", sa.String, nullable=False),
+    sa.Column("run_key", sa.String, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("steps", sa.Integer, nullable=False),
+    sa.Column("sigma", sa.Float, nullable=False),
+    sa.Column("rate", sa.Float, nullable=False),
+    sa.Column("clipping_norm", sa.Float, nullable=False),
+    sa.Column("delta", sa.Float, nullable=False),
+    sa.Column("users", sa.Integer, nullable=False),
+)
+_APPEND_ONLY = [
+    f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action} BEFORE {action} ON {table} BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+    for table in ("entries", "members", "salt")
+    for action in ("update", "delete")
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training in the ledger: steps reserved and taken, and whether it committed."""
+
+    run_key: str
+    mechanism: Mechanism
+    reserved: int
+    taken: int
+    committed: bool
+    begun: str
+
+    @property
+    def counted(self) -> Steps:
+        """What is counted as spent."""
+        return Steps(self.mechanism.sigma, self.mechanism.rate, self.taken if self.committed else max(self.reserved, self.taken))
+
+
+class Ledger:
+    """The ledger of one population in a database. Open it with `Ledger.open`."""
+
+    def __init__(self, engine: Engine, population: str) -> None:
+        self.engine, self.population = engine, population
+
+    @classmethod
+    def open(cls, url: str, population: str) -> Ledger:
+        """Open a ledger, or begin it. Raises StorageError if the database cannot be used."""
+        try:
+            engine = sa.create_engine(url)
+            if engine.dialect.name == "sqlite":
+                _durable(engine)
+            _schema.create_all(engine)
+            if engine.dialect.name == "sqlite":
+                with engine.begin() as connection:
+                    for statement in _APPEND_ONLY:
+                        connection.exec_driver_sql(statement)
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            raise StorageError(f"privacy.ledger {sa.engine.make_url(url)!r} cannot be opened: {error}", "mend the URL or the database") from None
+        return cls(engine, population)
+
+    @classmethod
+    def read(cls, url: str, population: str) -> Ledger:
+        """Open one that is there. Raises MissingArtifactError if it is a file that is not."""
+        file = sa.engine.make_url(url).database if url.startswith("sqlite:") else None
+        if file and not os.path.exists(file):
+            raise MissingArtifactError(f"no ledger at {file}", "the first private training begins it")
+        return cls.open(url, population)
+
+    def admit(self, user_ids: Iterable[str]) -> int:
+        """Note who is learned from; how many were not known. Raises RefusedError if one belongs to another population."""
+        known = new = 0
+        with self._alone() as connection:
+            salt = self._salted(connection)
+            for batch in _batches(user_ids):
+                users = [hashlib.sha256(salt + user.encode()).digest()[:16] for user in batch]
+                found: dict[bytes, str] = {}
+                for first in range(0, len(users), 500):
+                    wanted = _members.c.user.in_(users[first : first + 500])
+                    found |= {bytes(row.user): row.population for row in connection.execute(sa.select(_members).where(wanted))}
+                others = {population for population in found.values() if population != self.population}
+                if others:
+                    raise RefusedError(
+                        f"privacy.population {self.population}: users of it are in the ledger of {', '.join(sorted(others))}",
+                        "what is spent of a user is kept in one place: name that population, or train on other users",
+                    )
+                known += len(found)
+                rows = [{"user": user, "population": self.population} for user in dict.fromkeys(users) if user not in found]
+                new += len(rows)
+                if rows:
+                    connection.execute(sa.insert(_members), rows)
+        return new
+
+    def reserve(self, run_key: str, mechanism: Mechanism, cap: float | None, done: int = 0) -> int:
+        """Make sure that the steps which `done` leaves of a training are reserved; how many were added.
+
+        Raises RefusedError, with what would fit, if all steps of the population together would pass ε `cap`, or if the run was
+        begun with another mechanism.
+        """
+        with self._alone() as connection:
+            runs = self._runs(connection)
+            mine = next((run for run in runs if run.run_key == run_key), None)
+            if mine is not None and mine.mechanism != mechanism:
+                raise RefusedError(
+                    f"training {run_key} was begun with {mine.mechanism}, not with {mechanism}", "go on as it was begun; other settings make another training"
+                )
+            reserved, taken = (mine.reserved, mine.taken) if mine else (0, 0)
+            missing = taken + mechanism.steps - done - reserved
+            if missing <= 0 or (mine and mine.committed):
+                return 0
+            before = [run.counted for run in runs]
+            wanted = Steps(mechanism.sigma, mechanism.rate, missing)
+            if cap is not None and epsilon_of(grouped([*before, wanted]), mechanism.delta) > cap:
+                raise _over(cap, before, wanted, mechanism.delta)
+            self._append(connection, run_key, RESERVE, missing, mechanism)
+            return missing
+
+    def take(self, run_key: str, steps: int) -> None:
+        """Note that steps are about to be taken. Raises RefusedError if they were not reserved."""
+        with self._alone() as connection:
+            mine = self._one(connection, run_key)
+            if mine.taken + steps > mine.reserved or mine.committed:
+                raise RefusedError(
+                    f"training {run_key} took {mine.taken} of {mine.reserved} reserved steps{', and committed' if mine.committed else ''}; {steps} more are too many",
+                    "reserve them first",
+                )
+            self._append(connection, run_key, TAKE, steps, mine.mechanism)
+
+    def commit(self, run_key: str) -> None:
+        """End a training: what it took is spent, the rest of its reservation is free. A second time nothing happens."""
+        with self._alone() as connection:
+            mine = self._one(connection, run_key)
+            if not mine.committed:
+                self._append(connection, run_key, COMMIT, mine.taken, mine.mechanism)
+
+    def runs(self) -> list[Run]:
+        """The trainings of the population, as they began."""
+        with self.engine.connect() as connection:
+            return self._runs(connection)
+
+    def spent(self) -> list[Steps]:
+        """All steps that count, by mechanism."""
+        return grouped([run.counted for run in self.runs()])
+
+    def members(self) -> int:
+        """Users of the population."""
+        with self.engine.connect() as connection:
+            count = sa.select(sa.func.count()).select_from(_members).where(_members.c.population == self.population)
+            return int(connection.execute(count).scalar_one())
+
+    def _one(self, connection: Connection, run_key: str) -> Run:
+        for run in self._runs(connection):
+            if run.run_key == run_key:
+                return run
+        raise RefusedError(f"training {run_key} has reserved nothing", "reserve before the first step")
+
+    def _runs(self, connection: Connection) -> list[Run]:
+        rows = connection.execute(sa.select(_entries).where(_entries.c.population == self.population).order_by(_entries.c.number)).all()
+        found: dict[str, list[Any]] = {}
+        for row in rows:
+            found.setdefault(row.run_key, []).append(row)
+        return [_run(key, entries) for key, entries in found.items()]
+
+    def _append(self, connection: Connection, run_key: str, kind: str, steps: int, mechanism: Mechanism) -> None:
+        fields = {name: getattr(mechanism, name) for name in ("sigma", "rate", "clipping_norm", "delta", "users")}
+        at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        row = {"at": at, "population": self.population, "run_key": run_key, "kind": kind, "steps": steps, **fields}
+        connection.execute(sa.insert(_entries), row)
+
+    def _salted(self, connection: Connection) -> bytes:
+        salt = connection.execute(sa.select(_salt.c.value)).scalar()
+        if salt is None:
+            salt = os.urandom(32)
+            connection.execute(sa.insert(_salt), {"value": salt})
+        return bytes(salt)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[Connection]:
+        """A transaction that no other writer overlaps, on disk when it ends."""
+        with self.engine.begin() as connection:
+            if self.engine.dialect.name == "postgresql":
+                connection.exec_driver_sql("LOCK TABLE entries IN EXCLUSIVE MODE")
+            yield connection
+
+
+def grouped(spent: Sequence[Steps]) -> list[Steps]:
+    """The same steps, those of one mechanism together."""
+    counts: dict[tuple[float, float], int] = {}
+    for sigma, rate, number in spent:
+        counts[sigma, rate] = counts.get((sigma, rate), 0) + number
+    return [Steps(sigma, rate, number) for (sigma, rate), number in counts.items() if number]
+
+
+def _run(key: str, entries: list[Any]) -> Run:
+    first = entries[0]
+    of = {kind: sum(row.steps for row in entries if row.kind == kind) for kind in (RESERVE, TAKE)}
+    planned = first.steps
+    mechanism = Mechanism(first.sigma, first.rate, planned, first.clipping_norm, first.delta, first.users)
+    return Run(key, mechanism, of[RESERVE], of[TAKE], any(row.kind == COMMIT for row in entries), first.at)
+
+
+def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> RefusedError:
+    """The refusal, with what would fit."""
+    spent = epsilon_of(grouped(before), delta)
+    total = epsilon_of(grouped([*before, wanted]), delta)
+    what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {wanted.number} steps at σ {wanted.sigma:.3g} it would be {total:.2f}"
+    if spent >= cap:
+        return RefusedError(what, "nothing fits any more: score with the weights that are there (it costs nothing), or raise the cap")
+    low, high = 0, wanted.number
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = epsilon_of(grouped([*before, wanted._replace(number=middle)]), delta) <= cap
+        low, high = (middle, high) if fits else (low, middle)
+    sigma = sigma_for(cap, delta, wanted.rate, wanted.number, grouped(before))
+    return RefusedError(what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing")
+
+
+def _durable(engine: Engine) -> None:
+    """sqlite: a transaction is on disk when it ends, and writers come one after the other."""
+
+    @sa.event.listens_for(engine, "connect")
+    def _connected(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA busy_timeout=30000")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _batches(values: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for value in values:
+        batch.append(value)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,134 @@
+import multiprocessing
+
+import pytest
+import sqlalchemy as sa
+
+from recray.errors import MissingArtifactError, RefusedError, StorageError
+from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
+from recray.privacy.ledger import Ledger
+
+DELTA = 1e-5
+ONE = Mechanism(sigma=2.0, rate=0.1, steps=100, clipping_norm=1.0, delta=DELTA, users=50)
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/ledger.sqlite"
+
+
+def epsilon(ledger):
+    return epsilon_of(ledger.spent(), DELTA)
+
+
+def test_a_reservation_counts_until_it_is_committed(url):
+    ledger = Ledger.open(url, "shop")
+    assert ledger.reserve("a", ONE, None) == 100
+    assert ledger.spent() == [Steps(2.0, 0.1, 100)]
+    ledger.take("a", 40)
+    assert ledger.spent() == [Steps(2.0, 0.1, 100)]
+    ledger.commit("a")
+    ledger.commit("a")
+    assert ledger.spent() == [Steps(2.0, 0.1, 40)]
+    with pytest.raises(RefusedError, match="committed"):
+        ledger.take("a", 1)
+    assert [run.committed for run in Ledger.read(url, "shop").runs()] == [True]
+
+
+def test_steps_that_a_crash_took_are_counted_and_taken_again(url):
+    ledger = Ledger.open(url, "shop")
+    ledger.reserve("a", ONE, None)
+    ledger.take("a", 40)  # a checkpoint follows
+    ledger.take("a", 40)  # a crash follows
+    assert ledger.reserve("a", ONE, None, done=40) == 40
+    ledger.take("a", 60)
+    ledger.commit("a")
+    assert ledger.spent() == [Steps(2.0, 0.1, 140)]
+    assert ledger.reserve("a", ONE, None, done=100) == 0
+
+
+def test_repeated_it_reserves_nothing_more(url):
+    ledger = Ledger.open(url, "shop")
+    assert [ledger.reserve("a", ONE, None) for _ in range(3)] == [100, 0, 0]
+    with pytest.raises(RefusedError, match="too many"):
+        ledger.take("a", 101)
+
+
+def test_steps_without_a_reservation_are_refused(url):
+    with pytest.raises(RefusedError, match="reserved nothing"):
+        Ledger.open(url, "shop").take("a", 1)
+
+
+def test_nights_compose_and_the_cap_holds(url):
+    ledger = Ledger.open(url, "shop")
+    one = epsilon_of([Steps(2.0, 0.1, 100)], DELTA)
+    cap = 1.6 * one
+    ledger.reserve("a", ONE, cap)
+    with pytest.raises(RefusedError, match="what would fit") as refused:
+        for night in "bcdef":
+            ledger.reserve(night, ONE, cap)
+    assert epsilon(ledger) <= cap < epsilon_of([*ledger.spent(), Steps(2.0, 0.1, 100)], DELTA)
+    sigma, steps = sigma_for(cap, DELTA, 0.1, 100, ledger.spent()), int(str(refused.value).split("at most ")[1].split(" ")[0])
+    assert f"{sigma:.3g}" in str(refused.value)
+    fits, too_many = (epsilon_of([*ledger.spent(), Steps(2.0, 0.1, n)], DELTA) for n in (steps, steps + 1))
+    assert fits <= cap < too_many
+    with pytest.raises(RefusedError, match="nothing fits"):
+        ledger.reserve("z", ONE, 0.5 * one)
+
+
+def test_a_resume_with_another_mechanism_is_refused(url):
+    ledger = Ledger.open(url, "shop")
+    ledger.reserve("a", ONE, None)
+    for change in ({"sigma": 1.0}, {"rate": 0.2}, {"clipping_norm": 2.0}):
+        with pytest.raises(RefusedError, match="was begun with"):
+            ledger.reserve("a", Mechanism(**{**vars(ONE), **change}), None)
+
+
+def test_a_population_grows_and_shares_nobody(url):
+    shop, news = Ledger.open(url, "shop"), Ledger.open(url, "news")
+    assert shop.admit(map(str, range(20_500))) == 20_500
+    assert shop.admit(map(str, range(20_600))) == 100
+    assert news.admit(["n1", "n2"]) == 2
+    with pytest.raises(RefusedError, match="ledger of shop"):
+        news.admit(["n3", "7"])
+    assert (shop.members(), news.members()) == (20_600, 2)
+    assert (shop.spent(), news.spent()) == ([], [])
+
+
+def test_users_are_not_written_down(url, tmp_path):
+    Ledger.open(url, "shop").admit(["somebody@example.com"])
+    assert b"somebody" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_nothing_is_changed_or_removed(url):
+    ledger = Ledger.open(url, "shop")
+    ledger.reserve("a", ONE, None)
+    ledger.admit(["1"])
+    for statement in ("UPDATE entries SET steps = 1", "DELETE FROM entries", "DELETE FROM members", "UPDATE salt SET value = x'00'"):
+        with pytest.raises(sa.exc.DatabaseError, match="append-only"), ledger.engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+
+
+def _reserve(url: str, key: str, cap: float) -> None:
+    try:
+        Ledger.open(url, "shop").reserve(key, ONE, cap)
+    except RefusedError:
+        pass
+
+
+def test_two_trainings_cannot_both_take_what_is_left_for_one(url):
+    cap = 1.2 * epsilon_of([Steps(2.0, 0.1, 100)], DELTA)
+    Ledger.open(url, "shop")
+    context = multiprocessing.get_context("spawn")
+    jobs = [context.Process(target=_reserve, args=(url, f"run{i}", cap)) for i in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert len(Ledger.open(url, "shop").runs()) == 1
+
+
+def test_a_ledger_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MissingArtifactError, match=r"ledger\.sqlite"):
+        Ledger.read(f"sqlite:///{tmp_path}/ledger.sqlite", "shop")
+    with pytest.raises(StorageError, match="cannot be opened"):
+        Ledger.open(f"sqlite:///{tmp_path}/no/such/folder/ledger.sqlite", "shop")
