@@ -184,6 +184,9 @@ class PrivacySettings(Section):
     sampling_rate: float = Field(0.05, gt=0, le=1, description="q, the chance of each user to be in a step (Poisson)")
     steps: int = Field(400, ge=1, description="steps of a training; there is no early stop")
     report_every: int = Field(40, ge=1, description="steps between two checkpoints")
+    population: str = Field("users", min_length=1, description="whose ledger it is: what is spent of a user is kept in one place")
+    cap: float | None = _place(None, "ε that all trainings of the population may spend together; null: it is only counted", gt=0)
+    ledger: str | None = _place(None, "database URL of the ledger (sqlite:////path, postgresql://…); null: sqlite under storage.root")
 
     @model_validator(mode="after")
     def _one_dial(self) -> PrivacySettings:
@@ -326,6 +329,10 @@ class Settings(Section):
         if not path.is_absolute():
             raise SettingsError(f"storage.root: {root!r} is relative", "name an absolute path: a job may run in a copy of your folder")
         return path
+
+    def ledger_url(self) -> str:
+        """Database URL of the privacy ledger."""
+        return self.privacy.ledger or f"sqlite:///{self.root() / 'privacy.sqlite'}"
 
     def result_settings(self, *sections: str) -> dict[str, Any]:
         """The settings of these sections that change a job's result, as plain JSON values."""

@@ -113,7 +113,13 @@ def train(work: Work, dataset: Dataset) -> JobResult:
     if not skipped:
         live = _Live(work, key, _run_name(dataset.as_of_s))
         cluster.start()
-        say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); stops {settings.train.patience} epochs after the best")
+        stops = f"stops {settings.train.patience} epochs after the best"
+        if settings.privacy.enabled:
+            stops = f"{settings.privacy.steps} steps, no early stop"
+        say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); {stops}")
+        if mechanism := trainer.mechanism_for(settings, dataset):
+            for words in mechanism.words():
+                say(words)
         if settings.train.warm_start:
             parent = trainer.parent_of(settings, dataset)
             say(f"begins with the weights of bundle {parent.key}" if parent else "begins anew: no champion of before with this network")

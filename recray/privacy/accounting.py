@@ -32,13 +32,24 @@ class Mechanism:
         """ε of the whole training at `delta`."""
         return epsilon_of([Steps(self.sigma, self.rate, self.steps)], self.delta)
 
+    def words(self) -> list[str]:
+        """The statement for a person, a line each."""
+        said = self.statement()
+        how = f"σ {self.sigma:.3g}, q {self.rate:g}, {self.steps} steps, C {self.clipping_norm:g}, {said['accountant']}"
+        return [
+            f"private training: ε {self.epsilon:.2f} at δ {self.delta:g} for each of {self.users} users, who are {said['unit']}; "
+            f"neighbours {said['adjacency']}; {how}",
+            f"protected: {said['protected']}",
+            *(f"not protected: {text}" for text in said["not_protected"]),
+        ]
+
     def statement(self) -> dict[str, Any]:
         """What is promised and what is not, as it travels with the weights."""
         return {
             "differential_privacy": True,
             "epsilon": round(self.epsilon, 4),
             **asdict(self),
-            "unit": "user: all events of one",
+            "unit": "protected with all their events",
             "adjacency": "add or remove one user",
             "accountant": "PRV (Opacus)",
             "sampling": "Poisson",

@@ -138,7 +138,8 @@ class Ledger:
             mine = next((run for run in runs if run.run_key == run_key), None)
             if mine is not None and mine.mechanism != mechanism:
                 raise RefusedError(
-                    f"training {run_key} was begun with {mine.mechanism}, not with {mechanism}", "go on as it was begun; other settings make another training"
+                    f"training {run_key} was begun with {mine.mechanism}, not with {mechanism}",
+                    "go on as it was begun; other settings make another training",
                 )
             reserved, taken = (mine.reserved, mine.taken) if mine else (0, 0)
             missing = taken + mechanism.steps - done - reserved
@@ -156,10 +157,9 @@ class Ledger:
         with self._alone() as connection:
             mine = self._one(connection, run_key)
             if mine.taken + steps > mine.reserved or mine.committed:
-                raise RefusedError(
-                    f"training {run_key} took {mine.taken} of {mine.reserved} reserved steps{', and committed' if mine.committed else ''}; {steps} more are too many",
-                    "reserve them first",
-                )
+                ended = ", and committed" if mine.committed else ""
+                what = f"training {run_key} took {mine.taken} of {mine.reserved} reserved steps{ended}; {steps} more are too many"
+                raise RefusedError(what, "reserve them first")
             self._append(connection, run_key, TAKE, steps, mine.mechanism)
 
     def commit(self, run_key: str) -> None:
@@ -177,6 +177,12 @@ class Ledger:
     def spent(self) -> list[Steps]:
         """All steps that count, by mechanism."""
         return grouped([run.counted for run in self.runs()])
+
+    def statement(self) -> dict[str, Any]:
+        """What the population has spent, for a statement: trainings, and ε at the δ of the last one."""
+        runs = self.runs()
+        delta = runs[-1].mechanism.delta if runs else 0.0
+        return {"population": self.population, "trainings": len(runs), "epsilon_of_all_trainings": round(epsilon_of(self.spent(), delta), 4)}
 
     def members(self) -> int:
         """Users of the population."""
@@ -245,10 +251,12 @@ def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> R
     low, high = 0, wanted.number
     while high - low > 1:
         middle = (low + high) // 2
-        fits = epsilon_of(grouped([*before, wanted._replace(number=middle)]), delta) <= cap
-        low, high = (middle, high) if fits else (low, middle)
+        within = epsilon_of(grouped([*before, wanted._replace(number=middle)]), delta) <= cap
+        low, high = (middle, high) if within else (low, middle)
     sigma = sigma_for(cap, delta, wanted.rate, wanted.number, grouped(before))
-    return RefusedError(what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing")
+    return RefusedError(
+        what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing"
+    )
 
 
 def _durable(engine: Engine) -> None:

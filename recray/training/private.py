@@ -7,9 +7,11 @@ steps: no loss, no norm; what is reported is measured on users of whom nothing i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
@@ -22,6 +24,10 @@ from recray.training.loop import Loop, LoopSettings, Validate, copied
 
 PHYSICAL_BYTES = 256 << 20
 """Scores of a physical batch, which are kept between its two passes: users x queries x items in float32."""
+
+
+Take = Callable[[int], None]
+"""Called with a number of steps before they are taken; raises RefusedError if they may not be."""
 
 
 class PrivateRows:
@@ -59,12 +65,13 @@ class PrivateLoop(Loop):
         mechanism: Mechanism,
         *,
         every: int,
+        take: Take = lambda steps: None,
     ) -> None:
         super().__init__(model, batches, validate, criterion, settings)
         self.rows = PrivateRows(batches)
         if len(self.rows) != mechanism.users:
             raise TrainingError(f"{len(self.rows)} users are learned from, but {mechanism.users} were accounted for", "prepare the dataset anew")
-        self.steps, self.every = mechanism.steps, every
+        self.steps, self.every, self.take = mechanism.steps, every, take
         self.sampler = PoissonUsers(len(self.rows), mechanism.rate, rank=self.rank, world=self.world)
         self.private = PrivateStep(
             model,
@@ -79,13 +86,28 @@ class PrivateLoop(Loop):
         progress = self.progress
         while progress.step < self.steps:
             started = time.monotonic()
-            for _ in range(min(self.every, self.steps - progress.step)):
+            steps = min(self.every, self.steps - progress.step)
+            if self.rank == 0:
+                self.take(steps)  # no rank takes a step without rank 0
+            for _ in range(steps):
                 self.private_step()
+            self._same_on_all_ranks()
             progress.epoch += 1
             progress.best_epoch, progress.best_ndcg, self.best = progress.epoch, self._validated(), copied(self.average)
             line = {"epoch": progress.epoch, "steps": progress.step, "validation_ndcg": progress.best_ndcg}
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
+
+    def _same_on_all_ranks(self) -> None:
+        """Raises TrainingError if the ranks' weights are not equal to the bit."""
+        if self.world == 1:
+            return
+        flat = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        first = flat.clone()
+        dist.broadcast(first, 0)
+        differs = torch.tensor(float(not torch.equal(first, flat)), device=self.device)
+        if float(self._sum(differs)):
+            raise TrainingError(f"after step {self.progress.step} the ranks' weights differ", "report it; the last checkpoint is kept")
 
     def private_step(self) -> None:
         """One step; its users are drawn anew."""

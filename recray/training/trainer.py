@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from safetensors.torch import load_file
 
 from recray import __version__
@@ -18,10 +19,11 @@ from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, require, unwrapped
 from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.errors import ClusterError, DataError, TrainingError
+from recray.errors import ClusterError, DataError, RefusedError, TrainingError
 from recray.evaluation.gates import incomparable
 from recray.model.recommender import Shape
 from recray.privacy.accounting import Mechanism, mechanism_of
+from recray.privacy.ledger import Ledger
 from recray.release import Release
 from recray.storage import Storage, blamed, is_sealed, key_of, no_room
 from recray.training.batches import users_learned
@@ -80,6 +82,8 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     final = storage.bundle(key)
     run = storage.training_runs / key
     if is_sealed(final, KIND, key):
+        if settings.privacy.enabled:
+            _ledger(settings).commit(key)
         shutil.rmtree(run, ignore_errors=True)  # an attempt may have been killed before it came to this
         return Bundle.open(final)
     if not any((shard.learned > 0).any() for shard in dataset.shards()):
@@ -91,9 +95,12 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     parent = parent_of(settings, dataset)
     mechanism = mechanism_for(settings, dataset)
     run.mkdir(parents=True, exist_ok=True)
+    private = None
+    if mechanism is not None:
+        private = _reserve(settings, key, dataset, mechanism, last_checkpoint(run))
     progress = storage.training_runs / f"{key}.jsonl"
     with _Follow(progress, on_metrics):
-        checkpoint = _fit(settings, run, dataset, chosen, progress, parent, mechanism)
+        checkpoint = _fit(settings, run, dataset, chosen, progress, parent, private)
     curve = json.loads((checkpoint / "progress.json").read_text())
     bundle = write_bundle(
         final,
@@ -106,8 +113,10 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         settings=chosen,
         metrics=curve,
         parent=None if parent is None else parent.key,
-        privacy=None if mechanism is None else mechanism.statement(),
+        privacy=None if mechanism is None else mechanism.statement() | _ledger(settings).statement(),
     )
+    if mechanism is not None:
+        _ledger(settings).commit(key)
     shutil.rmtree(run, ignore_errors=True)  # the bundle has all that is needed of it
     return bundle
 
@@ -119,8 +128,22 @@ def mechanism_for(settings: Settings, dataset: Dataset) -> Mechanism | None:
     return mechanism_of(settings.privacy, users_learned(dataset))
 
 
+def _ledger(settings: Settings) -> Ledger:
+    return Ledger.open(settings.ledger_url(), settings.privacy.population)
+
+
+def _reserve(settings: Settings, key: str, dataset: Dataset, mechanism: Mechanism, resume: Path | None) -> dict[str, Any]:
+    """Reserve the steps of a private training in the ledger; what its workers need to take them. Raises RefusedError."""
+    ledger, options = _ledger(settings), settings.privacy
+    ledger.admit(str(user) for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist())
+    done = json.loads((resume / "progress.json").read_text())["step"] if resume else 0
+    ledger.reserve(key, mechanism, options.cap, done)
+    named = {"ledger": settings.ledger_url(), "population": options.population, "run_key": key, "cap": options.cap}
+    return {"mechanism": asdict(mechanism), **named}
+
+
 def _fit(
-    settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path, parent: Bundle | None, mechanism: Mechanism | None
+    settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path, parent: Bundle | None, private: dict[str, Any] | None
 ) -> Path:
     """Run Ray Train to the end; returns the folder of the last checkpoint.
 
@@ -148,7 +171,7 @@ def _fit(
             "progress": str(progress),
             "resume": resume and str(resume),
             "parent": parent and str(parent.path),
-            "mechanism": mechanism and asdict(mechanism),
+            "private": private,
         },
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
@@ -166,6 +189,8 @@ def _fit(
         if failed:
             first = next(iter(failed.values()))
             first = getattr(first, "_base_exc", first)
+            if isinstance(first, RefusedError):
+                raise first from error
             if (number := no_room(first)) is not None:
                 raise OSError(number, os.strerror(number), blamed(first)) from error
             raise TrainingError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
 
 def train_worker(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress, in `resume` the
-    checkpoint of an earlier attempt or None, in `parent` the bundle to begin with or None, and in `mechanism` that of a private training."""
+    checkpoint of an earlier attempt or None, in `parent` the bundle to begin with or None, and in `private` the mechanism of a
+    private training with ledger, population, run_key and cap of its reservation, or None."""
     import ray.train
     import ray.train.torch
 
@@ -63,12 +65,16 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads fresh memory
-    loop = build_loop(config["dataset"], config["settings"], ray.train.torch.get_device(), config["parent"], config["mechanism"])
+    loop = build_loop(
+        config["dataset"], config["settings"], ray.train.torch.get_device(), config["parent"], (private := config["private"]) and private["mechanism"]
+    )
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             load_checkpoint(loop, Path(folder))
     elif config["resume"]:
         load_checkpoint(loop, Path(config["resume"]))
+    if private and context.get_world_rank() == 0:
+        loop.take = _from_ledger(private, loop.progress.step)  # type: ignore[attr-defined]
     for line in loop.run():
         with tempfile.TemporaryDirectory() as folder:
             report = None
@@ -139,6 +145,16 @@ def build_loop(
     from recray.training.private import PrivateLoop
 
     return PrivateLoop(model, batches, validate, criterion, loop_settings, Mechanism(**mechanism), every=settings["privacy"]["report_every"])
+
+
+def _from_ledger(private: dict[str, Any], done: int) -> Callable[[int], None]:
+    """Takes steps from the reservation in the ledger, after it was made to last from where the training stands."""
+    from recray.privacy.accounting import Mechanism
+    from recray.privacy.ledger import Ledger
+
+    ledger = Ledger.open(private["ledger"], private["population"])
+    ledger.reserve(private["run_key"], Mechanism(**private["mechanism"]), private["cap"], done)
+    return lambda steps: ledger.take(private["run_key"], steps)
 
 
 def _gains_by_bfloat16(device: torch.device) -> bool:

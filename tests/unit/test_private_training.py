@@ -187,5 +187,5 @@ def test_settings_that_break_the_promise_are_refused(world_folder, tmp_path, ove
 def test_the_statement_says_what_is_promised_and_what_is_not():
     statement = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 1000).statement()
     assert statement["differential_privacy"] and statement["sigma"] == 2.0 and 0 < statement["epsilon"] < 20
-    assert "user" in statement["unit"] and any("held out" in text for text in statement["not_protected"])
+    assert "all their events" in statement["unit"] and any("held out" in text for text in statement["not_protected"])
     json.dumps(statement)
