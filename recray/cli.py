@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     _submit(commands)
     models = commands.add_parser("models", help="bundles, their roles and their versions in MLflow")
     _settings(models)
+    text = "what private trainings have spent of their users' privacy, and what can be afforded"
+    privacy = commands.add_parser("privacy", help=text, description=text)
+    privacy.add_argument("what", choices=["status", "plan"], help="status: the ledger; plan: noise, cadence and shards of users for a cap")
+    privacy.add_argument("--days", type=int, default=30, help="plan: how long the cap is to last (default: 30)")
+    _settings(privacy)
     doctor = commands.add_parser("doctor", help="look at machine, versions, Ray, MLflow and storage; say what to fix")
     _settings(doctor)
     demo = commands.add_parser("demo", help="a night on the data that ships, then three live requests")
@@ -90,11 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help=text, description=text)
     benchmark.add_argument(
         "what",
-        choices=["prepare", "submit", "quality", "features", "slate", "train", "score", "catalogue", "scale"],
+        choices=["prepare", "submit", "quality", "features", "slate", "train", "score", "catalogue", "scale", "privacy"],
         help="prepare: peak memory; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); features: what each column is worth, and items "
         "that training never saw; slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; "
-        "catalogue: memory and time with a million items; scale: how seconds grow with events and users",
+        "catalogue: memory and time with a million items; scale: how seconds grow with events and users; privacy: a private step beside a plain one",
     )
     benchmark.add_argument("--data", help="quality, features, slate, train, score: folder of a data set, or its name under $RECRAY_DATA")
     benchmark.add_argument(
@@ -199,6 +204,8 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
             return doctor.run_doctor(settings, reporter)
         if arguments.job == "models":
             return pipeline.run_models(settings, reporter)
+        if arguments.job == "privacy":
+            return pipeline.run_privacy(settings, arguments.what, arguments.days, reporter)
         job: Callable[..., Any] = getattr(pipeline, f"run_{arguments.job}")
         options = {name: getattr(arguments, name) for name in ("bundle", "restart") if hasattr(arguments, name)}
         result = job(settings, as_of, reporter.say, **options)

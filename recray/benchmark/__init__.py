@@ -16,7 +16,7 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
-ALONE = ("prepare", "submit", "catalogue", "scale")
+ALONE = ("prepare", "submit", "catalogue", "scale", "privacy")
 
 
 def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None, overrides: Sequence[str] = ()) -> JobResult:
@@ -48,13 +48,14 @@ def _measure(
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
-        from recray.benchmark import catalogue, prepare, scale, submit
+        from recray.benchmark import catalogue, prepare, privacy, scale, submit
 
         measures = {
             "prepare": prepare.measure_prepare,
             "submit": submit.measure_submit,
             "catalogue": catalogue.measure_catalogue,
             "scale": scale.measure_scale,
+            "privacy": privacy.measure_privacy,
         }
         return {}, measures[what](folder, say)
     if data is None:

@@ -61,20 +61,20 @@ def _model(items: int) -> Recommender:
     return Recommender(shape, np.arange(items + 1) > 0, {})
 
 
-class _Users:
-    """Batches of users with random histories, asked at every position."""
+class RandomUsers:
+    """Batches of `users` with random histories, asked at every position."""
 
-    def __init__(self, items: int) -> None:
-        self.items = items
+    def __init__(self, users: int, items: int, history: int, steps: int) -> None:
+        self.users, self.items, self.history, self.steps = users, items, history, steps
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
-        """`STEPS` batches."""
+        """`steps` batches."""
         random = torch.Generator().manual_seed(epoch)
-        user, position = torch.arange(STEP_USERS).repeat_interleave(HISTORY), torch.arange(HISTORY).repeat(STEP_USERS)
-        nothing = torch.zeros(STEP_USERS, HISTORY, dtype=torch.int64)
+        user, position = torch.arange(self.users).repeat_interleave(self.history), torch.arange(self.history).repeat(self.users)
+        nothing = torch.zeros(self.users, self.history, dtype=torch.int64)
         unknown = torch.zeros(len(user), 0, dtype=torch.int64)
-        for _ in range(STEPS):
-            item = torch.randint(1, self.items + 1, (STEP_USERS, HISTORY + 1), generator=random)
+        for _ in range(self.steps):
+            item = torch.randint(1, self.items + 1, (self.users, self.history + 1), generator=random)
             targets = Targets(torch.arange(len(user) + 1), item[:, 1:].flatten())
             histories = (item[:, :-1], nothing, nothing.float(), nothing, nothing)
             yield Batch(*histories, user, position, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros_like(user), unknown), targets, len(user)
@@ -89,7 +89,7 @@ def _step(items: int) -> float:
     model = _model(items)
     criterion = Criterion("auto", torch.full((items + 1,), 1.0 / items).index_fill(0, torch.tensor([0]), 0.0))
     settings = LoopSettings(epochs=1, patience=1, learning_rate=1e-3, warmup_steps=1, weight_decay=0.0, seed=0, average_decay=0.99)
-    loop = Loop(model, _Users(items), lambda model, rank, world: (0.0, 1.0), criterion, settings)
+    loop = Loop(model, RandomUsers(STEP_USERS, items, HISTORY, STEPS), lambda model, rank, world: (0.0, 1.0), criterion, settings)
     begun = time.monotonic()
     loop.train_epoch(0)
     return (time.monotonic() - begun) / STEPS
@@ -110,7 +110,7 @@ def _top(items: int) -> float:
     return time.monotonic() - begun
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Peak resident memory of this process since its program was loaded."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024
@@ -118,4 +118,4 @@ def _peak_bytes() -> int:
 
 if __name__ == "__main__":
     seconds = {"step": _step, "top": _top}[sys.argv[1]](int(sys.argv[2]))
-    print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes()}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}))

@@ -30,6 +30,11 @@ Take = Callable[[int], None]
 """Called with a number of steps before they are taken; raises RefusedError if they may not be."""
 
 
+def physical_users(items: int, queries: int) -> int:
+    """Users of a physical batch, each asked so many times about so many items."""
+    return max(PHYSICAL_BYTES // (4 * items * queries), 1)
+
+
 class PrivateRows:
     """A row for each user who is learned from, and the drawn ones of a step in physical batches."""
 
@@ -47,7 +52,7 @@ class PrivateRows:
         chosen = users[np.argsort(-self.length[users], kind="stable")]
         first = 0
         while first < len(chosen):
-            size = max(PHYSICAL_BYTES // (4 * self.items * int(self.length[chosen[first]])), 1)
+            size = physical_users(self.items, int(self.length[chosen[first]]))
             yield self.batches.collate(self.windows[chosen[first : first + size]])
             first += size
 

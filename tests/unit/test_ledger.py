@@ -5,6 +5,7 @@ import pytest
 import sqlalchemy as sa
 
 from recray.errors import MissingArtifactError, RefusedError, StorageError
+from recray.privacy import plan
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
 from recray.privacy.ledger import Ledger
 
@@ -131,3 +132,13 @@ def test_a_ledger_that_is_not_there_is_named(tmp_path):
         Ledger.read(f"sqlite:///{tmp_path}/ledger.sqlite", "shop")
     with pytest.raises(StorageError, match="cannot be opened"):
         Ledger.open(f"sqlite:///{tmp_path}/no/such/folder/ledger.sqlite", "shop")
+
+
+def test_a_plan_says_what_cadence_and_shards_would_cost():
+    found = {(option.every_days, option.shards): option for option in plan.options(4.0, DELTA, 0.1, 50, 2.0, 14)}
+    assert [found[1, 1].trainings, found[1, 7].trainings, found[7, 1].trainings, found[30, 7].trainings] == [14, 2, 2, 1]
+    assert found[1, 1].epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.1, 700)], DELTA))
+    assert found[1, 1].sigma > found[7, 1].sigma == found[1, 7].sigma > found[30, 1].sigma
+    assert epsilon_of([Steps(found[1, 1].sigma, 0.1, 700)], DELTA) <= 4.0
+    spent = plan.options(4.0, DELTA, 0.1, 50, 2.0, 1, before=[Steps(0.5, 0.1, 500)])
+    assert spent[0].sigma is None and spent[0].epsilon > 4.0

@@ -1,0 +1,47 @@
+"""What can be afforded: noise for a cap, cadence of trainings, and shards of users by night. Accounting alone, no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recray.errors import SettingsError
+from recray.privacy.accounting import Steps, epsilon_of, sigma_for
+
+CADENCES = (1, 7, 30)
+SHARDS = (1, 7)
+
+
+@dataclass(frozen=True)
+class Option:
+    """Train every `every_days`, each time on one of `shards` parts of the users.
+
+    trainings : of which one user is part, in the days planned for
+    sigma : noise multiplier of each that keeps the cap; None: nothing does
+    epsilon : of one user after all of them with the noise that the settings have
+    """
+
+    every_days: int
+    shards: int
+    trainings: int
+    sigma: float | None
+    epsilon: float
+
+
+def options(cap: float, delta: float, rate: float, steps: int, sigma: float, days: int, before: Sequence[Steps] = ()) -> list[Option]:
+    """What each cadence needs and spends in so many days, after what was spent before.
+
+    cap : ε of a user; sigma : noise multiplier of one training as the settings have it
+    """
+    cells = [(every, shards, -(-days // (every * shards))) for every in CADENCES for shards in SHARDS]
+    known = {count: _afford(cap, delta, rate, count * steps, sigma, before) for count in {trainings for _, _, trainings in cells}}
+    return [Option(every, shards, trainings, *known[trainings]) for every, shards, trainings in cells]
+
+
+def _afford(cap: float, delta: float, rate: float, steps: int, sigma: float, before: Sequence[Steps]) -> tuple[float | None, float]:
+    """The noise multiplier that keeps the cap, None if none does, and ε with `sigma`."""
+    spent = epsilon_of([*before, Steps(sigma, rate, steps)], delta)
+    try:
+        return sigma_for(cap, delta, rate, steps, before), spent
+    except SettingsError:
+        return None, spent
