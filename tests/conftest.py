@@ -76,6 +76,30 @@ def world_overrides(folder: Path, root: Path) -> list[str]:
     ]
 
 
+def private_overrides(folder: Path, root: Path) -> list[str]:
+    """The same world with user-level privacy, its parts restricted to those whose norms are known."""
+    return [
+        *world_overrides(folder, root),
+        "privacy.enabled=true",
+        "privacy.epsilon=null",
+        "privacy.sigma=0.5",
+        "privacy.delta=1e-4",
+        "privacy.steps=12",
+        "privacy.report_every=5",
+        "privacy.sampling_rate=0.2",
+        "split.held_out=0.25",
+        "model.preset=dp",
+        "model.time_bias=false",
+        "model.repeat=false",
+        "model.prior_days=0",
+        "model.dropout=0",
+        "train.average_decay=0",
+        "data.features={}",
+        "data.context=[]",
+        "gates.must_beat=[]",
+    ]
+
+
 @pytest.fixture(scope="session")
 def world_settings(world_folder, tmp_path_factory) -> Settings:
     return load_settings(None, world_overrides(world_folder, tmp_path_factory.mktemp("root")))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from conftest import prepare_here, world_overrides
+from conftest import prepare_here, private_overrides
 
 from recray.config import load_settings
 from recray.errors import SettingsError, TrainingError
@@ -19,15 +19,9 @@ from recray.training.batches import TrainingBatches, users_learned
 from recray.training.trainer import bundle_settings, mechanism_for
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 
-PRIVATE = [
-    "privacy.enabled=true", "privacy.epsilon=null", "privacy.sigma=0.5", "privacy.delta=1e-4", "privacy.steps=12", "privacy.report_every=5",
-    "privacy.sampling_rate=0.2", "split.held_out=0.25", "model.preset=dp", "model.time_bias=false", "model.repeat=false", "model.prior_days=0",
-    "model.dropout=0", "train.average_decay=0", "data.features={}", "data.context=[]",
-]  # fmt: skip
-
 
 def private_settings(folder, root, *more):
-    return load_settings(None, [*world_overrides(folder, root), *PRIVATE, *more])
+    return load_settings(None, [*private_overrides(folder, root), *more])
 
 
 @pytest.fixture(scope="module")
