@@ -22,6 +22,7 @@ from recray.model.controls import Controls
 from recray.model.fused import Linear
 
 AGE_BUCKETS = 32
+QUERY_BLOCK = 32
 NORM_EPS = 1e-6
 
 
@@ -82,7 +83,7 @@ class Attention(nn.Module):
             q = q * cooling
         bias = self._bias(seen, cooling, T)
         if self.kind == "softmax":
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+            mixed = _softmax(q, k, v, bias)
         else:
             mixed = self._pointwise(q, k, v, bias)
         mixed_BQD = mixed.transpose(1, 2).reshape(own_BQD.shape)
@@ -116,6 +117,18 @@ class Attention(nn.Module):
         mask = torch.isinf(bias)
         weights = F.silu(logits + bias.masked_fill(mask, 0.0)).masked_fill(mask, 0.0)
         return (weights / self.history) @ v
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Mixed values [B, H, Q, C]. A CPU takes the queries in blocks, each over the keys that causal order leaves it."""
+    T = q.shape[2]
+    if bias is None or T <= QUERY_BLOCK or T != k.shape[2] or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+    parts = []
+    for first in range(0, T, QUERY_BLOCK):
+        asked, seen = slice(first, first + QUERY_BLOCK), slice(0, first + QUERY_BLOCK)
+        parts.append(F.scaled_dot_product_attention(q[:, :, asked], k[:, :, seen], v[:, :, seen], attn_mask=bias[:, :, asked, seen]))
+    return torch.cat(parts, 2)
 
 
 def causal_bias(position_Q: Tensor, T: int, dtype: torch.dtype) -> Tensor:
