@@ -50,7 +50,7 @@ def promote(settings: Settings, dataset: Dataset, challenger: Bundle, *, by_hand
 
 def promote_key(settings: Settings, dataset: Dataset, challenger: Bundle, champion: Bundle | None) -> str:
     """Run key of promote."""
-    chosen = settings.result_settings("gates", "evaluate", "score")
+    chosen = settings.result_settings("gates", "evaluate", "score", "privacy")
     return key_of("promote", chosen, dataset.key, dataset.digest, challenger.digest, champion and champion.digest, __version__)
 
 
@@ -93,10 +93,31 @@ def _seal(settings: Settings, path: Path, key: str, dataset: Dataset, challenger
     table = evaluate(settings, evaluated, dataset, challenger)
     known = storage.dataset(challenger.manifest["dataset"])
     checks, comparison = gates.decide(settings, dataset, challenger, champion, table, storage.evaluation(evaluated), known)
+    if settings.privacy.enabled:
+        checks.append(_private(settings, challenger))
     refusals = [check.text for check in checks if not check.passed]
     content = _decision(dataset, challenger, release, checks, comparison, "; ".join(refusals))
     with sealed_directory(path, KIND, key, {"bundle": challenger.key, "dataset": dataset.key}) as folder:
         (folder / "decision.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _private(settings: Settings, challenger: Bundle) -> gates.Check:
+    """Whether a bundle was trained privately, all its steps are in the ledger, and the population has not spent more than its cap."""
+    from recray.privacy.accounting import epsilon_of
+    from recray.privacy.ledger import Ledger
+
+    name, options = "privacy", settings.privacy
+    if not challenger.privacy["differential_privacy"]:
+        return gates.Check(name, False, f"bundle {challenger.key} was not trained privately")
+    try:
+        ledger = Ledger.read(settings.ledger_url(), options.population)
+    except ArtifactError as error:
+        return gates.Check(name, False, error.what)
+    if not any(run.run_key == challenger.key and run.committed for run in ledger.runs()):
+        return gates.Check(name, False, f"the ledger of {options.population} has no training {challenger.key} that committed")
+    spent = epsilon_of(ledger.spent(), options.delta)
+    text = f"{options.population} spent ε {spent:.2f} at δ {options.delta:g}" + ("" if options.cap is None else f" of {options.cap:g}")
+    return gates.Check(name, options.cap is None or spent <= options.cap, text)
 
 
 def _decision(dataset: Dataset, challenger: Bundle, release: Release, checks: list[gates.Check], comparison: dict[str, Any], reason: str) -> Decision:

@@ -82,10 +82,7 @@ class Attention(nn.Module):
         if cooling is not None:
             q = q * cooling
         bias = self._bias(seen, cooling, T)
-        if self.kind == "softmax":
-            mixed = _softmax(q, k, v, bias)
-        else:
-            mixed = self._pointwise(q, k, v, bias)
+        mixed = _softmax(q, k, v, bias) if self.kind == "softmax" else self._pointwise(q, k, v, bias)
         mixed_BQD = mixed.transpose(1, 2).reshape(own_BQD.shape)
         if self.gate is not None:
             mixed_BQD = F.rms_norm(mixed_BQD, (D,), eps=NORM_EPS) * F.silu(self.gate(own_BQD))
@@ -122,7 +119,7 @@ class Attention(nn.Module):
 def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Mixed values [B, H, Q, C]. A CPU takes the queries in blocks, each over the keys that causal order leaves it."""
     T = q.shape[2]
-    if bias is None or T <= QUERY_BLOCK or T != k.shape[2] or q.device.type != "cpu":
+    if bias is None or T <= QUERY_BLOCK or k.shape[2] != T or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
     parts = []
     for first in range(0, T, QUERY_BLOCK):

@@ -57,7 +57,7 @@ class Mechanism:
             "not_protected": [
                 "a user's own list, which is made from the user's own history",
                 "users who are held out: validation, gates and metrics are measured on them",
-                "the catalogue and its popular list, which are taken for public",
+                "the catalogue, its popular list and the number of users, which are taken for public",
                 "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
             ],
             "randomness": "seeded by the operating system; the generators are not cryptographic",

@@ -96,18 +96,22 @@ class PrivateLoop(Loop):
                 self.take(steps)  # no rank takes a step without rank 0
             for _ in range(steps):
                 self.private_step()
-            self._same_on_all_ranks()
+            self._sound()
             progress.epoch += 1
             progress.best_epoch, progress.best_ndcg, self.best = progress.epoch, self._validated(), copied(self.average)
             line = {"epoch": progress.epoch, "steps": progress.step, "validation_ndcg": progress.best_ndcg}
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
 
-    def _same_on_all_ranks(self) -> None:
-        """Raises TrainingError if the ranks' weights are not equal to the bit."""
+    def _sound(self) -> None:
+        """Raises TrainingError if a weight is not finite, or the ranks' weights are not equal to the bit."""
+        flat = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        if not bool(flat.isfinite().all()):
+            raise TrainingError(
+                f"after step {self.progress.step} a weight is not finite", "lower train.learning_rate; the last good checkpoint is kept"
+            )
         if self.world == 1:
             return
-        flat = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
         first = flat.clone()
         dist.broadcast(first, 0)
         differs = torch.tensor(float(not torch.equal(first, flat)), device=self.device)

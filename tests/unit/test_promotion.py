@@ -17,6 +17,8 @@ from recray.errors import DamagedArtifactError, MissingArtifactError, RefusedErr
 from recray.evaluation import gates, report
 from recray.evaluation.evaluate import evaluate, evaluate_key
 from recray.inference import Predictor
+from recray.privacy.accounting import Mechanism
+from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
 from recray.storage import Storage
 
@@ -198,3 +200,25 @@ def yaml_overrides(settings):
     """Settings as overrides, to change some of them."""
     return [f"{s}.{f}={yaml.safe_dump(v, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
             for s, fields in json.loads(settings.model_dump_json()).items() for f, v in fields.items()]  # fmt: skip
+
+
+def test_where_privacy_is_on_only_a_private_bundle_that_the_ledger_knows_passes(fresh, monkeypatch):
+    settings, storage, dataset, (bundle, *_) = fresh
+    private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True, "cap": 3.0, "delta": 1e-5})})
+    decision = promotion.promote(private, dataset, bundle)[1]
+    assert not decision["promoted"] and decision["reason"] == f"bundle {bundle.key} was not trained privately"
+    monkeypatch.setattr(bundle, "privacy", {"differential_privacy": True})
+
+    def reason():
+        shutil.rmtree(storage.root / "promotions")
+        return promotion.promote(private, dataset, bundle)[1]["reason"]
+
+    assert "no ledger at" in reason()
+    ledger = Ledger.open(private.ledger_url(), "users")
+    ledger.reserve(bundle.key, Mechanism(sigma=2.0, rate=0.1, steps=100, clipping_norm=1.0, delta=1e-5, users=200), None)
+    assert f"no training {bundle.key} that committed" in reason()
+    ledger.take(bundle.key, 100)
+    ledger.commit(bundle.key)
+    assert re.match(r"users spent ε \d\.\d+ at δ 1e-05 of 3", reason())
+    private = private.model_copy(update={"privacy": private.privacy.model_copy(update={"cap": 9.0})})
+    assert reason() == "" and Release.read(storage).champion.run_key == bundle.key
