@@ -204,7 +204,7 @@ def yaml_overrides(settings):
 
 def test_where_privacy_is_on_only_a_private_bundle_that_the_ledger_knows_passes(fresh, monkeypatch):
     settings, storage, dataset, (bundle, *_) = fresh
-    private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True, "cap": 3.0, "delta": 1e-5})})
+    private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True, "cap": 1.0, "delta": 1e-5})})
     decision = promotion.promote(private, dataset, bundle)[1]
     assert not decision["promoted"] and decision["reason"] == f"bundle {bundle.key} was not trained privately"
     monkeypatch.setattr(bundle, "privacy", {"differential_privacy": True})
@@ -219,6 +219,6 @@ def test_where_privacy_is_on_only_a_private_bundle_that_the_ledger_knows_passes(
     assert f"no training {bundle.key} that committed" in reason()
     ledger.take(bundle.key, 100)
     ledger.commit(bundle.key)
-    assert re.match(r"users spent ε \d\.\d+ at δ 1e-05 of 3", reason())
+    assert re.match(r"users spent ε \d\.\d+ at δ 1e-05 of 1", reason())
     private = private.model_copy(update={"privacy": private.privacy.model_copy(update={"cap": 9.0})})
     assert reason() == "" and Release.read(storage).champion.run_key == bundle.key
