@@ -27,17 +27,18 @@ def ask(peer: str, question: dict[str, Any], folder: Path, say: Say) -> dict[str
     asked = folder / "question.json"
     asked.write_text(json.dumps(question))
     script = str(resources.files("recray.benchmark") / f"{peer}_peer.py")
-    with subprocess.Popen([str(python), script, str(asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
-        assert process.stdout and process.stderr
+    said = folder / "answer.json"  # a pipe that nobody reads yet would hold up a long answer
+    command = [str(python), script, str(asked)]
+    with open(said, "w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
+        assert process.stderr
         last: list[str] = []
         for line in process.stderr:
             last = [*last[-9:], line.strip()]
             if line.startswith("{"):
                 say(f"{peer}: {line.strip()}")
-        answered = process.stdout.read()
     if process.returncode:
         raise ClusterError(f"{peer} failed: {' | '.join(last)[-600:]}", f"run it by hand: {python} {script}")
-    answer: dict[str, Any] = json.loads(answered.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(said.read_text().strip().splitlines()[-1])
     return answer
 
 
