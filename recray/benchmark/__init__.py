@@ -28,7 +28,7 @@ def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
-        config, metrics = _measure(what, Path(folder), say, data, against, overrides)
+        config, metrics = _measure(what, Path(folder), say, data, against, overrides, out)
         kept = {path.name: path.read_bytes() for path in Path(folder).glob("keep/*")}
     result = JobResult(f"benchmark {what}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2))
     out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str
 
 
 def _measure(
-    what: str, folder: Path, say: Say, data: str | None, against: str | None, overrides: Sequence[str]
+    what: str, folder: Path, say: Say, data: str | None, against: str | None, overrides: Sequence[str], out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     if what in ALONE:
         if data or against or overrides:
@@ -70,9 +70,9 @@ def _measure(
             raise SettingsError(f"benchmark {what} takes no --against", "leave it out")
         return {"features": features.measure_features, "slate": slate.measure_slate}[what](folder, data, list(overrides), say)
 
-    return {"quality": quality.measure_quality, "train": train.measure_train, "score": score.measure_score}[what](
-        folder, data, against, list(overrides), say
-    )
+    if what == "quality":
+        return quality.measure_quality(folder, data, against, list(overrides), say, out)
+    return {"train": train.measure_train, "score": score.measure_score}[what](folder, data, against, list(overrides), say)
 
 
 def machine() -> dict[str, Any]:

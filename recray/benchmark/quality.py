@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -32,11 +33,14 @@ PEER_PATIENCE = 8
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
-def measure_quality(folder: Path, data: str, against: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_quality(
+    folder: Path, data: str, against: str | None, overrides: list[str], say: Say, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """HR@10 and NDCG@10 of the test users, means over seeds; beside a peer the paired difference of NDCG and the time to the
     peer's validation NDCG, as CPU seconds of training and as seconds.
 
-    Ranks of every user's test item, and NDCG over time, are written to `folder/keep`.
+    Ranks of every user's test item, and NDCG over time, are written to `folder/keep`; so is what the peer answered, and an
+    answer to the same question that lies in `out` is taken from there.
     """
     settings, dataset = prepared(data, folder / "root", overrides)
     threads = len(os.sched_getaffinity(0))
@@ -49,7 +53,7 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
     number = _numbers(dataset)
     users = [int(number[question.shard] + question.row) for question in asked]
     ranks, curves = {"user": np.array(users)}, []
-    theirs = _peer(against, chosen, dataset, folder, threads, say) if against else None
+    theirs = _peer(against, chosen, dataset, folder, threads, say, out) if against else None
     for seed in SEEDS:
         settings_of = {**chosen, "train": {**chosen["train"], "seed": seed}}
         curve, ranks[f"recray_{seed}"] = _train(dataset, settings_of, asked, say, seed)
@@ -61,7 +65,7 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
     if theirs is not None:
         ranks[str(against)] = np.array([theirs["ranks"].get(str(user), 0) for user in users])
         curves += [{"who": against, **line} for line in theirs["curve"]]
-        metrics |= _beside(ours, ranks[str(against)], curves, str(against))
+        metrics |= _beside(ours, ranks[str(against)], curves, str(against)) | {"peer_taken_from": theirs.get("taken_from")}
         say(f"lead over {against} {metrics['ndcg_lead']:+.4f} [{metrics['ndcg_lead_low']:+.4f}, {metrics['ndcg_lead_high']:+.4f}]")
     pq.write_table(pa.table(ranks), keep / "ranks.parquet")
     pq.write_table(pa.Table.from_pylist(curves), keep / "curves.parquet")
@@ -134,7 +138,7 @@ def _ranks(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Que
     return np.array(ranks)
 
 
-def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, threads: int, say: Say) -> dict[str, Any]:
+def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, threads: int, say: Say, out: Path) -> dict[str, Any]:
     """Train a peer to its own early stop. It goes on where an earlier run with the same question was stopped."""
     events = folder / "events.parquet"
     write_for_peers(dataset, events)
@@ -143,10 +147,17 @@ def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, thr
     users = [int(number[shard] + row) for shard, row, _, _ in validation.places]
     question = peer_question(chosen, folder, threads) | {"batch_users": PEER_BATCH_USERS, "patience": PEER_PATIENCE, "validation_users": users}
     asked = {name: value for name, value in question.items() if name not in ("events", "threads")}
-    keep = peers.cache() / "runs" / key_of(peer, peers.PINS[peers.HOME[peer]], asked, sha256_file(events))
+    key = key_of(peer, peers.PINS[peers.HOME[peer]], asked, sha256_file(events))
+    for answered in sorted(out.glob(f"*.{peer}-{key}.json")):
+        say(f"{peer} has trained to its early stop before: {answered}")
+        found: dict[str, Any] = json.loads(answered.read_text())
+        return found | {"taken_from": answered.name}
+    keep = peers.cache() / "runs" / key
     keep.mkdir(parents=True, exist_ok=True)
     say(f"{peer} trains to its early stop; where it stands is kept in {keep}")
-    return peers.ask(peer, question | {"keep": str(keep)}, folder, say)
+    found = peers.ask(peer, question | {"keep": str(keep)}, folder, say)
+    (folder / "keep" / f"{peer}-{key}.json").write_text(json.dumps(found) + "\n")
+    return found
 
 
 def _numbers(dataset: Dataset) -> np.ndarray:
