@@ -33,9 +33,7 @@ PEER_PATIENCE = 8
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
-def measure_quality(
-    folder: Path, data: str, against: str | None, overrides: list[str], say: Say, out: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_quality(folder: Path, data: str, against: str | None, overrides: list[str], say: Say, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """HR@10 and NDCG@10 of the test users, means over seeds; beside a peer the paired difference of NDCG and the time to the
     peer's validation NDCG, as CPU seconds of training and as seconds.
 
