@@ -308,12 +308,14 @@ class Settings(Section):
             "train.loss": self.train.loss not in ("auto", "softmax"),
             "train.temperature_jitter": self.train.temperature_jitter > 0,
             "train.horizon": self.train.horizon > 1,
+            "gates.must_beat": not set(self.gates.must_beat) <= {"most popular", "popular, last 7 days"},
         }
         wrong = [name for name, found in refused.items() if found]
         if wrong:
             raise ValueError(
                 f"privacy.enabled: {', '.join(wrong)}: what one user adds is not known exactly there; use model.preset dp or sasrec, "
-                "time_bias, values and repeat false, prior_days 0, no features or context, train.loss softmax, and no warm start, jitter or horizon"
+                "time_bias, values and repeat false, prior_days 0, no features or context, train.loss softmax, no warm start, jitter or "
+                "horizon, and let gates.must_beat name popular lists alone"
             )
         return self
 

@@ -3,6 +3,7 @@
 RecrayError
 ├── SettingsError          settings that cannot be used (exit code 2)
 ├── RefusedError           a rule said no: nothing broke (exit code 3)
+│   └── PrivacySpentError  a training would pass the cap on ε
 └── (exit code 1)
     ├── DataError          input events or items that cannot be used
     │   └── TooManyBadRowsError
@@ -44,6 +45,10 @@ class RefusedError(RecrayError):
     """A rule said no; nothing broke and nothing was published."""
 
     exit_code = 3
+
+
+class PrivacySpentError(RefusedError):
+    """A private training would pass `privacy.cap`."""
 
 
 class DataError(RecrayError):

@@ -18,7 +18,17 @@ from recray import lease, stages
 from recray.config import Settings
 from recray.dataset.features import notes
 from recray.dataset.reader import Dataset
-from recray.errors import ArtifactError, DataError, MissingArtifactError, RecrayError, RefusedError, SettingsError, TrackingError, TrainingError
+from recray.errors import (
+    ArtifactError,
+    DataError,
+    MissingArtifactError,
+    PrivacySpentError,
+    RecrayError,
+    RefusedError,
+    SettingsError,
+    TrackingError,
+    TrainingError,
+)
 from recray.prepare import prepare as preparation
 from recray.stages import AsOf, JobResult, Say, Work, date_of
 from recray.storage import Storage, key_of, read_json, storage_error, write_json
@@ -29,7 +39,7 @@ if TYPE_CHECKING:
     from recray.release import Member
     from recray.terminal import Reporter
 
-RESULT_SECTIONS = ("data", "split", "model", "train", "evaluate", "gates", "score")
+RESULT_SECTIONS = ("data", "split", "model", "train", "privacy", "evaluate", "gates", "score")
 
 
 def _quiet(message: str, **fields: Any) -> None:
@@ -83,12 +93,14 @@ def run_promote(settings: Settings, as_of: AsOf, say: Say = _quiet, *, bundle: s
 
 def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Make the champion before this one the champion again, and score the published night with it."""
-    from recray.promotion import roll_back
+    from recray.promotion import keep_private, roll_back
     from recray.release import Release
 
     with _at_work("rollback", settings, say) as work:
         storage = work.storage
         release = Release.read(storage)
+        if release.previous is not None:
+            keep_private(settings, release.previous.open(storage))
         if release.previous is not None or _published_by(storage, release.champion):
             release = roll_back(storage)
         assert release.champion is not None  # else: flipped by an attempt that ended before it had scored
@@ -148,7 +160,13 @@ def _stages(work: Work, as_of: AsOf, digests: preparation.Digests) -> list[JobRe
         if stage is stages.train and not _train_is_due(settings, dataset):
             say("the last bundle is younger than train.every_days")
             continue
-        results.append(stage(work, dataset))
+        try:
+            results.append(stage(work, dataset))
+        except PrivacySpentError as error:
+            if not _has_champion(work.storage):
+                raise
+            work.warn(f"{error.what}; the champion scores the night")
+            continue
         if stage is stages.promote and not _has_champion(work.storage):
             raise RefusedError(results[-1].reason, "nothing was published; mend the model or the gate's settings, then repeat")
     return results
@@ -294,7 +312,8 @@ def _begin(journal: Path, settings: Settings, as_of: AsOf, *, restart: bool) -> 
         return
     if before is not None and not before["ended"] and not restart:
         old = before["settings"]
-        changed = [f"{s}.{f} {old[s].get(f)!r} → {value!r}" for s, fields in now.items() for f, value in fields.items() if old[s].get(f) != value]
+        pairs = [(f"{s}.{f}", old.get(s, {}).get(f), value) for s, fields in now.items() for f, value in fields.items()]
+        changed = [f"{name} {was!r} → {value!r}" for name, was, value in pairs if was != value]
         raise RefusedError(
             f"this night (as of {as_of or 'all there is'}) was begun with other settings and did not end: {', '.join(changed)}",
             "repeat it with the settings it was begun with, or begin anew with these: --restart",

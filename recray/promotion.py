@@ -40,18 +40,33 @@ def promote(settings: Settings, dataset: Dataset, challenger: Bundle, *, by_hand
         reason = f"bundle {challenger.key} was rolled back; `recray promote {challenger.key}` lets it come back"
         return "", _decision(dataset, challenger, release, [], {}, reason), False
     champion = _champion(storage, release, by_hand=by_hand)
-    key = promote_key(settings, dataset, challenger, champion)
+    privacy = None
+    if settings.privacy.enabled:
+        privacy = _private(settings, challenger)
+        if champion is not None and not champion.privacy["differential_privacy"]:
+            champion = None  # it may have learned of those who are asked
+    key = promote_key(settings, dataset, challenger, champion, privacy)
     path = storage.promotion(key)
     if not is_sealed(path, KIND, key):
-        _seal(settings, path, key, dataset, challenger, champion, release)
+        _seal(settings, path, key, dataset, challenger, champion, release, privacy)
     decision = read_json(path / "decision.json")
     return key, decision, _flip(storage, release, challenger, key, promoted=decision["promoted"])
 
 
-def promote_key(settings: Settings, dataset: Dataset, challenger: Bundle, champion: Bundle | None) -> str:
-    """Run key of promote."""
-    chosen = settings.result_settings("gates", "evaluate", "score", "privacy")
-    return key_of("promote", chosen, dataset.key, dataset.digest, challenger.digest, champion and champion.digest, __version__)
+def promote_key(settings: Settings, dataset: Dataset, challenger: Bundle, champion: Bundle | None, privacy: gates.Check | None = None) -> str:
+    """Run key of promote. `privacy` is what the ledger says today."""
+    chosen = settings.result_settings("gates", "evaluate", "score")
+    said = None if privacy is None else asdict(privacy)
+    return key_of("promote", chosen, dataset.key, dataset.digest, challenger.digest, champion and champion.digest, said, __version__)
+
+
+def keep_private(settings: Settings, bundle: Bundle) -> None:
+    """Raises RefusedError if privacy is on and a bundle was trained without it: what it scores would be published."""
+    if settings.privacy.enabled and not bundle.privacy["differential_privacy"]:
+        raise RefusedError(
+            f"privacy.enabled, but bundle {bundle.key} was trained without privacy; its scores are not published",
+            "begin with a storage.root of its own, or promote a private bundle first",
+        )
 
 
 def roll_back(storage: Storage) -> Release:
@@ -86,15 +101,24 @@ def _champion(storage: Storage, release: Release, *, by_hand: bool) -> Bundle | 
         return None
 
 
-def _seal(settings: Settings, path: Path, key: str, dataset: Dataset, challenger: Bundle, champion: Bundle | None, release: Release) -> None:
+def _seal(
+    settings: Settings,
+    path: Path,
+    key: str,
+    dataset: Dataset,
+    challenger: Bundle,
+    champion: Bundle | None,
+    release: Release,
+    privacy: gates.Check | None,
+) -> None:
     """Ask the gate and write down what it said."""
     storage = Storage(settings.root())
     evaluated = evaluate_key(settings, dataset, challenger)
     table = evaluate(settings, evaluated, dataset, challenger)
     known = storage.dataset(challenger.manifest["dataset"])
     checks, comparison = gates.decide(settings, dataset, challenger, champion, table, storage.evaluation(evaluated), known)
-    if settings.privacy.enabled:
-        checks.append(_private(settings, challenger))
+    if privacy is not None:
+        checks.append(privacy)
     refusals = [check.text for check in checks if not check.passed]
     content = _decision(dataset, challenger, release, checks, comparison, "; ".join(refusals))
     with sealed_directory(path, KIND, key, {"bundle": challenger.key, "dataset": dataset.key}) as folder:

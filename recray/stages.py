@@ -251,13 +251,14 @@ def _not_promoted(work: Work, reason: str, started: float) -> JobResult:
 def score(work: Work, dataset: Dataset) -> JobResult:
     """Every user's list by the champion, published. Raises RefusedError if there is no champion, or the night is older than it."""
     from recray.inference import unmatched
-    from recray.promotion import champion_of
+    from recray.promotion import champion_of, keep_private
     from recray.scoring import score as scoring
     from recray.snapshot import writer
 
     started = time.monotonic()
     storage, settings = work.storage, work.settings
     bundle = champion_of(storage)
+    keep_private(settings, bundle)
     if bundle.as_of_s > dataset.as_of_s:
         raise RefusedError(
             f"champion {bundle.key} knows events up to {date_of(bundle.as_of_s)}, later than this night of {date_of(dataset.as_of_s)}",

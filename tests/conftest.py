@@ -92,7 +92,6 @@ def private_overrides(folder: Path, root: Path) -> list[str]:
         "model.time_bias=false",
         "model.repeat=false",
         "model.prior_days=0",
-        "model.dropout=0",
         "train.average_decay=0",
         "data.features={}",
         "data.context=[]",

@@ -87,7 +87,7 @@ def _private(users: int, items: int) -> list[float]:
     seconds = []
     for batch, targets, _ in RandomUsers(users, items, HISTORY, STEPS).epoch(0):
         begun = time.monotonic()
-        step.step(_pieces(batch, targets, physical_users(items, HISTORY)))
+        step.step(_pieces(batch, targets, physical_users(items, HISTORY, DIM * model.shape.blocks)))
         seconds.append(time.monotonic() - begun)
     return seconds
 

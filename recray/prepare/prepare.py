@@ -227,7 +227,10 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:
         for number in range(probe.n_shards):
             shard = probe._map(number)
             counts = np.diff(shard.offsets)
-            yield shard.timestamp_s[np.repeat(counts >= minimum, counts)]
+            keep = counts >= minimum
+            if settings.split.held_out:  # what is learned must not say when the split is
+                keep = keep & held_out(shard, settings.split)
+            yield shard.timestamp_s[np.repeat(keep, counts)]
 
     cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
     for number in range(probe.n_shards):

@@ -67,12 +67,12 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min
     split = np.zeros((len(shard), 4), np.int32)
     train_end, validation_end, test_start, test_end = split.T
     if settings.kind == "time":
-        draw = draw_of(shard.user_ids, settings.seed)
+        asked = held_out(shard, settings) if settings.held_out else draw_of(shard.user_ids, settings.seed) < settings.validation_users
         before_test = _count_before(shard, cuts["test"])
         before_validation = _count_before(shard, cuts["validation"])
         test_start[:] = before_test
         test_end[:] = np.where(before_test > 0, _basket_end(shard, before_test), before_test)
-        validation = ((draw < settings.validation_users) | held_out(shard, settings)) & (before_validation > 0) & (before_validation < before_test)
+        validation = asked & (before_validation > 0) & (before_validation < before_test)
         train_end[:] = np.where(validation, before_validation, before_test)
         validation_end[:] = np.where(validation, np.minimum(_basket_end(shard, before_validation), before_test), train_end)
     elif settings.kind == "leave_one_out":
@@ -80,6 +80,8 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min
         test_end[:] = counts
         test_start[:] = validation_end[:] = counts - held
         train_end[:] = counts - 2 * held
+        if settings.held_out:  # nothing is asked of the others
+            split[~held_out(shard, settings), :3] = counts[~held_out(shard, settings), None]
     else:
         baskets = np.zeros(len(shard), np.int64)
         baskets[counts > 0] = shard.basket[shard.offsets[1:][counts > 0] - 1] + 1

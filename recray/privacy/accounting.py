@@ -5,6 +5,8 @@ Neighbouring data sets differ by all events of one user being there or not (add 
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from recray.errors import SettingsError
 
 TOLERANCE = 0.01  # of epsilon, to which σ is found and the accountant computes
 MAX_SIGMA = 1e4
+MAX_EPSILON = 200.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Mechanism:
             "not_protected": [
                 "a user's own list, which is made from the user's own history",
                 "users who are held out: validation, gates and metrics are measured on them",
-                "the catalogue, its popular list and the number of users, which are taken for public",
+                "the catalogue with its counts by day, the names of events and the number of users, which are taken for public",
+                "figures of the baselines beside the model, which learn without noise",
                 "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
             ],
             "randomness": "seeded by the operating system; the generators are not cryptographic",
@@ -77,7 +81,10 @@ def mechanism_of(options: PrivacySettings, users: int) -> Mechanism:
     else:
         assert options.epsilon is not None
         sigma = sigma_for(options.epsilon, delta, rate, steps)
-    return Mechanism(sigma, rate, steps, options.clipping_norm, delta, users)
+    found = Mechanism(sigma, rate, steps, options.clipping_norm, delta, users)
+    if math.isinf(found.epsilon):
+        raise SettingsError(f"privacy.sigma: {sigma:g} leaves ε above {MAX_EPSILON:g}, which promises nothing", "raise it, or name an epsilon")
+    return found
 
 
 class Steps(NamedTuple):
@@ -89,14 +96,18 @@ class Steps(NamedTuple):
 
 
 def epsilon_of(spent: Sequence[Steps], delta: float) -> float:
-    """Upper bound of the ε that these steps have together at δ; 0 without steps."""
+    """Upper bound of the ε that these steps have together at δ; 0 without steps, infinite beyond MAX_EPSILON."""
     history = [steps for steps in spent if steps.number]
     if not history:
         return 0.0
-    from opacus.accountants import PRVAccountant
+    from opacus.accountants import PRVAccountant, RDPAccountant
 
-    accountant = PRVAccountant()
-    accountant.history = [tuple(steps) for steps in history]
+    rough, accountant = RDPAccountant(), PRVAccountant()
+    rough.history = accountant.history = [tuple(steps) for steps in history]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its bound is a rough one
+        if rough.get_epsilon(delta) > MAX_EPSILON:
+            return math.inf  # too far for the accountant, and no promise at all
     return float(accountant.get_epsilon(delta, eps_error=TOLERANCE))
 
 

@@ -60,7 +60,8 @@ class PrivateStep:
     clipping_norm : C, what one user's gradient is shortened to
     noise_multiplier : σ; the sum over the users gets Gaussian noise of standard deviation σ C, once over all ranks
     expected_users : users of a step over all ranks, on average; the noised sum is divided by it
-    generator : draws the noise; None: one seeded by the system's randomness
+    generator : draws the noise; None: one that is seeded by the system's randomness anew for each step, since a CPU's takes only
+        32 bits of a seed
 
     Raises SettingsError for a model with a part whose norm is not known exactly.
     """
@@ -89,8 +90,9 @@ class PrivateStep:
             noise_multiplier=noise_multiplier,
             max_grad_norm=clipping_norm,
             expected_batch_size=expected_users / world,
-            generator=generator or seeded_by_the_system(self.device),
+            generator=generator or torch.Generator(self.device),
         )
+        self._reseeds = generator is None
 
     def step(self, physical: Iterable[tuple[Batch, Targets]]) -> None:
         """One update from this rank's users, a row of a batch each, in physical batches that memory can hold; there may be none."""
@@ -99,7 +101,11 @@ class PrivateStep:
             parameter.grad = torch.zeros_like(parameter)
         for batch, targets in physical:
             self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
+        if self._reseeds:
+            self.optimizer.generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
         self.optimizer.step()
+        with torch.no_grad():
+            self.model.items.ids.weight[0] = 0.0  # padding: nothing but noise, from which its source could be guessed
 
     def clipped_sum(self, batch: Batch, targets: Targets) -> Tensor:
         """Adds the users' clipped gradients to every `.grad`; their norms before clipping [B], which are not private."""
@@ -204,11 +210,6 @@ class _Catalogue:
         radial = (found * self.output_VD).sum(1, keepdim=True)
         found = (found - radial * self.output_VD) / self.length_V[:, None]
         return found
-
-
-def seeded_by_the_system(device: torch.device) -> torch.Generator:
-    """A generator whose seed nobody knows. It is not a cryptographic one: Opacus' needs torchcsprng, which is not to be had."""
-    return torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
 
 
 def _grad(parameter: Tensor) -> Tensor:

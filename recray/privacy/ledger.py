@@ -4,7 +4,7 @@ A training reserves its steps before the first one, takes them piece by piece (a
 commits. What a crash left is counted: the whole reservation until it is committed, then every step that was taken, released
 or not. A population is a set of users, known by salted hashes; it may grow, but nobody may be in two.
 
-sqlite by default, any database that SQLAlchemy knows by its URL. Nothing in it is secret but the salt.
+sqlite by default, where nodes share no file system Postgres by its URL. Nothing in it is secret but the salt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from recray.errors import MissingArtifactError, RefusedError, StorageError
+from recray.errors import MissingArtifactError, PrivacySpentError, RefusedError, StorageError
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
 
 RESERVE, TAKE, COMMIT = "reserve", "take", "commit"
@@ -130,8 +130,8 @@ class Ledger:
     def reserve(self, run_key: str, mechanism: Mechanism, cap: float | None, done: int = 0) -> int:
         """Make sure that the steps which `done` leaves of a training are reserved; how many were added.
 
-        Raises RefusedError, with what would fit, if all steps of the population together would pass ε `cap`, or if the run was
-        begun with another mechanism.
+        Raises PrivacySpentError, with what would fit, if all steps of the population together would pass ε `cap`; RefusedError if
+        the run was begun with another mechanism, or has ended.
         """
         with self._alone() as connection:
             runs = self._runs(connection)
@@ -141,9 +141,13 @@ class Ledger:
                     f"training {run_key} was begun with {mine.mechanism}, not with {mechanism}",
                     "go on as it was begun; other settings make another training",
                 )
+            if mine is not None and mine.committed:
+                raise RefusedError(
+                    f"training {run_key} has committed, but what it made is gone", "train with another train.seed, which counts as another training"
+                )
             reserved, taken = (mine.reserved, mine.taken) if mine else (0, 0)
             missing = taken + mechanism.steps - done - reserved
-            if missing <= 0 or (mine and mine.committed):
+            if missing <= 0:
                 return 0
             before = [run.counted for run in runs]
             wanted = Steps(mechanism.sigma, mechanism.rate, missing)
@@ -241,20 +245,20 @@ def _run(key: str, entries: list[Any]) -> Run:
     return Run(key, mechanism, of[RESERVE], of[TAKE], any(row.kind == COMMIT for row in entries), first.at)
 
 
-def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> RefusedError:
+def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> PrivacySpentError:
     """The refusal, with what would fit."""
     spent = epsilon_of(grouped(before), delta)
     total = epsilon_of(grouped([*before, wanted]), delta)
     what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {wanted.number} steps at σ {wanted.sigma:.3g} it would be {total:.2f}"
     if spent >= cap:
-        return RefusedError(what, "nothing fits any more: score with the weights that are there (it costs nothing), or raise the cap")
+        return PrivacySpentError(what, "nothing fits any more: score with the weights that are there (it costs nothing), or raise the cap")
     low, high = 0, wanted.number
     while high - low > 1:
         middle = (low + high) // 2
         within = epsilon_of(grouped([*before, wanted._replace(number=middle)]), delta) <= cap
         low, high = (middle, high) if within else (low, middle)
     sigma = sigma_for(cap, delta, wanted.rate, wanted.number, grouped(before))
-    return RefusedError(
+    return PrivacySpentError(
         what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing"
     )
 
@@ -265,9 +269,9 @@ def _durable(engine: Engine) -> None:
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # transactions are begun below
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA busy_timeout=30000")
+        connection.execute("PRAGMA journal_mode=DELETE")  # a write-ahead log would need the memory of one machine
+        connection.execute("PRAGMA synchronous=FULL")
 
     @sa.event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:

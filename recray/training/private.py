@@ -6,6 +6,7 @@ steps: no loss, no norm; what is reported is measured on users of whom nothing i
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,23 +24,25 @@ from recray.training.batches import TrainingBatches
 from recray.training.loop import Loop, LoopSettings, Validate, copied
 
 PHYSICAL_BYTES = 256 << 20
-"""Scores of a physical batch, which are kept between its two passes: users x queries x items in float32."""
+"""Of a physical batch, between its two passes: scores, products of events with events, and what the blocks keep for the way back."""
+KEPT = 16
+"""Numbers that a block keeps for each event, as multiples of its width; of that order."""
 
 
 Take = Callable[[int], None]
 """Called with a number of steps before they are taken; raises RefusedError if they may not be."""
 
 
-def physical_users(items: int, queries: int) -> int:
-    """Users of a physical batch, each asked so many times about so many items."""
-    return max(PHYSICAL_BYTES // (4 * items * queries), 1)
+def physical_users(items: int, events: int, width: int) -> int:
+    """Users of a physical batch, each with so many events and asked after each about so many items; `width` of all blocks together."""
+    return max(PHYSICAL_BYTES // (4 * events * (items + 2 * events + KEPT * width)), 1)
 
 
 class PrivateRows:
     """A row for each user who is learned from, and the drawn ones of a step in physical batches."""
 
-    def __init__(self, batches: TrainingBatches) -> None:
-        self.batches = batches
+    def __init__(self, batches: TrainingBatches, width: int) -> None:
+        self.batches, self.width = batches, width
         self.windows = batches.last_windows()
         self.length = self.windows.stop - self.windows.start
         self.items = batches.dataset.n_items + 1
@@ -52,7 +55,7 @@ class PrivateRows:
         chosen = users[np.argsort(-self.length[users], kind="stable")]
         first = 0
         while first < len(chosen):
-            size = physical_users(self.items, int(self.length[chosen[first]]))
+            size = physical_users(self.items, int(self.length[chosen[first]]), self.width)
             yield self.batches.collate(self.windows[chosen[first : first + size]])
             first += size
 
@@ -73,7 +76,7 @@ class PrivateLoop(Loop):
         take: Take = lambda steps: None,
     ) -> None:
         super().__init__(model, batches, validate, criterion, settings)
-        self.rows = PrivateRows(batches)
+        self.rows = PrivateRows(batches, model.shape.dim * model.shape.blocks)
         if len(self.rows) != mechanism.users:
             raise TrainingError(f"{len(self.rows)} users are learned from, but {mechanism.users} were accounted for", "prepare the dataset anew")
         self.steps, self.every, self.take = mechanism.steps, every, take
@@ -119,7 +122,8 @@ class PrivateLoop(Loop):
             raise TrainingError(f"after step {self.progress.step} the ranks' weights differ", "report it; the last checkpoint is kept")
 
     def private_step(self) -> None:
-        """One step; its users are drawn anew."""
+        """One step; its users are drawn anew, and so is dropout: a mask that could be foreseen would not average out."""
+        torch.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
         self.progress.step += 1
         rate = self.settings.learning_rate * min(1.0, self.progress.step / max(self.settings.warmup_steps, 1))
         for group in self.optimizer.param_groups:

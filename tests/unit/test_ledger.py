@@ -45,7 +45,8 @@ def test_steps_that_a_crash_took_are_counted_and_taken_again(url):
     ledger.take("a", 60)
     ledger.commit("a")
     assert ledger.spent() == [Steps(2.0, 0.1, 140)]
-    assert ledger.reserve("a", ONE, None, done=100) == 0
+    with pytest.raises(RefusedError, match="has committed"):
+        ledger.reserve("a", ONE, None, done=100)
 
 
 def test_repeated_it_reserves_nothing_more(url):

@@ -54,6 +54,31 @@ def test_nothing_is_learned_of_those_who_are_asked(dataset):
         assert all(held[shard][row] for shard, row, _, _ in asked)
 
 
+def test_the_cuts_are_those_of_who_is_asked(dataset):
+    times = np.concatenate([shard.timestamp_s[np.repeat(shard.held_out, np.diff(shard.offsets))] for shard in dataset.shards()])
+    assert dataset.cut_s("test") == math.ceil(np.quantile(times, 0.9))
+    everybody = np.concatenate([shard.timestamp_s for shard in dataset.shards()])
+    assert dataset.cut_s("test") != math.ceil(np.quantile(everybody, 0.9))
+
+
+def test_what_nobody_is_asked_about_is_learned(world_folder, tmp_path):
+    dataset = prepare_here(private_settings(world_folder, tmp_path, "split.kind=leave_one_out"))
+    for shard in dataset.shards():
+        counts = np.diff(shard.offsets)
+        assert (shard.learned == np.where(shard.held_out, 0, counts)).all()
+
+
+def test_dropout_is_not_foreseen(settings, dataset):
+    masks = []
+    for _ in range(2):
+        run = loop_of(settings, dataset, sigma=1e-9)
+        assert run.model.shape.dropout > 0
+        run.sampler = PoissonUsers(len(run.rows), 0.2, entropy=1)
+        run.private_step()
+        masks.append(run.model.items.ids.weight.detach().clone())
+    assert not torch.allclose(*masks, rtol=1e-4, atol=1e-6)
+
+
 def test_steps_are_taken_as_accounted_and_end_there(settings, dataset):
     run = loop_of(settings, dataset)
     lines = list(run.run())
@@ -73,10 +98,8 @@ def test_two_trainings_draw_other_noise(settings, dataset):
 
 
 def test_it_learns_with_little_noise(world_folder, tmp_path):
-    settings = private_settings(
-        world_folder, tmp_path, "privacy.steps=150", "privacy.report_every=150", "privacy.sigma=0.01", "train.learning_rate=0.01"
-    )
-    run = loop_of(settings, prepare_here(settings))
+    settings = private_settings(world_folder, tmp_path, "privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01")
+    run = loop_of(settings, prepare_here(settings), sigma=0.01)
     untrained = run._validated()
     assert next(run.run())["validation_ndcg"] > 2 * untrained
 
@@ -153,6 +176,8 @@ def test_epsilon_is_that_of_the_literature():
 def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
     with pytest.raises(SettingsError, match="below 1/1000"):
         mechanism_of(settings.privacy.model_copy(update={"delta": 1e-3}), 1000)
+    with pytest.raises(SettingsError, match="promises nothing"):
+        mechanism_of(settings.privacy.model_copy(update={"sigma": 0.01}), 1000)
     with pytest.raises(SettingsError, match="spent already"):
         sigma_for(0.5, 1e-5, 0.1, 100, before=[Steps(1.0, 0.1, 100)])
     mechanism = mechanism_of(settings.privacy.model_copy(update={"sigma": None, "epsilon": 2.0}), 1000)
@@ -171,6 +196,7 @@ def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
         ("train.warm_start=true", "train.warm_start"),
         ("train.loss=sampled", "train.loss"),
         ("split.kind=random", "random split"),
+        ("gates.must_beat=[EASE]", "gates.must_beat"),
     ],
 )
 def test_settings_that_break_the_promise_are_refused(world_folder, tmp_path, override, words):

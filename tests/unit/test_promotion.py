@@ -222,3 +222,11 @@ def test_where_privacy_is_on_only_a_private_bundle_that_the_ledger_knows_passes(
     assert re.match(r"users spent ε \d\.\d+ at δ 1e-05 of 1", reason())
     private = private.model_copy(update={"privacy": private.privacy.model_copy(update={"cap": 9.0})})
     assert reason() == "" and Release.read(storage).champion.run_key == bundle.key
+
+
+def test_where_privacy_is_on_nothing_else_is_published(fresh):
+    settings, _, _, (bundle, *_) = fresh
+    private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
+    with pytest.raises(RefusedError, match="trained without privacy"):
+        promotion.keep_private(private, bundle)
+    promotion.keep_private(settings, bundle)
