@@ -71,6 +71,7 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
             "progress": str(tmp_path / "p.jsonl"),
             "resume": None,
             "parent": None,
+            "private": None,
         },
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}, placement_strategy="STRICT_SPREAD"),
         run_config=RunConfig(name="two", storage_path=str(tmp_path / "runs")),
