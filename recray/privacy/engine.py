@@ -25,11 +25,10 @@ from torch import Tensor, nn
 
 from recray.errors import SettingsError
 from recray.model.fused import Linear, RMSNorm
-from recray.model.losses import Targets
+from recray.model.losses import BLOCK_SCORES, Targets
 from recray.model.recommender import Batch, Recommender
 from recray.privacy.norms import Compared, layer_norms, lookup_norms
 
-BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # scores at once: what a CPU's cache holds, what a GPU is busy with
 TINY = 1e-6
 TABLES = ("items.ids.weight", "positions.weight", "events.weight")
 BIASES = ".event_bias.weight"
