@@ -108,7 +108,7 @@ class Bundle:
             first, second = (state[buffer].numpy() for buffer in pair)
             features[name] = joined((first, second), added[name]) if more else (first, second)
             state.update(zip(pair, map(torch.from_numpy, features[name]), strict=True))
-        for name in ("items.ids.weight", "items.seen_V"):
+        for name in {"items.ids.weight", "items.seen_V"} & state.keys():
             state[name] = torch.cat([state[name], state[name].new_zeros(more, *state[name].shape[1:])])
         model = Recommender(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)
         missing, unexpected = model.load_state_dict(state, strict=False)

@@ -36,7 +36,7 @@ JOBS = {
     "rollback": "the champion before this one again, and its scores for the published night",
     "serve": "answer requests from the published night until interrupted",
 }
-SUBMITTED = ("prepare", "train", "evaluate", "promote", "score", "nightly", "rollback")
+SUBMITTED = ("prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "audit")
 INIT_HEADING = """recray nightly --config {path}
 Every setting with its default. Override any on the command line: train.epochs=3"""
 
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return supervise(lambda tell: _run(parsed, tell), lambda what, fix: _end(parsed, RecrayError(what, fix), started))
 
 
-def job_main(job: str) -> int:
+def job_main(*job: str) -> int:
     """Entry point of `python -m jobs.<job>`: the same arguments as `recray <job>`, with JSON logs."""
-    sys.argv[1:1] = [job, "--log=json"]
+    sys.argv[1:1] = [*job, "--log=json"]
     return main()
 
 
@@ -82,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     _settings(models)
     text = "what private trainings have spent of their users' privacy, and what can be afforded"
     privacy = commands.add_parser("privacy", help=text, description=text)
-    privacy.add_argument("what", choices=["status", "plan"], help="status: the ledger; plan: noise, cadence and shards of users for a cap")
+    privacy.add_argument(
+        "what",
+        choices=["status", "plan", "audit"],
+        help="status: the ledger; plan: noise, cadence and shards of users for a cap; audit: how much of its ε a training shows (several trainings)",
+    )
     privacy.add_argument("--days", type=int, default=30, help="plan: how long the cap is to last (default: 30)")
     _settings(privacy)
     doctor = commands.add_parser("doctor", help="look at machine, versions, Ray, MLflow and storage; say what to fix")
@@ -99,9 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         help="prepare: peak memory; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); features: what each column is worth, and items "
         "that training never saw; slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; "
-        "catalogue: memory and time with a million items; scale: how seconds grow with events and users; privacy: a private step beside a plain one",
+        "catalogue: memory and time with a million items; scale: how seconds grow with events and users; privacy: a private step beside "
+        "a plain one, and with --data quality by ε (hours; goes on where it was stopped)",
     )
-    benchmark.add_argument("--data", help="quality, features, slate, train, score: folder of a data set, or its name under $RECRAY_DATA")
+    benchmark.add_argument(
+        "--data", help="quality, features, slate, train, score, privacy: folder of a data set, or its name under $RECRAY_DATA; privacy: or world"
+    )
     benchmark.add_argument(
         "--against", choices=["implicit", "rectools"], help="quality, train, score: the peer to run on the same data in the same run"
     )
@@ -205,7 +212,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "models":
             return pipeline.run_models(settings, reporter)
         if arguments.job == "privacy":
-            return pipeline.run_privacy(settings, arguments.what, arguments.days, reporter)
+            return pipeline.run_privacy(settings, arguments.what, arguments.days, as_of, reporter)
         job: Callable[..., Any] = getattr(pipeline, f"run_{arguments.job}")
         options = {name: getattr(arguments, name) for name in ("bundle", "restart") if hasattr(arguments, name)}
         result = job(settings, as_of, reporter.say, **options)

@@ -127,6 +127,10 @@ class ModelSettings(Section):
     values: bool = Field(False, description="ratings, quantities or dwell times of the history as vectors")
     repeat: bool = Field(True, description="copy term: what a user met before scores by how often and how recently")
     prior_days: int = Field(7, ge=0, description="popularity of the last days as a prior on scores, where time is known; 0: none")
+    items: Literal["learned", "features"] = Field(
+        "learned",
+        description="item vectors: learned, of ids and features; or a learned map of fixed codes of the features (privacy with few users)",
+    )
     feature_buckets: int = Field(4096, ge=16, description="hash buckets for each feature column")
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of the items that a training step knows by their features alone, for the sake of items nobody met yet"
@@ -150,7 +154,9 @@ class TrainSettings(Section):
     epochs: int = Field(50, ge=1, description="at most so many passes over the training histories")
     patience: int = Field(4, ge=1, description="stop after so many epochs without a better validation NDCG")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    warm_start: bool = Field(False, description="begin with the champion's weights, items matched by their ids; anew where its network is another")
+    warm_start: bool = Field(
+        False, description="begin with the champion's weights, items matched by their ids; anew where its network is another, or it is not as private"
+    )
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     average_decay: float = Field(0.99, ge=0, lt=1, description="exponential moving average of the weights, which is validated and kept; 0: none")
@@ -185,8 +191,21 @@ class PrivacySettings(Section):
     steps: int = Field(400, ge=1, description="steps of a training; there is no early stop")
     report_every: int = Field(40, ge=1, description="steps between two checkpoints")
     population: str = Field("users", min_length=1, description="whose ledger it is: what is spent of a user is kept in one place")
+    public_start: str | None = _place(
+        None, "folder of a bundle of public data with the same network, which a training begins with where no private champion is there to begin with"
+    )
     cap: float | None = _place(None, "ε that all trainings of the population may spend together; null: it is only counted", gt=0)
     ledger: str | None = _place(None, "database URL of the ledger (sqlite:////path, postgresql://…); null: sqlite under storage.root")
+
+    audit_claims: tuple[float, ...] = _place((1.0, 3.0), "audit: values of ε that are put to the test", min_length=1)
+    audit_canaries: int = _place(1000, "audit: users made up, of whom half are planted; what so many can show is said beside what they did", ge=2)
+
+    @field_validator("audit_claims")
+    @classmethod
+    def _claims(cls, claims: tuple[float, ...]) -> tuple[float, ...]:
+        if min(claims) <= 0 or len({f"{claim:g}" for claim in claims}) < len(claims):
+            raise ValueError("claims are values of ε above 0, each named once")
+        return claims
 
     @model_validator(mode="after")
     def _one_dial(self) -> PrivacySettings:
@@ -286,6 +305,12 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _fixed_items(self) -> Settings:
+        if self.model.items == "features" and not self.data.features:
+            raise ValueError("model.items: features, but data.features declares none; name columns of the item table there")
+        return self
+
+    @model_validator(mode="after")
     def _private(self) -> Settings:
         if not self.privacy.enabled:
             return self
@@ -301,10 +326,10 @@ class Settings(Section):
             "model.prior_days": self.model.prior_days > 0,
             "model.relative": bool(self.model.relative),
             "model.attention": self.model.attention == "pointwise",
-            "data.features": bool(self.data.features),
+            "data.features": bool(self.data.features) and self.model.items == "learned",
+            "model.scores": self.model.scores == "cosine" and self.model.items == "features",
             "data.context": bool(self.data.context),
             "data.released": self.data.released is not None,
-            "train.warm_start": self.train.warm_start,
             "train.loss": self.train.loss not in ("auto", "softmax"),
             "train.temperature_jitter": self.train.temperature_jitter > 0,
             "train.horizon": self.train.horizon > 1,
@@ -314,8 +339,8 @@ class Settings(Section):
         if wrong:
             raise ValueError(
                 f"privacy.enabled: {', '.join(wrong)}: what one user adds is not known exactly there; use model.preset dp or sasrec, "
-                "time_bias, values and repeat false, prior_days 0, no features or context, train.loss softmax, no warm start, jitter or "
-                "horizon, and let gates.must_beat name popular lists alone"
+                "time_bias, values and repeat false, prior_days 0, no context, features with model.items=features and a dot product alone, "
+                "train.loss softmax, no jitter or horizon, and let gates.must_beat name popular lists alone"
             )
         return self
 
@@ -407,6 +432,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path, replaced: set[str]) -> 
             return value
         return str(folder / value)
 
+    privacy = content.get("privacy", {})
+    if "public_start" in privacy and "privacy.public_start" not in replaced:
+        privacy["public_start"] = anchor(privacy["public_start"])
     data = content.get("data", {})
     if isinstance(data.get("events"), str):
         data["events"] = [data["events"]]

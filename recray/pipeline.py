@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,6 @@ from recray.errors import (
     PrivacySpentError,
     RecrayError,
     RefusedError,
-    SettingsError,
     TrackingError,
     TrainingError,
 )
@@ -34,8 +31,6 @@ from recray.stages import AsOf, JobResult, Say, Work, date_of
 from recray.storage import Storage, key_of, read_json, storage_error, write_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from recray.release import Member
     from recray.terminal import Reporter
 
@@ -234,63 +229,32 @@ def run_models(settings: Settings, reporter: Reporter) -> JobResult:
     return JobResult("models", "ok", metrics={"models": found}, seconds=round(time.monotonic() - started, 2), warnings=work.warnings)
 
 
-def run_privacy(settings: Settings, what: str, days: int, reporter: Reporter) -> JobResult:
-    """`status`: what the population has spent, training by training. `plan`: what cadences and shards of users would spend."""
+def run_privacy(settings: Settings, what: str, days: int, as_of: AsOf, reporter: Reporter) -> JobResult:
+    """`status`: what the population has spent, training by training. `plan`: what cadences and shards of users would spend.
+    `audit`: how much of its ε a training shows."""
+    from recray.privacy import tables
+
     started = time.monotonic()
-    table, metrics = (_privacy_status if what == "status" else partial(_privacy_plan, days=days))(settings)
+    outputs, warnings = {}, []
+    if what == "audit":
+        with _at_work("audit", settings, reporter.say) as work:
+            found, file = stages.audit(work, _dataset(settings, as_of))
+        outputs["audit"], warnings = str(file), work.warnings
+        table, metrics = tables.audit(found)
+    else:
+        table, metrics = tables.status(settings) if what == "status" else tables.plan(settings, days)
     reporter.show(table)
-    return JobResult("privacy", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2))
-
-
-def _privacy_status(settings: Settings) -> tuple[Table, dict[str, Any]]:
-    from rich.table import Table
-
-    from recray.privacy.accounting import epsilon_of
-    from recray.privacy.ledger import Ledger
-
-    options = settings.privacy
-    ledger = Ledger.read(settings.ledger_url(), options.population)
-    runs = ledger.runs()
-    table = Table("training", "begun", "σ", "q", "C", "users", "steps", "ε alone", title=f"population {options.population}", title_justify="left")
-    for run in runs:
-        m = run.mechanism
-        steps = f"{run.taken}" if run.committed else f"{run.taken} of {run.reserved} reserved, open"
-        alone = f"{epsilon_of([run.counted], options.delta):.2f}"
-        table.add_row(run.run_key, run.begun, f"{m.sigma:.3g}", f"{m.rate:g}", f"{m.clipping_norm:g}", str(m.users), steps, alone)
-    spent = epsilon_of(ledger.spent(), options.delta)
-    table.caption = f"all together: ε {spent:.2f} at δ {options.delta:g}" + (f" of {options.cap:g}" if options.cap else "; no cap is set")
-    table.caption += f"; {ledger.members()} users. Scoring with weights that are there costs nothing."
-    metrics = {"epsilon": round(spent, 4), "delta": options.delta, "cap": options.cap, "users": ledger.members(), "trainings": len(runs)}
-    return table, metrics
-
-
-def _privacy_plan(settings: Settings, days: int) -> tuple[Table, dict[str, Any]]:
-    from rich.table import Table
-
-    from recray.privacy import plan
-    from recray.privacy.accounting import sigma_for
-    from recray.privacy.ledger import Ledger
-
-    options = settings.privacy
-    cap = options.cap or options.epsilon
-    if cap is None:
-        raise SettingsError("privacy.cap: a plan needs what may be spent", "set privacy.cap=8, say")
-    try:
-        before = Ledger.read(settings.ledger_url(), options.population).spent()
-    except MissingArtifactError:
-        before = []
-    rate, steps, delta = options.sampling_rate, options.steps, options.delta
-    sigma = options.sigma or sigma_for(options.epsilon or cap, delta, rate, steps)
-    found = plan.options(cap, delta, rate, steps, sigma, days, before)
-    title = f"{days} days, ε {cap:g} at δ {delta:g}; a training: {steps} steps, q {rate:g}, σ {sigma:.3g}"
-    columns = ("train every", "users a night", "trainings a user", "σ that keeps the cap", f"ε with σ {sigma:.3g}")
-    table = Table(*columns, title=title, title_justify="left")
-    for option in found:
-        needed = "–" if option.sigma is None else f"{option.sigma:.3g}"
-        users = "all" if option.shards == 1 else f"1 in {option.shards}"
-        table.add_row(f"{option.every_days} d", users, str(option.trainings), needed, f"{option.epsilon:.2f}")
-    table.caption = "after what the ledger has spent" if before else "with nothing spent before"
-    return table, {"options": [asdict(option) for option in found]}
+    done = JobResult("privacy", "ok", outputs=outputs, metrics=metrics, seconds=round(time.monotonic() - started, 2), warnings=warnings)
+    for claim in metrics.get("claims", []):
+        named = f"ε {claim['claim']:g}"
+        if claim["verdict"] == "refuted":
+            done.status, done.reason = "failed", f"{named} is refuted: the training promises more than it keeps; release nothing of it"
+            break
+        if claim["verdict"] == "cannot tell":
+            done.warnings.append(f"{named}: {metrics['canaries']} canaries cannot tell; raise privacy.audit_canaries or lower privacy.delta")
+        elif not claim["control_caught"]:
+            done.status, done.reason = "failed", f"{named} was not refuted without noise either, so the audit says nothing; raise privacy.steps"
+    return done
 
 
 def _version(work: Work, key: str) -> str | None:

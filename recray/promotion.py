@@ -137,7 +137,7 @@ def _private(settings: Settings, challenger: Bundle) -> gates.Check:
         ledger = Ledger.read(settings.ledger_url(), options.population)
     except ArtifactError as error:
         return gates.Check(name, False, error.what)
-    if not any(run.run_key == challenger.key and run.committed for run in ledger.runs()):
+    if not ledger.holds(challenger.key):
         return gates.Check(name, False, f"the ledger of {options.population} has no training {challenger.key} that committed")
     spent = epsilon_of(ledger.spent(), options.delta)
     text = f"{options.population} spent ε {spent:.2f} at δ {options.delta:g}" + ("" if options.cap is None else f" of {options.cap:g}")

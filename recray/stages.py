@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recray import cluster, lease
@@ -22,7 +23,7 @@ from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.prepare import prepare as preparation
-from recray.storage import Storage, is_sealed, manifest_digest
+from recray.storage import Storage, is_sealed, manifest_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle
@@ -120,9 +121,9 @@ def train(work: Work, dataset: Dataset) -> JobResult:
         if mechanism := trainer.mechanism_for(settings, dataset):
             for words in mechanism.words():
                 say(words)
-        if settings.train.warm_start:
-            parent = trainer.parent_of(settings, dataset)
-            say(f"begins with the weights of bundle {parent.key}" if parent else "begins anew: no champion of before with this network")
+        parent = trainer.parent_of(settings, dataset)
+        if parent or settings.train.warm_start:
+            say(f"begins with the weights of bundle {parent.key}" if parent else "begins anew: no champion of before to begin with")
         try:
             trainer.train(settings, key, dataset, live)
         except Exception:
@@ -298,6 +299,32 @@ def report(work: Work, dataset: Dataset) -> JobResult:
     _tell(work, key, current_bundle(work.settings, dataset), 4, dataset.as_of_s, told)
     work.say(f"report: {path / report.PAGE}")
     return result_of("report", skipped, key, {"report": str(path / report.PAGE)}, {}, started, work)
+
+
+def audit(work: Work, dataset: Dataset) -> tuple[dict[str, Any], Path]:
+    """How much of its ε a private training on the dataset shows, and the file that it is kept in. An MLflow run of its own.
+
+    What an attempt that was stopped had found is kept, and so is a whole audit: delete the file to make it anew.
+    """
+    from recray.training import audit as auditing
+    from recray.training import trainer
+
+    key = auditing.audit_key(work.settings, dataset)
+    file = work.storage.audit(key)
+    known = read_json(file) if file.exists() else {"runs": {}}
+    if "claims" not in known:
+        cluster.start()
+        known = auditing.audit(work.settings, dataset, work.say, known["runs"], lambda runs: write_json(file, {"runs": runs}))
+        write_json(file, known)
+    else:
+        work.say(f"audit: was made before; delete {file} to make it anew")
+    figures = [(f"{name.replace('ε', 'epsilon')} {figure}", value) for name, run in known["runs"].items() for figure, value in run.items()]
+    values = {name.replace(" ", "_"): float(value) for name, value in figures}
+    told: Entry = {"run_key": key, "run_name": f"audit {date_of(dataset.as_of_s)}", "order": [dataset.as_of_s, 5]}
+    told |= {"settings": trainer.bundle_settings(work.settings), "metrics": {"values": values, "step": day_of(dataset.as_of_s)}}
+    work.outbox.put(key, {**told, "documents": {f"audit/{key}.json": known}, "finished": True})
+    deliver(work)
+    return known, file
 
 
 def headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:

@@ -78,6 +78,9 @@ class Storage:
     def report(self, key: str) -> Path:
         return self.root / "reports" / key
 
+    def audit(self, key: str) -> Path:
+        return self.root / "audits" / f"{key}.json"
+
     def night(self, key: str) -> Path:
         """The settings with which a night was begun, and whether it ended."""
         return self.root / "nights" / f"{key}.json"

@@ -28,8 +28,8 @@ def prepare_here(settings: Settings, as_of=None) -> Dataset:
     return prepare(settings, prepare_key(settings, as_of), as_of, in_process)
 
 
-def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str):
-    """A bundle of untrained weights."""
+def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str, privacy: dict | None = None):
+    """A bundle of untrained weights; `privacy`: what its statement says."""
     import torch
 
     from recray.bundle import write_bundle
@@ -47,6 +47,7 @@ def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str):
         prior_days=chosen["model"]["prior_days"],
         settings=chosen,
         metrics={},
+        privacy=privacy,
     )
 
 

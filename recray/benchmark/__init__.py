@@ -45,6 +45,12 @@ def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str
 def _measure(
     what: str, folder: Path, say: Say, data: str | None, against: str | None, overrides: Sequence[str], out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    if what == "privacy" and data:
+        if against:
+            raise SettingsError("benchmark privacy takes no --against", "leave it out; a transformer under Opacus runs beside ours")
+        from recray.benchmark import utility
+
+        return utility.measure_utility(folder, data, list(overrides), say, out)
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")

@@ -119,12 +119,12 @@ def _train(dataset: Dataset, chosen: dict[str, Any], asked: list[Question], say:
         curve.append(line)
         say(f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, validation NDCG@10 {line['validation_ndcg']:.4f}")
     loop.average.load_state_dict(loop.best)
-    ranks = _ranks(loop.average.eval(), dataset, chosen, asked)
+    ranks = ranks_of(loop.average.eval(), dataset, chosen, asked)
     say(f"seed {seed}: HR@10 {hr(ranks).mean():.4f}, NDCG@10 {ndcg(ranks).mean():.4f}, epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
     return curve, ranks
 
 
-def _ranks(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Question]) -> np.ndarray:
+def ranks_of(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Question]) -> np.ndarray:
     """Rank from 1 of the wanted item of each question among all that the user did not meet."""
     predictor = Predictor.of(model, dataset, chosen["model"]["prior_days"])
     ranks = []

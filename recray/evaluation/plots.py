@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -54,6 +54,28 @@ def learning_curve(curve: list[dict[str, float]], best_epoch: int, k: int) -> st
         right.annotate(f" kept: epoch {best_epoch} ", (best_epoch, 0.04), xycoords=("data", "axes fraction"), color=MINE, ha=side)
 
     return _svg(draw, 9.2, 3.2)
+
+
+def utility(ndcg: dict[str, float], epsilons: list[float], nights: Sequence[int], spent: dict[str, list[float]]) -> str:
+    """NDCG by ε (keys "method, ε 8" and "method, not private", the last drawn as a line across), and ε by nights."""
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        methods = list(dict.fromkeys(name.partition(", ")[0] for name in ndcg))
+        colours = dict(zip(methods, (MINE, "#12a594", "#e5484d", OTHER), strict=False))
+        for method in methods:
+            left.plot(epsilons, [ndcg[f"{method}, ε {e:g}"] for e in epsilons], color=colours[method], marker="o", markersize=4, label=method)
+            if (alone := ndcg.get(f"{method}, not private")) is not None:
+                left.axhline(alone, color=colours[method], linewidth=1, linestyle=":")
+        left.set(xlabel="ε of one training (dotted: not private)", ylabel="NDCG@10", xscale="log", ylim=(0, None))
+        left.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
+        left.legend(frameon=False)
+        for name, values in spent.items():
+            right.plot(nights, values, marker="o", markersize=4, label=name)
+        right.set(xlabel="nights with a training of all users", ylabel="ε of all of them")
+        right.legend(frameon=False)
+
+    return _svg(draw, 9.2, 3.6)
 
 
 def metric_bars(table: Table, k: int) -> str:

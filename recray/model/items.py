@@ -1,16 +1,21 @@
-"""Item vectors: an id vector and one vector per feature column, fused by attention over these modalities.
+"""Item vectors: an id vector and one vector per feature column, fused by attention over these modalities; or a learned linear
+map of fixed vectors of the features.
 
 A feature column is a bag of tokens per item, whose vector is the mean of its tokens' vectors, or a vector per item, which is
 projected. Items that training never saw keep no id vector and live from their features. A modality that an item does not
 have takes no part. Shapes: V items and padding (or a selection of them), D width, M modalities (the id first), K tokens, C
-numbers of a vector.
+numbers of a vector, F width of the fixed vectors.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+FIXED_WIDTH = 128
+"""F. Random codes of that many numbers are nearly at right angles: as many features can be told apart as an item table has."""
 
 
 class TokenBags(nn.Module):
@@ -80,32 +85,58 @@ class ItemEncoder(nn.Module):
     features : name -> (tokens [K], offsets [V]) or (vectors [V, C], present [V]), as `recray.dataset.features` makes them
     id_dropout : share of the items that a training step takes for unseen, so that features learn to speak for those that are
         (DropoutNet, Volkovs et al., NeurIPS 2017)
+    fixed : item vectors are a learned linear map (`adapter`) of random codes of the features, which stay as they were drawn;
+        there are no id vectors, and one modality, which is the whole
     """
 
     seen_V: Tensor
 
-    def __init__(self, seen: np.ndarray, features: dict[str, tuple[np.ndarray, np.ndarray]], buckets: int, dim: int, id_dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        seen: np.ndarray,
+        features: dict[str, tuple[np.ndarray, np.ndarray]],
+        buckets: int,
+        dim: int,
+        id_dropout: float = 0.0,
+        *,
+        fixed: bool = False,
+    ) -> None:
         super().__init__()
         self.register_buffer("seen_V", torch.as_tensor(seen))
         self.id_dropout = id_dropout if features else 0.0
-        self.ids = nn.Embedding(len(seen), dim)
-        nn.init.normal_(self.ids.weight, std=0.02)
+        self.ids = None if fixed else nn.Embedding(len(seen), dim)
         self.names = sorted(features)
+        width = FIXED_WIDTH if fixed else dim
         self.features = nn.ModuleList(
-            VectorColumn(*features[name], dim) if features[name][0].ndim == 2 else TokenBags(*features[name], buckets, dim) for name in self.names
+            VectorColumn(*features[name], width) if features[name][0].ndim == 2 else TokenBags(*features[name], buckets, width) for name in self.names
         )
-
-        self.fusion = nn.Parameter(torch.zeros(self.modalities, dim)) if features else None
+        self.adapter = nn.Linear(width, dim, bias=False) if fixed else None
+        self.fusion = nn.Parameter(torch.zeros(self.modalities, dim)) if features and not fixed else None
+        if self.ids is not None:
+            nn.init.normal_(self.ids.weight, std=0.02)
+        if self.adapter is not None:
+            nn.init.normal_(self.adapter.weight, std=0.02)
+            self.features.requires_grad_(False)
 
     @property
     def modalities(self) -> int:
-        return 1 + len(self.features)
+        return 1 if self.adapter is not None else 1 + len(self.features)
+
+    @torch.no_grad()
+    def codes(self, index: Tensor | None = None) -> Tensor:
+        """The fixed vectors [V, F], of length one; zero for an item without features."""
+        found = torch.zeros(len(self.seen_V) if index is None else len(index), FIXED_WIDTH, device=self.seen_V.device)
+        for column in self._columns:
+            found += F.normalize(column(index), dim=1)
+        return F.normalize(found, dim=1)
 
     def parts(self, index: Tensor | None = None) -> Tensor:
         """Vectors by modality [M, V, D]; zero where an item does not have it."""
         return self._parts(index, self._seen(index))
 
     def _parts(self, index: Tensor | None, seen: Tensor) -> Tensor:
+        if self.adapter is not None:
+            return self.forward(index)[None]
         return torch.stack([self._ids(index, seen), *(column(index) for column in self._columns)])
 
     def _seen(self, index: Tensor | None) -> Tensor:
@@ -116,6 +147,7 @@ class ItemEncoder(nn.Module):
         return [column for column in self.features if isinstance(column, TokenBags | VectorColumn)]
 
     def _ids(self, index: Tensor | None, seen: Tensor) -> Tensor:
+        assert self.ids is not None
         found: Tensor = (self.ids.weight if index is None else self.ids(index)) * seen[:, None]
         return found
 
@@ -124,10 +156,16 @@ class ItemEncoder(nn.Module):
         return self._present(index, self._seen(index))
 
     def _present(self, index: Tensor | None, seen: Tensor) -> Tensor:
-        return torch.stack([seen, *(column.present(index) for column in self._columns)])
+        described = [column.present(index) for column in self._columns]
+        if self.adapter is not None:
+            return torch.stack(described).any(0, keepdim=True)
+        return torch.stack([seen, *described])
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Item vectors [V, D]."""
+        if self.adapter is not None:
+            mapped: Tensor = self.adapter(self.codes(index))
+            return mapped
         seen = self._seen(index)
         if self.fusion is None:
             return self._ids(index, seen)

@@ -62,6 +62,7 @@ class Shape:
     fresh: bool = False
     feature_buckets: int = 4096
     id_dropout: float = 0.0
+    fixed_items: bool = False
     context: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class Recommender(nn.Module):
         super().__init__()
         self.shape = shape
         dim = shape.dim
-        self.items = ItemEncoder(seen, features, shape.feature_buckets, dim, shape.id_dropout)
+        self.items = ItemEncoder(seen, features, shape.feature_buckets, dim, shape.id_dropout, fixed=shape.fixed_items)
         self.events = nn.Embedding(shape.event_types, dim) if shape.event_types > 1 else None
         self.values = nn.Embedding(VALUE_BUCKETS, dim) if shape.values else None
         self.positions = nn.Embedding(shape.history, dim) if shape.positions else None

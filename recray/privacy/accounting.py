@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from recray.config import PrivacySettings
@@ -62,6 +63,7 @@ class Mechanism:
                 "users who are held out: validation, gates and metrics are measured on them",
                 "the catalogue with its counts by day, the names of events and the number of users, which are taken for public",
                 "figures of the baselines beside the model, which learn without noise",
+                "figures of an audit, whose trainings are thrown away",
                 "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
             ],
             "randomness": "seeded by the operating system; the generators are not cryptographic",
@@ -97,9 +99,12 @@ class Steps(NamedTuple):
 
 def epsilon_of(spent: Sequence[Steps], delta: float) -> float:
     """Upper bound of the ε that these steps have together at δ; 0 without steps, infinite beyond MAX_EPSILON."""
-    history = [steps for steps in spent if steps.number]
-    if not history:
-        return 0.0
+    history = tuple(steps for steps in spent if steps.number)
+    return _composed(history, delta) if history else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _composed(history: tuple[Steps, ...], delta: float) -> float:
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     rough, accountant = RDPAccountant(), PRVAccountant()
@@ -108,7 +113,7 @@ def epsilon_of(spent: Sequence[Steps], delta: float) -> float:
         warnings.simplefilter("ignore")  # that its bound is a rough one
         if rough.get_epsilon(delta) > MAX_EPSILON:
             return math.inf  # too far for the accountant, and no promise at all
-    return float(accountant.get_epsilon(delta, eps_error=TOLERANCE))
+        return float(accountant.get_epsilon(delta, eps_error=TOLERANCE))
 
 
 def sigma_for(epsilon: float, delta: float, rate: float, count: int, before: Sequence[Steps] = ()) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -27,11 +28,14 @@ from recray.errors import SettingsError
 from recray.model.fused import Linear, RMSNorm
 from recray.model.losses import BLOCK_SCORES, Targets
 from recray.model.recommender import Batch, Recommender
+from recray.privacy.audit import Canaries
 from recray.privacy.norms import Compared, layer_norms, lookup_norms
 
 TINY = 1e-6
-TABLES = ("items.ids.weight", "positions.weight", "events.weight")
+TABLES = ("items.ids.weight", "items.adapter.weight", "positions.weight", "events.weight")
 BIASES = ".event_bias.weight"
+
+warnings.filterwarnings("ignore", "Full backward hook is firing")  # of a table, whose inputs are numbers of rows
 
 register_norm_sampler(Linear)(layer_norms)
 register_grad_sampler(Linear)(compute_linear_grad_sample)
@@ -92,6 +96,9 @@ class PrivateStep:
             generator=generator or torch.Generator(self.device),
         )
         self._reseeds = generator is None
+        self.canaries: Canaries | None = None
+        """Planted by an audit, which looks at every step; None: there is none."""
+        self.optimizer.attach_step_hook(self._observe)
 
     def step(self, physical: Iterable[tuple[Batch, Targets]]) -> None:
         """One update from this rank's users, a row of a batch each, in physical batches that memory can hold; there may be none."""
@@ -100,11 +107,18 @@ class PrivateStep:
             parameter.grad = torch.zeros_like(parameter)
         for batch, targets in physical:
             self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
+        if self.canaries is not None:
+            self.canaries.plant([_grad(parameter) for parameter in self.optimizer.params])
         if self._reseeds:
             self.optimizer.generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
         self.optimizer.step()
-        with torch.no_grad():
-            self.model.items.ids.weight[0] = 0.0  # padding: nothing but noise, from which its source could be guessed
+        if self.model.items.ids is not None:
+            with torch.no_grad():
+                self.model.items.ids.weight[0] = 0.0  # padding: nothing but noise, from which its source could be guessed
+
+    def _observe(self, optimizer: DPOptimizerFastGradientClipping) -> None:
+        if self.canaries is not None:
+            self.canaries.observe([_grad(parameter) for parameter in optimizer.params], optimizer.expected_batch_size)
 
     def clipped_sum(self, batch: Batch, targets: Targets) -> Tensor:
         """Adds the users' clipped gradients to every `.grad`; their norms before clipping [B], which are not private."""
@@ -117,20 +131,29 @@ class PrivateStep:
         hidden = model.finish(model.states(x, batch))
         self.hooks.enable_hooks()
         compared = _Catalogue(model, batch, targets, hidden.detach(), table, output)
+        fixed = model.items.adapter is not None
         asked = hidden[batch.user_N, batch.position_N]
         by_x, *_ = torch.autograd.grad(asked, [x, *self.roots], compared.gradient_ND, retain_graph=True)
-        norm = self._norms(batch, by_x, compared)
+        by_items = by_x * math.sqrt(model.shape.dim) * (batch.item_BT > 0)[:, :, None]
+        by_adapter = compared.adapter_gradients(by_items, model.items.codes()) if fixed else None
+        norm = self._norms(batch, by_x, compared.norms(by_items) if by_adapter is None else by_adapter.square().sum((1, 2)))
         factor = (self.clipping_norm / (norm + TINY)).clamp(max=1.0)
         self.hooks.disable_hooks()
         torch.autograd.backward(asked, compared.gradient_ND * factor[batch.user_N, None])
         self.hooks.enable_hooks()
         assert x.grad is not None
-        self._add_tables(batch, x.grad, compared.table_gradient(factor))
+        self._add_tables(batch, x.grad)
+        if by_adapter is not None and model.items.adapter is not None:
+            _grad(model.items.adapter.weight).add_(torch.tensordot(factor, by_adapter, 1))
+        elif model.items.ids is not None:
+            ids = compared.table_gradient(factor)
+            ids.index_add_(0, batch.item_BT.flatten(), x.grad.flatten(0, 1), alpha=math.sqrt(model.shape.dim))
+            ids[0] = 0.0
+            _grad(model.items.ids.weight).add_(ids)
         return norm
 
-    def _norms(self, batch: Batch, by_x: Tensor, compared: _Catalogue) -> Tensor:
-        """Norm of each user's whole gradient [B]."""
-        squared = compared.norms(by_x * math.sqrt(self.model.shape.dim))
+    def _norms(self, batch: Batch, by_x: Tensor, squared: Tensor) -> Tensor:
+        """Norm of each user's whole gradient [B], given the squared norm of what it does to the item vectors' parameters."""
         if self.model.positions is not None:
             squared = squared + by_x.square().sum((1, 2))
         if self.model.events is not None:
@@ -141,17 +164,13 @@ class PrivateStep:
         return squared.sqrt()
 
     @torch.no_grad()
-    def _add_tables(self, batch: Batch, by_x: Tensor, by_output: Tensor) -> None:
-        """The clipped sums of the tables, from those of the embedded histories and of what scores are compared with."""
+    def _add_tables(self, batch: Batch, by_x: Tensor) -> None:
+        """The clipped sums of the other tables that the histories read."""
         model = self.model
-        rows = by_x.flatten(0, 1)
-        ids = by_output.index_add_(0, batch.item_BT.flatten(), rows, alpha=math.sqrt(model.shape.dim))
-        ids[0] = 0.0
-        _grad(model.items.ids.weight).add_(ids)
         if model.positions is not None:
             _grad(model.positions.weight)[: by_x.shape[1]] += by_x.sum(0)
         if model.events is not None:
-            _grad(model.events.weight).index_add_(0, batch.event_BT.flatten(), rows)
+            _grad(model.events.weight).index_add_(0, batch.event_BT.flatten(), by_x.flatten(0, 1))
 
 
 class _Catalogue:
@@ -192,13 +211,18 @@ class _Catalogue:
         self.gradient_ND = by_hidden[batch.user_N, slot_N]
 
     def norms(self, gradient_BTD: Tensor) -> Tensor:
-        """Squared norm of each user's gradient of the table [B], given that of the rows which its history reads."""
-        gradient_BTD = gradient_BTD * (self.item_BT > 0)[:, :, None]
+        """Squared norm of each user's gradient of the table [B], given that of the rows which its history reads (padding: zero)."""
         along_BT = None if self.length_V is None else (gradient_BTD * self.output_VD[self.item_BT]).sum(2)
         found = lookup_norms(self.item_BT, gradient_BTD) if not self.blocks else torch.empty_like(gradient_BTD[:, 0, 0])
         for users, compared in self.blocks:
             found[users] = compared.table_norms(gradient_BTD[users], None if along_BT is None else along_BT[users])
         return found
+
+    def adapter_gradients(self, gradient_BTD: Tensor, codes_VF: Tensor) -> Tensor:
+        """Each user's gradient of the map from fixed codes to item vectors [B, D, F], given that of the vectors which its history
+        reads: Σ_t d_t f(x_t)ᵀ + Σ_s h_s (Σ_v p_sv f_v)ᵀ."""
+        read = torch.bmm(gradient_BTD.mT, codes_VF[self.item_BT])
+        return read + torch.bmm(self.hidden_BQD.mT, self.gradient_BQV @ codes_VF)
 
     def table_gradient(self, factor_B: Tensor) -> Tensor:
         """Sum over the users of factor times their gradient of the table, as far as scores are compared with it [V, D]."""
@@ -229,10 +253,13 @@ def _layers(model: Recommender) -> list[nn.Parameter]:
             if parameter.requires_grad and (type(module) in (Linear, RMSNorm) or name.endswith(BIASES)):
                 sources[name] += 1
                 layers.append(parameter)
+    if model.temperature is not None and model.items.adapter is not None:
+        sources["items.adapter.weight"] = 0  # its norm is known for a dot product alone
     wrong = sorted(name for name, count in sources.items() if count != 1)
     if wrong:
         raise SettingsError(
             f"privacy: nobody knows exactly what one user adds to {', '.join(wrong)}",
-            "use model.preset=dp or sasrec without time_bias, values, repeat, prior_days, context and features",
+            "use model.preset=dp or sasrec without time_bias, values, repeat, prior_days, context and learned features (model.items=features "
+            "keeps them fixed; with a dot product)",
         )
     return layers

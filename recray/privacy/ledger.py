@@ -188,6 +188,10 @@ class Ledger:
         delta = runs[-1].mechanism.delta if runs else 0.0
         return {"population": self.population, "trainings": len(runs), "epsilon_of_all_trainings": round(epsilon_of(self.spent(), delta), 4)}
 
+    def holds(self, run_key: str) -> bool:
+        """Whether a training of this key was accounted for to its end."""
+        return any(run.run_key == run_key and run.committed for run in self.runs())
+
     def members(self) -> int:
         """Users of the population."""
         with self.engine.connect() as connection:

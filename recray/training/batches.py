@@ -56,7 +56,7 @@ class TrainingBatches:
         self.dataset, self.history, self.batch_positions = dataset, history, batch_positions
         self.windows, self.prior_days, self.seed, self.horizon = windows, prior_days if dataset.has_time else 0, seed, horizon
         self.released_day = dataset.released_day
-        self.users = [_input_ranges(shard) for shard in dataset.shards()]
+        self.users = [_input_ranges(shard, shard.learned) for shard in dataset.shards()]
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
         """This rank's part of each global batch: (batch, targets, queries in the global batch).
@@ -134,9 +134,13 @@ class TrainingBatches:
         last = np.minimum(basket + self.horizon, len(starts) - 1)
         return row, starts[basket] - 1, np.minimum(starts[last], windows.limit[row])
 
-    def last_windows(self) -> Windows:
-        """The last window of each user who is learned from, a row a user."""
-        parts = [(number, np.maximum(start, stop - self.history), stop, limit) for number, (start, stop, limit) in enumerate(self.users)]
+    def last_windows(self, *, held_out: bool = False) -> Windows:
+        """The last window of each user who is learned from, a row a user; or of those who are held out, as if they were not."""
+        users = self.users
+        if held_out:
+            end = 3 if self.dataset.split_kind == "leave_one_out" else 2  # as far as those are learned who are not asked
+            users = [_input_ranges(shard, np.where(shard.asked, shard.split[:, end], 0)) for shard in self.dataset.shards()]
+        parts = [(number, np.maximum(start, stop - self.history), stop, limit) for number, (start, stop, limit) in enumerate(users)]
         return Windows(*_joined(parts))
 
     def collate(self, windows: Windows) -> tuple[Batch, Targets]:
@@ -190,7 +194,7 @@ class TrainingBatches:
 
 def users_learned(dataset: Dataset) -> int:
     """How many users have something to learn from: a history and a target."""
-    return sum(len(_input_ranges(shard)[0]) for shard in dataset.shards())
+    return sum(len(_input_ranges(shard, shard.learned)[0]) for shard in dataset.shards())
 
 
 def _joined(parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
@@ -199,13 +203,13 @@ def _joined(parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> list
     return [shard, *(np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))]
 
 
-def _input_ranges(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat start and stop of each user's inputs, and the end of the training events; users without a target are dropped.
+def _input_ranges(shard: Shard, learned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat start and stop of each user's inputs, and the end of its `learned` events; users without a target are dropped.
 
     The last training basket is a target only: nothing that follows it may be learned.
     """
     start = shard.offsets[:-1]
-    limit = start + shard.learned
+    limit = start + learned
     last = np.maximum(limit - 1, start)
     stop = shard.basket_starts[np.searchsorted(shard.basket_starts, last, side="right") - 1]
     keep = (limit > start) & (stop > start)

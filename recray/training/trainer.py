@@ -19,7 +19,7 @@ from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, require, unwrapped
 from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.errors import ClusterError, DataError, RefusedError, TrainingError
+from recray.errors import ClusterError, DataError, MissingArtifactError, RefusedError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
 from recray.model.recommender import Shape
 from recray.privacy.accounting import Mechanism, mechanism_of
@@ -49,13 +49,33 @@ def train_key(settings: Settings, dataset: Dataset) -> str:
 
 
 def parent_of(settings: Settings, dataset: Dataset) -> Bundle | None:
-    """The bundle that a training begins with: the champion of before this night. None to begin anew: `train.warm_start` is off,
-    there is no champion, its network is another, or it knows some of tonight's test.
+    """The bundle that a training begins with: the champion of before this night, or that of public data. None to begin anew.
+
+    Raises SettingsError if the bundle of public data has another network, or cannot be of public data.
+    """
+    champion = _champion_of(settings, dataset) if settings.train.warm_start else None
+    public = settings.privacy.public_start if settings.privacy.enabled else None
+    if champion is not None or public is None:
+        return champion
+    path = Path(public).expanduser().resolve()
+    bundle = Bundle.open(path)
+    wrong = {
+        "was trained privately: only its own ledger knows what it spent": bundle.privacy["differential_privacy"],
+        f"lies in {settings.root()}, whose users are the ones to protect": path.is_relative_to(settings.root().resolve()),
+        "has another network": not _same_network(settings, dataset, bundle),
+    }
+    for what, found in wrong.items():
+        if found:
+            raise SettingsError(f"privacy.public_start: bundle {bundle.key} {what}", "name one of public data, of the same model and data settings")
+    return bundle
+
+
+def _champion_of(settings: Settings, dataset: Dataset) -> Bundle | None:
+    """The champion of before this night; None if there is none, its network is another, it knows some of tonight's test, or
+    tonight is private and the ledger does not know its training.
 
     Tonight's own champion stands for the one that it began with, so that a repeated night begins alike.
     """
-    if not settings.train.warm_start:
-        return None
     storage = Storage(settings.root())
     champion = Release.read(storage).champion
     bundle = None if champion is None else champion.open(storage)
@@ -65,12 +85,29 @@ def parent_of(settings: Settings, dataset: Dataset) -> Bundle | None:
         bundle = Bundle.open(path) if path and path.exists() else None
     if bundle is None or incomparable(dataset, bundle):
         return None
-    chosen = bundle_settings(settings)
-    told = {"features": dict(settings.data.features), "context": dataset.context, "text_encoder": dataset.text_encoder}
-    if any(bundle.manifest.get(name) != value for name, value in told.items()) or bundle.settings["split"] != chosen["split"]:
+    if bundle.settings["split"] != bundle_settings(settings)["split"]:
         return None  # with another split it may have learned what tonight's training is selected by
-    shape = shape_of(chosen["model"], dataset)
-    return bundle if replace(Shape(**bundle.manifest["shape"]), event_types=shape.event_types) == shape else None
+    if settings.privacy.enabled and not _accounted(settings, bundle):
+        return None
+    return bundle if _same_network(settings, dataset, bundle) else None
+
+
+def _accounted(settings: Settings, bundle: Bundle) -> bool:
+    """Whether what a bundle learned is in tonight's ledger."""
+    if bundle.privacy.get("population") != settings.privacy.population:
+        return False
+    try:
+        return Ledger.read(settings.ledger_url(), settings.privacy.population).holds(bundle.key)
+    except MissingArtifactError:
+        return False
+
+
+def _same_network(settings: Settings, dataset: Dataset, bundle: Bundle) -> bool:
+    told = {"features": dict(settings.data.features), "context": dataset.context, "text_encoder": dataset.text_encoder}
+    if any(bundle.manifest.get(name) != value for name, value in told.items()):
+        return False
+    shape = shape_of(bundle_settings(settings)["model"], dataset)
+    return replace(Shape(**bundle.manifest["shape"]), event_types=shape.event_types) == shape
 
 
 def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics = lambda line: None) -> Bundle:
@@ -113,12 +150,22 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         settings=chosen,
         metrics=curve,
         parent=None if parent is None else parent.key,
-        privacy=None if mechanism is None else mechanism.statement() | _ledger(settings).statement(),
+        privacy=None if mechanism is None else mechanism.statement() | _ledger(settings).statement() | {"began_with": _origin(parent)},
     )
     if mechanism is not None:
         _ledger(settings).commit(key)
     shutil.rmtree(run, ignore_errors=True)  # the bundle has all that is needed of it
     return bundle
+
+
+def _origin(parent: Bundle | None) -> str:
+    """What a private training began with, for its statement."""
+    if parent is None:
+        return "random weights"
+    named = f"bundle {parent.key} ({parent.digest})"
+    if not parent.privacy["differential_privacy"]:
+        return f"{named}, said to be of public data"
+    return f"{named}, private and in the same ledger, which began with {parent.privacy.get('began_with', 'random weights')}"
 
 
 def mechanism_for(settings: Settings, dataset: Dataset) -> Mechanism | None:
@@ -170,7 +217,7 @@ def _fit(
             "threads": options.threads,
             "progress": str(progress),
             "resume": resume and str(resume),
-            "parent": parent and str(parent.path),
+            "parent": parent and str(parent.path.resolve()),
             "private": private,
         },
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources),

@@ -49,6 +49,7 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
         fresh=dataset.released_day is not None,
         feature_buckets=model["feature_buckets"],
         id_dropout=model["id_dropout"],
+        fixed_items=model["items"] == "features",
         context=len(dataset.context),
     )
 

@@ -51,6 +51,10 @@ def test_each_job_can_be_submitted_and_is_a_command(job):
     assert job == "serve" or hasattr(pipeline, f"run_{job}")
 
 
+def test_the_audit_can_be_submitted():
+    assert 'job_main("privacy", "audit")' in (REPOSITORY / "jobs" / "audit.py").read_text() and "audit" in cli.SUBMITTED
+
+
 def test_init_writes_a_file_that_works_and_keeps_what_is_there(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     assert cli.main(["init", str(path)]) == 0

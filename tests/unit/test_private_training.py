@@ -104,6 +104,17 @@ def test_it_learns_with_little_noise(world_folder, tmp_path):
     assert next(run.run())["validation_ndcg"] > 2 * untrained
 
 
+def test_it_learns_from_fixed_features(world_folder, tmp_path):
+    fixed = ["model.items=features", "data.features={category: categorical, brand: categorical, price: numeric, tags: multi, title: text}"]
+    steps = ["privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01"]
+    settings = private_settings(world_folder, tmp_path, *fixed, *steps)
+    run = loop_of(settings, prepare_here(settings), sigma=0.01)
+    untrained, codes = run._validated(), run.model.items.codes()
+    assert next(run.run())["validation_ndcg"] > 2 * untrained
+    assert torch.equal(run.model.items.codes(), codes)
+    assert (codes.norm(dim=1)[1:] - 1).abs().max() < 1e-5 and not codes[0].any()
+
+
 def test_a_resumed_training_takes_the_steps_that_are_left(settings, dataset, tmp_path):
     first = loop_of(settings, dataset)
     next(first.run())
@@ -193,7 +204,8 @@ def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
         ("model.preset=ligr", "model.preset"),
         ("model.repeat=true", "model.repeat"),
         ("model.prior_days=7", "model.prior_days"),
-        ("train.warm_start=true", "train.warm_start"),
+        ("data.features={brand: categorical}", "data.features"),
+        ("model.items=features", "model.items"),
         ("train.loss=sampled", "train.loss"),
         ("split.kind=random", "random split"),
         ("gates.must_beat=[EASE]", "gates.must_beat"),

@@ -1,13 +1,17 @@
 import datetime as dt
 
+import pytest
 import torch
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import bundle_here, prepare_here, private_overrides, world_overrides
 
 from recray.bundle import write_bundle
 from recray.config import load_settings
+from recray.errors import SettingsError
+from recray.privacy.accounting import Mechanism
+from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
 from recray.storage import Storage
-from recray.training.trainer import bundle_settings, parent_of, train_key
+from recray.training.trainer import _origin, bundle_settings, parent_of, train_key
 from recray.training.worker import build_loop, shape_of
 
 EARLY = dt.datetime(2024, 3, 1, tzinfo=dt.UTC)
@@ -82,3 +86,43 @@ def test_who_is_held_out_stays_held_out_as_the_log_grows(world_folder, tmp_path)
     assert 20 < len(tonight) < 0.7 * len(could)
     assert len(yesterday & could) > 20
     assert yesterday & could <= tonight
+
+
+def test_a_private_training_begins_with_what_is_private_or_public_alone(world_folder, tmp_path):
+    private = load_settings(None, [*private_overrides(world_folder, tmp_path), "train.warm_start=true"])
+    storage = Storage(private.root())
+    before, after = prepare_here(private, EARLY), prepare_here(private)
+    open_one = load_settings(None, [*private_overrides(world_folder, tmp_path), "privacy.enabled=false"])
+    statements = {"public": None, "other": {"differential_privacy": True, "population": "others"}}
+    statements["mine"] = {"differential_privacy": True, "population": private.privacy.population}
+    statements["unaccounted"] = statements["mine"]
+    bundles = {name: bundle_here(open_one, before, storage.bundle(name), name, said) for name, said in statements.items()}
+    mechanism = Mechanism(1.0, 0.2, 12, 1.0, 1e-4, 200)
+    ledger = Ledger.open(private.ledger_url(), private.privacy.population)
+    ledger.reserve("mine", mechanism, None, 0)
+    ledger.take("mine", 12)
+    ledger.commit("mine")
+    begun = {}
+    for name, bundle in bundles.items():
+        Release(champion=Member.of(bundle)).write(storage)
+        parent = parent_of(private, after)
+        begun[name] = parent and parent.key
+    assert begun == {"public": None, "other": None, "mine": "mine", "unaccounted": None}
+
+
+def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tmp_path):
+    plain = load_settings(None, [*private_overrides(world_folder, tmp_path / "root"), "privacy.enabled=false"])
+    dataset = prepare_here(plain)
+    public = bundle_here(plain, dataset, tmp_path / "public", "public")
+    other = bundle_here(plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"})
+    within = bundle_here(plain, dataset, Storage(plain.root()).bundle("within"), "within")
+
+    def begin(bundle, *more):
+        asked = [*private_overrides(world_folder, tmp_path / "root"), f"privacy.public_start={bundle.path}", *more]
+        return parent_of(load_settings(None, asked), dataset)
+
+    assert begin(public).key == "public"
+    assert "public data" in _origin(public) and "same ledger, which began with random weights" in _origin(other)
+    for bundle, more, words in ((public, ["model.blocks=1"], "another network"), (other, [], "trained privately"), (within, [], "to protect")):
+        with pytest.raises(SettingsError, match=words):
+            begin(bundle, *more)

@@ -1,0 +1,70 @@
+"""Private nights on real Ray and MLflow: fixed features, a warm start from the private champion, and the audit."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import private_overrides
+
+from recray import pipeline
+from recray.bundle import Bundle
+from recray.cli import main
+from recray.config import load_settings
+from recray.privacy.ledger import Ledger
+from recray.release import Release
+from recray.storage import Storage
+
+FIRST = dt.datetime(2024, 4, 20, 23, 59, 59, tzinfo=dt.UTC)
+SECOND = FIRST + dt.timedelta(days=1)
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module")
+def overrides(world_folder, tmp_path_factory):
+    fixed = ["model.items=features", "data.features={category: categorical, brand: categorical, tags: multi, title: text}"]
+    more = ["train.warm_start=true", "gates.margin=1", "privacy.audit_canaries=300", "privacy.audit_claims=[2]"]
+    return [*private_overrides(world_folder, tmp_path_factory.mktemp("private")), *fixed, *more]
+
+
+@pytest.fixture(scope="module")
+def settings(overrides):
+    return load_settings(None, overrides)
+
+
+def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(settings):
+    storage = Storage(settings.root())
+    assert pipeline.run_nightly(settings, FIRST).status == "ok"
+    first = Release.read(storage).champion.open(storage)
+    assert pipeline.run_nightly(settings, SECOND).status == "ok"
+    second = Release.read(storage).champion.open(storage)
+    assert second.key != first.key and second.manifest["parent"] == first.key
+    assert first.privacy["began_with"] == "random weights" and first.digest in second.privacy["began_with"]
+    ledger = Ledger.read(settings.ledger_url(), settings.privacy.population)
+    assert [run.committed for run in ledger.runs()] == [True, True]
+    assert second.privacy["epsilon_of_all_trainings"] > first.privacy["epsilon_of_all_trainings"] == pytest.approx(first.privacy["epsilon"], abs=0.02)
+    model = Bundle.open(second.path).model()
+    assert model.items.ids is None and model.items.adapter is not None
+
+
+def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys):
+    assert main(["privacy", "audit", "--as-of", FIRST.isoformat(), *overrides]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    found = json.loads(Path(result["outputs"]["audit"]).read_text())
+    assert found == result["metrics"]
+    assert list(found["runs"]) == ["no noise", "not private", "private", "ε 2"], "sorted"
+    assert found["claims"] == [{"claim": 2, "verdict": "not refuted", "control_caught": True}]
+    assert found["runs"]["ε 2"]["epsilon"] < 2 < found["runs"]["no noise"]["epsilon"] <= found["runs"]["no noise"]["ceiling"]
+    for name in ("private", "not private"):
+        assert 0 <= found["runs"][name]["true_positives_at_0.01"] <= 1 and found["runs"][name]["others"] > 30
+    assert "ε is above" in said.err and "not refuted; without noise it would have been refuted" in said.err
+    assert len(Ledger.read(settings.ledger_url(), settings.privacy.population).runs()) == 2, "nothing of an audit is released"
+    mlflow.set_tracking_uri(f"sqlite:///{settings.root()}/mlflow/mlflow.db")
+    (run,) = mlflow.search_runs(experiment_names=["recray"], filter_string="attributes.run_name LIKE 'audit%'", output_format="list")
+    assert run.data.metrics["no_noise_epsilon"] == found["runs"]["no noise"]["epsilon"]
+    assert main(["privacy", "audit", "--as-of", FIRST.isoformat(), *overrides]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"] == found, "an audit that was made is not made again"

@@ -1,0 +1,137 @@
+"""Lower bounds of ε: against exact chances, against mechanisms whose ε is known, and on trainings with and without noise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import prepare_here, private_overrides
+from scipy.stats import norm
+
+from recray.config import load_settings
+from recray.errors import SettingsError
+from recray.privacy.accounting import mechanism_of
+from recray.privacy.audit import Bound, Canaries, bound, chance_of, lower_bound, true_positives
+from recray.training.audit import losses, watch
+from recray.training.batches import TrainingBatches, users_learned
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop
+
+
+def test_the_chance_of_right_guesses_is_that_of_a_biased_coin_and_delta_adds_to_it():
+    chance = [math.comb(10, k) * 0.75**k * 0.25 ** (10 - k) for k in range(11)]
+    assert chance_of(10, 10, 9, math.log(3), 0.0) == pytest.approx(sum(chance[9:]))
+    below = max(sum(chance[9 - i : 9]) / i for i in range(1, 10))
+    assert chance_of(20, 10, 9, math.log(3), 1e-4) == pytest.approx(sum(chance[9:]) + 2 * 20 * 1e-4 * below)
+    assert chance_of(20, 10, 0, 1.0, 0.5) == 1.0
+
+
+def test_the_bound_is_where_the_chance_reaches_what_is_allowed():
+    found = lower_bound(1000, 300, 240, 1e-6)
+    assert chance_of(1000, 300, 240, found, 1e-6) <= 0.05 < chance_of(1000, 300, 240, found + 0.01, 1e-6)
+    assert lower_bound(1000, 300, 150, 1e-6) == 0.0
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 3.0])
+def test_randomised_response_is_bounded_near_its_epsilon_and_seldom_above(epsilon):
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(40):
+        planted = random.random(4000) < 0.5
+        truth = random.random(4000) < 1 / (1 + math.exp(-epsilon))
+        found.append(bound(planted, np.where(truth, planted, ~planted) + 1e-3 * random.random(4000), 0.0).epsilon)
+    assert np.mean(np.array(found) > epsilon) <= 0.1
+    assert np.median(found) > 0.8 * epsilon
+
+
+def test_a_gaussian_mechanism_is_not_refuted_at_its_epsilon_and_is_far_below():
+    random = np.random.default_rng(1)
+    sigma, delta = 1.0, 1e-5
+
+    def beyond(epsilon):  # the exact δ at ε (Balle and Wang, arXiv 1805.06530)
+        return norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(-0.5 / sigma - epsilon * sigma)
+
+    claim = next(e for e in np.arange(0, 10, 0.01) if beyond(e) <= delta)
+    planted = random.random(5000) < 0.5
+    found = bound(planted, planted + sigma * random.normal(size=5000), delta)
+    assert 0.3 < found.epsilon < claim
+    assert found.verdict(claim) == "not refuted" and found.verdict(0.2) == "refuted"
+
+
+def test_few_canaries_cannot_tell():
+    planted = np.arange(8) < 4
+    found = bound(planted, planted.astype(float), 1e-6)
+    assert found.correct == found.guesses and found.verdict(3.0) == "cannot tell"
+    assert Bound(0.0, 5.0, 8, 8, 4).verdict(3.0) == "not refuted"
+
+
+def test_true_positives_allow_so_many_false_alarms():
+    others, members = np.arange(100.0), np.array([-1.0, 0.5, 1.5, 50.0])
+    assert true_positives(members, others, 0.0) == 0.25
+    assert true_positives(members, others, 0.01) == 0.5
+    assert true_positives(members, others, 0.02) == 0.75
+
+
+def test_canaries_lie_apart_and_are_planted_at_their_rate():
+    weights = [torch.zeros(7, 3), torch.zeros(5), torch.zeros(2, 2, 2)]
+    canaries = Canaries(weights, 34, 0.25, 0.5, entropy=0)
+    everywhere = [torch.full_like(weight, 3.0) for weight in weights]
+    canaries.planted_M[:], canaries.rate = True, 1.0
+    canaries.plant(everywhere)
+    assert all((gradient == 3.5).all() for gradient in everywhere)
+    canaries.observe([gradient / 4 for gradient in everywhere], users=4)
+    assert (canaries.seen_M == 0.5).all(), "what others add is known"
+    canaries = Canaries(weights, 30, 0.25, 1.0, entropy=0)
+    for _ in range(2000):
+        total = [torch.zeros_like(weight) for weight in weights]
+        canaries.plant(total)
+        canaries.observe(total, users=1)
+    assert (canaries.seen_M[~canaries.planted_M] == 0).all() and 5 < canaries.planted_M.sum() < 25
+    np.testing.assert_allclose(canaries.seen_M[canaries.planted_M] / 2000, 0.25, atol=0.05)
+    with pytest.raises(SettingsError, match="audit_canaries"):
+        Canaries(weights, 35, 0.25, 1.0)
+
+
+@pytest.fixture(scope="module")
+def settings(world_folder, tmp_path_factory):
+    return load_settings(None, [*private_overrides(world_folder, tmp_path_factory.mktemp("audit")), "privacy.steps=40", "privacy.sigma=2"])
+
+
+@pytest.fixture(scope="module")
+def dataset(settings):
+    return prepare_here(settings)
+
+
+def test_a_training_keeps_its_claim_and_one_without_noise_is_caught(settings, dataset):
+    mechanism = mechanism_of(settings.privacy, users_learned(dataset))
+    found = {}
+    for sigma in (mechanism.sigma, 0.0):
+        run = watch(str(dataset.path), bundle_settings(settings), {**vars(mechanism), "sigma": sigma}, 1000)
+        found[sigma] = bound(run["planted"], run["seen"], settings.privacy.delta)
+    assert found[mechanism.sigma].epsilon < mechanism.epsilon
+    assert found[mechanism.sigma].epsilon > 0.2, "canaries are seen through the noise"
+    assert found[0.0].verdict(3.0) == found[0.0].verdict(1.0) == "refuted"
+
+
+def test_losses_are_those_of_each_user_alone(settings, dataset):
+    loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+    batches = TrainingBatches(dataset, history=20, batch_positions=500, windows="last", prior_days=0, seed=0)
+    model, windows = loop.model.eval().requires_grad_(False), batches.last_windows()
+    found = losses(model, batches, windows)
+    for user in (0, 5, 17):
+        batch, targets = batches.collate(windows[np.array([user])])
+        table = model.items()
+        log_share = model.scores(model.hidden(batch, table, None), model.output(table), batch).log_softmax(1)
+        each = [-log_share[n, targets.item[targets.offsets[n] : targets.offsets[n + 1]]].mean() for n in range(len(log_share))]
+        assert found[user] == pytest.approx(float(torch.stack(each).mean()), rel=1e-5)
+
+
+def test_those_who_are_held_out_are_measured_as_if_they_were_learned_from(dataset):
+    batches = TrainingBatches(dataset, history=20, batch_positions=500, windows="last", prior_days=0, seed=0)
+    learned, held = batches.last_windows(), batches.last_windows(held_out=True)
+    for windows, expected in ((learned, False), (held, True)):
+        assert len(windows) > 30
+        for number, shard in enumerate(dataset.shards()):
+            users = np.searchsorted(shard.offsets, windows.start[windows.shard == number], side="right") - 1
+            assert (shard.held_out[users] == expected).all()
+            assert (windows.limit[windows.shard == number] == shard.offsets[users] + shard.split[users, 2]).all(), "all up to the test"

@@ -1,0 +1,105 @@
+"""The benchmark of quality by ε, on a world small enough to run here."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from recray.benchmark import utility
+from recray.benchmark.quality import ranks_of
+from recray.benchmark.vanilla_peer import Vanilla
+from recray.dataset.worlds import World
+from recray.training.batches import TrainingBatches
+from recray.training.worker import build_loop
+
+
+@pytest.fixture(scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utility, "SPECIFICATION", World(users=300, items=60, events_per_user=12.0, repeat=0.0, seed=3))
+        rest = ("privacy.delta=1e-4", "privacy.sampling_rate=0.2", "privacy.steps=4", "train.epochs=1")
+        patch.setitem(utility.OF_DATA, "world", ("model.history=10", "split.held_out=0.3", *rest))
+        patch.setattr(utility, "LEARNING_RATES", (1e-3, 1e-2))
+        patch.setattr(utility, "EPSILONS", (3.0, 8.0))
+        patch.setattr(utility, "NIGHTS", (1, 2))
+        yield utility
+
+
+@pytest.fixture(scope="module")
+def bench(small, tmp_path_factory):
+    return small._Bench(tmp_path_factory.mktemp("bench"), "world", [], fixed=False)
+
+
+def test_the_table_has_every_cell_and_a_second_run_measures_none_again(small, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    said = []
+    _, found = small.measure_utility(tmp_path / "a", "world", [], said.append, tmp_path / "out")
+    assert set(found["table"]) == {
+        f"{method}, {what}"
+        for method in ("full", "public features", "vanilla", "popularity")
+        for what in ("ε 3", "ε 8", "not private")
+        if (method, what) != ("vanilla", "not private")
+    }
+    assert found["world_eps8_over_vanilla"] == pytest.approx(found["table"]["full, ε 8"]["ndcg"] / found["table"]["vanilla, ε 8"]["ndcg"], rel=0.05)
+    assert found["nights"]["ε 3 a night"] == sorted(found["nights"]["ε 3 a night"])
+    assert "<svg" in (tmp_path / "a" / "keep" / "svg").read_text()
+    (file,) = (tmp_path / "out").glob("*.cells.jsonl")
+    cells = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(cells) == 3 * (2 + 2) + 3 + 2 * 2, "two trials a method and two repeats, the other ε, and without privacy"
+    assert found["repeats"]["full, ε 8"] == [round(cell["ndcg"], 4) for cell in cells if (cell["method"], cell["epsilon"]) == ("full", 8.0)][-3:]
+    _, again = small.measure_utility(tmp_path / "b", "world", [], said.append, tmp_path / "out")
+    assert len(file.read_text().splitlines()) == len(cells)
+    mine = {key: value for key, value in again["table"].items() if not key.startswith("popularity, ε")}
+    assert mine.items() <= found["table"].items()
+
+
+def test_both_ways_to_rank_agree(bench):
+    loop = build_loop(str(bench.dataset.path), bench.chosen, torch.device("cpu"))
+    model, asked = loop.model.eval(), bench.asked["test"]
+    expected = ranks_of(model, bench.dataset, bench.chosen, asked)
+    from recray.inference import Predictor
+
+    predictor = Predictor.of(model, bench.dataset, 0)
+
+    def scores(batch):
+        answer = predictor.recommend([q.history for q in batch], bench.dataset.n_items, now=[q.now for q in batch])
+        found = np.full((len(batch), bench.dataset.n_items + 1), -np.inf)
+        np.put_along_axis(found, answer.item_index, answer.scores, 1)
+        return found
+
+    assert utility._ranks_by(scores, asked).tolist() == expected.tolist()
+
+
+def test_the_peer_learns_the_rows_that_we_learn(bench):
+    item, following = utility._rows(bench.dataset, 10)
+    batches = TrainingBatches(bench.dataset, history=10, batch_positions=100, windows="last", prior_days=0, seed=0)
+    windows = batches.last_windows()
+    assert len(item) == len(windows)
+    batch, targets = batches.collate(windows)
+    assert (batch.item_BT.numpy() == item[:, : batch.item_BT.shape[1]]).all()
+    assert (item > 0).sum() == (following > 0).sum()
+    single = targets.offsets.diff() == 1
+    mine = following[batch.user_N[single], batch.position_N[single]]
+    assert (mine == targets.item[targets.offsets[:-1][single]].numpy()).all()
+
+
+def test_the_peer_does_not_see_what_follows():
+    torch.manual_seed(0)
+    model = Vanilla(20, 8, 2, 2, 6, 0.0).eval()
+    item = torch.randint(1, 20, (3, 6))
+    changed = item.clone()
+    changed[:, 4:] = torch.randint(1, 20, (3, 2))
+    torch.testing.assert_close(model(item)[:, :4], model(changed)[:, :4])
+    assert not torch.allclose(model(item)[:, 5], model(changed)[:, 5])
+
+
+def test_noise_of_popularity_is_that_of_its_epsilon():
+    for epsilon, delta in ((1.0, 1e-5), (8.0, 1e-6)):
+        sigma = utility._gaussian(epsilon, delta)
+        beyond = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(-0.5 / sigma - epsilon * sigma)
+        assert beyond == pytest.approx(delta, rel=1e-6)
+    assert utility._gaussian(8.0, 1e-6) < utility._gaussian(1.0, 1e-6)
