@@ -84,9 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     privacy = commands.add_parser("privacy", help=text, description=text)
     privacy.add_argument(
         "what",
-        choices=["status", "plan", "audit"],
-        help="status: the ledger; plan: noise, cadence and shards of users for a cap; audit: how much of its ε a training shows (several trainings)",
+        choices=["status", "plan", "close", "audit"],
+        help="status: the ledger; plan: noise, cadence and shards of users for a cap; close: end a training that will not go on, which "
+        "frees the steps that it reserved and did not take; audit: how much of its ε a training shows (several trainings)",
     )
+    privacy.add_argument("--training", metavar="KEY", help="close: the training, as status names it")
     privacy.add_argument("--days", type=int, default=30, help="plan: how long the cap is to last (default: 30)")
     _settings(privacy)
     doctor = commands.add_parser("doctor", help="look at machine, versions, Ray, MLflow and storage; say what to fix")
@@ -212,7 +214,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "models":
             return pipeline.run_models(settings, reporter)
         if arguments.job == "privacy":
-            return pipeline.run_privacy(settings, arguments.what, arguments.days, as_of, reporter)
+            return pipeline.run_privacy(settings, arguments.what, as_of, reporter, days=arguments.days, training=arguments.training)
         job: Callable[..., Any] = getattr(pipeline, f"run_{arguments.job}")
         options = {name: getattr(arguments, name) for name in ("bundle", "restart") if hasattr(arguments, name)}
         result = job(settings, as_of, reporter.say, **options)

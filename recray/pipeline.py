@@ -23,6 +23,7 @@ from recray.errors import (
     PrivacySpentError,
     RecrayError,
     RefusedError,
+    SettingsError,
     TrackingError,
     TrainingError,
 )
@@ -229,20 +230,26 @@ def run_models(settings: Settings, reporter: Reporter) -> JobResult:
     return JobResult("models", "ok", metrics={"models": found}, seconds=round(time.monotonic() - started, 2), warnings=work.warnings)
 
 
-def run_privacy(settings: Settings, what: str, days: int, as_of: AsOf, reporter: Reporter) -> JobResult:
+def run_privacy(settings: Settings, what: str, as_of: AsOf, reporter: Reporter, *, days: int = 30, training: str | None = None) -> JobResult:
     """`status`: what the population has spent, training by training. `plan`: what cadences and shards of users would spend.
-    `audit`: how much of its ε a training shows."""
+    `close`: end a training that will not go on. `audit`: how much of its ε a training shows."""
     from recray.privacy import tables
+    from recray.privacy.ledger import Ledger
 
     started = time.monotonic()
     outputs, warnings = {}, []
+    if what == "close":
+        if training is None:
+            raise SettingsError("recray privacy close: which training?", "--training KEY, as recray privacy status names it")
+        with _at_work("privacy close", settings, reporter.say):  # so no training of this root is at work
+            Ledger.read(settings.ledger_url(), settings.privacy.population).commit(training)
     if what == "audit":
         with _at_work("audit", settings, reporter.say) as work:
             found, file = stages.audit(work, _dataset(settings, as_of))
         outputs["audit"], warnings = str(file), work.warnings
         table, metrics = tables.audit(found)
     else:
-        table, metrics = tables.status(settings) if what == "status" else tables.plan(settings, days)
+        table, metrics = tables.plan(settings, days) if what == "plan" else tables.status(settings)
     reporter.show(table)
     done = JobResult("privacy", "ok", outputs=outputs, metrics=metrics, seconds=round(time.monotonic() - started, 2), warnings=warnings)
     for claim in metrics.get("claims", []):

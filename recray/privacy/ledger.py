@@ -25,6 +25,7 @@ from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
 
 RESERVE, TAKE, COMMIT = "reserve", "take", "commit"
 BATCH = 10_000
+_CLOSE = "; recray privacy close frees what a training reserved that will not go on"
 
 _schema = sa.MetaData()
 _salt = sa.Table("salt", _schema, sa.Column("value", sa.LargeBinary, nullable=False))
@@ -255,7 +256,7 @@ def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> P
     total = epsilon_of(grouped([*before, wanted]), delta)
     what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {wanted.number} steps at σ {wanted.sigma:.3g} it would be {total:.2f}"
     if spent >= cap:
-        return PrivacySpentError(what, "nothing fits any more: score with the weights that are there (it costs nothing), or raise the cap")
+        return PrivacySpentError(what, f"nothing fits any more: score with the weights that are there (it costs nothing), or raise the cap{_CLOSE}")
     low, high = 0, wanted.number
     while high - low > 1:
         middle = (low + high) // 2
@@ -263,7 +264,7 @@ def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> P
         low, high = (middle, high) if within else (low, middle)
     sigma = sigma_for(cap, delta, wanted.rate, wanted.number, grouped(before))
     return PrivacySpentError(
-        what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing"
+        what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing{_CLOSE}"
     )
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import pytest
 import sqlalchemy as sa
 
+from recray.cli import main
 from recray.errors import MissingArtifactError, RefusedError, StorageError
 from recray.privacy import plan
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
@@ -143,3 +144,20 @@ def test_a_plan_says_what_cadence_and_shards_would_cost():
     assert epsilon_of([Steps(found[1, 1].sigma, 0.1, 700)], DELTA) <= 4.0
     spent = plan.options(4.0, DELTA, 0.1, 50, 2.0, 1, before=[Steps(0.5, 0.1, 500)])
     assert spent[0].sigma is None and spent[0].epsilon > 4.0
+
+
+def test_a_training_that_will_not_go_on_is_closed_by_hand(tmp_path, capsys):
+    where = [f"storage.root={tmp_path}"]
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'privacy.sqlite'}", "users")
+    ledger.reserve("crashed", ONE, None)
+    ledger.take("crashed", 30)
+    assert ledger.runs()[0].counted.number == ONE.steps
+    assert main(["privacy", "close", *where]) == 2 and "--training" in capsys.readouterr().err
+    assert main(["privacy", "close", "--training", "other", *where]) == 3 and "other" in capsys.readouterr().err
+    assert main(["privacy", "close", "--training", "crashed", *where]) == 0
+    assert "crashed" in capsys.readouterr().err
+    assert ledger.runs()[0].counted.number == 30
+    with pytest.raises(RefusedError, match="committed"):
+        ledger.take("crashed", 1)
+    with pytest.raises(RefusedError, match="train.seed"):
+        ledger.reserve("crashed", ONE, None, 30)
