@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,12 +133,20 @@ def own_home(tmp_path_factory) -> Iterator[Path]:
     assert not left, f"processes left behind: {sorted(left)}"
 
 
+@pytest.fixture(scope="session")
+def ray_token() -> str:
+    """The token of every Ray that this process starts: it keeps the first one that it saw, whatever lies in a later home."""
+    return secrets.token_hex(32)
+
+
 @pytest.fixture(scope="module")
-def ray_session(own_home) -> Iterator[None]:
+def ray_session(own_home, ray_token) -> Iterator[None]:
     import ray
 
     from recray import cluster
 
+    (own_home / ".ray").mkdir()
+    (own_home / ".ray" / "auth_token").write_text(ray_token)
     cluster.start(2)
     yield
     ray.shutdown()
