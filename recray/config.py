@@ -196,7 +196,6 @@ class PrivacySettings(Section):
     )
     cap: float | None = _place(None, "ε that all trainings of the population may spend together; null: it is only counted", gt=0)
     ledger: str | None = _place(None, "database URL of the ledger (sqlite:////path, postgresql://…); null: sqlite under storage.root")
-
     audit_claims: tuple[float, ...] = _place((1.0, 3.0), "audit: values of ε that are put to the test", min_length=1)
     audit_canaries: int = _place(1000, "audit: users made up, of whom half are planted; what so many can show is said beside what they did", ge=2)
 

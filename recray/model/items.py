@@ -110,6 +110,7 @@ class ItemEncoder(nn.Module):
         self.features = nn.ModuleList(
             VectorColumn(*features[name], width) if features[name][0].ndim == 2 else TokenBags(*features[name], buckets, width) for name in self.names
         )
+        self._codes: tuple[list[tuple[int, int]], Tensor] | None = None
         self.adapter = nn.Linear(width, dim, bias=False) if fixed else None
         self.fusion = nn.Parameter(torch.zeros(self.modalities, dim)) if features and not fixed else None
         if self.ids is not None:
@@ -124,11 +125,14 @@ class ItemEncoder(nn.Module):
 
     @torch.no_grad()
     def codes(self, index: Tensor | None = None) -> Tensor:
-        """The fixed vectors [V, F], of length one; zero for an item without features."""
-        found = torch.zeros(len(self.seen_V) if index is None else len(index), FIXED_WIDTH, device=self.seen_V.device)
-        for column in self._columns:
-            found += F.normalize(column(index), dim=1)
-        return F.normalize(found, dim=1)
+        """The fixed vectors [V, F], of length one; zero for an item without features. Made once for the tables as they are."""
+        tables = [(table.data_ptr(), table._version) for table in self.features.parameters()]
+        if self._codes is None or self._codes[0] != tables:
+            found = torch.zeros(len(self.seen_V), FIXED_WIDTH, device=self.seen_V.device)
+            for column in self._columns:
+                found += F.normalize(column(), dim=1)
+            self._codes = tables, F.normalize(found, dim=1)
+        return self._codes[1] if index is None else self._codes[1][index]
 
     def parts(self, index: Tensor | None = None) -> Tensor:
         """Vectors by modality [M, V, D]; zero where an item does not have it."""

@@ -182,6 +182,15 @@ def test_features_that_are_learned_are_refused_by_name():
         private(model, 1.0)
 
 
+def test_fixed_codes_are_made_once_and_anew_for_other_tables():
+    items, other = make("fixed features").items, make("fixed features", seed=1).items
+    first = items.codes()
+    assert items.codes() is first and torch.equal(items.codes(torch.tensor([4, 2])), first[[4, 2]])
+    assert not torch.equal(other.codes(), first)
+    other.load_state_dict(items.state_dict())
+    assert torch.equal(other.codes(), first)
+
+
 @pytest.mark.parametrize("T", [3, 40])
 def test_both_ways_to_the_norm_of_a_layer_find_it(T):
     torch.manual_seed(0)

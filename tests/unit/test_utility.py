@@ -50,7 +50,11 @@ def test_the_table_has_every_cell_and_a_second_run_measures_none_again(small, tm
     (file,) = (tmp_path / "out").glob("*.cells.jsonl")
     cells = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(cells) == 3 * (2 + 2) + 3 + 2 * 2, "two trials a method and two repeats, the other ε, and without privacy"
-    assert found["repeats"]["full, ε 8"] == [round(cell["ndcg"], 4) for cell in cells if (cell["method"], cell["epsilon"]) == ("full", 8.0)][-3:]
+    full = [cell for cell in cells if (cell["method"], cell["epsilon"]) == ("full", 8.0)]
+    rate = next(cell["learning_rate"] for cell in full if cell["number"] == 2)
+    assert found["repeats"]["full, ε 8"] == [round(cell["ndcg"], 4) for cell in full if cell["learning_rate"] == rate]
+    trials = {cell["learning_rate"]: cell["validation_ndcg"] for cell in full if cell["number"] == 0}
+    assert trials[rate] == max(trials.values())
     _, again = small.measure_utility(tmp_path / "b", "world", [], said.append, tmp_path / "out")
     assert len(file.read_text().splitlines()) == len(cells)
     mine = {key: value for key, value in again["table"].items() if not key.startswith("popularity, ε")}
