@@ -59,11 +59,17 @@ def full(disk: Path):
 
 @contextlib.contextmanager
 def read_only(disk: Path):
-    """What is opened from now on is on a read-only view of the same files; what is open stays open."""
-    for words in (["--bind", str(disk), str(disk)], ["-o", "remount,bind,ro", str(disk)]):
+    """What is opened from now on is on a read-only view of the same files; what is open stays open.
+
+    The view is made read-only beside the disk, then laid over it: on the disk itself a writer in between would keep it busy.
+    """
+    view = disk.with_name("view")
+    view.mkdir(exist_ok=True)
+    for words in (["--bind", str(disk), str(view)], ["-o", "remount,bind,ro", str(view)], ["--bind", str(view), str(disk)]):
         subprocess.run(["mount", *words], check=True)
     yield
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    for mounted in (disk, view):
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
 
 
 @pytest.mark.parametrize(
