@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recray import __version__
 from recray.dataset.features import VECTORS, described, encode, joined
+from recray.dataset.popularity import Popularity
 from recray.dataset.reader import Dataset, released_day
 from recray.errors import ArtifactError, DamagedArtifactError
 from recray.model.recommender import Recommender, Shape
@@ -110,6 +111,8 @@ class Bundle:
             state.update(zip(pair, map(torch.from_numpy, features[name]), strict=True))
         for name in {"items.ids.weight", "items.seen_V"} & state.keys():
             state[name] = torch.cat([state[name], state[name].new_zeros(more, *state[name].shape[1:])])
+        if "offset_V" in state:  # nobody met them, so they count least
+            state["offset_V"] = torch.cat([state["offset_V"], state["offset_V"].min().expand(more)])
         model = Recommender(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or not all(name.endswith(LATER) for name in missing):
@@ -160,7 +163,10 @@ def write_bundle(
         (folder / "privacy.json").write_text(json.dumps(privacy or {"differential_privacy": False}, indent=2, sort_keys=True) + "\n")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(dataset.path / "items.parquet", folder / "items.parquet")
-        shutil.copyfile(dataset.path / "popularity.parquet", folder / "popularity.parquet")
+        if shape.counts:  # noised, they are among the weights
+            Popularity.count_events(np.zeros(0, np.int64), None, dataset.n_items).save(folder / "popularity.parquet")
+        else:
+            shutil.copyfile(dataset.path / "popularity.parquet", folder / "popularity.parquet")
     return Bundle.open(path)
 
 

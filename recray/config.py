@@ -190,6 +190,9 @@ class PrivacySettings(Section):
     sampling_rate: float = Field(0.05, gt=0, le=1, description="q, the chance of each user to be in a step (Poisson)")
     steps: int = Field(400, ge=1, description="steps of a training; there is no early stop")
     report_every: int = Field(40, ge=1, description="steps between two checkpoints")
+    counts_share: float = Field(
+        0.1, ge=0, lt=1, description="share of the noise budget for item counts that scores and the popular list begin with; 0: exact ones are public"
+    )
     population: str = Field("users", min_length=1, description="whose ledger it is: what is spent of a user is kept in one place")
     public_start: str | None = _place(
         None, "folder of a bundle of public data with the same network, which a training begins with where no private champion is there to begin with"
@@ -210,6 +213,8 @@ class PrivacySettings(Section):
     def _one_dial(self) -> PrivacySettings:
         if (self.epsilon is None) == (self.sigma is None):
             raise ValueError("name either epsilon or sigma, and set the other to null")
+        if self.public_start is not None and self.counts_share > 0:
+            raise ValueError("weights of a public_start know already what is popular: set counts_share to 0")
         return self
 
 
@@ -249,6 +254,7 @@ class ScoreSettings(Section):
     caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="categorical feature: how many items of one value a list may hold"
     )
+    unseen: float = Field(0.0, ge=0, le=20, description="added to the scores of items that training never saw; 0: they must earn their place")
     batch_users: int = Field(1024, ge=1, description="users read and scored at once")
     actors: int = _place(2, "scoring actors", ge=1)
     cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)
@@ -256,7 +262,7 @@ class ScoreSettings(Section):
 
     def rules(self) -> dict[str, Any]:
         """What `recray.inference.Rules` is declared from, as plain JSON values."""
-        found: dict[str, Any] = self.model_dump(mode="json", include={"diversity", "boosts", "exclude", "caps"})
+        found: dict[str, Any] = self.model_dump(mode="json", include={"diversity", "boosts", "exclude", "caps", "unseen"})
         return found
 
 

@@ -34,16 +34,17 @@ def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str, priv
     import torch
 
     from recray.bundle import write_bundle
-    from recray.training.trainer import bundle_settings
-    from recray.training.worker import build_loop, shape_of
+    from recray.training.trainer import bundle_settings, mechanism_for
+    from recray.training.worker import build_loop
 
-    chosen = bundle_settings(settings)
+    chosen, mechanism = bundle_settings(settings), mechanism_for(settings, dataset)
+    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"), None, mechanism and vars(mechanism))
     return write_bundle(
         path,
         key,
         dataset=dataset,
-        shape=shape_of(chosen["model"], dataset),
-        state=build_loop(str(dataset.path), chosen, torch.device("cpu")).best,
+        shape=loop.model.shape,
+        state=loop.best,
         features=chosen["data"]["features"],
         prior_days=chosen["model"]["prior_days"],
         settings=chosen,

@@ -2,7 +2,8 @@
 
 A tenth of the items, drawn by a hash of their ids, is taken out of all that comes before the test. A model of ids alone, one with
 each column, and one with all of them are trained alike and asked for the targets of the test: those that training saw and
-those that it did not, the latter in the whole catalogue and among the unseen alone.
+those that it did not, the latter in the whole catalogue and among the unseen alone. The model of all columns is asked again with
+each turn of the dial `score.unseen`, which shows what unseen items cost the seen ones.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 import xxhash
 
 from recray.benchmark.data import prepared
+from recray.config import ScoreSettings
 from recray.dataset.context import CLOCK
 from recray.dataset.reader import Dataset
 from recray.evaluation import metrics as m
 from recray.evaluation.protocol import Question, Questions, wanted
-from recray.inference import Filters, Predictor
+from recray.inference import Filters, Predictor, Rules
 from recray.stages import Say
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
@@ -31,6 +33,7 @@ CONFIGS = {"ml-1m": "video"}  # where the config with features is another than t
 K = 10
 BATCH = 256
 ONE_IN = 10  # items that are held out
+DIAL = (0.0, 3.0, 3.5, 4.0, 4.5)  # of score.unseen
 
 
 def measure_features(folder: Path, data: str, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,8 +53,10 @@ def measure_features(folder: Path, data: str, overrides: list[str], say: Say) ->
         settings, dataset = prepared(
             data, folder / "root", [*kept, f"data.features={chosen}", *([] if chosen else ["data.items=null", "data.released=null"])], config
         )
-        metrics["variants"][name] = found = _variant(dataset, bundle_settings(settings))
+        found, dial = _variant(dataset, bundle_settings(settings), DIAL if name == "all" else DIAL[:1])
+        metrics["variants"][name] = found
         say(f"{name}: " + ", ".join(f"{what} {value}" for what, value in found.items()))
+    metrics["unseen_dial"] = dial
     best = metrics["variants"]["all"]
     metrics |= {f"{what}_gain": round(best[what] - metrics["variants"]["ids"][what], 4) for what in ("hr@10", "ndcg@10")}
     metrics |= {name: best[name] for name in ("hr@10", "ndcg@10", "cold_hr@10", "cold_lift")}
@@ -89,18 +94,26 @@ def _moment(time_s: int | None) -> str:
     return str(np.datetime64(int(time_s or 0), "s"))
 
 
-def _variant(dataset: Dataset, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Train one model to its early stop, and ask it."""
+def _variant(dataset: Dataset, chosen: dict[str, Any], dial: tuple[float, ...]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train one model to its early stop, and ask it; then at each turn of the dial."""
     loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
     epochs = [line["epoch"] for line in loop.run()]
     loop.average.load_state_dict(loop.best)
     predictor = Predictor.of(loop.average.eval(), dataset, chosen["model"]["prior_days"])
     cold = np.array([False, *(is_cold(item) for item in dataset.items["item_id"].to_pylist())])
     new_only = chosen["evaluate"]["primary_setting"] == "new_only"
-    warm_hits, warm_ndcg, cold_hits, among = [], [], [], []
+    answers = [_answers(predictor, dataset, cold, new_only, turn) for turn in dial]
+    ends = {"best_epoch": loop.progress.best_epoch, "epochs": int(epochs[-1])}
+    return answers[0] | ends, [{"unseen": turn} | answer for turn, answer in zip(dial, answers, strict=True)]
+
+
+def _answers(predictor: Predictor, dataset: Dataset, cold: np.ndarray, new_only: bool, turn: float) -> dict[str, Any]:
+    rules = Rules.declared(ScoreSettings(unseen=turn).rules(), dataset, np.arange(len(cold)), ~cold)
+    warm_hits, warm_ndcg, cold_hits, among, places = [], [], [], [], []
     for batch in Questions(dataset, "test").batches(BATCH):
-        lists = _ask(predictor, batch, Filters(new_only=new_only))
-        unseen = _ask(predictor, batch, Filters(new_only=new_only, allow=np.flatnonzero(cold)))
+        lists = _ask(predictor, batch, Filters(new_only=new_only), rules)
+        unseen = _ask(predictor, batch, Filters(new_only=new_only, allow=np.flatnonzero(cold)), rules)
+        places += cold[lists].sum(1).tolist()
         for row, question in enumerate(batch):
             targets = wanted(question, new_only=new_only)
             known, unknown = targets[~cold[targets]], targets[cold[targets]]
@@ -111,12 +124,12 @@ def _variant(dataset: Dataset, chosen: dict[str, Any]) -> dict[str, Any]:
             if len(unknown):
                 cold_hits.append(m.per_user(lists[row : row + 1], [unknown], K)["hr"][0])
                 among.append(m.per_user(unseen[row : row + 1], [unknown], K)["hr"][0])
-    found = {"hr@10": np.mean(warm_hits), "ndcg@10": np.mean(warm_ndcg), "cold_hr@10": np.mean(cold_hits), "cold_hr@10_among_cold": np.mean(among)}
-    result: dict[str, Any] = {name: round(float(value), 4) for name, value in found.items()}
+    means = {"hr@10": warm_hits, "ndcg@10": warm_ndcg, "cold_hr@10": cold_hits, "cold_hr@10_among_cold": among, "cold_places": places}
+    result: dict[str, Any] = {name: round(float(np.mean(values)), 4) for name, values in means.items()}
     result["cold_lift"] = round(float(np.mean(cold_hits)) / (K / dataset.n_items), 2)
-    return result | {"warm_users": len(warm_hits), "cold_users": len(cold_hits), "best_epoch": loop.progress.best_epoch, "epochs": int(epochs[-1])}
+    return result | {"warm_users": len(warm_hits), "cold_users": len(cold_hits)}
 
 
-def _ask(predictor: Predictor, batch: list[Question], filters: Filters) -> np.ndarray:
-    asks: dict[str, Any] = {"now": [q.now for q in batch], "context": [q.context for q in batch], "filters": filters}
+def _ask(predictor: Predictor, batch: list[Question], filters: Filters, rules: Rules | None) -> np.ndarray:
+    asks: dict[str, Any] = {"now": [q.now for q in batch], "context": [q.context for q in batch], "filters": filters, "rules": rules}
     return predictor.recommend([q.history for q in batch], K, **asks).item_index

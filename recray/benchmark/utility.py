@@ -6,7 +6,6 @@ measured before lies in a file of cells and is not measured again, so that a run
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -31,11 +30,12 @@ from recray.errors import SettingsError
 from recray.evaluation import metrics as m
 from recray.evaluation.plots import utility
 from recray.evaluation.protocol import Question, Questions, wanted
-from recray.privacy.accounting import Steps, epsilon_of, sigma_for
+from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of
+from recray.privacy.counts import weighted_counts
 from recray.stages import Say
 from recray.storage import key_of, sha256_file
-from recray.training.batches import TrainingBatches
-from recray.training.trainer import bundle_settings, mechanism_for
+from recray.training.batches import TrainingBatches, users_learned
+from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
 EPSILONS = (1.0, 3.0, 8.0)
@@ -55,8 +55,8 @@ COMMON = (
     *("train.temperature_jitter=0", "evaluate.primary_setting=new_only", "evaluate.k=[10]", "gates.must_beat=[]"),
 )
 OF_DATA = {
-    "ml-1m": ("model.history=50", "split.held_out=0.25", "privacy.delta=1e-5", "privacy.sampling_rate=0.2", "privacy.steps=300"),
-    WORLD: ("model.history=20", "split.held_out=0.05", "privacy.delta=1e-6", "privacy.sampling_rate=0.02", "privacy.steps=500"),
+    "ml-1m": ("model.history=50", "split.held_out=0.25", "privacy.delta=1e-5", "privacy.sampling_rate=0.2", "privacy.steps=100"),
+    WORLD: ("model.history=20", "split.held_out=0.05", "privacy.delta=1e-6", "privacy.sampling_rate=0.02", "privacy.steps=300"),
 }
 FEATURES_OF_WORLD = "{category: categorical, brand: categorical, price: numeric, tags: multi, title: text}"
 
@@ -146,15 +146,17 @@ class _Bench:
         self.settings, self.dataset = _world(folder, more) if name == WORLD else prepared(data, folder, more, "video")
         self.chosen = bundle_settings(self.settings)
         self.asked = {part: _single(Questions(self.dataset, part)) for part in ("validation", "test")}
-        mechanism = mechanism_for(self.settings, self.dataset)
-        assert mechanism is not None
-        self.mechanism, self.users = mechanism, mechanism.users
-        self.sigma = {epsilon: sigma_for(epsilon, mechanism.delta, mechanism.rate, mechanism.steps) for epsilon in EPSILONS}
+        self.users = users_learned(self.dataset)
 
     def nights(self, epsilon: float) -> list[float]:
         """ε of so many trainings together."""
-        mine = self.mechanism
-        return [round(epsilon_of([Steps(self.sigma[epsilon], mine.rate, mine.steps * count)], mine.delta), 2) for count in NIGHTS]
+        one = self.mechanism(epsilon)
+        return [round(epsilon_of([Steps(one.sigma, one.rate, one.steps * count), *one.releases(count)], one.delta), 2) for count in NIGHTS]
+
+    def mechanism(self, epsilon: float, **changed: Any) -> Mechanism:
+        """One training at ε, with settings of section privacy changed."""
+        options = self.settings.privacy.model_copy(update={"epsilon": epsilon, "sigma": None, **changed})
+        return mechanism_of(options, self.users)
 
     def run(self, method: str, epsilon: float | None, rate: float, number: int) -> dict[str, Any]:
         """Train and ask; epsilon None: without privacy, on whole histories, to an early stop."""
@@ -164,7 +166,7 @@ class _Bench:
             return self._vanilla(epsilon, rate)
         train = {**self.chosen["train"], "learning_rate": rate, "seed": number, "windows": "last" if epsilon else "all"}
         chosen = {**self.chosen, "train": train}
-        watched = None if epsilon is None else {**vars(self.mechanism), "sigma": self.sigma[epsilon]}
+        watched = None if epsilon is None else vars(self.mechanism(epsilon))
         loop = build_loop(str(self.dataset.path), chosen, torch.device("cpu"), None, watched)
         for _ in loop.run():
             pass
@@ -173,21 +175,16 @@ class _Bench:
 
     def popularity(self, epsilon: float | None) -> dict[str, Any]:
         """The most popular items among the users who are learned from; each adds 1/√n to each of its n items, and noise what ε asks."""
-        counts = np.zeros(self.dataset.n_items + 1)
-        for shard in self.dataset.shards():
-            for start, count in zip(shard.offsets[:-1], shard.learned, strict=True):
-                items = np.unique(shard.item_index[start : start + count])
-                counts[items] += 1.0 if epsilon is None else 1.0 / math.sqrt(max(len(items), 1))
+        counts = weighted_counts(self.dataset, 0.0 if epsilon is None else 0.5)
         if epsilon is not None:
-            counts += _gaussian(epsilon, self.mechanism.delta) * np.random.default_rng().normal(size=len(counts))
+            counts += _gaussian(epsilon, self.settings.privacy.delta) * np.random.default_rng().normal(size=len(counts))
         found = {part: _ranks_by(lambda batch: np.tile(counts, (len(batch), 1)), asked) for part, asked in self.asked.items()}
         return _figures(found)
 
     def _vanilla(self, epsilon: float, rate: float) -> dict[str, Any]:
-        shape, mine = self.chosen["model"], self.mechanism
+        shape = self.chosen["model"]
         model = vanilla_peer.Vanilla(self.dataset.n_items, shape["dim"], shape["blocks"], shape["heads"], shape["history"], shape["dropout"])
-        mechanism = dataclasses.replace(mine, sigma=self.sigma[epsilon])
-        vanilla_peer.train(model, *_rows(self.dataset, shape["history"]), mechanism, rate)
+        vanilla_peer.train(model, *_rows(self.dataset, shape["history"]), self.mechanism(epsilon, counts_share=0.0), rate)
         model.eval()
 
         def scores(batch: list[Question]) -> np.ndarray:

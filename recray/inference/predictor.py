@@ -84,7 +84,7 @@ class Predictor:
     ----------
     item_ids : the vocabulary in the order of its indices, from 1
     event_types : names in the order of `History.event_index`
-    popularity : dated counts in this vocabulary, for the prior and the popular list
+    popularity : dated counts in this vocabulary, for the prior and, unless the model has counts of its own, the popular list
     prior_days : days of the popularity prior, 0 for none
     has_time : whether `timestamp_s` is a time
     context : names of the fields of the request context
@@ -178,6 +178,12 @@ class Predictor:
     @property
     def n_items(self) -> int:
         return len(self.item_ids)
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which items training saw, bool [n_items + 1]; padding it did not."""
+        found: np.ndarray = self.model.items.seen_V.cpu().numpy()
+        return found
 
     @property
     def answerable(self) -> int:
@@ -348,6 +354,8 @@ class Predictor:
 
     def _popular(self, now_s: int) -> Tensor:
         """Scores of the popular list [V]."""
+        if self.model.offset_V is not None:
+            return self.model.offset_V.index_fill(0, torch.zeros(1, dtype=torch.int64, device=self.device), -torch.inf)
         day = now_s // DAY_S if self.has_time else 0
         if day not in self._populars:
             _make_room(self._populars)

@@ -1,8 +1,9 @@
 """The recommender: history and moment in, a score for every item out.
 
-score(user, item) = hidden · item vector  +  how often and how recently the user met the item  +  recent popularity  +  freshness,
+score(user, item) = hidden · item vector  +  how often and how recently the user met the item  +  recent popularity  +  freshness
+    +  the log of a fixed count,
 
-the last three optional. Hidden states come from causal attention over the history; each position may be asked what comes
+all but the first optional. Hidden states come from causal attention over the history; each position may be asked what comes
 next at a moment `now`. Shapes: B users, T events, N queries (user, position), V items and padding, D width, P days.
 """
 
@@ -64,6 +65,7 @@ class Shape:
     id_dropout: float = 0.0
     fixed_items: bool = False
     context: int = 0
+    counts: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,10 +104,14 @@ def value_bucket(value: Tensor) -> Tensor:
 class Recommender(nn.Module):
     """See the module's docstring.
 
+    `offset_V` float32 [V] is the log of a count of each item, which nothing trains; None for a model without.
+
     Parameters
     ----------
     seen, features : as for `ItemEncoder`
     """
+
+    offset_V: Tensor | None
 
     def __init__(self, shape: Shape, seen: np.ndarray, features: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         super().__init__()
@@ -131,6 +137,7 @@ class Recommender(nn.Module):
         self.freshness = nn.Embedding(FRESHNESS_BUCKETS, 1) if shape.fresh else None
         if self.freshness is not None:
             nn.init.zeros_(self.freshness.weight)
+        self.register_buffer("offset_V", torch.zeros(len(seen)) if shape.counts else None)
 
     @property
     def scale(self) -> float:
@@ -193,6 +200,8 @@ class Recommender(nn.Module):
     def scores(self, hidden_ND: Tensor, output_VD: Tensor, batch: Batch, queries: slice = slice(None), first: int = 0) -> Tensor:
         """Scores of the items first, first + 1, … for some of the batch's queries [N, V]; padding (item 0) gets -inf."""
         scores = hidden_ND @ output_VD.mT
+        if self.offset_V is not None:
+            scores = scores + self.offset_V[first : first + len(output_VD)]
         if first == 0:
             scores = scores.index_fill(1, torch.zeros(1, dtype=torch.int64, device=scores.device), -math.inf)
         extra = self.extra(hidden_ND, batch, queries, len(output_VD), first)

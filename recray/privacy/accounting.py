@@ -22,7 +22,8 @@ MAX_EPSILON = 200.0
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What a training does to the gradients of `users` users: a Poisson-subsampled Gaussian mechanism, `steps` times."""
+    """What a training does with `users` users: a Poisson-subsampled Gaussian mechanism on their gradients, `steps` times, and
+    Gaussian noise of standard deviation `counts_sigma` once on counts to which each adds a vector of length 1; 0: no counts."""
 
     sigma: float
     rate: float
@@ -30,16 +31,22 @@ class Mechanism:
     clipping_norm: float
     delta: float
     users: int
+    counts_sigma: float = 0.0
 
     @property
     def epsilon(self) -> float:
         """ε of the whole training at `delta`."""
-        return epsilon_of([Steps(self.sigma, self.rate, self.steps)], self.delta)
+        return epsilon_of([Steps(self.sigma, self.rate, self.steps), *self.releases(1)], self.delta)
+
+    def releases(self, number: int) -> list[Steps]:
+        """So many releases of the counts."""
+        return [Steps(self.counts_sigma, 1.0, number)] if self.counts_sigma and number else []
 
     def words(self) -> list[str]:
         """The statement for a person, a line each."""
         said = self.statement()
-        how = f"σ {self.sigma:.3g}, q {self.rate:g}, {self.steps} steps, C {self.clipping_norm:g}, {said['accountant']}"
+        counts = f", item counts once at σ {self.counts_sigma:.3g}" if self.counts_sigma else ""
+        how = f"σ {self.sigma:.3g}, q {self.rate:g}, {self.steps} steps, C {self.clipping_norm:g}{counts}, {said['accountant']}"
         return [
             f"private training: ε {self.epsilon:.2f} at δ {self.delta:g} for each of {self.users} users, who are {said['unit']}; "
             f"neighbours {said['adjacency']}; {how}",
@@ -61,7 +68,8 @@ class Mechanism:
             "not_protected": [
                 "a user's own list, which is made from the user's own history",
                 "users who are held out: validation, gates and metrics are measured on them",
-                "the catalogue with its counts by day, the names of events and the number of users, which are taken for public",
+                f"the catalogue{'' if self.counts_sigma else ' with its counts by day'}, the names of events and the number of users, which are "
+                "taken for public",
                 "figures of the baselines beside the model, which learn without noise",
                 "figures of an audit, whose trainings are thrown away",
                 "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
@@ -77,16 +85,25 @@ def mechanism_of(options: PrivacySettings, users: int) -> Mechanism:
             f"privacy.delta: {options.delta:g} is not below 1/{users}: it would allow to publish a user as it is",
             f"lower it, to {0.1 / max(users, 1):.0e} say",
         )
-    rate, steps, delta = options.sampling_rate, options.steps, options.delta
+    sigma, counts = noise_of(options)
+    return Mechanism(sigma, options.sampling_rate, options.steps, options.clipping_norm, options.delta, users, counts)
+
+
+def noise_of(options: PrivacySettings) -> tuple[float, float]:
+    """Noise multipliers of the steps and of the counts (0: none). Raises SettingsError for an ε that no noise reaches.
+
+    `counts_share` is shared out as if all were one Gaussian mechanism, whose 1/σ² is the sum of those of its parts.
+    """
+    rate, steps, delta, share = options.sampling_rate, options.steps, options.delta, options.counts_share
     if options.sigma is not None:
-        sigma = options.sigma
-    else:
-        assert options.epsilon is not None
-        sigma = sigma_for(options.epsilon, delta, rate, steps)
-    found = Mechanism(sigma, rate, steps, options.clipping_norm, delta, users)
-    if math.isinf(found.epsilon):
-        raise SettingsError(f"privacy.sigma: {sigma:g} leaves ε above {MAX_EPSILON:g}, which promises nothing", "raise it, or name an epsilon")
-    return found
+        alone = epsilon_of([Steps(options.sigma, rate, steps)], delta)
+        if math.isinf(alone):
+            what = f"privacy.sigma: {options.sigma:g} leaves ε above {MAX_EPSILON:g}, which promises nothing"
+            raise SettingsError(what, "raise it, or name an epsilon")
+        return options.sigma, math.sqrt((1 - share) / share) * sigma_for(alone, delta, 1.0, 1) if share else 0.0
+    assert options.epsilon is not None
+    counts = sigma_for(options.epsilon, delta, 1.0, 1) / math.sqrt(share) if share else 0.0
+    return sigma_for(options.epsilon, delta, rate, steps, [Steps(counts, 1.0, 1)] if share else []), counts
 
 
 class Steps(NamedTuple):

@@ -204,6 +204,8 @@ class _Catalogue:
             torch.mm(self.hidden_BQD[users].flatten(0, 1), output_VD.mT, out=scores.flatten(0, 1))
             scores[:, :, 0] = -math.inf
             kept = None if self.length_V is None else scores.clone().index_fill_(2, place[2].new_zeros(1), 0.0)
+            if model.offset_V is not None:
+                scores += model.offset_V
             gradient = torch.softmax(scores, 2, out=scores).mul_(weight_BQ[users, :, None])
             gradient.index_put_(place, -share[mine], accumulate=True)
             by_hidden[users] = gradient @ output_VD

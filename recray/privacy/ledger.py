@@ -1,8 +1,8 @@
 """What was spent of the privacy of a population, for the life of its data: an append-only list in a database.
 
-A training reserves its steps before the first one, takes them piece by piece (a piece is on disk before its first step), and
-commits. What a crash left is counted: the whole reservation until it is committed, then every step that was taken, released
-or not. A population is a set of users, known by salted hashes; it may grow, but nobody may be in two.
+A training reserves its steps and the release of its item counts before the first one, takes them piece by piece (a piece is on
+disk before its first step), and commits. What a crash left is counted: the whole reservation until it is committed, then all
+that was taken, released or not. A population is a set of users, known by salted hashes; it may grow, but nobody may be in two.
 
 sqlite by default, where nodes share no file system Postgres by its URL. Nothing in it is secret but the salt.
 """
@@ -49,7 +49,10 @@ _entries = sa.Table(
     sa.Column("clipping_norm", sa.Float, nullable=False),
     sa.Column("delta", sa.Float, nullable=False),
     sa.Column("users", sa.Integer, nullable=False),
+    sa.Column("counts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("counts_sigma", sa.Float, nullable=False, server_default="0"),
 )
+_LATER = ("counts", "counts_sigma")  # columns of entries that a ledger of before does not have
 _APPEND_ONLY = [
     f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action} BEFORE {action} ON {table} BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
     for table in ("entries", "members", "salt")
@@ -59,19 +62,22 @@ _APPEND_ONLY = [
 
 @dataclass(frozen=True)
 class Run:
-    """One training in the ledger: steps reserved and taken, and whether it committed."""
+    """One training in the ledger: steps and releases of item counts, each reserved and taken, and whether it committed."""
 
     run_key: str
     mechanism: Mechanism
     reserved: int
     taken: int
+    counts_reserved: int
+    counts_taken: int
     committed: bool
     begun: str
 
     @property
-    def counted(self) -> Steps:
+    def counted(self) -> list[Steps]:
         """What is counted as spent."""
-        return Steps(self.mechanism.sigma, self.mechanism.rate, self.taken if self.committed else max(self.reserved, self.taken))
+        steps, counts = (self.taken, self.counts_taken) if self.committed else (self.reserved, self.counts_reserved)
+        return [Steps(self.mechanism.sigma, self.mechanism.rate, steps), *self.mechanism.releases(counts)]
 
 
 class Ledger:
@@ -88,6 +94,7 @@ class Ledger:
             if engine.dialect.name == "sqlite":
                 _durable(engine)
             _schema.create_all(engine)
+            _add_later(engine)
             if engine.dialect.name == "sqlite":
                 with engine.begin() as connection:
                     for statement in _APPEND_ONLY:
@@ -129,7 +136,8 @@ class Ledger:
         return new
 
     def reserve(self, run_key: str, mechanism: Mechanism, cap: float | None, done: int = 0) -> int:
-        """Make sure that the steps which `done` leaves of a training are reserved; how many were added.
+        """Make sure that the steps which `done` leaves of a training are reserved, and the counts that it begins with; how many
+        steps were added.
 
         Raises PrivacySpentError, with what would fit, if all steps of the population together would pass ε `cap`; RefusedError if
         the run was begun with another mechanism, or has ended.
@@ -147,25 +155,31 @@ class Ledger:
                     f"training {run_key} has committed, but what it made is gone", "train with another train.seed, which counts as another training"
                 )
             reserved, taken = (mine.reserved, mine.taken) if mine else (0, 0)
-            missing = taken + mechanism.steps - done - reserved
-            if missing <= 0:
+            missing = max(taken + mechanism.steps - done - reserved, 0)
+            counts = 0
+            if mechanism.counts_sigma and not done:  # those of an attempt before went with it
+                counts = max(1 + (mine.counts_taken - mine.counts_reserved if mine else 0), 0)
+            if not (missing or counts):
                 return 0
-            before = [run.counted for run in runs]
-            wanted = Steps(mechanism.sigma, mechanism.rate, missing)
-            if cap is not None and epsilon_of(grouped([*before, wanted]), mechanism.delta) > cap:
-                raise _over(cap, before, wanted, mechanism.delta)
-            self._append(connection, run_key, RESERVE, missing, mechanism)
+            before = [steps for run in runs for steps in run.counted]
+            wanted, released = Steps(mechanism.sigma, mechanism.rate, missing), mechanism.releases(counts)
+            if cap is not None and epsilon_of(grouped([*before, *released, wanted]), mechanism.delta) > cap:
+                raise _over(cap, before, released, wanted, mechanism.delta)
+            self._append(connection, run_key, RESERVE, missing, mechanism, counts)
             return missing
 
-    def take(self, run_key: str, steps: int) -> None:
-        """Note that steps are about to be taken. Raises RefusedError if they were not reserved."""
+    def take(self, run_key: str, steps: int, counts: int = 0) -> None:
+        """Note that steps are about to be taken, or counts to be released. Raises RefusedError if they were not reserved."""
         with self._alone() as connection:
             mine = self._one(connection, run_key)
-            if mine.taken + steps > mine.reserved or mine.committed:
+            if mine.taken + steps > mine.reserved or mine.counts_taken + counts > mine.counts_reserved or mine.committed:
                 ended = ", and committed" if mine.committed else ""
                 what = f"training {run_key} took {mine.taken} of {mine.reserved} reserved steps{ended}; {steps} more are too many"
+                if counts:
+                    released = f"released its counts {mine.counts_taken} of {mine.counts_reserved} reserved times"
+                    what = f"training {run_key} {released}{ended}; {counts} more is too many"
                 raise RefusedError(what, "reserve them first")
-            self._append(connection, run_key, TAKE, steps, mine.mechanism)
+            self._append(connection, run_key, TAKE, steps, mine.mechanism, counts)
 
     def commit(self, run_key: str) -> None:
         """End a training: what it took is spent, the rest of its reservation is free. A second time nothing happens."""
@@ -181,7 +195,7 @@ class Ledger:
 
     def spent(self) -> list[Steps]:
         """All steps that count, by mechanism."""
-        return grouped([run.counted for run in self.runs()])
+        return grouped([steps for run in self.runs() for steps in run.counted])
 
     def statement(self) -> dict[str, Any]:
         """What the population has spent, for a statement: trainings, and ε at the δ of the last one."""
@@ -212,10 +226,10 @@ class Ledger:
             found.setdefault(row.run_key, []).append(row)
         return [_run(key, entries) for key, entries in found.items()]
 
-    def _append(self, connection: Connection, run_key: str, kind: str, steps: int, mechanism: Mechanism) -> None:
-        fields = {name: getattr(mechanism, name) for name in ("sigma", "rate", "clipping_norm", "delta", "users")}
+    def _append(self, connection: Connection, run_key: str, kind: str, steps: int, mechanism: Mechanism, counts: int = 0) -> None:
+        fields = {name: getattr(mechanism, name) for name in ("sigma", "rate", "clipping_norm", "delta", "users", "counts_sigma")}
         at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        row = {"at": at, "population": self.population, "run_key": run_key, "kind": kind, "steps": steps, **fields}
+        row = {"at": at, "population": self.population, "run_key": run_key, "kind": kind, "steps": steps, "counts": counts, **fields}
         connection.execute(sa.insert(_entries), row)
 
     def _salted(self, connection: Connection) -> bytes:
@@ -244,18 +258,20 @@ def grouped(spent: Sequence[Steps]) -> list[Steps]:
 
 def _run(key: str, entries: list[Any]) -> Run:
     first = entries[0]
-    of = {kind: sum(row.steps for row in entries if row.kind == kind) for kind in (RESERVE, TAKE)}
-    planned = first.steps
-    mechanism = Mechanism(first.sigma, first.rate, planned, first.clipping_norm, first.delta, first.users)
-    return Run(key, mechanism, of[RESERVE], of[TAKE], any(row.kind == COMMIT for row in entries), first.at)
+    of = {kind: [row for row in entries if row.kind == kind] for kind in (RESERVE, TAKE, COMMIT)}
+    steps = {kind: sum(row.steps for row in rows) for kind, rows in of.items()}
+    counts = {kind: sum(row.counts for row in rows) for kind, rows in of.items()}
+    mechanism = Mechanism(first.sigma, first.rate, first.steps, first.clipping_norm, first.delta, first.users, first.counts_sigma)
+    return Run(key, mechanism, steps[RESERVE], steps[TAKE], counts[RESERVE], counts[TAKE], bool(of[COMMIT]), first.at)
 
 
-def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> PrivacySpentError:
-    """The refusal, with what would fit."""
+def _over(cap: float, before: Sequence[Steps], released: Sequence[Steps], wanted: Steps, delta: float) -> PrivacySpentError:
+    """The refusal, with what would fit beside the counts that are released."""
     spent = epsilon_of(grouped(before), delta)
+    before = [*before, *released]
     total = epsilon_of(grouped([*before, wanted]), delta)
     what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {wanted.number} steps at σ {wanted.sigma:.3g} it would be {total:.2f}"
-    if spent >= cap:
+    if epsilon_of(grouped(before), delta) >= cap:
         return PrivacySpentError(what, f"nothing fits any more: score with the weights that are there (it costs nothing), or raise the cap{_CLOSE}")
     low, high = 0, wanted.number
     while high - low > 1:
@@ -266,6 +282,14 @@ def _over(cap: float, before: Sequence[Steps], wanted: Steps, delta: float) -> P
     return PrivacySpentError(
         what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing{_CLOSE}"
     )
+
+
+def _add_later(engine: Engine) -> None:
+    """Columns that came after a ledger was begun."""
+    with engine.begin() as connection:
+        there = {column["name"] for column in sa.inspect(connection).get_columns("entries")}
+        for column in (_entries.c[name] for name in _LATER if name not in there):
+            connection.exec_driver_sql(f"ALTER TABLE entries ADD COLUMN {sa.schema.CreateColumn(column).compile(engine)}")
 
 
 def _durable(engine: Engine) -> None:

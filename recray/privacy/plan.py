@@ -28,13 +28,18 @@ class Option:
     epsilon: float
 
 
-def options(cap: float, delta: float, rate: float, steps: int, sigma: float, days: int, before: Sequence[Steps] = ()) -> list[Option]:
+def options(
+    cap: float, delta: float, rate: float, steps: int, sigma: float, days: int, before: Sequence[Steps] = (), counts_sigma: float = 0.0
+) -> list[Option]:
     """What each cadence needs and spends in so many days, after what was spent before.
 
-    cap : ε of a user; sigma : noise multiplier of one training as the settings have it
+    cap : ε of a user; sigma, counts_sigma : noise multipliers of one training's steps and item counts (0: none) as the settings have it
     """
     cells = [(every, shards, -(-days // (every * shards))) for every in CADENCES for shards in SHARDS]
-    known = {count: _afford(cap, delta, rate, count * steps, sigma, before) for count in {trainings for _, _, trainings in cells}}
+    known = {}
+    for count in {trainings for _, _, trainings in cells}:
+        released = [Steps(counts_sigma, 1.0, count)] if counts_sigma else []
+        known[count] = _afford(cap, delta, rate, count * steps, sigma, [*before, *released])
     return [Option(every, shards, trainings, *known[trainings]) for every, shards, trainings in cells]
 
 

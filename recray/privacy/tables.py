@@ -10,7 +10,7 @@ from rich.table import Table
 from recray.config import Settings
 from recray.errors import MissingArtifactError, SettingsError
 from recray.privacy import plan as planning
-from recray.privacy.accounting import epsilon_of, sigma_for
+from recray.privacy.accounting import epsilon_of, noise_of
 from recray.privacy.ledger import Ledger
 
 Shown = tuple[Table, dict[str, Any]]
@@ -25,7 +25,7 @@ def status(settings: Settings) -> Shown:
     for run in runs:
         m = run.mechanism
         steps = f"{run.taken}" if run.committed else f"{run.taken} of {run.reserved} reserved, open"
-        alone = f"{epsilon_of([run.counted], options.delta):.2f}"
+        alone = f"{epsilon_of(run.counted, options.delta):.2f}"
         table.add_row(run.run_key, run.begun, f"{m.sigma:.3g}", f"{m.rate:g}", f"{m.clipping_norm:g}", str(m.users), steps, alone)
     spent = epsilon_of(ledger.spent(), options.delta)
     table.caption = f"all together: ε {spent:.2f} at δ {options.delta:g}" + (f" of {options.cap:g}" if options.cap else "; no cap is set")
@@ -44,8 +44,8 @@ def plan(settings: Settings, days: int) -> Shown:
     except MissingArtifactError:
         before = []
     rate, steps, delta = options.sampling_rate, options.steps, options.delta
-    sigma = options.sigma or sigma_for(options.epsilon or cap, delta, rate, steps)
-    found = planning.options(cap, delta, rate, steps, sigma, days, before)
+    sigma, counts = noise_of(options)
+    found = planning.options(cap, delta, rate, steps, sigma, days, before, counts)
     title = f"{days} days, ε {cap:g} at δ {delta:g}; a training: {steps} steps, q {rate:g}, σ {sigma:.3g}"
     columns = ("train every", "users a night", "trainings a user", "σ that keeps the cap", f"ε with σ {sigma:.3g}")
     table = Table(*columns, title=title, title_justify="left")

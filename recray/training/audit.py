@@ -60,7 +60,10 @@ def audit(settings: Settings, dataset: Dataset, say: Any, runs: dict[str, Run], 
         if name in runs:
             continue
         say(f"audit: a training, {name}")
-        watched = None if sigma is None else dataclasses.asdict(dataclasses.replace(mechanism, sigma=sigma))
+        watched = None
+        if sigma is not None:  # canaries are in the steps alone, so those have the whole claim
+            counts = 0.0 if canaries else mechanism.counts_sigma
+            watched = dataclasses.asdict(dataclasses.replace(mechanism, sigma=sigma, counts_sigma=counts))
         run = _in_ray(settings, dataset, watched, canaries)
         if canaries:
             runs[name] = {"sigma": sigma, **dataclasses.asdict(bound(run["planted"], run["seen"], options.delta))}
@@ -105,6 +108,7 @@ def watch(
     if isinstance(loop, PrivateLoop):
         step, rate = loop.private, loop.sampler.rate
         step.canaries = Canaries(step.optimizer.params, canaries, rate, step.clipping_norm) if canaries else None
+        loop.begin()
         for _ in range(loop.steps):
             loop.private_step()
         if step.canaries is not None:

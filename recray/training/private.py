@@ -18,6 +18,7 @@ from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
 from recray.model.recommender import Batch, Recommender
 from recray.privacy.accounting import Mechanism
+from recray.privacy.counts import log_counts
 from recray.privacy.engine import PrivateStep
 from recray.privacy.sampling import PoissonUsers
 from recray.training.batches import TrainingBatches
@@ -29,8 +30,8 @@ KEPT = 16
 """Numbers that a block keeps for each event, as multiples of its width; of that order."""
 
 
-Take = Callable[[int], None]
-"""Called with a number of steps before they are taken; raises RefusedError if they may not be."""
+Take = Callable[[int, int], None]
+"""Called with a number of steps before they are taken, and of releases of the item counts; raises RefusedError if they may not be."""
 
 
 def physical_users(items: int, events: int, width: int) -> int:
@@ -73,13 +74,13 @@ class PrivateLoop(Loop):
         mechanism: Mechanism,
         *,
         every: int,
-        take: Take = lambda steps: None,
+        take: Take = lambda steps, counts: None,
     ) -> None:
         super().__init__(model, batches, validate, criterion, settings)
         self.rows = PrivateRows(batches, model.shape.dim * model.shape.blocks)
         if len(self.rows) != mechanism.users:
             raise TrainingError(f"{len(self.rows)} users are learned from, but {mechanism.users} were accounted for", "prepare the dataset anew")
-        self.steps, self.every, self.take = mechanism.steps, every, take
+        self.steps, self.every, self.take, self.counts_sigma = mechanism.steps, every, take, mechanism.counts_sigma
         self.sampler = PoissonUsers(len(self.rows), mechanism.rate, rank=self.rank, world=self.world)
         self.private = PrivateStep(
             model,
@@ -92,11 +93,13 @@ class PrivateLoop(Loop):
     def run(self) -> Iterator[dict[str, float]]:
         """Train to the last step; yields a line a checkpoint. There is no loss in it: it is not private."""
         progress = self.progress
+        if progress.step == 0:
+            self.begin()
         while progress.step < self.steps:
             started = time.monotonic()
             steps = min(self.every, self.steps - progress.step)
             if self.rank == 0:
-                self.take(steps)  # no rank takes a step without rank 0
+                self.take(steps, 0)  # no rank takes a step without rank 0
             for _ in range(steps):
                 self.private_step()
             self._sound()
@@ -105,6 +108,19 @@ class PrivateLoop(Loop):
             line = {"epoch": progress.epoch, "steps": progress.step, "validation_ndcg": progress.best_ndcg}
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
+
+    def begin(self) -> None:
+        """Put noised item counts under the scores, before the first step; rank 0 draws the noise."""
+        offset_V = self.model.offset_V
+        if offset_V is None:
+            return
+        if self.rank == 0:
+            self.take(0, 1)
+            offset_V.copy_(torch.from_numpy(log_counts(self.rows.batches.dataset, self.counts_sigma)))
+        if self.world > 1:
+            dist.broadcast(offset_V, 0)
+        assert self.average.offset_V is not None
+        self.average.offset_V.copy_(offset_V)
 
     def _sound(self) -> None:
         """Raises TrainingError if a weight is not finite, or the ranks' weights are not equal to the bit."""

@@ -102,11 +102,15 @@ def _accounted(settings: Settings, bundle: Bundle) -> bool:
         return False
 
 
+def _shape(settings: Settings, dataset: Dataset) -> Shape:
+    return shape_of(bundle_settings(settings)["model"], dataset, counts=settings.privacy.enabled and settings.privacy.counts_share > 0)
+
+
 def _same_network(settings: Settings, dataset: Dataset, bundle: Bundle) -> bool:
     told = {"features": dict(settings.data.features), "context": dataset.context, "text_encoder": dataset.text_encoder}
     if any(bundle.manifest.get(name) != value for name, value in told.items()):
         return False
-    shape = shape_of(bundle_settings(settings)["model"], dataset)
+    shape = _shape(settings, dataset)
     return replace(Shape(**bundle.manifest["shape"]), event_types=shape.event_types) == shape
 
 
@@ -128,7 +132,7 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     if not any(((shard.split[:, 1] > shard.split[:, 0]) & shard.asked).any() for shard in dataset.shards()):
         raise DataError(f"dataset {dataset.key} has no validation users", "raise split.validation_users, or move split.validation_from")
     chosen = bundle_settings(settings)
-    shape = shape_of(chosen["model"], dataset)
+    shape = _shape(settings, dataset)
     parent = parent_of(settings, dataset)
     mechanism = mechanism_for(settings, dataset)
     run.mkdir(parents=True, exist_ok=True)

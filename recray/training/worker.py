@@ -32,8 +32,8 @@ DIGESTS = "digests.json"
 VALIDATION_BATCH = 256
 
 
-def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
-    """The network that the model settings ask for, given what the data knows."""
+def shape_of(model: dict[str, Any], dataset: Dataset, *, counts: bool = False) -> Shape:
+    """The network that the model settings ask for, given what the data knows. `counts`: its scores begin with noised item counts."""
     return Shape(
         event_types=max(len(dataset.event_types), 1),
         dim=model["dim"],
@@ -51,6 +51,7 @@ def shape_of(model: dict[str, Any], dataset: Dataset) -> Shape:
         id_dropout=model["id_dropout"],
         fixed_items=model["items"] == "features",
         context=len(dataset.context),
+        counts=counts,
     )
 
 
@@ -97,7 +98,7 @@ def build_loop(
     """
     dataset = Dataset.open(dataset_path)
     model_settings, train = settings["model"], settings["train"]
-    shape = shape_of(model_settings, dataset)
+    shape = shape_of(model_settings, dataset, counts=bool(mechanism and mechanism["counts_sigma"]))
     torch.manual_seed(train["seed"])
     features = encode(dataset.items, settings["data"]["features"], shape.feature_buckets)
     seen = dataset.trained_items()
@@ -148,14 +149,14 @@ def build_loop(
     return PrivateLoop(model, batches, validate, criterion, loop_settings, Mechanism(**mechanism), every=settings["privacy"]["report_every"])
 
 
-def _from_ledger(private: dict[str, Any], done: int) -> Callable[[int], None]:
+def _from_ledger(private: dict[str, Any], done: int) -> Callable[[int, int], None]:
     """Takes steps from the reservation in the ledger, after it was made to last from where the training stands."""
     from recray.privacy.accounting import Mechanism
     from recray.privacy.ledger import Ledger
 
     ledger = Ledger.open(private["ledger"], private["population"])
     ledger.reserve(private["run_key"], Mechanism(**private["mechanism"]), private["cap"], done)
-    return lambda steps: ledger.take(private["run_key"], steps)
+    return lambda steps, counts: ledger.take(private["run_key"], steps, counts)
 
 
 def _gains_by_bfloat16(device: torch.device) -> bool:

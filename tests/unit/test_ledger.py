@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import multiprocessing
 
 import pytest
@@ -48,6 +49,42 @@ def test_steps_that_a_crash_took_are_counted_and_taken_again(url):
     assert ledger.spent() == [Steps(2.0, 0.1, 140)]
     with pytest.raises(RefusedError, match="has committed"):
         ledger.reserve("a", ONE, None, done=100)
+
+
+def test_counts_are_reserved_with_the_steps_and_counted_as_often_as_they_were_drawn(url):
+    counted = dataclasses.replace(ONE, counts_sigma=5.0)
+    ledger = Ledger.open(url, "shop")
+    assert [ledger.reserve("a", counted, None) for _ in range(2)] == [100, 0]
+    assert ledger.spent() == [Steps(2.0, 0.1, 100), Steps(5.0, 1.0, 1)]
+    ledger.take("a", 0, 1)
+    with pytest.raises(RefusedError, match="released its counts 1 of 1 reserved times"):
+        ledger.take("a", 0, 1)
+    ledger.take("a", 40)  # a crash follows, before the first checkpoint
+    assert ledger.reserve("a", counted, None) == 40
+    ledger.take("a", 0, 1)
+    ledger.take("a", 60)  # a checkpoint follows, then a crash
+    assert ledger.reserve("a", counted, None, done=60) == 0
+    ledger.take("a", 40)
+    ledger.commit("a")
+    assert ledger.spent() == [Steps(2.0, 0.1, 140), Steps(5.0, 1.0, 2)]
+    ledger.reserve("b", counted, None)
+    ledger.commit("b")  # it took nothing
+    assert ledger.spent() == [Steps(2.0, 0.1, 140), Steps(5.0, 1.0, 2)]
+    cap = epsilon_of([*ledger.spent(), Steps(2.0, 0.1, 100)], DELTA)
+    with pytest.raises(RefusedError, match="nothing fits"):
+        ledger.reserve("c", dataclasses.replace(counted, counts_sigma=0.5), cap)
+    assert ledger.reserve("c", ONE, cap + 1e-9) == 100
+
+
+def test_a_ledger_of_before_the_counts_goes_on(url):
+    ledger = Ledger.open(url, "shop")
+    ledger.reserve("a", ONE, None)
+    with ledger.engine.begin() as connection:
+        for column in ("counts", "counts_sigma"):
+            connection.exec_driver_sql(f"ALTER TABLE entries DROP COLUMN {column}")
+    for _ in range(2):
+        ledger = Ledger.open(url, "shop")
+        assert ledger.spent() == [Steps(2.0, 0.1, 100)] and ledger.reserve("a", ONE, None) == 0
 
 
 def test_repeated_it_reserves_nothing_more(url):
@@ -151,12 +188,12 @@ def test_a_training_that_will_not_go_on_is_closed_by_hand(tmp_path, capsys):
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'privacy.sqlite'}", "users")
     ledger.reserve("crashed", ONE, None)
     ledger.take("crashed", 30)
-    assert ledger.runs()[0].counted.number == ONE.steps
+    assert ledger.runs()[0].counted[0].number == ONE.steps
     assert main(["privacy", "close", *where]) == 2 and "--training" in capsys.readouterr().err
     assert main(["privacy", "close", "--training", "other", *where]) == 3 and "other" in capsys.readouterr().err
     assert main(["privacy", "close", "--training", "crashed", *where]) == 0
     assert "crashed" in capsys.readouterr().err
-    assert ledger.runs()[0].counted.number == 30
+    assert ledger.runs()[0].counted[0].number == 30
     with pytest.raises(RefusedError, match="committed"):
         ledger.take("crashed", 1)
     with pytest.raises(RefusedError, match="train.seed"):

@@ -23,6 +23,8 @@ NETWORKS = {
     "ligr": PRESETS["ligr"],
     "event types": {**PRESETS["dp"], "event_types": 3},
     "fixed features": {**PRESETS["dp"], "fixed_items": True},
+    "counts": {**PRESETS["dp"], "counts": True},
+    "counts, cosine": {**PRESETS["dp"], "counts": True, "scores": "cosine"},
 }
 BAGS = {"brand": (np.arange(V + 1) % 7, np.arange(V + 1)), "tags": (np.arange(2 * V) % 5, np.maximum(2 * np.arange(V + 1) - 2, 0))}
 networks = pytest.mark.parametrize("name", NETWORKS)
@@ -38,6 +40,8 @@ def make(name: str, seed: int = 0, **more) -> Recommender:
                 parameter.add_(0.3 * torch.randn_like(parameter))
         if model.items.ids is not None:
             model.items.ids.weight[0] = 0.0  # padding, as a step leaves it
+        if model.offset_V is not None:
+            model.offset_V.normal_()
     if model.temperature is not None:
         model.temperature.requires_grad_(False).fill_(0.2)
     return model.train()

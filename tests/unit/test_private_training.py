@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,18 @@ import torch.multiprocessing as processes
 from conftest import prepare_here, private_overrides
 
 from recray.config import load_settings
+from recray.dataset.reader import History
 from recray.errors import SettingsError, TrainingError
 from recray.evaluation.protocol import Questions
+from recray.inference import Predictor
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of, sigma_for
+from recray.privacy.counts import log_counts, weighted_counts
 from recray.privacy.sampling import PoissonUsers
 from recray.training.batches import TrainingBatches, users_learned
 from recray.training.trainer import bundle_settings, mechanism_for
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
+
+NOBODY = History(*np.zeros((4, 0), np.int64))
 
 
 def private_settings(folder, root, *more):
@@ -126,6 +132,91 @@ def test_a_resumed_training_takes_the_steps_that_are_left(settings, dataset, tmp
     assert "generator" not in json.dumps(second.progress.to_dict())
 
 
+def test_the_counts_are_of_those_who_are_learned_from_and_each_adds_a_vector_of_length_one(dataset):
+    counts = weighted_counts(dataset)
+    assert counts[0] == 0
+    expected = np.zeros_like(counts)
+    for shard in dataset.shards():
+        for row in np.flatnonzero(~shard.held_out & (shard.learned > 0)):
+            items = set(shard.item_index[shard.offsets[row] : shard.offsets[row] + shard.learned[row]].tolist())
+            expected[list(items)] += len(items) ** -0.5
+    np.testing.assert_allclose(counts, expected)
+    each = [_counts_without(dataset, number) for number in range(3)]
+    np.testing.assert_allclose([np.linalg.norm(counts - without) for without in each], 1.0)
+
+
+def _counts_without(dataset, number):
+    """The counts if the nth user who is learned from were not there."""
+
+    class Fewer:
+        n_items = dataset.n_items
+
+        def shards(self):
+            left = number
+            for shard in dataset.shards():
+                learned = shard.learned.copy()
+                rows = np.flatnonzero(learned > 0)
+                if 0 <= left < len(rows):
+                    learned[rows[left]] = 0
+                left -= len(rows)
+                yield SimpleNamespace(offsets=shard.offsets, item_index=shard.item_index, learned=learned)
+
+    return weighted_counts(Fewer())
+
+
+def test_the_noise_of_the_counts_has_the_stated_deviation(dataset):
+    counts, sigma = weighted_counts(dataset), 0.02
+    top, *others = np.argsort(-counts)[:20]
+    draws = np.stack([log_counts(dataset, sigma) for _ in range(400)]).astype(float)
+    found = np.exp(draws[:, others] - draws[:, [top]]) * counts[top]  # of the largest count, which has noise of its own
+    expected = sigma * np.sqrt(1 + (counts[others] / counts[top]) ** 2)
+    np.testing.assert_allclose((found.std(0) / expected).mean(), 1.0, rtol=0.1)
+    assert (draws.max(1) == 0).all() and (draws >= np.log(sigma / (counts.max() + 6 * sigma))).all()
+
+
+def test_a_private_training_begins_with_the_noised_counts_of_its_ledger(settings, dataset, tmp_path):
+    run = loop_of(settings, dataset)
+    taken = []
+    run.take = lambda steps, counts: taken.append((steps, counts))
+    lines = run.run()
+    next(lines)
+    assert taken == [(0, 1), (5, 0)]
+    offset = run.model.offset_V.clone()
+    order = np.argsort(-weighted_counts(dataset))[:3]
+    assert offset.max() == 0 and offset[order].mean() > offset.mean()
+    save_checkpoint(run, tmp_path)
+    resumed = loop_of(settings, dataset)
+    load_checkpoint(resumed, tmp_path)
+    resumed.take = lambda steps, counts: taken.append((steps, counts))
+    list(resumed.run())
+    assert taken[2:] == [(5, 0), (2, 0)] and torch.equal(resumed.model.offset_V, offset)
+    popular = Predictor.of(resumed.model, dataset, 0).recommend([NOBODY], 5, now=0)
+    assert popular.source == ["popular"] and popular.item_index[0].tolist() == (1 + np.argsort(-offset[1:].numpy(), kind="stable")[:5]).tolist()
+
+
+def test_without_a_share_for_them_there_are_no_counts(world_folder, tmp_path):
+    settings = private_settings(world_folder, tmp_path, "privacy.counts_share=0")
+    mechanism = mechanism_of(settings.privacy, 100)
+    assert mechanism.counts_sigma == 0 and mechanism.releases(1) == []
+    assert any("counts by day" in text for text in mechanism.statement()["not_protected"])
+    run = loop_of(settings, prepare_here(settings))
+    run.begin()
+    assert run.model.offset_V is None
+
+
+def test_counts_and_steps_together_keep_epsilon(settings):
+    options = settings.privacy.model_copy(update={"sigma": None, "epsilon": 2.0, "counts_share": 0.1})
+    mechanism = mechanism_of(options, 1000)
+    alone = mechanism_of(options.model_copy(update={"counts_share": 0.0}), 1000)
+    assert 1.8 < mechanism.epsilon <= 2.0 and alone.sigma < mechanism.sigma < 1.2 * alone.sigma
+    steps = epsilon_of([Steps(mechanism.sigma, mechanism.rate, mechanism.steps)], mechanism.delta)
+    counts = epsilon_of(mechanism.releases(1), mechanism.delta)
+    assert 0 < counts < steps < mechanism.epsilon
+    assert not any("counts by day" in text for text in mechanism.statement()["not_protected"])
+    by_sigma = mechanism_of(options.model_copy(update={"sigma": mechanism.sigma, "epsilon": None}), 1000)
+    np.testing.assert_allclose(by_sigma.counts_sigma, mechanism.counts_sigma, rtol=0.1)
+
+
 def test_users_who_were_not_accounted_for_are_refused(settings, dataset):
     with pytest.raises(TrainingError, match="were accounted for"):
         loop_of(settings, dataset, users=3)
@@ -145,6 +236,7 @@ def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
 
     run.sampler.draw = watched
     list(run.run())
+    assert run.model.offset_V.std() > 0.1 and torch.equal(run.model.offset_V, run.average.offset_V)
     torch.save({"weights": run.model.state_dict(), "steps": run.progress.step, "drawn": drawn}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

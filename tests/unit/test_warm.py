@@ -92,11 +92,10 @@ def test_a_private_training_begins_with_what_is_private_or_public_alone(world_fo
     private = load_settings(None, [*private_overrides(world_folder, tmp_path), "train.warm_start=true"])
     storage = Storage(private.root())
     before, after = prepare_here(private, EARLY), prepare_here(private)
-    open_one = load_settings(None, [*private_overrides(world_folder, tmp_path), "privacy.enabled=false"])
     statements = {"public": None, "other": {"differential_privacy": True, "population": "others"}}
     statements["mine"] = {"differential_privacy": True, "population": private.privacy.population}
     statements["unaccounted"] = statements["mine"]
-    bundles = {name: bundle_here(open_one, before, storage.bundle(name), name, said) for name, said in statements.items()}
+    bundles = {name: bundle_here(private, before, storage.bundle(name), name, said) for name, said in statements.items()}
     mechanism = Mechanism(1.0, 0.2, 12, 1.0, 1e-4, 200)
     ledger = Ledger.open(private.ledger_url(), private.privacy.population)
     ledger.reserve("mine", mechanism, None, 0)
@@ -118,7 +117,7 @@ def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tm
     within = bundle_here(plain, dataset, Storage(plain.root()).bundle("within"), "within")
 
     def begin(bundle, *more):
-        asked = [*private_overrides(world_folder, tmp_path / "root"), f"privacy.public_start={bundle.path}", *more]
+        asked = [*private_overrides(world_folder, tmp_path / "root"), f"privacy.public_start={bundle.path}", "privacy.counts_share=0", *more]
         return parent_of(load_settings(None, asked), dataset)
 
     assert begin(public).key == "public"
@@ -126,3 +125,5 @@ def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tm
     for bundle, more, words in ((public, ["model.blocks=1"], "another network"), (other, [], "trained privately"), (within, [], "to protect")):
         with pytest.raises(SettingsError, match=words):
             begin(bundle, *more)
+    with pytest.raises(SettingsError, match="set counts_share to 0"):
+        begin(public, "privacy.counts_share=0.1")
