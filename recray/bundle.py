@@ -162,7 +162,7 @@ def write_bundle(
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True))
         (folder / "privacy.json").write_text(json.dumps(privacy or {"differential_privacy": False}, indent=2, sort_keys=True) + "\n")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-        shutil.copyfile(dataset.path / "items.parquet", folder / "items.parquet")
+        pq.write_table(dataset.items.drop_columns(["events"]), folder / "items.parquet")  # how often each was met is nobody's business
         if shape.counts:  # noised, they are among the weights
             Popularity.count_events(np.zeros(0, np.int64), None, dataset.n_items).save(folder / "popularity.parquet")
         else:

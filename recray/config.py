@@ -254,7 +254,9 @@ class ScoreSettings(Section):
     caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="categorical feature: how many items of one value a list may hold"
     )
-    unseen: float = Field(0.0, ge=0, le=20, description="added to the scores of items that training never saw; 0: they must earn their place")
+    unseen: float = Field(
+        0.0, ge=0, le=20, description="added to the scores of items that are known by their features alone; 0: they must earn their place"
+    )
     batch_users: int = Field(1024, ge=1, description="users read and scored at once")
     actors: int = _place(2, "scoring actors", ge=1)
     cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)

@@ -267,6 +267,8 @@ def score(work: Work, dataset: Dataset) -> JobResult:
         )
     for name in unmatched(settings.score.rules(), dataset):
         work.warn(f"a rule of section score is about {name!r}, which no item has")
+    if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):
+        work.warn(f"champion {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
     key = scoring.score_key(settings, dataset, bundle)
     path = writer.snapshot_path(storage, dataset.as_of_s, key)
     skipped = is_sealed(path, writer.KIND, key)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +44,9 @@ def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str, priv
 
     chosen, mechanism = bundle_settings(settings), mechanism_for(settings, dataset)
     loop = build_loop(str(dataset.path), chosen, torch.device("cpu"), None, mechanism and vars(mechanism))
+    if mechanism:
+        loop.begin()
+        loop.best = loop.average.state_dict()
     return write_bundle(
         path,
         key,
@@ -189,3 +197,33 @@ def reference(head, world_folder, tmp_path_factory) -> dict[str, bytes]:
     found = content(root)
     assert_right(root, found)
     return found
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server of our own, without a database."""
+    found = [*sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")), *(Path(path) for path in [shutil.which("initdb")] if path)]
+    if not found:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql, or its bin folder in PATH)")
+    binaries = found[-1].resolve().parent
+    user = "nobody" if os.getuid() == 0 else None  # it does not run as root
+    with tempfile.TemporaryDirectory(prefix="recray-postgres-") as folder, socket.socket() as free:
+        if user:
+            shutil.chown(folder, user)
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        data, log = f"{folder}/data", Path(folder, "log")
+        made = [binaries / "initdb", "-D", data, "-U", "recray", "--auth=trust", "--no-sync"]
+        subprocess.run(made, check=True, capture_output=True, user=user, cwd=folder)
+        free.close()
+        with open(log, "w") as file:
+            serve = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", port, "-k", folder]
+            server = subprocess.Popen(serve, stdout=file, stderr=file, user=user, cwd=folder)
+        try:
+            while subprocess.run([binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", port]).returncode:
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.1)
+            yield f"postgresql://recray@127.0.0.1:{port}"
+        finally:
+            server.send_signal(signal.SIGINT)  # it ends the connections, then stops
+            server.wait()

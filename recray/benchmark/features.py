@@ -108,7 +108,7 @@ def _variant(dataset: Dataset, chosen: dict[str, Any], dial: tuple[float, ...]) 
 
 
 def _answers(predictor: Predictor, dataset: Dataset, cold: np.ndarray, new_only: bool, turn: float) -> dict[str, Any]:
-    rules = Rules.declared(ScoreSettings(unseen=turn).rules(), dataset, np.arange(len(cold)), ~cold)
+    rules = Rules.declared(ScoreSettings(unseen=turn).rules(), dataset, np.arange(len(cold)), predictor.unseen)
     warm_hits, warm_ndcg, cold_hits, among, places = [], [], [], [], []
     for batch in Questions(dataset, "test").batches(BATCH):
         lists = _ask(predictor, batch, Filters(new_only=new_only), rules)

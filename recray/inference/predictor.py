@@ -174,15 +174,17 @@ class Predictor:
         self._parts_MVD = self.model.items.parts()
         self._table_VD = self.model.items()
         self._output_VD = self.model.output(self._table_VD)
+        self._populars.clear()
 
     @property
     def n_items(self) -> int:
         return len(self.item_ids)
 
     @property
-    def seen(self) -> np.ndarray:
-        """Which items training saw, bool [n_items + 1]; padding it did not."""
-        found: np.ndarray = self.model.items.seen_V.cpu().numpy()
+    def unseen(self) -> np.ndarray:
+        """Which items are known by their features alone, since training never saw them, bool [n_items + 1]."""
+        items = self.model.items
+        found: np.ndarray = (items.present().any(0) & ~items.seen_V).cpu().numpy()
         return found
 
     @property
@@ -354,12 +356,11 @@ class Predictor:
 
     def _popular(self, now_s: int) -> Tensor:
         """Scores of the popular list [V]."""
-        if self.model.offset_V is not None:
-            return self.model.offset_V.index_fill(0, torch.zeros(1, dtype=torch.int64, device=self.device), -torch.inf)
-        day = now_s // DAY_S if self.has_time else 0
+        own = self.model.offset_V
+        day = now_s // DAY_S if self.has_time and own is None else 0
         if day not in self._populars:
             _make_room(self._populars)
-            counts = self.popularity.popular(now_s if self.has_time else None, POPULAR_DAYS)
+            counts = self.popularity.popular(now_s if self.has_time else None, POPULAR_DAYS) if own is None else own.cpu().numpy().copy()
             counts[0] = -np.inf
             self._populars[day] = torch.from_numpy(counts).to(self.device)
         return self._populars[day]

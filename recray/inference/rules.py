@@ -39,21 +39,21 @@ class Rules:
     caps: tuple[tuple[Tensor, int], ...]
 
     @classmethod
-    def declared(cls, declared: dict[str, Any], dataset: Dataset, to_bundle: np.ndarray, seen: np.ndarray) -> Rules | None:
+    def declared(cls, declared: dict[str, Any], dataset: Dataset, to_bundle: np.ndarray, unseen: np.ndarray) -> Rules | None:
         """The `diversity`, `boosts`, `exclude`, `caps` and `unseen` of `ScoreSettings`, by a dataset's item table; None for none.
 
         to_bundle : index of each of the dataset's items in a bundle (`Translation.to_bundle`)
-        seen : bool [V], which of the bundle's items training saw (`Predictor.seen`)
+        unseen : bool [V], which of the bundle's items the dial of that name lifts (`Predictor.unseen`)
         Raises RefusedError for a column that the dataset does not have.
         """
-        boost = torch.where(torch.from_numpy(seen), 0.0, declared.get("unseen", 0.0))  # snapshots of before the dial have none
+        boost = declared.get("unseen", 0.0) * torch.from_numpy(unseen).float()  # snapshots of before the dial have none
         to = torch.from_numpy(to_bundle)
         for name, value in declared["boosts"].items():
             boost[to[1:][_matches(dataset, name)]] += value
         for name in declared["exclude"]:
             boost[to[1:][_matches(dataset, name)]] = -torch.inf
         boost[0] = 0.0
-        caps = tuple((_groups(dataset, column, to, len(seen) - 1), limit) for column, limit in declared["caps"].items())
+        caps = tuple((_groups(dataset, column, to, len(unseen) - 1), limit) for column, limit in declared["caps"].items())
         if not (declared["diversity"] or boost.any() or caps):
             return None
         return cls(declared["diversity"], boost, caps)

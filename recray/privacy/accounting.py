@@ -70,7 +70,8 @@ class Mechanism:
                 "users who are held out: validation, gates and metrics are measured on them",
                 f"the catalogue{'' if self.counts_sigma else ' with its counts by day'}, the names of events and the number of users, which are "
                 "taken for public",
-                "figures of the baselines beside the model, which learn without noise",
+                "figures of the baselines beside the model, which learn without noise, how popular an evaluation finds what is answered, and "
+                "totals of events and rows",
                 "figures of an audit, whose trainings are thrown away",
                 "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
             ],
@@ -86,24 +87,40 @@ def mechanism_of(options: PrivacySettings, users: int) -> Mechanism:
             f"lower it, to {0.1 / max(users, 1):.0e} say",
         )
     sigma, counts = noise_of(options)
-    return Mechanism(sigma, options.sampling_rate, options.steps, options.clipping_norm, options.delta, users, counts)
+    found = Mechanism(sigma, options.sampling_rate, options.steps, options.clipping_norm, options.delta, users, counts)
+    if math.isinf(found.epsilon):
+        raise _promises_nothing(sigma)
+    return found
+
+
+def _promises_nothing(sigma: float) -> SettingsError:
+    return SettingsError(f"privacy.sigma: {sigma:g} leaves ε above {MAX_EPSILON:g}, which promises nothing", "raise it, or name an epsilon")
 
 
 def noise_of(options: PrivacySettings) -> tuple[float, float]:
-    """Noise multipliers of the steps and of the counts (0: none). Raises SettingsError for an ε that no noise reaches.
-
-    `counts_share` is shared out as if all were one Gaussian mechanism, whose 1/σ² is the sum of those of its parts.
-    """
+    """Noise multipliers of the steps and of the counts (0: none). Raises SettingsError for an ε that no noise reaches."""
     rate, steps, delta, share = options.sampling_rate, options.steps, options.delta, options.counts_share
     if options.sigma is not None:
         alone = epsilon_of([Steps(options.sigma, rate, steps)], delta)
         if math.isinf(alone):
-            what = f"privacy.sigma: {options.sigma:g} leaves ε above {MAX_EPSILON:g}, which promises nothing"
-            raise SettingsError(what, "raise it, or name an epsilon")
+            raise _promises_nothing(options.sigma)
         return options.sigma, math.sqrt((1 - share) / share) * sigma_for(alone, delta, 1.0, 1) if share else 0.0
     assert options.epsilon is not None
-    counts = sigma_for(options.epsilon, delta, 1.0, 1) / math.sqrt(share) if share else 0.0
-    return sigma_for(options.epsilon, delta, rate, steps, [Steps(counts, 1.0, 1)] if share else []), counts
+    return share_out(options.epsilon, delta, rate, steps, share)
+
+
+def share_out(
+    epsilon: float, delta: float, rate: float, steps: int, share: float, releases: int = 1, before: Sequence[Steps] = ()
+) -> tuple[float, float]:
+    """Noise multipliers of so many steps and of so many releases of the counts (0: none), which together stay within ε.
+
+    `share` is that of the counts as if all were one Gaussian mechanism, whose 1/σ² is the sum of those of its parts. Raises
+    SettingsError as `sigma_for`.
+    """
+    if not share:
+        return sigma_for(epsilon, delta, rate, steps, before), 0.0
+    counts = sigma_for(epsilon, delta, 1.0, releases, before) / math.sqrt(share)
+    return sigma_for(epsilon, delta, rate, steps, [*before, Steps(counts, 1.0, releases)]), counts
 
 
 class Steps(NamedTuple):

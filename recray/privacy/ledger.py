@@ -4,7 +4,7 @@ A training reserves its steps and the release of its item counts before the firs
 disk before its first step), and commits. What a crash left is counted: the whole reservation until it is committed, then all
 that was taken, released or not. A population is a set of users, known by salted hashes; it may grow, but nobody may be in two.
 
-sqlite by default, where nodes share no file system Postgres by its URL. Nothing in it is secret but the salt.
+sqlite by default, where nodes share no file system Postgres (14 or later, `recray[postgres]`) by its URL. Nothing in it is secret but the salt.
 """
 
 from __future__ import annotations
@@ -53,11 +53,24 @@ _entries = sa.Table(
     sa.Column("counts_sigma", sa.Float, nullable=False, server_default="0"),
 )
 _LATER = ("counts", "counts_sigma")  # columns of entries that a ledger of before does not have
-_APPEND_ONLY = [
-    f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action} BEFORE {action} ON {table} BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-    for table in ("entries", "members", "salt")
-    for action in ("update", "delete")
-]
+_TABLES = ("entries", "members", "salt")
+_REFUSE = "the ledger is append-only"
+_APPEND_ONLY = {
+    "sqlite": [
+        f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action} BEFORE {action} ON {table} BEGIN SELECT RAISE(ABORT, '{_REFUSE}'); END"
+        for table in _TABLES
+        for action in ("update", "delete")
+    ],
+    "postgresql": [
+        f"CREATE OR REPLACE FUNCTION append_only() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION '{_REFUSE}'; END $$",
+        *(
+            f"CREATE OR REPLACE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+            "FOR EACH STATEMENT EXECUTE FUNCTION append_only()"
+            for table in _TABLES
+        ),
+    ],
+}
+_LOCK = 0x7265637261  # of Postgres, held while the tables are made
 
 
 @dataclass(frozen=True)
@@ -89,18 +102,20 @@ class Ledger:
     @classmethod
     def open(cls, url: str, population: str) -> Ledger:
         """Open a ledger, or begin it. Raises StorageError if the database cannot be used."""
+        named = sa.engine.make_url(url)
+        if named.drivername == "postgresql":
+            named = named.set(drivername="postgresql+psycopg")
         try:
-            engine = sa.create_engine(url)
+            engine = sa.create_engine(named)
+            if engine.dialect.name not in _APPEND_ONLY:
+                raise StorageError(f"privacy.ledger {named!r}: a ledger on {engine.dialect.name} is not known to last", "name sqlite or PostgreSQL")
             if engine.dialect.name == "sqlite":
                 _durable(engine)
-            _schema.create_all(engine)
-            _add_later(engine)
-            if engine.dialect.name == "sqlite":
-                with engine.begin() as connection:
-                    for statement in _APPEND_ONLY:
-                        connection.exec_driver_sql(statement)
+            with engine.begin() as connection:
+                _begin(connection)
         except (sa.exc.SQLAlchemyError, ImportError) as error:
-            raise StorageError(f"privacy.ledger {sa.engine.make_url(url)!r} cannot be opened: {error}", "mend the URL or the database") from None
+            mend = 'pip install "recray[postgres]"' if isinstance(error, ImportError) else "mend the URL or the database"
+            raise StorageError(f"privacy.ledger {named!r} cannot be opened: {error}", mend) from None
         return cls(engine, population)
 
     @classmethod
@@ -266,30 +281,40 @@ def _run(key: str, entries: list[Any]) -> Run:
 
 
 def _over(cap: float, before: Sequence[Steps], released: Sequence[Steps], wanted: Steps, delta: float) -> PrivacySpentError:
-    """The refusal, with what would fit beside the counts that are released."""
-    spent = epsilon_of(grouped(before), delta)
+    """The refusal, with what would fit."""
+    spent, counted = (epsilon_of(grouped(steps), delta) for steps in (before, [*before, *released]))
     before = [*before, *released]
     total = epsilon_of(grouped([*before, wanted]), delta)
-    what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {wanted.number} steps at σ {wanted.sigma:.3g} it would be {total:.2f}"
-    if epsilon_of(grouped(before), delta) >= cap:
-        return PrivacySpentError(what, f"nothing fits any more: score with the weights that are there (it costs nothing), or raise the cap{_CLOSE}")
+    counts = f" and item counts at σ {released[0].sigma:.3g}" if released else ""
+    asked = f"{wanted.number} steps at σ {wanted.sigma:.3g}{counts}"
+    what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {asked} it would be {total:.2f}"
+    scored = "to score with the weights that are there costs nothing"
+    if spent >= cap:
+        return PrivacySpentError(what, f"nothing fits any more: raise the cap; {scored}{_CLOSE}")
+    if counted >= cap:
+        return PrivacySpentError(
+            what, f"the item counts alone do not fit: lower privacy.epsilon (or raise privacy.sigma), or raise the cap; {scored}{_CLOSE}"
+        )
     low, high = 0, wanted.number
     while high - low > 1:
         middle = (low + high) // 2
         within = epsilon_of(grouped([*before, wanted._replace(number=middle)]), delta) <= cap
         low, high = (middle, high) if within else (low, middle)
     sigma = sigma_for(cap, delta, wanted.rate, wanted.number, grouped(before))
-    return PrivacySpentError(
-        what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; to score with the weights that are there costs nothing{_CLOSE}"
-    )
+    return PrivacySpentError(what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; {scored}{_CLOSE}")
 
 
-def _add_later(engine: Engine) -> None:
-    """Columns that came after a ledger was begun."""
-    with engine.begin() as connection:
-        there = {column["name"] for column in sa.inspect(connection).get_columns("entries")}
-        for column in (_entries.c[name] for name in _LATER if name not in there):
-            connection.exec_driver_sql(f"ALTER TABLE entries ADD COLUMN {sa.schema.CreateColumn(column).compile(engine)}")
+def _begin(connection: Connection) -> None:
+    """The tables, the columns that came after a ledger was begun, and what keeps them append-only."""
+    dialect = connection.engine.dialect
+    if dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+    _schema.create_all(connection)
+    there = {column["name"] for column in sa.inspect(connection).get_columns("entries")}
+    for column in (_entries.c[name] for name in _LATER if name not in there):
+        connection.exec_driver_sql(f"ALTER TABLE entries ADD COLUMN {sa.schema.CreateColumn(column).compile(dialect=dialect)}")
+    for statement in _APPEND_ONLY[dialect.name]:
+        connection.exec_driver_sql(statement)
 
 
 def _durable(engine: Engine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from recray.errors import SettingsError
-from recray.privacy.accounting import Steps, epsilon_of, sigma_for
+from recray.privacy.accounting import Steps, epsilon_of, share_out
 
 CADENCES = (1, 7, 30)
 SHARDS = (1, 7)
@@ -29,24 +29,30 @@ class Option:
 
 
 def options(
-    cap: float, delta: float, rate: float, steps: int, sigma: float, days: int, before: Sequence[Steps] = (), counts_sigma: float = 0.0
+    cap: float,
+    delta: float,
+    rate: float,
+    steps: int,
+    noise: tuple[float, float],
+    days: int,
+    before: Sequence[Steps] = (),
+    *,
+    counts_share: float = 0.0,
 ) -> list[Option]:
     """What each cadence needs and spends in so many days, after what was spent before.
 
-    cap : ε of a user; sigma, counts_sigma : noise multipliers of one training's steps and item counts (0: none) as the settings have it
+    cap : ε of a user
+    noise : noise multipliers of one training's steps and item counts (0: none) as the settings have them
+    counts_share : of the counts, where the noise is to keep the cap
     """
     cells = [(every, shards, -(-days // (every * shards))) for every in CADENCES for shards in SHARDS]
     known = {}
     for count in {trainings for _, _, trainings in cells}:
+        try:
+            needed = share_out(cap, delta, rate, count * steps, counts_share, count, before)[0]
+        except SettingsError:
+            needed = None
+        sigma, counts_sigma = noise
         released = [Steps(counts_sigma, 1.0, count)] if counts_sigma else []
-        known[count] = _afford(cap, delta, rate, count * steps, sigma, [*before, *released])
+        known[count] = needed, epsilon_of([*before, Steps(sigma, rate, count * steps), *released], delta)
     return [Option(every, shards, trainings, *known[trainings]) for every, shards, trainings in cells]
-
-
-def _afford(cap: float, delta: float, rate: float, steps: int, sigma: float, before: Sequence[Steps]) -> tuple[float | None, float]:
-    """The noise multiplier that keeps the cap, None if none does, and ε with `sigma`."""
-    spent = epsilon_of([*before, Steps(sigma, rate, steps)], delta)
-    try:
-        return sigma_for(cap, delta, rate, steps, before), spent
-    except SettingsError:
-        return None, spent

@@ -21,12 +21,16 @@ def status(settings: Settings) -> Shown:
     options = settings.privacy
     ledger = Ledger.read(settings.ledger_url(), options.population)
     runs = ledger.runs()
-    table = Table("training", "begun", "σ", "q", "C", "users", "steps", "ε alone", title=f"population {options.population}", title_justify="left")
+    table = Table(
+        "training", "begun", "σ", "q", "C", "users", "steps", "counts", "ε alone", title=f"population {options.population}", title_justify="left"
+    )
     for run in runs:
         m = run.mechanism
         steps = f"{run.taken}" if run.committed else f"{run.taken} of {run.reserved} reserved, open"
+        released = run.counts_taken if run.committed else run.counts_reserved
+        counts = f"{released} at σ {m.counts_sigma:.3g}" if released else "–"
         alone = f"{epsilon_of(run.counted, options.delta):.2f}"
-        table.add_row(run.run_key, run.begun, f"{m.sigma:.3g}", f"{m.rate:g}", f"{m.clipping_norm:g}", str(m.users), steps, alone)
+        table.add_row(run.run_key, run.begun, f"{m.sigma:.3g}", f"{m.rate:g}", f"{m.clipping_norm:g}", str(m.users), steps, counts, alone)
     spent = epsilon_of(ledger.spent(), options.delta)
     table.caption = f"all together: ε {spent:.2f} at δ {options.delta:g}" + (f" of {options.cap:g}" if options.cap else "; no cap is set")
     table.caption += f"; {ledger.members()} users. Scoring with weights that are there costs nothing."
@@ -44,8 +48,8 @@ def plan(settings: Settings, days: int) -> Shown:
     except MissingArtifactError:
         before = []
     rate, steps, delta = options.sampling_rate, options.steps, options.delta
-    sigma, counts = noise_of(options)
-    found = planning.options(cap, delta, rate, steps, sigma, days, before, counts)
+    noise = sigma, _ = noise_of(options)
+    found = planning.options(cap, delta, rate, steps, noise, days, before, counts_share=options.counts_share)
     title = f"{days} days, ε {cap:g} at δ {delta:g}; a training: {steps} steps, q {rate:g}, σ {sigma:.3g}"
     columns = ("train every", "users a night", "trainings a user", "σ that keeps the cap", f"ε with σ {sigma:.3g}")
     table = Table(*columns, title=title, title_justify="left")

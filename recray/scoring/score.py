@@ -93,7 +93,7 @@ class ScoreBucket:
         self.translation = self.predictor.translation(self.dataset)
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
         self.filters = Filters(new_only=new_only)
-        self.rules = Rules.declared(rules, self.dataset, self.translation.to_bundle, self.predictor.seen)
+        self.rules = Rules.declared(rules, self.dataset, self.translation.to_bundle, self.predictor.unseen)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         bucket = int(row["item"])

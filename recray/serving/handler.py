@@ -44,7 +44,7 @@ class Night:
                 raise DamagedArtifactError(f"{name} of {snapshot.path} is not the one it was scored with", "score the night again")
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
         translation = predictor.translation(dataset)
-        rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.seen)
+        rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
         return cls(snapshot, dataset, predictor, translation, rules, dt.datetime.now(dt.UTC))
 
     @property

@@ -176,7 +176,8 @@ def mechanism_for(settings: Settings, dataset: Dataset) -> Mechanism | None:
     """What a private training does; None where privacy is off. Raises SettingsError if the settings cannot be kept with these users."""
     if not settings.privacy.enabled:
         return None
-    return mechanism_of(settings.privacy, users_learned(dataset))
+    counted = sum(int((shard.learned > 0).sum()) for shard in dataset.shards())  # also who has nothing to be asked
+    return replace(mechanism_of(settings.privacy, counted), users=users_learned(dataset))
 
 
 def _ledger(settings: Settings) -> Ledger:

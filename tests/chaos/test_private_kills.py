@@ -35,7 +35,7 @@ def kinds(root) -> list[str]:
 
 MOMENTS = {
     "reserve": lambda root: kinds(root) == ["reserve"],
-    "train": lambda root: kinds(root).count("take") == 2,
+    "train": lambda root: kinds(root).count("take") == 3,  # the counts, the first piece, the second one
     "bundle": lambda root: any((root / "bundles").glob("[!.]*")),
 }
 
@@ -65,7 +65,8 @@ def test_a_killed_private_night_repeated_accounts_for_every_step(head, world_fol
     # what a kill undid is counted once more, and nothing else: the piece it hit, and one whose checkpoint Ray had not taken over yet
     assert redone in (0, EVERY, 2 * EVERY)
     if moment == "train":
-        assert redone or kinds(root).count("take") == STEPS // EVERY
+        assert redone or kinds(root).count("take") == 1 + STEPS // EVERY
+    assert 1 <= run.counts_taken <= run.counts_reserved <= 2  # drawn again where no checkpoint was left
     told = [json.loads(line)["steps"] for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()]
     assert max(told) == STEPS
     (statement,) = (json.loads(path.read_text()) for path in (root / "bundles").glob("*/privacy.json"))
@@ -78,6 +79,7 @@ def test_a_killed_private_night_repeated_accounts_for_every_step(head, world_fol
 
 def test_a_night_over_the_cap_is_refused_before_its_first_step(head, world_folder, tmp_path):
     root = tmp_path / "root"
-    code, result = private_night(world_folder, root, head.environment, "privacy.cap=0.5").end()
-    assert (code, result["status"]) == (3, "refused") and "what would fit" in result["reason"]
-    assert kinds(root) == [] and not list(root.glob("bundles/*"))
+    for share, words in ((0.0, "what would fit"), (0.1, "item counts alone do not fit")):
+        code, result = private_night(world_folder, root, head.environment, "privacy.cap=0.5", f"privacy.counts_share={share}").end()
+        assert (code, result["status"]) == (3, "refused") and words in result["reason"]
+        assert kinds(root) == [] and not list(root.glob("bundles/*"))

@@ -44,10 +44,11 @@ def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(se
     assert second.key != first.key and second.manifest["parent"] == first.key
     assert first.privacy["began_with"] == "random weights" and first.digest in second.privacy["began_with"]
     ledger = Ledger.read(settings.ledger_url(), settings.privacy.population)
-    assert [run.committed for run in ledger.runs()] == [True, True]
+    assert [run.committed for run in ledger.runs()] == [True, True] and [run.counts_taken for run in ledger.runs()] == [1, 1]
     assert second.privacy["epsilon_of_all_trainings"] > first.privacy["epsilon_of_all_trainings"] == pytest.approx(first.privacy["epsilon"], abs=0.02)
     model = Bundle.open(second.path).model()
     assert model.items.ids is None and model.items.adapter is not None
+    assert model.offset_V.min() < model.offset_V.max() == 0
 
 
 def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys):

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import multiprocessing
+import uuid
 
 import pytest
 import sqlalchemy as sa
@@ -15,9 +16,17 @@ DELTA = 1e-5
 ONE = Mechanism(sigma=2.0, rate=0.1, steps=100, clipping_norm=1.0, delta=DELTA, users=50)
 
 
-@pytest.fixture
-def url(tmp_path):
-    return f"sqlite:///{tmp_path}/ledger.sqlite"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    """Of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/ledger.sqlite"
+        return
+    server, name = request.getfixturevalue("postgres"), f"ledger{uuid.uuid4().hex}"
+    psycopg = pytest.importorskip("psycopg")
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield f"{server}/{name}"
 
 
 def epsilon(ledger):
@@ -71,7 +80,7 @@ def test_counts_are_reserved_with_the_steps_and_counted_as_often_as_they_were_dr
     ledger.commit("b")  # it took nothing
     assert ledger.spent() == [Steps(2.0, 0.1, 140), Steps(5.0, 1.0, 2)]
     cap = epsilon_of([*ledger.spent(), Steps(2.0, 0.1, 100)], DELTA)
-    with pytest.raises(RefusedError, match="nothing fits"):
+    with pytest.raises(RefusedError, match="item counts at σ 0.5 it would be [^_]*the item counts alone do not fit"):
         ledger.reserve("c", dataclasses.replace(counted, counts_sigma=0.5), cap)
     assert ledger.reserve("c", ONE, cap + 1e-9) == 100
 
@@ -137,6 +146,9 @@ def test_a_population_grows_and_shares_nobody(url):
 
 def test_users_are_not_written_down(url, tmp_path):
     Ledger.open(url, "shop").admit(["somebody@example.com"])
+    with Ledger.open(url, "shop").engine.connect() as connection:
+        rows = connection.execute(sa.text("SELECT * FROM members")).all()
+    assert len(rows) == 1 and "somebody" not in str(rows)
     assert b"somebody" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
@@ -144,7 +156,10 @@ def test_nothing_is_changed_or_removed(url):
     ledger = Ledger.open(url, "shop")
     ledger.reserve("a", ONE, None)
     ledger.admit(["1"])
-    for statement in ("UPDATE entries SET steps = 1", "DELETE FROM entries", "DELETE FROM members", "UPDATE salt SET value = x'00'"):
+    statements = ["UPDATE entries SET steps = 1", "DELETE FROM entries", "DELETE FROM members", "UPDATE salt SET value = NULL"]
+    if url.startswith("postgresql"):
+        statements.append("TRUNCATE entries")
+    for statement in statements:
         with pytest.raises(sa.exc.DatabaseError, match="append-only"), ledger.engine.begin() as connection:
             connection.exec_driver_sql(statement)
 
@@ -173,14 +188,24 @@ def test_a_ledger_that_is_not_there_is_named(tmp_path):
         Ledger.open(f"sqlite:///{tmp_path}/no/such/folder/ledger.sqlite", "shop")
 
 
+def test_a_database_that_is_not_known_to_last_is_refused(tmp_path):
+    with pytest.raises(StorageError, match="cannot be opened|not known to last"):
+        Ledger.open("mysql+pymysql://root@localhost/ledger", "shop")
+    with pytest.raises(StorageError, match="cannot be opened"):
+        Ledger.open("postgresql://nobody@127.0.0.1:1/ledger?connect_timeout=2", "shop")
+
+
 def test_a_plan_says_what_cadence_and_shards_would_cost():
-    found = {(option.every_days, option.shards): option for option in plan.options(4.0, DELTA, 0.1, 50, 2.0, 14)}
+    found = {(option.every_days, option.shards): option for option in plan.options(4.0, DELTA, 0.1, 50, (2.0, 0.0), 14)}
     assert [found[1, 1].trainings, found[1, 7].trainings, found[7, 1].trainings, found[30, 7].trainings] == [14, 2, 2, 1]
     assert found[1, 1].epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.1, 700)], DELTA))
     assert found[1, 1].sigma > found[7, 1].sigma == found[1, 7].sigma > found[30, 1].sigma
     assert epsilon_of([Steps(found[1, 1].sigma, 0.1, 700)], DELTA) <= 4.0
-    spent = plan.options(4.0, DELTA, 0.1, 50, 2.0, 1, before=[Steps(0.5, 0.1, 500)])
+    spent = plan.options(4.0, DELTA, 0.1, 50, (2.0, 0.0), 1, before=[Steps(0.5, 0.1, 500)])
     assert spent[0].sigma is None and spent[0].epsilon > 4.0
+    counted = plan.options(4.0, DELTA, 0.1, 50, (2.0, 1.5), 14, counts_share=0.1)[0]
+    assert found[1, 1].sigma < counted.sigma < 1.2 * found[1, 1].sigma and counted.epsilon > 4.0
+    assert counted.epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.1, 700), Steps(1.5, 1.0, 14)], DELTA))
 
 
 def test_a_training_that_will_not_go_on_is_closed_by_hand(tmp_path, capsys):

@@ -5,11 +5,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import bundle_here, prepare_here, private_overrides, world_overrides
 
-from recray.config import load_settings
+from recray.config import ScoreSettings, load_settings
 from recray.dataset.features import encode, joined
-from recray.inference import Predictor
+from recray.dataset.popularity import Popularity
+from recray.inference import Predictor, Rules
 
 KINDS = {"category": "categorical", "price": "numeric", "tags": "multi", "title": "text", "image": "vector"}
 
@@ -62,6 +63,48 @@ def test_newcomers_are_scored_by_their_features_and_the_rest_as_before(world_fol
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     answer = new.recommend(histories, new.n_items, now=after.now_s)
     assert (answer.item_index == place[1]).any(1).all()
+
+
+def test_a_private_bundle_has_noised_counts_alone_and_newcomers_count_least(world_folder, items, tmp_path):
+    kinds = ["model.items=features", "data.features={category: categorical, title: text}", f"data.items={tmp_path / 'items.parquet'}"]
+    pq.write_table(items, tmp_path / "items.parquet")
+    settings = load_settings(None, [*private_overrides(world_folder, tmp_path), *kinds])
+    before = prepare_here(settings)
+    bundle = bundle_here(settings, before, tmp_path / "bundle", "bundle", {"differential_privacy": True})
+    assert "events" in before.items.column_names and "events" not in bundle.items.column_names
+    assert len(Popularity.load(bundle.path / "popularity.parquet", before.n_items).count) == 0
+    twin = items.slice(0, 1).set_column(0, "item_id", pa.array(["z-twin"]))
+    pq.write_table(pa.concat_tables([items, twin]), tmp_path / "items.parquet")
+    after = prepare_here(settings)
+    predictor = Predictor.load(bundle.path, dataset=after)
+    offset = predictor.model.offset_V
+    assert len(offset) == predictor.n_items + 1 == before.n_items + 2 and offset[-1] == offset.min() < offset.max() == 0
+    first, last = predictor.index_of([items["item_id"][0].as_py(), "z-twin"])
+    history = predictor.translation(after).history(after.shard(0).history(0))
+    (scores,) = predictor.score([history], [np.array([first, last])], now=after.now_s)
+    np.testing.assert_allclose(scores[1] - scores[0], offset[last] - offset[first], atol=1e-5)
+    assert predictor.unseen.tolist() == [False] * (last) + [True]
+    nobody = history.last(0)
+    with pytest.MonkeyPatch.context() as patch:
+        found = [predictor.recommend([history, nobody], 20, now=after.now_s)]
+        patch.setattr("recray.inference.predictor.ITEM_BLOCK", 16)
+        found.append(predictor.recommend([history, nobody], 20, now=after.now_s))
+    np.testing.assert_array_equal(*(answer.item_index for answer in found))
+    assert found[0].source == ["model", "popular"]
+    np.testing.assert_allclose(found[0].scores[1], np.sort(offset[1:].numpy())[::-1][:20])
+
+
+def test_the_dial_lifts_what_is_known_by_features_alone(world_folder, items, tmp_path):
+    unseen = pa.concat_tables([items.slice(0, 1).set_column(0, "item_id", pa.array([name])) for name in ("j-known", "j-bare")])
+    bare = pa.table({name: pa.nulls(1, unseen[name].type) for name in unseen.column_names}).set_column(0, "item_id", pa.array(["j-bare"]))
+    settings, dataset = prepared(world_folder, tmp_path, pa.concat_tables([items, unseen.slice(0, 1), bare]))
+    predictor = Predictor.load(bundle_here(settings, dataset, tmp_path / "bundle", "bundle").path)
+    known, nothing = predictor.index_of(["j-known", "j-bare"])
+    assert predictor.unseen[known] and not predictor.unseen[nothing] and not predictor.unseen[0]
+    assert not (predictor.unseen & dataset.trained_items()).any()
+    rules = Rules.declared(ScoreSettings(unseen=20.0).rules(), dataset, np.arange(dataset.n_items + 1), predictor.unseen)
+    answer = predictor.recommend([dataset.shard(0).history(0)], 5, now=dataset.now_s, rules=rules)
+    assert known in answer.item_index[0][: predictor.unseen.sum()] and nothing not in answer.item_index[0]
 
 
 def test_items_that_are_gone_are_not_answered(world_folder, items, tmp_path):

@@ -24,24 +24,24 @@ ITEMS = pa.table(
 KINDS = {"brand": "categorical", "tags": "multi", "genres": "multi", "price": "numeric", "used": "categorical"}
 DATA = SimpleNamespace(key="d", items=ITEMS, manifest={"settings": {"data": {"features": KINDS}}})
 NONE = ScoreSettings().rules()
-SEEN = [False, *[True] * 6]
+NO = np.zeros(7, bool)
 INDEX, SCORES = torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
 VECTORS = torch.tensor([[0.0, 0.0], [1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1], [-1, 0]])
 
 
-def declared(to_bundle=None, seen=SEEN, **rules) -> Rules:
-    found = Rules.declared({**NONE, **rules}, DATA, np.arange(7) if to_bundle is None else to_bundle, np.array(seen))
+def declared(to_bundle=None, unseen=NO, dial=0.0, **rules) -> Rules:
+    found = Rules.declared({**NONE, **rules, "unseen": dial}, DATA, np.arange(7) if to_bundle is None else to_bundle, unseen)
     assert found is not None
     return found
 
 
 def test_nothing_declared_is_no_rule():
-    assert Rules.declared(NONE, DATA, np.arange(7), np.array(SEEN)) is None
-    assert Rules.declared({**NONE, "unseen": 2.0}, DATA, np.arange(7), np.array(SEEN)) is None  # training saw them all
+    assert Rules.declared(NONE, DATA, np.arange(7), NO) is None
+    assert Rules.declared({**NONE, "unseen": 2.0}, DATA, np.arange(7), NO) is None  # training saw them all
 
 
 def test_what_training_never_saw_is_lifted_by_the_dial():
-    rules = declared(seen=[False, True, False, True, True, True, False], unseen=2.0, boosts={"brand=acme": 0.5}, exclude=["tags=old"])
+    rules = declared(unseen=np.array([0, 0, 1, 0, 0, 0, 1], bool), dial=2.0, boosts={"brand=acme": 0.5}, exclude=["tags=old"])
     assert rules.boost_V.tolist() == [0, 0.5, 2.5, 0.5, -np.inf, -np.inf, 2.0]
 
 
@@ -65,7 +65,7 @@ def test_a_rule_finds_the_items_that_have_its_value(rule, items):
 
 def test_rules_are_those_of_tonights_items_in_the_bundles_indices():
     """The bundle knows three of the six items, in another order."""
-    rules = declared(np.array([0, 3, 0, 1, 2, 0, 0]), SEEN[:4], exclude=["brand=acme"], caps={"brand": 1})
+    rules = declared(np.array([0, 3, 0, 1, 2, 0, 0]), NO[:4], exclude=["brand=acme"], caps={"brand": 1})
     assert rules.boost_V.tolist() == [0, -np.inf, 0, -np.inf]
     ((group_V, _),) = rules.caps
     assert group_V[0] == -1 and group_V[1] == group_V[3] != group_V[2]
