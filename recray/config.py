@@ -193,6 +193,7 @@ class PrivacySettings(Section):
     counts_share: float = Field(
         0.1, ge=0, lt=1, description="share of the noise budget for item counts that scores and the popular list begin with; 0: exact ones are public"
     )
+    shards: int = Field(1, ge=1, description="parts of the users, drawn by a hash; each training learns from one of them, the next from the next")
     population: str = Field("users", min_length=1, description="whose ledger it is: what is spent of a user is kept in one place")
     public_start: str | None = _place(
         None, "folder of a bundle of public data with the same network, which a training begins with where no private champion is there to begin with"

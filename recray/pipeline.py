@@ -252,7 +252,14 @@ def run_privacy(settings: Settings, what: str, as_of: AsOf, reporter: Reporter, 
         table, metrics = tables.plan(settings, days) if what == "plan" else tables.status(settings)
     reporter.show(table)
     done = JobResult("privacy", "ok", outputs=outputs, metrics=metrics, seconds=round(time.monotonic() - started, 2), warnings=warnings)
-    for claim in metrics.get("claims", []):
+    if what == "audit":
+        _judge(done, metrics)
+    return done
+
+
+def _judge(done: JobResult, metrics: dict[str, Any]) -> None:
+    """What an audit's claims make of its job: failed where one is refuted, or where the control was not."""
+    for claim in metrics["claims"]:
         named = f"ε {claim['claim']:g}"
         if claim["verdict"] == "refuted":
             done.status, done.reason = "failed", f"{named} is refuted: the training promises more than it keeps; release nothing of it"
@@ -261,7 +268,6 @@ def run_privacy(settings: Settings, what: str, as_of: AsOf, reporter: Reporter, 
             done.warnings.append(f"{named}: {metrics['canaries']} canaries cannot tell; raise privacy.audit_canaries or lower privacy.delta")
         elif not claim["control_caught"]:
             done.status, done.reason = "failed", f"{named} was not refuted without noise either, so the audit says nothing; raise privacy.steps"
-    return done
 
 
 def _version(work: Work, key: str) -> str | None:

@@ -68,6 +68,7 @@ class Shard:
     split int32 [users, 4] counts events from the user's first: [0, train_end) trains, [train_end, validation_end) is
     the validation target, [0, test_start) the history of the test, [test_start, test_end) its target. context holds the codes
     of the declared columns, int16 [n] each. held_out bool [users]: nothing is learned of them; None where there are none.
+    left_out bool [users]: nor of them, but nobody asks them either (`Dataset.learning_from`); None where there are none.
     """
 
     user_ids: pa.Array
@@ -80,6 +81,7 @@ class Shard:
     split: np.ndarray
     context: dict[str, np.ndarray] = field(default_factory=dict)
     held_out: np.ndarray | None = None
+    left_out: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -111,7 +113,10 @@ class Shard:
     @cached_property
     def learned(self) -> np.ndarray:
         """How many events from the first of each user may be learned, int [users]."""
-        return self.split[:, 0] if self.held_out is None else np.where(self.held_out, 0, self.split[:, 0])
+        found = self.split[:, 0]
+        for mask in (self.held_out, self.left_out):
+            found = found if mask is None else np.where(mask, 0, found)
+        return found
 
     @property
     def asked(self) -> np.ndarray:
@@ -171,6 +176,7 @@ class Dataset:
         self.text_encoder: str | None = manifest.get("text_encoder")
         self.asked_at: str = manifest["settings"]["split"].get("asked_at", "cut")
         self.split_kind: str = manifest["settings"]["split"]["kind"]
+        self._part, self._parts = 0, 1
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
@@ -180,6 +186,12 @@ class Dataset:
         """
         path = Path(path)
         return cls(path, open_sealed(path, KIND, verify=verify))
+
+    def learning_from(self, part: int, parts: int) -> Dataset:
+        """The same dataset, of whose users one of `parts` parts is learned from. Who is in which is the same every night."""
+        found = Dataset(self.path, self.manifest)
+        found._part, found._parts = part, parts
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -240,11 +252,13 @@ class Dataset:
         batch = reader.get_batch(0)
         columns = {name: batch.column(name) for name in batch.schema.names}
         held = self.path / "held_out" / f"{number:05d}.npy"
+        mine = None if self._parts == 1 else np.floor(draw_of(columns[USER_ID], "part") * self._parts) == self._part
         return Shard(
             user_ids=columns[USER_ID],
             offsets=columns["item_index"].offsets.to_numpy().astype(np.int64),
             split=np.load(self.path / "splits" / f"{number:05d}.npy", mmap_mode="r"),
             held_out=np.load(held, mmap_mode="r") if held.exists() else None,
+            left_out=None if mine is None else ~mine,
             context={name.removeprefix(CONTEXT): array.values.to_numpy() for name, array in columns.items() if name.startswith(CONTEXT)},
             **{name: array.values.to_numpy() for name, array in columns.items() if name != USER_ID and not name.startswith(CONTEXT)},
         )

@@ -81,7 +81,8 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min
         test_start[:] = validation_end[:] = counts - held
         train_end[:] = counts - 2 * held
         if settings.held_out:  # nothing is asked of the others
-            split[~held_out(shard, settings), :3] = counts[~held_out(shard, settings), None]
+            others = ~held_out(shard, settings)
+            split[others, :3] = counts[others, None]
     else:
         baskets = np.zeros(len(shard), np.int64)
         baskets[counts > 0] = shard.basket[shard.offsets[1:][counts > 0] - 1] + 1

@@ -22,8 +22,9 @@ MAX_EPSILON = 200.0
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What a training does with `users` users: a Poisson-subsampled Gaussian mechanism on their gradients, `steps` times, and
-    Gaussian noise of standard deviation `counts_sigma` once on counts to which each adds a vector of length 1; 0: no counts."""
+    """What a training does with `users` users, who are one of `parts` parts of the population: a Poisson-subsampled Gaussian
+    mechanism on their gradients, `steps` times, and Gaussian noise of standard deviation `counts_sigma` once on counts to which
+    each adds a vector of length 1; 0: no counts."""
 
     sigma: float
     rate: float
@@ -32,6 +33,8 @@ class Mechanism:
     delta: float
     users: int
     counts_sigma: float = 0.0
+    part: int = 0
+    parts: int = 1
 
     @property
     def epsilon(self) -> float:
@@ -47,8 +50,9 @@ class Mechanism:
         said = self.statement()
         counts = f", item counts once at σ {self.counts_sigma:.3g}" if self.counts_sigma else ""
         how = f"σ {self.sigma:.3g}, q {self.rate:g}, {self.steps} steps, C {self.clipping_norm:g}{counts}, {said['accountant']}"
+        who = f"{self.users} users" if self.parts == 1 else f"{self.users} users, part {self.part + 1} of {self.parts}"
         return [
-            f"private training: ε {self.epsilon:.2f} at δ {self.delta:g} for each of {self.users} users, who are {said['unit']}; "
+            f"private training: ε {self.epsilon:.2f} at δ {self.delta:g} for each of {who}, who are {said['unit']}; "
             f"neighbours {said['adjacency']}; {how}",
             f"protected: {said['protected']}",
             *(f"not protected: {text}" for text in said["not_protected"]),

@@ -51,8 +51,10 @@ _entries = sa.Table(
     sa.Column("users", sa.Integer, nullable=False),
     sa.Column("counts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("counts_sigma", sa.Float, nullable=False, server_default="0"),
+    sa.Column("part", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("parts", sa.Integer, nullable=False, server_default="1"),
 )
-_LATER = ("counts", "counts_sigma")  # columns of entries that a ledger of before does not have
+_LATER = ("counts", "counts_sigma", "part", "parts")  # columns of entries that a ledger of before does not have
 _TABLES = ("entries", "members", "salt")
 _REFUSE = "the ledger is append-only"
 _APPEND_ONLY = {
@@ -176,7 +178,7 @@ class Ledger:
                 counts = max(1 + (mine.counts_taken - mine.counts_reserved if mine else 0), 0)
             if not (missing or counts):
                 return 0
-            before = [steps for run in runs for steps in run.counted]
+            before = _of_one([run for run in runs if run.mechanism.parts != mechanism.parts or run.mechanism.part == mechanism.part])
             wanted, released = Steps(mechanism.sigma, mechanism.rate, missing), mechanism.releases(counts)
             if cap is not None and epsilon_of(grouped([*before, *released, wanted]), mechanism.delta) > cap:
                 raise _over(cap, before, released, wanted, mechanism.delta)
@@ -209,8 +211,8 @@ class Ledger:
             return self._runs(connection)
 
     def spent(self) -> list[Steps]:
-        """All steps that count, by mechanism."""
-        return grouped([steps for run in self.runs() for steps in run.counted])
+        """All steps that count, by mechanism: those of the user of whom most was learned, or more."""
+        return _of_one(self.runs())
 
     def statement(self) -> dict[str, Any]:
         """What the population has spent, for a statement: trainings, and ε at the δ of the last one."""
@@ -242,7 +244,7 @@ class Ledger:
         return [_run(key, entries) for key, entries in found.items()]
 
     def _append(self, connection: Connection, run_key: str, kind: str, steps: int, mechanism: Mechanism, counts: int = 0) -> None:
-        fields = {name: getattr(mechanism, name) for name in ("sigma", "rate", "clipping_norm", "delta", "users", "counts_sigma")}
+        fields = {name: getattr(mechanism, name) for name in ("sigma", "rate", "clipping_norm", "delta", "users", "counts_sigma", "part", "parts")}
         at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         row = {"at": at, "population": self.population, "run_key": run_key, "kind": kind, "steps": steps, "counts": counts, **fields}
         connection.execute(sa.insert(_entries), row)
@@ -271,12 +273,25 @@ def grouped(spent: Sequence[Steps]) -> list[Steps]:
     return [Steps(sigma, rate, number) for (sigma, rate), number in counts.items() if number]
 
 
+def _of_one(runs: Sequence[Run]) -> list[Steps]:
+    """What one user is part of, at most: everything that asks all users, and of parts of the users that part which took most steps
+    of a mechanism."""
+    taken: dict[tuple[float, float], dict[int, dict[int, int]]] = {}
+    for run in runs:
+        for sigma, rate, number in run.counted:
+            parts = taken.setdefault((sigma, rate), {}).setdefault(run.mechanism.parts, {})
+            parts[run.mechanism.part] = parts.get(run.mechanism.part, 0) + number
+    return grouped([Steps(*key, sum(max(part.values()) for part in parts.values())) for key, parts in taken.items()])
+
+
 def _run(key: str, entries: list[Any]) -> Run:
     first = entries[0]
     of = {kind: [row for row in entries if row.kind == kind] for kind in (RESERVE, TAKE, COMMIT)}
     steps = {kind: sum(row.steps for row in rows) for kind, rows in of.items()}
     counts = {kind: sum(row.counts for row in rows) for kind, rows in of.items()}
-    mechanism = Mechanism(first.sigma, first.rate, first.steps, first.clipping_norm, first.delta, first.users, first.counts_sigma)
+    mechanism = Mechanism(
+        first.sigma, first.rate, first.steps, first.clipping_norm, first.delta, first.users, first.counts_sigma, first.part, first.parts
+    )
     return Run(key, mechanism, steps[RESERVE], steps[TAKE], counts[RESERVE], counts[TAKE], bool(of[COMMIT]), first.at)
 
 

@@ -29,8 +29,9 @@ def status(settings: Settings) -> Shown:
         steps = f"{run.taken}" if run.committed else f"{run.taken} of {run.reserved} reserved, open"
         released = run.counts_taken if run.committed else run.counts_reserved
         counts = f"{released} at σ {m.counts_sigma:.3g}" if released else "–"
+        users = f"{m.users}" if m.parts == 1 else f"{m.users}, part {m.part + 1} of {m.parts}"
         alone = f"{epsilon_of(run.counted, options.delta):.2f}"
-        table.add_row(run.run_key, run.begun, f"{m.sigma:.3g}", f"{m.rate:g}", f"{m.clipping_norm:g}", str(m.users), steps, counts, alone)
+        table.add_row(run.run_key, run.begun, f"{m.sigma:.3g}", f"{m.rate:g}", f"{m.clipping_norm:g}", users, steps, counts, alone)
     spent = epsilon_of(ledger.spent(), options.delta)
     table.caption = f"all together: ε {spent:.2f} at δ {options.delta:g}" + (f" of {options.cap:g}" if options.cap else "; no cap is set")
     table.caption += f"; {ledger.members()} users. Scoring with weights that are there costs nothing."

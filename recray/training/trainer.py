@@ -18,6 +18,7 @@ from recray import __version__
 from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, require, unwrapped
 from recray.config import Settings
+from recray.dataset.popularity import DAY_S
 from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, MissingArtifactError, RefusedError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
@@ -176,8 +177,11 @@ def mechanism_for(settings: Settings, dataset: Dataset) -> Mechanism | None:
     """What a private training does; None where privacy is off. Raises SettingsError if the settings cannot be kept with these users."""
     if not settings.privacy.enabled:
         return None
-    counted = sum(int((shard.learned > 0).sum()) for shard in dataset.shards())  # also who has nothing to be asked
-    return replace(mechanism_of(settings.privacy, counted), users=users_learned(dataset))
+    parts = settings.privacy.shards
+    part = dataset.as_of_s // (settings.train.every_days * DAY_S) % parts
+    tonight = dataset.learning_from(part, parts)
+    counted = sum(int((shard.learned > 0).sum()) for shard in tonight.shards())  # also who has nothing to be asked
+    return replace(mechanism_of(settings.privacy, counted), users=users_learned(tonight), part=part, parts=parts)
 
 
 def _ledger(settings: Settings) -> Ledger:
@@ -187,7 +191,8 @@ def _ledger(settings: Settings) -> Ledger:
 def _reserve(settings: Settings, key: str, dataset: Dataset, mechanism: Mechanism, resume: Path | None) -> dict[str, Any]:
     """Reserve the steps of a private training in the ledger; what its workers need to take them. Raises RefusedError."""
     ledger, options = _ledger(settings), settings.privacy
-    ledger.admit(str(user) for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist())
+    tonight = dataset.learning_from(mechanism.part, mechanism.parts)
+    ledger.admit(str(user) for shard in tonight.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist())
     done = json.loads((resume / "progress.json").read_text())["step"] if resume else 0
     ledger.reserve(key, mechanism, options.cap, done)
     named = {"ledger": settings.ledger_url(), "population": options.population, "run_key": key, "cap": options.cap}
@@ -204,7 +209,6 @@ def _fit(
     """
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     options = settings.train
     gpus = options.workers if options.use_gpu else 0
@@ -237,29 +241,37 @@ def _fit(
         with unwrapped():
             result = trainer.fit()
     except Exception as error:
-        failed = getattr(error, "worker_failures", None)
-        if failed:
-            first = next(iter(failed.values()))
-            first = getattr(first, "_base_exc", first)
-            if isinstance(first, RefusedError):
-                raise first from error
-            if (number := no_room(first)) is not None:
-                raise OSError(number, os.strerror(number), blamed(first)) from error
-            raise TrainingError(
-                f"train worker failed: {type(first).__name__}: {first}", "mend the cause and repeat the job; it goes on from the last checkpoint"
-            ) from error
-        if isinstance(error, TrainingFailedError):
-            cause = getattr(error, "controller_failure", error)
-            raise ClusterError(
-                f"Ray Train gave up after {options.max_failures} restarts: {type(cause).__name__}: {first_line(cause)}",
-                "look whether a node was lost (ray status), then repeat the job; it goes on from the last checkpoint",
-            ) from error
-        raise
+        if (told := _told(error, options.max_failures)) is None:
+            raise
+        raise told from error
     if result.checkpoint is None and resume is not None:
         return resume  # an earlier attempt had trained to the end
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint", "look at the worker logs of Ray")
     return Path(result.checkpoint.path)
+
+
+def _told(error: Exception, restarts: int) -> Exception | None:
+    """What went wrong in a worker or in Ray Train, as ours; None for what Ray Train has no part in."""
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    if failed := getattr(error, "worker_failures", None):
+        first = next(iter(failed.values()))
+        first = getattr(first, "_base_exc", first)
+        if isinstance(first, RefusedError):
+            return first
+        if (number := no_room(first)) is not None:
+            return OSError(number, os.strerror(number), blamed(first))
+        return TrainingError(
+            f"train worker failed: {type(first).__name__}: {first}", "mend the cause and repeat the job; it goes on from the last checkpoint"
+        )
+    if isinstance(error, TrainingFailedError):
+        cause = getattr(error, "controller_failure", error)
+        return ClusterError(
+            f"Ray Train gave up after {restarts} restarts: {type(cause).__name__}: {first_line(cause)}",
+            "look whether a node was lost (ray status), then repeat the job; it goes on from the last checkpoint",
+        )
+    return None
 
 
 def _failures(at_most: int) -> Any:

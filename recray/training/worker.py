@@ -101,6 +101,8 @@ def build_loop(
     shape = shape_of(model_settings, dataset, counts=bool(mechanism and mechanism["counts_sigma"]))
     torch.manual_seed(train["seed"])
     features = encode(dataset.items, settings["data"]["features"], shape.feature_buckets)
+    if mechanism is not None:
+        dataset = dataset.learning_from(mechanism["part"], mechanism["parts"])
     seen = dataset.trained_items()
     if mechanism is not None:  # which items were met is not to be learned from the weights: the catalogue is public
         seen = np.arange(dataset.n_items + 1) > 0

@@ -85,11 +85,29 @@ def test_counts_are_reserved_with_the_steps_and_counted_as_often_as_they_were_dr
     assert ledger.reserve("c", ONE, cap + 1e-9) == 100
 
 
+def test_who_is_in_another_part_has_spent_nothing_by_it(url):
+    ledger = Ledger.open(url, "shop")
+    half = [dataclasses.replace(ONE, part=part, parts=2) for part in range(2)]
+    one, two = (epsilon_of([Steps(2.0, 0.1, count)], DELTA) for count in (100, 200))
+    cap = (one + two) / 2
+    for night in range(2):
+        assert ledger.reserve(f"half{night}", half[night], cap) == 100
+    assert ledger.spent() == [Steps(2.0, 0.1, 100)] and epsilon(ledger) == one
+    for mechanism in (half[0], half[1], ONE, dataclasses.replace(ONE, part=1, parts=3)):
+        with pytest.raises(RefusedError, match=f"{one:.2f} is spent"):
+            ledger.reserve("more", mechanism, cap)
+    ledger.reserve("whole", dataclasses.replace(ONE, steps=30), None)
+    ledger.reserve("third", dataclasses.replace(ONE, steps=7, part=2, parts=3), None)
+    ledger.reserve("again", dataclasses.replace(half[1], steps=50), None)
+    assert ledger.spent() == [Steps(2.0, 0.1, 100 + 50 + 30 + 7)]
+    assert [run.mechanism.part for run in ledger.runs()] == [0, 1, 0, 2, 1]
+
+
 def test_a_ledger_of_before_the_counts_goes_on(url):
     ledger = Ledger.open(url, "shop")
     ledger.reserve("a", ONE, None)
     with ledger.engine.begin() as connection:
-        for column in ("counts", "counts_sigma"):
+        for column in ("counts", "counts_sigma", "part", "parts"):
             connection.exec_driver_sql(f"ALTER TABLE entries DROP COLUMN {column}")
     for _ in range(2):
         ledger = Ledger.open(url, "shop")

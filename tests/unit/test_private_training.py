@@ -1,10 +1,12 @@
 """Private training on a small shop: who is learned from, what is drawn, and that ranks stay together."""
 
+import datetime as dt
 import json
 import math
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -215,6 +217,33 @@ def test_counts_and_steps_together_keep_epsilon(settings):
     assert not any("counts by day" in text for text in mechanism.statement()["not_protected"])
     by_sigma = mechanism_of(options.model_copy(update={"sigma": mechanism.sigma, "epsilon": None}), 1000)
     np.testing.assert_allclose(by_sigma.counts_sigma, mechanism.counts_sigma, rtol=0.1)
+
+
+def test_each_night_learns_from_the_next_part_of_the_users(world_folder, tmp_path):
+    settings = private_settings(world_folder, tmp_path, "privacy.shards=3")
+    seen = []
+    for day in range(4):
+        dataset = prepare_here(settings, dt.datetime(2024, 4, 17 + day, 23, 59, 59, tzinfo=dt.UTC))
+        mechanism = mechanism_for(settings, dataset)
+        run = loop_of(settings, dataset)
+        tonight = run.rows.batches.dataset
+        assert (mechanism.parts, len(run.rows)) == (3, mechanism.users) and np.isclose(weighted_counts(tonight).sum(), _total(tonight))
+        seen.append((mechanism.part, {user for shard in tonight.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist()}))
+        everybody = {user for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist()}
+        next(run.run())
+    parts, users = [part for part, _ in seen], [who for _, who in seen]
+    assert parts == [parts[0], (parts[0] + 1) % 3, (parts[0] + 2) % 3, parts[0]]
+    assert users[0] <= users[3] and not (users[1] & users[3] or users[2] & users[3] or users[1] & users[2])
+    assert users[3] | users[2] | users[1] <= everybody and len(everybody) / 5 < len(users[3]) < len(everybody) / 2
+
+
+def _total(dataset):
+    """Of all users, the square root of how many items each is learned from by."""
+    return sum(
+        np.sqrt(len(np.unique(shard.item_index[start : start + count])))
+        for shard in dataset.shards()
+        for start, count in zip(shard.offsets[:-1], shard.learned, strict=True)
+    )
 
 
 def test_users_who_were_not_accounted_for_are_refused(settings, dataset):
