@@ -75,6 +75,13 @@ class DataSettings(Section):
             raise ValueError("a name occurs twice")
         return names
 
+    @field_validator("features")
+    @classmethod
+    def _not_ours(cls, features: dict[str, str]) -> dict[str, str]:
+        if taken := {"item_id", "events"} & features.keys():
+            raise ValueError(f"{', '.join(sorted(taken))}: recray's own name in the item table; name the column otherwise there")
+        return features
+
 
 class SplitSettings(Section):
     kind: Literal["time", "leave_one_out", "random"] = Field(
@@ -193,7 +200,7 @@ class PrivacySettings(Section):
     counts_share: float = Field(
         0.1, ge=0, lt=1, description="share of the noise budget for item counts that scores and the popular list begin with; 0: exact ones are public"
     )
-    shards: int = Field(1, ge=1, description="parts of the users, drawn by a hash; each training learns from one of them, the next from the next")
+    shards: int = Field(1, ge=1, description="parts of the users, by a hash; a training learns from one of them, the next training from the next")
     population: str = Field("users", min_length=1, description="whose ledger it is: what is spent of a user is kept in one place")
     public_start: str | None = _place(
         None, "folder of a bundle of public data with the same network, which a training begins with where no private champion is there to begin with"

@@ -117,8 +117,10 @@ def train(work: Work, dataset: Dataset) -> JobResult:
         stops = f"stops {settings.train.patience} epochs after the best"
         if settings.privacy.enabled:
             stops = f"{settings.privacy.steps} steps, no early stop"
-        say(f"training on {dataset.n_users} users, {settings.train.workers} worker(s); {stops}")
-        if mechanism := trainer.mechanism_for(settings, dataset):
+        mechanism = trainer.mechanism_for(settings, dataset, key)
+        users = dataset.n_users if mechanism is None else mechanism.users
+        say(f"training on {users} users, {settings.train.workers} worker(s); {stops}")
+        if mechanism is not None:
             for words in mechanism.words():
                 say(words)
         parent = trainer.parent_of(settings, dataset)

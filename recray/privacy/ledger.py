@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,10 +105,11 @@ class Ledger:
     @classmethod
     def open(cls, url: str, population: str) -> Ledger:
         """Open a ledger, or begin it. Raises StorageError if the database cannot be used."""
-        named = sa.engine.make_url(url)
-        if named.drivername == "postgresql":
-            named = named.set(drivername="postgresql+psycopg")
+        named: sa.URL | str = "(not a URL)"
         try:
+            named = sa.engine.make_url(url)
+            if named.drivername == "postgresql":
+                named = named.set(drivername="postgresql+psycopg")
             engine = sa.create_engine(named)
             if engine.dialect.name not in _APPEND_ONLY:
                 raise StorageError(f"privacy.ledger {named!r}: a ledger on {engine.dialect.name} is not known to last", "name sqlite or PostgreSQL")
@@ -116,7 +118,7 @@ class Ledger:
             with engine.begin() as connection:
                 _begin(connection)
         except (sa.exc.SQLAlchemyError, ImportError) as error:
-            mend = 'pip install "recray[postgres]"' if isinstance(error, ImportError) else "mend the URL or the database"
+            mend = 'pip install "recray[postgres]"' if getattr(error, "name", None) == "psycopg" else "mend the URL or the database"
             raise StorageError(f"privacy.ledger {named!r} cannot be opened: {error}", mend) from None
         return cls(engine, population)
 
@@ -178,10 +180,12 @@ class Ledger:
                 counts = max(1 + (mine.counts_taken - mine.counts_reserved if mine else 0), 0)
             if not (missing or counts):
                 return 0
-            before = _of_one([run for run in runs if run.mechanism.parts != mechanism.parts or run.mechanism.part == mechanism.part])
             wanted, released = Steps(mechanism.sigma, mechanism.rate, missing), mechanism.releases(counts)
-            if cap is not None and epsilon_of(grouped([*before, *released, wanted]), mechanism.delta) > cap:
-                raise _over(cap, before, released, wanted, mechanism.delta)
+            if cap is not None:
+                theirs = [run for run in runs if run.mechanism.parts != mechanism.parts or run.mechanism.part == mechanism.part]
+                before = _worst(theirs, mechanism.delta)
+                if epsilon_of(grouped([*before, *released, wanted]), mechanism.delta) > cap:
+                    raise _over(cap, before, released, wanted, mechanism.delta)
             self._append(connection, run_key, RESERVE, missing, mechanism, counts)
             return missing
 
@@ -211,8 +215,9 @@ class Ledger:
             return self._runs(connection)
 
     def spent(self) -> list[Steps]:
-        """All steps that count, by mechanism: those of the user of whom most was learned, or more."""
-        return _of_one(self.runs())
+        """All steps that count, by mechanism: those of the user of whom most was learned, at the δ of the last training."""
+        runs = self.runs()
+        return _worst(runs, runs[-1].mechanism.delta) if runs else []
 
     def statement(self) -> dict[str, Any]:
         """What the population has spent, for a statement: trainings, and ε at the δ of the last one."""
@@ -273,15 +278,14 @@ def grouped(spent: Sequence[Steps]) -> list[Steps]:
     return [Steps(sigma, rate, number) for (sigma, rate), number in counts.items() if number]
 
 
-def _of_one(runs: Sequence[Run]) -> list[Steps]:
-    """What one user is part of, at most: everything that asks all users, and of parts of the users that part which took most steps
-    of a mechanism."""
-    taken: dict[tuple[float, float], dict[int, dict[int, int]]] = {}
+def _worst(runs: Sequence[Run], delta: float) -> list[Steps]:
+    """What the user is part of who has spent most: a user may be in any part, in each way that the users were parted."""
+    parted: dict[int, set[int]] = {}
     for run in runs:
-        for sigma, rate, number in run.counted:
-            parts = taken.setdefault((sigma, rate), {}).setdefault(run.mechanism.parts, {})
-            parts[run.mechanism.part] = parts.get(run.mechanism.part, 0) + number
-    return grouped([Steps(*key, sum(max(part.values()) for part in parts.values())) for key, parts in taken.items()])
+        parted.setdefault(run.mechanism.parts, set()).add(run.mechanism.part)
+    chosen = [dict(zip(parted, parts, strict=True)) for parts in itertools.product(*map(sorted, parted.values()))]
+    users = [grouped([steps for run in runs if parts[run.mechanism.parts] == run.mechanism.part for steps in run.counted]) for parts in chosen]
+    return max(users, key=lambda spent: epsilon_of(spent, delta))
 
 
 def _run(key: str, entries: list[Any]) -> Run:
@@ -320,13 +324,16 @@ def _over(cap: float, before: Sequence[Steps], released: Sequence[Steps], wanted
 
 
 def _begin(connection: Connection) -> None:
-    """The tables, the columns that came after a ledger was begun, and what keeps them append-only."""
+    """The tables, the columns that came after a ledger was begun, and what keeps them append-only; nothing where all is there."""
     dialect = connection.engine.dialect
     if dialect.name == "postgresql":
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+    known = sa.inspect(connection)
+    there = {column["name"] for column in known.get_columns("entries")} if known.has_table("entries") else set()
+    if dialect.name == "postgresql" and there.issuperset(_LATER):
+        return  # who may only read and append has no right to more
     _schema.create_all(connection)
-    there = {column["name"] for column in sa.inspect(connection).get_columns("entries")}
-    for column in (_entries.c[name] for name in _LATER if name not in there):
+    for column in (_entries.c[name] for name in _LATER if there and name not in there):
         connection.exec_driver_sql(f"ALTER TABLE entries ADD COLUMN {sa.schema.CreateColumn(column).compile(dialect=dialect)}")
     for statement in _APPEND_ONLY[dialect.name]:
         connection.exec_driver_sql(statement)

@@ -46,7 +46,8 @@ def audit(settings: Settings, dataset: Dataset, say: Any, runs: dict[str, Run], 
 
     Needs a Ray session. Raises SettingsError where privacy is off, DataError, ClusterError, TrainingError.
     """
-    mechanism = mechanism_for(settings, dataset)
+    whole = settings.privacy.model_copy(update={"shards": 1})  # so that private and plain trainings learn from the same users
+    mechanism = mechanism_for(settings.model_copy(update={"privacy": whole}), dataset)
     if mechanism is None:
         raise SettingsError("privacy.enabled: there is no privacy to audit", "audit with the settings of a private training")
     if not any((shard.split[shard.asked, 2] > 1).any() for shard in dataset.shards()):

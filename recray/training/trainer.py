@@ -18,7 +18,6 @@ from recray import __version__
 from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, require, unwrapped
 from recray.config import Settings
-from recray.dataset.popularity import DAY_S
 from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, MissingArtifactError, RefusedError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
@@ -135,7 +134,7 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     chosen = bundle_settings(settings)
     shape = _shape(settings, dataset)
     parent = parent_of(settings, dataset)
-    mechanism = mechanism_for(settings, dataset)
+    mechanism = mechanism_for(settings, dataset, key)
     run.mkdir(parents=True, exist_ok=True)
     private = None
     if mechanism is not None:
@@ -173,15 +172,34 @@ def _origin(parent: Bundle | None) -> str:
     return f"{named}, private and in the same ledger, which began with {parent.privacy.get('began_with', 'random weights')}"
 
 
-def mechanism_for(settings: Settings, dataset: Dataset) -> Mechanism | None:
-    """What a private training does; None where privacy is off. Raises SettingsError if the settings cannot be kept with these users."""
+def mechanism_for(settings: Settings, dataset: Dataset, key: str | None = None) -> Mechanism | None:
+    """What a private training does; None where privacy is off.
+
+    key : of the training, which decides whose turn it is where users are in parts
+    Raises SettingsError if the settings cannot be kept with these users, DataError if there are none.
+    """
     if not settings.privacy.enabled:
         return None
+    part, parts = _turn(settings, key), settings.privacy.shards
+    users = users_learned(dataset.learning_from(part, parts))
+    if not users:
+        raise DataError(f"privacy.shards: nobody to learn from in part {part + 1} of {parts}", "lower it")
+    everybody = sum(int((shard.learned > 0).sum()) for shard in dataset.shards())  # also who has nothing to be asked
+    return replace(mechanism_of(settings.privacy, everybody), users=users, part=part, parts=parts)
+
+
+def _turn(settings: Settings, key: str | None) -> int:
+    """The part of the users that a training learns from: as it was begun, or the one after the last training's."""
     parts = settings.privacy.shards
-    part = dataset.as_of_s // (settings.train.every_days * DAY_S) % parts
-    tonight = dataset.learning_from(part, parts)
-    counted = sum(int((shard.learned > 0).sum()) for shard in tonight.shards())  # also who has nothing to be asked
-    return replace(mechanism_of(settings.privacy, counted), users=users_learned(tonight), part=part, parts=parts)
+    if parts == 1:
+        return 0
+    try:
+        runs = Ledger.read(settings.ledger_url(), settings.privacy.population).runs()
+    except MissingArtifactError:
+        return 0
+    begun = [run.mechanism.part for run in runs if run.run_key == key]
+    before = [run.mechanism.part for run in runs if run.mechanism.parts == parts]
+    return begun[0] if begun else (before[-1] + 1) % parts if before else 0
 
 
 def _ledger(settings: Settings) -> Ledger:

@@ -96,11 +96,13 @@ def test_who_is_in_another_part_has_spent_nothing_by_it(url):
     for mechanism in (half[0], half[1], ONE, dataclasses.replace(ONE, part=1, parts=3)):
         with pytest.raises(RefusedError, match=f"{one:.2f} is spent"):
             ledger.reserve("more", mechanism, cap)
+    ledger.reserve("stronger", dataclasses.replace(half[1], sigma=2.1, steps=40), None)
+    assert ledger.spent() == [Steps(2.0, 0.1, 100), Steps(2.1, 0.1, 40)], "nobody is in both halves"
     ledger.reserve("whole", dataclasses.replace(ONE, steps=30), None)
     ledger.reserve("third", dataclasses.replace(ONE, steps=7, part=2, parts=3), None)
     ledger.reserve("again", dataclasses.replace(half[1], steps=50), None)
-    assert ledger.spent() == [Steps(2.0, 0.1, 100 + 50 + 30 + 7)]
-    assert [run.mechanism.part for run in ledger.runs()] == [0, 1, 0, 2, 1]
+    assert ledger.spent() == [Steps(2.0, 0.1, 100 + 50 + 30 + 7), Steps(2.1, 0.1, 40)]
+    assert [run.mechanism.part for run in ledger.runs()] == [0, 1, 1, 0, 2, 1]
 
 
 def test_a_ledger_of_before_the_counts_goes_on(url):

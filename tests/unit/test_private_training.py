@@ -15,14 +15,15 @@ from conftest import prepare_here, private_overrides
 
 from recray.config import load_settings
 from recray.dataset.reader import History
-from recray.errors import SettingsError, TrainingError
+from recray.errors import DataError, SettingsError, TrainingError
 from recray.evaluation.protocol import Questions
 from recray.inference import Predictor
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of, sigma_for
 from recray.privacy.counts import log_counts, weighted_counts
+from recray.privacy.ledger import Ledger
 from recray.privacy.sampling import PoissonUsers
 from recray.training.batches import TrainingBatches, users_learned
-from recray.training.trainer import bundle_settings, mechanism_for
+from recray.training.trainer import _reserve, bundle_settings, mechanism_for
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 
 NOBODY = History(*np.zeros((4, 0), np.int64))
@@ -219,22 +220,34 @@ def test_counts_and_steps_together_keep_epsilon(settings):
     np.testing.assert_allclose(by_sigma.counts_sigma, mechanism.counts_sigma, rtol=0.1)
 
 
-def test_each_night_learns_from_the_next_part_of_the_users(world_folder, tmp_path):
+def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_path):
     settings = private_settings(world_folder, tmp_path, "privacy.shards=3")
     seen = []
-    for day in range(4):
-        dataset = prepare_here(settings, dt.datetime(2024, 4, 17 + day, 23, 59, 59, tzinfo=dt.UTC))
-        mechanism = mechanism_for(settings, dataset)
-        run = loop_of(settings, dataset)
+    for number, day in enumerate((1, 8, 15, 20)):
+        dataset = prepare_here(settings, dt.datetime(2024, 4, day, 23, 59, 59, tzinfo=dt.UTC))
+        key = f"night {number}"
+        mechanism = mechanism_for(settings, dataset, key)
+        run = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, vars(mechanism))
         tonight = run.rows.batches.dataset
-        assert (mechanism.parts, len(run.rows)) == (3, mechanism.users) and np.isclose(weighted_counts(tonight).sum(), _total(tonight))
-        seen.append((mechanism.part, {user for shard in tonight.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist()}))
-        everybody = {user for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist()}
+        assert (mechanism.part, mechanism.parts, len(run.rows)) == (number % 3, 3, mechanism.users)
+        assert np.isclose(weighted_counts(tonight).sum(), _total(tonight))
         next(run.run())
-    parts, users = [part for part, _ in seen], [who for _, who in seen]
-    assert parts == [parts[0], (parts[0] + 1) % 3, (parts[0] + 2) % 3, parts[0]]
-    assert users[0] <= users[3] and not (users[1] & users[3] or users[2] & users[3] or users[1] & users[2])
-    assert users[3] | users[2] | users[1] <= everybody and len(everybody) / 5 < len(users[3]) < len(everybody) / 2
+        _reserve(settings, key, dataset, mechanism, None)
+        assert mechanism_for(settings, dataset, key) == mechanism, "repeated, it is still its turn"
+        seen.append(_learned(tonight))
+    ledger = Ledger.read(settings.ledger_url(), settings.privacy.population)
+    assert seen[0] <= seen[3] and not (seen[1] & seen[3] or seen[2] & seen[3] or seen[1] & seen[2])
+    everybody = _learned(dataset)
+    assert seen[3] | seen[2] | seen[1] <= everybody and len(everybody) / 5 < len(seen[3]) < len(everybody) / 2
+    assert ledger.members() == len(seen[1] | seen[2] | seen[3])
+    with pytest.raises(SettingsError, match="not below 1/"):
+        mechanism_for(private_settings(world_folder, tmp_path, "privacy.shards=3", "privacy.delta=8e-3"), dataset)
+    with pytest.raises(DataError, match="nobody to learn from in part 1 of 3000"):
+        mechanism_for(private_settings(world_folder, tmp_path, "privacy.shards=3000"), dataset)
+
+
+def _learned(dataset):
+    return {user for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist()}
 
 
 def _total(dataset):
