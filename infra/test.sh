@@ -11,7 +11,7 @@ for argument in "$@"; do
     *) rest+=("$argument") ;;
     esac
 done
-if ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+if ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && ! command -v initdb >/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     # for the tests of a ledger on a real server; where it cannot be had, they are skipped with a reason
     apt-get -qq update && apt-get -qq install -y --no-install-recommends postgresql >/dev/null || true
 fi

@@ -182,7 +182,7 @@ def mechanism_for(settings: Settings, dataset: Dataset, key: str | None = None) 
         return None
     part, parts = _turn(settings, key), settings.privacy.shards
     users = users_learned(dataset.learning_from(part, parts))
-    if not users:
+    if not users and parts > 1:
         raise DataError(f"privacy.shards: nobody to learn from in part {part + 1} of {parts}", "lower it")
     everybody = sum(int((shard.learned > 0).sum()) for shard in dataset.shards())  # also who has nothing to be asked
     return replace(mechanism_of(settings.privacy, everybody), users=users, part=part, parts=parts)
