@@ -64,6 +64,12 @@ def _measure(
             "privacy": privacy.measure_privacy,
         }
         return {}, measures[what](folder, say)
+    if what == "ablations":
+        if against:
+            raise SettingsError("benchmark ablations takes no --against", "leave it out")
+        from recray.benchmark import ablations
+
+        return ablations.measure_ablations(folder, data, list(overrides), say)
     if data is None:
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
     from recray.benchmark import features, quality, score, slate, train

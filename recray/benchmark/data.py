@@ -16,23 +16,26 @@ from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
 from recray.prepare.prepare import prepare, prepare_key
 
-CONFIGS = {"complete-journey": "shop"}  # of data sets that no config is named after
+SHIPPED = "online-retail"
+CONFIGS = {"complete-journey": "shop", SHIPPED: "demo"}  # of data sets that no config is named after
 
 
-def prepared(data: str, root: Path, overrides: list[str], config: str | None = None) -> tuple[Settings, Dataset]:
+def prepared(data: str | None, root: Path, overrides: list[str], config: str | None = None) -> tuple[Settings, Dataset]:
     """Settings of a config with overrides, and the dataset that they make, in this process. Raises SettingsError, DataError.
 
-    data : folder of the data set, or its name under $RECRAY_DATA
+    data : folder of the data set, or its name under $RECRAY_DATA; None: what ships
     config : name of a file in jobs/configs; None: that of the data set
     """
-    folder = find_data(data)
+    name = SHIPPED
+    if data is not None:
+        folder = find_data(data).resolve()
+        name = folder.name
+        os.environ["RECRAY_DATA"] = str(folder.parent)
     configs = Path(str(resources.files("jobs") / "configs"))
-    name = folder.resolve().name
     path = configs / f"{config or CONFIGS.get(name, name)}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in configs.glob("*.yaml")))
         raise SettingsError(f"no config is named after {name}", f"benchmarks know {known}")
-    os.environ["RECRAY_DATA"] = str(folder.resolve().parent)
     settings = load_settings(path, [f"storage.root={root}", *overrides])
     return settings, prepare_alone(settings)
 

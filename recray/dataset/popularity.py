@@ -18,9 +18,9 @@ FRESHNESS_BUCKETS = 20
 NEVER_SAID = -1_000_000  # in the place of a day that is not known, long before all others
 
 
-def freshness(day: int, released_day: np.ndarray) -> np.ndarray:
+def freshness(day: int | np.ndarray, released_day: np.ndarray) -> np.ndarray:
     """Bucket of each item's age on a day, int64 [n] in [0, FRESHNESS_BUCKETS): 0 not known, 1 not yet released, then 2 for the day
-    itself and half powers of two of 1 + days."""
+    itself and half powers of two of 1 + days. `day` may be any array that broadcasts with `released_day` [n]."""
     age = day - released_day
     found = 2 + np.floor(2.0 * np.log2(1.0 + np.maximum(age, 0))).astype(np.int64)
     found = np.where(age < 0, 1, np.minimum(found, FRESHNESS_BUCKETS - 1))
@@ -28,18 +28,18 @@ def freshness(day: int, released_day: np.ndarray) -> np.ndarray:
 
 
 def dated(
-    day: int, popularity: Popularity, prior_days: int, released_day: np.ndarray | None, among: np.ndarray | None = None
+    day_P: np.ndarray, popularity: Popularity, prior_days: int, released_day: np.ndarray | None, among: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What is known of the items on a day: the prior log(1 + events of the `prior_days` days before), float32, and the bucket of
-    freshness, uint8 [n_items + 1]; [1] where there is none (no days, no releases).
+    """What is known of the items on each day: the prior log(1 + events of the `prior_days` days before), float32, and the bucket of
+    freshness, uint8, [P, n_items + 1] each; [P, 1] where there is none (no days, no releases).
 
     among : item indices, ascending and distinct, that alone are answered; None: all
     """
-    prior, fresh = np.zeros(1, np.float32), np.zeros(1, np.uint8)
+    prior, fresh = np.zeros((len(day_P), 1), np.float32), np.zeros((len(day_P), 1), np.uint8)
     if prior_days:
-        prior = np.log1p(popularity.window(day * DAY_S, prior_days, among)).astype(np.float32)
+        prior = np.log1p(popularity.windows(day_P, prior_days, among))
     if released_day is not None:
-        fresh = freshness(day, released_day if among is None else released_day[among]).astype(np.uint8)
+        fresh = freshness(day_P[:, None], released_day if among is None else released_day[among]).astype(np.uint8)
     return prior, fresh
 
 
@@ -80,19 +80,33 @@ class Popularity:
         """Events of each item, float32 [n_items + 1]; index 0 is padding."""
         return np.bincount(self.item_index, weights=self.count, minlength=self.n_items + 1).astype(np.float32)
 
-    def window(self, now_s: int, days: int, among: np.ndarray | None = None) -> np.ndarray:
-        """Events of each item in the `days` complete days before the day of `now_s`, float32 [n_items + 1].
+    def window(self, now_s: int, days: int) -> np.ndarray:
+        """Events of each item in the `days` complete days before the day of `now_s`, float32 [n_items + 1]."""
+        found: np.ndarray = self.windows(np.array([now_s // DAY_S]), days)[0]
+        return found
 
-        among : item indices, ascending and distinct, that alone are counted and answered, [len(among)]; None: all
+    def windows(self, day_P: np.ndarray, days: int, among: np.ndarray | None = None) -> np.ndarray:
+        """Events of each item in the `days` complete days before each day, float32 [P, n_items + 1].
+
+        All days are answered from one pass over the counts, summed up between the days at which a window begins or ends.
+
+        among : item indices, ascending and distinct, that alone are counted and answered, [P, len(among)]; None: all
         """
-        today = now_s // DAY_S
-        first, last = np.searchsorted(self.day, [today - days, today])
-        item_index, count = self.item_index[first:last], self.count[first:last]
-        if among is None:
-            return np.bincount(item_index, weights=count, minlength=self.n_items + 1).astype(np.float32)
-        place = np.minimum(np.searchsorted(among, item_index), len(among) - 1)
-        known = among[place] == item_index
-        return np.bincount(place[known], weights=count[known], minlength=len(among)).astype(np.float32)
+        n = self.n_items + 1 if among is None else len(among)
+        edge = np.unique(np.concatenate([day_P - days, day_P]))
+        bounds = np.searchsorted(self.day, edge)
+        inside = slice(bounds[0], bounds[-1]) if len(edge) else slice(0)
+        row, item_index, count = np.repeat(np.arange(1, len(edge)), np.diff(bounds)), self.item_index[inside], self.count[inside]
+        if among is not None:
+            place = np.full(self.n_items + 1, -1)
+            place[among] = np.arange(n)
+            item_index = place[item_index]
+            known = item_index >= 0
+            row, item_index, count = row[known], item_index[known], count[known]
+        before = np.bincount(row * n + item_index, weights=count, minlength=len(edge) * n).reshape(len(edge), n)
+        np.cumsum(before, axis=0, out=before)
+        found: np.ndarray = (before[np.searchsorted(edge, day_P)] - before[np.searchsorted(edge, day_P - days)]).astype(np.float32)
+        return found
 
     def popular(self, now_s: int | None, days: int) -> np.ndarray:
         """What to show to somebody unknown: recent counts, with all counts before that day to break ties [n_items + 1]."""

@@ -342,16 +342,16 @@ class Predictor:
         asked = _next_times(time, length, moment) if self.has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
         days, day = np.unique(moment // DAY_S, return_inverse=True)
         known = [self._on(int(d)) for d in days]
-        prior, fresh = np.stack([rows[0] for rows in known]), np.stack([rows[1] for rows in known])
+        prior, fresh = np.concatenate([rows[0] for rows in known]), np.concatenate([rows[1] for rows in known])
         arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, fresh, day, context_BC)
         return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
     def _on(self, day: int) -> tuple[np.ndarray, np.ndarray]:
-        """On a day log(1 + recent count) and the bucket of freshness of every item [V]; [1] of what the model does not ask for."""
+        """On a day log(1 + recent count) and the bucket of freshness of every item [1, V]; [1, 1] of what the model does not ask for."""
         if day not in self._dated:
             _make_room(self._dated)
             prior_days = 0 if self.model.prior_scale is None else self.prior_days
-            self._dated[day] = dated(day, self.popularity, prior_days, self.released_day if self.model.shape.fresh else None)
+            self._dated[day] = dated(np.array([day]), self.popularity, prior_days, self.released_day if self.model.shape.fresh else None)
         return self._dated[day]
 
     def _popular(self, now_s: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.model.controls import Controls
-from recray.model.fused import Linear
+from recray.model.fused import Embedding, Linear
 
 AGE_BUCKETS = 32
 QUERY_BLOCK = 32
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.gate = Linear(dim, dim, bias=False) if kind == "pointwise" else None
         self.out = Linear(dim, dim, bias=False)
-        self.age_bias = nn.Embedding(AGE_BUCKETS, heads) if time_bias else None
+        self.age_bias = Embedding(AGE_BUCKETS, heads) if time_bias else None
         self.distance_bias = nn.Embedding(history, heads) if relative else None
         self.event_bias = nn.Embedding(event_types, heads) if event_types > 1 else None
         for table in (self.age_bias, self.distance_bias, self.event_bias):
@@ -121,10 +121,10 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     T = q.shape[2]
     if bias is None or T <= QUERY_BLOCK or k.shape[2] != T or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-    parts = []
-    for first in range(0, T, QUERY_BLOCK):
-        asked, seen = slice(first, first + QUERY_BLOCK), slice(0, first + QUERY_BLOCK)
-        parts.append(F.scaled_dot_product_attention(q[:, :, asked], k[:, :, seen], v[:, :, seen], attn_mask=bias[:, :, asked, seen]))
+    parts, seen = [], 0
+    for asked, mask in zip(torch.split(q, QUERY_BLOCK, 2), torch.split(bias, QUERY_BLOCK, 2), strict=True):
+        seen += asked.shape[2]
+        parts.append(F.scaled_dot_product_attention(asked, k[:, :, :seen], v[:, :, :seen], attn_mask=mask[..., :seen]))
     return torch.cat(parts, 2)
 
 

@@ -100,3 +100,29 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(grad, F.silu(gate), out=into_value)
         torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=into_gate)
         return found
+
+
+class Embedding(nn.Embedding):
+    """A small table that a batch looks up millions of times; its gradient is counted, column by column."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Rows [..., D] of the indices [...]."""
+        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
+            return F.embedding(index, self.weight)
+        found: Tensor = _Embedding.apply(index, self.weight)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(weight)
+        return F.embedding(index, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        index = ctx.saved_tensors[0].flatten()
+        columns = grad.flatten(0, -2).unbind(-1)
+        return None, torch.stack([torch.bincount(index, column, ctx.rows) for column in columns], 1)

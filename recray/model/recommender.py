@@ -22,7 +22,7 @@ from recray.model.attention import AGE_BUCKETS, NORM_EPS, Attention, Seen, age_b
 from recray.model.blocks import Block
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
-from recray.model.fused import RMSNorm
+from recray.model.fused import Embedding, RMSNorm
 from recray.model.items import ItemEncoder
 
 VALUE_BUCKETS = 64
@@ -287,7 +287,7 @@ class RepeatTerm(nn.Module):
     def __init__(self, dim: int, event_types: int, *, has_time: bool) -> None:
         super().__init__()
         self.has_time = has_time
-        self.age = nn.Embedding(AGE_BUCKETS, 1)
+        self.age = Embedding(AGE_BUCKETS, 1)
         self.event = nn.Embedding(event_types, 1)
         self.gate = nn.Linear(dim, 1)
         for parameter in (self.age.weight, self.event.weight, self.gate.weight):
@@ -304,8 +304,12 @@ class RepeatTerm(nn.Module):
         else:
             age_NT = (2.0 * torch.log2(1.0 + (position_N[:, None] - where_T).clamp(min=0).float())).long().clamp(max=AGE_BUCKETS - 1)
         weight_NT = torch.exp(self.age(age_NT) + self.event(batch.event_BT[user_N])).squeeze(-1)
-        weight_NT = weight_NT * (where_T <= position_N[:, None])
-        mass_NV = torch.zeros(len(item_NT), n_items, dtype=hidden_ND.dtype, device=hidden_ND.device)
         inside = (item_NT >= first) & (item_NT < first + n_items)
-        mass_NV = mass_NV.scatter_add(1, (item_NT - first).clamp(0, n_items - 1), (weight_NT * inside).to(hidden_ND.dtype))
-        return F.softplus(self.gate(hidden_ND)) * torch.log1p(mass_NV)
+        weight_NT = weight_NT * (inside & (where_T <= position_N[:, None]))
+        place_NT = (item_NT - first).clamp(0, n_items - 1)
+        # an item's events are summed at one of its positions, and only sums are spread over the items: T is much smaller than V
+        one_NV = torch.empty(len(item_NT), n_items, dtype=torch.int64, device=item_NT.device)
+        one_NT = one_NV.scatter_(1, place_NT, where_T.expand_as(place_NT)).gather(1, place_NT)
+        mass_NT = torch.zeros_like(weight_NT).scatter_add(1, one_NT, weight_NT)
+        found_NT = F.softplus(self.gate(hidden_ND)) * torch.log1p(mass_NT)
+        return torch.zeros(len(item_NT), n_items, dtype=found_NT.dtype, device=found_NT.device).scatter_add(1, place_NT, found_NT)

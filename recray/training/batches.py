@@ -179,17 +179,18 @@ class TrainingBatches:
 
     def dated(self, day_P: np.ndarray, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """On each day the popularity prior float32 and the bucket of freshness uint8 of the items `among` (ascending; None: all),
-        [P, items] each; [1, 1] where the data have none."""
-        rows = [self._rows(int(day)) if among is None else self._on(int(day), among) for day in day_P]
-        nothing = (np.zeros((1, 1), np.float32), np.zeros((1, 1), np.uint8))
-        return (np.stack([prior for prior, _ in rows]), np.stack([fresh for _, fresh in rows])) if rows else nothing
+        [P, items] each; [P, 1] where the data have none."""
+        if among is not None or not len(day_P):
+            return self._on(day_P, among)
+        prior, fresh = zip(*(self._rows(int(day)) for day in day_P), strict=True)
+        return np.concatenate(prior), np.concatenate(fresh)
 
     @lru_cache(maxsize=512)  # noqa: B019 - lives as long as the training run; all items: where they are few
     def _rows(self, day: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._on(day, None)
+        return self._on(np.array([day]), None)
 
-    def _on(self, day: int, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        return dated(day, self.dataset.popularity, self.prior_days, self.released_day, among)
+    def _on(self, day_P: np.ndarray, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        return dated(day_P, self.dataset.popularity, self.prior_days, self.released_day, among)
 
 
 def users_learned(dataset: Dataset) -> int:

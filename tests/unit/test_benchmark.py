@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recray import benchmark
-from recray.benchmark import features, quality, scale, slate
+from recray.benchmark import ablations, features, quality, scale, slate
 from recray.errors import DataError, SettingsError
 from recray.evaluation import metrics
 
@@ -93,6 +93,19 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
 def test_the_exponent_of_linear_growth_is_one():
     assert scale._exponent([(10, 2.0), (20, 4.0), (40, 8.0)]) == pytest.approx(1.0)
     assert scale._exponent([(10, 2.0), (20, 8.0), (40, 32.0)]) == pytest.approx(2.0)
+
+
+def test_variants_are_held_against_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "VARIANTS", {"default": [], "the same": [], "sampled": ["train.loss=sampled"]})
+    said: list[str] = []
+    small = ["train.epochs=1", "train.batch_positions=20000", "model.dim=8", "model.blocks=1", "evaluate.max_users=50", "evaluate.bootstrap=100"]
+    chosen, metrics = ablations.measure_ablations(tmp_path, None, small, said.append)
+    assert chosen["train"]["loss"] == "auto" and len(said) == 3 and metrics["users"] == 50
+    default, same, sampled = metrics["variants"].values()
+    assert same["repeats"] == {**default["repeats"], "lead": 0.0, "lead_low": 0.0, "lead_high": 0.0}
+    for setting in ("repeats", "new_only"):
+        assert sampled[setting]["lead"] == pytest.approx(metrics[f"{setting}_ndcg"] - sampled[setting]["ndcg"], abs=2e-4)
+    assert default["repeats"]["sharper"] != default["repeats"]["ndcg"]
 
 
 @pytest.mark.parametrize("what", ["quality", "features", "slate", "train", "score"])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from recray.model.attention import causal_bias
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
-from recray.model.fused import Linear, RMSNorm, swiglu
+from recray.model.fused import Embedding, Linear, RMSNorm, swiglu
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
 from recray.model.recommender import FRESHNESS_BUCKETS, PRESETS, Batch, Recommender, Shape, value_bucket
 
@@ -417,6 +417,18 @@ def test_parts_with_a_backward_by_hand_are_what_autograd_says():
             torch.testing.assert_close(parameters[0].grad, parameters[1].grad)
     half = x.to(torch.bfloat16)
     torch.testing.assert_close(mine(half), theirs(half))
+
+
+def test_a_small_table_that_is_looked_up_often_learns_what_autograd_says():
+    torch.manual_seed(0)
+    mine = Embedding(5, 3)
+    theirs = torch.nn.Embedding.from_pretrained(mine.weight.detach().clone(), freeze=False)
+    index = torch.randint(0, 4, (6, 7, 8))  # row 4 is never met
+    gradient = torch.randn(6, 7, 8, 3)
+    for table in (mine, theirs):
+        table(index).backward(gradient)
+    assert torch.equal(mine(index), theirs(index))
+    torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
 
 
 def test_a_halved_layer_trains_close_to_the_whole_one_and_answers_like_it():
