@@ -40,7 +40,13 @@ def measure_slate(folder: Path, data: str, overrides: list[str], say: Say) -> tu
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     shown, sessions, cut = _read(home)
     _write(home, folder, shown, sessions)
-    given = [f"data.events={folder / 'events.parquet'}", f"data.items={folder / 'items.parquet'}", "data.released=null", "data.context=[hour]"]
+    given = [
+        f"data.events={folder / 'events.parquet'}",
+        f"data.items={folder / 'items.parquet'}",
+        "data.released=null",
+        "data.context=[hour]",
+        "score.caps={}",
+    ]
     given += ["data.features={title: text, category: categorical}", f"split.test_from={pd.Timestamp(cut, unit='s')}", *overrides]
     settings, dataset = prepared(data, folder / "root", given, "news")
     chosen = bundle_settings(settings)

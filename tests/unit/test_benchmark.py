@@ -90,6 +90,32 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
         slate._read(tmp_path / "out")
 
 
+def test_a_slate_is_asked_for_from_end_to_end(tmp_path):
+    """Who read of one section clicks on it, and half a week of that is enough to be better than chance."""
+    random = np.random.default_rng(0)
+    data = tmp_path / "mind"
+    data.mkdir()
+    sessions, shown = [], []
+    for number in range(300):
+        mine = number % 2
+        moment = pd.Timestamp("2019-11-09") + pd.Timedelta(minutes=20 * number)
+        read = [f"{mine}-{i}" for i in random.choice(10, 4, replace=False)]
+        sessions.append({"impression_id": number, "user_id": f"u{number}", "timestamp": moment, "history": read})
+        for section in (0, 1):
+            click = "click" if section == mine else "impression"
+            shown.append(
+                {"impression_id": number, "user_id": f"u{number}", "timestamp": moment, "item_id": f"{section}-{random.integers(10)}", "event": click}
+            )
+    pd.DataFrame(sessions).to_parquet(data / "sessions.parquet")
+    pd.DataFrame(shown).to_parquet(data / "interactions.parquet")
+    items = [{"item_id": f"{section}-{i}", "title": "", "category": str(section)} for section in (0, 1) for i in range(10)]
+    pd.DataFrame(items).to_parquet(data / "items.parquet")
+    small = ["train.epochs=10", "train.learning_rate=0.01", "model.dim=16", "model.blocks=1", "train.batch_positions=200"]
+    _, metrics = slate.measure_slate(tmp_path, str(data), small, lambda text: None)
+    assert metrics["impressions"] == 60 and metrics["auc_low"] <= metrics["auc"] <= metrics["auc_high"]
+    assert metrics["auc"] > 0.7 > metrics["popular_auc"]
+
+
 def test_the_exponent_of_linear_growth_is_one():
     assert scale._exponent([(10, 2.0), (20, 4.0), (40, 8.0)]) == pytest.approx(1.0)
     assert scale._exponent([(10, 2.0), (20, 8.0), (40, 32.0)]) == pytest.approx(2.0)
