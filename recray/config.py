@@ -133,6 +133,7 @@ class ModelSettings(Section):
     time_bias: bool = Field(True, description="attention bias by the age of an event at the time of the request, where time is known")
     values: bool = Field(False, description="ratings, quantities or dwell times of the history as vectors")
     repeat: bool = Field(True, description="copy term: what a user met before scores by how often and how recently")
+    repeat_by_item: bool = Field(False, description="copy term: items differ in how much they are met again (fuel every week, a kettle once)")
     prior_days: int = Field(7, ge=0, description="popularity of the last days as a prior on scores, where time is known; 0: none")
     items: Literal["learned", "features"] = Field(
         "learned",
@@ -144,9 +145,11 @@ class ModelSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> ModelSettings:
+    def _parts_fit(self) -> ModelSettings:
         if self.dim % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide dim ({self.dim})")
+        if self.repeat_by_item and not self.repeat:
+            raise ValueError("repeat_by_item is of the copy term, which repeat=false leaves out; set repeat=true, or repeat_by_item=false")
         return self
 
 

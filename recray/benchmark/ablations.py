@@ -37,13 +37,13 @@ VARIANTS: dict[str, list[str]] = {
     "no learned positions": ["model.positions=false"],
     "no time bias": ["model.time_bias=false"],
     "no copy term": ["model.repeat=false"],
+    "copy term by item": ["model.repeat_by_item=true"],
     "no popularity prior": ["model.prior_days=0"],
     "no item features": ["data.features={}"],
     "sampled softmax": ["train.loss=sampled"],
     "gbce": ["train.loss=gbce"],
     "temperature jitter .2": ["train.temperature_jitter=0.2"],
     "trained in float32": ["train.precision=float32"],
-    "trained in bfloat16": ["train.precision=bfloat16"],
 }
 TURNS = {"sharper": -math.log(2.0), "blunter": math.log(2.0)}  # log temperatures: half and double
 
@@ -84,6 +84,7 @@ def _variant(settings: Settings, dataset: Dataset, reference: dict[str, np.ndarr
     turned = {name: judge.run(_ranker(predictor, turn), {}) for name, turn in TURNS.items()}
     headline = f"ndcg@{settings.evaluate.k[0]}"
     found: dict[str, Any] = {"epochs": epochs, "best_epoch": loop.progress.best_epoch, "epoch_s": round(seconds / epochs, 1)}
+    found["validation_ndcg"] = round(loop.progress.best_ndcg, 4)
     for setting, (row, _) in judged.items():
         leads = {key.removeprefix("model_"): round(row[key], 4) for key in ("model_lead", "model_lead_low", "model_lead_high") if key in row}
         by_turn = {name: round(rows[setting][0][headline], 4) for name, rows in turned.items()}

@@ -103,17 +103,22 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """A small table that a batch looks up millions of times; its gradient is counted, column by column."""
+    """A narrow table that a batch looks up millions of times."""
 
     def forward(self, index: Tensor) -> Tensor:
         """Rows [..., D] of the indices [...]."""
-        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
-            return F.embedding(index, self.weight)
-        found: Tensor = _Embedding.apply(index, self.weight)  # type: ignore[no-untyped-call]
-        return found
+        return lookup(index, self.weight)
 
 
-class _Embedding(torch.autograd.Function):
+def lookup(index: Tensor, table: Tensor) -> Tensor:
+    """Rows [..., D] of a narrow table [V, D]; its gradient is counted, column by column."""
+    if table.device.type != "cpu" or table.dtype != torch.float32:
+        return F.embedding(index, table)
+    found: Tensor = _Lookup.apply(index, table)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, index: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(index)

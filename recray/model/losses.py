@@ -198,6 +198,8 @@ def backward_in_blocks(
     query_t = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     share_t = (1.0 / count.float())[query_t]
     bounds = targets.offsets.tolist()
+    again_U = model.again(output_UD)
+    again = None if again_U is None else again_U.detach().requires_grad_()
     total = torch.zeros((), device=hidden.device)
     grad_hidden = torch.empty_like(hidden)
     grad_table = torch.zeros_like(output_UD, dtype=torch.float32)
@@ -209,7 +211,7 @@ def backward_in_blocks(
         scores = torch.mm(hidden[queries], table.mT, out=room[: queries.stop - start]).float()
         scores[:, 0] = -math.inf
         asking = hidden_ND[queries].detach().requires_grad_()
-        extra = model.extra(asking, batch, queries, len(table))
+        extra = model.extra(asking, batch, queries, len(table), again)
         if extra is not None:
             scores += extra.detach()
         if correction_U is not None:
@@ -228,6 +230,8 @@ def backward_in_blocks(
             torch.autograd.backward(extra, gradient.mul_(scale).to(extra.dtype))
             if asking.grad is not None:
                 grad_hidden[queries] += asking.grad / scale
-    gradients = [grad_hidden.to(hidden_ND.dtype) * scale, grad_table.to(output_UD.dtype) * scale]
-    torch.autograd.backward([hidden_ND, output_UD], gradients)
+    roots = [(hidden_ND, grad_hidden.to(hidden_ND.dtype) * scale), (output_UD, grad_table.to(output_UD.dtype) * scale)]
+    if again_U is not None and again is not None and again.grad is not None:
+        roots.append((again_U, again.grad))
+    torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
     return total

@@ -22,7 +22,7 @@ from recray.model.attention import AGE_BUCKETS, NORM_EPS, Attention, Seen, age_b
 from recray.model.blocks import Block
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
-from recray.model.fused import Embedding, RMSNorm
+from recray.model.fused import Embedding, RMSNorm, lookup
 from recray.model.items import ItemEncoder
 
 VALUE_BUCKETS = 64
@@ -59,6 +59,7 @@ class Shape:
     time_bias: bool = True
     values: bool = False
     repeat: bool = True
+    repeat_by_item: bool = False
     prior: bool = True
     fresh: bool = False
     feature_buckets: int = 4096
@@ -132,7 +133,7 @@ class Recommender(nn.Module):
         self.context = nn.ModuleList(Modulation(dim) for _ in range(shape.context))
         self.norm = RMSNorm(dim, eps=NORM_EPS)
         self.temperature = nn.Parameter(torch.tensor(0.05)) if shape.scores == "cosine" else None
-        self.repeat = RepeatTerm(dim, shape.event_types, has_time=shape.time_bias) if shape.repeat else None
+        self.repeat = RepeatTerm(dim, shape.event_types, has_time=shape.time_bias, by_item=shape.repeat_by_item) if shape.repeat else None
         self.prior_scale = nn.Parameter(torch.tensor(0.5)) if shape.prior else None
         self.freshness = nn.Embedding(FRESHNESS_BUCKETS, 1) if shape.fresh else None
         if self.freshness is not None:
@@ -204,15 +205,19 @@ class Recommender(nn.Module):
             scores = scores + self.offset_V[first : first + len(output_VD)]
         if first == 0:
             scores = scores.index_fill(1, torch.zeros(1, dtype=torch.int64, device=scores.device), -math.inf)
-        extra = self.extra(hidden_ND, batch, queries, len(output_VD), first)
+        extra = self.extra(hidden_ND, batch, queries, len(output_VD), self.again(output_VD), first)
         return scores if extra is None else scores + extra
 
-    def extra(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, first: int = 0) -> Tensor | None:
+    def again(self, output_VD: Tensor) -> Tensor | None:
+        """How much more than others each item is met again by whom met it [V]; None where the model takes all for alike."""
+        return None if self.repeat is None or self.repeat.again is None else self.repeat.again(output_VD).squeeze(1)
+
+    def extra(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, again_V: Tensor | None, first: int = 0) -> Tensor | None:
         """What repetition, recent popularity and freshness add to the scores of items first : first + n_items [N, n_items]; None for
-        a model with none of them."""
+        a model with none of them. `again_V` is what `again` says of these items."""
         found: Tensor | None = None
         if self.repeat is not None:
-            found = self.repeat(hidden_ND, batch, queries, n_items, first)
+            found = self.repeat(hidden_ND, batch, queries, n_items, again_V, first)
         if self.prior_scale is not None:
             prior = self.prior_scale * batch.prior_PV[:, first : first + n_items][batch.day_N[queries]]
             found = prior if found is None else found + prior
@@ -282,20 +287,26 @@ class Modulation(nn.Module):
 
 
 class RepeatTerm(nn.Module):
-    """Score of items that are in the history: gate(hidden) · log(1 + Σ over the item's events of exp(age + event weight))."""
+    """Score of items that are in the history: softplus(gate(hidden) + again(item)) · log(1 + Σ over the item's events of exp(age + event weight)).
 
-    def __init__(self, dim: int, event_types: int, *, has_time: bool) -> None:
+    With `by_item`, `again` is read off the item's vector: some things are bought every week by who buys them at all (fuel), others
+    once; without, it is 0.
+    """
+
+    def __init__(self, dim: int, event_types: int, *, has_time: bool, by_item: bool) -> None:
         super().__init__()
         self.has_time = has_time
         self.age = Embedding(AGE_BUCKETS, 1)
         self.event = nn.Embedding(event_types, 1)
         self.gate = nn.Linear(dim, 1)
-        for parameter in (self.age.weight, self.event.weight, self.gate.weight):
-            nn.init.zeros_(parameter)
+        self.again = nn.Linear(dim, 1, bias=False) if by_item else None
+        for table in (self.age, self.event, self.gate, self.again):
+            if table is not None:
+                nn.init.zeros_(table.weight)
         nn.init.ones_(self.gate.bias)
 
-    def forward(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, first: int = 0) -> Tensor:
-        """Scores of the items first : first + n_items [N, n_items]."""
+    def forward(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, again_V: Tensor | None, first: int = 0) -> Tensor:
+        """Scores of the items first : first + n_items [N, n_items], of which `again_V` tells how much they are met again."""
         user_N, position_N = batch.user_N[queries], batch.position_N[queries]
         item_NT = batch.item_BT[user_N]
         where_T = torch.arange(item_NT.shape[1], device=item_NT.device)
@@ -311,5 +322,8 @@ class RepeatTerm(nn.Module):
         one_NV = torch.empty(len(item_NT), n_items, dtype=torch.int64, device=item_NT.device)
         one_NT = one_NV.scatter_(1, place_NT, where_T.expand_as(place_NT)).gather(1, place_NT)
         mass_NT = torch.zeros_like(weight_NT).scatter_add(1, one_NT, weight_NT)
-        found_NT = F.softplus(self.gate(hidden_ND)) * torch.log1p(mass_NT)
+        gate_NT = self.gate(hidden_ND)
+        if again_V is not None:
+            gate_NT = gate_NT + lookup(place_NT, again_V[:, None]).squeeze(-1)
+        found_NT = F.softplus(gate_NT) * torch.log1p(mass_NT)
         return torch.zeros(len(item_NT), n_items, dtype=found_NT.dtype, device=found_NT.device).scatter_add(1, place_NT, found_NT)

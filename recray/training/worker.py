@@ -45,6 +45,7 @@ def shape_of(model: dict[str, Any], dataset: Dataset, *, counts: bool = False) -
         **{part: default if model[part] is None else model[part] for part, default in PRESETS[model["preset"]].items()},
         time_bias=model["time_bias"] and dataset.has_time,
         repeat=model["repeat"],
+        repeat_by_item=model["repeat_by_item"],
         prior=model["prior_days"] > 0 and dataset.has_time,
         fresh=dataset.released_day is not None,
         feature_buckets=model["feature_buckets"],

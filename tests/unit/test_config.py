@@ -27,6 +27,11 @@ def test_unusable_settings_are_named_with_a_fix(override, named):
     assert error.value.exit_code == 2
 
 
+def test_a_copy_term_by_item_without_a_copy_term_is_refused():
+    with pytest.raises(SettingsError, match="repeat_by_item is of the copy term"):
+        load_settings(None, ["model.repeat=false", "model.repeat_by_item=true"])
+
+
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("train:\n  epochs: 7\n  seed: 4\n")
