@@ -27,6 +27,10 @@ def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str
     overrides : of the settings, where data are named
     """
     started = time.monotonic()
+    if data is not None and what != "privacy":
+        from recray.benchmark.data import find_data
+
+        data = str(find_data(data).resolve())  # once: preparing it sets RECRAY_DATA
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
         config, metrics = _measure(what, Path(folder), say, data, against, overrides, out)
         kept = {path.name: path.read_bytes() for path in Path(folder).glob("keep/*")}

@@ -16,8 +16,9 @@ from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
 from recray.prepare.prepare import prepare, prepare_key
 
-SHIPPED = "online-retail"
-CONFIGS = {"complete-journey": "shop", SHIPPED: "demo"}  # of data sets that no config is named after
+SHIPPED = "demo"  # config of the data that ship
+CONFIGS = {"complete-journey": "shop"}  # of data sets that no config is named after
+NO_RULES = ["score.caps={}", "score.boosts={}", "score.exclude=[]"]  # which name features that a benchmark may leave out
 
 
 def prepared(data: str | None, root: Path, overrides: list[str], config: str | None = None) -> tuple[Settings, Dataset]:

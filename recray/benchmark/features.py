@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
-from recray.benchmark.data import prepared
+from recray.benchmark.data import NO_RULES, prepared
 from recray.config import ScoreSettings
 from recray.dataset.context import CLOCK
 from recray.dataset.reader import Dataset
@@ -44,7 +44,7 @@ def measure_features(folder: Path, data: str, overrides: list[str], say: Say) ->
     _hold_out(whole, folder / "events.parquet")
     columns = {name: name for name in pq.read_schema(folder / "events.parquet").names}
     split = [] if whole.cut_s("test") is None else [f"split.{part}_from={_moment(whole.cut_s(part))}" for part in ("validation", "test")]
-    kept = [*overrides, f"data.events={folder / 'events.parquet'}", f"data.columns={columns}", *split]
+    kept = [*overrides, *NO_RULES, f"data.events={folder / 'events.parquet'}", f"data.columns={columns}", *split]
     kept.append(f"data.context=[{', '.join(name for name in settings.data.context if name in CLOCK)}]")
     features = dict(settings.data.features)
     variants = {"ids": {}, **{f"ids + {name}": {name: kind} for name, kind in features.items()}, "all": features}

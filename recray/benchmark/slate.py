@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from recray.benchmark.data import find_data, prepared
+from recray.benchmark.data import NO_RULES, find_data, prepared
 from recray.dataset.context import asked
 from recray.dataset.reader import Dataset, History
 from recray.errors import DataError
@@ -45,7 +45,7 @@ def measure_slate(folder: Path, data: str, overrides: list[str], say: Say) -> tu
         f"data.items={folder / 'items.parquet'}",
         "data.released=null",
         "data.context=[hour]",
-        "score.caps={}",
+        *NO_RULES,
     ]
     given += ["data.features={title: text, category: categorical}", f"split.test_from={pd.Timestamp(cut, unit='s')}", *overrides]
     settings, dataset = prepared(data, folder / "root", given, "news")

@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 DAY_S = 86_400
-
-
 FRESHNESS_BUCKETS = 20
+CELLS = 1 << 22  # days x items at once
 NEVER_SAID = -1_000_000  # in the place of a day that is not known, long before all others
 
 
@@ -35,11 +34,15 @@ def dated(
 
     among : item indices, ascending and distinct, that alone are answered; None: all
     """
-    prior, fresh = np.zeros((len(day_P), 1), np.float32), np.zeros((len(day_P), 1), np.uint8)
-    if prior_days:
-        prior = np.log1p(popularity.windows(day_P, prior_days, among))
-    if released_day is not None:
-        fresh = freshness(day_P[:, None], released_day if among is None else released_day[among]).astype(np.uint8)
+    n_items = popularity.n_items + 1 if among is None else len(among)
+    prior = np.zeros((len(day_P), n_items if prior_days else 1), np.float32)
+    fresh = np.zeros((len(day_P), 1 if released_day is None else n_items), np.uint8)
+    step = max(CELLS // n_items, 1)
+    for some in (slice(first, first + step) for first in range(0, len(day_P), step)):
+        if prior_days:
+            np.log1p(popularity.windows(day_P[some], prior_days, among), out=prior[some])
+        if released_day is not None:
+            fresh[some] = freshness(day_P[some, None], released_day if among is None else released_day[among])
     return prior, fresh
 
 

@@ -103,7 +103,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """A narrow table that a batch looks up millions of times."""
+    """A narrow table that a batch looks up millions of times; without padding, maximal norm and sparse gradients."""
 
     def forward(self, index: Tensor) -> Tensor:
         """Rows [..., D] of the indices [...]."""
@@ -130,4 +130,4 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         index = ctx.saved_tensors[0].flatten()
         columns = grad.flatten(0, -2).unbind(-1)
-        return None, torch.stack([torch.bincount(index, column, ctx.rows) for column in columns], 1)
+        return None, torch.stack([torch.bincount(index, column, ctx.rows) for column in columns], 1).to(grad.dtype)

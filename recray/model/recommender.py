@@ -210,7 +210,11 @@ class Recommender(nn.Module):
 
     def again(self, output_VD: Tensor) -> Tensor | None:
         """How much more than others each item is met again by whom met it [V]; None where the model takes all for alike."""
-        return None if self.repeat is None or self.repeat.again is None else self.repeat.again(output_VD).squeeze(1)
+        if self.repeat is None or self.repeat.again is None:
+            return None
+        with torch.autocast(output_VD.device.type, enabled=False):  # its gradient sums over all queries
+            found: Tensor = self.repeat.again(output_VD.float()).squeeze(1)
+        return found
 
     def extra(self, hidden_ND: Tensor, batch: Batch, queries: slice, n_items: int, again_V: Tensor | None, first: int = 0) -> Tensor | None:
         """What repetition, recent popularity and freshness add to the scores of items first : first + n_items [N, n_items]; None for
@@ -297,7 +301,7 @@ class RepeatTerm(nn.Module):
         super().__init__()
         self.has_time = has_time
         self.age = Embedding(AGE_BUCKETS, 1)
-        self.event = nn.Embedding(event_types, 1)
+        self.event = Embedding(event_types, 1)
         self.gate = nn.Linear(dim, 1)
         self.again = nn.Linear(dim, 1, bias=False) if by_item else None
         for table in (self.age, self.event, self.gate, self.again):
@@ -319,11 +323,12 @@ class RepeatTerm(nn.Module):
         weight_NT = weight_NT * (inside & (where_T <= position_N[:, None]))
         place_NT = (item_NT - first).clamp(0, n_items - 1)
         # an item's events are summed at one of its positions, and only sums are spread over the items: T is much smaller than V
-        one_NV = torch.empty(len(item_NT), n_items, dtype=torch.int64, device=item_NT.device)
-        one_NT = one_NV.scatter_(1, place_NT, where_T.expand_as(place_NT)).gather(1, place_NT)
-        mass_NT = torch.zeros_like(weight_NT).scatter_add(1, one_NT, weight_NT)
+        one_NV = torch.empty(len(item_NT), n_items, dtype=torch.int16, device=item_NT.device)
+        one_NT = one_NV.scatter_(1, place_NT, where_T.short().expand_as(place_NT)).gather(1, place_NT).long()
+        del one_NV
+        mass_NT = torch.zeros_like(weight_NT).scatter_add_(1, one_NT, weight_NT)
         gate_NT = self.gate(hidden_ND)
         if again_V is not None:
             gate_NT = gate_NT + lookup(place_NT, again_V[:, None]).squeeze(-1)
         found_NT = F.softplus(gate_NT) * torch.log1p(mass_NT)
-        return torch.zeros(len(item_NT), n_items, dtype=found_NT.dtype, device=found_NT.device).scatter_add(1, place_NT, found_NT)
+        return torch.zeros(len(item_NT), n_items, dtype=found_NT.dtype, device=found_NT.device).scatter_add_(1, place_NT, found_NT)

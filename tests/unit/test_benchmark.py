@@ -1,5 +1,7 @@
 """The arithmetic of the benchmarks, and what they feed their models; the benchmarks themselves take minutes to hours."""
 
+from importlib import resources
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -7,6 +9,8 @@ import pytest
 
 from recray import benchmark
 from recray.benchmark import ablations, features, quality, scale, slate
+from recray.benchmark.data import NO_RULES
+from recray.config import load_settings
 from recray.errors import DataError, SettingsError
 from recray.evaluation import metrics
 
@@ -90,8 +94,9 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
         slate._read(tmp_path / "out")
 
 
-def test_a_slate_is_asked_for_from_end_to_end(tmp_path):
+def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
     """Who read of one section clicks on it, and half a week of that is enough to be better than chance."""
+    monkeypatch.setenv("RECRAY_DATA", "")  # set back afterwards
     random = np.random.default_rng(0)
     data = tmp_path / "mind"
     data.mkdir()
@@ -122,16 +127,29 @@ def test_the_exponent_of_linear_growth_is_one():
 
 
 def test_variants_are_held_against_the_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations, "VARIANTS", {"default": [], "the same": [], "sampled": ["train.loss=sampled"]})
+    variants = {"default": [], "the same": ["train.loss=softmax"], "again": ["train.temperature_jitter=1e-9"], "sampled": ["train.loss=sampled"]}
+    monkeypatch.setattr(ablations, "VARIANTS", variants)
     said: list[str] = []
-    small = ["train.epochs=1", "train.batch_positions=20000", "model.dim=8", "model.blocks=1", "evaluate.max_users=50", "evaluate.bootstrap=100"]
+    small = ["train.epochs=1", "train.batch_positions=20000", "model.dim=8", "model.blocks=1", "model.dropout=0"]
+    small += ["evaluate.max_users=50", "evaluate.bootstrap=100"]
     chosen, metrics = ablations.measure_ablations(tmp_path, None, small, said.append)
-    assert chosen["train"]["loss"] == "auto" and len(said) == 3 and metrics["users"] == 50
-    default, same, sampled = metrics["variants"].values()
-    assert same["repeats"] == {**default["repeats"], "lead": 0.0, "lead_low": 0.0, "lead_high": 0.0}
+    assert chosen["train"]["loss"] == "auto" and metrics["users"] == 50
+    assert said[1] == "the same: left out, it is the default here" and list(metrics["variants"]) == ["default", "again", "sampled"]
+    default, again, sampled = metrics["variants"].values()
     for setting in ("repeats", "new_only"):
-        assert sampled[setting]["lead"] == pytest.approx(metrics[f"{setting}_ndcg"] - sampled[setting]["ndcg"], abs=2e-4)
+        for variant in (again, sampled):
+            assert variant[setting]["lead"] == pytest.approx(metrics[f"{setting}_ndcg"] - variant[setting]["ndcg"], abs=2e-4)
+    assert abs(again["repeats"]["lead"]) < 0.01 and sampled["changed"] == ["train.loss=sampled"]
     assert default["repeats"]["sharper"] != default["repeats"]["ndcg"]
+
+
+@pytest.mark.parametrize("config", ["demo", "ml-1m", "news", "shop", "video"])
+def test_every_variant_fits_every_config(config, monkeypatch):
+    monkeypatch.setenv("RECRAY_DATA", "data")
+    path = str(resources.files("jobs") / "configs" / f"{config}.yaml")
+    for changed in ablations.VARIANTS.values():
+        load_settings(path, changed)
+    load_settings(path, ["data.features={}", *NO_RULES])
 
 
 @pytest.mark.parametrize("what", ["quality", "features", "slate", "train", "score"])

@@ -433,6 +433,9 @@ def test_a_small_table_that_is_looked_up_often_learns_what_autograd_says():
         table(index).backward(gradient)
     assert torch.equal(mine(index), theirs(index))
     torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
+    mine.zero_grad()
+    mine(index[:0]).backward(gradient[:0])
+    assert torch.equal(mine.weight.grad, torch.zeros(5, 3))
 
 
 def test_a_halved_layer_trains_close_to_the_whole_one_and_answers_like_it():
