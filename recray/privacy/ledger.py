@@ -132,36 +132,18 @@ class Ledger:
 
     def admit(self, user_ids: Iterable[str]) -> int:
         """Note who is learned from; how many were not known. Raises RefusedError if one belongs to another population."""
-        known = new = 0
         with self._alone() as connection:
-            salt = self._salted(connection)
-            for batch in _batches(user_ids):
-                users = [hashlib.sha256(salt + user.encode()).digest()[:16] for user in batch]
-                found: dict[bytes, str] = {}
-                for first in range(0, len(users), 500):
-                    wanted = _members.c.user.in_(users[first : first + 500])
-                    found |= {bytes(row.user): row.population for row in connection.execute(sa.select(_members).where(wanted))}
-                others = {population for population in found.values() if population != self.population}
-                if others:
-                    raise RefusedError(
-                        f"privacy.population {self.population}: users of it are in the ledger of {', '.join(sorted(others))}",
-                        "what is spent of a user is kept in one place: name that population, or train on other users",
-                    )
-                known += len(found)
-                rows = [{"user": user, "population": self.population} for user in dict.fromkeys(users) if user not in found]
-                new += len(rows)
-                if rows:
-                    connection.execute(sa.insert(_members), rows)
-        return new
+            return self._admit(connection, user_ids)
 
-    def reserve(self, run_key: str, mechanism: Mechanism, cap: float | None, done: int = 0) -> int:
-        """Make sure that the steps which `done` leaves of a training are reserved, and the counts that it begins with; how many
-        steps were added.
+    def reserve(self, run_key: str, mechanism: Mechanism, cap: float | None, done: int = 0, user_ids: Iterable[str] = ()) -> int:
+        """Admit users, and make sure that the steps which `done` leaves of a training are reserved, and the counts that it begins
+        with; how many steps were added. Refused, it leaves nothing behind.
 
         Raises PrivacySpentError, with what would fit, if all steps of the population together would pass ε `cap`; RefusedError if
-        the run was begun with another mechanism, or has ended.
+        the run was begun with another mechanism, or has ended, or one of the users belongs to another population.
         """
         with self._alone() as connection:
+            self._admit(connection, user_ids)
             runs = self._runs(connection)
             mine = next((run for run in runs if run.run_key == run_key), None)
             if mine is not None and mine.mechanism != mechanism:
@@ -253,6 +235,27 @@ class Ledger:
         at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         row = {"at": at, "population": self.population, "run_key": run_key, "kind": kind, "steps": steps, "counts": counts, **fields}
         connection.execute(sa.insert(_entries), row)
+
+    def _admit(self, connection: Connection, user_ids: Iterable[str]) -> int:
+        new = 0
+        salt = self._salted(connection)
+        for batch in _batches(user_ids):
+            users = [hashlib.sha256(salt + user.encode()).digest()[:16] for user in batch]
+            found: dict[bytes, str] = {}
+            for first in range(0, len(users), 500):
+                wanted = _members.c.user.in_(users[first : first + 500])
+                found |= {bytes(row.user): row.population for row in connection.execute(sa.select(_members).where(wanted))}
+            others = {population for population in found.values() if population != self.population}
+            if others:
+                raise RefusedError(
+                    f"privacy.population {self.population}: users of it are in the ledger of {', '.join(sorted(others))}",
+                    "what is spent of a user is kept in one place: name that population, or train on other users",
+                )
+            rows = [{"user": user, "population": self.population} for user in dict.fromkeys(users) if user not in found]
+            new += len(rows)
+            if rows:
+                connection.execute(sa.insert(_members), rows)
+        return new
 
     def _salted(self, connection: Connection) -> bytes:
         salt = connection.execute(sa.select(_salt.c.value)).scalar()

@@ -210,9 +210,9 @@ def _reserve(settings: Settings, key: str, dataset: Dataset, mechanism: Mechanis
     """Reserve the steps of a private training in the ledger; what its workers need to take them. Raises RefusedError."""
     ledger, options = _ledger(settings), settings.privacy
     tonight = dataset.learning_from(mechanism.part, mechanism.parts)
-    ledger.admit(str(user) for shard in tonight.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist())
+    users = (str(user) for shard in tonight.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist())
     done = json.loads((resume / "progress.json").read_text())["step"] if resume else 0
-    ledger.reserve(key, mechanism, options.cap, done)
+    ledger.reserve(key, mechanism, options.cap, done, users)
     named = {"ledger": settings.ledger_url(), "population": options.population, "run_key": key, "cap": options.cap}
     return {"mechanism": asdict(mechanism), **named}
 

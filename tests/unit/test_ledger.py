@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from recray.cli import main
-from recray.errors import MissingArtifactError, RefusedError, StorageError
+from recray.errors import MissingArtifactError, PrivacySpentError, RefusedError, StorageError
 from recray.privacy import plan
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
 from recray.privacy.ledger import Ledger
@@ -162,6 +162,15 @@ def test_a_population_grows_and_shares_nobody(url):
         news.admit(["n3", "7"])
     assert (shop.members(), news.members()) == (20_600, 2)
     assert (shop.spent(), news.spent()) == ([], [])
+
+
+def test_who_was_refused_is_no_member(url):
+    ledger = Ledger.open(url, "shop")
+    with pytest.raises(PrivacySpentError):
+        ledger.reserve("a", ONE, 0.01, user_ids=["1", "2"])
+    assert ledger.members() == 0
+    ledger.reserve("a", ONE, None, user_ids=["1", "2"])
+    assert ledger.members() == 2
 
 
 def test_users_are_not_written_down(url, tmp_path):
