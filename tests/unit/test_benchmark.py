@@ -9,7 +9,6 @@ import pytest
 
 from recray import benchmark
 from recray.benchmark import ablations, features, quality, scale, slate
-from recray.benchmark.data import NO_RULES
 from recray.config import load_settings
 from recray.errors import DataError, SettingsError
 from recray.evaluation import metrics
@@ -147,9 +146,10 @@ def test_variants_are_held_against_the_default(tmp_path, monkeypatch):
 def test_every_variant_fits_every_config(config, monkeypatch):
     monkeypatch.setenv("RECRAY_DATA", "data")
     path = str(resources.files("jobs") / "configs" / f"{config}.yaml")
-    for changed in ablations.VARIANTS.values():
-        load_settings(path, changed)
-    load_settings(path, ["data.features={}", *NO_RULES])
+    settings = {name: load_settings(path, changed) for name, changed in ablations.VARIANTS.items()}
+    assert not settings["no copy term"].model.repeat and settings["copy term by item"].model.repeat_by_item
+    assert settings["no item features"].data.features == {} and settings["no item features"].score.caps == {}
+    assert settings["default"] == load_settings(path)
 
 
 @pytest.mark.parametrize("what", ["quality", "features", "slate", "train", "score"])
