@@ -33,6 +33,7 @@ VARIANTS: dict[str, list[str]] = {
     "preset sasrec": ["model.preset=sasrec"],
     "preset hstu": ["model.preset=hstu"],
     "cosine scores": ["model.scores=cosine"],
+    "dot product scores": ["model.scores=dot"],
     "relative position bias": ["model.relative=true"],
     "no learned positions": ["model.positions=false"],
     "no ages of events": ["model.time_bias=false"],
@@ -45,6 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     "sampled softmax": ["train.loss=sampled"],
     "gbce": ["train.loss=gbce"],
     "temperature jitter .2": ["train.temperature_jitter=0.2"],
+    "no temperature jitter": ["train.temperature_jitter=0"],
     "trained in float32": ["train.precision=float32"],
     "trained in bfloat16": ["train.precision=bfloat16"],
 }
