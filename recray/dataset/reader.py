@@ -5,6 +5,7 @@ Owns `Dataset`, `Shard` and `History`. Holds no user in memory that nobody asked
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,13 +149,8 @@ class Shard:
 
     def find(self, user_id: Any) -> int | None:
         """Row of a user, or None."""
-        row = int(np.searchsorted(self._sorted_ids, user_id))
-        return row if row < len(self) and self._sorted_ids[row] == user_id else None
-
-    @cached_property
-    def _sorted_ids(self) -> np.ndarray:
-        found: np.ndarray = self.user_ids.to_numpy(zero_copy_only=False)
-        return found
+        row = bisect_left(range(len(self)), user_id, key=lambda row: self.user_ids[row].as_py())
+        return row if row < len(self) and self.user_ids[row].as_py() == user_id else None
 
 
 class Dataset:

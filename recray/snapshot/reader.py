@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recray.dataset.reader import bucket_of
 from recray.errors import DamagedArtifactError
 from recray.schema import USER_ID
-from recray.snapshot.writer import KIND, part_name
+from recray.snapshot.writer import KIND, index_name, part_name
 from recray.storage import Storage, manifest_digest, open_sealed, read_json
 
 
@@ -28,7 +28,7 @@ class ScoredUser:
 
 
 class Snapshot:
-    """An opened snapshot. Parts are read when first asked for."""
+    """An opened snapshot. A bucket's index is mapped when first asked for; nothing of it is copied into this process."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
@@ -36,15 +36,15 @@ class Snapshot:
         self.buckets: int = manifest["buckets"]
         self.as_of_s: int = manifest["as_of_s"]
         self.k: int = manifest["k"]
-        self._parts: dict[int, tuple[np.ndarray, pa.Table]] = {}
+        self._indexes: dict[int, pa.RecordBatch] = {}
         self._lock = threading.Lock()
 
     @classmethod
     def latest(cls, storage: Storage) -> Snapshot:
-        """The published snapshot, after every file was verified. Raises MissingArtifactError, DamagedArtifactError."""
+        """The published snapshot, after the files that are read here were verified. Raises MissingArtifactError, DamagedArtifactError."""
         entry = read_json(storage.latest)
         path = storage.root / entry["snapshot"]
-        manifest = open_sealed(path, KIND)
+        manifest = open_sealed(path, KIND, verify=_read_here)
         if manifest_digest(path) != entry["manifest_sha256"]:
             raise DamagedArtifactError(f"{path} is not the snapshot that was published", "score the night again")
         return cls(path, manifest)
@@ -54,11 +54,12 @@ class Snapshot:
         user_id = self.as_user(user_id)
         if user_id is None:
             return None
-        users, table = self._part(int(bucket_of([user_id], self.buckets)[0]))
-        row = int(np.searchsorted(users, user_id))
-        if row == len(users) or users[row] != user_id:
+        index = self._index(int(bucket_of([user_id], self.buckets)[0]))
+        users = index[USER_ID]
+        row = bisect_left(range(len(users)), user_id, key=lambda row: users[row].as_py())
+        if row == len(users) or users[row].as_py() != user_id:
             return None
-        return ScoredUser(*(table[name][row].as_py() for name in ("item_ids", "scores", "source")))
+        return ScoredUser(*(index[name][row].as_py() for name in ("item_ids", "scores", "source")))
 
     def as_user(self, user_id: Any) -> Any:
         if self.manifest["user_type"] == "string":
@@ -68,9 +69,18 @@ class Snapshot:
         except (TypeError, ValueError):
             return None
 
-    def _part(self, bucket: int) -> tuple[np.ndarray, pa.Table]:
+    def _index(self, bucket: int) -> pa.RecordBatch:
         with self._lock:
-            if bucket not in self._parts:
-                table = pq.read_table(self.path / part_name(bucket)).combine_chunks()
-                self._parts[bucket] = (table[USER_ID].to_numpy(), table)
-            return self._parts[bucket]
+            if bucket not in self._indexes:
+                self._indexes[bucket] = self._open(bucket)
+            return self._indexes[bucket]
+
+    def _open(self, bucket: int) -> pa.RecordBatch:
+        if index_name(bucket) in self.manifest["files"]:
+            return pa.ipc.open_file(pa.memory_map(str(self.path / index_name(bucket)))).get_batch(0)
+        table = pq.read_table(self.path / part_name(bucket)).combine_chunks()  # snapshots of 0.1.0 have no index
+        return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
+
+
+def _read_here(name: str) -> bool:
+    return not name.startswith("part-")

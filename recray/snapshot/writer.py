@@ -1,4 +1,4 @@
-"""Writing a snapshot: one part a bucket of users, then the seal, then the flip that publishes it.
+"""Writing a snapshot: a part and its index for each bucket of users, then the seal, then the flip that publishes it.
 
 Promises that a reader sees one night and never a mixture, and that a late attempt of an older night cannot replace a
 newer one.
@@ -28,12 +28,17 @@ def snapshot_path(storage: Storage, as_of_s: int, key: str) -> Path:
 
 
 def part_name(bucket: int) -> str:
-    """File name of a bucket."""
+    """File name of a bucket, for whoever reads Parquet."""
     return f"part-{bucket:05d}.parquet"
 
 
+def index_name(bucket: int) -> str:
+    """File name of a bucket's index: the same rows as an Arrow file, which serving maps and never loads."""
+    return f"index-{bucket:05d}.arrow"
+
+
 def write_part(folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array, offsets: pa.Array, scores: pa.Array, source: list[str]) -> None:
-    """Write one bucket: users in ascending order, their items flat with list `offsets` [users + 1]."""
+    """Write one bucket and its index: users in ascending order, their items flat with list `offsets` [users + 1]."""
     columns = [
         user_ids,
         pa.ListArray.from_arrays(offsets, item_ids),
@@ -45,6 +50,10 @@ def write_part(folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array
     scratch = folder / f".{part_name(bucket)}"
     pq.write_table(table, scratch, compression="zstd")
     scratch.rename(folder / part_name(bucket))
+    scratch = folder / f".{index_name(bucket)}"
+    with pa.ipc.new_file(scratch, table.schema) as writer:
+        writer.write_table(table, max_chunksize=max(len(table), 1))
+    scratch.rename(folder / index_name(bucket))
 
 
 def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:

@@ -190,7 +190,7 @@ def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
     snapshot = storage.root / json.loads(good)["snapshot"]
     broken = snapshot.with_name("run=broken")
     shutil.copytree(snapshot, broken)
-    part = next(broken.glob("part-*.parquet"))
+    part = next(broken.glob("index-*.arrow"))
     part.write_bytes(part.read_bytes()[:-1])
     storage.latest.write_text(json.dumps({**json.loads(good), "snapshot": broken.relative_to(storage.root).as_posix()}))
     time.sleep(2)

@@ -19,7 +19,7 @@ from recray.scoring.score import ScoreBucket, _summary
 from recray.serving.api import RecommendRequest
 from recray.serving.handler import Night
 from recray.snapshot.reader import Snapshot
-from recray.snapshot.writer import publish
+from recray.snapshot.writer import publish, write_part
 from recray.storage import Storage, open_sealed, sealed_directory
 
 K = 20
@@ -144,7 +144,7 @@ def test_the_context_of_a_request_is_heard(storage):
 def test_damaged_and_missing_snapshots_are_refused(storage, tmp_path):
     with pytest.raises(MissingArtifactError):
         Night.load(Storage(tmp_path))
-    part = next((storage.scores / "night").glob("part-*.parquet"))
+    part = next((storage.scores / "night").glob("index-*.arrow"))
     content = part.read_bytes()
     try:
         part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -152,6 +152,28 @@ def test_damaged_and_missing_snapshots_are_refused(storage, tmp_path):
             Night.load(storage)
     finally:
         part.write_bytes(content)
+
+
+def test_the_index_says_what_the_parts_say_and_a_snapshot_without_one_is_read(storage, tmp_path):
+    snapshot = Snapshot.latest(storage)
+    parts = [row for file in snapshot.path.glob("part-*.parquet") for row in pq.read_table(file).to_pylist()]
+    older = Snapshot(snapshot.path, {**snapshot.manifest, "files": {}})
+    for row in parts:
+        found = snapshot.find(row["user_id"])
+        assert (found.item_ids, found.scores, found.source) == (row["item_ids"], row["scores"], row["source"])
+        assert older.find(row["user_id"]) == found
+
+
+def test_users_with_text_ids_are_found(tmp_path):
+    names = sorted({f"user {n}" for n in range(50)} | {"ä", "Z", "", "\U0001f600"})
+    write_part(
+        tmp_path, 0, pa.array(names), pa.array(names), pa.array(range(len(names) + 1), pa.int32()),
+        pa.array(range(len(names)), pa.float32()), ["model"] * len(names),
+    )  # fmt: skip
+    fields = {"as_of_s": 0, "buckets": 1, "k": 1, "user_type": "string", "run_key": "k", "files": {"index-00000.arrow": {}}}
+    snapshot = Snapshot(tmp_path, fields)
+    assert [snapshot.find(name).item_ids for name in names] == [[name] for name in names]
+    assert snapshot.find("user 5x") is None and snapshot.find("zz") is None and snapshot.find("\U0001f601") is None
 
 
 def test_a_dataset_with_newer_items_is_translated(night, world_dataset):
