@@ -11,9 +11,12 @@ for argument in "$@"; do
     *) rest+=("$argument") ;;
     esac
 done
-if ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && ! command -v initdb >/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-    # for the tests of a ledger on a real server; where it cannot be had, they are skipped with a reason
-    apt-get -qq update && apt-get -qq install -y --no-install-recommends postgresql >/dev/null || true
+# servers that tests start; where one cannot be had, its tests are skipped with a reason
+missing=()
+compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || missing+=(postgresql)
+command -v redis-server >/dev/null || missing+=(redis-server)
+if [[ ${#missing[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    apt-get -qq update && apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null || true
 fi
 bash infra/lint.sh
 exec .venv/bin/python -m pytest "${marks[@]}" "${rest[@]}"

@@ -13,7 +13,8 @@ RecrayError
     │   └── OutputExistsError
     ├── ClusterError       Ray cannot be reached or cannot place the work
     ├── TrainingError      training stopped: a worker failed, a loss that is not finite
-    └── RequestError       a question that the predictor cannot answer
+    ├── RequestError       a question that the predictor cannot answer
+    └── StateError         the log of the endpoint cannot be reached, or does not keep what it is told
 
 An error survives pickling between Ray processes, because `args` is all it is made of.
 """
@@ -93,3 +94,7 @@ class TrainingError(RecrayError):
 
 class RequestError(RecrayError):
     """A request that the predictor cannot answer."""
+
+
+class StateError(RecrayError):
+    """The log of events and outcomes cannot be reached, takes nothing, or would lose what it acknowledges."""

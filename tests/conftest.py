@@ -227,3 +227,33 @@ def postgres() -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGINT)  # it ends the connections, then stops
             server.wait()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    """URL of a Redis server of our own that acknowledges what is on disk."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("Redis is not installed (Debian's package redis-server)")
+    with tempfile.TemporaryDirectory(prefix="recray-redis-") as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        server = start_redis(binary, folder, port)
+        yield f"redis://127.0.0.1:{port}/0"
+        server.terminate()
+        server.wait()
+
+
+def start_redis(binary: str, folder: str, port: int) -> subprocess.Popen:
+    """A Redis server with its files in a folder, once it takes connections."""
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+    server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while True:
+        assert server.poll() is None and time.monotonic() < deadline
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return server
+        except OSError:
+            time.sleep(0.05)

@@ -1,0 +1,99 @@
+"""The log of the endpoint: events, decisions and outcomes, in one order, each once.
+
+A store promises: what `append` returned for is on disk; all entries of one call are there or none; a number, once seen, has no
+smaller one appear after it, so a reader who remembers the last number misses nothing and reads nothing twice.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from recray.errors import SettingsError
+
+Kind = Literal["event", "decision", "outcome", "set_aside"]
+RECENT = 1000  # of a user's events, at most
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log.
+
+    key : names it; a second entry of the same kind and key is dropped
+    user : id as text, None where nobody is known
+    at_s : moment of what happened, seconds since 1970
+    body : what else is known, as JSON
+    """
+
+    kind: Kind
+    key: str
+    user: str | None
+    at_s: float
+    body: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Entry:
+        return cls(**json.loads(text))
+
+
+class Log(abc.ABC):
+    """Blocking; for any thread. Every method raises StateError where the store cannot be reached or takes nothing."""
+
+    quick = False  # whether `recent` is faster than another thread
+
+    @abc.abstractmethod
+    def append(self, entries: Sequence[Entry]) -> list[int]:
+        """Number of each entry, in order; 0 for one that was there before. On disk when it returns."""
+
+    @abc.abstractmethod
+    def recent(self, user: str, after: int, after_s: float) -> list[Entry]:
+        """The user's last events that have a number above `after` or happened after `after_s`, oldest first."""
+
+    @abc.abstractmethod
+    def has(self, kind: Kind, key: str) -> bool:
+        """Whether there is such an entry."""
+
+    @abc.abstractmethod
+    def read(self, after: int, limit: int) -> list[tuple[int, Entry]]:
+        """The next entries with a number above `after`, with their numbers."""
+
+    @abc.abstractmethod
+    def last(self) -> int:
+        """The highest number given out so far, 0 for none. Numbers grow, with gaps."""
+
+    @abc.abstractmethod
+    def forget(self, through: int) -> None:
+        """Drop the entries up to number `through`; their keys may be taken again."""
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """Names this store for ever: another one counts anew."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+
+def open_log(url: str, root: Path) -> Log:
+    """The log of `serve.state`: `sqlite` (under the root) or redis://host:port/database.
+
+    Raises SettingsError for another address, StateError where it cannot be opened or would not keep what it acknowledges.
+    """
+    if url == "sqlite":
+        from recray.state.sqlite import SqliteLog
+
+        return SqliteLog(root / "state" / "log.sqlite")
+    if url.startswith(("redis://", "rediss://", "unix://")):
+        try:
+            from recray.state.redis import RedisLog
+        except ModuleNotFoundError:
+            raise SettingsError(f"serve.state={url} needs the package redis", "pip install recray[redis]") from None
+        return RedisLog(url)
+    raise SettingsError(f"serve.state: {url!r} is neither sqlite nor redis://host:port/database", "choose one of them")

@@ -1,0 +1,114 @@
+"""The log in Redis, for replicas on several machines: one stream, a sorted set of recent events a user, one script that writes both.
+
+Acknowledged means on disk only where Redis runs with `appendonly yes` and `appendfsync always`, which is asked for when it is opened.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import redis
+
+from recray.errors import StateError
+from recray.state.log import RECENT, Entry, Kind, Log
+
+PREFIX = "recray"
+KEPT_S = 30 * 86_400  # how long a key is known, and a user's last events after the newest of them
+TIMEOUT_S = 2.0
+
+# KEYS: counter, stream. ARGV: prefix, seconds kept, most events a user, then for each entry kind, key, user ("" for none) and JSON
+_APPEND = """
+local found = {}
+for i = 4, #ARGV, 4 do
+    local known = ARGV[1] .. ':key:' .. ARGV[i] .. ':' .. ARGV[i + 1]
+    if redis.call('SET', known, '1', 'NX', 'EX', ARGV[2]) then
+        local number = redis.call('INCR', KEYS[1])
+        redis.call('XADD', KEYS[2], number .. '-0', 'entry', ARGV[i + 3])
+        if ARGV[i] == 'event' and ARGV[i + 2] ~= '' then
+            local user = ARGV[1] .. ':user:' .. ARGV[i + 2]
+            redis.call('ZADD', user, number, ARGV[i + 3])
+            redis.call('ZREMRANGEBYRANK', user, 0, -1 - tonumber(ARGV[3]))
+            redis.call('EXPIRE', user, ARGV[2])
+        end
+        found[#found + 1] = number
+    else
+        found[#found + 1] = 0
+    end
+end
+return found
+"""
+
+
+class RedisLog(Log):
+    """`Log` in one Redis database, under keys that begin with `recray`; one database a storage root."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self._redis: Any = redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, decode_responses=True)
+        except ValueError as error:
+            raise StateError(f"serve.state={url}: {error}", "write redis://host:port/database") from None
+        self._append = self._redis.register_script(_APPEND)
+        self._call(self._keeps)
+        self._call(lambda: self._redis.set(f"{PREFIX}:identity", uuid.uuid4().hex, nx=True))
+        self._identity = str(self._call(lambda: self._redis.get(f"{PREFIX}:identity")))
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    def append(self, entries: Sequence[Entry]) -> list[int]:
+        arguments: list[Any] = [PREFIX, KEPT_S, RECENT]
+        for entry in entries:
+            arguments += [entry.kind, entry.key, entry.user or "", entry.to_json()]
+        found = self._call(lambda: self._append(keys=[f"{PREFIX}:last", f"{PREFIX}:log"], args=arguments))
+        return [int(number) for number in found]
+
+    def recent(self, user: str, after: int, after_s: float) -> list[Entry]:
+        found = self._call(lambda: self._redis.zrange(f"{PREFIX}:user:{user}", 0, -1, withscores=True))
+        entries = ((number, Entry.from_json(text)) for text, number in found)
+        return [entry for number, entry in entries if number > after or entry.at_s > after_s]
+
+    def has(self, kind: Kind, key: str) -> bool:
+        return bool(self._call(lambda: self._redis.exists(f"{PREFIX}:key:{kind}:{key}")))
+
+    def read(self, after: int, limit: int) -> list[tuple[int, Entry]]:
+        found = self._call(lambda: self._redis.xrange(f"{PREFIX}:log", f"({after}-0" if after else "-", "+", count=limit))
+        return [(int(number.partition("-")[0]), Entry.from_json(fields["entry"])) for number, fields in found]
+
+    def last(self) -> int:
+        return int(self._call(lambda: self._redis.get(f"{PREFIX}:last")) or 0)
+
+    def forget(self, through: int) -> None:
+        self._call(lambda: self._redis.xtrim(f"{PREFIX}:log", minid=f"{through + 1}-0", approximate=False))
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _keeps(self) -> None:
+        """Raises StateError if Redis is known to acknowledge what it has not on disk."""
+        try:
+            found = {**self._redis.config_get("appendonly"), **self._redis.config_get("appendfsync")}
+        except redis.ResponseError:  # a hosted one that does not let itself be asked
+            logging.getLogger("recray").warning("%s does not say whether it keeps what it acknowledges (CONFIG is not allowed)", self._shown)
+            return
+        if found.get("appendonly") != "yes" or found.get("appendfsync") != "always":
+            raise StateError(
+                f"{self._shown} acknowledges what it has not on disk: appendonly {found.get('appendonly')}, appendfsync {found.get('appendfsync')}",
+                "start it with --appendonly yes --appendfsync always",
+            )
+
+    @property
+    def _shown(self) -> str:
+        """The address without a password."""
+        scheme, _, rest = self.url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
+
+    def _call(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except redis.RedisError as error:
+            raise StateError(f"{self._shown}: {error}", "start it, or check serve.state") from error

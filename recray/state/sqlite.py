@@ -1,0 +1,118 @@
+"""The log in a sqlite file, for one machine: write-ahead log, synchronous FULL, several processes at once."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from recray.errors import StateError
+from recray.state.log import RECENT, Entry, Kind, Log
+
+BUSY_S = 10.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS log (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, key TEXT NOT NULL, user TEXT, at_s REAL NOT NULL, body TEXT NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS log_key ON log (key, kind);
+CREATE INDEX IF NOT EXISTS log_user ON log (user, number) WHERE kind = 'event';
+CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL, one INTEGER PRIMARY KEY CHECK (one = 1));
+"""
+_INSERT = "INSERT INTO log (kind, key, user, at_s, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key, kind) DO NOTHING RETURNING number"
+
+
+class SqliteLog(Log):
+    """`Log` in one file. A connection a thread; SQLite orders the writers, readers never wait for them."""
+
+    quick = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._all: list[sqlite3.Connection] = []
+        with self._raising():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = self._connection()
+            connection.executescript(_SCHEMA)
+            connection.execute("INSERT OR IGNORE INTO identity VALUES (?, 1)", (uuid.uuid4().hex,))
+            self._identity = str(connection.execute("SELECT name FROM identity").fetchone()[0])
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    def append(self, entries: Sequence[Entry]) -> list[int]:
+        numbers: list[int] = []
+        with self._raising():
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                for entry in entries:
+                    row = (entry.kind, entry.key, entry.user, entry.at_s, json.dumps(entry.body, separators=(",", ":"), ensure_ascii=False))
+                    numbers.extend(number for (number,) in connection.execute(_INSERT, row).fetchall() or [(0,)])
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+        return numbers
+
+    def recent(self, user: str, after: int, after_s: float) -> list[Entry]:
+        with self._raising():
+            rows = self._connection().execute(
+                "SELECT kind, key, user, at_s, body FROM log WHERE kind = 'event' AND user = ? AND (number > ? OR at_s > ?) "
+                f"ORDER BY number DESC LIMIT {RECENT}",
+                (user, after, after_s),
+            )
+            return [_entry(row) for row in rows][::-1]
+
+    def has(self, kind: Kind, key: str) -> bool:
+        with self._raising():
+            return self._connection().execute("SELECT 1 FROM log WHERE key = ? AND kind = ?", (key, kind)).fetchone() is not None
+
+    def read(self, after: int, limit: int) -> list[tuple[int, Entry]]:
+        with self._raising():
+            rows = self._connection().execute(
+                "SELECT number, kind, key, user, at_s, body FROM log WHERE number > ? ORDER BY number LIMIT ?", (after, limit)
+            )
+            return [(row[0], _entry(row[1:])) for row in rows]
+
+    def last(self) -> int:
+        with self._raising():
+            found = self._connection().execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
+            return int(found[0]) if found else 0
+
+    def forget(self, through: int) -> None:
+        with self._raising():
+            self._connection().execute("DELETE FROM log WHERE number <= ?", (through,))
+
+    def close(self) -> None:
+        for connection in self._all:
+            connection.close()
+
+    def _connection(self) -> sqlite3.Connection:
+        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            found = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+            found.execute("PRAGMA journal_mode = WAL")
+            found.execute("PRAGMA synchronous = FULL")
+            self._local.connection = found
+            self._all.append(found)
+        return found
+
+    @contextmanager
+    def _raising(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StateError(f"{self.path}: {error}", "make room there and make it writable, or set serve.state") from error
+
+
+def _entry(row: Sequence[object]) -> Entry:
+    kind, key, user, at_s, body = row
+    return Entry(kind, key, user, at_s, json.loads(str(body)))  # type: ignore[arg-type]

@@ -1,0 +1,208 @@
+"""The log of the endpoint in sqlite and in a real Redis, and the writer in front of it."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from recray.errors import SettingsError, StateError
+from recray.state.log import RECENT, Entry, open_log
+from recray.state.sqlite import SqliteLog
+from recray.state.writer import Writer
+
+
+def event(n, user="u", key=None, at_s=None):
+    return Entry("event", key or f"{user}-{n}", user, float(n if at_s is None else at_s), {"item_id": n, "event": "ä view"})
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def log(request, tmp_path):
+    if request.param == "sqlite":
+        found = open_log("sqlite", tmp_path)
+    else:
+        pytest.importorskip("redis").Redis.from_url(url := request.getfixturevalue("redis_server")).flushall()
+        found = open_log(url, tmp_path)
+    yield found
+    found.close()
+
+
+def test_entries_come_back_once_and_in_order(log):
+    assert log.last() == 0 and log.read(0, 10) == []
+    assert log.append([event(1), event(2, "v"), event(1)]) == [1, 2, 0]
+    before, third = log.append([event(2, "v"), Entry("decision", "u-1", None, 5.5, {"shown": [1, "x", None]})])
+    assert before == 0 and third > 2
+    found = log.read(0, 10)
+    assert [number for number, _ in found] == [1, 2, third] and found[0][1] == event(1)
+    assert found[2][1] == Entry("decision", "u-1", None, 5.5, {"shown": [1, "x", None]})
+    assert log.read(1, 1) == [found[1]] and log.last() == third
+    assert log.has("decision", "u-1") and log.has("event", "v-2") and not log.has("decision", "v-2")
+
+
+def test_recent_events_are_those_that_the_night_does_not_know(log):
+    log.append([event(n, at_s=100 - n) for n in range(1, 6)])
+    log.append([event(9, "somebody else"), Entry("decision", "d", "u", 1e9, {})])
+    assert [entry.body["item_id"] for entry in log.recent("u", 3, 1e9)] == [4, 5]
+    assert [entry.body["item_id"] for entry in log.recent("u", 3, 97.5)] == [1, 2, 4, 5]
+    assert log.recent("nobody", 0, 0.0) == []
+
+
+def test_a_user_keeps_the_last_events_only(log):
+    log.append([event(n) for n in range(RECENT + 20)])
+    found = [entry.body["item_id"] for entry in log.recent("u", 0, 0.0)]
+    assert found == list(range(20, RECENT + 20))
+
+
+def test_what_is_forgotten_is_gone_and_numbers_go_on(log):
+    log.append([event(n) for n in range(1, 6)])
+    log.forget(5)
+    assert log.read(0, 10) == [] and log.last() == 5
+    assert log.append([event(6)]) == [6]
+    log.forget(3)
+    assert [number for number, _ in log.read(0, 10)] == [6]
+
+
+def test_an_identity_lasts_as_long_as_the_store(log, tmp_path):
+    again = open_log("sqlite" if isinstance(log, SqliteLog) else log.url, tmp_path)
+    assert again.identity == log.identity and len(log.identity) == 32
+    again.close()
+
+
+def _append_many(url, root, name):
+    log = open_log(url, root)
+    for n in range(100):
+        assert all(log.append([event(n, name), event(n, "all of them", key=f"shared {n}")])[:1])
+
+
+def test_processes_write_at_once(log, tmp_path):
+    url = "sqlite" if isinstance(log, SqliteLog) else log.url
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(url, tmp_path, f"w{n}")) for n in range(3)]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+    assert [process.exitcode for process in writers] == [0, 0, 0]
+    numbers = [number for number, _ in log.read(0, 1000)]
+    assert len(numbers) == 400 and numbers == sorted(set(numbers)) and numbers[-1] <= log.last()
+
+
+def _die_while_writing(url, root, told):
+    log = open_log(url, root)
+    for n in range(10_000):
+        log.append([event(n, "first"), event(n, "second")])
+        os.write(told, b"%d\n" % n)
+
+
+def test_what_was_acknowledged_survives_a_kill(log, tmp_path):
+    url = "sqlite" if isinstance(log, SqliteLog) else log.url
+    reads, writes = os.pipe()
+    os.set_inheritable(writes, True)
+    child = multiprocessing.get_context("fork").Process(target=_die_while_writing, args=(url, tmp_path, writes))
+    child.start()
+    time.sleep(0.7)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    os.close(writes)
+    acknowledged = [int(line) for line in os.fdopen(reads).read().split("\n")[:-1]]
+    users = [entry.user for _, entry in log.read(0, 100_000)]
+    assert len(acknowledged) > 20
+    assert users.count("first") == users.count("second") >= len(acknowledged)
+
+
+def test_sqlite_waits_for_the_disk(tmp_path):
+    log = open_log("sqlite", tmp_path)
+    assert log._connection().execute("PRAGMA synchronous").fetchone()[0] == 2
+    assert log._connection().execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(StateError, match="log.sqlite"):
+        open_log("sqlite", tmp_path)
+    with pytest.raises(SettingsError, match="serve.state"):
+        open_log("mysql://here", tmp_path)
+
+
+def test_a_redis_that_would_lose_something_is_refused(redis_server, tmp_path):
+    redis = pytest.importorskip("redis")
+    client = redis.Redis.from_url(redis_server)
+    client.config_set("appendfsync", "everysec")
+    try:
+        with pytest.raises(StateError, match="appendfsync everysec"):
+            open_log(redis_server, tmp_path)
+    finally:
+        client.config_set("appendfsync", "always")
+    with pytest.raises(StateError, match="127.0.0.1:1/0"):
+        open_log("redis://user:secret@127.0.0.1:1/0", tmp_path)
+
+
+def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
+    commits = []
+    inner = log.append
+
+    def slow(entries):
+        commits.append(len(entries))
+        time.sleep(0.05)
+        return inner(entries)
+
+    log.append = slow
+    writer = Writer(log)
+
+    async def talk():
+        writer.later(Entry("decision", "r1", "u", 1.0, {}))
+        found = await asyncio.gather(*(writer.append([event(n), event(n)]) for n in range(50)))
+        assert all(first and not second for first, second in found)
+        writer.later(Entry("decision", "r2", "u", 1.0, {}))
+        assert await writer.outcome(Entry("outcome", "o2", "u", 2.0, {"request_id": "r2"}), "r2")
+        assert not await writer.outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3")
+        assert not await writer.outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3")
+        return await writer.recent("u", 0, 0.0)
+
+    recent = asyncio.run(talk())
+    writer.close()
+    assert len(recent) == 50 and len(commits) < 10
+    kinds = [(entry.kind, entry.key) for _, entry in log.read(0, 1000) if entry.kind != "event"]
+    assert kinds == [("decision", "r1"), ("decision", "r2"), ("outcome", "o2"), ("set_aside", "o3")]
+    assert writer.set_aside == 1 and writer.lost == 0
+
+
+def test_an_outcome_waits_for_a_decision_of_another_replica(log):
+    here, there = Writer(log), Writer(log)
+    threading.Timer(0.3, lambda: there.later(Entry("decision", "far", "u", 1.0, {}))).start()
+    assert asyncio.run(here.outcome(Entry("outcome", "o", "u", 2.0, {}), "far"))
+    here.close(), there.close()
+
+
+def test_a_log_that_fails_is_heard_of_and_the_writer_lives_on(log):
+    inner, broken = log.append, [True]
+
+    def sometimes(entries):
+        if broken:
+            raise StateError("gone")
+        return inner(entries)
+
+    log.append = sometimes
+    writer = Writer(log)
+
+    async def talk():
+        writer.later(Entry("decision", "lost", "u", 1.0, {}))
+        with pytest.raises(StateError, match="gone"):
+            await writer.append([event(1)])
+        broken.clear()
+        assert await writer.append([event(1)]) == [1]
+
+    asyncio.run(talk())
+    writer.close()
+    assert writer.lost == 1 and not log.has("decision", "lost")
+
+
+def test_a_writer_that_is_closed_has_written_all(log):
+    writer = Writer(log)
+    for n in range(200):
+        writer.later(Entry("decision", f"d{n}", None, 1.0, {}))
+    writer.close()
+    assert log.last() == 200
