@@ -285,6 +285,10 @@ class ServeSettings(Section):
     replicas: int = _place(1, "Serve replicas", ge=1)
     max_ongoing_requests: int = _place(32, "requests a replica works on at once", ge=1)
     max_queued_requests: int = _place(200, "requests that wait; more are answered 503", ge=1)
+    max_batch: int = _place(32, "requests that the model answers in one pass, at most; 1: batching off", ge=1)
+    timeout_s: float = _place(2.0, "how long a request waits for the model before the nightly list answers", gt=0)
+    max_body_bytes: int = _place(1 << 20, "largest request body", ge=1024)
+    state: str = _place("sqlite", "log of events, answers and outcomes: sqlite (under storage.root, one machine) or redis://host:port/database")
     poll_s: float = _place(1.0, "how often a replica looks for a new snapshot", gt=0)
 
 

@@ -61,6 +61,35 @@ def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str, priv
     )
 
 
+def night_here(settings: Settings, dataset: Dataset, root: Path, rules: dict | None = None, k: int = 20):
+    """A root of its own with the dataset, a champion of untrained weights, and its night, published; scored in this process."""
+    from recray.release import Member, Release
+    from recray.scoring.score import ScoreBucket, _summary
+    from recray.snapshot.writer import publish
+    from recray.storage import Storage, open_sealed, sealed_directory
+
+    storage = Storage(root)
+    data = storage.dataset(dataset.key)
+    shutil.copytree(dataset.path, data)
+    bundle = bundle_here(settings, dataset, storage.bundle("b"), "b")
+    Release(champion=Member.of(bundle)).write(storage)
+    rules = settings.score.rules() if rules is None else rules
+    fields = {
+        "as_of_s": dataset.as_of_s, "bundle": "bundles/b", "bundle_digest": bundle.digest, "dataset": f"datasets/{dataset.key}",
+        "dataset_digest": dataset.digest, "user_type": str(dataset.user_type), "buckets": dataset.n_shards, "k": k, "new_only": False,
+        "rules": rules,
+    }  # fmt: skip
+    path = storage.scores / "night"
+    with sealed_directory(path, "snapshot", "night", fields) as folder:
+        bucket = ScoreBucket(
+            bundle=str(bundle.path), dataset=str(data), folder=str(folder), k=k, new_only=False, rules=rules, batch_users=32, threads=1
+        )
+        parts = [bucket({"item": number}) for number in range(dataset.n_shards)]
+        fields.update(_summary(parts, len(bundle.item_ids)))
+    publish(storage, path, open_sealed(path, "snapshot"))
+    return storage
+
+
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")

@@ -204,6 +204,27 @@ class Predictor:
         found: list[Any] = self.item_ids.take(pa.array(np.asarray(item_index) - 1)).to_pylist()
         return found
 
+    @torch.no_grad()
+    def similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The items whose vectors are most like that of an item, int64 [up to k], and their cosines, float32 [up to k].
+
+        Raises RequestError for an index outside the vocabulary.
+        """
+        if not 0 < item <= self.n_items:
+            raise RequestError(f"item index {item} lies outside 1 to {self.n_items}", "use Predictor.index_of")
+        wanted = torch.nn.functional.normalize(self._table_VD[item], dim=0)
+        best: tuple[Tensor, Tensor] | None = None
+        for first in range(0, self.n_items + 1, ITEM_BLOCK):
+            found = torch.nn.functional.normalize(self._table_VD[first : first + ITEM_BLOCK], dim=1) @ wanted
+            index = torch.arange(first, first + len(found), device=found.device)
+            found[(index == 0) | (index == item) | torch.isin(index, self.retired)] = -torch.inf
+            places, values = top_k(found[None], min(k, self.n_items))
+            best = merge(best, (places + first, values), k)
+        assert best is not None
+        index_k, values_k = (tensor[0].cpu().numpy() for tensor in best)
+        real = np.isfinite(values_k)
+        return index_k[real], values_k[real]
+
     def translation(self, dataset: Dataset) -> Translation:
         """Between a dataset's indices and the bundle's: the dataset may know items that came after the training."""
         to_bundle = dataset.translate(self.item_ids)

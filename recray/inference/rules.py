@@ -8,6 +8,7 @@ Shapes: B lists, P candidates, k places, V items and padding, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,22 +125,39 @@ def _column(dataset: Dataset, column: str) -> pa.ChunkedArray:
 
 
 def _matches(dataset: Dataset, name: str) -> Tensor:
-    """Which items have the value of `column=value`, bool [items]: a list if one of its elements is it, a number if it is equal."""
+    """Which items have the value of `column=value`, bool [items]."""
     column, _, value = name.partition("=")
-    found = _column(dataset, column)
+    _column(dataset, column)
+    return torch.from_numpy(having(dataset, column, [value]))
+
+
+def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
+    """Which items have one of the values in a column, bool [items]: a list if one of its elements is it, a number if it is equal."""
+    found = dataset.items[column].combine_chunks()
     multi = dataset.manifest["settings"]["data"]["features"].get(column) == "multi"
+    texts = {str(value).lower() if isinstance(value, bool) else str(value) for value in values}
+    numbers = {number for text in texts if (number := _number(text)) is not None}
 
     def has(here: Any) -> bool:
         if here is None or isinstance(here, bool):
-            return here is not None and str(here).lower() == value.lower()
+            return here is not None and str(here).lower() in {text.lower() for text in texts}
         if isinstance(here, int | float):
-            try:
-                return here == float(value)
-            except ValueError:
-                return False
-        return value in elements(here) if multi else str(here) == value
+            return here in numbers
+        return not texts.isdisjoint(elements(here)) if multi else str(here) in texts
 
-    return torch.tensor([has(here) for here in found.to_pylist()], dtype=torch.bool)
+    if pa.types.is_nested(found.type):
+        return np.fromiter((has(here) for here in found.to_pylist()), bool, len(found))
+    encoded = found if pa.types.is_dictionary(found.type) else found.dictionary_encode()
+    known = np.array([*(has(here) for here in encoded.dictionary.to_pylist()), False])
+    chosen: np.ndarray = known[pc.fill_null(encoded.indices.cast(pa.int64()), len(known) - 1).to_numpy()]
+    return chosen
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _groups(dataset: Dataset, column: str, to: Tensor, n_items: int) -> Tensor:

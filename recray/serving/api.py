@@ -3,45 +3,132 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-Id = int | str
+from recray.serving.problems import Problem
+
+Text = Annotated[str, StringConstraints(max_length=200)]
+Id = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Text
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Event(BaseModel):
-    """Something that a user did."""
+def _utc(moment: dt.datetime) -> dt.datetime:
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+    if not 1970 <= moment.year < 2200:
+        raise ValueError("lies outside 1970 to 2200")
+    return moment
 
+
+Moment = Annotated[dt.datetime, AfterValidator(_utc)]
+
+MOST_EVENTS = 1000
+MOST_ITEMS = 10_000
+MOST_ANSWERS = 1000
+
+
+class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(extra="forbid", json_schema_extra={"examples": list(bodies)})
+
+
+class Event(_Closed):
+    """Something that a user did."""
+
     item_id: Id = Field(description="the item, as in the item table", examples=["85123A"])
-    timestamp: dt.datetime | None = Field(None, description="when, UTC unless an offset is given; null: at the moment of the request")
-    event: str | None = Field(None, description="event type; null: the most frequent one of the log", examples=["purchase"])
-    value: float = Field(1.0, description="rating, quantity, dwell …", allow_inf_nan=False)
+    timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: at the moment of the request")
+    event: Text | None = Field(None, description="event type; null: the most frequent one of the log", examples=["purchase"])
+    value: Number = Field(1.0, description="rating, quantity, dwell …")
 
 
-class RecommendRequest(BaseModel):
-    """Who asks, and for what."""
+class Range(_Closed):
+    """Numbers between two bounds, both included."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {"user_id": 17850, "k": 5},
-                {"history": [{"item_id": "85123A", "timestamp": "2011-12-08T10:00:00"}], "k": 5, "new_only": True},
-                {"user_id": "somebody new", "k": 5},
-            ]
-        },
-    )
+    min: Number | None = None
+    max: Number | None = None
+
+
+class _Question(_Closed):
+    """Who asks, in which moment, about which items."""
 
     user_id: Id | None = Field(None, description="a user of the event log; unknown users get the popular list")
-    k: int = Field(10, ge=1, le=1000, description="how many items")
-    history: list[Event] | None = Field(None, max_length=10_000, description="the user's events, oldest first; taken instead of the stored history")
+    history: list[Event] | None = Field(None, max_length=MOST_EVENTS, description="the user's events; taken instead of the stored history")
+    events: list[Event] = Field([], max_length=MOST_EVENTS, description="what came after the stored history, for this answer alone")
+    context: dict[Text, Text | int | bool] = Field(
+        {}, max_length=64, description="what is known of the request: fields of data.context, as in the log"
+    )
+    now: Moment | None = Field(None, description="the moment asked about; null: just after the night's as-of or the last event known")
+
+
+class RecommendRequest(_Question):
+    """Who asks, and for what."""
+
+    model_config = _examples(
+        {"user_id": 17850, "k": 5},
+        {"history": [{"item_id": "85123A", "timestamp": "2011-12-08T10:00:00"}], "k": 5, "new_only": True},
+        {"user_id": "somebody new", "k": 5},
+    )
+
+    k: int = Field(10, ge=1, le=MOST_ANSWERS, description="how many items")
+    mode: Literal["auto", "batch", "realtime"] = Field(
+        "auto", description="auto: the nightly list when nothing is new for the user, else the model now; batch: the list alone; realtime: the model"
+    )
     new_only: bool = Field(False, description="leave out items of the history")
-    exclude: list[Id] = Field([], max_length=10_000, description="items that must not be answered")
-    context: dict[str, str | int | bool] = Field({}, max_length=64, description="what is known of the request: fields of data.context, as in the log")
-    now: dt.datetime | None = Field(None, description="the moment asked about; null: just after the night's as-of or the last event of `history`")
+    allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="answer none but these items")
+    deny: list[Id] = Field([], max_length=MOST_ITEMS, description="items that must not be answered")
+    where: dict[Text, list[Text | int | bool] | Range] = Field(
+        {}, max_length=16, description="columns of the item table: values of which an item must have one, or bounds", examples=[{"price": {"max": 5}}]
+    )
+
+
+class ScoreRequest(_Question):
+    """Candidates that were found elsewhere."""
+
+    model_config = _examples({"user_id": 17850, "items": ["22423", "85123A"]})
+
+    items: list[Id] = Field(min_length=1, max_length=MOST_ITEMS, description="the candidates")
+
+
+class SimilarRequest(_Closed):
+    """Items whose vectors point where another one's does."""
+
+    model_config = _examples({"item_id": "85123A", "k": 5})
+
+    item_id: Id = Field(description="the item to be like")
+    k: int = Field(10, ge=1, le=MOST_ANSWERS, description="how many items")
+
+
+class LoggedEvent(Event):
+    """An event to keep."""
+
+    event_id: Text | None = Field(None, min_length=1, description="yours; an event that was kept before under it is not kept twice")
+
+
+class EventsRequest(_Closed):
+    """What a user just did."""
+
+    model_config = _examples({"user_id": 17850, "events": [{"item_id": "85123A", "event": "purchase", "event_id": "order 7, line 1"}]})
+
+    user_id: Id = Field(description="who did it")
+    events: list[LoggedEvent] = Field(min_length=1, max_length=MOST_EVENTS, description="oldest first")
+    context: dict[Text, Text | int | bool] = Field({}, max_length=64, description="fields of data.context, as in the log")
+
+
+class FeedbackRequest(_Closed):
+    """What came of an answer."""
+
+    model_config = _examples({"request_id": "0192f0c1", "outcome": "click", "item_id": "22423", "feedback_id": "click 99"})
+
+    request_id: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="of the answer")
+    outcome: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="click, purchase, skip …")
+    item_id: Id | None = Field(None, description="of which item; null: of the answer as a whole")
+    value: Number = Field(1.0, description="what it was worth")
+    timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: now")
+    feedback_id: Text | None = Field(None, min_length=1, description="yours; an outcome that was kept before under it is not kept twice")
 
 
 class Item(BaseModel):
@@ -49,26 +136,71 @@ class Item(BaseModel):
     score: float
 
 
-class RecommendResponse(BaseModel):
+Source = Literal["snapshot", "realtime", "popular"]
+Part = Literal["state", "model", "snapshot"]
+
+
+class Answer(BaseModel):
+    """`degraded` names what was away, so that another part had to answer."""
+
+    request_id: str
+    night: str
+    bundle: str
+    degraded: list[Part] = []
+
+
+class RecommendResponse(Answer):
     """Items best first. `source`: snapshot (the nightly list), realtime (the model ran now), popular (nothing is known)."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
-                    "items": [{"item_id": "22423", "score": 5.31}, {"item_id": "85123A", "score": 5.02}],
-                    "source": "snapshot",
+                    "request_id": "0192f0c1",
                     "night": "2011-12-09",
                     "bundle": "1f0a3c5577d0e2b4",
+                    "degraded": [],
+                    "source": "snapshot",
+                    "items": [{"item_id": "22423", "score": 5.31}, {"item_id": "85123A", "score": 5.02}],
                 }
             ]
         }
     )
 
+    source: Source
     items: list[Item]
-    source: Literal["snapshot", "realtime", "popular"]
-    night: str
-    bundle: str
+
+
+class ScoredItem(BaseModel):
+    item_id: Id
+    score: float | None = Field(description="null for an item that is not known")
+
+
+class ScoreResponse(Answer):
+    """The candidates in the order in which they were asked about."""
+
+    source: Literal["realtime", "popular"]
+    items: list[ScoredItem]
+
+
+class SimilarResponse(Answer):
+    """Most alike first; scores are cosines."""
+
+    items: list[Item]
+
+
+class EventsResponse(BaseModel):
+    """On disk."""
+
+    kept: int = Field(description="events that are new")
+    known: int = Field(description="events that were kept before under the same event_id")
+
+
+class FeedbackResponse(BaseModel):
+    """On disk."""
+
+    kept: bool = Field(description="false: kept before under the same feedback_id")
+    set_aside: bool = Field(description="true: nobody knows that request_id; counted, and learned from by nobody")
 
 
 class ModelsResponse(BaseModel):
@@ -86,4 +218,10 @@ class ModelsResponse(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok"]
-    night: str
+    night: str | None
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    422: {"model": Problem, "description": "The request makes no sense; `errors` names the fields"},
+    503: {"model": Problem, "description": "Too busy, or a part is away; Retry-After says when to come again"},
+}

@@ -1,140 +1,233 @@
-"""Answers requests from one published night: snapshot look-up, or the predictor when something is asked of it.
+"""One replica's brain: which part answers a request, what is logged of it, and who answers when a part is away.
 
-Pure Python over `Snapshot`, `Dataset` and `Predictor`; knows no HTTP and no Ray.
+Async, without HTTP and without Ray. Parts that may be away are named in `degraded`: `state` (the log), `model`, `snapshot`.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-from dataclasses import dataclass
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
+from recray.config import ScoreSettings, ServeSettings
+from recray.errors import ArtifactError, RecrayError, RequestError, StateError
+from recray.serving.api import (
+    EventsRequest,
+    EventsResponse,
+    FeedbackRequest,
+    FeedbackResponse,
+    ModelsResponse,
+    Part,
+    RecommendRequest,
+    RecommendResponse,
+    ScoredItem,
+    ScoreRequest,
+    ScoreResponse,
+    SimilarRequest,
+    SimilarResponse,
+)
+from recray.serving.batching import Batcher, BusyError
+from recray.serving.night import Found, Night, Question, items_of
+from recray.state.log import Entry, Log, open_log
+from recray.state.writer import Writer
+from recray.storage import Storage
 
-from recray.dataset.context import asked
-from recray.dataset.reader import Dataset, History
-from recray.errors import DamagedArtifactError, RequestError
-from recray.inference import Filters, Predictor, Rules, Translation
-from recray.serving.api import Event, Item, ModelsResponse, RecommendRequest, RecommendResponse
-from recray.snapshot.reader import Snapshot
-from recray.storage import Storage, manifest_digest
-
-_EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
+AWAY_S = 1.0  # how long a log that failed is not asked again
 
 
-@dataclass(frozen=True)
-class Night:
-    """Everything that one night is answered from; replaced as a whole when the next one is published."""
+class UnavailableError(RecrayError):
+    """Nobody can answer now; the caller may come again."""
 
-    snapshot: Snapshot
-    dataset: Dataset
-    predictor: Predictor
-    translation: Translation
-    rules: Rules | None
-    loaded_at: dt.datetime
 
-    @classmethod
-    def load(cls, storage: Storage) -> Night:
-        """The published night. Raises MissingArtifactError, DamagedArtifactError."""
-        snapshot = Snapshot.latest(storage)
-        dataset = Dataset.open(storage.root / snapshot.manifest["dataset"])
-        bundle = storage.root / snapshot.manifest["bundle"]
-        predictor = Predictor.load(bundle, dataset=dataset)
-        for name, digest in (("bundle", manifest_digest(bundle)), ("dataset", dataset.digest)):
-            if digest != snapshot.manifest[f"{name}_digest"]:
-                raise DamagedArtifactError(f"{name} of {snapshot.path} is not the one it was scored with", "score the night again")
-        declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
-        translation = predictor.translation(dataset)
-        rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
-        return cls(snapshot, dataset, predictor, translation, rules, dt.datetime.now(dt.UTC))
+class Handler:
+    """Answers from the published night, which `look` exchanges when another one is published.
 
-    @property
-    def date(self) -> str:
-        return str(dt.datetime.fromtimestamp(self.snapshot.as_of_s, dt.UTC).date())
+    Where no snapshot can be read but there is a champion and a dataset, it begins with those, and without a log where the log is away.
+    Raises MissingArtifactError, DamagedArtifactError, SettingsError when it is made.
+    """
 
-    @property
-    def bundle(self) -> str:
-        return str(self.snapshot.manifest["bundle"]).rsplit("/", 1)[-1]
+    def __init__(self, storage: Storage, options: ServeSettings, score: ScoreSettings) -> None:
+        self.storage, self.options = storage, options
+        self._log = logging.getLogger("ray.serve")
+        self._published = self._latest()
+        self.night = first_night(storage, score, self._log.error)
+        self._writer: Writer | None = None
+        self._away_until = 0.0
+        self._reopen_at = 0.0
+        self._batcher: Batcher[Question, Found] = Batcher(Night.answer, options.max_batch, options.max_queued_requests)
+        self._open_log()
 
-    def describe(self) -> ModelsResponse:
-        manifest = self.snapshot.manifest
-        return ModelsResponse(
-            bundle=self.bundle,
-            bundle_digest=manifest["bundle_digest"],
-            snapshot=manifest_digest(self.snapshot.path),
-            dataset=self.dataset.key,
-            night=self.date,
-            users=manifest["users"],
-            items=self.predictor.answerable,
-            loaded_at=self.loaded_at,
+    def look(self) -> None:
+        """Load a newly published night aside and swap the reference. One that cannot be loaded leaves the old one in place."""
+        try:
+            found = self._latest()
+            if not found or found == self._published:
+                return
+            self._published = found  # tried once: what is broken stays broken until something else is published
+            self.night = Night.load(self.storage)
+        except Exception as error:  # whatever it is, the watch must go on
+            self._log.error("the published night cannot be loaded, the old one stays: %s", error)
+
+    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        """Raises RequestError where the request makes no sense, UnavailableError where nobody can answer now."""
+        night = self.night
+        degraded: list[Part] = [] if night.whole else ["snapshot"]
+        fresh = await self._fresh(night, request, degraded)
+        found = night.look_up(request, fresh)
+        if found is None:
+            found = await self._model(night.question(request, fresh), degraded)
+        if found is None:
+            found = night.look_up(request.model_copy(update=_LIST_ALONE)) or night.popular(request)
+        answer = RecommendResponse(
+            request_id=uuid.uuid4().hex, night=night.date, bundle=night.bundle, degraded=degraded, source=found.source, items=items_of(found)
         )
+        self._decided(night, request, answer)
+        return answer
 
-    def recommend(self, request: RecommendRequest) -> RecommendResponse:
-        """Answer one request. Raises RequestError for an event type that the bundle does not know."""
-        if request.history is None and request.now is None and not request.context and request.user_id is not None:
-            answer = self._from_snapshot(request)
-            if answer is not None:
-                return answer
-        return self._realtime(request)
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """As `recommend`, for given candidates."""
+        night = self.night
+        degraded: list[Part] = []
+        fresh = await self._fresh(night, request, degraded)
+        found = await self._model(night.candidates(request, fresh), degraded)
+        if found is None:
+            raise UnavailableError("the model does not answer", "come again")
+        items = [ScoredItem(item_id=item, score=score) for item, score in found.items]
+        source = "popular" if found.source == "popular" else "realtime"
+        return ScoreResponse(request_id=uuid.uuid4().hex, night=night.date, bundle=night.bundle, degraded=degraded, source=source, items=items)
 
-    def _from_snapshot(self, request: RecommendRequest) -> RecommendResponse | None:
-        """The nightly list, or None where it cannot serve the request."""
-        assert request.user_id is not None
-        if request.new_only and not self.snapshot.manifest["new_only"]:
-            return None
-        user = self.snapshot.find(request.user_id)
+    async def similar(self, request: SimilarRequest) -> SimilarResponse:
+        """Raises RequestError for an unknown item."""
+        night = self.night
+        found = Found(list(await asyncio.to_thread(night.similar, request.item_id, request.k)), "realtime")
+        return SimilarResponse(request_id=uuid.uuid4().hex, night=night.date, bundle=night.bundle, items=items_of(found))
+
+    async def events(self, request: EventsRequest) -> EventsResponse:
+        """Keep events: on disk when it returns. Raises RequestError, UnavailableError: then none was kept."""
+        user, now = self.night.user_key(request.user_id), time.time()
+        entries = []
+        for place, event in enumerate(request.events):
+            body: dict[str, Any] = {
+                "item_id": self.night.item_id(event.item_id, f"events.{place}.item_id"),
+                "event": event.event,
+                "value": event.value,
+            }
+            if request.context:
+                body["context"] = request.context
+            at_s = now if event.timestamp is None else event.timestamp.timestamp()
+            entries.append(Entry("event", event.event_id or uuid.uuid4().hex, user, at_s, body))
+        numbers = await self._keep(lambda writer: writer.append(entries))
+        kept = sum(number > 0 for number in numbers)
+        return EventsResponse(kept=kept, known=len(numbers) - kept)
+
+    async def feedback(self, request: FeedbackRequest) -> FeedbackResponse:
+        """Keep an outcome, after its decision: on disk when it returns. Raises UnavailableError: then it was not kept."""
+        body = {"request_id": request.request_id, "outcome": request.outcome, "item_id": request.item_id, "value": request.value}
+        at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
+        entry = Entry("outcome", request.feedback_id or uuid.uuid4().hex, None, at_s, body)
+        kept, known = await self._keep(lambda writer: writer.outcome(entry, request.request_id))
+        return FeedbackResponse(kept=kept, set_aside=not known)
+
+    def models(self) -> ModelsResponse:
+        """What is served."""
+        return self.night.describe()
+
+    def away(self) -> list[Part]:
+        """The parts that do not answer as they should."""
+        parts: dict[Part, bool] = {"snapshot": not self.night.whole, "state": self._writer is None or time.monotonic() < self._away_until}
+        return [part for part, gone in parts.items() if gone]
+
+    def close(self) -> None:
+        """Answer and write what waits."""
+        self._batcher.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer.log.close()
+
+    async def _fresh(self, night: Night, request: RecommendRequest | ScoreRequest, degraded: list[Part]) -> list[Entry]:
+        """Events of the user that the night does not know."""
+        if request.user_id is None or request.history is not None or (isinstance(request, RecommendRequest) and request.mode == "batch"):
+            return []
+        user = night.snapshot.as_user(request.user_id)
         if user is None:
+            return []
+        if self._writer is not None and time.monotonic() >= self._away_until:
+            try:
+                return await self._writer.recent(str(user), night.collected.get(self._writer.log.identity, 0), night.dataset.as_of_s + 1)
+            except StateError as error:
+                self._is_away(error)
+        degraded.append("state")
+        return []
+
+    async def _model(self, question: Question, degraded: list[Part]) -> Found | None:
+        """What the model says; None where it fails or takes too long. Raises RequestError, UnavailableError where too many wait."""
+        try:
+            return await asyncio.wait_for(self._batcher.ask(question), self.options.timeout_s)
+        except BusyError:
+            raise UnavailableError(f"{self.options.max_queued_requests} questions wait for the model", "come again") from None
+        except RequestError:
+            raise
+        except Exception as error:
+            self._log.error("the model does not answer: %s", error or type(error).__name__)
+            degraded.append("model")
             return None
-        excluded = {str(item) for item, known in zip(request.exclude, self.predictor.index_of(request.exclude), strict=True) if known}
-        pairs = [(item, score) for item, score in zip(user.item_ids, user.scores, strict=True) if str(item) not in excluded]
-        if len(pairs) < min(request.k, self.predictor.answerable - len(excluded)):
-            return None
-        items = [Item(item_id=item, score=score) for item, score in pairs[: request.k]]
-        return self._answer(items, "popular" if user.source == "popular" else "snapshot")
 
-    def _realtime(self, request: RecommendRequest) -> RecommendResponse:
-        history = self._history(request)
-        now = self.dataset.now_s
-        if request.history and len(history.timestamp_s):
-            now = max(now, int(history.timestamp_s.max()) + 1)
-        if request.now is not None:
-            now = _seconds(request.now)
-        new_only = request.new_only or self.snapshot.manifest["new_only"]
-        filters = Filters(new_only=new_only, deny=self.predictor.index_of(request.exclude) if request.exclude else None)
-        context = asked(self.predictor.context, request.context, None if request.now is None else now)
-        answer = self.predictor.recommend([history], request.k, now=now, filters=filters, rules=self.rules, context=[context])
-        real = answer.item_index[0] > 0
-        ids = self.predictor.ids_of(answer.item_index[0][real])
-        items = [Item(item_id=item, score=float(score)) for item, score in zip(ids, answer.scores[0][real], strict=True)]
-        return self._answer(items, "realtime" if answer.source[0] == "model" else "popular")
+    def _decided(self, night: Night, request: RecommendRequest, answer: RecommendResponse) -> None:
+        """Log an answer, behind."""
+        if self._writer is None:
+            return
+        user = None if request.user_id is None else str(request.user_id)
+        body = {
+            "items": [item.item_id for item in answer.items],
+            "source": answer.source,
+            "night": answer.night,
+            "bundle": answer.bundle,
+            "degraded": answer.degraded,
+        }
+        self._writer.later(Entry("decision", answer.request_id, user, time.time(), body))
 
-    def _history(self, request: RecommendRequest) -> History:
-        if request.history is not None:
-            return self._sent(request.history, request.now)
-        if request.user_id is None:
-            return _EMPTY
-        user_id = self.snapshot.as_user(request.user_id)
-        stored = None if user_id is None else self.dataset.user_history(user_id)
-        return _EMPTY if stored is None else self.translation.history(stored)
+    async def _keep(self, write: Callable[[Writer], Any]) -> Any:
+        """What `write` returns. Raises UnavailableError where the log is away."""
+        if self._writer is None and time.monotonic() >= self._reopen_at:
+            await asyncio.to_thread(self._open_log)
+        if self._writer is None:
+            raise UnavailableError("the log is away: nothing was kept", "come again")
+        try:
+            return await write(self._writer)
+        except StateError as error:
+            self._is_away(error)
+            raise UnavailableError("the log is away: nothing was kept", "come again") from error
 
-    def _sent(self, events: list[Event], now: dt.datetime | None) -> History:
-        types = self.predictor.event_types
-        for event in events:
-            if event.event is not None and event.event not in types:
-                raise RequestError(f"history: unknown event {event.event!r}", f"known: {', '.join(types)}")
-        if self.predictor.has_time:
-            moment = self.dataset.now_s if now is None else _seconds(now)
-            times = np.array([moment if event.timestamp is None else _seconds(event.timestamp) for event in events], np.int64)
-        else:
-            times = np.arange(len(events))
-        order = np.argsort(times, kind="stable")
-        items = self.predictor.index_of([event.item_id for event in events])
-        kinds = np.array([0 if event.event is None else types.index(event.event) for event in events], np.int64)
-        values = np.array([event.value for event in events], np.float32)
-        return History(items[order], kinds[order], times[order], values[order])
+    def _is_away(self, error: StateError) -> None:
+        self._away_until = time.monotonic() + AWAY_S
+        self._log.error("the log is away: %s", error.what)
 
-    def _answer(self, items: list[Item], source: str) -> RecommendResponse:
-        return RecommendResponse(items=items, source=source, night=self.date, bundle=self.bundle)
+    def _latest(self) -> bytes:
+        return self.storage.latest.read_bytes() if self.storage.latest.exists() else b""
+
+    def _open_log(self) -> None:
+        try:
+            log: Log = open_log(self.options.state, self.storage.root)
+            self._writer = Writer(log)
+        except StateError as error:
+            self._reopen_at = time.monotonic() + AWAY_S
+            self._is_away(error)
 
 
-def _seconds(moment: dt.datetime) -> int:
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp())
+_LIST_ALONE: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}}
+
+
+def first_night(storage: Storage, score: ScoreSettings, say: Callable[[str], None]) -> Night:
+    """The published night, or what can stand in for it. Raises MissingArtifactError, DamagedArtifactError of the night if neither is there."""
+    try:
+        return Night.load(storage)
+    except ArtifactError as error:
+        try:
+            night = Night.stand_in(storage, score)
+        except RecrayError:
+            raise error from None
+        say(f"no nightly lists, the champion answers all: {error}")
+        return night

@@ -49,10 +49,17 @@ class Snapshot:
             raise DamagedArtifactError(f"{path} is not the snapshot that was published", "score the night again")
         return cls(path, manifest)
 
+    @classmethod
+    def stand_in(cls, storage: Storage, manifest: dict[str, Any]) -> Snapshot:
+        """A snapshot without a user, for serving where none can be read. `manifest`: as a snapshot's, but for its files."""
+        return cls(storage.scores, {**manifest, "run_key": "", "buckets": 1, "k": 0, "users": 0, "files": {}})
+
     def find(self, user_id: Any) -> ScoredUser | None:
         """The user's row, or None. An id that does not fit the snapshot's type is unknown."""
         user_id = self.as_user(user_id)
         if user_id is None:
+            return None
+        if not self.manifest["users"]:
             return None
         index = self._index(int(bucket_of([user_id], self.buckets)[0]))
         users = index[USER_ID]

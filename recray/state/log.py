@@ -53,8 +53,8 @@ class Log(abc.ABC):
         """Number of each entry, in order; 0 for one that was there before. On disk when it returns."""
 
     @abc.abstractmethod
-    def recent(self, user: str, after: int, after_s: float) -> list[Entry]:
-        """The user's last events that have a number above `after` or happened after `after_s`, oldest first."""
+    def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
+        """The user's last events that have a number above `after` or happened at `from_s` or later, in the order of their numbers."""
 
     @abc.abstractmethod
     def has(self, kind: Kind, key: str) -> bool:

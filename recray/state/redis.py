@@ -67,10 +67,10 @@ class RedisLog(Log):
         found = self._call(lambda: self._append(keys=[f"{PREFIX}:last", f"{PREFIX}:log"], args=arguments))
         return [int(number) for number in found]
 
-    def recent(self, user: str, after: int, after_s: float) -> list[Entry]:
+    def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
         found = self._call(lambda: self._redis.zrange(f"{PREFIX}:user:{user}", 0, -1, withscores=True))
         entries = ((number, Entry.from_json(text)) for text, number in found)
-        return [entry for number, entry in entries if number > after or entry.at_s > after_s]
+        return [entry for number, entry in entries if number > after or entry.at_s >= from_s]
 
     def has(self, kind: Kind, key: str) -> bool:
         return bool(self._call(lambda: self._redis.exists(f"{PREFIX}:key:{kind}:{key}")))

@@ -62,12 +62,12 @@ class SqliteLog(Log):
                 raise
         return numbers
 
-    def recent(self, user: str, after: int, after_s: float) -> list[Entry]:
+    def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
         with self._raising():
             rows = self._connection().execute(
-                "SELECT kind, key, user, at_s, body FROM log WHERE kind = 'event' AND user = ? AND (number > ? OR at_s > ?) "
+                "SELECT kind, key, user, at_s, body FROM log WHERE kind = 'event' AND user = ? AND (number > ? OR at_s >= ?) "
                 f"ORDER BY number DESC LIMIT {RECENT}",
-                (user, after, after_s),
+                (user, after, from_s),
             )
             return [_entry(row) for row in rows][::-1]
 

@@ -54,22 +54,25 @@ class Writer:
         self._behind += 1
         self._waiting.put(([entry], None))
 
-    async def recent(self, user: str, after: int, after_s: float) -> list[Entry]:
+    async def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
         """As `Log.recent`."""
         if self.log.quick:
-            return self.log.recent(user, after, after_s)
-        return await asyncio.to_thread(self.log.recent, user, after, after_s)
+            return self.log.recent(user, after, from_s)
+        return await asyncio.to_thread(self.log.recent, user, after, from_s)
 
-    async def outcome(self, entry: Entry, decision: str) -> bool:
-        """Write an outcome after its decision; False where nobody knows the decision: then it is set aside. Raises StateError."""
+    async def outcome(self, entry: Entry, decision: str) -> tuple[bool, bool]:
+        """Write an outcome after its decision, or set it aside where nobody knows the decision.
+
+        Returns whether it was new, and whether the decision is known. Raises StateError.
+        """
         await self.append([])  # what waits here is written now
         deadline = time.monotonic() + ELSEWHERE_S
         while not (known := await asyncio.to_thread(self.log.has, "decision", decision)) and time.monotonic() < deadline:
             await asyncio.sleep(BEHIND_S / 2)
         kind: Kind = "outcome" if known else "set_aside"
-        if (await self.append([replace(entry, kind=kind)]))[0] and not known:
-            self.set_aside += 1
-        return known
+        kept = (await self.append([replace(entry, kind=kind)]))[0] > 0
+        self.set_aside += kept and not known
+        return kept, known
 
     def close(self) -> None:
         """Write what waits, then stop."""

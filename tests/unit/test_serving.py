@@ -2,25 +2,26 @@
 
 import datetime as dt
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import bundle_here, night_here, prepare_here, world_overrides
 from pydantic import ValidationError
 
 from recray.config import ScoreSettings, load_settings
 from recray.dataset.reader import bucket_of
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
 from recray.inference import Predictor
-from recray.scoring.score import ScoreBucket, _summary
+from recray.scoring.score import ScoreBucket
 from recray.serving.api import RecommendRequest
-from recray.serving.handler import Night
+from recray.serving.night import Night, items_of
 from recray.snapshot.reader import Snapshot
-from recray.snapshot.writer import publish, write_part
-from recray.storage import Storage, open_sealed, sealed_directory
+from recray.snapshot.writer import write_part
+from recray.storage import Storage
 
 K = 20
 NO_RULES = ScoreSettings().rules()
@@ -28,31 +29,8 @@ RULES = {**NO_RULES, "exclude": ["brand=brand 3"], "caps": {"category": 4}}
 
 
 @pytest.fixture(scope="module")
-def storage(world_settings, world_dataset) -> Storage:
-    """A night scored in this process."""
-    storage = Storage(world_settings.root())
-    bundle = bundle_here(world_settings, world_dataset, storage.bundle("b"), "b")
-    path = storage.scores / "night"
-    fields = {
-        "as_of_s": world_dataset.as_of_s, "bundle": "bundles/b", "bundle_digest": bundle.digest,
-        "dataset": f"datasets/{world_dataset.key}", "dataset_digest": world_dataset.digest, "user_type": "int64",
-        "buckets": world_dataset.n_shards, "k": K, "new_only": False, "rules": RULES,
-    }  # fmt: skip
-    with sealed_directory(path, "snapshot", "night", fields) as folder:
-        bucket = ScoreBucket(
-            bundle=str(bundle.path),
-            dataset=str(world_dataset.path),
-            folder=str(folder),
-            k=K,
-            new_only=False,
-            rules=RULES,
-            batch_users=32,
-            threads=1,
-        )
-        parts = [bucket({"item": number}) for number in range(world_dataset.n_shards)]
-        fields.update(_summary(parts, len(bundle.item_ids)))
-    publish(storage, path, open_sealed(path, "snapshot"))
-    return storage
+def storage(world_settings, world_dataset, tmp_path_factory) -> Storage:
+    return night_here(world_settings, world_dataset, tmp_path_factory.mktemp("night"), RULES)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +39,8 @@ def night(storage) -> Night:
 
 
 def ask(night, **body):
-    return night.recommend(RecommendRequest(**body))
+    found = night.recommend(RecommendRequest(**body))
+    return SimpleNamespace(items=items_of(found), source=found.source)
 
 
 def test_every_user_is_in_the_snapshot_once(storage, world_dataset):
@@ -94,7 +73,7 @@ def test_a_history_sent_along_is_read(night):
     b = ask(night, history=[{"item_id": items[3]}, {"item_id": items[40], "event": "purchase"}], k=5)
     assert a.source == b.source == "realtime"
     assert [i.score for i in a.items] != [i.score for i in b.items]
-    new = ask(night, history=[{"item_id": items[3]}], k=50, new_only=True, exclude=[items[5]])
+    new = ask(night, history=[{"item_id": items[3]}], k=50, new_only=True, deny=[items[5]])
     assert not {items[3], items[5]} & {i.item_id for i in new.items}
 
 
@@ -117,7 +96,7 @@ def test_what_the_nightly_list_cannot_answer_is_computed(night):
     assert len(ask(night, user_id=3, k=K + 5).items) == K + 5
     assert ask(night, user_id=3, k=5, new_only=True).source == "realtime"
     first = ask(night, user_id=3, k=1).items[0].item_id
-    assert first not in {i.item_id for i in ask(night, user_id=3, k=5, exclude=[first]).items}
+    assert first not in {i.item_id for i in ask(night, user_id=3, k=5, deny=[first]).items}
 
 
 @pytest.mark.parametrize("body", [{"k": 0}, {"k": 10**6}, {"bogus": 1}, {"history": [{}]}, {"now": "soon"}])
@@ -170,7 +149,7 @@ def test_users_with_text_ids_are_found(tmp_path):
         tmp_path, 0, pa.array(names), pa.array(names), pa.array(range(len(names) + 1), pa.int32()),
         pa.array(range(len(names)), pa.float32()), ["model"] * len(names),
     )  # fmt: skip
-    fields = {"as_of_s": 0, "buckets": 1, "k": 1, "user_type": "string", "run_key": "k", "files": {"index-00000.arrow": {}}}
+    fields = {"as_of_s": 0, "buckets": 1, "k": 1, "users": len(names), "user_type": "string", "run_key": "k", "files": {"index-00000.arrow": {}}}
     snapshot = Snapshot(tmp_path, fields)
     assert [snapshot.find(name).item_ids for name in names] == [[name] for name in names]
     assert snapshot.find("user 5x") is None and snapshot.find("zz") is None and snapshot.find("\U0001f601") is None

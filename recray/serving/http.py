@@ -1,0 +1,174 @@
+"""HTTP in front of a `Handler`: the routes, the problem documents, and the limit on what is read. Any ASGI server runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from itertools import accumulate
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import recray
+from recray.errors import RequestError
+from recray.serving.api import (
+    PROBLEMS,
+    EventsRequest,
+    EventsResponse,
+    FeedbackRequest,
+    FeedbackResponse,
+    Health,
+    ModelsResponse,
+    RecommendRequest,
+    RecommendResponse,
+    ScoreRequest,
+    ScoreResponse,
+    SimilarRequest,
+    SimilarResponse,
+)
+from recray.serving.handler import Handler, UnavailableError
+from recray.serving.problems import field_errors, problem
+
+RETRY_AFTER = {"Retry-After": "1"}
+MOST_DEPTH = 32  # of a JSON body
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def create_app(handler: Handler) -> ASGIApp:
+    """The ASGI application of a handler."""
+    api = FastAPI(
+        title="recray",
+        version=recray.__version__,
+        description="Recommendations from the published night, the model behind it, and what users did since.",
+        responses=PROBLEMS,
+    )
+    api.add_exception_handler(RequestError, _refused)
+    api.add_exception_handler(UnavailableError, _unavailable)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(HTTPException, _http)
+    api.add_exception_handler(Exception, _broken)
+
+    @api.post("/v1/recommend", summary="Recommend items", tags=["answers"])
+    async def recommend(request: RecommendRequest) -> RecommendResponse:
+        """For a user of the event log, for a history sent along, or for somebody unknown."""
+        return await handler.recommend(request)
+
+    @api.post("/v1/score", summary="Score candidates", tags=["answers"])
+    async def score(request: ScoreRequest) -> ScoreResponse:
+        """What the model thinks of items that were found elsewhere."""
+        return await handler.score(request)
+
+    @api.post("/v1/similar", summary="Find similar items", tags=["answers"])
+    async def similar(request: SimilarRequest) -> SimilarResponse:
+        """Items that the model takes for alike."""
+        return await handler.similar(request)
+
+    @api.post("/v1/events", summary="Tell what a user did", tags=["log"])
+    async def events(request: EventsRequest) -> EventsResponse:
+        """On disk when it answers; the next recommendation for the user knows of it."""
+        return await handler.events(request)
+
+    @api.post("/v1/feedback", summary="Tell what came of an answer", tags=["log"])
+    async def feedback(request: FeedbackRequest) -> FeedbackResponse:
+        """On disk when it answers, after the answer that it is about."""
+        return await handler.feedback(request)
+
+    @api.get("/v1/models", summary="What is served", tags=["operation"])
+    async def models() -> ModelsResponse:
+        """Bundle, dataset and snapshot behind the answers."""
+        return handler.models()
+
+    @api.get("/healthz", summary="Is the replica alive", tags=["operation"])
+    async def health() -> Health:
+        """Answers as long as the process does."""
+        return Health(status="ok", night=handler.night.date)
+
+    @api.get("/readyz", summary="Is everything there", tags=["operation"])
+    async def ready() -> Health:
+        """503 while nightly lists or the log are away: then others answer, and say so in `degraded`."""
+        away = handler.away()
+        if away:
+            raise UnavailableError(f"away: {', '.join(away)}", "requests are answered all the same; see recray's log")
+        return Health(status="ok", night=handler.night.date)
+
+    return Limit(api, handler.options.max_body_bytes)
+
+
+def _refused(_: Request, error: Any) -> JSONResponse:
+    return problem(422, error.what, error.fix)
+
+
+def _unavailable(_: Request, error: Any) -> JSONResponse:
+    return problem(503, error.what, error.fix, headers=RETRY_AFTER)
+
+
+def _invalid(_: Request, error: Any) -> JSONResponse:
+    found = field_errors(error.errors())
+    return problem(422, "; ".join(f"{one.field}: {one.problem}" for one in found[:5]), "see /docs", found)
+
+
+def _http(_: Request, error: Any) -> JSONResponse:
+    return problem(error.status_code, str(error.detail), headers=error.headers)
+
+
+def _broken(_: Request, error: Exception) -> JSONResponse:
+    return problem(500, "the endpoint failed", "see its log")
+
+
+class Limit:
+    """ASGI middleware: a body that is too large (413) or nested too deeply (422) is refused before it is parsed."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self.app(scope, receive, send)
+            return
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client went away
+            body += message.get("body", b"")
+            if len(body) > self.max_bytes:
+                refusal = problem(413, f"the body is larger than {self.max_bytes} bytes", "send less, or raise serve.max_body_bytes")
+                await refusal(scope, receive, send)
+                return
+            if not message.get("more_body", False):
+                break
+        if _depth(body) > MOST_DEPTH:
+            await problem(422, f"the body is nested deeper than {MOST_DEPTH}", "see /docs")(scope, receive, send)
+            return
+        await self.app(scope, _once(body, receive), send)
+
+
+def _once(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    """A body that was read, then whatever the server still says."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _depth(body: bytes) -> int:
+    """An upper bound of how deeply JSON is nested: brackets that open less those that close, at the deepest place."""
+    steps = (1 if byte in b"[{" else -1 for byte in body.translate(None, _NO_BRACKETS))
+    return max(accumulate(steps), default=0)
+
+
+def openapi() -> str:
+    """The OpenAPI document as JSON, without an endpoint."""
+    app = create_app(None)  # type: ignore[arg-type]
+    assert isinstance(app, Limit)
+    return json.dumps(app.app.openapi(), indent=2)  # type: ignore[attr-defined]

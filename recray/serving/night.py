@@ -1,0 +1,353 @@
+"""Everything that one published night is answered from: the nightly lists, and the predictor when something is asked of it.
+
+Pure Python over `Snapshot`, `Dataset` and `Predictor`; knows no HTTP, no Ray and no log but its entries.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recray.config import ScoreSettings
+from recray.dataset.context import asked
+from recray.dataset.reader import Dataset, History
+from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
+from recray.inference import Filters, Predictor, Rules, Translation
+from recray.inference.rules import having
+from recray.release import Release
+from recray.serving.api import MOST_ANSWERS, Event, Item, ModelsResponse, Range, RecommendRequest, ScoreRequest, Source
+from recray.snapshot.reader import Snapshot
+from recray.state.log import Entry
+from recray.storage import Storage, manifest_digest
+
+_EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
+MASKS = 64  # attribute filters whose items are remembered
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found: items with their scores (None: not known), and who found them."""
+
+    items: list[tuple[Any, float | None]]
+    source: Source
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the model of a night is to answer: the `k` best items, or the scores of `candidates` (outside ids).
+
+    context : codes [C]
+    """
+
+    night: Night
+    history: History
+    now: int
+    context: np.ndarray
+    k: int = 0
+    filters: Filters = Filters()
+    candidates: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Night:
+    """One published night; replaced as a whole when the next one is published."""
+
+    snapshot: Snapshot
+    dataset: Dataset
+    predictor: Predictor
+    translation: Translation
+    rules: Rules | None
+    popular_list: tuple[tuple[Any, float], ...]
+    loaded_at: dt.datetime
+    _masks: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, storage: Storage) -> Night:
+        """The published night. Raises MissingArtifactError, DamagedArtifactError."""
+        snapshot = Snapshot.latest(storage)
+        dataset = Dataset.open(storage.root / snapshot.manifest["dataset"])
+        if dataset.digest != snapshot.manifest["dataset_digest"]:
+            raise DamagedArtifactError(f"dataset of {snapshot.path} is not the one it was scored with", "score the night again")
+        return cls._of(storage, snapshot, dataset)
+
+    @classmethod
+    def stand_in(cls, storage: Storage, score: ScoreSettings) -> Night:
+        """The champion on the last dataset, without nightly lists. Raises MissingArtifactError, DamagedArtifactError."""
+        datasets = [Dataset.open(path) for path in sorted((storage.root / "datasets").glob("[!.]*"))]
+        if not datasets:
+            raise MissingArtifactError(f"no dataset in {storage.root}", "run `recray nightly` first, or check storage.root")
+        champion = Release.read(storage).champion
+        if champion is None:
+            raise MissingArtifactError(f"no champion in {storage.root}", "run `recray nightly` first, or check storage.root")
+        dataset, bundle = max(datasets, key=lambda dataset: dataset.as_of_s), champion.open(storage)
+        manifest = {
+            "as_of_s": dataset.as_of_s,
+            "bundle": f"bundles/{bundle.key}",
+            "bundle_digest": bundle.digest,
+            "new_only": score.new_only,
+            "user_type": str(dataset.user_type),
+            "rules": score.rules(),
+        }
+        return cls._of(storage, Snapshot.stand_in(storage, manifest), dataset)
+
+    @classmethod
+    def _of(cls, storage: Storage, snapshot: Snapshot, dataset: Dataset) -> Night:
+        bundle = storage.root / snapshot.manifest["bundle"]
+        predictor = Predictor.load(bundle, dataset=dataset)
+        if manifest_digest(bundle) != snapshot.manifest["bundle_digest"]:
+            raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
+        declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
+        translation = predictor.translation(dataset)
+        rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
+        answer = predictor.recommend([_EMPTY], MOST_ANSWERS, now=dataset.now_s, rules=rules)
+        real = answer.item_index[0] > 0
+        popular = tuple(zip(predictor.ids_of(answer.item_index[0][real]), answer.scores[0][real].tolist(), strict=True))
+        return cls(snapshot, dataset, predictor, translation, rules, popular, dt.datetime.now(dt.UTC))
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are nightly lists."""
+        return bool(self.snapshot.manifest["users"])
+
+    @cached_property
+    def date(self) -> str:
+        return str(dt.datetime.fromtimestamp(self.snapshot.as_of_s, dt.UTC).date())
+
+    @cached_property
+    def bundle(self) -> str:
+        return str(self.snapshot.manifest["bundle"]).rsplit("/", 1)[-1]
+
+    @cached_property
+    def digest(self) -> str:
+        return manifest_digest(self.snapshot.path) if self.whole else ""
+
+    @property
+    def collected(self) -> dict[str, int]:
+        """How far the logs of the endpoint are in this night's histories: a number by the identity of a log."""
+        found: dict[str, int] = self.dataset.manifest.get("collected", {})
+        return found
+
+    def describe(self) -> ModelsResponse:
+        manifest = self.snapshot.manifest
+        return ModelsResponse(
+            bundle=self.bundle,
+            bundle_digest=manifest["bundle_digest"],
+            snapshot=self.digest,
+            dataset=self.dataset.key,
+            night=self.date,
+            users=manifest["users"],
+            items=self.predictor.answerable,
+            loaded_at=self.loaded_at,
+        )
+
+    def recommend(self, request: RecommendRequest, fresh: Sequence[Entry] = ()) -> Found:
+        """Answer one request now. Raises RequestError where it makes no sense."""
+        return self.look_up(request, fresh) or self.answer([self.question(request, fresh)])[0]
+
+    def look_up(self, request: RecommendRequest, fresh: Sequence[Entry] = ()) -> Found | None:
+        """The nightly list, or None where it cannot serve the request. Raises RequestError where it makes no sense.
+
+        fresh : events of the user that the night does not know
+        """
+        if request.mode == "realtime":
+            return None
+        asks_more = bool(request.history is not None or request.events or request.now is not None or request.context)
+        if request.mode == "batch" and asks_more:
+            raise RequestError("mode: batch answers with the nightly list, which history, events, now and context cannot change", "use auto")
+        if asks_more or (fresh and request.mode == "auto"):
+            return None
+        user = None if request.user_id is None else self.snapshot.find(request.user_id)
+        if user is None:
+            return self.popular(request) if request.mode == "batch" else None
+        if request.mode == "auto" and request.new_only and not self.snapshot.manifest["new_only"]:
+            return None
+        items: list[tuple[Any, float | None]] = list(zip(user.item_ids, user.scores, strict=True))
+        free = self.predictor.answerable
+        if request.deny or request.allow is not None or request.where:
+            filters = self._filters(request)
+            index = self.predictor.index_of(user.item_ids)
+            keep = np.ones(len(index), bool) if filters.allow is None else np.isin(index, filters.allow)
+            denied = np.zeros(0, np.int64) if filters.deny is None else filters.deny
+            items = [pair for pair, good in zip(items, keep & ~np.isin(index, denied), strict=True) if good]
+            free = free - len(denied) if filters.allow is None else len(np.setdiff1d(filters.allow, denied))
+        if request.mode == "auto" and len(items) < min(request.k, free):
+            return None
+        return Found(items[: request.k], "popular" if user.source == "popular" else "snapshot")
+
+    def question(self, request: RecommendRequest, fresh: Sequence[Entry] = ()) -> Question:
+        """The request as one for the model. Raises RequestError where it makes no sense."""
+        return Question(self, *self._asked(request, fresh), k=request.k, filters=self._filters(request))
+
+    def candidates(self, request: ScoreRequest, fresh: Sequence[Entry] = ()) -> Question:
+        """As `question`, for given items."""
+        return Question(self, *self._asked(request, fresh), candidates=tuple(request.items))
+
+    @staticmethod
+    def answer(questions: Sequence[Question]) -> list[Found]:
+        """What the models say, a pass for all questions of one night and kind."""
+        found: list[Found | None] = [None] * len(questions)
+        for night in {id(question.night): question.night for question in questions}.values():
+            mine = [place for place, question in enumerate(questions) if question.night is night]
+            lists = [place for place in mine if questions[place].candidates is None]
+            rest = [place for place in mine if questions[place].candidates is not None]
+            for places, ask in ((lists, night._best), (rest, night._scores)):
+                if places:
+                    for place, answer in zip(places, ask([questions[place] for place in places]), strict=True):
+                        found[place] = answer
+        return [answer for answer in found if answer is not None]
+
+    def popular(self, request: RecommendRequest) -> Found:
+        """The popular list, without asking the model."""
+        items: list[tuple[Any, float | None]] = list(self.popular_list)
+        if request.deny or request.allow is not None or request.where:
+            filters = self._filters(request)
+            barred = set() if filters.deny is None else set(filters.deny.tolist())
+            allowed = None if filters.allow is None else set(filters.allow.tolist())
+            index = self.predictor.index_of([item for item, _ in items]).tolist()
+            items = [pair for pair, place in zip(items, index, strict=True) if place not in barred and (allowed is None or place in allowed)]
+        return Found(items[: request.k], "popular")
+
+    def similar(self, item_id: Any, k: int) -> list[tuple[Any, float]]:
+        """Items like an item, with their cosines. Raises RequestError for one that is not known."""
+        item = int(self.predictor.index_of([item_id])[0])
+        if not item:
+            raise RequestError(f"item_id: no item {item_id!r}", "ask for one of the item table")
+        index, cosines = self.predictor.similar(item, k)
+        return list(zip(self.predictor.ids_of(index), cosines.tolist(), strict=True))
+
+    def stored_history(self, user_id: Any) -> History | None:
+        """What the night knows of a user, in the bundle's indices."""
+        found = self.snapshot.as_user(user_id)
+        stored = None if found is None else self.dataset.user_history(found)
+        return None if stored is None else self.translation.history(stored)
+
+    def user_key(self, user_id: Any) -> str:
+        """A user as the log names them. Raises RequestError for an id that the event log cannot hold."""
+        found = self.snapshot.as_user(user_id)
+        if found is None:
+            raise RequestError(f"user_id: {user_id!r} is no integer, as the users of the event log are", "send the id of the event log")
+        return str(found)
+
+    def item_id(self, item_id: Any, name: str) -> Any:
+        """An item's id in the type of the item table. Raises RequestError for one that it cannot hold."""
+        if not pa.types.is_integer(self.predictor.item_ids.type):
+            return str(item_id)
+        try:
+            return int(item_id)
+        except ValueError:
+            raise RequestError(f"{name}: {item_id!r} is no integer, as the items of the item table are", "send the id of the item table") from None
+
+    def _best(self, questions: list[Question]) -> list[Found]:
+        k = max(question.k for question in questions)
+        answer = self.predictor.recommend(
+            [question.history for question in questions],
+            k,
+            now=[question.now for question in questions],
+            filters=[question.filters for question in questions],
+            rules=self.rules,
+            context=[question.context for question in questions],
+        )
+        found = []
+        for row, question in enumerate(questions):
+            index, scores = answer.item_index[row][: question.k], answer.scores[row][: question.k]
+            ids = self.predictor.ids_of(index[index > 0])
+            source: Source = "realtime" if answer.source[row] == "model" else "popular"
+            found.append(Found(list(zip(ids, scores[index > 0].tolist(), strict=True)), source))
+        return found
+
+    def _scores(self, questions: list[Question]) -> list[Found]:
+        index = [self.predictor.index_of(question.candidates or ()) for question in questions]
+        scores = self.predictor.score(
+            [question.history for question in questions],
+            index,
+            now=[question.now for question in questions],
+            context=[question.context for question in questions],
+        )
+        found = []
+        for question, places, values in zip(questions, index, scores, strict=True):
+            pairs = zip(question.candidates or (), places.tolist(), values.tolist(), strict=True)
+            known = (question.history.item_index > 0).any()
+            found.append(Found([(item, value if place else None) for item, place, value in pairs], "realtime" if known else "popular"))
+        return found
+
+    def _asked(self, request: RecommendRequest | ScoreRequest, fresh: Sequence[Entry]) -> tuple[History, int, np.ndarray]:
+        """History, moment and context of a request."""
+        stored = _EMPTY
+        if request.history is not None:
+            fresh = ()
+        elif request.user_id is not None:
+            stored = self.stored_history(request.user_id) or _EMPTY
+        sent = [*(request.history or ()), *request.events]
+        known = self.predictor.event_types
+        for event in sent:
+            if event.event is not None and event.event not in known:
+                raise RequestError(f"history: unknown event {event.event!r}", f"known: {', '.join(known)}")
+        history = self._joined(stored, [*(_of_log(entry) for entry in fresh), *sent], request.now)
+        now = self.dataset.now_s if request.now is None else int(request.now.timestamp())
+        if request.now is None and (sent or fresh) and len(history.timestamp_s):
+            now = max(now, int(history.timestamp_s.max()) + 1)
+        return history, now, asked(self.predictor.context, request.context, None if request.now is None else now)
+
+    def _joined(self, stored: History, events: Sequence[Event], moment: dt.datetime | None) -> History:
+        """A stored history and what came after it, in order of time. An event type that the bundle does not know is its most frequent one."""
+        if not events:
+            return stored
+        types = self.predictor.event_types
+        if self.predictor.has_time:
+            now = self.dataset.now_s if moment is None else int(moment.timestamp())
+            times = np.array([now if event.timestamp is None else int(event.timestamp.timestamp()) for event in events], np.int64)
+        else:
+            times = np.arange(len(events)) + (int(stored.timestamp_s.max()) + 1 if len(stored.timestamp_s) else 0)
+        kinds = np.array([types.index(event.event) if event.event in types else 0 for event in events], np.int64)
+        items = self.predictor.index_of([event.item_id for event in events])
+        later = History(items, kinds, times, np.array([event.value for event in events], np.float32))
+        whole = History(*(np.concatenate(pair) for pair in zip(stored, later, strict=True)))
+        order = np.argsort(whole.timestamp_s, kind="stable")
+        return History(*(values[order] for values in whole))
+
+    def _filters(self, request: RecommendRequest) -> Filters:
+        allow = None if request.allow is None else np.unique(self.predictor.index_of(request.allow))
+        for column, wanted in request.where.items():
+            mask = self._having(column, wanted)
+            allow = mask if allow is None else np.intersect1d(allow, mask)
+        deny = np.unique(self.predictor.index_of(request.deny)) if request.deny else None
+        new_only = request.new_only or self.snapshot.manifest["new_only"]
+        return Filters(new_only, None if allow is None else allow[allow > 0], None if deny is None else deny[deny > 0])
+
+    def _having(self, column: str, wanted: list[Any] | Range) -> np.ndarray:
+        """Indices of the items that an attribute filter leaves. Raises RequestError for a column that is none or holds no numbers."""
+        key = json.dumps([column, wanted.model_dump() if isinstance(wanted, Range) else wanted])
+        if key not in self._masks:
+            if column not in self.dataset.features:
+                raise RequestError(f"where: no column {column!r}", f"known: {', '.join(self.dataset.features) or 'none'}")
+            if isinstance(wanted, Range):
+                kind = self.dataset.items[column].type
+                if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                    raise RequestError(f"where: {column!r} holds no numbers", "name a list of values")
+                numbers = self.dataset.items[column].cast(pa.float64()).to_numpy()
+                low, high = (-np.inf if wanted.min is None else wanted.min), (np.inf if wanted.max is None else wanted.max)
+                chosen = (numbers >= low) & (numbers <= high)
+            else:
+                chosen = having(self.dataset, column, wanted)
+            if len(self._masks) >= MASKS:
+                del self._masks[next(iter(self._masks))]
+            self._masks[key] = np.unique(self.translation.to_bundle[1:][chosen])
+        return self._masks[key]
+
+
+def items_of(found: Found) -> list[Item]:
+    """As the API shows them."""
+    return [Item(item_id=item, score=score) for item, score in found.items if score is not None]
+
+
+def _of_log(entry: Entry) -> Event:
+    body = entry.body
+    moment = dt.datetime.fromtimestamp(entry.at_s, dt.UTC)
+    return Event.model_construct(item_id=body["item_id"], event=body.get("event"), value=body.get("value", 1.0), timestamp=moment)

@@ -1,0 +1,40 @@
+"""Problem documents (RFC 9457): what every refusal of the endpoint looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldError(BaseModel):
+    """`field`: path in the request, such as body.history.0.item_id."""
+
+    field: str
+    problem: str
+
+
+class Problem(BaseModel):
+    """Why a request was refused. `fix`: what to do about it."""
+
+    title: str
+    status: int
+    detail: str
+    fix: str = ""
+    errors: list[FieldError] = []
+
+
+def problem(status: int, detail: str, fix: str = "", errors: Sequence[FieldError] = (), headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response of a refusal."""
+    content = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, fix=fix, errors=list(errors))
+    return JSONResponse(content.model_dump(), status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+def field_errors(found: Sequence[Any]) -> list[FieldError]:
+    """Of pydantic's errors; what was sent is not repeated, it may be anybody's."""
+    return [FieldError(field=".".join(str(part) for part in error["loc"]), problem=str(error["msg"])) for error in found]

@@ -1,0 +1,336 @@
+"""The endpoint behind a plain ASGI server: what users do changes the next answer, parts fail one by one, requests are batched."""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from conftest import night_here
+
+from recray.config import ServeSettings
+from recray.errors import RequestError, StateError
+from recray.inference import Predictor
+from recray.serving.api import EventsRequest, FeedbackRequest, RecommendRequest
+from recray.serving.batching import Batcher, BusyError
+from recray.serving.handler import Handler, UnavailableError
+from recray.serving.http import create_app
+from recray.serving.night import Night
+from recray.storage import Storage
+
+USER = {"user_id": 7, "k": 5}
+
+
+@pytest.fixture(scope="module")
+def storage(world_settings, world_dataset, tmp_path_factory):
+    return night_here(world_settings, world_dataset, tmp_path_factory.mktemp("night"))
+
+
+@pytest.fixture
+def handler(storage, world_settings, tmp_path, request):
+    state = getattr(request, "param", "sqlite")
+    options = ServeSettings(state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0)
+    if state != "sqlite":
+        pytest.importorskip("redis").Redis.from_url(options.state).flushall()
+    made = Handler(storage, options, world_settings.score)
+    yield made
+    made.close()
+    for file in (storage.root / "state").glob("*"):
+        file.unlink()
+
+
+@pytest.fixture
+def address(handler):
+    server = uvicorn.Server(uvicorn.Config(create_app(handler), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def ask(address, path, body=None, raw=None):
+    """Status and content."""
+    data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        assert error.headers["content-type"] == "application/problem+json"
+        return error.code, {**json.load(error), "retry_after": error.headers["retry-after"]}
+
+
+def good(address, path, body):
+    status, content = ask(address, path, body)
+    assert status == 200, content
+    return content
+
+
+def ids(answer):
+    return [item["item_id"] for item in answer["items"]]
+
+
+@pytest.mark.parametrize("handler", ["sqlite", "redis_server"], indirect=True)
+def test_an_event_changes_the_next_answer(address, handler):
+    before = good(address, "/v1/recommend", USER)
+    assert before["source"] == "snapshot" and before["degraded"] == []
+    strange = ids(good(address, "/v1/recommend", {**USER, "k": 100, "mode": "realtime"}))[-1]
+    event = {"item_id": strange, "event": "purchase", "event_id": "e1"}
+    assert good(address, "/v1/events", {"user_id": 7, "events": [event, {"item_id": strange}]}) == {"kept": 2, "known": 0}
+    assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == {"kept": 0, "known": 1}
+    after = good(address, "/v1/recommend", USER)
+    assert after["source"] == "realtime" and after["items"] != before["items"]
+    sent = good(address, "/v1/recommend", {**USER, "user_id": 7, "mode": "batch"})
+    assert ids(sent) == ids(before) and sent["source"] == "snapshot"
+    assert good(address, "/v1/recommend", {**USER, "user_id": 8})["source"] == "snapshot"
+    new = good(address, "/v1/recommend", {**USER, "new_only": True, "k": 100})
+    assert strange not in ids(new)
+
+
+@pytest.mark.parametrize("handler", ["sqlite", "redis_server"], indirect=True)
+def test_outcomes_are_kept_after_their_decision(address, handler):
+    answer = good(address, "/v1/recommend", USER)
+    outcome = {"request_id": answer["request_id"], "outcome": "click", "item_id": ids(answer)[0], "feedback_id": "f1"}
+    assert good(address, "/v1/feedback", outcome) == {"kept": True, "set_aside": False}
+    assert good(address, "/v1/feedback", outcome) == {"kept": False, "set_aside": False}
+    assert good(address, "/v1/feedback", {**outcome, "request_id": "never", "feedback_id": "f2"}) == {"kept": True, "set_aside": True}
+    entries = [entry for _, entry in handler._writer.log.read(0, 100)]
+    assert [entry.kind for entry in entries] == ["decision", "outcome", "set_aside"]
+    assert entries[0].body["items"] == ids(answer) and entries[0].user == "7" and entries[0].key == answer["request_id"]
+    assert entries[1].body["request_id"] == answer["request_id"]
+
+
+def test_candidates_are_scored_and_likeness_found(address, storage):
+    items = ids(good(address, "/v1/recommend", {**USER, "mode": "realtime"}))
+    scored = good(address, "/v1/score", {"user_id": 7, "items": [items[3], "unheard of", items[0]]})
+    best = good(address, "/v1/recommend", {**USER, "mode": "realtime"})
+    assert scored["source"] == "realtime" and scored["items"][1] == {"item_id": "unheard of", "score": None}
+    assert scored["items"][0]["score"] == pytest.approx(best["items"][3]["score"], abs=1e-5)
+    assert scored["items"][2]["score"] == pytest.approx(best["items"][0]["score"], abs=1e-5)
+    alike = good(address, "/v1/similar", {"item_id": items[0], "k": 200})["items"]
+    scores = [item["score"] for item in alike]
+    assert items[0] not in ids({"items": alike}) and scores == sorted(scores, reverse=True) and len(alike) == 119
+    assert good(address, "/v1/score", {"user_id": "nobody", "items": items[:1]})["source"] == "popular"
+
+
+def test_filters_are_kept_by_lists_and_model(address, world_dataset):
+    items = {row["item_id"]: row for row in world_dataset.items.to_pylist()}
+    for mode in ("auto", "batch", "realtime"):
+        base = {"user_id": 7, "k": 20, "mode": mode}
+        everything = ids(good(address, "/v1/recommend", base))
+        assert set(ids(good(address, "/v1/recommend", {**base, "allow": everything[:3]}))) == set(everything[:3])
+        assert not set(ids(good(address, "/v1/recommend", {**base, "deny": everything[:3]}))) & set(everything[:3])
+        brand = items[everything[0]]["brand"]
+        found = ids(good(address, "/v1/recommend", {**base, "where": {"brand": [brand], "price": {"max": 1e9}}}))
+        assert found and {items[item]["brand"] for item in found} == {brand}
+        prices = [row["price"] for row in items.values() if row["price"] is not None]
+        cheap = sorted(prices)[len(prices) // 2]
+        found = ids(good(address, "/v1/recommend", {**base, "where": {"price": {"max": cheap}}}))
+        assert found and all(items[item]["price"] <= cheap for item in found)
+        if mode != "batch":
+            assert len(found) == 20
+        assert ids(good(address, "/v1/recommend", {**base, "user_id": "nobody", "deny": everything[:3], "where": {"brand": [brand]}}))
+
+
+def test_events_sent_along_count_for_one_answer(address):
+    strange = ids(good(address, "/v1/recommend", {**USER, "k": 100, "mode": "realtime"}))[-1]
+    plain = good(address, "/v1/recommend", USER)
+    told = good(address, "/v1/recommend", {**USER, "events": [{"item_id": strange}]})
+    assert told["source"] == "realtime" and ids(told) != ids(plain)
+    assert good(address, "/v1/recommend", USER)["items"] == plain["items"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "named"),
+    [
+        ("/v1/recommend", {"k": 0}, 422, "body.k"),
+        ("/v1/recommend", {"bogus": 1}, 422, "body.bogus"),
+        ("/v1/recommend", {"user_id": 7, "now": "1066-10-14"}, 422, "1970"),
+        ("/v1/recommend", {"user_id": 7, "mode": "batch", "now": "2024-04-20"}, 422, "mode"),
+        ("/v1/recommend", {"where": {"colour": ["red"]}}, 422, "colour"),
+        ("/v1/recommend", {"where": {"brand": {"min": 1}}}, 422, "brand"),
+        ("/v1/recommend", {"user_id": 7, "context": {"planet": "Mars"}}, 422, "planet"),
+        ("/v1/recommend", {"user_id": 2**70}, 422, "user_id"),
+        ("/v1/similar", {"item_id": "unheard of"}, 422, "unheard of"),
+        ("/v1/events", {"user_id": "no number", "events": [{"item_id": "i0000001"}]}, 422, "user_id"),
+        ("/v1/events", {"user_id": 1, "events": []}, 422, "body.events"),
+        ("/v1/events", {"user_id": 1, "events": [{"item_id": "a", "value": "NaN"}]}, 422, "value"),
+        ("/v1/feedback", {"request_id": "", "outcome": "click"}, 422, "request_id"),
+        ("/v1/nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_bad_requests_are_named_in_a_problem_document(address, path, body, status, named):
+    found, content = ask(address, path, body)
+    assert found == status == content["status"] and named in json.dumps(content), content
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "named"),
+    [
+        (b"{", 422, "JSON"),
+        (b"[" * 5000, 422, "nested"),
+        (b'{"history": ' + b"[" * 40 + b"]" * 40 + b"}", 422, "nested"),
+        (b" " * (1 << 21), 413, "larger"),
+        (b'{"user_id": "\\ud800"}', 422, ""),
+        (b'{"user_id": NaN}', 422, "user_id"),
+        (b"\xff\xfe", 422, ""),
+    ],
+)
+def test_bodies_that_are_no_requests(address, raw, status, named):
+    found, content = ask(address, "/v1/recommend", raw=raw)
+    assert found == status and named in json.dumps(content), content
+
+
+def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypatch):
+    def gone(*_):
+        raise StateError("the disk is gone")
+
+    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
+    assert good(address, "/v1/recommend", USER)["source"] == "realtime"
+    with monkeypatch.context() as patch:
+        patch.setattr(handler._writer.log, "recent", gone)
+        patch.setattr(handler._writer.log, "append", gone)
+        answer = good(address, "/v1/recommend", USER)
+        assert (answer["source"], answer["degraded"]) == ("snapshot", ["state"]) and len(answer["items"]) == 5
+        status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
+        assert status == 503 and content["retry_after"] == "1" and "nothing was kept" in content["detail"]
+        assert ask(address, "/readyz")[0] == 503 and ask(address, "/healthz")[0] == 200
+    time.sleep(1.1)
+    assert good(address, "/v1/recommend", USER)["degraded"] == []
+    assert ask(address, "/readyz")[0] == 200
+
+
+def test_a_model_that_fails_is_said_and_the_nightly_list_answers(address, monkeypatch):
+    nightly = good(address, "/v1/recommend", USER)
+
+    def broken(*_, **__):
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(Predictor, "recommend", broken)
+    answer = good(address, "/v1/recommend", {**USER, "mode": "realtime"})
+    assert answer["items"] == nightly["items"] and answer["degraded"] == ["model"] and answer["source"] == "snapshot"
+    stranger = good(address, "/v1/recommend", {"history": [{"item_id": "i0000001"}], "k": 4})
+    assert stranger["source"] == "popular" and stranger["degraded"] == ["model"] and len(stranger["items"]) == 4
+
+
+def test_a_model_that_takes_too_long_is_not_waited_for(handler, monkeypatch):
+    handler.options = handler.options.model_copy(update={"timeout_s": 0.05})
+    monkeypatch.setattr(Predictor, "recommend", lambda *_, **__: time.sleep(0.5))
+    answer = asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3, mode="realtime")))
+    assert answer.degraded == ["model"] and answer.source == "snapshot"
+
+
+def test_without_a_snapshot_the_champion_answers(storage, world_settings, world_dataset, caplog):
+    good_latest = storage.latest.read_bytes()
+    whole = Handler(storage, ServeSettings(), world_settings.score)
+    try:
+        storage.latest.unlink()
+        bare = Handler(storage, ServeSettings(), world_settings.score)
+        assert bare.away() == ["snapshot"]
+        answer = asyncio.run(bare.recommend(RecommendRequest(user_id=7, k=5, mode="batch")))
+        assert answer.source == "popular" and answer.degraded == ["snapshot"] and len(answer.items) == 5
+        assert asyncio.run(bare.recommend(RecommendRequest(user_id=7, k=5))).source == "realtime"
+        storage.latest.write_bytes(good_latest)
+        bare.look()
+        assert bare.away() == []
+        storage.latest.write_bytes(b"{}")
+        whole.look()
+        assert "the old one stays" in caplog.text
+        assert asyncio.run(whole.recommend(RecommendRequest(user_id=7, k=5))).source == "snapshot"
+        bare.close()
+    finally:
+        storage.latest.write_bytes(good_latest)
+        whole.close()
+
+
+def test_requests_that_come_together_are_answered_together(handler, monkeypatch):
+    sizes, inner = [], Night.answer
+
+    def slow(questions):
+        sizes.append(len(questions))
+        time.sleep(0.02)
+        return inner(questions)
+
+    handler._batcher._run = slow
+    alone = [asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=5 + user, mode="realtime"))) for user in range(8)]
+    assert sizes == [1] * 8
+
+    async def together():
+        requests = [RecommendRequest(user_id=user, k=5 + user, mode="realtime") for user in range(8)]
+        return await asyncio.gather(*(handler.recommend(request) for request in requests))
+
+    answers = asyncio.run(together())
+    assert sizes[8:] in ([1, 7], [8])
+    for one, other in zip(alone, answers, strict=True):
+        assert [item.item_id for item in one.items] == [item.item_id for item in other.items]
+        assert [item.score for item in one.items] == pytest.approx([item.score for item in other.items], abs=1e-5)
+
+
+def test_a_batcher_is_bounded_and_a_bad_question_hurts_itself_alone():
+    started, release = threading.Event(), threading.Event()
+
+    def run(questions):
+        started.set()
+        release.wait()
+        if "bad" in questions:
+            raise ValueError("bad")
+        return [question.upper() for question in questions]
+
+    batcher = Batcher(run, 10, 3)
+
+    async def talk():
+        first = asyncio.create_task(batcher.ask("first"))
+        await asyncio.to_thread(started.wait)
+        others = [asyncio.create_task(batcher.ask(question)) for question in ("a", "bad", "c")]
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError):
+            await batcher.ask("one too many")
+        release.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    first, a, bad, c = asyncio.run(talk())
+    assert (first, a, c) == ("FIRST", "A", "C") and isinstance(bad, ValueError)
+    batcher.close()
+
+
+def test_too_many_questions_are_told_to_come_again(handler, monkeypatch):
+    async def full(_):
+        raise BusyError
+
+    monkeypatch.setattr(handler._batcher, "ask", full)
+    with pytest.raises(UnavailableError, match="wait"):
+        asyncio.run(handler.recommend(RecommendRequest(user_id=7, mode="realtime")))
+
+
+def test_no_user_is_named_in_the_log_above_debug(handler, caplog):
+    caplog.set_level(logging.INFO)
+    secret = 123456789
+    asyncio.run(handler.recommend(RecommendRequest(user_id=secret)))
+    asyncio.run(handler.events(EventsRequest(user_id=secret, events=[{"item_id": "i0000001"}])))
+    asyncio.run(handler.feedback(FeedbackRequest(request_id="r", outcome="click")))
+    handler._is_away(StateError("gone"))
+    assert str(secret) not in caplog.text
+
+
+def test_the_types_of_ids_are_those_of_the_log(handler):
+    with pytest.raises(RequestError, match="user_id"):
+        asyncio.run(handler.events(EventsRequest(user_id="x", events=[{"item_id": "i0000001"}])))
+    integers = SimpleNamespace(predictor=SimpleNamespace(item_ids=SimpleNamespace(type=__import__("pyarrow").int64())))
+    assert Night.item_id(integers, "7", "item_id") == 7
+    with pytest.raises(RequestError, match="events.0.item_id"):
+        Night.item_id(integers, "seven", "events.0.item_id")
+
+
+def test_a_root_without_anything_is_refused(tmp_path, world_settings):
+    from recray.errors import MissingArtifactError
+
+    with pytest.raises(MissingArtifactError):
+        Handler(Storage(tmp_path), ServeSettings(), world_settings.score)
