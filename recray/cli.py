@@ -26,17 +26,18 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")
 
 JOBS = {
     "validate": "check settings, and the input's columns and types; runs nothing",
+    "collect": "what the endpoint was told since the last time, to Parquet for the next night",
     "prepare": "events to a dataset",
     "train": "dataset to a bundle",
     "evaluate": "the bundle beside baselines on the test users",
     "promote": "ask the gate whether a bundle becomes the champion",
     "score": "every user's list by the champion, published",
-    "nightly": "prepare, train, evaluate, promote, score, report; goes on where it stopped",
+    "nightly": "collect, prepare, train, evaluate, promote, score, report; goes on where it stopped",
     "report": "a page about the night, with plots; opened in a browser",
     "rollback": "the champion before this one again, and its scores for the published night",
     "serve": "answer requests from the published night until interrupted",
 }
-SUBMITTED = ("prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "audit")
+SUBMITTED = ("collect", "prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "audit")
 INIT_HEADING = """recray nightly --config {path}
 Every setting with its default. Override any on the command line: train.epochs=3"""
 

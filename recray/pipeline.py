@@ -24,11 +24,13 @@ from recray.errors import (
     RecrayError,
     RefusedError,
     SettingsError,
+    StateError,
     TrackingError,
     TrainingError,
 )
 from recray.prepare import prepare as preparation
 from recray.stages import AsOf, JobResult, Say, Work, date_of
+from recray.state.log import sqlite_file
 from recray.storage import Storage, key_of, read_json, storage_error, write_json
 
 if TYPE_CHECKING:
@@ -52,6 +54,12 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
     for note in found:
         say(f"note: {note}", level="warning")
     return JobResult("validate", "ok", metrics={"rows": source.rows, "items": 0 if items is None else len(items)}, warnings=found)
+
+
+def run_collect(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """What the endpoint was told, as events of the next night."""
+    with _at_work("collect", settings, say) as work:
+        return stages.collect(work)
 
 
 def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
@@ -132,6 +140,10 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: 
     with _at_work("nightly", settings, say) as work:
         digests = preparation.input_digests(settings)
         journal = work.storage.night(key_of("night", as_of, digests))
+        if not journal.exists() or read_json(journal)["ended"]:  # a night that was begun goes on with the data that it began with
+            _collect(work)
+            digests = preparation.input_digests(settings)
+            journal = work.storage.night(key_of("night", as_of, digests))
         _begin(journal, settings, as_of, restart=restart)
         with _ending(journal):
             results = _stages(work, as_of, digests)
@@ -142,6 +154,17 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: 
     done = stages.result_of("nightly", skipped, results[-2].run_key, outputs, metrics, started)
     done.reason, done.warnings = "; ".join(reasons), work.warnings
     return done
+
+
+def _collect(work: Work) -> None:
+    """Collect where there is an endpoint's log. One that is away costs the night its last events, not the night."""
+    if work.settings.serve.state == "sqlite" and not sqlite_file(work.storage.root).exists():
+        return
+    work.say("── collect", stage="collect")
+    try:
+        stages.collect(work)
+    except StateError as error:
+        work.warn(f"what users did since the last night is not in this one: {error.what}")
 
 
 def _stages(work: Work, as_of: AsOf, digests: preparation.Digests) -> list[JobResult]:

@@ -88,6 +88,29 @@ class Work:
             self.say(f"warning: {text}", level="warning")
 
 
+def collect(work: Work) -> JobResult:
+    """What the endpoint was told since the last time, as Parquet: events for prepare, decisions and outcomes."""
+    from recray.prepare.sources import inspect_events, list_files
+    from recray.state import collect as collecting
+    from recray.state.log import open_log
+
+    started = time.monotonic()
+    options = work.settings.serve
+    source = inspect_events(work.settings.data, list_files(work.settings.data.events))
+    log = open_log(options.state, work.storage.root)
+    try:
+        path, counts = collecting.collect(work.storage, log, source.columns, source.types)
+        collecting.forget(work.storage, log, options.keep_days)
+    finally:
+        log.close()
+    told = ", ".join(f"{count} {kind}s" if kind != "set_aside" else f"{count} outcomes set aside" for kind, count in counts.items())
+    work.say(f"collected: {told or 'nothing new'}", stage="collect")
+    outputs = {} if path is None else {"collected": str(path)}
+    return result_of(
+        "collect", path is None, "" if path is None else path.name, outputs, {f"collected_{k}s": n for k, n in counts.items()}, started, work
+    )
+
+
 def prepare(work: Work, as_of: AsOf, key: str) -> JobResult:
     """Events to the dataset `key`."""
     started = time.monotonic()

@@ -56,6 +56,11 @@ class Storage:
         return self.root / "sentences" / f"{encoder[:16]}.parquet"
 
     @property
+    def collected(self) -> Path:
+        """What the endpoint was told, a folder for each stretch of its log."""
+        return self.root / "collected"
+
+    @property
     def scores(self) -> Path:
         return self.root / "scores"
 

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from recray import schema
-from recray.config import SAMPLE, DataSettings
+from recray.config import SAMPLE, DataSettings, Settings
 from recray.dataset.context import CLOCK
 from recray.errors import DataError
+from recray.storage import Storage
 
 _SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retail"
 
@@ -88,6 +89,16 @@ def _below(uri: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{quote(name)}{question}{options}"
 
 
+def event_files(settings: Settings) -> tuple[str, ...]:
+    """The event files, and after them what was collected from the endpoint (`recray.state.collect`). Raises DataError."""
+    return list_files(settings.data.events) + tuple(str(path) for path in collected_files(settings.root()))
+
+
+def collected_files(root: Path) -> list[Path]:
+    """Events that were collected from the endpoint, in the order of its log."""
+    return sorted(Storage(root).collected.glob("[!.]*/events.parquet"))
+
+
 def digest_files(files: tuple[str, ...]) -> list[str]:
     """sha256 of each file's content, in order. Raises DataError for a file that cannot be read."""
     digests = []
@@ -113,12 +124,11 @@ def open_parquet(uri: str) -> pq.ParquetFile:
         raise DataError(f"{uri} is not a readable Parquet file: {error}", "write it again; it may be truncated") from None
 
 
-def inspect_events(data: DataSettings) -> EventSource:
-    """Read the footers of all event files and decide how to read them.
+def inspect_events(data: DataSettings, files: tuple[str, ...]) -> EventSource:
+    """Read the footers of event files and decide how to read them.
 
     Raises DataError for a missing column, a wrong type, files that disagree, or no rows at all.
     """
-    files = list_files(data.events)
     groups: list[RowGroup] = []
     columns: dict[str, str] = {}
     types: dict[str, pa.DataType] = {}

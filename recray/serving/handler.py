@@ -35,6 +35,7 @@ from recray.state.log import Entry, Log, open_log
 from recray.state.writer import Writer
 from recray.storage import Storage
 
+AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
 AWAY_S = 1.0  # how long a log that failed is not asked again
 
 
@@ -73,7 +74,7 @@ class Handler:
 
     async def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """Raises RequestError where the request makes no sense, UnavailableError where nobody can answer now."""
-        night = self.night
+        begun, night = time.monotonic(), self.night
         degraded: list[Part] = [] if night.whole else ["snapshot"]
         fresh = await self._fresh(night, request, degraded)
         found = night.look_up(request, fresh)
@@ -84,7 +85,7 @@ class Handler:
         answer = RecommendResponse(
             request_id=uuid.uuid4().hex, night=night.date, bundle=night.bundle, degraded=degraded, source=found.source, items=items_of(found)
         )
-        self._decided(night, request, answer)
+        self._decided(request, answer, begun)
         return answer
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
@@ -112,12 +113,14 @@ class Handler:
         for place, event in enumerate(request.events):
             body: dict[str, Any] = {
                 "item_id": self.night.item_id(event.item_id, f"events.{place}.item_id"),
-                "event": event.event,
+                "event": event.event or self.night.predictor.event_types[0],
                 "value": event.value,
             }
             if request.context:
                 body["context"] = request.context
             at_s = now if event.timestamp is None else event.timestamp.timestamp()
+            if at_s > now + AHEAD_S:
+                raise RequestError(f"events.{place}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
             entries.append(Entry("event", event.event_id or uuid.uuid4().hex, user, at_s, body))
         numbers = await self._keep(lambda writer: writer.append(entries))
         kept = sum(number > 0 for number in numbers)
@@ -175,7 +178,7 @@ class Handler:
             degraded.append("model")
             return None
 
-    def _decided(self, night: Night, request: RecommendRequest, answer: RecommendResponse) -> None:
+    def _decided(self, request: RecommendRequest, answer: RecommendResponse, begun: float) -> None:
         """Log an answer, behind."""
         if self._writer is None:
             return
@@ -186,6 +189,7 @@ class Handler:
             "night": answer.night,
             "bundle": answer.bundle,
             "degraded": answer.degraded,
+            "ms": round(1000 * (time.monotonic() - begun), 3),
         }
         self._writer.later(Entry("decision", answer.request_id, user, time.time(), body))
 

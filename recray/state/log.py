@@ -81,6 +81,11 @@ class Log(abc.ABC):
     def close(self) -> None: ...
 
 
+def sqlite_file(root: Path) -> Path:
+    """Where the log lies if it is sqlite's."""
+    return root / "state" / "log.sqlite"
+
+
 def open_log(url: str, root: Path) -> Log:
     """The log of `serve.state`: `sqlite` (under the root) or redis://host:port/database.
 
@@ -89,7 +94,7 @@ def open_log(url: str, root: Path) -> Log:
     if url == "sqlite":
         from recray.state.sqlite import SqliteLog
 
-        return SqliteLog(root / "state" / "log.sqlite")
+        return SqliteLog(sqlite_file(root))
     if url.startswith(("redis://", "rediss://", "unix://")):
         try:
             from recray.state.redis import RedisLog

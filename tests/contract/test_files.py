@@ -43,7 +43,7 @@ def test_top_level_is_what_was_agreed():
     assert visible == {"pyproject.toml", "README.md", "jobs", "recray", "policies", "tests", "infra"}
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "serve"])
+@pytest.mark.parametrize("job", ["collect", "prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "serve"])
 def test_each_job_can_be_submitted_and_is_a_command(job):
     text = (REPOSITORY / "jobs" / f"{job}.py").read_text()
     assert f'job_main("{job}")' in text and len(text.splitlines()) < 15

@@ -163,6 +163,7 @@ def test_events_sent_along_count_for_one_answer(address):
         ("/v1/events", {"user_id": "no number", "events": [{"item_id": "i0000001"}]}, 422, "user_id"),
         ("/v1/events", {"user_id": 1, "events": []}, 422, "body.events"),
         ("/v1/events", {"user_id": 1, "events": [{"item_id": "a", "value": "NaN"}]}, 422, "value"),
+        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "2150-01-01"}]}, 422, "events.0.timestamp"),
         ("/v1/feedback", {"request_id": "", "outcome": "click"}, 422, "request_id"),
         ("/v1/nothing", {}, 404, "Not Found"),
     ],

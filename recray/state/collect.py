@@ -1,0 +1,172 @@
+"""From the log to Parquet: every entry once, in sealed folders that each hold the next stretch of the log.
+
+What was collected is read off the folders' names, so a collect that is killed leaves nothing and the next one does its work. A folder
+holds `events.parquet` (the owner's columns, as the event log has them), `decisions.parquet` and `outcomes.parquet`, where there are any.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recray import schema
+from recray.state.log import Entry, Log
+from recray.storage import Storage, read_json, sealed_directory
+
+KIND = "collected"
+AT_ONCE = 50_000
+LIVE_POSITION = 1 << 40  # where an order is all that is known: after everything that the event log holds
+DAY_S = 86_400
+
+_DECISIONS = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("user_id", pa.string()),
+        ("timestamp", pa.timestamp("us", "UTC")),
+        ("items", pa.list_(pa.string())),
+        ("source", pa.string()),
+        ("night", pa.string()),
+        ("bundle", pa.string()),
+        ("degraded", pa.list_(pa.string())),
+        ("ms", pa.float32()),
+        ("more", pa.string()),
+    ]
+)
+_OUTCOMES = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("timestamp", pa.timestamp("us", "UTC")),
+        ("outcome", pa.string()),
+        ("item_id", pa.string()),
+        ("value", pa.float32()),
+        ("set_aside", pa.bool_()),
+    ]
+)
+
+
+def collect(storage: Storage, log: Log, columns: Mapping[str, str], types: Mapping[str, pa.DataType]) -> tuple[Path | None, dict[str, int]]:
+    """Write what the log has and no folder holds; None if there is nothing. Returns how many entries of each kind.
+
+    columns : the owner's name of each column of the event log (see `recray.schema`)
+    types : their types
+    Raises StateError, and what a disk that takes nothing raises.
+    """
+    first = collected_through(storage).get(log.identity, 0) + 1
+    scratch_key = f"{log.identity[:8]}-{first:020d}"
+    counts: Counter[str] = Counter()
+    entries = log.read(first - 1, AT_ONCE)
+    if not entries:
+        return None, {}
+    fields: dict[str, Any] = {"log": log.identity, "first": first, "collected_at_s": int(time.time())}
+    path = storage.collected / scratch_key
+    with sealed_directory(path, KIND, scratch_key, fields) as folder:
+        with _Writers(folder, columns, types) as writers:
+            while entries:
+                writers.write(entries)
+                counts.update(entry.kind for _, entry in entries)
+                fields["last"] = entries[-1][0]
+                entries = log.read(fields["last"], AT_ONCE)
+        fields["counts"] = dict(sorted(counts.items()))
+    return path, fields["counts"]
+
+
+def collected_through(storage: Storage) -> dict[str, int]:
+    """The last number that was collected, by the identity of a log."""
+    found: dict[str, int] = {}
+    for path in storage.collected.glob("[!.]*"):
+        manifest = read_json(path / "manifest.json")
+        found[manifest["log"]] = max(found.get(manifest["log"], 0), manifest["last"])
+    return found
+
+
+def forget(storage: Storage, log: Log, keep_days: float) -> int:
+    """Drop from the log what was collected more than so many days ago; returns the last number dropped, 0 for none."""
+    before = time.time() - keep_days * DAY_S
+    old = [manifest for path in storage.collected.glob("[!.]*") if (manifest := read_json(path / "manifest.json"))["collected_at_s"] < before]
+    through = max((manifest["last"] for manifest in old if manifest["log"] == log.identity), default=0)
+    if through:
+        log.forget(through)
+    return int(through)
+
+
+class _Writers:
+    """One Parquet file a kind, begun with its first row."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, str], types: Mapping[str, pa.DataType]) -> None:
+        self.folder, self.columns, self.types = folder, columns, types
+        self.open: dict[str, pq.ParquetWriter] = {}
+
+    def __enter__(self) -> _Writers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self.open.values():
+            writer.close()
+
+    def write(self, entries: list[tuple[int, Entry]]) -> None:
+        by_kind: dict[str, list[tuple[int, Entry]]] = {}
+        for number, entry in entries:
+            by_kind.setdefault("outcome" if entry.kind == "set_aside" else entry.kind, []).append((number, entry))
+        if "event" in by_kind:
+            self._add("events", self._events(by_kind["event"]))
+        if "decision" in by_kind:
+            self._add("decisions", pa.Table.from_pylist([_decision(entry) for _, entry in by_kind["decision"]], _DECISIONS))
+        if "outcome" in by_kind:
+            self._add("outcomes", pa.Table.from_pylist([_outcome(entry) for _, entry in by_kind["outcome"]], _OUTCOMES))
+
+    def _add(self, name: str, table: pa.Table) -> None:
+        if name not in self.open:
+            self.open[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", table.schema, compression="zstd")
+        self.open[name].write_table(table)
+
+    def _events(self, entries: list[tuple[int, Entry]]) -> pa.Table:
+        arrays = [self._column(name, entries) for name in self.columns]
+        return pa.Table.from_arrays(arrays, names=list(self.columns.values()))
+
+    def _column(self, name: str, entries: list[tuple[int, Entry]]) -> pa.Array:
+        kind = self.types[name]
+        values: list[Any]
+        if name == schema.USER_ID:
+            values = [entry.user for _, entry in entries]
+        elif name == schema.TIMESTAMP:
+            return pa.array([_microseconds(entry) for _, entry in entries], pa.int64()).cast(kind)
+        elif name == schema.POSITION:
+            values = [LIVE_POSITION + number for number, _ in entries]
+        elif name == schema.BASKET:
+            values = [_microseconds(entry) for _, entry in entries]
+        elif name.startswith(schema.CONTEXT):
+            given = [entry.body.get("context", {}).get(name.removeprefix(schema.CONTEXT)) for _, entry in entries]
+            values = [str(value).lower() if isinstance(value, bool) else value for value in given]
+        else:
+            values = [entry.body.get(name) for _, entry in entries]
+        if pa.types.is_string(kind):
+            values = [None if value is None else str(value) for value in values]
+        elif pa.types.is_integer(kind):
+            values = [int(value) for value in values]
+        return pa.array(values, kind)
+
+
+def _decision(entry: Entry) -> dict[str, Any]:
+    known = {name: entry.body.get(name) for name in ("source", "night", "bundle", "degraded", "ms")}
+    more = {name: value for name, value in entry.body.items() if name not in known and name != "items"}
+    shown = [str(item) for item in entry.body["items"]]
+    told = json.dumps(more, sort_keys=True) if more else None
+    return {"request_id": entry.key, "user_id": entry.user, "timestamp": _microseconds(entry), "items": shown, "more": told, **known}
+
+
+def _outcome(entry: Entry) -> dict[str, Any]:
+    body = entry.body
+    item = None if body.get("item_id") is None else str(body["item_id"])
+    told = {"request_id": body["request_id"], "outcome": body["outcome"], "value": body.get("value")}
+    return {**told, "timestamp": _microseconds(entry), "item_id": item, "set_aside": entry.kind == "set_aside"}
+
+
+def _microseconds(entry: Entry) -> int:
+    return round(entry.at_s * 1e6)

@@ -1,0 +1,149 @@
+"""From the endpoint's log to the next night: every entry once, in the owner's columns, and known to the night that read it."""
+
+import datetime as dt
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import night_here, prepare_here, world_overrides
+
+from recray import pipeline
+from recray.config import load_settings
+from recray.errors import StateError
+from recray.prepare.sources import collected_files
+from recray.serving.api import RecommendRequest
+from recray.serving.night import Night
+from recray.state import collect as collecting
+from recray.state.log import Entry, open_log
+from recray.storage import Storage
+
+COLUMNS = {"user_id": "who", "item_id": "what", "timestamp": "when", "event": "event", "value": "stars", "context_page": "page"}
+TYPES = {
+    "user_id": pa.int64(), "item_id": pa.string(), "timestamp": pa.timestamp("us", tz="UTC"), "event": pa.string(), "value": pa.float32(),
+    "context_page": pa.string(),
+}  # fmt: skip
+
+
+def event(key, user="7", at_s=100.25, **body):
+    return Entry("event", key, user, at_s, {"item_id": "a", "event": "view", "value": 1.0, **body})
+
+
+def decision(key):
+    return Entry("decision", key, "7", 5.0, {"items": [1, 2], "source": "snapshot", "night": "n", "bundle": "b", "degraded": [], "ms": 1.5, "arm": 3})
+
+
+def outcome(key, request, kind="outcome"):
+    return Entry(kind, key, None, 6.0, {"request_id": request, "outcome": "click", "item_id": 1, "value": 2.0})
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def log(request, tmp_path):
+    if request.param == "sqlite":
+        found = open_log("sqlite", tmp_path)
+    else:
+        pytest.importorskip("redis").Redis.from_url(url := request.getfixturevalue("redis_server")).flushall()
+        found = open_log(url, tmp_path)
+    yield found
+    found.close()
+
+
+def test_each_entry_is_collected_once_in_the_owners_columns(log, tmp_path):
+    storage = Storage(tmp_path)
+    assert collecting.collect(storage, log, COLUMNS, TYPES) == (None, {})
+    log.append([event("e1", context={"page": True}), decision("d1"), outcome("o1", "d1"), outcome("o2", "?", "set_aside")])
+    first, counts = collecting.collect(storage, log, COLUMNS, TYPES)
+    assert counts == {"decision": 1, "event": 1, "outcome": 1, "set_aside": 1}
+    assert collecting.collect(storage, log, COLUMNS, TYPES) == (None, {})
+    (row,) = pq.read_table(first / "events.parquet").to_pylist()
+    when = dt.datetime.fromtimestamp(100.25, dt.UTC)
+    assert row == {"who": 7, "what": "a", "when": when, "event": "view", "stars": 1.0, "page": "true"}
+    (row,) = pq.read_table(first / "decisions.parquet").to_pylist()
+    assert (row["request_id"], row["items"], row["ms"], row["more"]) == ("d1", ["1", "2"], 1.5, '{"arm": 3}')
+    rows = pq.read_table(first / "outcomes.parquet").to_pylist()
+    assert [(row["request_id"], row["item_id"], row["set_aside"]) for row in rows] == [("d1", "1", False), ("?", "1", True)]
+    log.append([event("e1"), event("e2", "8")])
+    second, counts = collecting.collect(storage, log, COLUMNS, TYPES)
+    assert counts == {"event": 1} and collected_files(tmp_path) == [first / "events.parquet", second / "events.parquet"]
+    assert not (second / "decisions.parquet").exists()
+    assert pq.read_table(second / "events.parquet").schema == pq.read_table(first / "events.parquet").schema
+
+
+def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tmp_path, monkeypatch):
+    storage = Storage(tmp_path)
+    log.append([event(f"e{n}", str(n % 5)) for n in range(100)])
+    monkeypatch.setattr(collecting, "AT_ONCE", 30)
+    inner, calls = log.read, []
+
+    def breaks(after, limit):
+        calls.append(after)
+        if len(calls) == 3:
+            raise StateError("gone")
+        return inner(after, limit)
+
+    monkeypatch.setattr(log, "read", breaks)
+    with pytest.raises(StateError):
+        collecting.collect(storage, log, COLUMNS, TYPES)
+    assert list(storage.collected.iterdir()) == []
+    collecting.collect(storage, log, COLUMNS, TYPES)
+    log.append([event("late")])
+    collecting.collect(storage, log, COLUMNS, TYPES)
+    users = [user for file in collected_files(tmp_path) for user in pq.read_table(file)["who"].to_pylist()]
+    assert Counter(users) == {0: 20, 1: 20, 2: 20, 3: 20, 4: 20, 7: 1}
+
+
+def test_another_store_is_counted_anew(tmp_path):
+    storage = Storage(tmp_path)
+    for name in ("one", "two"):
+        log = open_log("sqlite", tmp_path / name)
+        log.append([event("e1")])
+        assert collecting.collect(storage, log, COLUMNS, TYPES)[1] == {"event": 1}
+        log.close()
+    assert len(collected_files(tmp_path)) == 2
+
+
+def test_what_was_collected_is_forgotten_after_its_time(log, tmp_path):
+    storage = Storage(tmp_path)
+    log.append([event("e1"), event("e2")])
+    collecting.collect(storage, log, COLUMNS, TYPES)
+    log.append([event("e3")])
+    assert collecting.forget(storage, log, 1.0) == 0 and len(log.read(0, 10)) == 3
+    assert collecting.forget(storage, log, -1.0) == 2 and [entry.key for _, entry in log.read(0, 10)] == ["e3"]
+
+
+def test_where_only_an_order_is_known_live_events_come_last(tmp_path):
+    storage, log = Storage(tmp_path), open_log("sqlite", tmp_path)
+    log.append([event("e1"), event("e2")])
+    columns = {"user_id": "user_id", "item_id": "item_id", "position": "position", "basket": "order"}
+    types = {"user_id": pa.string(), "item_id": pa.string(), "position": pa.int64(), "basket": pa.string()}
+    path, _ = collecting.collect(storage, log, columns, types)
+    rows = pq.read_table(path / "events.parquet").to_pylist()
+    assert rows[0]["position"] > 1 << 40 and rows[1]["position"] > rows[0]["position"] and rows[0]["order"] == "100250000"
+    log.close()
+
+
+def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(world_folder, tmp_path):
+    settings = load_settings(None, world_overrides(world_folder, tmp_path / "root"))
+    first = prepare_here(settings)
+    night = Night.load(night_here(settings, first, tmp_path / "one"))
+    log = open_log("sqlite", settings.root())
+    live = dt.datetime.fromtimestamp(first.as_of_s + 500, dt.UTC)
+    log.append([Entry("event", "e1", "7", live.timestamp(), {"item_id": "i0000003", "event": "purchase", "value": 1.0})])
+    fresh = log.recent("7", night.collected.get(log.identity, 0), night.dataset.as_of_s + 1)
+    assert len(fresh) == 1
+    asked = night.question(RecommendRequest(user_id=7), fresh)
+    log.close()
+
+    assert pipeline.run_collect(settings, None).metrics == {"collected_events": 1}
+    assert pipeline.run_collect(settings, None).status == "skipped"
+    second = prepare_here(settings)
+    assert second.key != first.key and second.n_events == first.n_events + 1 and second.as_of_s == int(live.timestamp())
+    tonight = Night.load(night_here(settings, second, tmp_path / "two"))
+    log = open_log("sqlite", settings.root())
+    assert tonight.collected == {log.identity: 1}
+    assert log.recent("7", tonight.collected[log.identity], tonight.dataset.as_of_s + 1) == []
+    known = tonight.question(RecommendRequest(user_id=7))
+    for mine, theirs in zip(asked.history, known.history, strict=True):
+        assert mine.tolist() == theirs.tolist()
+    assert asked.now == known.now
+    log.close()
