@@ -106,9 +106,8 @@ def collect(work: Work) -> JobResult:
     told = ", ".join(f"{count} {kind}s" if kind != "set_aside" else f"{count} outcomes set aside" for kind, count in counts.items())
     work.say(f"collected: {told or 'nothing new'}", stage="collect")
     outputs = {} if path is None else {"collected": str(path)}
-    return result_of(
-        "collect", path is None, "" if path is None else path.name, outputs, {f"collected_{k}s": n for k, n in counts.items()}, started, work
-    )
+    metrics = {f"collected_{kind}s": count for kind, count in counts.items()}
+    return result_of("collect", path is None, "" if path is None else path.name, outputs, metrics, started, work)
 
 
 def prepare(work: Work, as_of: AsOf, key: str) -> JobResult:

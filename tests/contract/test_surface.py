@@ -62,9 +62,9 @@ def test_public_names_are_the_recorded_ones():
 
 
 def test_the_endpoints_openapi_is_the_recorded_one():
-    from recray.serving.app import api
+    from recray.serving.http import openapi
 
-    found = json.loads(json.dumps(api.openapi()))
+    found = json.loads(openapi())
     assert found == recorded("openapi.json", found), CHANGED
 
 
