@@ -40,6 +40,15 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 def create_app(handler: Handler) -> ASGIApp:
     """The ASGI application of a handler."""
+    return Limit(_routes(handler), handler.options.max_body_bytes)
+
+
+def openapi() -> str:
+    """The OpenAPI document as JSON, without an endpoint."""
+    return json.dumps(_routes(None).openapi(), indent=2)  # type: ignore[arg-type]
+
+
+def _routes(handler: Handler) -> FastAPI:
     api = FastAPI(
         title="recray",
         version=recray.__version__,
@@ -95,7 +104,7 @@ def create_app(handler: Handler) -> ASGIApp:
             raise UnavailableError(f"away: {', '.join(away)}", "requests are answered all the same; see recray's log")
         return Health(status="ok", night=handler.night.date)
 
-    return Limit(api, handler.options.max_body_bytes)
+    return api
 
 
 def _refused(_: Request, error: Any) -> JSONResponse:
@@ -165,10 +174,3 @@ def _depth(body: bytes) -> int:
     """An upper bound of how deeply JSON is nested: brackets that open less those that close, at the deepest place."""
     steps = (1 if byte in b"[{" else -1 for byte in body.translate(None, _NO_BRACKETS))
     return max(accumulate(steps), default=0)
-
-
-def openapi() -> str:
-    """The OpenAPI document as JSON, without an endpoint."""
-    app = create_app(None)  # type: ignore[arg-type]
-    assert isinstance(app, Limit)
-    return json.dumps(app.app.openapi(), indent=2)  # type: ignore[attr-defined]
