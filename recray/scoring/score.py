@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 from recray import __version__
 from recray.bundle import Bundle
 from recray.cluster import require, unwrapped
-from recray.config import Settings
+from recray.config import ScoreSettings, Settings
 from recray.dataset.reader import Dataset
 from recray.inference import Filters, Predictor, Rules
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
@@ -31,7 +33,13 @@ def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> tup
 
     Returns its path, its manifest, and whether the publication changed. Raises RefusedError for an older night.
     """
-    storage = Storage(settings.root())
+    return write_night(Storage(settings.root()), key, dataset, bundle, settings.score, partial(_on_ray_data, settings))
+
+
+def write_night(
+    storage: Storage, key: str, dataset: Dataset, bundle: Bundle, options: ScoreSettings, each: Each
+) -> tuple[Path, dict[str, Any], bool]:
+    """As `score`; `each` says how the buckets are scored."""
     path = snapshot_path(storage, dataset.as_of_s, key)
     if not is_sealed(path, KIND, key):
         fields: dict[str, Any] = {
@@ -42,36 +50,39 @@ def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> tup
             "dataset_digest": dataset.digest,
             "user_type": str(dataset.user_type),
             "buckets": dataset.n_shards,
-            "k": settings.score.k,
-            "new_only": settings.score.new_only,
-            "rules": settings.score.rules(),
+            "k": options.k,
+            "new_only": options.new_only,
+            "rules": options.rules(),
         }
         with sealed_directory(path, KIND, key, fields) as folder:
-            fields.update(_summary(_run(settings, dataset, bundle, folder), len(bundle.item_ids) + len(bundle.newcomers(dataset))))
+            arguments = {
+                "bundle": str(bundle.path),
+                "dataset": str(dataset.path),
+                "folder": str(folder),
+                "k": options.k,
+                "new_only": options.new_only,
+                "rules": options.rules(),
+                "batch_users": options.batch_users,
+            }
+            fields.update(_summary(each(arguments, dataset.n_shards), len(bundle.item_ids) + len(bundle.newcomers(dataset))))
     manifest = open_sealed(path, KIND, verify=False)
     return path, manifest, publish(storage, path, manifest)
 
 
-def _run(settings: Settings, dataset: Dataset, bundle: Bundle, folder: Path) -> list[dict[str, Any]]:
+Each = Callable[[dict[str, Any], int], list[dict[str, Any]]]
+"""What a `ScoreBucket` of these arguments (and `threads`) says of each bucket below a count, in any order and any process."""
+
+
+def _on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) -> list[dict[str, Any]]:
     import ray
 
     options = settings.score
-    actors = min(options.actors, dataset.n_shards)
+    actors = min(options.actors, buckets)
     require(actors * options.cpus_per_actor, 0, "score", settings.train.timeout_s)
-    arguments = {
-        "bundle": str(bundle.path),
-        "dataset": str(dataset.path),
-        "folder": str(folder),
-        "k": options.k,
-        "new_only": options.new_only,
-        "rules": options.rules(),
-        "batch_users": options.batch_users,
-        "threads": max(1, (os.cpu_count() or 1) // actors),
-    }
     with unwrapped():
-        scored = ray.data.from_items(list(range(dataset.n_shards)), override_num_blocks=dataset.n_shards).map(
+        scored = ray.data.from_items(list(range(buckets)), override_num_blocks=buckets).map(
             ScoreBucket,  # type: ignore[arg-type]
-            fn_constructor_kwargs=arguments,
+            fn_constructor_kwargs={**arguments, "threads": max(1, (os.cpu_count() or 1) // actors)},
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=options.cpus_per_actor,
             ray_remote_args_fn=lambda: {"max_restarts": options.max_failures, "max_task_retries": options.max_failures},

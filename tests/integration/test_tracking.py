@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import prepare_here, world_overrides
 
 from recray import stages
+from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.pipeline import run_promote, run_score
@@ -30,7 +31,7 @@ def shop(tmp_path, world_folder, own_home):
     dataset, storage = prepare_here(settings), Storage(settings.root())
     bundles = []
     for seed in range(2):
-        bundles.append(bundle_here(load_settings(None, [*overrides, f"train.seed={seed}"]), dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
+        bundles.append(untrained(load_settings(None, [*overrides, f"train.seed={seed}"]), dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
     return settings, storage, dataset, bundles
 
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import prepare_here, world_overrides
 
 from recray import cli
+from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import DamagedArtifactError, RefusedError
@@ -71,7 +72,7 @@ def test_a_damaged_dataset_stops_the_job_before_any_work(capsys, world_folder, t
 def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
     settings = load_settings(None, world_overrides(world_folder, tmp_path))
     path = tmp_path / "bundle"
-    bundle_here(settings, prepare_here(settings), path, "k")
+    untrained(settings, prepare_here(settings), path, "k")
     for name in ("model.safetensors", "items.parquet", "config.yaml", "popularity.parquet", "privacy.json", "metrics.json"):
         content = bytearray((path / name).read_bytes())
         content[len(content) // 2] ^= 1

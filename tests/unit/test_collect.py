@@ -6,9 +6,10 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import night_here, prepare_here, world_overrides
+from conftest import prepare_here, world_overrides
 
 from recray import pipeline
+from recray.benchmark.nights import publish_untrained
 from recray.config import load_settings
 from recray.errors import StateError
 from recray.prepare.sources import collected_files
@@ -125,7 +126,7 @@ def test_where_only_an_order_is_known_live_events_come_last(tmp_path):
 def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(world_folder, tmp_path):
     settings = load_settings(None, world_overrides(world_folder, tmp_path / "root"))
     first = prepare_here(settings)
-    night = Night.load(night_here(settings, first, tmp_path / "one"))
+    night = Night.load(publish_untrained(settings, first, tmp_path / "one"))
     log = open_log("sqlite", settings.root())
     live = dt.datetime.fromtimestamp(first.as_of_s + 500, dt.UTC)
     log.append([Entry("event", "e1", "7", live.timestamp(), {"item_id": "i0000003", "event": "purchase", "value": 1.0})])
@@ -138,7 +139,7 @@ def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(wo
     assert pipeline.run_collect(settings, None).status == "skipped"
     second = prepare_here(settings)
     assert second.key != first.key and second.n_events == first.n_events + 1 and second.as_of_s == int(live.timestamp())
-    tonight = Night.load(night_here(settings, second, tmp_path / "two"))
+    tonight = Night.load(publish_untrained(settings, second, tmp_path / "two"))
     log = open_log("sqlite", settings.root())
     assert tonight.collected == {log.identity: 1}
     assert log.recent("7", tonight.collected[log.identity], tonight.dataset.as_of_s + 1) == []

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import uvicorn
-from conftest import night_here
 
+from recray.benchmark.nights import publish_untrained
 from recray.config import ServeSettings
 from recray.errors import RequestError, StateError
 from recray.inference import Predictor
@@ -28,7 +28,7 @@ USER = {"user_id": 7, "k": 5}
 
 @pytest.fixture(scope="module")
 def storage(world_settings, world_dataset, tmp_path_factory):
-    return night_here(world_settings, world_dataset, tmp_path_factory.mktemp("night"))
+    return publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("night"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import numpy as np
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import prepare_here, world_overrides
 
+from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.evaluation.evaluate import MODEL, compare, evaluate, evaluate_key
 from recray.evaluation.table import render
@@ -8,7 +9,7 @@ from recray.inference import Predictor
 
 
 def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dataset, tmp_path):
-    bundle = bundle_here(world_settings, world_dataset, tmp_path / "b", "b")
+    bundle = untrained(world_settings, world_dataset, tmp_path / "b", "b")
     table, ndcg = compare(world_settings, world_dataset, Predictor.load(bundle.path, dataset=world_dataset))
     assert {setting: values.mean() for setting, values in ndcg.items()} == {s: rows[MODEL]["ndcg@10"] for s, rows in table.items()}
     for rows in table.values():
@@ -38,7 +39,7 @@ def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, world_folder):
     overrides = [o for o in world_overrides(world_folder, tmp_path) if not o.startswith(("data.items", "data.features"))]
     settings = load_settings(None, [*overrides, f"data.events={tmp_path / 'e.parquet'}"])
     data = prepare_here(settings)
-    bundle = bundle_here(settings, data, tmp_path / "b", "b")
+    bundle = untrained(settings, data, tmp_path / "b", "b")
     table = evaluate(settings, evaluate_key(settings, data, bundle), data, bundle)
     assert "skipped" in table["new_only"][MODEL] and table["repeats"][MODEL]["users"] > 0
     render(table, 10)

@@ -4,8 +4,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import prepare_here, world_overrides
 
+from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, NEVER_SAID, freshness
 from recray.dataset.worlds import News
@@ -90,7 +91,7 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
 
 
 def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
-    bundle = bundle_here(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
+    bundle = untrained(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
     assert (Predictor.load(bundle.path).released_day == dataset.released_day).all()
 
 

@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from conftest import bundle_here, prepare_here, world_overrides
+from conftest import prepare_here, world_overrides
 
 from recray import promotion
+from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.dataset.worlds import World
@@ -32,7 +33,7 @@ def shop(tmp_path_factory, world_folder):
     dataset, storage, bundles = prepare_here(settings), Storage(root), []
     for seed in range(3):
         other = load_settings(None, [*overrides, f"train.seed={seed}"])
-        bundles.append(bundle_here(other, dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
+        bundles.append(untrained(other, dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
     return settings, storage, dataset, bundles
 
 

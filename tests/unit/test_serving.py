@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import bundle_here, night_here, prepare_here, world_overrides
+from conftest import prepare_here, world_overrides
 from pydantic import ValidationError
 
+from recray.benchmark.nights import publish_untrained, untrained
 from recray.config import ScoreSettings, load_settings
 from recray.dataset.reader import bucket_of
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
@@ -23,14 +24,15 @@ from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import write_part
 from recray.storage import Storage
 
-K = 20
+K = 20  # score.k of the world
 NO_RULES = ScoreSettings().rules()
-RULES = {**NO_RULES, "exclude": ["brand=brand 3"], "caps": {"category": 4}}
+RULES = {"exclude": ("brand=brand 3",), "caps": {"category": 4}}
 
 
 @pytest.fixture(scope="module")
 def storage(world_settings, world_dataset, tmp_path_factory) -> Storage:
-    return night_here(world_settings, world_dataset, tmp_path_factory.mktemp("night"), RULES)
+    settings = world_settings.model_copy(update={"score": world_settings.score.model_copy(update=RULES)})
+    return publish_untrained(settings, world_dataset, tmp_path_factory.mktemp("night"))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_the_context_of_a_request_is_heard(storage):
 def test_damaged_and_missing_snapshots_are_refused(storage, tmp_path):
     with pytest.raises(MissingArtifactError):
         Night.load(Storage(tmp_path))
-    part = next((storage.scores / "night").glob("index-*.arrow"))
+    part = next(Snapshot.latest(storage).path.glob("index-*.arrow"))
     content = part.read_bytes()
     try:
         part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -174,7 +176,7 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
     overrides = [*world_overrides(world_folder, tmp_path), f"data.events={tmp_path / 'e.parquet'}", "data.min_item_events=2"]
     settings = load_settings(None, overrides)
     data = prepare_here(settings)
-    bundle = bundle_here(settings, data, tmp_path / "b", "b")
+    bundle = untrained(settings, data, tmp_path / "b", "b")
     shared = {"bundle": str(bundle.path), "dataset": str(data.path), "batch_users": 64, "threads": 1, "rules": NO_RULES}
     bucket = int(bucket_of([999], data.n_shards)[0])
     part = ScoreBucket(**shared, folder=str(tmp_path), k=5, new_only=False)({"item": bucket})

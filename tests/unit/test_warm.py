@@ -2,8 +2,9 @@ import datetime as dt
 
 import pytest
 import torch
-from conftest import bundle_here, prepare_here, private_overrides, world_overrides
+from conftest import prepare_here, private_overrides, world_overrides
 
+from recray.benchmark.nights import untrained
 from recray.bundle import write_bundle
 from recray.config import load_settings
 from recray.errors import SettingsError
@@ -59,7 +60,7 @@ def test_the_parent_is_the_champion_of_before_also_when_the_night_is_repeated(wo
     before, after = prepare_here(settings, EARLY), prepare_here(settings)
     assert parent_of(settings, after) is None
     anew = train_key(settings, after)
-    yesterday = bundle_here(settings, before, storage.bundle("yesterday"), "yesterday")
+    yesterday = untrained(settings, before, storage.bundle("yesterday"), "yesterday")
     Release(champion=Member.of(yesterday)).write(storage)
     assert parent_of(settings, after).key == "yesterday"
     assert parent_of(settings, before) is None, "a champion of the same night"
@@ -95,7 +96,7 @@ def test_a_private_training_begins_with_what_is_private_or_public_alone(world_fo
     statements = {"public": None, "other": {"differential_privacy": True, "population": "others"}}
     statements["mine"] = {"differential_privacy": True, "population": private.privacy.population}
     statements["unaccounted"] = statements["mine"]
-    bundles = {name: bundle_here(private, before, storage.bundle(name), name, said) for name, said in statements.items()}
+    bundles = {name: untrained(private, before, storage.bundle(name), name, said) for name, said in statements.items()}
     mechanism = Mechanism(1.0, 0.2, 12, 1.0, 1e-4, 200)
     ledger = Ledger.open(private.ledger_url(), private.privacy.population)
     ledger.reserve("mine", mechanism, None, 0)
@@ -112,9 +113,9 @@ def test_a_private_training_begins_with_what_is_private_or_public_alone(world_fo
 def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tmp_path):
     plain = load_settings(None, [*private_overrides(world_folder, tmp_path / "root"), "privacy.enabled=false"])
     dataset = prepare_here(plain)
-    public = bundle_here(plain, dataset, tmp_path / "public", "public")
-    other = bundle_here(plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"})
-    within = bundle_here(plain, dataset, Storage(plain.root()).bundle("within"), "within")
+    public = untrained(plain, dataset, tmp_path / "public", "public")
+    other = untrained(plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"})
+    within = untrained(plain, dataset, Storage(plain.root()).bundle("within"), "within")
 
     def begin(bundle, *more):
         asked = [*private_overrides(world_folder, tmp_path / "root"), f"privacy.public_start={bundle.path}", "privacy.counts_share=0", *more]
