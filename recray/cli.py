@@ -102,13 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help=text, description=text)
     benchmark.add_argument(
         "what",
-        choices=["prepare", "submit", "quality", "ablations", "features", "slate", "train", "score", "catalogue", "scale", "privacy"],
+        choices=["prepare", "submit", "quality", "ablations", "features", "slate", "train", "score", "catalogue", "scale", "privacy", "serve"],
         help="prepare: peak memory; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); ablations: what each part of the model is worth, "
         "a training each, on the data that ships (half an hour) or others; features: what each column is worth, and items that training never saw; "
         "slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; catalogue: memory and time with a "
         "million items; scale: how seconds grow with events and users; privacy: a private step beside a plain one, and with --data "
-        "quality by ε (hours; goes on where it was stopped)",
+        "quality by ε (hours; goes on where it was stopped); serve: the endpoint beside plain uvicorn and beside Serve's defaults",
     )
     benchmark.add_argument(
         "--data",

@@ -16,7 +16,7 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
-ALONE = ("prepare", "submit", "catalogue", "scale", "privacy")
+ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve")
 
 
 def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None, overrides: Sequence[str] = ()) -> JobResult:
@@ -58,7 +58,7 @@ def _measure(
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
-        from recray.benchmark import catalogue, prepare, privacy, scale, submit
+        from recray.benchmark import catalogue, prepare, privacy, scale, serve, submit
 
         measures = {
             "prepare": prepare.measure_prepare,
@@ -66,6 +66,7 @@ def _measure(
             "catalogue": catalogue.measure_catalogue,
             "scale": scale.measure_scale,
             "privacy": privacy.measure_privacy,
+            "serve": serve.measure_serve,
         }
         return {}, measures[what](folder, say)
     if what == "ablations":

@@ -44,7 +44,12 @@ class History(NamedTuple):
 
 def bucket_of(user_ids: Sequence[Any], buckets: int) -> np.ndarray:
     """Shard of each user: xxh64 of the id's text modulo `buckets`, int64 [n]."""
-    return np.fromiter((xxhash.xxh64_intdigest(str(u).encode()) % buckets for u in user_ids), np.int64, len(user_ids))
+    return np.fromiter((bucket_of_one(user, buckets) for user in user_ids), np.int64, len(user_ids))
+
+
+def bucket_of_one(user_id: Any, buckets: int) -> int:
+    """As `bucket_of`, for one user."""
+    return int(xxhash.xxh64_intdigest(str(user_id).encode()) % buckets)
 
 
 def draw_of(user_ids: pa.Array, seed: object) -> np.ndarray:
@@ -270,7 +275,7 @@ class Dataset:
 
     def user_history(self, user_id: Any) -> History | None:
         """All events of a user, or None if the user is unknown."""
-        shard = self.shard(int(bucket_of([user_id], self.n_shards)[0]))
+        shard = self.shard(bucket_of_one(user_id, self.n_shards))
         row = shard.find(user_id)
         return None if row is None else shard.history(row)
 

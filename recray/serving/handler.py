@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ class Handler:
         if found is None:
             found = night.look_up(request.model_copy(update=_LIST_ALONE)) or night.popular(request)
         answer = RecommendResponse(
-            request_id=uuid.uuid4().hex, night=night.date, bundle=night.bundle, degraded=degraded, source=found.source, items=items_of(found)
+            request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=found.source, items=items_of(found)
         )
         self._decided(request, answer, begun)
         return answer
@@ -98,13 +99,13 @@ class Handler:
             raise UnavailableError("the model does not answer", "come again")
         items = [ScoredItem(item_id=item, score=score) for item, score in found.items]
         source = "popular" if found.source == "popular" else "realtime"
-        return ScoreResponse(request_id=uuid.uuid4().hex, night=night.date, bundle=night.bundle, degraded=degraded, source=source, items=items)
+        return ScoreResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=source, items=items)
 
     async def similar(self, request: SimilarRequest) -> SimilarResponse:
         """Raises RequestError for an unknown item."""
         night = self.night
         found = Found(list(await asyncio.to_thread(night.similar, request.item_id, request.k)), "realtime")
-        return SimilarResponse(request_id=uuid.uuid4().hex, night=night.date, bundle=night.bundle, items=items_of(found))
+        return SimilarResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, items=items_of(found))
 
     async def events(self, request: EventsRequest) -> EventsResponse:
         """Keep events: on disk when it returns. Raises RequestError, UnavailableError: then none was kept."""
@@ -121,7 +122,7 @@ class Handler:
             at_s = now if event.timestamp is None else event.timestamp.timestamp()
             if at_s > now + AHEAD_S:
                 raise RequestError(f"events.{place}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
-            entries.append(Entry("event", event.event_id or uuid.uuid4().hex, user, at_s, body))
+            entries.append(Entry("event", event.event_id or _new_id(), user, at_s, body))
         numbers = await self._keep(lambda writer: writer.append(entries))
         kept = sum(number > 0 for number in numbers)
         return EventsResponse(kept=kept, known=len(numbers) - kept)
@@ -130,7 +131,7 @@ class Handler:
         """Keep an outcome, after its decision: on disk when it returns. Raises UnavailableError: then it was not kept."""
         body = {"request_id": request.request_id, "outcome": request.outcome, "item_id": request.item_id, "value": request.value}
         at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
-        entry = Entry("outcome", request.feedback_id or uuid.uuid4().hex, None, at_s, body)
+        entry = Entry("outcome", request.feedback_id or _new_id(), None, at_s, body)
         kept, known = await self._keep(lambda writer: writer.outcome(entry, request.request_id))
         return FeedbackResponse(kept=kept, set_aside=not known)
 
@@ -219,6 +220,14 @@ class Handler:
         except StateError as error:
             self._reopen_at = time.monotonic() + AWAY_S
             self._is_away(error)
+
+
+_ids = random.Random(secrets.token_bytes(32))  # the system's own are ten times slower
+
+
+def _new_id() -> str:
+    """128 random bits."""
+    return f"{_ids.getrandbits(128):032x}"
 
 
 _LIST_ALONE: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}}

@@ -36,5 +36,5 @@ def problem(status: int, detail: str, fix: str = "", errors: Sequence[FieldError
 
 
 def field_errors(found: Sequence[Any]) -> list[FieldError]:
-    """Of pydantic's errors; what was sent is not repeated, it may be anybody's."""
-    return [FieldError(field=".".join(str(part) for part in error["loc"]), problem=str(error["msg"])) for error in found]
+    """Of pydantic's errors of a body; what was sent is not repeated, it may be anybody's."""
+    return [FieldError(field=".".join(("body", *(str(part) for part in error["loc"]))), problem=str(error["msg"])) for error in found]

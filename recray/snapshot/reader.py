@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recray.dataset.reader import bucket_of
+from recray.dataset.reader import bucket_of_one
 from recray.errors import DamagedArtifactError
 from recray.schema import USER_ID
 from recray.snapshot.writer import KIND, index_name, part_name
@@ -61,7 +61,7 @@ class Snapshot:
             return None
         if not self.manifest["users"]:
             return None
-        index = self._index(int(bucket_of([user_id], self.buckets)[0]))
+        index = self._index(bucket_of_one(user_id, self.buckets))
         users = index[USER_ID]
         row = bisect_left(range(len(users)), user_id, key=lambda row: users[row].as_py())
         if row == len(users) or users[row].as_py() != user_id:
