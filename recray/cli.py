@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--restart", action="store_true", help="begin a night anew that was begun with other settings and did not end")
         if job == "report":
             command.add_argument("--no-open", action="store_true", help="write it and say where it is, without a browser")
+        if job == "serve":
+            command.add_argument("what", nargs="?", choices=["run", "key"], default="run", help="run: until interrupted; key NAME: draw an API key")
+            command.add_argument("name", nargs="?", help="key: whose it is")
+            command.add_argument("--scopes", default="read,write", help="key: what it may do, of read, write and admin (default: read,write)")
         _settings(command)
     _submit(commands)
     models = commands.add_parser("models", help="bundles, their roles and their versions in MLflow")
@@ -209,6 +213,8 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         settings = load_settings(arguments.config, arguments.overrides)
         as_of = parse_as_of(arguments.as_of)
         if arguments.job == "serve":
+            if arguments.what == "key":
+                return demo.run_key(arguments.name, arguments.scopes.split(","), reporter)
             return demo.run_serve(settings, reporter)
         if arguments.job == "doctor":
             from recray import doctor

@@ -288,6 +288,8 @@ class ServeSettings(Section):
     max_batch: int = _place(32, "requests that the model answers in one pass, at most; 1: batching off", ge=1)
     timeout_s: float = _place(2.0, "how long a request waits for the model before the nightly list answers", gt=0)
     max_body_bytes: int = _place(1 << 20, "largest request body", ge=1024)
+    keys: str | None = _place(None, "YAML file of API keys, see recray serve key; null: those in RECRAY_KEYS, else no key is asked for")
+    rate: str | None = _place(None, "requests a key may make, for example 100/second; counted by each replica, or by all where state is Redis")
     keep_days: float = _place(7.0, "how long the log keeps what was collected, and knows the event_id of what it was told", gt=0)
     state: str = _place("sqlite", "log of events, answers and outcomes: sqlite (under storage.root, one machine) or redis://host:port/database")
     poll_s: float = _place(1.0, "how often a replica looks for a new snapshot", gt=0)

@@ -36,6 +36,18 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     return JobResult("serve", "ok", outputs={"address": address}, seconds=round(time.monotonic() - started, 2))
 
 
+def run_key(name: str | None, scopes: list[str], reporter: Reporter) -> JobResult:
+    """Draw an API key; its entry for a keys file is the job's output, the key itself is shown and nowhere else."""
+    from recray.serving.guard import new_key
+
+    if not name:
+        raise SettingsError("recray serve key: whose?", "recray serve key NAME")
+    secret, entry = new_key(name, scopes)
+    reporter.say(f"the key, shown this once: {secret}")
+    reporter.say(f"append to the file that serve.keys names:\n{entry.rstrip()}")
+    return JobResult("serve key", "ok", metrics={"entry": entry})
+
+
 def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, keep_serving: Callable[[str], None] | None) -> JobResult:
     """A night on Online Retail in a fresh root, a table, and three live requests.
 

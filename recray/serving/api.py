@@ -222,6 +222,10 @@ class Health(BaseModel):
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "No known API key"},
+    403: {"model": Problem, "description": "The key has not the scope"},
+    413: {"model": Problem, "description": "The body is too large"},
     422: {"model": Problem, "description": "The request makes no sense; `errors` names the fields"},
+    429: {"model": Problem, "description": "Too many requests; Retry-After says when to come again"},
     503: {"model": Problem, "description": "Too busy, or a part is away; Retry-After says when to come again"},
 }

@@ -8,11 +8,13 @@ from ray import serve
 
 from recray.config import Settings
 from recray.errors import ClusterError
+from recray.serving.guard import check
 from recray.serving.handler import Handler, first_night
 from recray.serving.http import create_app
 from recray.storage import Storage
 
 NAME = "recray"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @serve.ingress()
@@ -55,11 +57,13 @@ def build(settings: Settings) -> Any:
 def start(settings: Settings) -> str:
     """Serve the published night and return the address. Needs a Ray session.
 
-    Raises MissingArtifactError when no night is published, DamagedArtifactError, ClusterError.
+    Raises MissingArtifactError when no night is published, DamagedArtifactError, ClusterError, SettingsError.
     """
     log = logging.getLogger("ray.serve")
     first_night(Storage(settings.root()), settings.score, log.error)  # a clear error here beats a deployment that never becomes healthy
     options = settings.serve
+    if not check(options).wanted and options.host not in LOOPBACK:
+        log.warning("serve.host is %s and no keys are named: whoever reaches it may ask and tell what they like", options.host)
     log.setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": options.host, "port": options.port, "access_log": False})

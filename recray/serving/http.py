@@ -30,6 +30,7 @@ from recray.serving.api import (
     SimilarRequest,
     SimilarResponse,
 )
+from recray.serving.guard import Guard
 from recray.serving.handler import Handler, UnavailableError
 from recray.serving.problems import field_errors, problem
 
@@ -38,7 +39,7 @@ RETRY_AFTER = {"Retry-After": "1"}
 
 def create_app(handler: Handler) -> ASGIApp:
     """The ASGI application of a handler."""
-    return Limit(_routes(handler), handler.options.max_body_bytes)
+    return Guard(Limit(_routes(handler), handler.options.max_body_bytes), handler.options)
 
 
 def openapi() -> str:
@@ -114,7 +115,8 @@ class JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         if self.body_field is None:
             return super().get_route_handler()
-        model, answer = self.body_field.field_info.annotation, self.endpoint
+        model: Any = self.body_field.field_info.annotation
+        answer = self.endpoint
 
         async def handle(request: Request) -> Response:
             try:
