@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from recray.serving.problems import Problem
 
 Text = Annotated[str, StringConstraints(max_length=200)]
-Id = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Text
+Id = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | Text
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -224,6 +224,7 @@ class Health(BaseModel):
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "No known API key"},
     403: {"model": Problem, "description": "The key has not the scope"},
+    404: {"model": Problem, "description": "Nothing is known under that name"},
     413: {"model": Problem, "description": "The body is too large"},
     422: {"model": Problem, "description": "The request makes no sense; `errors` names the fields"},
     429: {"model": Problem, "description": "Too many requests; Retry-After says when to come again"},

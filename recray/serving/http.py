@@ -32,7 +32,8 @@ from recray.serving.api import (
 )
 from recray.serving.guard import Guard
 from recray.serving.handler import Handler, UnavailableError
-from recray.serving.problems import field_errors, problem
+from recray.serving.night import UnknownItemError
+from recray.serving.problems import MEDIA_TYPE, field_errors, problem
 
 RETRY_AFTER = {"Retry-After": "1"}
 
@@ -103,7 +104,19 @@ def _routes(handler: Handler) -> FastAPI:
             raise UnavailableError(f"away: {', '.join(away)}", "requests are answered all the same; see recray's log")
         return Health(status="ok", night=handler.night.date)
 
+    described = api.openapi
+    api.openapi = lambda: _with_problems(described())  # type: ignore[method-assign]
     return api
+
+
+def _with_problems(document: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI document with refusals under their own media type, which FastAPI cannot be told."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                if status >= "400" and "application/json" in response.get("content", {}):
+                    response["content"][MEDIA_TYPE] = response["content"].pop("application/json")
+    return document
 
 
 class JsonRoute(APIRoute):
@@ -120,7 +133,7 @@ class JsonRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             try:
-                asked = model.model_validate_json(await request.body())
+                asked = model.model_validate_json(await request.body(), strict=True)
             except ValidationError as error:
                 return _invalid(error.errors(include_url=False, include_context=False, include_input=False))
             return Response((await answer(asked)).model_dump_json(), media_type="application/json")
@@ -129,7 +142,7 @@ class JsonRoute(APIRoute):
 
 
 def _refused(_: Request, error: Any) -> JSONResponse:
-    return problem(422, error.what, error.fix)
+    return problem(404 if isinstance(error, UnknownItemError) else 422, error.what, error.fix)
 
 
 def _unavailable(_: Request, error: Any) -> JSONResponse:

@@ -31,6 +31,10 @@ _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 MASKS = 64  # attribute filters whose items are remembered
 
 
+class UnknownItemError(RequestError):
+    """Nobody knows the item that was asked about."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What was found: items with their scores (None: not known), and who found them."""
@@ -215,10 +219,10 @@ class Night:
         return Found(items[: request.k], "popular")
 
     def similar(self, item_id: Any, k: int) -> list[tuple[Any, float]]:
-        """Items like an item, with their cosines. Raises RequestError for one that is not known."""
+        """Items like an item, with their cosines. Raises UnknownItemError."""
         item = int(self.predictor.index_of([item_id])[0])
         if not item:
-            raise RequestError(f"item_id: no item {item_id!r}", "ask for one of the item table")
+            raise UnknownItemError(f"item_id: no item {item_id!r}", "ask for one of the item table")
         index, cosines = self.predictor.similar(item, k)
         return list(zip(self.predictor.ids_of(index), cosines.tolist(), strict=True))
 
