@@ -77,6 +77,20 @@ class Translation:
         return History(self.to_bundle[history.item_index], self.events[history.event_index], history.timestamp_s, history.value)
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """What carried the scores of k items of one user.
+
+    position int64 [n]: the events that were looked at, as places in the history that was given, latest last;
+    attention float32 [n]: how much of each reached the answer through the attention (roll-out), of one for the whole history;
+    drop float32 [k, n]: how much lower the score of each item is without the event (occlusion).
+    """
+
+    position: np.ndarray
+    attention: np.ndarray
+    drop: np.ndarray
+
+
 class Predictor:
     """Scores items for histories. Open a bundle with `Predictor.load`.
 
@@ -307,6 +321,29 @@ class Predictor:
                     chosen = (inside >= 0) & (inside < scores.shape[1])
                     found[row][chosen] = scores[place, inside[chosen]]
         return found
+
+    @torch.no_grad()
+    def explain(self, history: History, items: np.ndarray, *, now: int, context: np.ndarray | None = None, events: int = 32) -> Explanation:
+        """Which events of a history carried the scores of some items (indices).
+
+        The attention says which `events` are looked at more closely; each of these is then left out, and the items scored again.
+        """
+        kept = np.flatnonzero(np.asarray(history.item_index) > 0)[-self.model.shape.history :]
+        known = self._known(history)
+        if not len(kept):
+            return Explanation(kept, np.zeros(0, np.float32), np.zeros((len(items), 0), np.float32))
+        fields = np.zeros(self.model.shape.context, np.int64) if context is None else context
+        batch = self._batch([known], np.array([now], np.int64), fields[None]).to(self.device)
+        was_training = self.model.training
+        self.model.eval()
+        reach = self.model.roll_out(self.model.embed(batch, self._table_VD), batch)[0].cpu().numpy()
+        self.model.train(was_training)
+        again = np.isin(known.item_index, items)  # what the copy term reads without any attention
+        looked_at = np.sort(np.lexsort((reach, again))[-events:])
+        without = [History(*(np.delete(values, place) for values in known)) for place in looked_at]
+        asked = [known, *without]
+        scores = np.stack(self.score(asked, [items] * len(asked), now=now, context=None if context is None else [context] * len(asked)))
+        return Explanation(kept[looked_at], reach[looked_at], (scores[:1] - scores[1:]).T)
 
     def _chunks(
         self, known: list[History], now: int | Sequence[int], controls: Controls | None, context: Sequence[np.ndarray] | None

@@ -89,6 +89,23 @@ class Attention(nn.Module):
         found: Tensor = self.out(mixed_BQD)
         return found
 
+    def weights(self, x_BTD: Tensor, seen: Seen) -> Tensor:
+        """How much each position attends to each event, without controls: [B, T, T], means over the heads, each row's sum one."""
+        B, T, D = x_BTD.shape
+        q, k = F.linear(x_BTD, self.qkv.weight[: 2 * D]).view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        bias = self._bias(seen, None, T)
+        assert bias is not None
+        found: Tensor
+        if self.kind == "softmax":
+            found = (q @ k.mT / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+        else:
+            mask = torch.isinf(bias)
+            logits = F.silu(q) @ F.silu(k).mT / math.sqrt(q.shape[-1])
+            found = F.silu(logits + bias.masked_fill(mask, 0.0)).masked_fill(mask, 0.0).abs()
+            found = found / found.sum(-1, keepdim=True).clamp(min=1e-9)
+        found = found.mean(1)
+        return found
+
     def _bias(self, seen: Seen, cooling: Tensor | None, T: int) -> Tensor | None:
         """Everything that is added to the logits [B or 1, H or 1, Q, T]; the learned part shares the temperature."""
         learned: Tensor | None = None

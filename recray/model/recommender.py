@@ -171,6 +171,21 @@ class Recommender(nn.Module):
         found = self.blocks[-1](x, self._seen(batch, asked[:, None], controls, masked=True), controls, asked)
         return found
 
+    def roll_out(self, x_BTD: Tensor, batch: Batch) -> Tensor:
+        """How much each event reaches the asked position of each user through all blocks, [B, T], rows that sum to one.
+
+        Attention roll-out (Abnar and Zuidema, arXiv 2005.00928): weights of the blocks multiplied, half of each state taken for its own.
+        """
+        everywhere = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+        seen = self._seen(batch, everywhere, None, masked=True)
+        own = torch.eye(len(everywhere), device=x_BTD.device)
+        reach, x = own[None], x_BTD
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            reach = (0.5 * own + 0.5 * block.attention.weights(block.attention_norm(x), seen)) @ reach
+            x = block(x, seen, None)
+        return reach[torch.arange(len(x), device=x.device), batch.position_N]
+
     def finish(self, states: Tensor) -> Tensor:
         """Hidden states that `scores` compares with items, of states [..., D]."""
         found: Tensor = self.norm(states)

@@ -77,6 +77,7 @@ class RecommendRequest(_Question):
     mode: Literal["auto", "batch", "realtime"] = Field(
         "auto", description="auto: the nightly list when nothing is new for the user, else the model now; batch: the list alone; realtime: the model"
     )
+    explain: bool = Field(False, description="say which past events carried each recommendation, and how much; takes the model some passes")
     new_only: bool = Field(False, description="leave out items of the history")
     allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="answer none but these items")
     deny: list[Id] = Field([], max_length=MOST_ITEMS, description="items that must not be answered")
@@ -131,9 +132,23 @@ class FeedbackRequest(_Closed):
     feedback_id: Text | None = Field(None, min_length=1, description="yours; an outcome that was kept before under it is not kept twice")
 
 
+class Reason(BaseModel):
+    """An event that carried a recommendation. `share`: of what all events together carried; `attention`: how much of it the model saw."""
+
+    item_id: Id
+    event: str
+    timestamp: dt.datetime | None
+    share: float
+    attention: float
+
+
 class Item(BaseModel):
+    """`why` and `text` are there where `explain` was asked."""
+
     item_id: Id
     score: float
+    why: list[Reason] | None = None
+    text: str | None = None
 
 
 Source = Literal["snapshot", "realtime", "popular"]

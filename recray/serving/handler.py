@@ -11,6 +11,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from recray.config import ScoreSettings, ServeSettings
@@ -20,6 +21,7 @@ from recray.serving.api import (
     EventsResponse,
     FeedbackRequest,
     FeedbackResponse,
+    Item,
     ModelsResponse,
     Part,
     RecommendRequest,
@@ -83,9 +85,10 @@ class Handler:
             found = await self._model(night.question(request, fresh), degraded)
         if found is None:
             found = night.look_up(request.model_copy(update=_LIST_ALONE)) or night.popular(request)
-        answer = RecommendResponse(
-            request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=found.source, items=items_of(found)
-        )
+        items = items_of(found)
+        if request.explain and items and "model" not in degraded:
+            await self._explain(night, request, fresh, items, degraded)
+        answer = RecommendResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=found.source, items=items)
         self._decided(request, answer, begun)
         return answer
 
@@ -165,6 +168,13 @@ class Handler:
                 self._is_away(error)
         degraded.append("state")
         return []
+
+    async def _explain(self, night: Night, request: RecommendRequest, fresh: list[Entry], items: list[Item], degraded: list[Part]) -> None:
+        """Add to the items what carried them."""
+        question = night.question(request, fresh)
+        found = await self._model(replace(question, candidates=tuple(item.item_id for item in items), explain=True), degraded)
+        for item, why in zip(items, (found and found.why) or [], strict=False):
+            item.why, item.text = why, night.in_words(why)
 
     async def _model(self, question: Question, degraded: list[Part]) -> Found | None:
         """What the model says; None where it fails or takes too long. Raises RequestError, UnavailableError where too many wait."""

@@ -61,7 +61,7 @@ def _routes(handler: Handler) -> FastAPI:
     api.add_exception_handler(HTTPException, _http)
     api.add_exception_handler(Exception, _broken)
 
-    @api.post("/v1/recommend", summary="Recommend items", tags=["answers"])
+    @api.post("/v1/recommend", summary="Recommend items", tags=["answers"], response_model_exclude_none=True)
     async def recommend(request: RecommendRequest) -> RecommendResponse:
         """For a user of the event log, for a history sent along, or for somebody unknown."""
         return await handler.recommend(request)
@@ -136,7 +136,7 @@ class JsonRoute(APIRoute):
                 asked = model.model_validate_json(await request.body(), strict=True)
             except ValidationError as error:
                 return _invalid(error.errors(include_url=False, include_context=False, include_input=False))
-            return Response((await answer(asked)).model_dump_json(), media_type="application/json")
+            return Response((await answer(asked)).model_dump_json(exclude_none=self.response_model_exclude_none), media_type="application/json")
 
         return handle
 

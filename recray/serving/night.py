@@ -22,12 +22,13 @@ from recray.errors import DamagedArtifactError, MissingArtifactError, RequestErr
 from recray.inference import Filters, Predictor, Rules, Translation
 from recray.inference.rules import having
 from recray.release import Release
-from recray.serving.api import MOST_ANSWERS, Event, Item, ModelsResponse, Range, RecommendRequest, ScoreRequest, Source
+from recray.serving.api import MOST_ANSWERS, Event, Item, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
 from recray.snapshot.reader import Snapshot
 from recray.state.log import Entry
 from recray.storage import Storage, manifest_digest
 
 _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
+REASONS = 3  # named for an item
 MASKS = 64  # attribute filters whose items are remembered
 
 
@@ -41,6 +42,7 @@ class Found:
 
     items: list[tuple[Any, float | None]]
     source: Source
+    why: list[list[Reason]] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Question:
     """What the model of a night is to answer: the `k` best items, or the scores of `candidates` (outside ids).
 
     context : codes [C]
+    explain : say what carried the candidates instead of scoring them
     """
 
     night: Night
@@ -57,6 +60,7 @@ class Question:
     k: int = 0
     filters: Filters = Filters()
     candidates: tuple[Any, ...] | None = None
+    explain: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,9 +203,10 @@ class Night:
         found: list[Found | None] = [None] * len(questions)
         for night in {id(question.night): question.night for question in questions}.values():
             mine = [place for place, question in enumerate(questions) if question.night is night]
+            why = [place for place in mine if questions[place].explain]
             lists = [place for place in mine if questions[place].candidates is None]
-            rest = [place for place in mine if questions[place].candidates is not None]
-            for places, ask in ((lists, night._best), (rest, night._scores)):
+            rest = [place for place in mine if questions[place].candidates is not None and not questions[place].explain]
+            for places, ask in ((lists, night._best), (rest, night._scores), (why, night._reasons)):
                 if places:
                     for place, answer in zip(places, ask([questions[place] for place in places]), strict=True):
                         found[place] = answer
@@ -281,6 +286,50 @@ class Night:
             found.append(Found([(item, value if place else None) for item, place, value in pairs], "realtime" if known else "popular"))
         return found
 
+    def _reasons(self, questions: list[Question]) -> list[Found]:
+        found = []
+        for question in questions:
+            ids = question.candidates or ()
+            told = self.predictor.explain(question.history, self.predictor.index_of(ids), now=question.now, context=question.context)
+            why = [self._named(question.history, told.position, told.attention, drop) for drop in told.drop]
+            found.append(Found([(item, None) for item in ids], "realtime", why))
+        return found
+
+    def _named(self, history: History, position: np.ndarray, attention: np.ndarray, drop: np.ndarray) -> list[Reason]:
+        """The events that carried an item, most of all first; events of one item count together."""
+        carried = np.maximum(drop, 0.0)
+        share = carried / max(float(carried.sum()), 1e-9)
+        item = history.item_index[position]
+        reasons: list[Reason] = []
+        for index in dict.fromkeys(item[np.argsort(-share, kind="stable")].tolist()):
+            same = np.flatnonzero(item == index)
+            if share[same].sum() <= 0 or len(reasons) == REASONS:
+                break
+            last = position[same[-1]]
+            reasons.append(
+                Reason(
+                    item_id=self.predictor.ids_of(np.array([index]))[0],
+                    event=self.predictor.event_types[int(history.event_index[last])],
+                    timestamp=dt.datetime.fromtimestamp(int(history.timestamp_s[last]), dt.UTC) if self.predictor.has_time else None,
+                    share=round(float(share[same].sum()), 4),
+                    attention=round(float(attention[same].sum()), 4),
+                )
+            )
+        return sorted(reasons, key=lambda reason: -reason.share)
+
+    def in_words(self, reasons: Sequence[Reason]) -> str:
+        """The reasons as a sentence, by the items' titles where there are any."""
+        if not reasons:
+            return "nothing in the history speaks for it: it is popular"
+        return "because of " + ", ".join(f"{self._title(reason.item_id)} ({reason.event}, {reason.share:.0%})" for reason in reasons)
+
+    def _title(self, item_id: Any) -> str:
+        table = self.dataset.items
+        if "title" not in table.column_names:
+            return str(item_id)
+        place = int(self.translation.to_dataset[int(self.predictor.index_of([item_id])[0])])
+        return str(table["title"][place - 1].as_py() or item_id) if place else str(item_id)
+
     def _asked(self, request: RecommendRequest | ScoreRequest, fresh: Sequence[Entry]) -> tuple[History, int, np.ndarray]:
         """History, moment and context of a request."""
         stored = _EMPTY
@@ -348,7 +397,7 @@ class Night:
 
 def items_of(found: Found) -> list[Item]:
     """As the API shows them."""
-    return [Item(item_id=item, score=score) for item, score in found.items if score is not None]
+    return [Item.model_construct(item_id=item, score=score, why=None, text=None) for item, score in found.items if score is not None]
 
 
 def _of_log(entry: Entry) -> Event:

@@ -143,6 +143,23 @@ def test_filters_are_kept_by_lists_and_model(address, world_dataset):
         assert ids(good(address, "/v1/recommend", {**base, "user_id": "nobody", "deny": everything[:3], "where": {"brand": [brand]}}))
 
 
+@pytest.mark.parametrize("mode", ["auto", "realtime"])
+def test_an_answer_says_which_events_carried_it(address, handler, mode):
+    plain = good(address, "/v1/recommend", {**USER, "mode": mode})
+    assert "why" not in plain["items"][0]
+    told = good(address, "/v1/recommend", {**USER, "mode": mode, "explain": True})
+    assert ids(told) == ids(plain) and told["source"] == plain["source"]
+    history = handler.night.stored_history(7)
+    met = set(handler.night.predictor.ids_of(history.item_index[history.item_index > 0]))
+    for item in told["items"]:
+        assert {reason["item_id"] for reason in item["why"]} <= met and len(item["why"]) <= 3
+        shares = [reason["share"] for reason in item["why"]]
+        assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1.001
+        assert item["text"].startswith("because of ") and f"({item['why'][0]['event']}, " in item["text"]
+    stranger = good(address, "/v1/recommend", {"user_id": "nobody", "k": 2, "explain": True})
+    assert stranger["items"][0]["why"] == [] and "popular" in stranger["items"][0]["text"]
+
+
 def test_events_sent_along_count_for_one_answer(address):
     strange = ids(good(address, "/v1/recommend", {**USER, "k": 100, "mode": "realtime"}))[-1]
     plain = good(address, "/v1/recommend", USER)

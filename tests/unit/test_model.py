@@ -168,6 +168,28 @@ def entropy(weights):
     return -(weights * weights.clamp(min=1e-12).log()).sum(-1)
 
 
+@pytest.mark.parametrize("parts", ANY)
+def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
+    model, batch = make(**{**parts, "heads": 1}), make_batch()
+    x = model.embed(batch, model.items())
+    seen = model._seen(batch, torch.arange(T), None, masked=True)
+    layer = model.blocks[0].attention
+    weights = layer.weights(x, seen)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, T))
+    assert (weights.triu(1) == 0).all()
+    if layer.kind == "softmax":
+        mixed = layer.out(weights @ F.linear(x, layer.qkv.weight[2 * 16 :]))
+        torch.testing.assert_close(mixed, layer(x, seen, None), atol=1e-4, rtol=1e-4)
+
+
+def test_roll_out_tells_what_reaches_the_asked_position():
+    model, batch = make(), make_batch()
+    early = batch._replace(position_N=torch.tensor([T - 1, 4, 0]))
+    reach = model.roll_out(model.embed(early, model.items()), early)
+    torch.testing.assert_close(reach.sum(1), torch.ones(B))
+    assert (reach[1, 5:] == 0).all() and (reach[1, :5] > 0).all() and reach[2, 0] == 1
+
+
 def test_temperature_flattens_or_sharpens_its_own_heads():
     model, batch = make(time_bias=False), make_batch()
     base = attention_weights(model, batch, controls(model))

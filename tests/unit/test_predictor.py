@@ -50,6 +50,34 @@ def test_scores_are_the_recommended_scores(predictor):
     np.testing.assert_allclose(np.stack(scores), answer.scores, atol=1e-6)
 
 
+def test_an_explanation_is_what_leaving_each_event_out_costs(predictor):
+    known = history(9)
+    given = History(*(np.insert(values, 4, 0) for values in known))  # an unknown item among them
+    items = predictor.recommend([known], 3, now=NOW).item_index[0]
+    told = predictor.explain(given, items, now=NOW)
+    assert told.position.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert told.drop.shape == (3, 9) and told.attention.sum() == pytest.approx(1.0, abs=1e-5)
+    (whole,) = predictor.score([known], [items], now=NOW)
+    for place in range(9):
+        (less,) = predictor.score([History(*(np.delete(values, place) for values in known))], [items], now=NOW)
+        np.testing.assert_allclose(told.drop[:, place], whole - less, atol=1e-5)
+
+
+def test_a_long_history_is_explained_by_what_the_attention_saw_most(predictor):
+    long = history(40)
+    items = predictor.recommend([long], 2, now=NOW).item_index[0]
+    told = predictor.explain(long, items, now=NOW, events=5)
+    assert len(told.position) == 5 and (told.position >= 28).all() and (np.diff(told.position) > 0).all()
+    everything = predictor.explain(long, items, now=NOW)
+    rest = np.setdiff1d(everything.position, told.position)
+    places = {position: place for place, position in enumerate(everything.position)}
+    again = {position for position in everything.position if long.item_index[position] in items}
+    seen_least = min(told.attention[[position not in again for position in told.position]], default=1.0)
+    assert all(everything.attention[places[position]] <= seen_least + 1e-6 for position in rest if position not in again)
+    nobody = predictor.explain(history(0), items, now=NOW)
+    assert nobody.drop.shape == (2, 0) and len(nobody.position) == 0
+
+
 def test_only_the_last_events_of_known_items_count(predictor):
     long = history(30)
     assert (predictor.recommend([long], 5, now=NOW).scores == predictor.recommend([long.last(12)], 5, now=NOW).scores).all()
