@@ -78,8 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         if job == "report":
             command.add_argument("--no-open", action="store_true", help="write it and say where it is, without a browser")
         if job == "serve":
-            command.add_argument("what", nargs="?", choices=["run", "key"], default="run", help="run: until interrupted; key NAME: draw an API key")
-            command.add_argument("name", nargs="?", help="key: whose it is")
+            command.add_argument(
+                "what",
+                nargs="?",
+                choices=["run", "status", "canary", "rollback", "key"],
+                default="run",
+                help="run: until interrupted (default); status: what answers whom; canary BUNDLE: let a challenger answer a share of the users; "
+                "rollback: end that, or as recray rollback; key NAME: draw an API key",
+            )
+            command.add_argument("name", nargs="?", help="canary: run key of the bundle; key: whose it is")
+            command.add_argument("--share", type=float, default=0.05, help="canary: of the users (default: 0.05)")
+            command.add_argument("--shadow", action="store_true", help="canary: it answers all, and nobody sees it")
             command.add_argument("--scopes", default="read,write", help="key: what it may do, of read, write and admin (default: read,write)")
         _settings(command)
     _submit(commands)
@@ -106,17 +115,32 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help=text, description=text)
     benchmark.add_argument(
         "what",
-        choices=["prepare", "submit", "quality", "ablations", "features", "slate", "train", "score", "catalogue", "scale", "privacy", "serve"],
+        choices=[
+            "prepare",
+            "submit",
+            "quality",
+            "ablations",
+            "features",
+            "slate",
+            "train",
+            "score",
+            "catalogue",
+            "scale",
+            "privacy",
+            "serve",
+            "explain",
+        ],
         help="prepare: peak memory; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); ablations: what each part of the model is worth, "
         "a training each, on the data that ships (half an hour) or others; features: what each column is worth, and items that training never saw; "
         "slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; catalogue: memory and time with a "
         "million items; scale: how seconds grow with events and users; privacy: a private step beside a plain one, and with --data "
-        "quality by ε (hours; goes on where it was stopped); serve: the endpoint beside plain uvicorn and beside Serve's defaults",
+        "quality by ε (hours; goes on where it was stopped); serve: the endpoint beside plain uvicorn and beside Serve's defaults; "
+        "explain: whether the events that an explanation names carried the answer",
     )
     benchmark.add_argument(
         "--data",
-        help="quality, ablations, features, slate, train, score, privacy: folder of a data set, or its name under $RECRAY_DATA; privacy: or world",
+        help="of those that run on data: folder of a data set, or its name under $RECRAY_DATA; privacy: or world",
     )
     benchmark.add_argument(
         "--against", choices=["implicit", "rectools"], help="quality, train, score: the peer to run on the same data in the same run"
@@ -213,9 +237,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         settings = load_settings(arguments.config, arguments.overrides)
         as_of = parse_as_of(arguments.as_of)
         if arguments.job == "serve":
-            if arguments.what == "key":
-                return demo.run_key(arguments.name, arguments.scopes.split(","), reporter)
-            return demo.run_serve(settings, reporter)
+            return _serve(arguments, settings, as_of, reporter)
         if arguments.job == "doctor":
             from recray import doctor
 
@@ -232,6 +254,24 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "report" and not arguments.no_open:
             webbrowser.open(Path(result.outputs["report"]).as_uri())
         return result
+
+
+def _serve(arguments: argparse.Namespace, settings: Settings, as_of: Any, reporter: Any) -> Any:
+    from recray import demo, pipeline
+
+    if arguments.what == "key":
+        return demo.run_key(arguments.name, arguments.scopes.split(","), reporter)
+    if arguments.what == "status":
+        return demo.run_status(settings, reporter)
+    if arguments.what == "rollback":
+        return pipeline.run_serve_rollback(settings, as_of, reporter.say)
+    if arguments.what == "canary":
+        if not arguments.name or not 0 < arguments.share < 1:
+            raise SettingsError(
+                "recray serve canary: which bundle, and which share?", "recray serve canary BUNDLE --share 0.05; recray models lists them"
+            )
+        return pipeline.run_canary(settings, arguments.name, arguments.share, shadow=arguments.shadow, say=reporter.say)
+    return demo.run_serve(settings, reporter)
 
 
 def _submitted(arguments: argparse.Namespace, reporter: Any) -> Any:

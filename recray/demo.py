@@ -36,6 +36,41 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     return JobResult("serve", "ok", outputs={"address": address}, seconds=round(time.monotonic() - started, 2))
 
 
+def run_status(settings: Settings, reporter: Reporter) -> JobResult:
+    """What answers whom, as RELEASE.json and the published night have it, and as the endpoint says, where one answers."""
+    from rich.table import Table
+
+    from recray.release import Release
+
+    storage = Storage(settings.root())
+    release = Release.read(storage)
+    latest = read_json(storage.latest) if storage.latest.exists() else None
+    table = Table("role", "bundle", "answers", title=str(storage.root), title_justify="left")
+    trial = "all, unseen" if release.shadow else f"{release.share:.0%} of the users" if release.share else "nobody"
+    whom = {"champion": "the others" if release.share else "everybody", "challenger": trial, "previous": "nobody"}
+    for role, answers in whom.items():
+        member = getattr(release, role)
+        if member is not None:
+            table.add_row(role, member.run_key, answers)
+    table.add_section()
+    table.add_row("nightly lists", "–" if latest is None else str(latest["run_key"]), "–" if latest is None else latest["snapshot"].split("/")[1])
+    if release.ended:
+        table.add_row("last trial", "", release.ended)
+    address = f"http://{settings.serve.host}:{settings.serve.port}"
+    live: dict[str, Any] = {}
+    try:
+        with urllib.request.urlopen(f"{address}/healthz", timeout=2) as response:
+            live = dict(json.load(response))
+    except OSError:
+        table.add_row("endpoint", address, "does not answer")
+    else:
+        table.add_row("endpoint", address, f"answers; night {live.get('night')}")
+    reporter.show(table)
+    members = {role: member and member.run_key for role, member in (("champion", release.champion), ("challenger", release.challenger))}
+    metrics = {**members, "share": release.share, "shadow": release.shadow, "ended": release.ended, "answers": bool(live)}
+    return JobResult("serve status", "ok", metrics=metrics)
+
+
 def run_key(name: str | None, scopes: list[str], reporter: Reporter) -> JobResult:
     """Draw an API key; its entry for a keys file is the job's output, the key itself is shown and nowhere else."""
     from recray.serving.guard import new_key

@@ -119,6 +119,32 @@ def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
         return result
 
 
+def run_canary(settings: Settings, bundle: str, share: float, *, shadow: bool, say: Say = _quiet) -> JobResult:
+    """Let a bundle answer a share of the endpoint's users, or all as a shadow. It ends by itself where it fails."""
+    from recray.bundle import Bundle
+    from recray.promotion import begin_trial, keep_private
+
+    storage = Storage(settings.root())
+    challenger = Bundle.open(storage.bundle(bundle))
+    keep_private(settings, challenger)
+    begin_trial(storage, challenger, share, shadow=shadow)
+    say(f"bundle {bundle} {'answers all, unseen' if shadow else f'answers {share:.0%} of the users'}; recray serve rollback ends it")
+    return JobResult("serve canary", "ok", bundle, {"release": str(storage.release)})
+
+
+def run_serve_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """End the trial of a challenger; without one, as `run_rollback`."""
+    from recray.promotion import end_trial
+    from recray.release import Release
+
+    storage = Storage(settings.root())
+    if not Release.read(storage).on_trial:
+        return run_rollback(settings, as_of, say)
+    release = end_trial(storage, "ended by hand")
+    say(f"the champion answers everybody; {release.ended}")
+    return JobResult("serve rollback", "ok", "" if release.champion is None else release.champion.run_key, {"release": str(storage.release)})
+
+
 def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Every user's list by the champion, published."""
     with _at_work("score", settings, say) as work:

@@ -50,7 +50,7 @@ def promote(settings: Settings, dataset: Dataset, challenger: Bundle, *, by_hand
     if not is_sealed(path, KIND, key):
         _seal(settings, path, key, dataset, challenger, champion, release, privacy)
     decision = read_json(path / "decision.json")
-    return key, decision, _flip(storage, release, challenger, key, promoted=decision["promoted"])
+    return key, decision, _flip(storage, challenger, key, promoted=decision["promoted"])
 
 
 def promote_key(settings: Settings, dataset: Dataset, challenger: Bundle, champion: Bundle | None, privacy: gates.Check | None = None) -> str:
@@ -71,14 +71,51 @@ def keep_private(settings: Settings, bundle: Bundle) -> None:
 
 def roll_back(storage: Storage) -> Release:
     """Give the champion's place back to the one before it. Raises RefusedError if none is known."""
-    release = Release.read(storage)
-    if release.champion is None or release.previous is None:
-        raise RefusedError(f"{storage.release} knows no champion before this one", "recray models lists the bundles; recray promote KEY takes one")
-    release.previous.open(storage)
-    rolled_back = (*release.rolled_back, release.champion.run_key)
-    release = Release(champion=release.previous, rolled_back=tuple(sorted(set(rolled_back) - {release.previous.run_key})))
-    release.write(storage)
-    return release
+
+    def how(release: Release) -> Release:
+        if release.champion is None or release.previous is None:
+            raise RefusedError(
+                f"{storage.release} knows no champion before this one", "recray models lists the bundles; recray promote KEY takes one"
+            )
+        release.previous.open(storage)
+        rolled_back = {*release.rolled_back, release.champion.run_key} - {release.previous.run_key}
+        return Release(champion=release.previous, rolled_back=tuple(sorted(rolled_back)))
+
+    return Release.change(storage, how)[0]
+
+
+def begin_trial(storage: Storage, challenger: Bundle, share: float, *, shadow: bool = False) -> Release:
+    """Let a challenger answer a share of the users, or all of them as a shadow whose answers nobody sees.
+
+    Raises RefusedError where there is no champion, or for the champion itself.
+    """
+
+    def how(release: Release) -> Release:
+        if release.champion is None:
+            raise RefusedError(f"no bundle of {storage.root} was promoted yet", "run `recray promote`, or `recray nightly`")
+        if release.champion.run_key == challenger.key:
+            raise RefusedError(f"bundle {challenger.key} is the champion", "recray models lists the others")
+        rolled_back = tuple(sorted(set(release.rolled_back) - {challenger.key}))
+        return replace(release, challenger=Member.of(challenger), share=0.0 if shadow else share, shadow=shadow, ended=None, rolled_back=rolled_back)
+
+    return Release.change(storage, how)[0]
+
+
+def end_trial(storage: Storage, reason: str, challenger: str | None = None) -> Release:
+    """The champion answers everybody again, and the challenger does not come back by itself.
+
+    challenger : whose trial; another one's goes on. None: whosever it is. Raises RefusedError where none is on trial
+    """
+
+    def how(release: Release) -> Release:
+        if release.challenger is None or not release.on_trial or challenger not in (None, release.challenger.run_key):
+            if challenger is not None:
+                return release
+            raise RefusedError(f"{storage.release} has no challenger on trial", "recray serve canary KEY begins a trial")
+        rolled_back = tuple(sorted({*release.rolled_back, release.challenger.run_key}))
+        return replace(release, share=0.0, shadow=False, ended=f"bundle {release.challenger.run_key}: {reason}", rolled_back=rolled_back)
+
+    return Release.change(storage, how)[0]
 
 
 def champion_of(storage: Storage) -> Bundle:
@@ -168,14 +205,15 @@ def _again(storage: Storage, release: Release, dataset: Dataset, champion: Bundl
     return "", _decision(dataset, champion, release, [], {}, f"bundle {champion.key} is the champion already"), False
 
 
-def _flip(storage: Storage, release: Release, challenger: Bundle, key: str, *, promoted: bool) -> bool:
+def _flip(storage: Storage, challenger: Bundle, key: str, *, promoted: bool) -> bool:
     """Write the release that follows from a decision; False if it was written before."""
-    if promoted:
-        rolled_back = tuple(set(release.rolled_back) - {challenger.key})
-        after = Release(champion=Member.of(challenger), previous=release.champion, decision=key, rolled_back=rolled_back)
-    else:
-        after = replace(release, challenger=Member.of(challenger))
-    if after == release:
-        return False
-    after.write(storage)
-    return True
+
+    def how(now: Release) -> Release:
+        if promoted:
+            if now.champion is not None and now.champion.digest == challenger.digest:
+                return now  # by an attempt that ended here
+            rolled_back = tuple(set(now.rolled_back) - {challenger.key})
+            return Release(champion=Member.of(challenger), previous=now.champion, decision=key, rolled_back=rolled_back)
+        return now if now.on_trial else replace(now, challenger=Member.of(challenger))  # a trial goes on
+
+    return Release.change(storage, how)[1]

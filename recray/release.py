@@ -5,6 +5,7 @@ Storage decides and MLflow's aliases follow, so that a night needs no registry t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,25 @@ class Member:
 
 @dataclass(frozen=True)
 class Release:
-    """The roles. `decision` is the promotion that made the champion; `rolled_back` lists run keys that may not come back by themselves."""
+    """The roles. `decision` is the promotion that made the champion; `rolled_back` lists run keys that may not come back by themselves.
+
+    `share`: of the users whom the challenger answers while it is on trial; `shadow`: it answers all, and nobody sees it. `ended`: what
+    ended the last trial, in words.
+    """
 
     champion: Member | None = None
     challenger: Member | None = None
     previous: Member | None = None
     decision: str | None = None
     rolled_back: tuple[str, ...] = field(default=())
+    share: float = 0.0
+    shadow: bool = False
+    ended: str | None = None
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the challenger answers anybody."""
+        return self.challenger is not None and (self.share > 0 or self.shadow)
 
     @classmethod
     def read(cls, storage: Storage) -> Release:
@@ -66,21 +79,35 @@ class Release:
             if content.pop("format_version") != FORMAT_VERSION:
                 raise ValueError("another format")
             roles = {role: content.pop(role) for role in ("champion", "challenger", "previous")}
-            members = {role: None if member is None else Member(**member) for role, member in roles.items()}
-            return cls(**members, decision=content.pop("decision"), rolled_back=tuple(content.pop("rolled_back")))
+            members: dict[str, Any] = {role: None if member is None else Member(**member) for role, member in roles.items()}
+            trial: dict[str, Any] = {name: content[name] for name in ("share", "shadow", "ended") if name in content}  # releases of 0.1.0 have none
+            return cls(**members, decision=content.pop("decision"), rolled_back=tuple(content.pop("rolled_back")), **trial)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedArtifactError(f"{storage.release} is not a release: {error!r}", "bring the file back, or promote a bundle anew") from None
 
-    def write(self, storage: Storage) -> None:
-        """Make this the current release. Raises RefusedError in an attempt that was fenced off."""
-        content: dict[str, Any] = {**asdict(self), "rolled_back": sorted(self.rolled_back), "format_version": FORMAT_VERSION}
+    @classmethod
+    def change(cls, storage: Storage, how: Callable[[Release], Release]) -> tuple[Release, bool]:
+        """Make what `how` says of the current release the current one; also returns whether anything changed.
+
+        Nobody else changes it in between. Raises RefusedError in an attempt that was fenced off, and what `how` raises.
+        """
         with lease.commit(storage.root):
-            write_json(storage.release, content)
+            now = cls.read(storage)
+            after = how(now)
+            if after != now:
+                write_json(storage.release, {**asdict(after), "rolled_back": sorted(after.rolled_back), "format_version": FORMAT_VERSION})
+        return after, after != now
+
+    def write(self, storage: Storage) -> None:
+        """Make this the current release, whatever was. Raises RefusedError in an attempt that was fenced off."""
+        self.change(storage, lambda _: self)
 
     def roles_of(self, run_key: str) -> list[str]:
         """The roles of a bundle, `rolled back` among them."""
         members = (("champion", self.champion), ("challenger", self.challenger), ("previous", self.previous))
         found = [role for role, member in members if member and member.run_key == run_key]
+        if self.on_trial and "challenger" in found:
+            found.append("shadow" if self.shadow else f"answers {self.share:.0%}")
         return [*found, "rolled back"] if run_key in self.rolled_back else found
 
 

@@ -23,10 +23,10 @@ SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] 
 
 
 def prepare_here(settings: Settings, as_of=None) -> Dataset:
-    from recray.benchmark.nights import in_process
+    from recray.benchmark.data import one_by_one
     from recray.prepare.prepare import prepare, prepare_key
 
-    return prepare(settings, prepare_key(settings, as_of), as_of, in_process)
+    return prepare(settings, prepare_key(settings, as_of), as_of, one_by_one)
 
 
 @pytest.fixture(scope="session")

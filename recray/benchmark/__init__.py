@@ -69,12 +69,13 @@ def _measure(
             "serve": serve.measure_serve,
         }
         return {}, measures[what](folder, say)
-    if what == "ablations":
+    if what in ("ablations", "explain"):
         if against:
-            raise SettingsError("benchmark ablations takes no --against", "leave it out")
-        from recray.benchmark import ablations
+            raise SettingsError(f"benchmark {what} takes no --against", "leave it out")
+        from recray.benchmark import ablations, explain
 
-        return ablations.measure_ablations(folder, data, list(overrides), say)
+        measure = ablations.measure_ablations if what == "ablations" else explain.measure_explain
+        return measure(folder, data, list(overrides), say)
     if data is None:
         raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
     from recray.benchmark import features, quality, score, slate, train

@@ -51,10 +51,11 @@ def find_data(data: str) -> Path:
 
 def prepare_alone(settings: Settings) -> Dataset:
     """The dataset of the settings, made in this process without Ray."""
-    return prepare(settings, prepare_key(settings, None), None, _one_by_one)
+    return prepare(settings, prepare_key(settings, None), None, one_by_one)
 
 
-def _one_by_one(task: Callable[[int], None], count: int) -> None:
+def one_by_one(task: Callable[[int], None], count: int) -> None:
+    """Run the tasks of prepare in this process."""
     for number in range(count):
         task(number)
 

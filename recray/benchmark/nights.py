@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recray.benchmark.data import prepare_alone
 from recray.bundle import Bundle, write_bundle
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
-from recray.prepare.prepare import prepare, prepare_key
 from recray.release import Member, Release
 from recray.scoring.score import ScoreBucket, write_night
 from recray.storage import Storage
@@ -30,7 +29,7 @@ def world_night(folder: Path, *, users: int, items: int, events_per_user: int, o
     root = folder / "root"
     named = [f"data.events=[{folder / 'world' / 'events'}]", f"data.items={folder / 'world' / 'items.parquet'}", f"storage.root={root}"]
     settings = load_settings(None, [*named, "data.features={category: categorical, brand: categorical, price: numeric}", *overrides])
-    return publish_untrained(settings, prepare(settings, prepare_key(settings, None), None, in_process), root)
+    return publish_untrained(settings, prepare_alone(settings), root)
 
 
 def publish_untrained(settings: Settings, dataset: Dataset, root: Path) -> Storage:
@@ -63,12 +62,6 @@ def untrained(settings: Settings, dataset: Dataset, path: Path, key: str, privac
         metrics={},
         privacy=privacy,
     )
-
-
-def in_process(task: Callable[[int], None], count: int) -> None:
-    """Run the tasks of prepare one after the other, without Ray."""
-    for number in range(count):
-        task(number)
 
 
 def _each_bucket(arguments: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -229,6 +229,9 @@ class ModelsResponse(BaseModel):
     users: int
     items: int
     loaded_at: dt.datetime
+    challenger: str | None = Field(None, description="bundle on trial")
+    share: float = Field(0.0, description="of the users whom it answers")
+    shadow: bool = Field(False, description="it answers all, and nobody sees it")
 
 
 class Health(BaseModel):

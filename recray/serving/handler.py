@@ -6,16 +6,20 @@ Async, without HTTP and without Ray. Parts that may be away are named in `degrad
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from recray.config import ScoreSettings, ServeSettings
 from recray.errors import ArtifactError, RecrayError, RequestError, StateError
+from recray.promotion import end_trial
+from recray.release import Release
 from recray.serving.api import (
     EventsRequest,
     EventsResponse,
@@ -34,11 +38,13 @@ from recray.serving.api import (
 )
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.night import Found, Night, Question, items_of
+from recray.serving.trial import Side, Trial
 from recray.state.log import Entry, Log, open_log
 from recray.state.writer import Writer
 from recray.storage import Storage
 
 AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
+ENTRIES = 10_000  # of the log, read at once
 AWAY_S = 1.0  # how long a log that failed is not asked again
 
 
@@ -56,40 +62,97 @@ class Handler:
     def __init__(self, storage: Storage, options: ServeSettings, score: ScoreSettings) -> None:
         self.storage, self.options = storage, options
         self._log = logging.getLogger("ray.serve")
-        self._published = self._latest()
+        self._published = _content(storage.latest)
         self.night = first_night(storage, score, self._log.error)
+        self.trial: Trial | None = None
+        self._challenger: Night | None = None
+        self._released = b""
+        self._read = 0
         self._writer: Writer | None = None
         self._away_until = 0.0
         self._reopen_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
         self._batcher: Batcher[Question, Found] = Batcher(Night.answer, options.max_batch, options.max_queued_requests)
         self._open_log()
+        self.look()
 
     def look(self) -> None:
-        """Load a newly published night aside and swap the reference. One that cannot be loaded leaves the old one in place."""
+        """Load what was published or released since the last look, aside, and swap the references; end a trial that failed.
+
+        What cannot be loaded leaves the old in place.
+        """
         try:
-            found = self._latest()
-            if not found or found == self._published:
-                return
-            self._published = found  # tried once: what is broken stays broken until something else is published
-            self.night = Night.load(self.storage)
+            found = _content(self.storage.latest)
+            if found and found != self._published:
+                self._published = found  # tried once: what is broken stays broken until something else is published
+                self.night = Night.load(self.storage)
+                self._released = b""  # the challenger answers from this night too
         except Exception as error:  # whatever it is, the watch must go on
             self._log.error("the published night cannot be loaded, the old one stays: %s", error)
+        try:
+            found = _content(self.storage.release)
+            if found != self._released:
+                self._released = found
+                self._begin_trial(Release.read(self.storage) if found else Release())
+            self._watch_trial()
+        except Exception as error:
+            self._log.error("the challenger cannot be looked after: %s", error)
+
+    def _begin_trial(self, release: Release) -> None:
+        """Load the challenger of a release, or end the trial here where there is none."""
+        if release.challenger is None or not release.on_trial:
+            self.trial = self._challenger = None
+            return
+        self._challenger = self.night.with_bundle(release.challenger.open(self.storage))
+        before = self.trial
+        if before is None or (before.challenger, before.share, before.shadow) != (release.challenger.run_key, release.share, release.shadow):
+            self.trial = Trial(release.challenger.run_key, release.share, release.shadow)
+            self._read = 0
+
+    def _watch_trial(self) -> None:
+        """Read what came of the trial so far, and end it where it failed."""
+        trial, writer = self.trial, self._writer
+        if trial is None:
+            return
+        if writer is not None and not trial.shadow:
+            with contextlib.suppress(StateError):
+                while entries := writer.log.read(self._read, ENTRIES):
+                    for number, entry in entries:
+                        trial.outcomes.read(entry)
+                        self._read = number
+        if reason := trial.ended():
+            end_trial(self.storage, reason, trial.challenger)
+            self._log.warning("the trial of bundle %s ends: %s", trial.challenger, reason)
+            self.trial = self._challenger = None
 
     async def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """Raises RequestError where the request makes no sense, UnavailableError where nobody can answer now."""
         begun, night = time.monotonic(), self.night
         degraded: list[Part] = [] if night.whole else ["snapshot"]
         fresh = await self._fresh(night, request, degraded)
-        found = night.look_up(request, fresh)
-        if found is None:
-            found = await self._model(night.question(request, fresh), degraded)
+        trial, challenger = self.trial, self._challenger
+        user = None if request.user_id is None else str(request.user_id)
+        chosen = night
+        if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
+            chosen = challenger
+            found = await self._model(challenger.question(request, fresh), degraded, trial.challenger_side)
+            if found is None:
+                chosen = night
+        else:
+            found = night.look_up(request, fresh)
+            if found is None:
+                found = await self._model(night.question(request, fresh), degraded, None if trial is None else trial.champion_side)
         if found is None:
             found = night.look_up(request.model_copy(update=_LIST_ALONE)) or night.popular(request)
         items = items_of(found)
         if request.explain and items and "model" not in degraded:
-            await self._explain(night, request, fresh, items, degraded)
-        answer = RecommendResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=found.source, items=items)
-        self._decided(request, answer, begun)
+            await self._explain(chosen, request, fresh, items, degraded)
+        answer = RecommendResponse(request_id=_new_id(), night=night.date, bundle=chosen.bundle, degraded=degraded, source=found.source, items=items)
+        self._decided(request, answer, begun, trial)
+        if trial is not None and challenger is not None and trial.shadow and request.mode != "batch":
+            task = asyncio.create_task(self._shadowed(trial, challenger, request, fresh, answer))
+            self._tasks.add(task)  # else nothing holds it
+            task.add_done_callback(self._tasks.discard)
         return answer
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
@@ -140,7 +203,10 @@ class Handler:
 
     def models(self) -> ModelsResponse:
         """What is served."""
-        return self.night.describe()
+        found, trial = self.night.describe(), self.trial
+        if trial is not None:
+            found.challenger, found.share, found.shadow = trial.challenger, trial.share, trial.shadow
+        return found
 
     def away(self) -> list[Part]:
         """The parts that do not answer as they should."""
@@ -176,8 +242,34 @@ class Handler:
         for item, why in zip(items, (found and found.why) or [], strict=False):
             item.why, item.text = why, night.in_words(why)
 
-    async def _model(self, question: Question, degraded: list[Part]) -> Found | None:
-        """What the model says; None where it fails or takes too long. Raises RequestError, UnavailableError where too many wait."""
+    async def _shadowed(self, trial: Trial, challenger: Night, request: RecommendRequest, fresh: list[Entry], answer: RecommendResponse) -> None:
+        """What the challenger would have answered, for the log alone."""
+        begun = time.monotonic()
+        with contextlib.suppress(RecrayError):
+            found = await self._model(challenger.question(request, fresh), [], trial.challenger_side)
+            if found is not None:
+                told = answer.model_copy(
+                    update={
+                        "request_id": f"{answer.request_id}.shadow",
+                        "bundle": challenger.bundle,
+                        "source": found.source,
+                        "items": items_of(found),
+                    }
+                )
+                self._decided(request, told, begun, trial, shadow=True)
+
+    async def _model(self, question: Question, degraded: list[Part], side: Side | None = None) -> Found | None:
+        """What the model says; None where it fails or takes too long. Raises RequestError, UnavailableError where too many wait.
+
+        side : told how long it took, and whether it failed
+        """
+        begun = time.monotonic()
+        found = await self._asked(question, degraded)
+        if side is not None:
+            side.saw(time.monotonic() - begun, failed=found is None)
+        return found
+
+    async def _asked(self, question: Question, degraded: list[Part]) -> Found | None:
         try:
             return await asyncio.wait_for(self._batcher.ask(question), self.options.timeout_s)
         except BusyError:
@@ -189,7 +281,7 @@ class Handler:
             degraded.append("model")
             return None
 
-    def _decided(self, request: RecommendRequest, answer: RecommendResponse, begun: float) -> None:
+    def _decided(self, request: RecommendRequest, answer: RecommendResponse, begun: float, trial: Trial | None, *, shadow: bool = False) -> None:
         """Log an answer, behind."""
         if self._writer is None:
             return
@@ -202,6 +294,9 @@ class Handler:
             "degraded": answer.degraded,
             "ms": round(1000 * (time.monotonic() - begun), 3),
         }
+        if trial is not None and trial.shadow == shadow and request.mode != "batch":
+            body["trial"] = trial.challenger
+            body["arm"] = "shadow" if shadow else "challenger" if trial.answers(user) else "champion"
         self._writer.later(Entry("decision", answer.request_id, user, time.time(), body))
 
     async def _keep(self, write: Callable[[Writer], Any]) -> Any:
@@ -219,9 +314,6 @@ class Handler:
     def _is_away(self, error: StateError) -> None:
         self._away_until = time.monotonic() + AWAY_S
         self._log.error("the log is away: %s", error.what)
-
-    def _latest(self) -> bytes:
-        return self.storage.latest.read_bytes() if self.storage.latest.exists() else b""
 
     def _open_log(self) -> None:
         try:
@@ -241,6 +333,11 @@ def _new_id() -> str:
 
 
 _LIST_ALONE: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}}
+
+
+def _content(path: Path) -> bytes:
+    """Of a small file, empty where there is none."""
+    return path.read_bytes() if path.exists() else b""
 
 
 def first_night(storage: Storage, score: ScoreSettings, say: Callable[[str], None]) -> Night:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from recray.bundle import Bundle
 from recray.config import ScoreSettings
 from recray.dataset.context import asked
 from recray.dataset.reader import Dataset, History
@@ -72,6 +73,7 @@ class Night:
     predictor: Predictor
     translation: Translation
     rules: Rules | None
+    bundle: str
     popular_list: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
     _masks: dict[str, np.ndarray] = field(default_factory=dict)
@@ -83,7 +85,10 @@ class Night:
         dataset = Dataset.open(storage.root / snapshot.manifest["dataset"])
         if dataset.digest != snapshot.manifest["dataset_digest"]:
             raise DamagedArtifactError(f"dataset of {snapshot.path} is not the one it was scored with", "score the night again")
-        return cls._of(storage, snapshot, dataset)
+        bundle = Bundle.open(storage.root / snapshot.manifest["bundle"])
+        if bundle.digest != snapshot.manifest["bundle_digest"]:
+            raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
+        return cls._of(snapshot, dataset, bundle)
 
     @classmethod
     def stand_in(cls, storage: Storage, score: ScoreSettings) -> Night:
@@ -103,21 +108,22 @@ class Night:
             "user_type": str(dataset.user_type),
             "rules": score.rules(),
         }
-        return cls._of(storage, Snapshot.stand_in(storage, manifest), dataset)
+        return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle)
+
+    def with_bundle(self, bundle: Bundle) -> Night:
+        """The same night with another bundle behind its answers by the model. Raises MissingArtifactError, DamagedArtifactError."""
+        return self._of(self.snapshot, self.dataset, bundle)
 
     @classmethod
-    def _of(cls, storage: Storage, snapshot: Snapshot, dataset: Dataset) -> Night:
-        bundle = storage.root / snapshot.manifest["bundle"]
-        predictor = Predictor.load(bundle, dataset=dataset)
-        if manifest_digest(bundle) != snapshot.manifest["bundle_digest"]:
-            raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
+    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle) -> Night:
+        predictor = Predictor.load(bundle.path, dataset=dataset)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
         translation = predictor.translation(dataset)
         rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
         answer = predictor.recommend([_EMPTY], MOST_ANSWERS, now=dataset.now_s, rules=rules)
         real = answer.item_index[0] > 0
         popular = tuple(zip(predictor.ids_of(answer.item_index[0][real]), answer.scores[0][real].tolist(), strict=True))
-        return cls(snapshot, dataset, predictor, translation, rules, popular, dt.datetime.now(dt.UTC))
+        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, popular, dt.datetime.now(dt.UTC))
 
     @property
     def whole(self) -> bool:
@@ -127,10 +133,6 @@ class Night:
     @cached_property
     def date(self) -> str:
         return str(dt.datetime.fromtimestamp(self.snapshot.as_of_s, dt.UTC).date())
-
-    @cached_property
-    def bundle(self) -> str:
-        return str(self.snapshot.manifest["bundle"]).rsplit("/", 1)[-1]
 
     @cached_property
     def digest(self) -> str:

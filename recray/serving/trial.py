@@ -1,0 +1,123 @@
+"""A challenger on trial: whom it answers, and when it has failed.
+
+Users are drawn by a hash of the challenger and the user, so that one keeps to a side for the whole trial and the next trial draws anew.
+A trial ends by itself where the challenger's answers fail or take too long, as each replica sees its own, or where its outcomes are
+worse for sure, as the log has them all. Nothing but `ended` decides; the flip is `recray.promotion.end_trial`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+from recray.state.log import Entry
+
+SEEN = 500  # last answers of a side
+LEAST = 50  # answers before anything is judged
+FAILED = 0.02  # more failures than the champion's, share of answers
+SLOWER = 3.0  # times the champion's 95th percentile
+LEAST_OUTCOMES = 100
+ALPHA = 0.05  # of the test by outcomes, over the whole trial
+RHO = 0.1  # where its bound is tightest: after about 2 log(1 / ALPHA) / RHO² decisions
+REMEMBERED = 200_000  # decisions that outcomes may still come for
+
+
+def answers(user: str, challenger: str, share: float) -> bool:
+    """Whether a challenger answers a user at this share."""
+    return float(xxhash.xxh64_intdigest(f"{challenger}\0{user}".encode())) / 2.0**64 < share
+
+
+@dataclass
+class Side:
+    """What one replica saw of its champion's or challenger's answers by the model: seconds, and whether they failed."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN))
+    failed: deque[bool] = field(default_factory=lambda: deque(maxlen=SEEN))
+
+    def saw(self, seconds: float, *, failed: bool) -> None:
+        self.seconds.append(seconds)
+        self.failed.append(failed)
+
+    @property
+    def failures(self) -> float:
+        return sum(self.failed) / max(len(self.failed), 1)
+
+    @property
+    def p95_s(self) -> float:
+        return float(np.quantile(np.array(self.seconds), 0.95)) if self.seconds else 0.0
+
+
+@dataclass
+class Trial:
+    """The trial of a challenger (its run key) at a share of the users, or as a shadow, whose answers nobody sees."""
+
+    challenger: str
+    share: float
+    shadow: bool
+    champion_side: Side = field(default_factory=Side)
+    challenger_side: Side = field(default_factory=Side)
+    outcomes: Outcomes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outcomes = Outcomes(self.challenger, self.share)
+
+    def answers(self, user: str | None) -> bool:
+        """Whether the challenger answers this user."""
+        return user is not None and not self.shadow and answers(user, self.challenger, self.share)
+
+    def ended(self) -> str | None:
+        """Why the trial has to end; None if it may go on."""
+        mine, theirs = self.challenger_side, self.champion_side
+        if len(mine.failed) >= LEAST and mine.failures > theirs.failures + FAILED:
+            return f"{mine.failures:.0%} of its answers failed, of the champion's {theirs.failures:.0%}"
+        if len(mine.seconds) >= LEAST and len(theirs.seconds) >= LEAST and mine.p95_s > SLOWER * theirs.p95_s:
+            return f"its 95th percentile is {1000 * mine.p95_s:.0f} ms, the champion's {1000 * theirs.p95_s:.0f} ms"
+        difference, bound = self.outcomes.difference()
+        if self.outcomes.decisions >= LEAST_OUTCOMES and difference + bound < 0:
+            return f"its outcomes are worth {difference:+.4f} a decision against the champion's, at most {difference + bound:+.4f}"
+        return None
+
+
+class Outcomes:
+    """Outcomes of both sides, read from the log, and the anytime-valid bound of their difference.
+
+    Each decision for a user counts its outcomes over the probability of its side, negative for the champion; the mean of these is the
+    difference of the sides' means (Horvitz and Thompson). The bound is the asymptotic confidence sequence of Waudby-Smith et al.
+    (arXiv 2103.06476, equation 4): it may be looked at after every decision, and is passed wrongly in the whole trial with
+    probability `ALPHA` at most.
+    """
+
+    def __init__(self, challenger: str, share: float) -> None:
+        self.challenger, self.share = challenger, share
+        self.decisions = 0
+        self._sum = self._squares = 0.0
+        self._worth: dict[str, tuple[float, float]] = {}  # by request: sign over probability, outcomes so far
+
+    def read(self, entry: Entry) -> None:
+        """Take in an entry of the log."""
+        if entry.kind == "decision" and entry.user is not None and entry.body.get("trial") == self.challenger:
+            mine = entry.body["arm"] == "challenger"
+            self.decisions += 1
+            self._worth[entry.key] = (1.0 / self.share if mine else -1.0 / (1.0 - self.share), 0.0)
+            if len(self._worth) > REMEMBERED:
+                del self._worth[next(iter(self._worth))]
+        elif entry.kind == "outcome" and entry.body["request_id"] in self._worth:
+            weight, before = self._worth[entry.body["request_id"]]
+            after = before + float(entry.body["value"])
+            self._worth[entry.body["request_id"]] = (weight, after)
+            self._sum += weight * (after - before)
+            self._squares += weight * weight * (after * after - before * before)
+
+    def difference(self) -> tuple[float, float]:
+        """The challenger's mean outcome a decision less the champion's, and how far the truth may be from it."""
+        n = self.decisions
+        if not 0 < self.share < 1 or n < 2:
+            return 0.0, math.inf
+        mean = self._sum / n
+        variance = max(self._squares / n - mean * mean, 0.0)
+        inside = n * RHO * RHO + 1.0
+        return mean, math.sqrt(variance * 2.0 * inside / (n * n * RHO * RHO) * math.log(math.sqrt(inside) / ALPHA))
