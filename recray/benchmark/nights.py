@@ -39,7 +39,7 @@ def publish_untrained(settings: Settings, dataset: Dataset, root: Path) -> Stora
         shutil.copytree(dataset.path, storage.dataset(dataset.key))
     bundle = untrained(settings, dataset, storage.bundle(KEY), KEY)
     Release(champion=Member.of(bundle)).write(storage)
-    write_night(storage, KEY, Dataset.open(storage.dataset(dataset.key)), bundle, settings.score, _each_bucket)
+    write_night(storage, KEY, Dataset.open(storage.dataset(dataset.key)), bundle, settings.score, each_bucket)
     return storage
 
 
@@ -64,6 +64,7 @@ def untrained(settings: Settings, dataset: Dataset, path: Path, key: str, privac
     )
 
 
-def _each_bucket(arguments: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def each_bucket(arguments: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Score the buckets one after the other, without Ray."""
     bucket = ScoreBucket(**arguments, threads=torch.get_num_threads())
     return [bucket({"item": number}) for number in range(count)]

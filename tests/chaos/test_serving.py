@@ -1,0 +1,259 @@
+"""The endpoint under load while nights come, break and go back, replicas die, and everything is killed: no wrong answer, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import start_redis, world_overrides
+from harness import kill, titled
+
+from recray import pipeline
+from recray.benchmark.load import load, post
+from recray.benchmark.nights import each_bucket, publish_untrained, untrained
+from recray.cluster import free_ports
+from recray.config import load_settings
+from recray.demo import post as ask
+from recray.prepare.sources import collected_files
+from recray.scoring.score import write_night
+from recray.snapshot.reader import Snapshot
+from recray.storage import manifest_digest, write_json
+
+USERS = 300
+CLIENTS = 8
+
+
+@pytest.fixture(scope="module")
+def shop(world_folder, world_dataset, tmp_path_factory):
+    """Settings of a root whose night is published, and another bundle."""
+    root = tmp_path_factory.mktemp("endpoint")
+    settings = load_settings(None, [*world_overrides(world_folder, root)])
+    storage = publish_untrained(settings, world_dataset, root)
+    other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 7})})
+    return settings, storage, untrained(other, world_dataset, storage.bundle("other"), "other")
+
+
+class Served:
+    """`recray serve` in a process of its own, from its first answer on."""
+
+    def __init__(self, root: Path, *overrides: str) -> None:
+        (self.port,) = free_ports(1)
+        self.address = f"http://127.0.0.1:{self.port}"
+        words = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={root}", f"serve.port={self.port}", "serve.poll_s=0.2", *overrides]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not self.answers():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.process.stderr.read()[-2000:]
+            time.sleep(0.2)
+
+    def answers(self) -> bool:
+        try:
+            return self.get("/healthz")["status"] == "ok"
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=5) as response:
+            return json.load(response)
+
+    def night(self) -> str:
+        return self.get("/v1/models")["snapshot"]
+
+    def becomes(self, snapshot: str) -> None:
+        """Wait until every replica serves a snapshot."""
+        deadline, agreed = time.monotonic() + 30, 0
+        while agreed < 20:
+            agreed = agreed + 1 if self.night() == snapshot else 0
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def served(own_home, shop):
+    _, storage, _ = shop
+    endpoint = Served(storage.root, "serve.replicas=2")
+    deadline = time.monotonic() + 60
+    while len(titled(own_home, "ray::ServeReplica")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    yield endpoint
+    endpoint.stop()
+
+
+def test_haproxy_listens_on_loopback_alone(served, own_home):
+    sockets = {os.readlink(fd) for pid in titled(own_home, "haproxy") for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.exists()}
+    listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    hosts = Counter(line[1].split(":")[0] for line in listening if f"socket:[{line[9]}]" in sockets)
+    assert hosts.total() >= 3 and set(hosts) == {"0100007F"}, "HTTP, metrics and statistics, on 127.0.0.1"
+
+
+def test_an_event_is_heard_by_every_replica(served, shop):
+    _, storage, _ = shop
+    item = ask(f"{served.address}/v1/recommend", {"user_id": 7, "k": 100, "mode": "realtime"})["items"][-1]["item_id"]
+    assert ask(f"{served.address}/v1/recommend", {"user_id": 7})["source"] == "snapshot"
+    ask(f"{served.address}/v1/events", {"user_id": 7, "events": [{"item_id": item}]})
+    assert {ask(f"{served.address}/v1/recommend", {"user_id": 7})["source"] for _ in range(20)} == {"realtime"}
+
+
+def test_no_answer_is_wrong_while_nights_come_and_go(served, shop, world_dataset):
+    settings, storage, other = shop
+    first = Snapshot.latest(storage)
+    published = storage.latest.read_bytes()
+    requests = [post("/v1/recommend", {"user_id": user, "k": 5, "mode": "batch"}) for user in range(USERS)]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(load, served.port, requests, CLIENTS, 14.0, keep=True)
+        time.sleep(1)
+        second_path, _, _ = write_night(storage, "second", world_dataset, other, settings.score, each_bucket)
+        second = Snapshot.latest(storage)
+        served.becomes(manifest_digest(second_path))
+        broken = second_path.with_name("run=broken")
+        shutil.copytree(second_path, broken)
+        index = next(broken.glob("index-*.arrow"))
+        index.write_bytes(index.read_bytes()[:-9] + b"123456789")
+        write_json(storage.latest, {**json.loads(storage.latest.read_text()), "snapshot": broken.relative_to(storage.root).as_posix()})
+        time.sleep(1.5)
+        assert served.night() == manifest_digest(second_path), "a damaged night is refused and the old one stays"
+        storage.latest.write_bytes(published)
+        served.becomes(manifest_digest(first.path))
+        seen = running.result()
+    assert seen.others == {} and len(seen.refused_s) == 0 and len(seen.latency_s) > 500
+    expected = {"untrained": first, "other": second}
+    bundles = Counter()
+    for body in seen.bodies:
+        answer = json.loads(body)
+        bundles[answer["bundle"]] += 1
+        shown = [item["item_id"] for item in answer["items"]]
+        assert shown in _lists(expected[answer["bundle"]]), "an answer that no night holds"
+    assert set(bundles) == set(expected)
+
+
+_known: dict[Path, list[list[str]]] = {}
+
+
+def _lists(snapshot: Snapshot) -> list[list[str]]:
+    if snapshot.path not in _known:
+        _known[snapshot.path] = [snapshot.find(user).item_ids[:5] for user in range(USERS)]
+    return _known[snapshot.path]
+
+
+def test_a_killed_replica_costs_what_it_was_at(served, own_home):
+    requests = [post("/v1/recommend", {"user_id": user, "k": 5}) for user in range(USERS)]
+    before = titled(own_home, "ray::ServeReplica")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(load, served.port, requests, CLIENTS, 12.0)
+        time.sleep(2)
+        kill(before[0])
+        seen = running.result()
+    assert sum(seen.others.values()) + len(seen.refused_s) <= CLIENTS, (seen.others, len(seen.refused_s))
+    assert len(seen.latency_s) > 500
+    deadline = time.monotonic() + 60
+    while len(now := titled(own_home, "ray::ServeReplica")) < 2 or before[0] in now:
+        assert time.monotonic() < deadline, "no other replica was started"
+        time.sleep(0.5)
+
+
+class Teller(threading.Thread):
+    """Posts events, each by a user of its own, and remembers which were acknowledged."""
+
+    def __init__(self, address: str, first_user: int) -> None:
+        super().__init__(daemon=True)
+        self.address, self.user, self.acknowledged, self.stopped = address, first_user, [], threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.is_set():
+            self.user += 1
+            body = {"user_id": self.user, "events": [{"item_id": "i0000001", "event_id": f"e{self.user}"}]}
+            try:
+                if ask(f"{self.address}/v1/events", body)["kept"] == 1:
+                    self.acknowledged.append(self.user)
+            except (OSError, ValueError):
+                time.sleep(0.05)
+
+
+def _told(address: str, seconds: float, then) -> list[int]:
+    tellers = [Teller(address, 1_000_000 * (n + 1)) for n in range(4)]
+    for teller in tellers:
+        teller.start()
+    time.sleep(seconds)
+    then(tellers)
+    for teller in tellers:
+        teller.stopped.set()
+        teller.join(40)
+    return [user for teller in tellers for user in teller.acknowledged]
+
+
+def _collected(root: Path) -> Counter:
+    return Counter(user for file in collected_files(root) for user in pq.read_table(file)["user_id"].to_pylist() if user > 1000)
+
+
+def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(own_home, shop):
+    settings, storage, _ = shop
+    endpoint = Served(storage.root)
+    acknowledged = _told(endpoint.address, 3.0, lambda _: kill(*titled(own_home, "")))
+    endpoint.process.communicate()
+    assert len(acknowledged) > 50
+    pipeline.run_collect(settings, None)
+    again = Served(storage.root)
+    ask(f"{again.address}/v1/events", {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]})
+    again.stop()
+    pipeline.run_collect(settings, None)
+    found = _collected(storage.root)
+    assert set(acknowledged) <= set(found) and max(found.values()) == 1
+
+
+def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_path, world_dataset):
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("Redis is not installed (Debian's package redis-server)")
+    settings, _, _ = shop
+    storage = publish_untrained(settings, world_dataset, tmp_path / "root")
+    (port,) = free_ports(1)
+    (tmp_path / "redis").mkdir()
+    server = start_redis(binary, str(tmp_path / "redis"), port)
+    state = f"redis://127.0.0.1:{port}/0"
+    endpoint = Served(storage.root, f"serve.state={state}")
+
+    def restart(tellers):
+        nonlocal server
+        server.kill()
+        server.wait()
+        answer = ask(f"{endpoint.address}/v1/recommend", {"user_id": 7})
+        assert answer["source"] == "snapshot" and answer["degraded"] == ["state"]
+        server = start_redis(binary, str(tmp_path / "redis"), port)
+        heard = len(tellers[0].acknowledged)
+        deadline = time.monotonic() + 30
+        while len(tellers[0].acknowledged) < heard + 5:
+            assert time.monotonic() < deadline, "the endpoint does not find its log again"
+            time.sleep(0.1)
+
+    acknowledged = _told(endpoint.address, 3.0, restart)
+    endpoint.stop()
+    assert len(acknowledged) > 50
+    where = settings.model_copy(
+        update={
+            "storage": settings.storage.model_copy(update={"root": str(storage.root)}),
+            "serve": settings.serve.model_copy(update={"state": state}),
+        }
+    )
+    pipeline.run_collect(where, None)
+    found = _collected(storage.root)
+    server.terminate()
+    server.wait()
+    assert set(acknowledged) <= set(found) and max(found.values()) == 1
