@@ -51,7 +51,7 @@ class Head:
 
     def __init__(self, home: Path, cpus: int = 2) -> None:
         self.home, self.cpus = home, cpus
-        self.port, self.dashboard = free_port(), free_port()
+        self.port, self.dashboard, *self._others = cluster.free_ports(4)  # other clusters may be here
         base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         self._own = {**base, **quiet, "HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -70,7 +70,7 @@ class Head:
     def start(self) -> None:
         """Bring it up. Raises ClusterError."""
         words = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--num-cpus={self.cpus}", "--node-ip-address=127.0.0.1"]
-        words += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]  # other clusters may be here
+        words += [f"--dashboard-agent-listen-port={self._others[0]}", f"--ray-client-server-port={self._others[1]}"]
         words += ["--object-store-memory", str(cluster.LOCAL_OBJECT_STORE_BYTES), "--disable-usage-stats", "--block"]
         with open(self.home / "head.log", "a") as log:
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *words]
@@ -84,13 +84,6 @@ class Head:
     def __exit__(self, *_: object) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)  # its daemons do not heed SIGTERM
         self.process.wait()
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _listens(port: int) -> bool:

@@ -4,9 +4,10 @@ import logging
 import threading
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 
-from recray.config import Settings
+from recray.config import Settings, load_settings
 from recray.errors import ClusterError
 from recray.serving.guard import check
 from recray.serving.handler import Handler, first_night
@@ -52,6 +53,23 @@ def build(settings: Settings) -> Any:
         ray_actor_options={"num_cpus": 0.1},
     )
     return deployment.bind(settings)
+
+
+class Arguments(BaseModel):
+    """What `serve deploy` passes: a settings file on every node, and overrides."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str | None = None
+    overrides: list[str] = []
+
+
+def deploy(arguments: Arguments) -> Any:
+    """The application of a Serve config file (infra/serve/recray.yaml). Raises SettingsError, MissingArtifactError."""
+    settings = load_settings(arguments.config, arguments.overrides)
+    check(settings.serve)
+    first_night(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error)
+    return build(settings)
 
 
 def start(settings: Settings) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from harness import STAGES, Night, assert_tracked
 
-from recray.benchmark.submit import Head, free_port
+from recray.benchmark.submit import Head
+from recray.cluster import free_ports
 
 FIRST = dt.date(2024, 4, 20)
 IN_CI = ("train", "promote")
@@ -26,7 +27,7 @@ class Server:
     """`mlflow server` on sqlite and a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port = folder, free_ports(1)[0]
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
@@ -116,7 +117,7 @@ def test_a_night_without_mlflow_is_scored_by_the_champion_and_told_later(shop, s
 
 
 def test_the_first_night_needs_no_mlflow(shop, world_folder, tmp_path):
-    uri = f"tracking.uri=http://127.0.0.1:{free_port()}"
+    uri = f"tracking.uri=http://127.0.0.1:{free_ports(1)[0]}"
     code, result = Night(world_folder, tmp_path, shop.head.environment, uri, *CHALLENGE).end()
     assert (code, result["metrics"]["promoted"]) == (0, 1) and any("does not answer" in w for w in result["warnings"])
 

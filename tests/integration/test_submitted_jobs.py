@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import world_overrides
 
-from recray.benchmark.submit import Head, free_port
+from recray.benchmark.submit import Head
+from recray.cluster import free_ports
 from recray.demo import post
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def test_a_night_that_ended_is_repeated_under_the_next_number(head, root, world_
 
 
 def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_followed(head, root, world_folder, first_night):
-    port = free_port()
+    port = free_ports(1)[0]
     serve = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={root}", f"serve.port={port}", "serve.poll_s=0.2"]
     endpoint = subprocess.Popen(serve, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     address = f"http://127.0.0.1:{port}"
