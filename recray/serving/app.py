@@ -12,6 +12,7 @@ from recray.errors import ClusterError
 from recray.serving.guard import check
 from recray.serving.handler import Handler, first_night
 from recray.serving.http import create_app
+from recray.serving.telemetry import RayTelemetry
 from recray.storage import Storage
 
 NAME = "recray"
@@ -26,7 +27,7 @@ class Endpoint:
         import torch
 
         torch.set_num_threads(1)
-        self.handler = Handler(Storage(settings.root()), settings.serve, settings.score)
+        self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry())
         threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:

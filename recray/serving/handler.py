@@ -38,6 +38,7 @@ from recray.serving.api import (
 )
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.night import Found, Night, Question, items_of
+from recray.serving.telemetry import Telemetry
 from recray.serving.trial import Side, Trial
 from recray.state.log import Entry, Log, open_log
 from recray.state.writer import Writer
@@ -59,8 +60,9 @@ class Handler:
     Raises MissingArtifactError, DamagedArtifactError, SettingsError when it is made.
     """
 
-    def __init__(self, storage: Storage, options: ServeSettings, score: ScoreSettings) -> None:
+    def __init__(self, storage: Storage, options: ServeSettings, score: ScoreSettings, telemetry: Telemetry | None = None) -> None:
         self.storage, self.options = storage, options
+        self.telemetry = telemetry or Telemetry()
         self._log = logging.getLogger("ray.serve")
         self._published = _content(storage.latest)
         self.night = first_night(storage, score, self._log.error)
@@ -72,7 +74,7 @@ class Handler:
         self._away_until = 0.0
         self._reopen_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batcher: Batcher[Question, Found] = Batcher(Night.answer, options.max_batch, options.max_queued_requests)
+        self._batcher: Batcher[Question, Found] = Batcher(Night.answer, options.max_batch, options.max_queued_requests, self.telemetry.batches.append)
         self._open_log()
         self.look()
 
@@ -97,6 +99,25 @@ class Handler:
             self._watch_trial()
         except Exception as error:
             self._log.error("the challenger cannot be looked after: %s", error)
+        try:
+            self.telemetry.flush(self._state(), self._serving())
+        except Exception as error:
+            self._log.error("nothing can be counted: %s", error)
+
+    def _state(self) -> dict[str, float]:
+        night, writer = self.night, self._writer
+        return {
+            "waiting": self._batcher.waiting,
+            "coverage": self.telemetry.coverage(night.predictor.answerable),
+            "lost": 0 if writer is None else writer.lost,
+            "set_aside": 0 if writer is None else writer.set_aside,
+            "away": len(self.away()),
+            "night_age_s": time.time() - night.dataset.as_of_s,
+        }
+
+    def _serving(self) -> dict[str, str]:
+        trial = self.trial
+        return {"night": self.night.date, "bundle": self.night.bundle, "challenger": "" if trial is None else trial.challenger}
 
     def _begin_trial(self, release: Release) -> None:
         """Load the challenger of a release, or end the trial here where there is none."""
@@ -149,6 +170,9 @@ class Handler:
             await self._explain(chosen, request, fresh, items, degraded)
         answer = RecommendResponse(request_id=_new_id(), night=night.date, bundle=chosen.bundle, degraded=degraded, source=found.source, items=items)
         self._decided(request, answer, begun, trial)
+        arm = "challenger" if chosen is challenger else "champion"
+        ms = 1000 * (time.monotonic() - begun)
+        self.telemetry.answered(found.source, chosen.bundle, arm, degraded, ms, [item.item_id for item in items])
         if trial is not None and challenger is not None and trial.shadow and request.mode != "batch":
             task = asyncio.create_task(self._shadowed(trial, challenger, request, fresh, answer))
             self._tasks.add(task)  # else nothing holds it
@@ -191,6 +215,8 @@ class Handler:
             entries.append(Entry("event", event.event_id or _new_id(), user, at_s, body))
         numbers = await self._keep(lambda writer: writer.append(entries))
         kept = sum(number > 0 for number in numbers)
+        self.telemetry.kept["event"] += kept
+        self.telemetry.lags_s.extend(now - entry.at_s for entry in entries)
         return EventsResponse(kept=kept, known=len(numbers) - kept)
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackResponse:
@@ -199,6 +225,8 @@ class Handler:
         at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
         entry = Entry("outcome", request.feedback_id or _new_id(), None, at_s, body)
         kept, known = await self._keep(lambda writer: writer.outcome(entry, request.request_id))
+        self.telemetry.kept["outcome" if known else "set_aside"] += kept
+        self.telemetry.lags_s.append(time.time() - at_s)
         return FeedbackResponse(kept=kept, set_aside=not known)
 
     def models(self) -> ModelsResponse:
@@ -273,6 +301,7 @@ class Handler:
         try:
             return await asyncio.wait_for(self._batcher.ask(question), self.options.timeout_s)
         except BusyError:
+            self.telemetry.refused["busy"] += 1
             raise UnavailableError(f"{self.options.max_queued_requests} questions wait for the model", "come again") from None
         except RequestError:
             raise

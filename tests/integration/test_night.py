@@ -184,6 +184,23 @@ def test_the_next_night_keeps_the_bundle_and_the_endpoint_swaps(night, settings,
     assert answer["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
 
 
+def test_the_endpoint_counts_on_rays_metrics_port(settings, address):
+    import ray
+
+    post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
+    (node,) = ray.nodes()
+    wanted = {"recray_answers_total", "recray_latency_ms", "recray_night_age_s", "recray_serving", "recray_coverage"}
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        if all(f"ray_{name}" in text for name in wanted):
+            break
+        assert time.monotonic() < deadline, [name for name in wanted if f"ray_{name}" not in text]
+        time.sleep(1)
+    assert 'source="snapshot"' in text
+
+
 def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
     storage = Storage(settings.root())
     good = storage.latest.read_bytes()
