@@ -1,6 +1,8 @@
 """What the repository promises: configs show every default, jobs are shells, the sample is what it says it is."""
 
+import json
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def test_each_job_can_be_submitted_and_is_a_command(job):
 
 def test_the_audit_can_be_submitted():
     assert 'job_main("privacy", "audit")' in (REPOSITORY / "jobs" / "audit.py").read_text() and "audit" in cli.SUBMITTED
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_the_endpoint_has():
+    telemetry = (REPOSITORY / "recray" / "serving" / "telemetry.py").read_text()
+    counted = set(re.findall(r'"(recray_[a-z_]+)", "', telemetry))
+    board = json.loads((REPOSITORY / "infra" / "grafana" / "recray.json").read_text())
+    rules = yaml.safe_load((REPOSITORY / "infra" / "grafana" / "alerts.yaml").read_text())["groups"][0]["rules"]
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]] + [rule["expr"] for rule in rules]
+    named = {re.sub(r"_(bucket|sum|count)$", "", name) for text in asked for name in re.findall(r"ray_(recray_[a-z_]+)", text)}
+    assert len(counted) >= 10 and named == counted
+    assert all(rule["annotations"]["summary"] and rule["annotations"]["fix"] for rule in rules)
 
 
 def test_init_writes_a_file_that_works_and_keeps_what_is_there(tmp_path, capsys):
