@@ -103,6 +103,12 @@ def collect(work: Work) -> JobResult:
         collecting.forget(work.storage, log, options.keep_days)
     finally:
         log.close()
+    for folder in sorted(work.storage.collected.glob("[!.]*")):  # also one after which an attempt was killed
+        if not (work.storage.outbox / f"{folder.name}.json").exists():
+            step = read_json(folder / "manifest.json")["collected_at_s"]
+            named = {"run_key": f"endpoint {log.identity}", "run_name": "endpoint", "order": [step, 0]}
+            work.outbox.put(folder.name, {**named, "metrics": {"values": collecting.summary(folder), "step": step}})
+    deliver(work)
     told = ", ".join(f"{count} {kind}s" if kind != "set_aside" else f"{count} outcomes set aside" for kind, count in counts.items())
     work.say(f"collected: {told or 'nothing new'}", stage="collect")
     outputs = {} if path is None else {"collected": str(path)}

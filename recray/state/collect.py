@@ -7,12 +7,14 @@ holds `events.parquet` (the owner's columns, as the event log has them), `decisi
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +24,7 @@ from recray.storage import Storage, read_json, sealed_directory
 
 KIND = "collected"
 AT_ONCE = 50_000
+_UNNAMED = re.compile(r"[^\w\-./ ]")  # what MLflow has no name with
 LIVE_POSITION = 1 << 40  # where an order is all that is known: after everything that the event log holds
 DAY_S = 86_400
 
@@ -94,6 +97,36 @@ def forget(storage: Storage, log: Log, keep_days: float) -> int:
     if through:
         log.forget(through)
     return int(through)
+
+
+def summary(folder: Path) -> dict[str, float]:
+    """What a collected folder says of the endpoint: answers by source and bundle, latency, what was away, outcomes an answer."""
+    found: dict[str, float] = {}
+    shown = 0
+    arms: dict[str, str] = {}
+    if (folder / "decisions.parquet").exists():
+        table = pq.read_table(folder / "decisions.parquet")
+        arm = [json.loads(more).get("arm", "champion") if more else "champion" for more in table["more"].to_pylist()]
+        seen = table.filter(pa.array([side != "shadow" for side in arm]))
+        arms = dict(zip(table["request_id"].to_pylist(), arm, strict=True))
+        shown = len(seen)
+        found["answers"] = shown
+        for column in ("source", "bundle"):
+            found |= {f"answers/{column}/{name}": count for name, count in Counter(seen[column].to_pylist()).items()}
+        found |= {f"degraded/{part}": count / max(shown, 1) for part, count in Counter(sum(seen["degraded"].to_pylist(), [])).items()}
+        ms = seen["ms"].drop_null().to_numpy()
+        found |= {f"latency_ms/p{percent}": float(np.percentile(ms, percent)) for percent in (50, 95, 99) if len(ms)}
+    if (folder / "outcomes.parquet").exists():
+        rows = pq.read_table(folder / "outcomes.parquet").to_pylist()
+        found["outcomes/set_aside"] = sum(row["set_aside"] for row in rows)
+        counted = [row for row in rows if not row["set_aside"]]
+        found |= {f"outcomes/{name}/an_answer": count / max(shown, 1) for name, count in Counter(row["outcome"] for row in counted).items()}
+        sides = Counter(arms.values())
+        by_side = Counter(arms[row["request_id"]] for row in counted if row["request_id"] in arms)
+        found |= {f"outcomes/{side}/an_answer": count / sides[side] for side, count in by_side.items()}
+    if (folder / "events.parquet").exists():
+        found["events"] = pq.read_metadata(folder / "events.parquet").num_rows
+    return {_UNNAMED.sub("_", name): value for name, value in found.items()}
 
 
 class _Writers:

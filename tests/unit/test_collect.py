@@ -2,6 +2,7 @@
 
 import datetime as dt
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from recray.serving.night import Night
 from recray.state import collect as collecting
 from recray.state.log import Entry, open_log
 from recray.storage import Storage
+from recray.tracking.runs import Tracking
 
 COLUMNS = {"user_id": "who", "item_id": "what", "timestamp": "when", "event": "event", "value": "stars", "context_page": "page"}
 TYPES = {
@@ -91,6 +93,30 @@ def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tm
     collecting.collect(storage, log, COLUMNS, TYPES)
     users = [user for file in collected_files(tmp_path) for user in pq.read_table(file)["who"].to_pylist()]
     assert Counter(users) == {0: 20, 1: 20, 2: 20, 3: 20, 4: 20, 7: 1}
+
+
+def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
+    settings = load_settings(None, world_overrides(world_folder, tmp_path / "root"))
+    log = open_log("sqlite", settings.root())
+    away = {**decision("d2").body, "degraded": ["model"], "ms": 3.5, "arm": "challenger", "bundle": "c"}
+    shadow = {**away, "arm": "shadow", "degraded": []}
+    plain = {name: value for name, value in decision("d1").body.items() if name != "arm"}
+    log.append([Entry("decision", "d1", "7", 5.0, plain), Entry("decision", "d2", "8", 5.0, away), Entry("decision", "d2.shadow", "8", 5.0, shadow)])
+    log.append([outcome("o1", "d2"), outcome("o2", "?", "set_aside"), event("e1")])
+    result = pipeline.run_collect(settings, None)
+    storage = Storage(settings.root())
+    found = collecting.summary(Path(result.outputs["collected"]))
+    assert found == {
+        "answers": 2, "answers/source/snapshot": 2, "answers/bundle/b": 1, "answers/bundle/c": 1, "degraded/model": 0.5, "latency_ms/p50": 2.5,
+        "latency_ms/p95": pytest.approx(3.4), "latency_ms/p99": pytest.approx(3.48), "outcomes/set_aside": 1, "outcomes/click/an_answer": 0.5,
+        "outcomes/challenger/an_answer": 1.0, "events": 1,
+    }  # fmt: skip
+    tracking = Tracking(settings.tracking, storage)
+    run = tracking._client.get_run(tracking.run(f"endpoint {log.identity}", "endpoint"))
+    assert run.data.metrics["answers/bundle/c"] == 1 and run.data.metrics["degraded/model"] == 0.5
+    assert pipeline.run_collect(settings, None).status == "skipped"
+    assert len(tracking._client.get_metric_history(run.info.run_id, "answers")) == 1
+    log.close()
 
 
 def test_another_store_is_counted_anew(tmp_path):
