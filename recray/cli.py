@@ -145,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument(
         "--against", choices=["implicit", "rectools"], help="quality, train, score: the peer to run on the same data in the same run"
     )
+    benchmark.add_argument("--overload", action="store_true", help="serve: three times as many requests as it can answer")
+    benchmark.add_argument("--users", type=int, help="serve: a snapshot of so many users (10000000: some minutes, 5 GB)")
     benchmark.add_argument("--out", default="infra/benchmarks", help="folder of the result file (default: infra/benchmarks)")
     _common(benchmark)
     return parser
@@ -230,7 +232,14 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
             return demo.run_demo(arguments.root, arguments.overrides, reporter, tell if arguments.keep_serving else None)
         if arguments.job == "benchmark":
             return benchmark.run(
-                arguments.what, Path(arguments.out), reporter.say, data=arguments.data, against=arguments.against, overrides=arguments.overrides
+                arguments.what,
+                Path(arguments.out),
+                reporter.say,
+                data=arguments.data,
+                against=arguments.against,
+                overrides=arguments.overrides,
+                overload=arguments.overload,
+                users=arguments.users,
             )
         if arguments.job == "submit":
             return _submitted(arguments, reporter)

@@ -16,23 +16,43 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
-ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve")
+ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload")
 
 
-def run(what: str, out: Path, say: Say, *, data: str | None = None, against: str | None = None, overrides: Sequence[str] = ()) -> JobResult:
+def run(
+    what: str,
+    out: Path,
+    say: Say,
+    *,
+    data: str | None = None,
+    against: str | None = None,
+    overrides: Sequence[str] = (),
+    overload: bool = False,
+    users: int | None = None,
+) -> JobResult:
     """Run one benchmark and keep its figures as a JSON file in `out`.
 
     data : folder of a data set, or its name under $RECRAY_DATA; for those that run on one
     against : the peer that runs on the same data in the same run; None: recray alone
     overrides : of the settings, where data are named
+    overload, users : of serve, what is asked of the endpoint instead
     """
+    if (overload or users) and what != "serve":
+        raise SettingsError(f"benchmark {what} takes no --overload and no --users", "they are for benchmark serve")
+    what = "serve-overload" if overload else "serve-users" if users else what
     started = time.monotonic()
     if data is not None and what != "privacy":
         from recray.benchmark.data import find_data
 
         data = str(find_data(data).resolve())  # once: preparing it sets RECRAY_DATA
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
-        config, metrics = _measure(what, Path(folder), say, data, against, overrides, out)
+        if what == "serve-users":
+            from recray.benchmark import serve
+
+            config: dict[str, Any] = {}
+            metrics = serve.measure_users(Path(folder), users or 1, say)
+        else:
+            config, metrics = _measure(what, Path(folder), say, data, against, overrides, out)
         kept = {path.name: path.read_bytes() for path in Path(folder).glob("keep/*")}
     result = JobResult(f"benchmark {what}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2))
     out.mkdir(parents=True, exist_ok=True)
@@ -67,6 +87,7 @@ def _measure(
             "scale": scale.measure_scale,
             "privacy": privacy.measure_privacy,
             "serve": serve.measure_serve,
+            "serve-overload": serve.measure_overload,
         }
         return {}, measures[what](folder, say)
     if what in ("ablations", "explain"):

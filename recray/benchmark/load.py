@@ -1,6 +1,7 @@
-"""A closed-loop load on an HTTP endpoint: so many connections, each with one request at a time, from one process of its own.
+"""A load on an HTTP endpoint from one process of its own: so many connections, each with one request at a time.
 
-Knows just enough HTTP/1.1 to be cheap beside the server that it measures: answers need a Content-Length.
+Each connection asks again as soon as it was answered (closed loop), or all together at a rate, whatever the answers (open loop, as long
+as a connection is free). Knows just enough HTTP/1.1 to be cheap beside the server that it measures.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ TIMEOUT_S = 30.0
 
 @dataclass
 class Load:
-    """What a load saw. latency_s holds those of answers with status 200, refused_s those of 503."""
+    """What a load saw. latency_s holds those of answers with status 200, refused_s those of 503; told: of these, with Retry-After."""
 
     seconds: float
     latency_s: np.ndarray
     refused_s: np.ndarray
     others: dict[int, int] = field(default_factory=dict)
     bodies: list[bytes] = field(default_factory=list)
+    told: int = 0
 
     @property
     def per_s(self) -> float:
@@ -45,14 +47,15 @@ def post(path: str, body: dict[str, Any]) -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: recray\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-def load(port: int, requests: Sequence[bytes], clients: int, seconds: float, *, keep: bool = False) -> Load:
-    """Ask 127.0.0.1:port for so many seconds; each connection sends the next of `requests` as soon as it was answered.
+def load(port: int, requests: Sequence[bytes], clients: int, seconds: float, *, rate: float | None = None, keep: bool = False) -> Load:
+    """Ask 127.0.0.1:port for so many seconds, with the requests one after the other and around again.
 
+    rate : requests a second of all connections together; None: as soon as each was answered
     keep : also return the bodies of the answers with status 200
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_child, args=(theirs, port, list(requests), clients, seconds, keep))
+    child = context.Process(target=_child, args=(theirs, port, list(requests), clients, seconds, rate, keep))
     child.start()
     theirs.close()
     found: Load | Exception = ours.recv()
@@ -62,16 +65,16 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float, *, 
     return found
 
 
-def _child(pipe: Any, port: int, requests: list[bytes], clients: int, seconds: float, keep: bool) -> None:
+def _child(pipe: Any, *arguments: Any) -> None:
     try:
-        pipe.send(_drive(port, requests, clients, seconds, keep))
+        pipe.send(_Driver(*arguments).drive())
     except Exception as error:
         pipe.send(error)
 
 
 class _Connection:
     def __init__(self, port: int) -> None:
-        self.port, self.buffer, self.begun = port, b"", 0.0
+        self.buffer, self.begun = b"", 0.0
         self.socket = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -79,8 +82,8 @@ class _Connection:
         self.buffer, self.begun = b"", time.perf_counter()
         self.socket.sendall(request)
 
-    def receive(self) -> tuple[int, bytes, bool] | None:
-        """Status, body, and whether the connection stays; None while more is to come. Raises ConnectionError."""
+    def receive(self) -> tuple[int, bytes, bytes] | None:
+        """Status, head in lower case and body; None while more is to come. Raises OSError."""
         got = self.socket.recv(1 << 16)
         if not got:
             raise ConnectionError("closed by the endpoint")
@@ -90,57 +93,66 @@ class _Connection:
             return None
         lower = head.lower()
         place = lower.find(b"content-length:")
-        length = int(lower[place + 15 :].split(b"\r\n", 1)[0]) if place >= 0 else 0
-        if len(body) < length:
-            return None
-        return int(head[9:12]), body, b"connection: close" not in lower
+        ends = b"chunked" not in lower or body.endswith(b"0\r\n\r\n")
+        whole = ends if place < 0 else len(body) >= int(lower[place + 15 :].split(b"\r\n", 1)[0])
+        return (int(head[9:12]), lower, body) if whole else None
 
 
-def _drive(port: int, requests: list[bytes], clients: int, seconds: float, keep: bool) -> Load:
-    latency: list[float] = []
-    refused: list[float] = []
-    others: dict[int, int] = {}
-    bodies: list[bytes] = []
-    selector = selectors.DefaultSelector()
-    asked = 0
+class _Driver:
+    def __init__(self, port: int, requests: list[bytes], clients: int, seconds: float, rate: float | None, keep: bool) -> None:
+        self.port, self.requests, self.clients, self.seconds, self.rate, self.keep = port, requests, clients, seconds, rate, keep
+        self.selector = selectors.DefaultSelector()
+        self.idle: list[_Connection] = []
+        self.asked = 0
+        self.latency: list[float] = []
+        self.refused: list[float] = []
+        self.found = Load(0.0, np.zeros(0), np.zeros(0))
 
-    def connect() -> None:
-        nonlocal asked
-        connection = _Connection(port)
-        selector.register(connection.socket, selectors.EVENT_READ, connection)
-        connection.send(requests[asked % len(requests)])
-        asked += 1
+    def drive(self) -> Load:
+        begun = time.perf_counter()
+        until = begun + self.seconds
+        for _ in range(self.clients):
+            self._connect()
+        while (now := time.perf_counter()) < until:
+            due = len(self.idle) if self.rate is None else min(int((now - begun) * self.rate) - self.asked, len(self.idle))
+            for _ in range(due):
+                self.idle.pop().send(self.requests[self.asked % len(self.requests)])
+                self.asked += 1
+            wait = 1.0 if self.rate is None else max(begun + (self.asked + 1) / self.rate - now, 0.0)
+            for key, _ in self.selector.select(min(until - now, wait)):
+                self._hear(key.data)
+        for key in list(self.selector.get_map().values()):
+            key.data.socket.close()
+        self.found.seconds = time.perf_counter() - begun
+        self.found.latency_s, self.found.refused_s = np.array(self.latency), np.array(self.refused)
+        return self.found
 
-    begun = time.perf_counter()
-    until = begun + seconds
-    for _ in range(clients):
-        connect()
-    while (now := time.perf_counter()) < until:
-        for key, _ in selector.select(min(until - now, 1.0)):
-            connection: _Connection = key.data
-            try:
-                answer = connection.receive()
-            except OSError:
-                answer = (0, b"", False)
-            if answer is None:
-                continue
-            status, body, stays = answer
-            took = time.perf_counter() - connection.begun
-            if status == 200:
-                latency.append(took)
-                if keep:
-                    bodies.append(body)
-            elif status == 503:
-                refused.append(took)
-            else:
-                others[status] = others.get(status, 0) + 1
-            if stays:
-                connection.send(requests[asked % len(requests)])
-                asked += 1
-            else:
-                selector.unregister(connection.socket)
-                connection.socket.close()
-                connect()
-    for key in list(selector.get_map().values()):
-        key.data.socket.close()
-    return Load(time.perf_counter() - begun, np.array(latency), np.array(refused), others, bodies)
+    def _connect(self) -> None:
+        connection = _Connection(self.port)
+        self.selector.register(connection.socket, selectors.EVENT_READ, connection)
+        self.idle.append(connection)
+
+    def _hear(self, connection: _Connection) -> None:
+        try:
+            answer = connection.receive()
+        except OSError:
+            answer = (0, b"connection: close", b"")
+        if answer is None:
+            return
+        status, head, body = answer
+        took = time.perf_counter() - connection.begun
+        if status == 200:
+            self.latency.append(took)
+            if self.keep:
+                self.found.bodies.append(body)
+        elif status == 503:
+            self.refused.append(took)
+            self.found.told += b"retry-after:" in head
+        else:
+            self.found.others[status] = self.found.others.get(status, 0) + 1
+        if b"connection: close" in head:
+            self.selector.unregister(connection.socket)
+            connection.socket.close()
+            self._connect()
+        else:
+            self.idle.append(connection)

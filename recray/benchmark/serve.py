@@ -7,6 +7,7 @@ uvicorn's, so that a machine that gets slower in between does not count.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,17 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from recray.benchmark.load import Load, load, post
 from recray.benchmark.nights import world_night
 from recray.cluster import free_ports
+from recray.dataset.reader import Dataset, bucket_of
 from recray.errors import ClusterError
 from recray.inference import Predictor
 from recray.serving.api import RecommendRequest
 from recray.serving.night import Night
+from recray.snapshot.reader import Snapshot
+from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.stages import Say
-from recray.storage import Storage
+from recray.storage import Storage, open_sealed, sealed_directory
 
 CLIENTS = 16
 SECONDS = 5.0
@@ -39,6 +44,8 @@ USERS, ITEMS, EVENTS = 2000, 3700, 220
 HISTORY = 200
 DEFAULTS = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
 START_S = 180.0
+TIMES, CONNECTIONS = 3, 128  # of the overload
+LISTED, USERS_A_BUCKET, LOOK_UPS = 10, 50_000, 100_000  # of the large snapshot
 
 
 def measure_serve(folder: Path, say: Say) -> dict[str, Any]:
@@ -88,6 +95,112 @@ def measure_serve(folder: Path, say: Say) -> dict[str, Any]:
     ratios = f"{metrics['rps_ratio_default']} times Serve's defaults; batching {metrics['batching_ratio']} times"
     say(f"{metrics['ms_over_asgi']} ms over uvicorn, {ratios}")
     return metrics
+
+
+def measure_overload(folder: Path, say: Say) -> dict[str, Any]:
+    """Real-time answers at `TIMES` the capacity, offered whatever the answers are: `p99_ratio` of those accepted over that at capacity.
+
+    `wrong`: answers other than 200, 503 with Retry-After, or with items that the model does not give that user.
+    """
+    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
+    live = [post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)]
+    with _serve(storage, {}) as port:
+        capacity = _at_saturation(port, live, "at capacity", say)
+        over = load(port, live, CONNECTIONS, SECONDS, rate=TIMES * capacity.per_s, keep=True)
+        after = _at_saturation(port, live, "afterwards", say)
+    wrong = sum(over.others.values()) + len(over.refused_s) - over.told + _strange(storage, over.bodies)
+    metrics = {
+        "capacity_rps": round(capacity.per_s, 1),
+        "capacity_p99_ms": round(capacity.ms(99), 1),
+        "offered_rps": round(TIMES * capacity.per_s, 1),
+        "accepted_rps": round(over.per_s, 1),
+        "accepted_p50_ms": round(over.ms(50), 1),
+        "accepted_p99_ms": round(over.ms(99), 1),
+        "p99_ratio": round(over.ms(99) / capacity.ms(99), 2),
+        "refused": len(over.refused_s),
+        "refused_p50_ms": round(float(np.median(over.refused_s) * 1000), 2) if len(over.refused_s) else None,
+        "wrong": wrong,
+        "afterwards_rps": round(after.per_s, 1),
+    }
+    told = f"{metrics['accepted_rps']} a second accepted, {metrics['refused']} told to come again, p99 {metrics['p99_ratio']} times, {wrong} wrong"
+    say(f"at {TIMES} times the capacity: {told}")
+    return metrics
+
+
+def _strange(storage: Storage, bodies: Sequence[bytes]) -> int:
+    """How many answers are none that the model gives to any user."""
+    night = Night.load(storage)
+    lists = [night.answer([night.question(RecommendRequest(user_id=user, k=10))])[0] for user in range(USERS)]
+    known = {tuple(sorted(item for item, _ in found.items)) for found in lists}
+    shown = (tuple(sorted(item["item_id"] for item in json.loads(body)["items"])) for body in bodies)
+    return sum(items not in known for items in shown)
+
+
+def measure_users(folder: Path, users: int, say: Say) -> dict[str, Any]:
+    """A snapshot of so many users: seconds to load it, private memory beside that of a small one, and milliseconds of a look-up."""
+    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=20)
+    small = _loaded(storage, USERS)
+    begun = time.perf_counter()
+    _grow(storage, users)
+    say(f"a snapshot of {users:,} users in {time.perf_counter() - begun:.0f} s")
+    large = _loaded(storage, users)
+    metrics = {
+        "users": users,
+        "snapshot_bytes": sum(file.stat().st_size for file in Snapshot.latest(storage).path.iterdir()),
+        "load_s": round(large["load_s"], 2),
+        "private_bytes": round(large["private_bytes"] - small["private_bytes"]),
+        "lookup_p50_ms": round(large["p50_ms"], 4),
+        "lookup_p99_ms": round(large["p99_ms"], 4),
+    }
+    say(f"loaded in {metrics['load_s']} s, {metrics['private_bytes'] / 1e6:+.0f} MB private, a look-up {metrics['lookup_p99_ms']} ms (p99)")
+    return metrics
+
+
+def _grow(storage: Storage, users: int) -> None:
+    """Publish a night in which so many users have a list."""
+    before = Snapshot.latest(storage)
+    buckets = max(before.buckets, users // USERS_A_BUCKET)
+    fields = {name: value for name, value in before.manifest.items() if name not in ("files", "sha256", "kind", "format_version", "run_key")}
+    fields |= {"buckets": buckets, "users": users, "k": LISTED, "as_of_s": before.as_of_s + 1}
+    ids = np.arange(users)
+    place = bucket_of(ids.tolist(), buckets)
+    order = np.argsort(place, kind="stable")
+    ends = np.searchsorted(place[order], np.arange(buckets + 1))
+    items = pa.array(Dataset.open(storage.root / before.manifest["dataset"]).items["item_id"].to_pylist())
+    path = snapshot_path(storage, before.as_of_s + 1, "grown")
+    with sealed_directory(path, KIND, "grown", fields) as folder:
+        for bucket in range(buckets):
+            mine = ids[order[ends[bucket] : ends[bucket + 1]]]
+            shown = items.take(pa.array(((mine[:, None] * 7 + np.arange(LISTED)) % len(items)).ravel()))
+            offsets = pa.array(np.arange(len(mine) + 1, dtype=np.int32) * LISTED)
+            scores = pa.array(np.tile(np.linspace(1, 0, LISTED, dtype=np.float32), len(mine)))
+            write_part(folder, bucket, pa.array(mine), shown, offsets, scores, ["model"] * len(mine))
+    publish(storage, path, open_sealed(path, KIND, verify=False))
+
+
+def _loaded(storage: Storage, users: int) -> dict[str, float]:
+    """What a process of its own says of the published night."""
+    code = f"from recray.benchmark.serve import look_up; look_up({str(storage.root)!r}, {users})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def look_up(root: str, users: int) -> None:
+    """Load the published night, look up users at random, and print what it took."""
+    begun = time.perf_counter()
+    night = Night.load(Storage(root))
+    load_s = time.perf_counter() - begun
+    took = []
+    for user in np.random.default_rng(0).integers(0, users, LOOK_UPS).tolist():
+        request = RecommendRequest(user_id=user, k=10)
+        begun = time.perf_counter()
+        assert night.look_up(request) is not None
+        took.append(time.perf_counter() - begun)
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    private = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private"))
+    p50, p99 = np.percentile(took, [50, 99]) * 1000
+    print(json.dumps({"load_s": load_s, "private_bytes": private, "p50_ms": p50, "p99_ms": p99}))
 
 
 def _at_saturation(port: int, requests: Sequence[bytes], named: str, say: Say) -> Load:
