@@ -94,6 +94,15 @@ class ScoreRequest(_Question):
     items: list[Id] = Field(min_length=1, max_length=MOST_ITEMS, description="the candidates")
 
 
+class HistoryRequest(_Closed):
+    """Whose history."""
+
+    model_config = _examples({"user_id": 17850, "last": 20})
+
+    user_id: Id = Field(description="a user of the event log")
+    last: int = Field(50, ge=1, le=MOST_EVENTS, description="how many of the last events")
+
+
 class SimilarRequest(_Closed):
     """Items whose vectors point where another one's does."""
 
@@ -143,10 +152,11 @@ class Reason(BaseModel):
 
 
 class Item(BaseModel):
-    """`why` and `text` are there where `explain` was asked."""
+    """`title`, `why` and `text` are there where `explain` was asked."""
 
     item_id: Id
     score: float
+    title: str | None = None
     why: list[Reason] | None = None
     text: str | None = None
 
@@ -196,6 +206,23 @@ class ScoreResponse(Answer):
 
     source: Literal["realtime", "popular"]
     items: list[ScoredItem]
+
+
+class KnownEvent(BaseModel):
+    """An event that answers are read from. `fresh`: the night does not know it yet."""
+
+    item_id: Id | None = Field(description="null for an item that the model does not know")
+    title: str | None
+    event: str
+    timestamp: dt.datetime | None
+    fresh: bool
+
+
+class HistoryResponse(BaseModel):
+    """Oldest first."""
+
+    events: list[KnownEvent]
+    degraded: list[Part] = []
 
 
 class SimilarResponse(Answer):

@@ -33,11 +33,12 @@ RIGHTS: dict[str, Right] = {
     "/v1/recommend": "read",
     "/v1/score": "read",
     "/v1/similar": "read",
+    "/v1/history": "read",
     "/v1/models": "read",
     "/v1/events": "write",
     "/v1/feedback": "write",
 }
-OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")
+OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/console")
 KEPT_S = 5.0  # how often the keys file is looked at
 
 

@@ -25,6 +25,8 @@ from recray.serving.api import (
     EventsResponse,
     FeedbackRequest,
     FeedbackResponse,
+    HistoryRequest,
+    HistoryResponse,
     Item,
     ModelsResponse,
     Part,
@@ -192,6 +194,12 @@ class Handler:
         source = "popular" if found.source == "popular" else "realtime"
         return ScoreResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=source, items=items)
 
+    async def history(self, request: HistoryRequest) -> HistoryResponse:
+        """What answers for a user are read from."""
+        degraded: list[Part] = []
+        fresh = await self._fresh(self.night, request, degraded)
+        return HistoryResponse(events=self.night.known(request.user_id, fresh, request.last), degraded=degraded)
+
     async def similar(self, request: SimilarRequest) -> SimilarResponse:
         """Raises RequestError for an unknown item."""
         night = self.night
@@ -249,9 +257,11 @@ class Handler:
             self._writer.close()
             self._writer.log.close()
 
-    async def _fresh(self, night: Night, request: RecommendRequest | ScoreRequest, degraded: list[Part]) -> list[Entry]:
+    async def _fresh(self, night: Night, request: RecommendRequest | ScoreRequest | HistoryRequest, degraded: list[Part]) -> list[Entry]:
         """Events of the user that the night does not know."""
-        if request.user_id is None or request.history is not None or (isinstance(request, RecommendRequest) and request.mode == "batch"):
+        if request.user_id is None or (isinstance(request, RecommendRequest) and request.mode == "batch"):
+            return []
+        if not isinstance(request, HistoryRequest) and request.history is not None:
             return []
         user = night.snapshot.as_user(request.user_id)
         if user is None:
@@ -269,7 +279,7 @@ class Handler:
         question = night.question(request, fresh)
         found = await self._model(replace(question, candidates=tuple(item.item_id for item in items), explain=True), degraded)
         for item, why in zip(items, (found and found.why) or [], strict=False):
-            item.why, item.text = why, night.in_words(why)
+            item.why, item.text, item.title = why, night.in_words(why), night.title(item.item_id)
 
     async def _shadowed(self, trial: Trial, challenger: Night, request: RecommendRequest, fresh: list[Entry], answer: RecommendResponse) -> None:
         """What the challenger would have answered, for the log alone."""

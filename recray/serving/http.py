@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,6 +23,8 @@ from recray.serving.api import (
     FeedbackRequest,
     FeedbackResponse,
     Health,
+    HistoryRequest,
+    HistoryResponse,
     ModelsResponse,
     RecommendRequest,
     RecommendResponse,
@@ -36,6 +39,7 @@ from recray.serving.night import UnknownItemError
 from recray.serving.problems import MEDIA_TYPE, field_errors, problem
 
 RETRY_AFTER = {"Retry-After": "1"}
+PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
 
 
 def create_app(handler: Handler) -> ASGIApp:
@@ -71,6 +75,11 @@ def _routes(handler: Handler) -> FastAPI:
         """What the model thinks of items that were found elsewhere."""
         return await handler.score(request)
 
+    @api.post("/v1/history", summary="What is known of a user", tags=["answers"])
+    async def history(request: HistoryRequest) -> HistoryResponse:
+        """The last events that answers are read from, those that the night does not know yet among them."""
+        return await handler.history(request)
+
     @api.post("/v1/similar", summary="Find similar items", tags=["answers"])
     async def similar(request: SimilarRequest) -> SimilarResponse:
         """Items that the model takes for alike."""
@@ -103,6 +112,12 @@ def _routes(handler: Handler) -> FastAPI:
         if away:
             raise UnavailableError(f"away: {', '.join(away)}", "requests are answered all the same; see recray's log")
         return Health(status="ok", night=handler.night.date)
+
+    page = (Path(__file__).parent / "console.html").read_bytes()
+
+    @api.get("/console", include_in_schema=False)
+    async def console() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     described = api.openapi
     api.openapi = lambda: _with_problems(described())  # type: ignore[method-assign]

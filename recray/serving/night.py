@@ -23,7 +23,7 @@ from recray.errors import DamagedArtifactError, MissingArtifactError, RequestErr
 from recray.inference import Filters, Predictor, Rules, Translation
 from recray.inference.rules import having
 from recray.release import Release
-from recray.serving.api import MOST_ANSWERS, Event, Item, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
+from recray.serving.api import MOST_ANSWERS, Event, Item, KnownEvent, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
 from recray.snapshot.reader import Snapshot
 from recray.state.log import Entry
 from recray.storage import Storage, manifest_digest
@@ -233,6 +233,20 @@ class Night:
         index, cosines = self.predictor.similar(item, k)
         return list(zip(self.predictor.ids_of(index), cosines.tolist(), strict=True))
 
+    def known(self, user_id: Any, fresh: Sequence[Entry], last: int) -> list[KnownEvent]:
+        """The last events of a user, oldest first."""
+        stored = self.stored_history(user_id) or _EMPTY
+        history = self._joined(stored, [_of_log(entry) for entry in fresh], None)
+        new = {(int(self.predictor.index_of([entry.body["item_id"]])[0]), int(entry.at_s)) for entry in fresh}
+        found = []
+        for item, event, time_s, _ in zip(*history.last(last), strict=True):
+            name = self.predictor.ids_of(np.array([item]))[0] if item else None
+            moment = dt.datetime.fromtimestamp(int(time_s), dt.UTC) if self.predictor.has_time else None
+            title = None if name is None else self.title(name)
+            kind = self.predictor.event_types[int(event)]
+            found.append(KnownEvent(item_id=name, title=title, event=kind, timestamp=moment, fresh=(int(item), int(time_s)) in new))
+        return found
+
     def stored_history(self, user_id: Any) -> History | None:
         """What the night knows of a user, in the bundle's indices."""
         found = self.snapshot.as_user(user_id)
@@ -323,9 +337,10 @@ class Night:
         """The reasons as a sentence, by the items' titles where there are any."""
         if not reasons:
             return "nothing in the history speaks for it: it is popular"
-        return "because of " + ", ".join(f"{self._title(reason.item_id)} ({reason.event}, {reason.share:.0%})" for reason in reasons)
+        return "because of " + ", ".join(f"{self.title(reason.item_id)} ({reason.event}, {reason.share:.0%})" for reason in reasons)
 
-    def _title(self, item_id: Any) -> str:
+    def title(self, item_id: Any) -> str:
+        """An item's title, its id where the item table has none."""
         table = self.dataset.items
         if "title" not in table.column_names:
             return str(item_id)
@@ -399,7 +414,7 @@ class Night:
 
 def items_of(found: Found) -> list[Item]:
     """As the API shows them."""
-    return [Item.model_construct(item_id=item, score=score, why=None, text=None) for item, score in found.items if score is not None]
+    return [Item.model_construct(item_id=item, score=score, title=None, why=None, text=None) for item, score in found.items if score is not None]
 
 
 def _of_log(entry: Entry) -> Event:

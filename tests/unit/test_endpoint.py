@@ -1,13 +1,17 @@
 """The endpoint behind a plain ASGI server: what users do changes the next answer, parts fail one by one, requests are batched."""
 
 import asyncio
+import html
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +164,39 @@ def test_an_answer_says_which_events_carried_it(address, handler, mode):
     assert stranger["items"][0]["why"] == [] and "popular" in stranger["items"][0]["text"]
 
 
+def test_a_history_is_what_answers_are_read_from(address, handler, world_dataset):
+    known = good(address, "/v1/history", {"user_id": 7})["events"]
+    assert len(known) == len(world_dataset.user_history(7).item_index) and not any(event["fresh"] for event in known)
+    assert [event["timestamp"] for event in known] == sorted(event["timestamp"] for event in known)
+    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000009", "event": "purchase"}, {"item_id": "not in the table"}]})
+    after = good(address, "/v1/history", {"user_id": 7, "last": 3})["events"]
+    assert len(after) == 3 and after[0] == known[-1] and after[1]["fresh"] and after[2]["fresh"]
+    assert (after[1]["item_id"], after[1]["event"], after[1]["title"]) == ("i0000009", "purchase", handler.night.title("i0000009"))
+    assert after[2]["item_id"] is None
+    assert good(address, "/v1/history", {"user_id": "nobody"})["events"] == []
+
+
+def test_the_console_shows_history_answers_and_why_in_a_browser(address):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("Chromium is not installed (Debian's package chromium)")
+    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000009", "event": "purchase"}]})
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
+    shown = {}
+    for user in ("7", "nobody", "<b>x</b>"):
+        url = f"{address}/console?{urllib.parse.urlencode({'user': user})}"
+        done = subprocess.run([*words, url], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        shown[user] = done.stdout
+    answer = good(address, "/v1/recommend", {"user_id": 7, "k": 10, "explain": True})
+    for item in answer["items"]:
+        assert html.escape(item["title"], quote=False) in shown["7"] and html.escape(item["text"], quote=False) in shown["7"]
+    assert ">realtime<" in shown["7"] and ">new<" in shown["7"] and "night 2024-04-29" in shown["7"] and "bundle untrained" in shown["7"]
+    assert ">ready<" in shown["7"] and re.search(r"last \d+\.\d, median", shown["7"])
+    assert "nothing is known of this user" in shown["nobody"] and ">popular<" in shown["nobody"]
+    assert "<b>x</b>" not in shown["<b>x</b>"] and ">popular<" in shown["<b>x</b>"]
+
+
 def test_events_sent_along_count_for_one_answer(address):
     strange = ids(good(address, "/v1/recommend", {**USER, "k": 100, "mode": "realtime"}))[-1]
     plain = good(address, "/v1/recommend", USER)
@@ -218,7 +255,7 @@ def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says
     program = Path(sys.executable).with_name("schemathesis")
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "Tested: 8" in done.stdout
+    assert "Tested: 9" in done.stdout
 
 
 def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypatch):
