@@ -1,6 +1,7 @@
 """The Ray Serve application: replicas around `http.create_app`, and the watch for the next night."""
 
 import logging
+import sys
 import threading
 from typing import Any
 
@@ -16,6 +17,7 @@ from recray.serving.telemetry import RayTelemetry
 from recray.storage import Storage
 
 NAME = "recray"
+SWITCH_S = 0.0005  # the model's thread asks for the interpreter between all its operations; at 5 ms it waits for requests that are refused
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -27,6 +29,7 @@ class Endpoint:
         import torch
 
         torch.set_num_threads(1)
+        sys.setswitchinterval(SWITCH_S)
         self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry())
         threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
 

@@ -75,9 +75,8 @@ class Handler:
         self._writer: Writer | None = None
         self._away_until = 0.0
         self._reopen_at = 0.0
-        self.most = options.max_ongoing_requests + options.max_queued_requests  # Serve lets no more in; another server may
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batcher: Batcher[Question, Found] = Batcher(Night.answer, options.max_batch, self.most, self.telemetry.batches.append)
+        self._batcher: Batcher[Question, Found] = Batcher(Night.answer, options.max_batch, options.max_waiting, self.telemetry.batches.append)
         self._open_log()
         self.look()
 
@@ -313,7 +312,7 @@ class Handler:
             return await asyncio.wait_for(self._batcher.ask(question), self.options.timeout_s)
         except BusyError:
             self.telemetry.refused["busy"] += 1
-            raise UnavailableError(f"{self.most} questions wait for the model", "come again") from None
+            raise UnavailableError(f"{self.options.max_waiting} requests wait for the model", "come again") from None
         except RequestError:
             raise
         except Exception as error:
