@@ -100,6 +100,7 @@ class Handler:
                 self._begin_trial(Release.read(self.storage) if found else Release())
             self._watch_trial()
         except Exception as error:
+            self.trial = self._challenger = None
             self._log.error("the challenger cannot be looked after: %s", error)
         try:
             self.telemetry.flush(self._state(), self._serving())
@@ -130,7 +131,7 @@ class Handler:
         before = self.trial
         if before is None or (before.challenger, before.share, before.shadow) != (release.challenger.run_key, release.share, release.shadow):
             self.trial = Trial(release.challenger.run_key, release.share, release.shadow)
-            self._read = 0
+            self._read = 0 if self._writer is None else self._writer.log.last()  # what came before is of another trial
 
     def _watch_trial(self) -> None:
         """Read what came of the trial so far, and end it where it failed."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 HOUR_S = 3600.0
+WAITING = 10_000  # values of one kind between two flushes; the last ones stay
 LATENCY_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 BATCH = (1, 2, 4, 8, 16, 32, 64)
 LAG_S = (1, 10, 60, 600, 3600, 6 * 3600, 86_400)
@@ -25,9 +27,9 @@ class Telemetry:
     degraded: Tally[str] = field(default_factory=Tally)
     refused: Tally[str] = field(default_factory=Tally)
     kept: Tally[str] = field(default_factory=Tally)
-    latency_ms: list[tuple[str, float]] = field(default_factory=list)
-    batches: list[int] = field(default_factory=list)
-    lags_s: list[float] = field(default_factory=list)
+    latency_ms: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=WAITING))
+    batches: deque[int] = field(default_factory=lambda: deque(maxlen=WAITING))
+    lags_s: deque[float] = field(default_factory=lambda: deque(maxlen=WAITING))
     shown: set[Any] = field(default_factory=set)
     _since: float = field(default_factory=time.monotonic)
 

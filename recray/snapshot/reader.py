@@ -43,6 +43,8 @@ class Snapshot:
     def latest(cls, storage: Storage) -> Snapshot:
         """The published snapshot, after the files that are read here were verified. Raises MissingArtifactError, DamagedArtifactError."""
         entry = read_json(storage.latest)
+        if not isinstance(entry, dict) or not {"snapshot", "manifest_sha256"} <= entry.keys():
+            raise DamagedArtifactError(f"{storage.latest} names no snapshot", "score the night again")
         path = storage.root / entry["snapshot"]
         manifest = open_sealed(path, KIND, verify=_read_here)
         if manifest_digest(path) != entry["manifest_sha256"]:

@@ -11,27 +11,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from recray.errors import StateError
 from recray.state.log import RECENT, Entry, Kind, Log
 
 PREFIX = "recray"
 KEPT_S = 30 * 86_400  # how long a key is known, and a user's last events after the newest of them
-TIMEOUT_S = 2.0
+TIMEOUT_S = 1.0
 
-# KEYS: counter, stream. ARGV: prefix, seconds kept, most events a user, then for each entry kind, key, user ("" for none) and JSON
+# KEYS: counter, stream, identity. ARGV: identity, prefix, seconds kept, most events a user, then of each entry kind, key, user ("": none), JSON
 _APPEND = """
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then
+    return {-1}
+end
 local found = {}
-for i = 4, #ARGV, 4 do
-    local known = ARGV[1] .. ':key:' .. ARGV[i] .. ':' .. ARGV[i + 1]
-    if redis.call('SET', known, '1', 'NX', 'EX', ARGV[2]) then
+for i = 5, #ARGV, 4 do
+    local known = ARGV[2] .. ':key:' .. ARGV[i] .. ':' .. ARGV[i + 1]
+    if redis.call('SET', known, '1', 'NX', 'EX', ARGV[3]) then
         local number = redis.call('INCR', KEYS[1])
         redis.call('XADD', KEYS[2], number .. '-0', 'entry', ARGV[i + 3])
         if ARGV[i] == 'event' and ARGV[i + 2] ~= '' then
-            local user = ARGV[1] .. ':user:' .. ARGV[i + 2]
+            local user = ARGV[2] .. ':user:' .. ARGV[i + 2]
             redis.call('ZADD', user, number, ARGV[i + 3])
-            redis.call('ZREMRANGEBYRANK', user, 0, -1 - tonumber(ARGV[3]))
-            redis.call('EXPIRE', user, ARGV[2])
+            redis.call('ZREMRANGEBYRANK', user, 0, -1 - tonumber(ARGV[4]))
+            redis.call('EXPIRE', user, ARGV[3])
         end
         found[#found + 1] = number
     else
@@ -48,13 +53,14 @@ class RedisLog(Log):
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self._redis: Any = redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, decode_responses=True)
+            self._redis: Any = redis.Redis.from_url(
+                url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, decode_responses=True, retry=Retry(NoBackoff(), 1)
+            )
         except ValueError as error:
             raise StateError(f"serve.state={url}: {error}", "write redis://host:port/database") from None
         self._append = self._redis.register_script(_APPEND)
         self._call(self._keeps)
-        self._call(lambda: self._redis.set(f"{PREFIX}:identity", uuid.uuid4().hex, nx=True))
-        self._identity = str(self._call(lambda: self._redis.get(f"{PREFIX}:identity")))
+        self._identity = self._name()
 
     @property
     def identity(self) -> str:
@@ -64,7 +70,11 @@ class RedisLog(Log):
         arguments: list[Any] = [PREFIX, KEPT_S, RECENT]
         for entry in entries:
             arguments += [entry.kind, entry.key, entry.user or "", entry.to_json()]
-        found = self._call(lambda: self._append(keys=[f"{PREFIX}:last", f"{PREFIX}:log"], args=arguments))
+        keys = [f"{PREFIX}:last", f"{PREFIX}:log", f"{PREFIX}:identity"]
+        found = self._call(lambda: self._append(keys=keys, args=[self._identity, *arguments]))
+        if found == [-1]:  # it was emptied since: a new store, which counts anew
+            self._identity = self._name()
+            found = self._call(lambda: self._append(keys=keys, args=[self._identity, *arguments]))
         return [int(number) for number in found]
 
     def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
@@ -87,6 +97,11 @@ class RedisLog(Log):
 
     def close(self) -> None:
         self._redis.close()
+
+    def _name(self) -> str:
+        """The store's identity, given now if it has none."""
+        self._call(lambda: self._redis.set(f"{PREFIX}:identity", uuid.uuid4().hex, nx=True))
+        return str(self._call(lambda: self._redis.get(f"{PREFIX}:identity")))
 
     def _keeps(self) -> None:
         """Raises StateError if Redis is known to acknowledge what it has not on disk."""

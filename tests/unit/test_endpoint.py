@@ -398,6 +398,18 @@ def test_the_types_of_ids_are_those_of_the_log(handler):
         Night.item_id(integers, "seven", "events.0.item_id")
 
 
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b""])
+def test_with_a_latest_that_names_nothing_the_champion_answers(storage, world_settings, content):
+    latest = storage.latest.read_bytes()
+    try:
+        storage.latest.write_bytes(content)
+        bare = Handler(storage, ServeSettings(), world_settings.score)
+        assert bare.away() == ["snapshot"]
+        bare.close()
+    finally:
+        storage.latest.write_bytes(latest)
+
+
 def test_a_root_without_anything_is_refused(tmp_path, world_settings):
     from recray.errors import MissingArtifactError
 

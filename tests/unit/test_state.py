@@ -140,6 +140,17 @@ def test_a_redis_that_would_lose_something_is_refused(redis_server, tmp_path):
         open_log("redis://user:secret@127.0.0.1:1/0", tmp_path)
 
 
+def test_a_redis_that_was_emptied_is_a_new_store(redis_server, tmp_path):
+    client = pytest.importorskip("redis").Redis.from_url(redis_server)
+    client.flushall()
+    log = open_log(redis_server, tmp_path)
+    before = log.identity
+    log.append([event(1), event(2)])
+    client.flushall()
+    assert log.append([event(3)]) == [1] and log.identity != before
+    log.close()
+
+
 def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
     commits = []
     inner = log.append
