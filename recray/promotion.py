@@ -50,7 +50,7 @@ def promote(settings: Settings, dataset: Dataset, challenger: Bundle, *, by_hand
     if not is_sealed(path, KIND, key):
         _seal(settings, path, key, dataset, challenger, champion, release, privacy)
     decision = read_json(path / "decision.json")
-    return key, decision, _flip(storage, challenger, key, promoted=decision["promoted"])
+    return key, decision, _flip(storage, challenger, key, promoted=decision["promoted"], by_hand=by_hand)
 
 
 def promote_key(settings: Settings, dataset: Dataset, challenger: Bundle, champion: Bundle | None, privacy: gates.Check | None = None) -> str:
@@ -205,13 +205,15 @@ def _again(storage: Storage, release: Release, dataset: Dataset, champion: Bundl
     return "", _decision(dataset, champion, release, [], {}, f"bundle {champion.key} is the champion already"), False
 
 
-def _flip(storage: Storage, challenger: Bundle, key: str, *, promoted: bool) -> bool:
+def _flip(storage: Storage, challenger: Bundle, key: str, *, promoted: bool, by_hand: bool) -> bool:
     """Write the release that follows from a decision; False if it was written before."""
 
     def how(now: Release) -> Release:
         if promoted:
             if now.champion is not None and now.champion.digest == challenger.digest:
                 return now  # by an attempt that ended here
+            if challenger.key in now.rolled_back and not by_hand:
+                return now  # its trial ended while the gate was asked
             rolled_back = tuple(set(now.rolled_back) - {challenger.key})
             return Release(champion=Member.of(challenger), previous=now.champion, decision=key, rolled_back=rolled_back)
         return now if now.on_trial else replace(now, challenger=Member.of(challenger))  # a trial goes on

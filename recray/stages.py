@@ -100,7 +100,7 @@ def collect(work: Work) -> JobResult:
     log = open_log(options.state, work.storage.root)
     try:
         path, counts = collecting.collect(work.storage, log, source.columns, source.types)
-        collecting.forget(work.storage, log, options.keep_days)
+        collecting.forget(work.storage, log, options.keep_days, _published_through(work.storage, log.identity))
     finally:
         log.close()
     for folder in sorted(work.storage.collected.glob("[!.]*")):  # also one after which an attempt was killed
@@ -114,6 +114,15 @@ def collect(work: Work) -> JobResult:
     outputs = {} if path is None else {"collected": str(path)}
     metrics = {f"collected_{kind}s": count for kind, count in counts.items()}
     return result_of("collect", path is None, "" if path is None else path.name, outputs, metrics, started, work)
+
+
+def _published_through(storage: Storage, identity: str) -> int:
+    """The last number of a log that the published night knows, 0 for none."""
+    if not storage.latest.exists():
+        return 0
+    snapshot = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
+    found: dict[str, int] = read_json(storage.root / snapshot["dataset"] / "manifest.json").get("collected", {})
+    return found.get(identity, 0)
 
 
 def prepare(work: Work, as_of: AsOf, key: str) -> JobResult:

@@ -11,12 +11,15 @@ from recray.serving.problems import Problem
 
 Text = Annotated[str, StringConstraints(max_length=200)]
 Id = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | Text
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-3e38, le=3e38, allow_inf_nan=False)]  # what 32 bits hold
+
+
+LAST_S = 7_258_118_400  # the year 2200
 
 
 def _utc(moment: dt.datetime) -> dt.datetime:
     moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
-    if not 1970 <= moment.year < 2200:
+    if not 0 <= moment.timestamp() < LAST_S:
         raise ValueError("lies outside 1970 to 2200")
     return moment
 
@@ -81,7 +84,7 @@ class RecommendRequest(_Question):
     new_only: bool = Field(False, description="leave out items of the history")
     allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="answer none but these items")
     deny: list[Id] = Field([], max_length=MOST_ITEMS, description="items that must not be answered")
-    where: dict[Text, list[Text | int | bool] | Range] = Field(
+    where: dict[Text, Annotated[list[Text | int | bool], Field(max_length=1000)] | Range] = Field(
         {}, max_length=16, description="columns of the item table: values of which an item must have one, or bounds", examples=[{"price": {"max": 5}}]
     )
 
@@ -134,7 +137,7 @@ class FeedbackRequest(_Closed):
     model_config = _examples({"request_id": "0192f0c1", "outcome": "click", "item_id": "22423", "feedback_id": "click 99"})
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="of the answer")
-    outcome: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="click, purchase, skip …")
+    outcome: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")] = Field(description="click, purchase, skip …")
     item_id: Id | None = Field(None, description="of which item; null: of the answer as a whole")
     value: Number = Field(1.0, description="what it was worth")
     timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: now")
@@ -270,6 +273,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "No known API key"},
     403: {"model": Problem, "description": "The key has not the scope"},
     404: {"model": Problem, "description": "Nothing is known under that name"},
+    415: {"model": Problem, "description": "The body is not JSON"},
     413: {"model": Problem, "description": "The body is too large"},
     422: {"model": Problem, "description": "The request makes no sense; `errors` names the fields"},
     429: {"model": Problem, "description": "Too many requests; Retry-After says when to come again"},

@@ -1,6 +1,7 @@
 """The Ray Serve application: replicas around `http.create_app`, and the watch for the next night."""
 
 import logging
+import os
 import sys
 import threading
 from typing import Any
@@ -10,7 +11,7 @@ from ray import serve
 
 from recray.config import Settings, load_settings
 from recray.errors import ClusterError
-from recray.serving.guard import check
+from recray.serving.guard import KEYS_VARIABLE, check
 from recray.serving.handler import Handler, first_night
 from recray.serving.http import create_app
 from recray.serving.telemetry import RayTelemetry
@@ -30,7 +31,7 @@ class Endpoint:
 
         torch.set_num_threads(1)
         sys.setswitchinterval(SWITCH_S)
-        self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry())
+        self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), private=settings.privacy.enabled)
         threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -48,13 +49,14 @@ class Endpoint:
 def build(settings: Settings) -> Any:
     """The application of these settings, to run or to deploy."""
     options = settings.serve
+    keys = {KEYS_VARIABLE: os.environ[KEYS_VARIABLE]} if os.environ.get(KEYS_VARIABLE) else {}  # replicas have Ray's environment, not ours
     deployment: Any = serve.deployment(
         Endpoint,
         num_replicas=options.replicas,
         max_ongoing_requests=options.max_ongoing_requests,
         max_queued_requests=options.max_queued_requests,
         backpressure_config={"retry_after_s": 1},
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": keys}} if keys else {"num_cpus": 0.1},
     )
     return deployment.bind(settings)
 
@@ -72,7 +74,7 @@ def deploy(arguments: Arguments) -> Any:
     """The application of a Serve config file (infra/serve/recray.yaml). Raises SettingsError, MissingArtifactError."""
     settings = load_settings(arguments.config, arguments.overrides)
     check(settings.serve)
-    first_night(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error)
+    first_night(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error, private=settings.privacy.enabled)
     return build(settings)
 
 
@@ -82,7 +84,8 @@ def start(settings: Settings) -> str:
     Raises MissingArtifactError when no night is published, DamagedArtifactError, ClusterError, SettingsError.
     """
     log = logging.getLogger("ray.serve")
-    first_night(Storage(settings.root()), settings.score, log.error)  # a clear error here beats a deployment that never becomes healthy
+    # a clear error here beats a deployment that never becomes healthy
+    first_night(Storage(settings.root()), settings.score, log.error, private=settings.privacy.enabled)
     options = settings.serve
     if not check(options).wanted and options.host not in LOOPBACK:
         log.warning("serve.host is %s and no keys are named: whoever reaches it may ask and tell what they like", options.host)

@@ -108,7 +108,7 @@ class Keys:
         except ValidationError as error:
             told = "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors(include_input=False)[:3])
             raise SettingsError(f"{where}: {told}", "recray serve key NAME prints an entry") from None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, UnicodeDecodeError):
             raise SettingsError(f"{where} is not YAML", "recray serve key NAME prints an entry") from None
         return {key.sha256: key for key in found}
 

@@ -10,14 +10,15 @@ import contextlib
 import logging
 import random
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recray.config import ScoreSettings, ServeSettings
-from recray.errors import ArtifactError, RecrayError, RequestError, StateError
+from recray.errors import ArtifactError, RecrayError, RefusedError, RequestError, StateError
 from recray.promotion import end_trial
 from recray.release import Release
 from recray.serving.api import (
@@ -48,6 +49,7 @@ from recray.storage import Storage
 
 AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
 ENTRIES = 10_000  # of the log, read at once
+AGAIN_S = 30.0  # after which a night that could not be loaded is tried again
 AWAY_S = 1.0  # how long a log that failed is not asked again
 
 
@@ -62,46 +64,71 @@ class Handler:
     Raises MissingArtifactError, DamagedArtifactError, SettingsError when it is made.
     """
 
-    def __init__(self, storage: Storage, options: ServeSettings, score: ScoreSettings, telemetry: Telemetry | None = None) -> None:
+    def __init__(
+        self, storage: Storage, options: ServeSettings, score: ScoreSettings, telemetry: Telemetry | None = None, *, private: bool = False
+    ) -> None:
         self.storage, self.options = storage, options
         self.telemetry = telemetry or Telemetry()
         self._log = logging.getLogger("ray.serve")
         self._published = _content(storage.latest)
-        self.night = first_night(storage, score, self._log.error)
-        self.trial: Trial | None = None
-        self._challenger: Night | None = None
+        self._private = private
+        self._tried, self._again_at = b"", 0.0
+        self._arms: tuple[Night, Trial | None, Night | None] = (first_night(storage, score, self._log.error, private=private), None, None)
         self._released = b""
         self._read = 0
         self._writer: Writer | None = None
+        self._away = False
         self._away_until = 0.0
-        self._reopen_at = 0.0
+        self._opening = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batcher: Batcher[Question, Found] = Batcher(Night.answer, options.max_batch, options.max_waiting, self.telemetry.batches.append)
+        self._batcher: Batcher[Question, Found] = Batcher(
+            Night.answer, options.max_batch, options.max_waiting, lambda size: self.telemetry.batches.append(size)
+        )
         self._open_log()
         self.look()
 
-    def look(self) -> None:
-        """Load what was published or released since the last look, aside, and swap the references; end a trial that failed.
+    @property
+    def night(self) -> Night:
+        """What answers."""
+        return self._arms[0]
 
-        What cannot be loaded leaves the old in place.
+    @property
+    def trial(self) -> Trial | None:
+        """Whether a challenger is on trial, and whom it answers."""
+        return self._arms[1]
+
+    @property
+    def _challenger(self) -> Night | None:
+        return self._arms[2]
+
+    def look(self) -> None:
+        """Load what was published or released since the last look, aside, and swap the references at once; end a trial that failed.
+
+        A night that cannot be loaded leaves the old one in place, and is tried again after a while.
         """
+        night, trial, challenger = self._arms
+        found, now = _content(self.storage.latest), time.monotonic()
+        if found and found != self._published and (found != self._tried or now >= self._again_at):
+            self._tried, self._again_at = found, now + AGAIN_S
+            try:
+                night = kept_private(Night.load(self.storage), private=self._private)
+                self._published = found
+            except Exception as error:  # whatever it is, the watch must go on
+                self._log.error("the published night cannot be loaded, the old one stays: %s", error)
+        released = _content(self.storage.release)
+        if released != self._released or night is not self.night:
+            self._released = released
+            try:
+                trial, challenger = self._on_trial(night, Release.read(self.storage) if released else Release())
+            except Exception as error:
+                trial = challenger = None
+                self._log.error("the challenger cannot be loaded: %s", error)
+        self._arms = (night, trial, challenger)
         try:
-            found = _content(self.storage.latest)
-            if found and found != self._published:
-                self._published = found  # tried once: what is broken stays broken until something else is published
-                self.night = Night.load(self.storage)
-                self._released = b""  # the challenger answers from this night too
-        except Exception as error:  # whatever it is, the watch must go on
-            self._log.error("the published night cannot be loaded, the old one stays: %s", error)
-        try:
-            found = _content(self.storage.release)
-            if found != self._released:
-                self._released = found
-                self._begin_trial(Release.read(self.storage) if found else Release())
             self._watch_trial()
         except Exception as error:
-            self.trial = self._challenger = None
             self._log.error("the challenger cannot be looked after: %s", error)
+        self._ask_log()
         try:
             self.telemetry.flush(self._state(), self._serving())
         except Exception as error:
@@ -122,16 +149,16 @@ class Handler:
         trial = self.trial
         return {"night": self.night.date, "bundle": self.night.bundle, "challenger": "" if trial is None else trial.challenger}
 
-    def _begin_trial(self, release: Release) -> None:
-        """Load the challenger of a release, or end the trial here where there is none."""
+    def _on_trial(self, night: Night, release: Release) -> tuple[Trial | None, Night | None]:
+        """The trial of a release, and its challenger behind a night; None where there is none."""
         if release.challenger is None or not release.on_trial:
-            self.trial = self._challenger = None
-            return
-        self._challenger = self.night.with_bundle(release.challenger.open(self.storage))
-        before = self.trial
-        if before is None or (before.challenger, before.share, before.shadow) != (release.challenger.run_key, release.share, release.shadow):
-            self.trial = Trial(release.challenger.run_key, release.share, release.shadow)
+            return None, None
+        challenger = kept_private(night.with_bundle(release.challenger.open(self.storage)), private=self._private)
+        trial = self.trial
+        if trial is None or (trial.challenger, trial.share, trial.shadow) != (release.challenger.run_key, release.share, release.shadow):
+            trial = Trial(release.challenger.run_key, release.share, release.shadow)
             self._read = 0 if self._writer is None else self._writer.log.last()  # what came before is of another trial
+        return trial, challenger
 
     def _watch_trial(self) -> None:
         """Read what came of the trial so far, and end it where it failed."""
@@ -145,16 +172,15 @@ class Handler:
                         trial.outcomes.read(entry)
                         self._read = number
         if reason := trial.ended():
-            end_trial(self.storage, reason, trial.challenger)
+            self._arms = (self.night, None, None)  # here at once, whether or not it can be written down
             self._log.warning("the trial of bundle %s ends: %s", trial.challenger, reason)
-            self.trial = self._challenger = None
+            end_trial(self.storage, reason, trial.challenger)
 
     async def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """Raises RequestError where the request makes no sense, UnavailableError where nobody can answer now."""
-        begun, night = time.monotonic(), self.night
+        begun, (night, trial, challenger) = time.monotonic(), self._arms
         degraded: list[Part] = [] if night.whole else ["snapshot"]
         fresh = await self._fresh(night, request, degraded)
-        trial, challenger = self.trial, self._challenger
         user = None if request.user_id is None else str(request.user_id)
         chosen = night
         if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
@@ -163,11 +189,11 @@ class Handler:
             if found is None:
                 chosen = night
         else:
-            found = night.look_up(request, fresh)
+            found = self._listed(night, request, fresh, degraded)
             if found is None:
                 found = await self._model(night.question(request, fresh), degraded, None if trial is None else trial.champion_side)
         if found is None:
-            found = night.look_up(request.model_copy(update=_LIST_ALONE)) or night.popular(request)
+            found = self._listed(night, request.model_copy(update=_LIST_ALONE), (), degraded) or night.popular(request)
         items = items_of(found)
         if request.explain and items and "model" not in degraded:
             await self._explain(chosen, request, fresh, items, degraded)
@@ -221,7 +247,7 @@ class Handler:
             at_s = now if event.timestamp is None else event.timestamp.timestamp()
             if at_s > now + AHEAD_S:
                 raise RequestError(f"events.{place}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
-            entries.append(Entry("event", event.event_id or _new_id(), user, at_s, body))
+            entries.append(Entry("event", f"{user}\0{event.event_id}" if event.event_id else _new_id(), user, at_s, body))
         numbers = await self._keep(lambda writer: writer.append(entries))
         kept = sum(number > 0 for number in numbers)
         self.telemetry.kept["event"] += kept
@@ -232,7 +258,8 @@ class Handler:
         """Keep an outcome, after its decision: on disk when it returns. Raises UnavailableError: then it was not kept."""
         body = {"request_id": request.request_id, "outcome": request.outcome, "item_id": request.item_id, "value": request.value}
         at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
-        entry = Entry("outcome", request.feedback_id or _new_id(), None, at_s, body)
+        key = f"{request.request_id}\0{request.feedback_id}" if request.feedback_id else _new_id()
+        entry = Entry("outcome", key, None, at_s, body)
         kept, known = await self._keep(lambda writer: writer.outcome(entry, request.request_id))
         self.telemetry.kept["outcome" if known else "set_aside"] += kept
         self.telemetry.lags_s.append(time.time() - at_s)
@@ -247,7 +274,7 @@ class Handler:
 
     def away(self) -> list[Part]:
         """The parts that do not answer as they should."""
-        parts: dict[Part, bool] = {"snapshot": not self.night.whole, "state": self._writer is None or time.monotonic() < self._away_until}
+        parts: dict[Part, bool] = {"snapshot": not self.night.whole, "state": self._writer is None or self._away}
         return [part for part, gone in parts.items() if gone]
 
     def close(self) -> None:
@@ -268,7 +295,9 @@ class Handler:
             return []
         if self._writer is not None and time.monotonic() >= self._away_until:
             try:
-                return await self._writer.recent(str(user), night.collected.get(self._writer.log.identity, 0), night.dataset.as_of_s + 1)
+                found = await self._writer.recent(str(user), night.collected.get(self._writer.log.identity, 0), night.begins_s)
+                self._away = False
+                return found
             except StateError as error:
                 self._is_away(error)
         degraded.append("state")
@@ -280,6 +309,18 @@ class Handler:
         found = await self._model(replace(question, candidates=tuple(item.item_id for item in items), explain=True), degraded)
         for item, why in zip(items, (found and found.why) or [], strict=False):
             item.why, item.text, item.title = why, night.in_words(why), night.title(item.item_id)
+
+    def _listed(self, night: Night, request: RecommendRequest, fresh: Sequence[Entry], degraded: list[Part]) -> Found | None:
+        """The nightly list, None where there is none or it cannot be read. Raises RequestError."""
+        try:
+            return night.look_up(request, fresh)
+        except RequestError:
+            raise
+        except Exception as error:
+            self._log.error("the nightly lists cannot be read: %s", type(error).__name__)
+            if "snapshot" not in degraded:
+                degraded.append("snapshot")
+            return None
 
     async def _shadowed(self, trial: Trial, challenger: Night, request: RecommendRequest, fresh: list[Entry], answer: RecommendResponse) -> None:
         """What the challenger would have answered, for the log alone."""
@@ -336,12 +377,13 @@ class Handler:
         }
         if trial is not None and trial.shadow == shadow and request.mode != "batch":
             body["trial"] = trial.challenger
+            body["share"] = trial.share
             body["arm"] = "shadow" if shadow else "challenger" if trial.answers(user) else "champion"
         self._writer.later(Entry("decision", answer.request_id, user, time.time(), body))
 
     async def _keep(self, write: Callable[[Writer], Any]) -> Any:
         """What `write` returns. Raises UnavailableError where the log is away."""
-        if self._writer is None and time.monotonic() >= self._reopen_at:
+        if self._writer is None and time.monotonic() >= self._away_until:
             await asyncio.to_thread(self._open_log)
         if self._writer is None:
             raise UnavailableError("the log is away: nothing was kept", "come again")
@@ -349,19 +391,30 @@ class Handler:
             return await write(self._writer)
         except StateError as error:
             self._is_away(error)
-            raise UnavailableError("the log is away: nothing was kept", "come again") from error
+            raise UnavailableError("the log is away: nothing is known to be kept", "come again, with the same event_id or feedback_id") from error
 
     def _is_away(self, error: StateError) -> None:
-        self._away_until = time.monotonic() + AWAY_S
+        self._away, self._away_until = True, time.monotonic() + AWAY_S
         self._log.error("the log is away: %s", error.what)
 
     def _open_log(self) -> None:
-        try:
-            log: Log = open_log(self.options.state, self.storage.root)
-            self._writer = Writer(log)
-        except StateError as error:
-            self._reopen_at = time.monotonic() + AWAY_S
-            self._is_away(error)
+        with self._opening:
+            if self._writer is not None:
+                return
+            try:
+                log: Log = open_log(self.options.state, self.storage.root)
+                self._writer, self._away = Writer(log), False
+            except StateError as error:
+                self._is_away(error)
+
+    def _ask_log(self) -> None:
+        """Open a log that is away, or find out whether it is back."""
+        if self._writer is None:
+            self._open_log()
+        elif self._away:
+            with contextlib.suppress(StateError):
+                self._writer.log.last()
+                self._away = False
 
 
 _ids = random.Random(secrets.token_bytes(32))  # the system's own are ten times slower
@@ -380,14 +433,27 @@ def _content(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def first_night(storage: Storage, score: ScoreSettings, say: Callable[[str], None]) -> Night:
-    """The published night, or what can stand in for it. Raises MissingArtifactError, DamagedArtifactError of the night if neither is there."""
+def kept_private(night: Night, *, private: bool) -> Night:
+    """The night. Raises RefusedError if only privately trained bundles may answer and its bundle is none."""
+    if private and not night.private:
+        raise RefusedError(
+            f"privacy.enabled, but bundle {night.bundle} was trained without privacy; it answers nobody",
+            "begin with a storage.root of its own, or promote a private bundle first",
+        )
+    return night
+
+
+def first_night(storage: Storage, score: ScoreSettings, say: Callable[[str], None], *, private: bool = False) -> Night:
+    """The published night, or what can stand in for it.
+
+    Raises MissingArtifactError, DamagedArtifactError of the night if neither is there, RefusedError as `kept_private`.
+    """
     try:
-        return Night.load(storage)
+        return kept_private(Night.load(storage), private=private)
     except ArtifactError as error:
         try:
-            night = Night.stand_in(storage, score)
-        except RecrayError:
+            night = kept_private(Night.stand_in(storage, score), private=private)
+        except ArtifactError:
             raise error from None
         say(f"no nightly lists, the champion answers all: {error}")
         return night

@@ -39,6 +39,7 @@ from recray.serving.night import UnknownItemError
 from recray.serving.problems import MEDIA_TYPE, field_errors, problem
 
 RETRY_AFTER = {"Retry-After": "1"}
+MOST_ERRORS = 100  # of a body, that are told one by one
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
 
 
@@ -147,9 +148,13 @@ class JsonRoute(APIRoute):
         answer = self.endpoint
 
         async def handle(request: Request) -> Response:
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                return problem(415, "the body is not application/json", "send Content-Type: application/json")  # no form of a web page can
             try:
                 asked = model.model_validate_json(await request.body(), strict=True)
             except ValidationError as error:
+                if error.error_count() > MOST_ERRORS:
+                    return problem(422, f"the body has {error.error_count()} errors", "see /docs")
                 return _invalid(error.errors(include_url=False, include_context=False, include_input=False))
             return Response((await answer(asked)).model_dump_json(exclude_none=self.response_model_exclude_none), media_type="application/json")
 

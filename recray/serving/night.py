@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ from recray.storage import Storage, manifest_digest
 
 _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 REASONS = 3  # named for an item
+INT64 = 1 << 63
 MASKS = 64  # attribute filters whose items are remembered
 
 
@@ -74,6 +76,7 @@ class Night:
     translation: Translation
     rules: Rules | None
     bundle: str
+    private: bool
     popular_list: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
     _masks: dict[str, np.ndarray] = field(default_factory=dict)
@@ -122,8 +125,9 @@ class Night:
         rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
         answer = predictor.recommend([_EMPTY], MOST_ANSWERS, now=dataset.now_s, rules=rules)
         real = answer.item_index[0] > 0
+        private = bool(bundle.privacy["differential_privacy"])
         popular = tuple(zip(predictor.ids_of(answer.item_index[0][real]), answer.scores[0][real].tolist(), strict=True))
-        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, popular, dt.datetime.now(dt.UTC))
+        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, private, popular, dt.datetime.now(dt.UTC))
 
     @property
     def whole(self) -> bool:
@@ -143,6 +147,11 @@ class Night:
         """How far the logs of the endpoint are in this night's histories: a number by the identity of a log."""
         found: dict[str, int] = self.dataset.manifest.get("collected", {})
         return found
+
+    @property
+    def begins_s(self) -> float:
+        """From when on an event is none of this night's, whatever was collected; infinity where no time is known."""
+        return self.dataset.as_of_s + 1 if self.dataset.clock == "timestamp" else math.inf
 
     def describe(self) -> ModelsResponse:
         manifest = self.snapshot.manifest
@@ -256,7 +265,7 @@ class Night:
     def user_key(self, user_id: Any) -> str:
         """A user as the log names them. Raises RequestError for an id that the event log cannot hold."""
         found = self.snapshot.as_user(user_id)
-        if found is None:
+        if found is None or (isinstance(found, int) and not -INT64 <= found < INT64):
             raise RequestError(f"user_id: {user_id!r} is no integer, as the users of the event log are", "send the id of the event log")
         return str(found)
 
@@ -265,9 +274,12 @@ class Night:
         if not pa.types.is_integer(self.predictor.item_ids.type):
             return str(item_id)
         try:
-            return int(item_id)
+            found = int(item_id)
         except ValueError:
-            raise RequestError(f"{name}: {item_id!r} is no integer, as the items of the item table are", "send the id of the item table") from None
+            found = INT64
+        if -INT64 <= found < INT64:
+            return found
+        raise RequestError(f"{name}: {item_id!r} is no integer, as the items of the item table are", "send the id of the item table")
 
     def _best(self, questions: list[Question]) -> list[Found]:
         k = max(question.k for question in questions)
@@ -401,7 +413,7 @@ class Night:
                 kind = self.dataset.items[column].type
                 if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
                     raise RequestError(f"where: {column!r} holds no numbers", "name a list of values")
-                numbers = self.dataset.items[column].cast(pa.float64()).to_numpy()
+                numbers = self.dataset.items[column].cast(pa.float64(), safe=False).to_numpy()
                 low, high = (-np.inf if wanted.min is None else wanted.min), (np.inf if wanted.max is None else wanted.max)
                 chosen = (numbers >= low) & (numbers <= high)
             else:

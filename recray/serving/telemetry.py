@@ -49,10 +49,8 @@ class Telemetry:
 
     def flush(self, state: dict[str, float], serving: dict[str, str]) -> None:
         """Hand over what was counted. `state`: gauges as they are now; `serving`: labels of what is served."""
-        for tally in (self.answers, self.degraded, self.refused, self.kept):
-            tally.clear()
-        for values in (self.latency_ms, self.batches, self.lags_s):
-            values.clear()
+        self.answers, self.degraded, self.refused, self.kept = Tally(), Tally(), Tally(), Tally()
+        self.latency_ms, self.batches, self.lags_s = (deque(maxlen=WAITING) for _ in range(3))
 
 
 class RayTelemetry(Telemetry):
@@ -81,18 +79,21 @@ class RayTelemetry(Telemetry):
         self._served: dict[str, str] = {}
 
     def flush(self, state: dict[str, float], serving: dict[str, str]) -> None:
-        for (source, bundle, arm), count in list(self.answers.items()):
+        answers, degraded, refused, kept = self.answers, self.degraded, self.refused, self.kept
+        latency_ms, batches, lags_s = self.latency_ms, self.batches, self.lags_s
+        super().flush(state, serving)  # first: what comes meanwhile is the next one's
+        for (source, bundle, arm), count in list(answers.items()):
             self._answers.inc(count, {"source": source, "bundle": bundle, "arm": arm})
         for counter, label, tally in (
-            (self._degraded, "part", self.degraded), (self._refused, "why", self.refused), (self._kept, "kind", self.kept)
+            (self._degraded, "part", degraded), (self._refused, "why", refused), (self._kept, "kind", kept)
         ):  # fmt: skip
             for name, count in list(tally.items()):
                 counter.inc(count, {label: name})
-        for source, ms in list(self.latency_ms):
+        for source, ms in list(latency_ms):
             self._latency.observe(ms, {"source": source})
-        for size in list(self.batches):
+        for size in list(batches):
             self._batch.observe(size)
-        for lag in list(self.lags_s):
+        for lag in list(lags_s):
             self._lag.observe(max(lag, 0.0))
         for name, gauge in self._gauges.items():
             gauge.set(state[name])
@@ -100,4 +101,3 @@ class RayTelemetry(Telemetry):
             self._serving.set(0, self._served)
         self._serving.set(1, serving)
         self._served = serving
-        super().flush(state, serving)

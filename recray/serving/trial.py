@@ -18,11 +18,12 @@ from recray.state.log import Entry
 
 SEEN = 500  # last answers of a side
 LEAST = 50  # answers before anything is judged
+LEAST_FAILED = 5
 FAILED = 0.02  # more failures than the champion's, share of answers
 SLOWER = 3.0  # times the champion's 95th percentile
-LEAST_OUTCOMES = 100
+LEAST_USERS = 100  # of the challenger, before outcomes are judged
 ALPHA = 0.05  # of the test by outcomes, over the whole trial
-RHO = 0.1  # where its bound is tightest: after about 2 log(1 / ALPHA) / RHO² decisions
+RHO = 0.1  # where its bound is tightest: after about 2 log(1 / ALPHA) / RHO² users
 REMEMBERED = 200_000  # decisions that outcomes may still come for
 
 
@@ -72,52 +73,63 @@ class Trial:
     def ended(self) -> str | None:
         """Why the trial has to end; None if it may go on."""
         mine, theirs = self.challenger_side, self.champion_side
-        if len(mine.failed) >= LEAST and mine.failures > theirs.failures + FAILED:
+        if len(mine.failed) >= LEAST and sum(mine.failed) >= LEAST_FAILED and mine.failures > theirs.failures + FAILED:
             return f"{mine.failures:.0%} of its answers failed, of the champion's {theirs.failures:.0%}"
         if len(mine.seconds) >= LEAST and len(theirs.seconds) >= LEAST and mine.p95_s > SLOWER * theirs.p95_s:
             return f"its 95th percentile is {1000 * mine.p95_s:.0f} ms, the champion's {1000 * theirs.p95_s:.0f} ms"
         difference, bound = self.outcomes.difference()
-        if self.outcomes.decisions >= LEAST_OUTCOMES and difference + bound < 0:
-            return f"its outcomes are worth {difference:+.4f} a decision against the champion's, at most {difference + bound:+.4f}"
+        if self.outcomes.users[True] >= LEAST_USERS and difference + bound < 0:
+            return f"its outcomes are worth {difference:+.4f} a user against the champion's, at most {difference + bound:+.4f}"
         return None
 
 
 class Outcomes:
     """Outcomes of both sides, read from the log, and the anytime-valid bound of their difference.
 
-    Each decision for a user counts its outcomes over the probability of its side, negative for the champion; the mean of these is the
-    difference of the sides' means (Horvitz and Thompson). The bound is the asymptotic confidence sequence of Waudby-Smith et al.
-    (arXiv 2103.06476, equation 4): it may be looked at after every decision, and is passed wrongly in the whole trial with
-    probability `ALPHA` at most.
+    Users are drawn, so users are counted: each has the sum of its decisions' outcomes, over the probability of its side, negative for
+    the champion; the mean of these is the difference of the sides' means (Horvitz and Thompson). The bound is the asymptotic confidence
+    sequence of Waudby-Smith et al. (arXiv 2103.06476, equation 4): it may be looked at after every decision, and is passed wrongly in
+    the whole trial with probability `ALPHA` at most. Its variance is at least the one that equal sides would have, since a side of few
+    users may have none to show yet.
     """
 
     def __init__(self, challenger: str, share: float) -> None:
         self.challenger, self.share = challenger, share
-        self.decisions = 0
-        self._sum = self._squares = 0.0
-        self._worth: dict[str, tuple[float, float]] = {}  # by request: sign over probability, outcomes so far
+        self.users = {True: 0, False: 0}  # of the challenger, of the champion
+        self._total: dict[str, float] = {}  # by user
+        self._whose: dict[str, tuple[str, bool]] = {}  # by request: the user, and whether the challenger answered
+        self._sum = {True: 0.0, False: 0.0}
+        self._squares = {True: 0.0, False: 0.0}
 
     def read(self, entry: Entry) -> None:
         """Take in an entry of the log."""
-        if entry.kind == "decision" and entry.user is not None and entry.body.get("trial") == self.challenger:
-            mine = entry.body["arm"] == "challenger"
-            self.decisions += 1
-            self._worth[entry.key] = (1.0 / self.share if mine else -1.0 / (1.0 - self.share), 0.0)
-            if len(self._worth) > REMEMBERED:
-                del self._worth[next(iter(self._worth))]
-        elif entry.kind == "outcome" and entry.body["request_id"] in self._worth:
-            weight, before = self._worth[entry.body["request_id"]]
-            after = before + float(entry.body["value"])
-            self._worth[entry.body["request_id"]] = (weight, after)
-            self._sum += weight * (after - before)
-            self._squares += weight * weight * (after * after - before * before)
+        body = entry.body
+        if entry.kind == "decision" and entry.user is not None and (body.get("trial"), body.get("share")) == (self.challenger, self.share):
+            if body["arm"] not in ("challenger", "champion"):
+                return
+            mine = body["arm"] == "challenger"
+            if entry.user not in self._total:
+                self._total[entry.user] = 0.0
+                self.users[mine] += 1
+            self._whose[entry.key] = (entry.user, mine)
+            if len(self._whose) > REMEMBERED:
+                del self._whose[next(iter(self._whose))]
+        elif entry.kind == "outcome" and body["request_id"] in self._whose:
+            user, mine = self._whose[body["request_id"]]
+            before = self._total[user]
+            after = self._total[user] = before + float(body["value"])
+            self._sum[mine] += after - before
+            self._squares[mine] += after * after - before * before
 
     def difference(self) -> tuple[float, float]:
-        """The challenger's mean outcome a decision less the champion's, and how far the truth may be from it."""
-        n = self.decisions
+        """The challenger's mean outcome a user less the champion's, and how far the truth may be from it."""
+        n = sum(self.users.values())
         if not 0 < self.share < 1 or n < 2:
             return 0.0, math.inf
-        mean = self._sum / n
-        variance = max(self._squares / n - mean * mean, 0.0)
+        p, q = self.share, 1.0 - self.share
+        mean = (self._sum[True] / p - self._sum[False] / q) / n
+        seen = (self._squares[True] / p**2 + self._squares[False] / q**2) / n - mean * mean
+        alike = (self._squares[True] + self._squares[False]) / n * (1 / p + 1 / q)
+        variance = max(seen, alike)
         inside = n * RHO * RHO + 1.0
         return mean, math.sqrt(variance * 2.0 * inside / (n * n * RHO * RHO) * math.log(math.sqrt(inside) / ALPHA))

@@ -52,7 +52,8 @@ def write_part(folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array
     scratch.rename(folder / part_name(bucket))
     scratch = folder / f".{index_name(bucket)}"
     with pa.ipc.new_file(scratch, table.schema) as writer:
-        writer.write_table(table, max_chunksize=max(len(table), 1))
+        (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]  # one, also without a user
+        writer.write_batch(batch)
     scratch.rename(folder / index_name(bucket))
 
 

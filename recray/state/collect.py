@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recray import schema
+from recray.errors import StateError
 from recray.state.log import Entry, Log
 from recray.storage import Storage, read_json, sealed_directory
 
@@ -64,7 +65,11 @@ def collect(storage: Storage, log: Log, columns: Mapping[str, str], types: Mappi
     first = collected_through(storage).get(log.identity, 0) + 1
     scratch_key = f"{log.identity[:8]}-{first:020d}"
     counts: Counter[str] = Counter()
-    entries = log.read(first - 1, AT_ONCE)
+    end = log.last()  # what comes meanwhile is the next one's
+    if end < first - 1:
+        what = f"the log ends at {end}, but was collected up to {first - 1}: it was restored from an older copy"
+        raise StateError(what, "bring the newer one back, or begin a new one")
+    entries = _stretch(log, first - 1, end)
     if not entries:
         return None, {}
     fields: dict[str, Any] = {"log": log.identity, "first": first, "collected_at_s": int(time.time())}
@@ -75,9 +80,13 @@ def collect(storage: Storage, log: Log, columns: Mapping[str, str], types: Mappi
                 writers.write(entries)
                 counts.update(entry.kind for _, entry in entries)
                 fields["last"] = entries[-1][0]
-                entries = log.read(fields["last"], AT_ONCE)
+                entries = _stretch(log, fields["last"], end)
         fields["counts"] = dict(sorted(counts.items()))
     return path, fields["counts"]
+
+
+def _stretch(log: Log, after: int, end: int) -> list[tuple[int, Entry]]:
+    return [pair for pair in log.read(after, AT_ONCE) if pair[0] <= end] if after < end else []
 
 
 def collected_through(storage: Storage) -> dict[str, int]:
@@ -89,11 +98,14 @@ def collected_through(storage: Storage) -> dict[str, int]:
     return found
 
 
-def forget(storage: Storage, log: Log, keep_days: float) -> int:
-    """Drop from the log what was collected more than so many days ago; returns the last number dropped, 0 for none."""
+def forget(storage: Storage, log: Log, keep_days: float, published: int) -> int:
+    """Drop from the log what was collected more than so many days ago and is in the published night, up to its number `published`.
+
+    Returns the last number dropped, 0 for none.
+    """
     before = time.time() - keep_days * DAY_S
     old = [manifest for path in storage.collected.glob("[!.]*") if (manifest := read_json(path / "manifest.json"))["collected_at_s"] < before]
-    through = max((manifest["last"] for manifest in old if manifest["log"] == log.identity), default=0)
+    through = max((one["last"] for one in old if one["log"] == log.identity and one["last"] <= published), default=0)
     if through:
         log.forget(through)
     return int(through)

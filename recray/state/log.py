@@ -99,6 +99,6 @@ def open_log(url: str, root: Path) -> Log:
         try:
             from recray.state.redis import RedisLog
         except ModuleNotFoundError:
-            raise SettingsError(f"serve.state={url} needs the package redis", "pip install recray[redis]") from None
+            raise SettingsError("serve.state names a Redis, which needs the package redis", "pip install recray[redis]") from None
         return RedisLog(url)
     raise SettingsError(f"serve.state: {url!r} is neither sqlite nor redis://host:port/database", "choose one of them")

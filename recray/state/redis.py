@@ -57,7 +57,7 @@ class RedisLog(Log):
                 url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, decode_responses=True, retry=Retry(NoBackoff(), 1)
             )
         except ValueError as error:
-            raise StateError(f"serve.state={url}: {error}", "write redis://host:port/database") from None
+            raise StateError(f"serve.state={self._shown}: {error}", "write redis://host:port/database") from None
         self._append = self._redis.register_script(_APPEND)
         self._call(self._keeps)
         self._identity = self._name()

@@ -21,7 +21,7 @@ from recray.state.log import Entry, Kind, Log
 BEHIND_S = 0.1  # how long a decision may wait for others
 BEHIND = 10_000  # decisions that may wait; more are dropped, and counted
 AT_ONCE = 2000  # entries of one commit, roughly
-ELSEWHERE_S = 1.0  # how long an outcome waits for a decision that another replica may still hold
+ELSEWHERE_S = 0.3  # how long an outcome waits for a decision that another replica may still hold
 
 
 class Writer:
@@ -44,7 +44,7 @@ class Writer:
         """As `Log.append`. Raises StateError: then nothing was written."""
         done: Future[list[int]] = Future()
         self._waiting.put((list(entries), done))
-        return await asyncio.wrap_future(done)
+        return await asyncio.shield(asyncio.wrap_future(done))  # who is gone must not take the others with them
 
     def later(self, entry: Entry) -> None:
         """Write an entry behind. Never waits, never raises."""
@@ -104,13 +104,13 @@ class Writer:
                 logging.getLogger("recray").warning("%d decisions could not be logged: %s", behind, error)
             failed = error if isinstance(error, StateError) else StateError(f"the log takes nothing: {error}")
             for _, done in taken:
-                if done is not None:
+                if done is not None and not done.done():
                     done.set_exception(failed)
             return
         finally:
             self._behind -= behind
         start = 0
         for some, done in taken:
-            if done is not None:
+            if done is not None and not done.done():
                 done.set_result(numbers[start : start + len(some)])
             start += len(some)

@@ -129,13 +129,28 @@ def test_another_store_is_counted_anew(tmp_path):
     assert len(collected_files(tmp_path)) == 2
 
 
+def test_a_log_that_was_restored_from_an_older_copy_is_refused(tmp_path):
+    storage, log = Storage(tmp_path), open_log("sqlite", tmp_path)
+    log.append([event("e1")])
+    older = (tmp_path / "state" / "log.sqlite").read_bytes() if log._connection().execute("PRAGMA wal_checkpoint(TRUNCATE)") else b""
+    log.append([event("e2"), event("e3")])
+    collecting.collect(storage, log, COLUMNS, TYPES)
+    log.close()
+    for file in (tmp_path / "state").glob("log.sqlite*"):
+        file.unlink()
+    (tmp_path / "state" / "log.sqlite").write_bytes(older)
+    with pytest.raises(StateError, match="older copy"):
+        collecting.collect(storage, open_log("sqlite", tmp_path), COLUMNS, TYPES)
+
+
 def test_what_was_collected_is_forgotten_after_its_time(log, tmp_path):
     storage = Storage(tmp_path)
     log.append([event("e1"), event("e2")])
     collecting.collect(storage, log, COLUMNS, TYPES)
     log.append([event("e3")])
-    assert collecting.forget(storage, log, 1.0) == 0 and len(log.read(0, 10)) == 3
-    assert collecting.forget(storage, log, -1.0) == 2 and [entry.key for _, entry in log.read(0, 10)] == ["e3"]
+    assert collecting.forget(storage, log, 1.0, 2) == 0 and len(log.read(0, 10)) == 3
+    assert collecting.forget(storage, log, -1.0, 1) == 0 and len(log.read(0, 10)) == 3, "the published night does not know them yet"
+    assert collecting.forget(storage, log, -1.0, 2) == 2 and [entry.key for _, entry in log.read(0, 10)] == ["e3"]
 
 
 def test_where_only_an_order_is_known_live_events_come_last(tmp_path):

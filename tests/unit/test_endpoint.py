@@ -21,7 +21,7 @@ import uvicorn
 
 from recray.benchmark.nights import publish_untrained
 from recray.config import ServeSettings
-from recray.errors import RequestError, StateError
+from recray.errors import RefusedError, RequestError, StateError
 from recray.inference import Predictor
 from recray.serving.api import EventsRequest, FeedbackRequest, RecommendRequest
 from recray.serving.batching import Batcher, BusyError
@@ -221,6 +221,10 @@ def test_events_sent_along_count_for_one_answer(address):
         ("/v1/events", {"user_id": 1, "events": []}, 422, "body.events"),
         ("/v1/events", {"user_id": 1, "events": [{"item_id": "a", "value": "NaN"}]}, 422, "value"),
         ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "2150-01-01T00:00:00Z"}]}, 422, "events.0.timestamp"),
+        ("/v1/events", {"user_id": "9" * 20, "events": [{"item_id": "i0000001"}]}, 422, "user_id"),
+        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "value": 1e39}]}, 422, "value"),
+        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "1970-01-01T00:00:00+14:00"}]}, 422, "timestamp"),
+        ("/v1/recommend", {"where": {"brand": [[]] * 500}}, 422, "errors"),
         ("/v1/feedback", {"request_id": "", "outcome": "click"}, 422, "request_id"),
         ("/v1/nothing", {}, 404, "Not Found"),
     ],
@@ -258,6 +262,35 @@ def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says
     assert "Tested: 9" in done.stdout
 
 
+def test_what_is_not_json_is_refused(address):
+    request = urllib.request.Request(f"{address}/v1/recommend", b"{}", {"Content-Type": "text/plain"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert error.value.code == 415
+
+
+def test_the_same_event_id_of_two_users_is_two_events(address):
+    event = {"item_id": "i0000001", "event_id": "1"}
+    assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == {"kept": 1, "known": 0}
+    assert good(address, "/v1/events", {"user_id": 8, "events": [event]}) == {"kept": 1, "known": 0}
+    assert good(address, "/v1/events", {"user_id": 8, "events": [event]}) == {"kept": 0, "known": 1}
+
+
+def test_lists_that_cannot_be_read_are_said_and_somebody_answers(address, handler, monkeypatch):
+    def gone(*_):
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(type(handler.night.snapshot), "find", gone)
+    answer = good(address, "/v1/recommend", USER)
+    assert answer["degraded"] == ["snapshot"] and answer["source"] == "realtime" and len(answer["items"]) == 5
+    assert good(address, "/v1/recommend", {**USER, "mode": "batch"})["degraded"] == ["snapshot"]
+
+
+def test_where_only_private_bundles_may_answer_another_does_not(storage, world_settings):
+    with pytest.raises(RefusedError, match="without privacy"):
+        Handler(storage, ServeSettings(), world_settings.score, private=True)
+
+
 def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypatch):
     def gone(*_):
         raise StateError("the disk is gone")
@@ -270,7 +303,7 @@ def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypa
         answer = good(address, "/v1/recommend", USER)
         assert (answer["source"], answer["degraded"]) == ("snapshot", ["state"]) and len(answer["items"]) == 5
         status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
-        assert status == 503 and content["retry_after"] == "1" and "nothing was kept" in content["detail"]
+        assert status == 503 and content["retry_after"] == "1" and "nothing is known to be kept" in content["detail"]
         assert ask(address, "/readyz")[0] == 503 and ask(address, "/healthz")[0] == 200
     time.sleep(1.1)
     assert good(address, "/v1/recommend", USER)["degraded"] == []

@@ -145,6 +145,13 @@ def test_the_index_says_what_the_parts_say_and_a_snapshot_without_one_is_read(st
         assert older.find(row["user_id"]) == found
 
 
+def test_a_bucket_without_a_user_is_read(tmp_path):
+    none = pa.array([], pa.string())
+    write_part(tmp_path, 0, pa.array([], pa.int64()), none, pa.array([0], pa.int32()), pa.array([], pa.float32()), [])
+    fields = {"as_of_s": 0, "buckets": 1, "k": 1, "users": 1, "user_type": "int64", "run_key": "k", "files": {"index-00000.arrow": {}}}
+    assert Snapshot(tmp_path, fields).find(3) is None
+
+
 def test_users_with_text_ids_are_found(tmp_path):
     names = sorted({f"user {n}" for n in range(50)} | {"ä", "Z", "", "\U0001f600"})
     write_part(

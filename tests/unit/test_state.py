@@ -183,7 +183,7 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
 
 def test_an_outcome_waits_for_a_decision_of_another_replica(log):
     here, there = Writer(log), Writer(log)
-    threading.Timer(0.3, lambda: there.later(Entry("decision", "far", "u", 1.0, {}))).start()
+    threading.Timer(0.1, lambda: there.later(Entry("decision", "far", "u", 1.0, {}))).start()
     assert asyncio.run(here.outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
     here.close(), there.close()
 
@@ -209,6 +209,28 @@ def test_a_log_that_fails_is_heard_of_and_the_writer_lives_on(log):
     asyncio.run(talk())
     writer.close()
     assert writer.lost == 1 and not log.has("decision", "lost")
+
+
+def test_who_goes_away_while_it_waits_takes_nobody_along(log):
+    inner = log.append
+
+    def slow(entries):
+        time.sleep(0.2)
+        return inner(entries)
+
+    log.append = slow
+    writer = Writer(log)
+
+    async def talk():
+        gone = asyncio.create_task(writer.append([event(1)]))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        return await asyncio.wait_for(writer.append([event(2)]), 5)
+
+    assert asyncio.run(talk())[0] > 0 and log.has("event", "u-1")
+    writer.close()
 
 
 def test_a_writer_that_is_closed_has_written_all(log):

@@ -133,13 +133,13 @@ def test_a_challenger_whose_outcomes_are_worse_is_sent_home(shop, handler):
     random = np.random.default_rng(0)
 
     async def talk():
-        for n in range(600):
+        for n in range(900):
             user = int(random.integers(0, 300))
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3))
             good = 0.6 if answer.bundle == "untrained" else 0.1
             if random.random() < good:
                 await handler.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
-            if n % 200 == 199:
+            if n % 300 == 299:
                 handler.look()
 
     asyncio.run(talk())
@@ -147,42 +147,55 @@ def test_a_challenger_whose_outcomes_are_worse_is_sent_home(shop, handler):
     assert handler.trial is None and "outcomes are worth -" in Release.read(storage).ended
 
 
-def simulated(seed, n, share, champion, challenger):
-    """The trial's reading of n decisions whose click rates are given; also whether it ended."""
+def simulated(seed, users, share, champion, challenger, visits=3.0):
+    """The trial's reading of users who come more or less often, with rates of their own around the side's; also whether it ended."""
     random = np.random.default_rng(seed)
-    trial = Trial("c", share, shadow=False)
-    for number in range(n):
+    trial, requests = Trial("c", share, shadow=False), 0
+    for user in range(users):
         mine = random.random() < share
-        body = {"trial": "c", "arm": "challenger" if mine else "champion"}
-        trial.outcomes.read(Entry("decision", str(number), "u", 0.0, body))
-        if random.random() < (challenger if mine else champion):
-            trial.outcomes.read(Entry("outcome", f"o{number}", None, 0.0, {"request_id": str(number), "value": 1.0}))
-        if number % 20 == 0 and trial.ended():
+        rate = (challenger if mine else champion) * random.gamma(2.0, 0.5)
+        for _ in range(random.geometric(1 / visits)):
+            requests += 1
+            body = {"trial": "c", "share": share, "arm": "challenger" if mine else "champion"}
+            trial.outcomes.read(Entry("decision", str(requests), str(user), 0.0, body))
+            if random.random() < rate:
+                trial.outcomes.read(Entry("outcome", f"o{requests}", None, 0.0, {"request_id": str(requests), "value": 1.0}))
+        if user % 20 == 0 and trial.ended():
             return trial, True
     return trial, False
 
 
-def test_looking_after_every_step_ends_few_trials_of_equals_and_all_of_worse_ones():
-    ended = [simulated(seed, 1500, 0.3, 0.2, 0.2)[1] for seed in range(200)]
+@pytest.mark.parametrize(("share", "users"), [(0.3, 800), (0.05, 2500), (0.02, 6000)])
+def test_looking_after_every_step_ends_few_trials_of_equals(share, users):
+    ended = [simulated(seed, users, share, 0.05, 0.05)[1] for seed in range(60)]
     assert np.mean(ended) <= trials.ALPHA
-    assert all(simulated(seed, 6000, 0.3, 0.3, 0.1)[1] for seed in range(10))
-    trial, over = simulated(1, 4000, 0.3, 0.2, 0.35)
+
+
+def test_worse_challengers_are_found_and_better_ones_are_not_ended():
+    assert all(simulated(seed, 4000, 0.3, 0.3, 0.1)[1] for seed in range(5))
+    trial, over = simulated(1, 3000, 0.3, 0.1, 0.3)
     difference, bound = trial.outcomes.difference()
-    assert not over and difference == pytest.approx(0.15, abs=bound) and 0 < bound < 0.15
+    assert not over and difference == pytest.approx(0.6, abs=bound) and 0 < bound < 0.6
 
 
-def test_outcomes_that_come_in_parts_count_as_their_sum():
+def test_outcomes_that_come_in_parts_count_as_their_sum_and_other_trials_not_at_all():
     one, parts = Outcomes("c", 0.5), Outcomes("c", 0.5)
     for outcomes in (one, parts):
         for number in range(6):
-            body = {"trial": "c", "arm": "challenger" if number % 2 else "champion"}
-            outcomes.read(Entry("decision", str(number), "u", 0.0, body))
+            body = {"trial": "c", "share": 0.5, "arm": "challenger" if number % 2 else "champion"}
+            outcomes.read(Entry("decision", str(number), f"u{number}", 0.0, body))
     one.read(Entry("outcome", "o", None, 0.0, {"request_id": "1", "value": 3.0}))
     for value in (1.0, 2.0):
         parts.read(Entry("outcome", f"o{value}", None, 0.0, {"request_id": "1", "value": value}))
     parts.read(Entry("outcome", "x", None, 0.0, {"request_id": "unheard of", "value": 9.0}))
+    for body in (
+        {"trial": "c", "share": 0.1, "arm": "champion"},
+        {"trial": "b", "share": 0.5, "arm": "champion"},
+        {"trial": "c", "share": 0.5, "arm": "shadow"},
+    ):
+        parts.read(Entry("decision", f"other {body}", "u9", 0.0, body))
     assert one.difference() == pytest.approx(parts.difference()) and one.difference()[0] == pytest.approx(1.0)
-    assert Outcomes("c", 0.5).difference() == (0.0, math.inf)
+    assert parts.users == {True: 3, False: 3} and Outcomes("c", 0.5).difference() == (0.0, math.inf)
 
 
 def test_a_trial_that_cannot_begin_or_end_is_refused(shop, world_settings):
