@@ -225,3 +225,17 @@ def start_redis(binary: str, folder: str, port: int) -> subprocess.Popen:
             return server
         except OSError:
             time.sleep(0.05)
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def log(request, tmp_path):
+    """An empty log of the endpoint, in sqlite and in a real Redis."""
+    from recray.state.log import open_log
+
+    if request.param == "sqlite":
+        found = open_log("sqlite", tmp_path)
+    else:
+        pytest.importorskip("redis").Redis.from_url(url := request.getfixturevalue("redis_server")).flushall()
+        found = open_log(url, tmp_path)
+    yield found
+    found.close()

@@ -40,17 +40,6 @@ def outcome(key, request, kind="outcome"):
     return Entry(kind, key, None, 6.0, {"request_id": request, "outcome": "click", "item_id": 1, "value": 2.0})
 
 
-@pytest.fixture(params=["sqlite", "redis"])
-def log(request, tmp_path):
-    if request.param == "sqlite":
-        found = open_log("sqlite", tmp_path)
-    else:
-        pytest.importorskip("redis").Redis.from_url(url := request.getfixturevalue("redis_server")).flushall()
-        found = open_log(url, tmp_path)
-    yield found
-    found.close()
-
-
 def test_each_entry_is_collected_once_in_the_owners_columns(log, tmp_path):
     storage = Storage(tmp_path)
     assert collecting.collect(storage, log, COLUMNS, TYPES) == (None, {})

@@ -19,17 +19,6 @@ def event(n, user="u", key=None, at_s=None):
     return Entry("event", key or f"{user}-{n}", user, float(n if at_s is None else at_s), {"item_id": n, "event": "ä view"})
 
 
-@pytest.fixture(params=["sqlite", "redis"])
-def log(request, tmp_path):
-    if request.param == "sqlite":
-        found = open_log("sqlite", tmp_path)
-    else:
-        pytest.importorskip("redis").Redis.from_url(url := request.getfixturevalue("redis_server")).flushall()
-        found = open_log(url, tmp_path)
-    yield found
-    found.close()
-
-
 def test_entries_come_back_once_and_in_order(log):
     assert log.last() == 0 and log.read(0, 10) == []
     assert log.append([event(1), event(2, "v"), event(1)]) == [1, 2, 0]
