@@ -63,7 +63,7 @@ def collect(storage: Storage, log: Log, columns: Mapping[str, str], types: Mappi
     Raises StateError, and what a disk that takes nothing raises.
     """
     first = collected_through(storage).get(log.identity, 0) + 1
-    scratch_key = f"{log.identity[:8]}-{first:020d}"
+    key = f"{log.identity[:8]}-{first:020d}"
     counts: Counter[str] = Counter()
     end = log.last()  # what comes meanwhile is the next one's
     if end < first - 1:
@@ -73,8 +73,8 @@ def collect(storage: Storage, log: Log, columns: Mapping[str, str], types: Mappi
     if not entries:
         return None, {}
     fields: dict[str, Any] = {"log": log.identity, "first": first, "collected_at_s": int(time.time())}
-    path = storage.collected / scratch_key
-    with sealed_directory(path, KIND, scratch_key, fields) as folder:
+    path = storage.collected / key
+    with sealed_directory(path, KIND, key, fields) as folder:
         with _Writers(folder, columns, types) as writers:
             while entries:
                 writers.write(entries)
