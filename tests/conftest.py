@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def shared_data() -> Path:
 def own_home(tmp_path_factory) -> Iterator[Path]:
     """A home (and so a Ray token) of the module's own; afterwards no process that was started with it may be left."""
     home = tmp_path_factory.mktemp("home")
+    resource_tracker.ensure_running()  # it is the whole session's, with the session's home
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"):

@@ -153,7 +153,7 @@ def _lists(snapshot: Snapshot) -> list[list[str]]:
     return _known[snapshot.path]
 
 
-def test_a_killed_replica_costs_what_it_was_at(served, own_home):
+def test_a_killed_replica_costs_at_most_the_answer_that_it_was_writing(served, own_home):
     requests = [post("/v1/recommend", {"user_id": user, "k": 5}) for user in range(USERS)]
     before = titled(own_home, "ray::ServeReplica")
     with ThreadPoolExecutor(1) as pool:
@@ -161,7 +161,7 @@ def test_a_killed_replica_costs_what_it_was_at(served, own_home):
         time.sleep(2)
         kill(before[0])
         seen = running.result()
-    assert sum(seen.others.values()) + len(seen.refused_s) <= CLIENTS, (seen.others, len(seen.refused_s))
+    assert seen.others in ({}, {0: 1}) and len(seen.refused_s) == 0, "what it was at is asked again of the other one"
     assert len(seen.latency_s) > 500
     deadline = time.monotonic() + 60
     while len(now := titled(own_home, "ray::ServeReplica")) < 2 or before[0] in now:
