@@ -284,7 +284,7 @@ class ServeSettings(Section):
     port: int = _place(8000, "port to listen on", ge=0, le=65535)
     replicas: int = _place(1, "Serve replicas", ge=1)
     max_ongoing_requests: int = _place(12, "requests a replica works on at once", ge=1)
-    max_queued_requests: int = _place(14, "requests that wait for a replica; more are answered 503 with Retry-After", ge=1)
+    max_queued_requests: int = _place(12, "requests that wait for a replica; more are answered 503 with Retry-After", ge=1)
     max_waiting: int = _place(16, "requests that wait for the model of a replica; more are answered 503 with Retry-After", ge=1)
     max_batch: int = _place(32, "requests that the model answers in one pass, at most; 1: batching off", ge=1)
     timeout_s: float = _place(2.0, "how long a request waits for the model before the nightly list answers", gt=0)
@@ -293,6 +293,7 @@ class ServeSettings(Section):
     rate: str | None = _place(None, "requests a key may make, for example 100/second; counted by each replica, or by all where state is Redis")
     keep_days: float = _place(7.0, "how long the log keeps what was collected, and knows the event_id of what it was told", gt=0)
     state: str = _place("sqlite", "log of events, answers and outcomes: sqlite (under storage.root, one machine) or redis://host:port/database")
+    traces: float = _place(0.0, "share of the requests that send an OpenTelemetry trace to OTEL_EXPORTER_OTLP_ENDPOINT", ge=0, le=1)
     poll_s: float = _place(1.0, "how often a replica looks for a new snapshot", gt=0)
 
 

@@ -22,6 +22,18 @@ DEFAULT_EVENT = "interaction"
 RELEASED = "released_s"  # column of a dataset's item table: since when an item can be met
 CONTEXT = "context_"  # before the name of a column of request context
 
+LIVE_EVENTS = pa.schema(  # what the endpoint was told, as it is collected; ids as text, context as JSON
+    [
+        ("number", pa.int64()),
+        (USER_ID, pa.string()),
+        (ITEM_ID, pa.string()),
+        (TIMESTAMP, pa.timestamp("us", "UTC")),
+        (EVENT, pa.string()),
+        (VALUE, pa.float32()),
+        ("context", pa.string()),
+    ]
+)
+
 
 def shard_schema(user_type: pa.DataType, context: Sequence[str] = ()) -> pa.Schema:
     """Schema of one dataset shard: one row a user, users in ascending order of `user_id`; `context` names columns of codes."""

@@ -90,16 +90,14 @@ class Work:
 
 def collect(work: Work) -> JobResult:
     """What the endpoint was told since the last time, as Parquet: events for prepare, decisions and outcomes."""
-    from recray.prepare.sources import inspect_events, list_files
     from recray.state import collect as collecting
     from recray.state.log import open_log
 
     started = time.monotonic()
     options = work.settings.serve
-    source = inspect_events(work.settings.data, list_files(work.settings.data.events))
     log = open_log(options.state, work.storage.root)
     try:
-        path, counts = collecting.collect(work.storage, log, source.columns, source.types)
+        path, counts = collecting.collect(work.storage, log)
         collecting.forget(work.storage, log, options.keep_days, _published_through(work.storage, log.identity))
     finally:
         log.close()

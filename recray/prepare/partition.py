@@ -5,11 +5,13 @@ A task writes into a folder of its own and renames it when it is complete, so th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from recray.prepare.sources import RowGroup, microseconds, open_parquet
 from recray.storage import read_json, write_json
 
 BATCH_ROWS = 131_072
+LIVE_POSITION = 1 << 40  # where an order is all that is known, live events come after everything that the owner has
 _MIN_US, _MAX_US = 0, 4_102_444_800_000_000  # 1970 to 2100: outside lies a wrong unit
 
 
@@ -149,28 +152,49 @@ def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[pa.Table]:
     """Batches of one row group in the staged columns; `t` is microseconds, a position, or 0."""
     with open_parquet(group.uri) as file:
         try:
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.row_group], columns=list(dict.fromkeys(plan.columns.values()))):
-                yield _stage(plan, pa.table(batch), group.uri)
+            columns = None if group.live else list(dict.fromkeys(plan.columns.values()))
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.row_group], columns=columns):
+                table = pa.table(batch)
+                yield _stage(plan, len(table), partial(_live, plan, table) if group.live else partial(_owned, plan, table))
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{group.uri}: row group {group.row_group} cannot be read: {error}", "write the file again") from None
 
 
-def _stage(plan: PartitionPlan, batch: pa.Table, uri: str) -> pa.Table:
-    def column(name: str) -> pa.ChunkedArray:
-        found = batch[plan.columns[name]]
-        if pa.types.is_dictionary(found.type):
-            found = pc.cast(found, found.type.value_type)
-        if name == schema.TIMESTAMP:
-            return microseconds(found)
-        return found.cast(plan.types[name], safe=name != schema.VALUE)
+def _owned(plan: PartitionPlan, batch: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column of the owner's in the staged type."""
+    found = batch[plan.columns[name]]
+    if pa.types.is_dictionary(found.type):
+        found = pc.cast(found, found.type.value_type)
+    if name == schema.TIMESTAMP:
+        return microseconds(found)
+    return found.cast(plan.types[name], safe=name != schema.VALUE)
 
+
+def _live(plan: PartitionPlan, batch: pa.Table, name: str) -> pa.ChunkedArray:
+    """The same column of what was collected from the endpoint; null for an id that the owner's type cannot hold."""
+    kind = plan.types[name]
+    if name == schema.TIMESTAMP:
+        return microseconds(batch[name])
+    if name == schema.POSITION:
+        return pc.add(batch["number"], LIVE_POSITION)
+    if name == schema.BASKET:
+        return microseconds(batch[schema.TIMESTAMP]).cast(kind)
+    if name.startswith(schema.CONTEXT):
+        given = [None if text is None else json.loads(text).get(name.removeprefix(schema.CONTEXT)) for text in batch["context"].to_pylist()]
+        return pa.chunked_array([[None if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in given]], kind)
+    if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(kind):
+        return pc.if_else(pc.match_substring_regex(batch[name], r"^-?\d{1,18}$"), batch[name], None).cast(kind)
+    return batch[name].cast(kind)
+
+
+def _stage(plan: PartitionPlan, rows: int, column: Callable[[str], pa.ChunkedArray]) -> pa.Table:
     staged = {name: column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
-    staged["t"] = column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(len(batch), np.int64))
+    staged["t"] = column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(rows, np.int64))
     if schema.EVENT in plan.columns:
         staged[schema.EVENT] = pc.fill_null(column(schema.EVENT), schema.DEFAULT_EVENT)
     else:
-        staged[schema.EVENT] = pa.array([schema.DEFAULT_EVENT]).take(pa.array(np.zeros(len(batch), np.int8)))
-    staged[schema.VALUE] = column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(len(batch), np.float32))
+        staged[schema.EVENT] = pa.array([schema.DEFAULT_EVENT]).take(pa.array(np.zeros(rows, np.int8)))
+    staged[schema.VALUE] = column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(rows, np.float32))
     if schema.BASKET in plan.columns:
         staged[schema.BASKET] = column(schema.BASKET)
     for name in plan.columns:

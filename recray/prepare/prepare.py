@@ -24,7 +24,7 @@ from recray.errors import DataError, RefusedError, TooManyBadRowsError
 from recray.prepare.partition import PartitionPlan, Stats, partition_row_group, read_stats
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
 from recray.prepare.shards import ShardPlan, build_shard
-from recray.prepare.sources import EventSource, RowGroup, collected_files, digest_files, event_files, inspect_events, list_files, read_items
+from recray.prepare.sources import EventSource, RowGroup, collected_files, digest_files, inspect_events, list_files, read_items
 from recray.prepare.split import cut_dates, held_out, split_shard
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 
@@ -48,7 +48,7 @@ def _encoder(settings: Settings) -> Path | None:
 
 def input_digests(settings: Settings) -> Digests:
     """Digests of the event files, of the item files and of the sentence encoder. Raises DataError, SettingsError for what is not there."""
-    files = event_files(settings)
+    files = list_files(settings.data.events) + collected_files(settings.root())
     items = list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ()
     encoder = _encoder(settings)
     return [digest_files(files), digest_files(items), *([[digest_encoder(encoder)]] if encoder else [])]
@@ -72,7 +72,7 @@ def _collected(root: Path) -> dict[str, int]:
     """The last number of the endpoint's log that is in the data, by the identity of the log."""
     found: dict[str, int] = {}
     for file in collected_files(root):
-        manifest = read_json(file.parent / "manifest.json")
+        manifest = read_json(Path(file).parent / "manifest.json")
         found[manifest["log"]] = max(found.get(manifest["log"], 0), manifest["last"])
     return found
 
@@ -88,7 +88,7 @@ Each = Callable[[Callable[[int], None], int], None]
 def inspect(settings: Settings) -> tuple[EventSource, pa.Table | None]:
     """What the input consists of, from its footers, and the item table. Raises DataError, SettingsError for what cannot be prepared."""
     _encoder(settings)
-    source = inspect_events(settings.data, event_files(settings))
+    source = inspect_events(settings.data, list_files(settings.data.events), collected_files(settings.root()))
     items = read_items(settings.data)
     if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
         raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from recray import schema
-from recray.config import SAMPLE, DataSettings, Settings
+from recray.config import SAMPLE, DataSettings
 from recray.dataset.context import CLOCK
 from recray.errors import DataError
 from recray.storage import Storage
@@ -23,12 +23,16 @@ _SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retai
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One unit of reading: a row group of a file. `number` orders all of them."""
+    """One unit of reading: a row group of a file. `number` orders all of them.
+
+    live : whether it was collected from the endpoint (`schema.LIVE_EVENTS`), not written by the owner
+    """
 
     number: int
     uri: str
     row_group: int
     rows: int
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,9 @@ def _below(uri: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{quote(name)}{question}{options}"
 
 
-def event_files(settings: Settings) -> tuple[str, ...]:
-    """The event files, and after them what was collected from the endpoint (`recray.state.collect`). Raises DataError."""
-    return list_files(settings.data.events) + tuple(str(path) for path in collected_files(settings.root()))
-
-
-def collected_files(root: Path) -> list[Path]:
-    """Events that were collected from the endpoint, in the order of its log."""
-    return sorted(Storage(root).collected.glob("[!.]*/events.parquet"))
+def collected_files(root: Path) -> tuple[str, ...]:
+    """Events that were collected from the endpoint (`recray.state.collect`), in the order of its log."""
+    return tuple(str(path) for path in sorted(Storage(root).collected.glob("[!.]*/events.parquet")))
 
 
 def digest_files(files: tuple[str, ...]) -> list[str]:
@@ -124,8 +123,8 @@ def open_parquet(uri: str) -> pq.ParquetFile:
         raise DataError(f"{uri} is not a readable Parquet file: {error}", "write it again; it may be truncated") from None
 
 
-def inspect_events(data: DataSettings, files: tuple[str, ...]) -> EventSource:
-    """Read the footers of event files and decide how to read them.
+def inspect_events(data: DataSettings, files: tuple[str, ...], live: tuple[str, ...] = ()) -> EventSource:
+    """Read the footers of the owner's event files and decide how to read them; `live` files come after them, whatever the owner's look like.
 
     Raises DataError for a missing column, a wrong type, files that disagree, or no rows at all.
     """
@@ -139,12 +138,19 @@ def inspect_events(data: DataSettings, files: tuple[str, ...]) -> EventSource:
             if number and (found != columns or found_types != types):
                 raise DataError(f"{uri} has other columns or types than {files[0]}: {found_types} against {types}", "write all files alike")
             columns, types = found, found_types
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            groups += [RowGroup(len(groups) + i, uri, group, rows) for i, (group, rows) in enumerate((g, n) for g, n in enumerate(sizes) if n)]
+            groups += _row_groups(file, uri, len(groups), live=False)
+    for uri in live:
+        with open_parquet(uri) as file:
+            groups += _row_groups(file, uri, len(groups), live=True)
     if not sum(group.rows for group in groups):
         raise DataError(f"{files[0]}{' and the other files' if len(files) > 1 else ''} have no rows", "check data.events")
     clock = schema.TIMESTAMP if schema.TIMESTAMP in columns else schema.POSITION if schema.POSITION in columns else "file_order"
-    return EventSource(files, columns, types, tuple(groups), clock)
+    return EventSource((*files, *live), columns, types, tuple(groups), clock)
+
+
+def _row_groups(file: pq.ParquetFile, uri: str, first: int, *, live: bool) -> list[RowGroup]:
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    return [RowGroup(first + i, uri, group, rows, live) for i, (group, rows) in enumerate((g, n) for g, n in enumerate(sizes) if n)]
 
 
 def _columns(found: pa.Schema, data: DataSettings, uri: str) -> dict[str, str]:

@@ -6,15 +6,17 @@ import sys
 import threading
 from typing import Any
 
+import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from recray.config import Settings, load_settings
-from recray.errors import ClusterError
-from recray.serving.guard import KEYS_VARIABLE, check
+from recray.errors import ClusterError, SettingsError
+from recray.serving.guard import KEYS_VARIABLE, Keys, check
 from recray.serving.handler import Handler, first_night
 from recray.serving.http import create_app
 from recray.serving.telemetry import RayTelemetry
+from recray.serving.traces import VARIABLES, provider
 from recray.storage import Storage
 
 NAME = "recray"
@@ -49,14 +51,15 @@ class Endpoint:
 def build(settings: Settings) -> Any:
     """The application of these settings, to run or to deploy."""
     options = settings.serve
-    keys = {KEYS_VARIABLE: os.environ[KEYS_VARIABLE]} if os.environ.get(KEYS_VARIABLE) else {}  # replicas have Ray's environment, not ours
+    # replicas have Ray's environment, not ours
+    ours = {name: value for name, value in os.environ.items() if name == KEYS_VARIABLE or name.startswith(VARIABLES)}
     deployment: Any = serve.deployment(
         Endpoint,
         num_replicas=options.replicas,
         max_ongoing_requests=options.max_ongoing_requests,
         max_queued_requests=options.max_queued_requests,
         backpressure_config={"retry_after_s": 1},
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": keys}} if keys else {"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": ours}} if ours else {"num_cpus": 0.1},
     )
     return deployment.bind(settings)
 
@@ -73,9 +76,23 @@ class Arguments(BaseModel):
 def deploy(arguments: Arguments) -> Any:
     """The application of a Serve config file (infra/serve/recray.yaml). Raises SettingsError, MissingArtifactError."""
     settings = load_settings(arguments.config, arguments.overrides)
-    check(settings.serve)
-    first_night(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error, private=settings.privacy.enabled)
+    _ready(settings)
     return build(settings)
+
+
+def _ready(settings: Settings) -> Keys:
+    """What would keep a replica from starting is said here: a clear error beats a deployment that never becomes healthy.
+
+    Raises MissingArtifactError, DamagedArtifactError, SettingsError.
+    """
+    keys = check(settings.serve)
+    if settings.serve.traces:
+        provider(settings.serve.traces).shutdown()  # type: ignore[union-attr]
+    nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
+    if settings.serve.state == "sqlite" and nodes > 1:
+        raise SettingsError(f"serve.state=sqlite is for one machine, this cluster has {nodes}", "name a Redis: serve.state=redis://host:port/0")
+    first_night(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error, private=settings.privacy.enabled)
+    return keys
 
 
 def start(settings: Settings) -> str:
@@ -83,11 +100,8 @@ def start(settings: Settings) -> str:
 
     Raises MissingArtifactError when no night is published, DamagedArtifactError, ClusterError, SettingsError.
     """
-    log = logging.getLogger("ray.serve")
-    # a clear error here beats a deployment that never becomes healthy
-    first_night(Storage(settings.root()), settings.score, log.error, private=settings.privacy.enabled)
-    options = settings.serve
-    if not check(options).wanted and options.host not in LOOPBACK:
+    log, options = logging.getLogger("ray.serve"), settings.serve
+    if not _ready(settings).wanted and options.host not in LOOPBACK:
         log.warning("serve.host is %s and no keys are named: whoever reaches it may ask and tell what they like", options.host)
     log.setLevel(logging.WARNING)
     try:

@@ -6,6 +6,7 @@ themselves are nowhere: `recray serve key NAME` draws one, shows it once, and pr
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import math
@@ -39,6 +40,7 @@ RIGHTS: dict[str, Right] = {
     "/v1/feedback": "write",
 }
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/console")
+WAIT_S, AWAY_S = 0.2, 1.0  # for the store of the rates; how long it is not asked again
 KEPT_S = 5.0  # how often the keys file is looked at
 
 
@@ -147,6 +149,7 @@ class Guard:
         storage = storage_from_string(f"async+{options.state}", implementation="redispy") if shared else MemoryStorage()
         self._limiter = SlidingWindowCounterRateLimiter(storage)
         self._rates: dict[str, list[RateLimitItem]] = {}
+        self._again = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
@@ -171,13 +174,16 @@ class Guard:
 
     async def _wait(self, name: str, rate: str) -> int | None:
         """Seconds until the next request of a key may come; None if this one may."""
+        if time.monotonic() < self._again:
+            return None
         limits = self._rates.setdefault(rate, parse_many(rate))
         try:
             for limit in limits:
-                if not await self._limiter.hit(limit, "recray", name):
+                if not await asyncio.wait_for(self._limiter.hit(limit, "recray", name), WAIT_S):
                     reset = (await self._limiter.get_window_stats(limit, "recray", name)).reset_time
                     return max(1, math.ceil(reset - time.time()))
-        except Exception as error:  # a shared store that is away must not take the endpoint with it
+        except Exception as error:  # a shared store that is away or hangs must not take the endpoint with it
+            self._again = time.monotonic() + AWAY_S
             logging.getLogger("ray.serve").error("rates are not held, their store is away: %s", type(error).__name__)
         return None
 

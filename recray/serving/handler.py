@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from opentelemetry.trace import get_current_span
+
 from recray.config import ScoreSettings, ServeSettings
 from recray.errors import ArtifactError, RecrayError, RefusedError, RequestError, StateError
 from recray.promotion import end_trial
@@ -42,6 +44,7 @@ from recray.serving.api import (
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.night import Found, Night, Question, items_of
 from recray.serving.telemetry import Telemetry
+from recray.serving.traces import provider, tracer
 from recray.serving.trial import Side, Trial
 from recray.state.log import Entry, Log, open_log
 from recray.state.writer import Writer
@@ -81,11 +84,14 @@ class Handler:
         self._away_until = 0.0
         self._opening = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batcher: Batcher[Question, Found] = Batcher(
-            Night.answer, options.max_batch, options.max_waiting, lambda size: self.telemetry.batches.append(size)
-        )
+        self._batcher, self._aside = self._new_batcher(), self._new_batcher()  # a challenger makes nobody wait for it but its own
+        self.traces = provider(options.traces)
+        self._tracer = tracer(self.traces)
         self._open_log()
         self.look()
+
+    def _new_batcher(self) -> Batcher[Question, Found]:
+        return Batcher(Night.answer, self.options.max_batch, self.options.max_waiting, lambda size: self.telemetry.batches.append(size))
 
     @property
     def night(self) -> Night:
@@ -137,7 +143,7 @@ class Handler:
     def _state(self) -> dict[str, float]:
         night, writer = self.night, self._writer
         return {
-            "waiting": self._batcher.waiting,
+            "waiting": self._batcher.waiting + self._aside.waiting,
             "coverage": self.telemetry.coverage(night.predictor.answerable),
             "lost": 0 if writer is None else writer.lost,
             "set_aside": 0 if writer is None else writer.set_aside,
@@ -185,7 +191,7 @@ class Handler:
         chosen = night
         if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
             chosen = challenger
-            found = await self._model(challenger.question(request, fresh), degraded, trial.challenger_side)
+            found = await self._model(challenger.question(request, fresh), degraded, trial.challenger_side, aside=True)
             if found is None:
                 chosen = night
         else:
@@ -202,7 +208,11 @@ class Handler:
         arm = "challenger" if chosen is challenger else "champion"
         ms = 1000 * (time.monotonic() - begun)
         self.telemetry.answered(found.source, chosen.bundle, arm, degraded, ms, [item.item_id for item in items])
+        get_current_span().set_attributes({"recray.source": found.source, "recray.bundle": chosen.bundle, "recray.degraded": list(degraded)})
         if trial is not None and challenger is not None and trial.shadow and request.mode != "batch":
+            if self._aside.waiting:  # it is behind, and nobody waits for what it would say
+                self.telemetry.refused["shadow"] += 1
+                return answer
             task = asyncio.create_task(self._shadowed(trial, challenger, request, fresh, answer))
             self._tasks.add(task)  # else nothing holds it
             task.add_done_callback(self._tasks.discard)
@@ -280,9 +290,12 @@ class Handler:
     def close(self) -> None:
         """Answer and write what waits."""
         self._batcher.close()
+        self._aside.close()
         if self._writer is not None:
             self._writer.close()
             self._writer.log.close()
+        if self.traces is not None:
+            self.traces.shutdown()
 
     async def _fresh(self, night: Night, request: RecommendRequest | ScoreRequest | HistoryRequest, degraded: list[Part]) -> list[Entry]:
         """Events of the user that the night does not know."""
@@ -295,7 +308,8 @@ class Handler:
             return []
         if self._writer is not None and time.monotonic() >= self._away_until:
             try:
-                found = await self._writer.recent(str(user), night.collected.get(self._writer.log.identity, 0), night.begins_s)
+                with self._tracer.start_as_current_span("recray.log"):
+                    found = await self._writer.recent(str(user), night.collected.get(self._writer.log.identity, 0), night.begins_s)
                 self._away = False
                 return found
             except StateError as error:
@@ -318,6 +332,7 @@ class Handler:
             raise
         except Exception as error:
             self._log.error("the nightly lists cannot be read: %s", type(error).__name__)
+            self._log.debug("the nightly lists cannot be read", exc_info=error)
             if "snapshot" not in degraded:
                 degraded.append("snapshot")
             return None
@@ -326,7 +341,7 @@ class Handler:
         """What the challenger would have answered, for the log alone."""
         begun = time.monotonic()
         with contextlib.suppress(RecrayError):
-            found = await self._model(challenger.question(request, fresh), [], trial.challenger_side)
+            found = await self._model(challenger.question(request, fresh), [], trial.challenger_side, aside=True)
             if found is not None:
                 told = answer.model_copy(
                     update={
@@ -338,27 +353,30 @@ class Handler:
                 )
                 self._decided(request, told, begun, trial, shadow=True)
 
-    async def _model(self, question: Question, degraded: list[Part], side: Side | None = None) -> Found | None:
+    async def _model(self, question: Question, degraded: list[Part], side: Side | None = None, *, aside: bool = False) -> Found | None:
         """What the model says; None where it fails or takes too long. Raises RequestError, UnavailableError where too many wait.
 
         side : told how long it took, and whether it failed
+        aside : ask in the challenger's queue
         """
         begun = time.monotonic()
-        found = await self._asked(question, degraded)
+        with self._tracer.start_as_current_span("recray.model"):
+            found = await self._asked(self._aside if aside else self._batcher, question, degraded)
         if side is not None:
             side.saw(time.monotonic() - begun, failed=found is None)
         return found
 
-    async def _asked(self, question: Question, degraded: list[Part]) -> Found | None:
+    async def _asked(self, batcher: Batcher[Question, Found], question: Question, degraded: list[Part]) -> Found | None:
         try:
-            return await asyncio.wait_for(self._batcher.ask(question), self.options.timeout_s)
+            return await asyncio.wait_for(batcher.ask(question), self.options.timeout_s)
         except BusyError:
             self.telemetry.refused["busy"] += 1
             raise UnavailableError(f"{self.options.max_waiting} requests wait for the model", "come again") from None
         except RequestError:
             raise
         except Exception as error:
-            self._log.error("the model does not answer: %s", error or type(error).__name__)
+            self._log.error("the model does not answer: %s", type(error).__name__)
+            self._log.debug("the model does not answer", exc_info=error)  # what it says may name a user
             degraded.append("model")
             return None
 

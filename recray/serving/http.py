@@ -37,6 +37,7 @@ from recray.serving.guard import Guard
 from recray.serving.handler import Handler, UnavailableError
 from recray.serving.night import UnknownItemError
 from recray.serving.problems import MEDIA_TYPE, field_errors, problem
+from recray.serving.traces import traced
 
 RETRY_AFTER = {"Retry-After": "1"}
 MOST_ERRORS = 100  # of a body, that are told one by one
@@ -45,7 +46,7 @@ PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; 
 
 def create_app(handler: Handler) -> ASGIApp:
     """The ASGI application of a handler."""
-    return Guard(Limit(_routes(handler), handler.options.max_body_bytes), handler.options)
+    return traced(Guard(Limit(_routes(handler), handler.options.max_body_bytes), handler.options), handler.traces)
 
 
 def openapi() -> str:

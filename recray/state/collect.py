@@ -1,7 +1,7 @@
 """From the log to Parquet: every entry once, in sealed folders that each hold the next stretch of the log.
 
 What was collected is read off the folders' names, so a collect that is killed leaves nothing and the next one does its work. A folder
-holds `events.parquet` (the owner's columns, as the event log has them), `decisions.parquet` and `outcomes.parquet`, where there are any.
+holds `events.parquet` (`schema.LIVE_EVENTS`, read by prepare as the owner's), `decisions.parquet` and `outcomes.parquet`, where there are any.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from recray.storage import Storage, read_json, sealed_directory
 KIND = "collected"
 AT_ONCE = 50_000
 _UNNAMED = re.compile(r"[^\w\-./ ]")  # what MLflow has no name with
-LIVE_POSITION = 1 << 40  # where an order is all that is known: after everything that the event log holds
 DAY_S = 86_400
 
 _DECISIONS = pa.schema(
@@ -55,11 +53,9 @@ _OUTCOMES = pa.schema(
 )
 
 
-def collect(storage: Storage, log: Log, columns: Mapping[str, str], types: Mapping[str, pa.DataType]) -> tuple[Path | None, dict[str, int]]:
+def collect(storage: Storage, log: Log) -> tuple[Path | None, dict[str, int]]:
     """Write what the log has and no folder holds; None if there is nothing. Returns how many entries of each kind.
 
-    columns : the owner's name of each column of the event log (see `recray.schema`)
-    types : their types
     Raises StateError, and what a disk that takes nothing raises.
     """
     first = collected_through(storage).get(log.identity, 0) + 1
@@ -75,7 +71,7 @@ def collect(storage: Storage, log: Log, columns: Mapping[str, str], types: Mappi
     fields: dict[str, Any] = {"log": log.identity, "first": first, "collected_at_s": int(time.time())}
     path = storage.collected / key
     with sealed_directory(path, KIND, key, fields) as folder:
-        with _Writers(folder, columns, types) as writers:
+        with _Writers(folder) as writers:
             while entries:
                 writers.write(entries)
                 counts.update(entry.kind for _, entry in entries)
@@ -144,8 +140,8 @@ def summary(folder: Path) -> dict[str, float]:
 class _Writers:
     """One Parquet file a kind, begun with its first row."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, str], types: Mapping[str, pa.DataType]) -> None:
-        self.folder, self.columns, self.types = folder, columns, types
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.open: dict[str, pq.ParquetWriter] = {}
 
     def __enter__(self) -> _Writers:
@@ -160,7 +156,7 @@ class _Writers:
         for number, entry in entries:
             by_kind.setdefault("outcome" if entry.kind == "set_aside" else entry.kind, []).append((number, entry))
         if "event" in by_kind:
-            self._add("events", self._events(by_kind["event"]))
+            self._add("events", pa.Table.from_pylist([_event(number, entry) for number, entry in by_kind["event"]], schema.LIVE_EVENTS))
         if "decision" in by_kind:
             self._add("decisions", pa.Table.from_pylist([_decision(entry) for _, entry in by_kind["decision"]], _DECISIONS))
         if "outcome" in by_kind:
@@ -171,31 +167,12 @@ class _Writers:
             self.open[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", table.schema, compression="zstd")
         self.open[name].write_table(table)
 
-    def _events(self, entries: list[tuple[int, Entry]]) -> pa.Table:
-        arrays = [self._column(name, entries) for name in self.columns]
-        return pa.Table.from_arrays(arrays, names=list(self.columns.values()))
 
-    def _column(self, name: str, entries: list[tuple[int, Entry]]) -> pa.Array:
-        kind = self.types[name]
-        values: list[Any]
-        if name == schema.USER_ID:
-            values = [entry.user for _, entry in entries]
-        elif name == schema.TIMESTAMP:
-            return pa.array([_microseconds(entry) for _, entry in entries], pa.int64()).cast(kind)
-        elif name == schema.POSITION:
-            values = [LIVE_POSITION + number for number, _ in entries]
-        elif name == schema.BASKET:
-            values = [_microseconds(entry) for _, entry in entries]
-        elif name.startswith(schema.CONTEXT):
-            given = [entry.body.get("context", {}).get(name.removeprefix(schema.CONTEXT)) for _, entry in entries]
-            values = [str(value).lower() if isinstance(value, bool) else value for value in given]
-        else:
-            values = [entry.body.get(name) for _, entry in entries]
-        if pa.types.is_string(kind):
-            values = [None if value is None else str(value) for value in values]
-        elif pa.types.is_integer(kind):
-            values = [int(value) for value in values]
-        return pa.array(values, kind)
+def _event(number: int, entry: Entry) -> dict[str, Any]:
+    body = entry.body
+    told = {"number": number, schema.USER_ID: entry.user, schema.ITEM_ID: str(body["item_id"]), schema.TIMESTAMP: _microseconds(entry)}
+    context = json.dumps(body["context"], sort_keys=True) if body.get("context") else None
+    return {**told, schema.EVENT: body.get("event"), schema.VALUE: body.get("value"), "context": context}
 
 
 def _decision(entry: Entry) -> dict[str, Any]:

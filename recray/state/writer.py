@@ -100,9 +100,10 @@ class Writer:
             numbers = self.log.append(entries) if entries else []
         except Exception as error:  # whatever it is, those who wait must hear of it and this thread must live on
             self.lost += behind
+            failed = error if isinstance(error, StateError) else StateError(f"the log takes nothing: {type(error).__name__}")
+            failed.__cause__ = error  # what else it says may name a user
             if behind:
-                logging.getLogger("recray").warning("%d decisions could not be logged: %s", behind, error)
-            failed = error if isinstance(error, StateError) else StateError(f"the log takes nothing: {error}")
+                logging.getLogger("recray").warning("%d decisions could not be logged: %s", behind, failed.what)
             for _, done in taken:
                 if done is not None and not done.done():
                     done.set_exception(failed)

@@ -15,6 +15,7 @@ from conftest import prepare_here, world_overrides
 from safetensors.torch import load_file
 
 from recray.config import load_settings
+from recray.errors import SettingsError
 from recray.training.trainer import bundle_settings, train_key
 from recray.training.worker import build_loop
 
@@ -119,3 +120,10 @@ def test_a_gpu_that_is_not_there_is_named(two_nodes, world_folder, tmp_path):
     settings = settings_of(world_folder, tmp_path, "train.use_gpu=true")
     with pytest.raises(ClusterError, match="1 GPUs; the cluster has 2 and 0"):
         train(settings, "k", prepare_here(settings))
+
+
+def test_an_endpoint_whose_log_is_for_one_machine_is_refused_on_two(two_nodes, tmp_path):
+    from recray.serving.app import Arguments, deploy
+
+    with pytest.raises(SettingsError, match="this cluster has 2"):
+        deploy(Arguments(overrides=[f"storage.root={tmp_path}"]))

@@ -1,4 +1,4 @@
-"""From the endpoint's log to the next night: every entry once, in the owner's columns, and known to the night that read it."""
+"""From the endpoint's log to the next night: every entry once, read as the owner's events, and known to the night that read it."""
 
 import datetime as dt
 from collections import Counter
@@ -11,21 +11,16 @@ from conftest import prepare_here, world_overrides
 
 from recray import pipeline
 from recray.benchmark.nights import publish_untrained
-from recray.config import load_settings
+from recray.config import DataSettings, load_settings
 from recray.errors import StateError
-from recray.prepare.sources import collected_files
+from recray.prepare.partition import LIVE_POSITION, PartitionPlan, partition_row_group, read_partition, read_stats
+from recray.prepare.sources import collected_files, inspect_events
 from recray.serving.api import RecommendRequest
 from recray.serving.night import Night
 from recray.state import collect as collecting
 from recray.state.log import Entry, open_log
 from recray.storage import Storage
 from recray.tracking.runs import Tracking
-
-COLUMNS = {"user_id": "who", "item_id": "what", "timestamp": "when", "event": "event", "value": "stars", "context_page": "page"}
-TYPES = {
-    "user_id": pa.int64(), "item_id": pa.string(), "timestamp": pa.timestamp("us", tz="UTC"), "event": pa.string(), "value": pa.float32(),
-    "context_page": pa.string(),
-}  # fmt: skip
 
 
 def event(key, user="7", at_s=100.25, **body):
@@ -40,23 +35,24 @@ def outcome(key, request, kind="outcome"):
     return Entry(kind, key, None, 6.0, {"request_id": request, "outcome": "click", "item_id": 1, "value": 2.0})
 
 
-def test_each_entry_is_collected_once_in_the_owners_columns(log, tmp_path):
+def test_each_entry_is_collected_once_as_it_was_told(log, tmp_path):
     storage = Storage(tmp_path)
-    assert collecting.collect(storage, log, COLUMNS, TYPES) == (None, {})
+    assert collecting.collect(storage, log) == (None, {})
     log.append([event("e1", context={"page": True}), decision("d1"), outcome("o1", "d1"), outcome("o2", "?", "set_aside")])
-    first, counts = collecting.collect(storage, log, COLUMNS, TYPES)
+    first, counts = collecting.collect(storage, log)
     assert counts == {"decision": 1, "event": 1, "outcome": 1, "set_aside": 1}
-    assert collecting.collect(storage, log, COLUMNS, TYPES) == (None, {})
+    assert collecting.collect(storage, log) == (None, {})
     (row,) = pq.read_table(first / "events.parquet").to_pylist()
     when = dt.datetime.fromtimestamp(100.25, dt.UTC)
-    assert row == {"who": 7, "what": "a", "when": when, "event": "view", "stars": 1.0, "page": "true"}
+    told = {"user_id": "7", "item_id": "a", "timestamp": when, "event": "view", "value": 1.0, "context": '{"page": true}'}
+    assert row == {"number": 1, **told}
     (row,) = pq.read_table(first / "decisions.parquet").to_pylist()
     assert (row["request_id"], row["items"], row["ms"], row["more"]) == ("d1", ["1", "2"], 1.5, '{"arm": 3}')
     rows = pq.read_table(first / "outcomes.parquet").to_pylist()
     assert [(row["request_id"], row["item_id"], row["set_aside"]) for row in rows] == [("d1", "1", False), ("?", "1", True)]
     log.append([event("e1"), event("e2", "8")])
-    second, counts = collecting.collect(storage, log, COLUMNS, TYPES)
-    assert counts == {"event": 1} and collected_files(tmp_path) == [first / "events.parquet", second / "events.parquet"]
+    second, counts = collecting.collect(storage, log)
+    assert counts == {"event": 1} and collected_files(tmp_path) == (str(first / "events.parquet"), str(second / "events.parquet"))
     assert not (second / "decisions.parquet").exists()
     assert pq.read_table(second / "events.parquet").schema == pq.read_table(first / "events.parquet").schema
 
@@ -75,13 +71,13 @@ def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tm
 
     monkeypatch.setattr(log, "read", breaks)
     with pytest.raises(StateError):
-        collecting.collect(storage, log, COLUMNS, TYPES)
+        collecting.collect(storage, log)
     assert list(storage.collected.iterdir()) == []
-    collecting.collect(storage, log, COLUMNS, TYPES)
+    collecting.collect(storage, log)
     log.append([event("late")])
-    collecting.collect(storage, log, COLUMNS, TYPES)
-    users = [user for file in collected_files(tmp_path) for user in pq.read_table(file)["who"].to_pylist()]
-    assert Counter(users) == {0: 20, 1: 20, 2: 20, 3: 20, 4: 20, 7: 1}
+    collecting.collect(storage, log)
+    users = [user for file in collected_files(tmp_path) for user in pq.read_table(file)["user_id"].to_pylist()]
+    assert Counter(users) == {**{str(user): 20 for user in range(5)}, "7": 1}
 
 
 def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
@@ -113,7 +109,7 @@ def test_another_store_is_counted_anew(tmp_path):
     for name in ("one", "two"):
         log = open_log("sqlite", tmp_path / name)
         log.append([event("e1")])
-        assert collecting.collect(storage, log, COLUMNS, TYPES)[1] == {"event": 1}
+        assert collecting.collect(storage, log)[1] == {"event": 1}
         log.close()
     assert len(collected_files(tmp_path)) == 2
 
@@ -123,34 +119,48 @@ def test_a_log_that_was_restored_from_an_older_copy_is_refused(tmp_path):
     log.append([event("e1")])
     older = (tmp_path / "state" / "log.sqlite").read_bytes() if log._connection().execute("PRAGMA wal_checkpoint(TRUNCATE)") else b""
     log.append([event("e2"), event("e3")])
-    collecting.collect(storage, log, COLUMNS, TYPES)
+    collecting.collect(storage, log)
     log.close()
     for file in (tmp_path / "state").glob("log.sqlite*"):
         file.unlink()
     (tmp_path / "state" / "log.sqlite").write_bytes(older)
     with pytest.raises(StateError, match="older copy"):
-        collecting.collect(storage, open_log("sqlite", tmp_path), COLUMNS, TYPES)
+        collecting.collect(storage, open_log("sqlite", tmp_path))
 
 
 def test_what_was_collected_is_forgotten_after_its_time(log, tmp_path):
     storage = Storage(tmp_path)
     log.append([event("e1"), event("e2")])
-    collecting.collect(storage, log, COLUMNS, TYPES)
+    collecting.collect(storage, log)
     log.append([event("e3")])
     assert collecting.forget(storage, log, 1.0, 2) == 0 and len(log.read(0, 10)) == 3
     assert collecting.forget(storage, log, -1.0, 1) == 0 and len(log.read(0, 10)) == 3, "the published night does not know them yet"
     assert collecting.forget(storage, log, -1.0, 2) == 2 and [entry.key for _, entry in log.read(0, 10)] == ["e3"]
 
 
-def test_where_only_an_order_is_known_live_events_come_last(tmp_path):
+@pytest.mark.parametrize("ids", [pa.string(), pa.int64()])
+def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, ids):
+    """Columns that are renamed, retyped or added after they were collected cost nothing."""
     storage, log = Storage(tmp_path), open_log("sqlite", tmp_path)
-    log.append([event("e1"), event("e2")])
-    columns = {"user_id": "user_id", "item_id": "item_id", "position": "position", "basket": "order"}
-    types = {"user_id": pa.string(), "item_id": pa.string(), "position": pa.int64(), "basket": pa.string()}
-    path, _ = collecting.collect(storage, log, columns, types)
-    rows = pq.read_table(path / "events.parquet").to_pylist()
-    assert rows[0]["position"] > 1 << 40 and rows[1]["position"] > rows[0]["position"] and rows[0]["order"] == "100250000"
+    log.append([event("e1", context={"page": True}), event("e2", value=2.5), event("e3", "none of ours")])
+    path, _ = collecting.collect(storage, log)
     log.close()
+    columns = {"user_id": "who", "item_id": "what", "position": "nr", "basket": "order", "value": "stars", "context_page": "page"}
+    types = {"user_id": ids, "item_id": pa.string(), "position": pa.int64(), "basket": pa.int64(), "value": pa.float32(), "context_page": pa.string()}
+    owner = tmp_path / "owner.parquet"
+    pq.write_table(pa.table([pa.array(["9" if kind == pa.string() else 9], kind) for kind in types.values()], list(columns.values())), owner)
+    data = DataSettings(events=(str(owner),), columns={name: column for name, column in columns.items() if "_page" not in name}, context=("page",))
+    source = inspect_events(data, (str(owner),), collected_files(tmp_path))
+    assert (source.columns, source.types, source.rows) == (columns, types, 4)
+    plan = PartitionPlan(columns, types, "position", None, 1, tmp_path / "staging", tmp_path / "quarantine")
+    for group in source.row_groups:
+        partition_row_group(plan, group)
+    rows = read_partition(plan, 2, 0).to_pylist()
+    bad = [] if ids == pa.string() else ["user_id is null"]
+    assert [row["user_id"] for row in rows] == (["9", "7", "7", "none of ours"] if ids == pa.string() else [9, 7, 7])
+    assert [row["t"] for row in rows[1:3]] == [LIVE_POSITION + 1, LIVE_POSITION + 2] and rows[1]["basket"] == 100_250_000
+    assert [row["value"] for row in rows[:3]] == [9.0, 1.0, 2.5] and rows[1]["context_page"] != rows[2]["context_page"]
+    assert [reason for stats, _ in read_stats(plan, 2) for reason in stats.reasons] == bad
 
 
 def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(world_folder, tmp_path):

@@ -1,7 +1,9 @@
 """The endpoint behind a plain ASGI server: what users do changes the next answer, parts fail one by one, requests are batched."""
 
 import asyncio
+import contextlib
 import html
+import http.server
 import json
 import logging
 import re
@@ -18,16 +20,19 @@ from types import SimpleNamespace
 
 import pytest
 import uvicorn
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+from starlette.testclient import TestClient
 
 from recray.benchmark.nights import publish_untrained
 from recray.config import ServeSettings
-from recray.errors import RefusedError, RequestError, StateError
+from recray.errors import RefusedError, RequestError, SettingsError, StateError
 from recray.inference import Predictor
 from recray.serving.api import EventsRequest, FeedbackRequest, RecommendRequest
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.handler import Handler, UnavailableError
 from recray.serving.http import create_app
 from recray.serving.night import Night
+from recray.serving.traces import provider
 from recray.storage import Storage
 
 USER = {"user_id": 7, "k": 5}
@@ -251,13 +256,13 @@ def test_bodies_that_are_no_requests(address, raw, status, named):
     assert found == status and named in json.dumps(content), content
 
 
-def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says(address):
+def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says(address, tmp_path):
     pytest.importorskip("schemathesis")
     words = ["run", f"{address}/openapi.json", "--max-examples", "25", "--phases", "examples,coverage,fuzzing", "--no-color"]
     # what the document cannot say may be refused all the same: a moment before 1970, a column that the data do not have
     words += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--seed", "1"]
     program = Path(sys.executable).with_name("schemathesis")
-    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "Tested: 9" in done.stdout
 
@@ -412,14 +417,74 @@ def test_too_many_questions_are_told_to_come_again(handler, monkeypatch):
         asyncio.run(handler.recommend(RecommendRequest(user_id=7, mode="realtime")))
 
 
-def test_no_user_is_named_in_the_log_above_debug(handler, caplog):
+def test_no_user_is_named_in_the_log_above_debug(handler, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     secret = 123456789
-    asyncio.run(handler.recommend(RecommendRequest(user_id=secret)))
-    asyncio.run(handler.events(EventsRequest(user_id=secret, events=[{"item_id": "i0000001"}])))
-    asyncio.run(handler.feedback(FeedbackRequest(request_id="r", outcome="click")))
-    handler._is_away(StateError("gone"))
+
+    def fails(*arguments, **options):
+        raise KeyError(secret)
+
+    def all_of_it():
+        for mode in ("auto", "realtime", "batch"):
+            asyncio.run(handler.recommend(RecommendRequest(user_id=secret, mode=mode)))
+        for tell in (
+            lambda: handler.events(EventsRequest(user_id=secret, events=[{"item_id": "i0000001"}])),
+            lambda: handler.feedback(FeedbackRequest(request_id="r", outcome="click")),
+        ):
+            with contextlib.suppress(UnavailableError):
+                asyncio.run(tell())
+
+    all_of_it()
+    monkeypatch.setattr(Night, "look_up", fails)
+    monkeypatch.setattr(Predictor, "recommend", fails)
+    all_of_it()
+    monkeypatch.setattr(handler._writer.log, "append", fails)
+    monkeypatch.setattr(handler._writer.log, "recent", lambda *_: (_ for _ in ()).throw(StateError("gone")))
+    all_of_it()
+    assert "does not answer" in caplog.text and "cannot be read" in caplog.text and "log is away" in caplog.text
     assert str(secret) not in caplog.text
+
+
+class Collector(http.server.BaseHTTPRequestHandler):
+    """An OTLP receiver over HTTP."""
+
+    spans: list = []
+
+    def do_POST(self):
+        found = trace_service_pb2.ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+        self.spans += [span for group in found.resource_spans for scope in group.scope_spans for span in scope.spans]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_request_is_traced_from_its_caller_to_the_model(storage, world_settings, monkeypatch):
+    receiver = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.server_port}")
+    handler = Handler(storage, ServeSettings(traces=1e-9), world_settings.score)
+    caller = "0af7651916cd43dd8448eb211c80319c"
+    with TestClient(create_app(handler)) as client:
+        for headers in ({"traceparent": f"00-{caller}-b7ad6b7169203331-01"}, {}):
+            assert client.post("/v1/recommend", json={"user_id": 7, "mode": "realtime"}, headers=headers).status_code == 200
+    handler.close()
+    receiver.shutdown()
+    receiver.server_close()
+    assert {span.trace_id.hex() for span in Collector.spans} == {caller}, "the share is tiny, but the caller's trace is gone on with"
+    by_name = {span.name: span for span in Collector.spans}
+    request = by_name["POST /v1/recommend"] if "POST /v1/recommend" in by_name else by_name["POST"]
+    assert {by_name[name].parent_span_id for name in ("recray.log", "recray.model")} == {request.span_id}
+    told = {one.key: one.value.string_value for one in request.attributes}
+    assert told["recray.source"] == "realtime" and told["recray.bundle"] == "untrained"
+
+
+def test_traces_that_cannot_be_sent_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.asgi", None)
+    with pytest.raises(SettingsError, match="serve.traces"):
+        provider(1.0)
+    assert provider(0.0) is None
 
 
 def test_the_types_of_ids_are_those_of_the_log(handler):

@@ -3,13 +3,15 @@
 import asyncio
 import json
 import os
+import socket
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from recray.config import ServeSettings
 from recray.errors import SettingsError
-from recray.serving.guard import KEYS_VARIABLE, Guard, new_key
+from recray.serving.guard import KEYS_VARIABLE, WAIT_S, Guard, new_key
 
 
 async def _app(scope, receive, send):
@@ -131,3 +133,12 @@ def test_a_store_of_rates_that_is_away_refuses_nobody(keys):
     path, shop, _, _ = keys
     guard = Guard(_app, ServeSettings(keys=str(path), rate="1/hour", state="redis://127.0.0.1:1/0"))
     assert ask(guard, headers={"X-API-Key": shop})[0].status_code == 200
+
+
+def test_a_store_of_rates_that_hangs_is_not_waited_for(keys):
+    path, shop, _, _ = keys
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        guard = Guard(_app, ServeSettings(keys=str(path), rate="1/hour", state=f"redis://127.0.0.1:{mute.getsockname()[1]}/0"))
+        begun = time.monotonic()
+        assert [answer.status_code for answer in ask(guard, headers={"X-API-Key": shop}, times=5)] == [200] * 5
+        assert time.monotonic() - begun < 5 * WAIT_S, "after the first it is left alone for a while"

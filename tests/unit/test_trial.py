@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 
 import numpy as np
 import pytest
@@ -115,15 +116,50 @@ def test_a_challenger_that_fails_is_covered_for_and_sent_home(shop, handler, mon
     assert "100% of its answers failed" in Release.read(storage).ended
 
 
-def test_a_challenger_that_is_slow_is_sent_home():
-    trial = Trial("other", 0.5, shadow=False)
-    for n in range(trials.LEAST):
-        trial.champion_side.saw(0.01 + n * 1e-5, failed=False)
-        trial.challenger_side.saw(0.025, failed=False)
-    assert trial.ended() is None
-    for _ in range(trials.LEAST):
-        trial.challenger_side.saw(0.06, failed=False)
-    assert "95th percentile" in trial.ended()
+def test_a_challenger_that_is_slow_is_sent_home_and_makes_nobody_else_wait(shop, handler, monkeypatch):
+    storage, challenger, _ = shop
+    promotion.begin_trial(storage, challenger, 0.5)
+    handler.look()
+    inner, slow = Predictor.recommend, handler._challenger.predictor
+
+    def recommend(self, *args, **options):
+        time.sleep(0.1 if self is slow else 0.005)
+        return inner(self, *args, **options)
+
+    async def together(users):
+        return await asyncio.gather(*(handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime")) for user in users))
+
+    monkeypatch.setattr(Predictor, "recommend", recommend)
+    mine = [user for user in range(300) if answers(str(user), "other", 0.5)]
+    theirs = [user for user in range(300) if user not in mine]
+    for start in range(0, trials.LEAST, 5):
+        assert handler.trial is not None and handler.trial.ended() is None
+        asyncio.run(together([*mine[start : start + 5], *theirs[start : start + 5]]))
+    assert max(handler.trial.champion_side.seconds) < 0.1, "the champion's answers do not wait for the challenger's"
+    handler.look()
+    assert handler.trial is None and "95th percentile" in Release.read(storage).ended
+
+
+def test_a_shadow_that_is_behind_is_left_out(shop, handler, monkeypatch):
+    storage, challenger, _ = shop
+    promotion.begin_trial(storage, challenger, 0.5, shadow=True)
+    handler.look()
+    inner, slow, begun = Predictor.recommend, handler._challenger.predictor, time.monotonic()
+
+    def recommend(self, *args, **options):
+        time.sleep(0.3 if self is slow else 0.0)
+        return inner(self, *args, **options)
+
+    async def talk():
+        for user in range(20):
+            await handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime"))
+        took = time.monotonic() - begun
+        await asyncio.gather(*handler._tasks)
+        return took
+
+    monkeypatch.setattr(Predictor, "recommend", recommend)
+    assert asyncio.run(talk()) < 0.3
+    assert handler.telemetry.refused["shadow"] >= 15
 
 
 def test_a_challenger_whose_outcomes_are_worse_is_sent_home(shop, handler):
