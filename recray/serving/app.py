@@ -88,7 +88,7 @@ def _ready(settings: Settings) -> Keys:
     keys = check(settings.serve)
     if settings.serve.traces:
         provider(settings.serve.traces).shutdown()  # type: ignore[union-attr]
-    nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
+    nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1  # type: ignore[no-untyped-call]
     if settings.serve.state == "sqlite" and nodes > 1:
         raise SettingsError(f"serve.state=sqlite is for one machine, this cluster has {nodes}", "name a Redis: serve.state=redis://host:port/0")
     first_night(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error, private=settings.privacy.enabled)
