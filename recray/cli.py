@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
             "privacy",
             "serve",
             "explain",
+            "policy",
         ],
         help="prepare: peak memory; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); ablations: what each part of the model is worth, "
@@ -136,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
         "slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; catalogue: memory and time with a "
         "million items; scale: how seconds grow with events and users; privacy: a private step beside a plain one, and with --data "
         "quality by ε (hours; goes on where it was stopped); serve: the endpoint beside plain uvicorn and beside Serve's defaults; "
-        "explain: whether the events that an explanation names carried the answer",
+        "explain: whether the events that an explanation names carried the answer; policy: a learned attention policy in worlds whose best "
+        "actions are known, and with --data on real histories",
     )
     benchmark.add_argument(
         "--data",

@@ -16,7 +16,7 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
-ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload")
+ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "policy")
 
 
 def run(
@@ -75,10 +75,16 @@ def _measure(
         from recray.benchmark import utility
 
         return utility.measure_utility(folder, data, list(overrides), say, out)
+    if what == "policy" and data:
+        if against:
+            raise SettingsError("benchmark policy takes no --against", "leave it out")
+        from recray.benchmark import policy
+
+        return policy.measure_real(folder, data, list(overrides), say)
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
-        from recray.benchmark import catalogue, prepare, privacy, scale, serve, submit
+        from recray.benchmark import catalogue, policy, prepare, privacy, scale, serve, submit
 
         measures = {
             "prepare": prepare.measure_prepare,
@@ -88,6 +94,7 @@ def _measure(
             "privacy": privacy.measure_privacy,
             "serve": serve.measure_serve,
             "serve-overload": serve.measure_overload,
+            "policy": policy.measure_policy,
         }
         return {}, measures[what](folder, say)
     if what in ("ablations", "explain"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
@@ -150,6 +151,26 @@ def growth(trained: list[tuple[int, float]], scored: list[tuple[int, float]]) ->
             axes.legend(frameon=False, fontsize=9)
 
     return _svg(draw, 9.2, 3.2)
+
+
+def gap_closed(closed: dict[str, list[float]], length: np.ndarray, best: np.ndarray, learned: np.ndarray) -> str:
+    """Share of the oracle's lead by way, each seed a dot; and the oracle's and the learned action by log(1 + history length)."""
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        names = sorted(closed, key=lambda name: sum(closed[name]) / len(closed[name]))
+        left.barh(names, [sum(closed[name]) / len(closed[name]) for name in names], color=[MINE if name == "ppo" else OTHER for name in names])
+        for place, name in enumerate(names):
+            left.plot(closed[name], [place] * len(closed[name]), ".", color=INK, markersize=3)
+        left.set(title="share of the oracle's lead over the trained model")
+        left.xaxis.set_major_formatter(PercentFormatter(1))
+        left.grid(axis="y", visible=False)
+        right.plot(length, best, ".", color=OTHER, markersize=3, label="oracle")
+        right.plot(length, learned, ".", color=MINE, markersize=3, label="learned")
+        right.set(title="action on the temperature", xlabel="log(1 + events of the user)")
+        right.legend(frameon=False, fontsize=9, markerscale=3)
+
+    return _svg(draw, 10.2, 3.4)
 
 
 def best_baseline(rows: dict[str, Any], k: int) -> str:

@@ -86,11 +86,11 @@ class Trial:
 class Outcomes:
     """Outcomes of both sides, read from the log, and the anytime-valid bound of their difference.
 
-    Users are drawn, so users are counted: each has the sum of its decisions' outcomes, over the probability of its side, negative for
-    the champion; the mean of these is the difference of the sides' means (Horvitz and Thompson). The bound is the asymptotic confidence
-    sequence of Waudby-Smith et al. (arXiv 2103.06476, equation 4): it may be looked at after every decision, and is passed wrongly in
-    the whole trial with probability `ALPHA` at most. Its variance is at least the one that equal sides would have, since a side of few
-    users may have none to show yet.
+    Users are drawn, so users are counted: each has the sum of its decisions' outcomes, less the mean of all, over the probability of its
+    side, negative for the champion; the mean of these is the difference of the sides' means (Horvitz and Thompson). The bound is the
+    asymptotic confidence sequence of Waudby-Smith et al. (arXiv 2103.06476, equation 4): it may be looked at after every decision, and is
+    passed wrongly in the whole trial with probability `ALPHA` at most. Its variance is at least the one that equal sides would have, since
+    a side of few users may have none to show yet.
     """
 
     def __init__(self, challenger: str, share: float) -> None:
@@ -126,10 +126,13 @@ class Outcomes:
         n = sum(self.users.values())
         if not 0 < self.share < 1 or n < 2:
             return 0.0, math.inf
+        middle = sum(self._sum.values()) / n  # taken from all: it changes no difference, and its spread is not waited for
+        sums = {side: self._sum[side] - middle * self.users[side] for side in (True, False)}
+        squares = {side: self._squares[side] - 2 * middle * self._sum[side] + middle**2 * self.users[side] for side in (True, False)}
         p, q = self.share, 1.0 - self.share
-        mean = (self._sum[True] / p - self._sum[False] / q) / n
-        seen = (self._squares[True] / p**2 + self._squares[False] / q**2) / n - mean * mean
-        alike = (self._squares[True] + self._squares[False]) / n * (1 / p + 1 / q)
+        mean = (sums[True] / p - sums[False] / q) / n
+        seen = (squares[True] / p**2 + squares[False] / q**2) / n - mean * mean
+        alike = (squares[True] + squares[False]) / n * (1 / p + 1 / q)
         variance = max(seen, alike)
         inside = n * RHO * RHO + 1.0
         return mean, math.sqrt(variance * 2.0 * inside / (n * n * RHO * RHO) * math.log(math.sqrt(inside) / ALPHA))

@@ -61,7 +61,18 @@ def test_imports_go_down(path):
         if top == "ray":
             assert LEVEL[me] >= 2, f"{me} imports ray"
         if top == "policies":
-            assert me in ("pipeline", "cli")
+            assert me in ("stages", "benchmark")
+
+
+def test_policies_are_learned_beside_the_endpoint_not_in_it():
+    for path in sorted((ROOT.parent / "policies").rglob("*.py")):
+        for module in imports(path):
+            top = module.split(".")[0]
+            if top == "recray":
+                assert LEVEL[room(module)] < LEVEL["serving"], f"{path.name} imports {module}"
+            if top in ("ray", "gymnasium"):
+                assert path.name in ("learner.py", "environment.py"), f"{path.name} imports {module}"
+            assert top not in ("mlflow", "pickle", "cloudpickle"), f"{path.name} imports {module}"
 
 
 def test_the_network_and_its_loop_need_torch_and_numpy_alone():

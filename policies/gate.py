@@ -1,0 +1,97 @@
+"""May a policy go live? Asked of a log that another policy made; every check says in words what it found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from policies import ope
+from policies.logs import Logged
+from recray.evaluation.gates import Check
+from recray.inference.policy import OBSERVED, Policy, explore, log_density
+
+
+@dataclass(frozen=True)
+class Rules:
+    """threshold: what a policy has to gain for sure, as a share of what production earns; effective: samples after weighting, at least;
+    segment: what no segment may lose for sure, as a share; most: weight above which SWITCH-DR believes the model; latency: share of the
+    Predictor's time that a decision may take."""
+
+    threshold: float = 0.0
+    effective: float = 500.0
+    segment: float = -0.01
+    most: float = 20.0
+    latency: float = 0.05
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The checks, all of which have to pass, and the figures behind them."""
+
+    checks: list[Check]
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def reason(self) -> str:
+        """What did not pass, in words; empty if all did."""
+        return "; ".join(check.text for check in self.checks if not check.passed)
+
+
+def judge(log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0, latency: float | None = None) -> Verdict:
+    """The verdict on a policy by a checked log. `latency`: a decision's share of the Predictor's time, if it was measured."""
+    mean, codes = policy.act(log.observation), log.codes
+    w = weights(log, mean)
+    state = policy.frozen.normalise(log.observation)
+    sigma = log.sigma[:, None]
+
+    def actions(places: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        return explore(mean[places], sigma[places], random)[0]
+
+    q, v = ope.modelled(state, log.action, log.reward, actions, codes, seed=seed)
+    found = ope.against_production(log.reward, w, q, v, codes, segments(log), confidence=rules.confidence, most=rules.most, seed=seed)
+    earned = max(abs(found.production.value), 1e-12)
+    signs = {name: interval.value > 0 for name, interval in found.intervals.items()}
+    sure = found.intervals["dr"]
+    told = ", ".join(f"{name} {interval.value:+.4f}" for name, interval in found.intervals.items())
+    gain = f"gains {sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}] a decision of {earned:.4f}"
+    support = f"{found.effective:.0f} effective samples of {len(log)}, {rules.effective:.0f} wanted"
+    checks = [
+        Check("estimators agree", all(signs.values()), f"estimators disagree: {told}"),
+        Check("gain", sure.low > rules.threshold * earned, gain),
+        Check("support", found.effective >= rules.effective, support),
+        Check("shuffled rewards", found.shuffled.low <= 0 <= found.shuffled.high, f"shuffled rewards gain {found.shuffled.value:+.4f}"),
+    ]
+    for name, interval in found.segments.items():
+        bad = interval.high < rules.segment * earned
+        checks.append(Check(f"segment {name}", not bad, f"{name} lose {interval.value:+.4f}, at best {interval.high:+.4f}"))
+    if latency is not None:
+        checks.append(Check("latency", latency <= rules.latency, f"a decision takes {latency:.1%} of the Predictor's time"))
+    figures = {
+        "effective_samples": found.effective,
+        "largest_weight": found.largest,
+        "production": found.production.value,
+        "decisions": float(len(log)),
+    }
+    for name, interval in found.intervals.items():
+        figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return Verdict(checks, figures)
+
+
+def weights(log: Logged, mean: np.ndarray) -> np.ndarray:
+    """Density of the logged actions around other means, explored as the log did, over theirs, float64 [n]."""
+    found: np.ndarray = np.exp(log_density(log.action, mean, log.sigma[:, None]) - log.log_density)
+    return found
+
+
+def segments(log: Logged) -> dict[str, np.ndarray]:
+    """Users by the length of their history, thirds of the decisions, masks [n]."""
+    length = log.observation[:, OBSERVED.index("log_length")]
+    low, high = np.quantile(length, [1 / 3, 2 / 3])
+    found = {"short histories": length <= low, "middle histories": (length > low) & (length <= high), "long histories": length > high}
+    return {name: mask for name, mask in found.items() if mask.sum() >= 30}

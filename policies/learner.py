@@ -1,0 +1,165 @@
+"""RLlib learns a policy: PPO where an action can be tried, each episode one decision (gamma 0, lambda 1).
+
+What it learned is read off as plain tensors after every iteration, so nothing that outlives the process is a pickle.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from policies.environment import Decisions
+from policies.rewards import Rewards
+from recray.errors import DamagedArtifactError
+from recray.inference.policy import Frozen, Policy
+
+NORMALISED_ON = 4096  # requests
+LAYERS = ("encoder.actor_encoder.net.mlp.0", "encoder.actor_encoder.net.mlp.2", "pi.net.mlp.0")  # of RLlib's module
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """How PPO learns. decisions: requests that are decided; the others as RLlib names them."""
+
+    decisions: int = 100_000
+    at_once: int = 256
+    batch: int = 4096
+    minibatch: int = 512
+    epochs: int = 6
+    lr: float = 3e-3
+    last_lr: float = 3e-4
+    hidden: int = 64
+    sigma: float = 0.5
+    penalty: float = 0.002
+
+
+def learn(
+    rewards: Rewards,
+    options: Ppo,
+    bundle_digest: str,
+    *,
+    seed: int = 0,
+    start: Policy | None = None,
+    checkpoint: Path | None = None,
+    on_metrics: Callable[[int, dict[str, float]], None] = lambda decisions, metrics: None,
+) -> Policy:
+    """Learn a policy on requests whose actions can be paid. Needs a Ray session.
+
+    start : begin with this policy's weights, and keep its statistics
+    checkpoint : file that the state is kept in after every iteration, and gone on from if it is there
+    on_metrics : told after every iteration how many decisions were made, and what they paid
+    Raises DamagedArtifactError for a checkpoint of another shape.
+    """
+    observation, _ = rewards.draw(NORMALISED_ON, np.random.default_rng(seed))
+    frozen = Frozen.of(observation) if start is None else start.frozen
+    kept = load_file(checkpoint) if checkpoint is not None and checkpoint.exists() else None
+    done = 0
+    if kept is not None:
+        frozen = Frozen(**{name: kept.pop(f"frozen_{name}").numpy() for name in ("mean", "scale", "low", "high")})
+        done = int(kept.pop("decisions"))
+    algorithm = _algorithm(rewards, frozen, options, seed, done)
+    try:
+        module = algorithm.get_module()
+        if kept is not None:
+            _restore(module, kept, checkpoint)
+        elif start is not None:
+            _restore(module, {**module.state_dict(), **_as_module(start.weights)}, None)
+        if kept is not None or start is not None:
+            algorithm.learner_group.set_state({"learner": {"rl_module": {"default_policy": _numpy(module.state_dict())}}})
+        while done < options.decisions:
+            found = algorithm.train()
+            done += int(found["env_runners"]["num_env_steps_sampled"])
+            on_metrics(done, {"reward": float(found["env_runners"]["episode_return_mean"])})
+            if checkpoint is not None:
+                _keep(checkpoint, algorithm.get_module().state_dict(), frozen, done)
+        weights = _plain(algorithm.get_module().state_dict())
+    finally:
+        algorithm.stop()
+    return Policy(rewards.actions, frozen, weights, bundle_digest, {"decisions": done, "learner": "ppo", "seed": seed})
+
+
+def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, seed: int, done: int) -> Any:
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.tune.registry import register_env
+
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    draws = np.random.SeedSequence([seed, done]).generate_state(1)[0]  # after a resume other requests come
+
+    def environment(context: Any) -> Decisions:
+        return Decisions(rewards, frozen, int(context.get("num_envs", 1)), penalty=options.penalty, seed=int(draws))
+
+    register_env("recray", environment)
+    left = max(options.decisions - done, 1)
+    config = (
+        PPOConfig()  # type: ignore[no-untyped-call]
+        .environment("recray")
+        .env_runners(
+            num_env_runners=0,
+            num_envs_per_env_runner=options.at_once,
+            gym_env_vectorize_mode=gymnasium.VectorizeMode.VECTOR_ENTRY_POINT,
+            batch_mode="complete_episodes",
+        )
+        .learners(num_learners=0)
+        .training(
+            gamma=0.0,
+            lambda_=1.0,
+            lr=[[0, options.lr], [left, options.last_lr]],
+            train_batch_size_per_learner=options.batch,
+            minibatch_size=options.minibatch,
+            num_epochs=options.epochs,
+            use_kl_loss=False,
+            entropy_coeff=0.0,
+            grad_clip=1.0,
+        )
+        .rl_module(
+            model_config={
+                "fcnet_hiddens": [options.hidden, options.hidden],
+                "fcnet_activation": "tanh",
+                "free_log_std": True,
+                "vf_share_layers": False,
+            }
+        )
+        .debugging(seed=seed, log_level="ERROR")
+    )
+    return config.build_algo()
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean's layers, by the names of `Policy`."""
+    found = {}
+    for place, layer in enumerate(LAYERS):
+        found[f"weight_{place}"], found[f"bias_{place}"] = (torch.as_tensor(state[f"{layer}.{part}"]).detach().clone() for part in ("weight", "bias"))
+    return found
+
+
+def _as_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{layer}.{part}": weights[f"{part}_{place}"] for place, layer in enumerate(LAYERS) for part in ("weight", "bias")}
+
+
+def _numpy(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in state.items()}
+
+
+def _restore(module: Any, state: dict[str, Tensor], where: Path | None) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise DamagedArtifactError(f"{where or 'the policy'} has another shape: {error}", "begin anew, or with the same options") from None
+
+
+def _keep(checkpoint: Path, state: dict[str, Tensor], frozen: Frozen, done: int) -> None:
+    """Replace the file in one step."""
+    tensors = {name: value.detach().contiguous() for name, value in state.items()}
+    tensors |= {f"frozen_{name}": torch.from_numpy(value.copy()) for name, value in vars(frozen).items()}
+    scratch = checkpoint.with_suffix(".part")
+    save_file({**tensors, "decisions": torch.tensor(done)}, scratch)
+    scratch.replace(checkpoint)

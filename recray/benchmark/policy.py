@@ -1,0 +1,298 @@
+"""What a learned attention policy is worth, where the truth is known and on real histories, and whether the gate can tell.
+
+Planted worlds (`policies.rewards.Planted`) have an oracle: the share of its lead over action 0 that a policy reaches is its figure. In
+the twin nobody differs and action 0 is best, so every promotion is false. On real data nothing is known but what users did next.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from policies import baselines, gate
+from policies.held_out import HeldOut
+from policies.learner import Ppo, learn
+from policies.logs import Logged, checked
+from policies.rewards import Planted, clicks
+from recray import cluster
+from recray.benchmark.data import prepared
+from recray.dataset.reader import History
+from recray.evaluation.evaluate import test_questions
+from recray.evaluation.metrics import bootstrap_means, interval
+from recray.evaluation.plots import gap_closed
+from recray.evaluation.protocol import Question
+from recray.inference import Predictor
+from recray.inference.policy import Frozen, Policy, explore, observe, popularity_rank
+from recray.serving.trial import Trial, answers
+from recray.stages import Say
+from recray.state.log import Entry
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop
+
+SEEDS = 5
+JUDGED = 20_000  # fresh users that every way is measured on
+TWINS, TWIN_DECISIONS, LOGS = 10, 20_000, 20  # policies, what each is learned from, and logs that each is judged on
+LOGGED, SIGMA = 10_000, 0.5  # decisions of a log, and how it explored
+WORSE, SHARE, MOST_CANARY = 0.9, 0.2, 5_000
+POLLUTED = (0.0, 0.1, 0.3)  # noise events, as shares of a history
+ACTIONS = ("temperature", "recency")  # on real data
+REAL_DECISIONS, REAL_SIGMA = 40_000, 0.3
+HINDSIGHT = 11  # settings of the best in hindsight
+BUNDLE = "benchmark"
+
+Act = Callable[[np.ndarray], np.ndarray]
+
+
+def measure_policy(folder: Path, say: Say) -> dict[str, Any]:
+    """`planted_oracle_gap_closed` by PPO (mean and least of five seeds) and by each baseline; `twin_false_promotion_rate`, with that of
+    shuffled rewards and of A/A tests; what becomes of a policy that is 10 % worse; seconds for 100,000 decisions."""
+    torch.set_num_threads(1)
+    cluster.start()
+    metrics = _planted(folder, say)
+    metrics |= _twins(say)
+    metrics |= _worse(say)
+    return metrics
+
+
+def _planted(folder: Path, say: Say) -> dict[str, Any]:
+    world = Planted()
+    observation, cases = world.draw(JUDGED, np.random.default_rng(10_000))
+    paid: dict[str, list[np.ndarray]] = {}
+    seconds, policies = [], []
+    for seed in range(SEEDS):
+        begun = time.monotonic()
+        policies.append(learn(world, Ppo(), BUNDLE, seed=seed))
+        seconds.append(time.monotonic() - begun)
+        for name, act in {"ppo": policies[-1].act, **_baselines(world, policies[-1].frozen, seed)}.items():
+            paid.setdefault(name, []).append(world.pay(cases, act(observation)))
+        say(f"seed {seed}: {policies[-1].about['decisions']:,} decisions in {seconds[-1]:.0f} s, {paid['ppo'][-1].mean():.4f} a request")
+    none = world.pay(cases, np.zeros((JUDGED, 1)))
+    oracle = world.pay(cases, world.best(observation))
+    lead = oracle.mean() - none.mean()
+    closed = {name: [float((values.mean() - none.mean()) / lead) for values in found] for name, found in paid.items()}
+    mine = np.mean(paid["ppo"], 0)
+    metrics: dict[str, Any] = {
+        "planted_oracle_gap_closed": round(float(np.mean(closed["ppo"])), 4),
+        "planted_oracle_gap_closed_least": round(min(closed["ppo"]), 4),
+        "gap_closed": {name: [round(value, 4) for value in values] for name, values in closed.items()},
+        "reward_of_nothing": round(float(none.mean()), 4),
+        "reward_of_oracle": round(float(oracle.mean()), 4),
+        "ppo_over": _over(mine, {name: np.mean(found, 0) for name, found in paid.items() if name != "ppo"}),
+        "learning_s_for_100000": [round(took, 1) for took in seconds],
+    }
+    keep = folder / "keep"
+    keep.mkdir(exist_ok=True)
+    shown = np.argsort(observation[:1500, 0])
+    chosen = observation[shown]
+    (keep / "svg").write_text(gap_closed(metrics["gap_closed"], chosen[:, 0], world.best(chosen)[:, 0], policies[0].act(chosen)[:, 0]))
+    say(f"of the oracle's lead {metrics['planted_oracle_gap_closed']:.1%}; " + ", ".join(f"{n} {np.mean(v):.1%}" for n, v in closed.items()))
+    return metrics
+
+
+def _baselines(world: Planted, frozen: Frozen, seed: int) -> dict[str, Act]:
+    decisions = Ppo().decisions
+    return {
+        "best global action": baselines.best_global(world, 4096, seed=seed),
+        "global, by gradient": baselines.by_gradient(world, frozen, seed=seed),
+        "closed form in length": baselines.by_length(world, 4096, seed=seed),
+        "LinUCB": baselines.bandit(world, frozen, decisions, thompson=False, seed=seed),
+        "Thompson sampling": baselines.bandit(world, frozen, decisions, thompson=True, seed=seed),
+        "hyper-network, by the true gradient": baselines.by_gradient(world, frozen, hidden=64, seed=seed),
+    }
+
+
+def _over(mine: np.ndarray, others: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Differences to each other way, paired by user, with intervals that all hold together with 95 % (Bonferroni)."""
+    means = bootstrap_means(np.stack([mine - found for found in others.values()], 1), 1000, 0)
+    found = {}
+    for place, name in enumerate(others):
+        low, high = interval(means[:, place], 1 - 0.05 / len(others))
+        found[name] = {"difference": round(float((mine - others[name]).mean()), 4), "low": round(low, 4), "high": round(high, 4)}
+    return found
+
+
+def _twins(say: Say) -> dict[str, Any]:
+    """How often the gate promotes where nothing is to be gained: each policy on logs of users of their own."""
+    twin, promoted = replace(Planted(), twin=True), {"twin": 0, "shuffled": 0, "a_a": 0}
+    runs = TWINS * LOGS
+    for number in range(TWINS):
+        policy = learn(twin, replace(Ppo(), decisions=TWIN_DECISIONS), BUNDLE, seed=100 + number)
+        other = learn(Planted(), replace(Ppo(), decisions=TWIN_DECISIONS), BUNDLE, seed=200 + number)
+        for repeat in range(LOGS):
+            random = np.random.default_rng([300, number, repeat])
+            promoted["twin"] += gate.judge(_logged(twin, LOGGED, SIGMA, random), policy).passed
+            real = _logged(Planted(), LOGGED, SIGMA, random)
+            promoted["shuffled"] += gate.judge(replace(real, reward=random.permutation(real.reward)), other).passed
+            promoted["a_a"] += gate.judge(_logged(Planted(), LOGGED, SIGMA, random, other.act), other).passed
+        say(f"{number + 1} policies, {(number + 1) * LOGS} logs of each kind: {promoted} promoted")
+    return {f"{name}_false_promotion_rate": round(count / runs, 4) for name, count in promoted.items()} | {"false_promotion_runs": runs}
+
+
+def _logged(rewards: Planted, n: int, sigma: float, random: np.random.Generator, act: Act | None = None) -> Logged:
+    """A log of users who each came once, explored around action 0, or around what a policy does."""
+    observation, cases = rewards.draw(n, random)
+    mean = np.zeros((n, len(rewards.actions)), np.float32) if act is None else act(observation)
+    action, density = explore(mean, sigma, random)
+    reward = clicks(rewards.pay(cases, action), random)
+    return Logged(observation, mean, action, density, np.full(n, sigma), reward, np.arange(n), np.full(n, BUNDLE), np.full(n, ""))
+
+
+class _Constant:
+    """A policy that plays one action; for the gate."""
+
+    def __init__(self, action: float, frozen: Frozen) -> None:
+        self.action, self.frozen = action, frozen
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        return np.full((len(observation), 1), self.action, np.float32)
+
+
+def _worse(say: Say) -> dict[str, Any]:
+    """A policy that earns a tenth less: refused by the gate, and sent home by its trial when it is forced upon users."""
+    world = Planted()
+    random = np.random.default_rng(400)
+    observation, cases = world.draw(JUDGED, random)
+    losses = {a: float(world.pay(cases, np.full((JUDGED, 1), a)).mean()) for a in np.linspace(0, 1, 101)}
+    action = min(losses, key=lambda a: abs(losses[a] - WORSE * losses[0.0]))
+    bad = _Constant(action, Frozen.of(observation))
+    verdicts = [gate.judge(_logged(world, LOGGED, SIGMA, random), bad) for _ in range(20)]  # type: ignore[arg-type]
+    asked = [_canary(world, bad.act, np.random.default_rng([500, seed])) for seed in range(20)]
+    ended = [requests for requests in asked if requests is not None]
+    metrics = {
+        "worse_reward": round(losses[action] / losses[0.0], 4),
+        "worse_refused": sum(not verdict.passed for verdict in verdicts) / len(verdicts),
+        "worse_returned_within": max(ended) if len(ended) == len(asked) else None,
+        "worse_returned": len(ended) / len(asked),
+    }
+    told = f"refused {metrics['worse_refused']:.0%}, returned within {metrics['worse_returned_within']} requests"
+    say(f"a policy of {metrics['worse_reward']:.1%}: {told}")
+    return metrics
+
+
+def _canary(world: Planted, act: Act, random: np.random.Generator) -> int | None:
+    """Requests that a challenger answered until its trial ended; None if it went on."""
+    trial, mine, number = Trial("worse", SHARE, shadow=False), 0, 0
+    while mine < MOST_CANARY:
+        observation, cases = world.draw(500, random)
+        better, worse = world.pay(cases, np.zeros((500, 1))), world.pay(cases, act(observation))
+        for row in range(500):
+            number += 1
+            theirs = answers(f"{random.integers(1 << 40)}", "worse", SHARE)
+            mine += theirs
+            body = {"trial": "worse", "share": SHARE, "arm": "challenger" if theirs else "champion"}
+            trial.outcomes.read(Entry("decision", str(number), str(number), 0.0, body))
+            if random.random() < (worse if theirs else better)[row]:
+                trial.outcomes.read(Entry("outcome", f"o{number}", None, 0.0, {"request_id": str(number), "value": 1.0}))
+        if trial.ended():
+            return mine
+    return None
+
+
+def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+    """On the histories of a data set, clean and with noise events: NDCG of half of the test users under each way, learned on the others.
+
+    `promoted`: whether the gate lets the policy pass, by a log of those users that explored. `hindsight`: the best of eleven settings
+    for each user, a bound that nobody reaches.
+    """
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    settings, dataset = prepared(data, folder / "root", overrides)
+    chosen = bundle_settings(settings)
+    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    epochs = len(list(loop.run()))
+    loop.average.load_state_dict(loop.best)
+    predictor = Predictor.of(loop.average.eval(), dataset, settings.model.prior_days)
+    say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
+    cluster.start()
+    questions = [question for batch in test_questions(settings, dataset).batches(256) for question in batch]
+    np.random.default_rng(0).shuffle(questions)
+    metrics: dict[str, Any] = {"epochs": epochs, "actions": ACTIONS, "deciding_share": round(_deciding(predictor, questions), 4)}
+    for share in POLLUTED:
+        random = np.random.default_rng(1)
+        asked = [_polluted(question, share, predictor.n_items, random) for question in questions]
+        half = len(asked) // 2
+        found = _on_histories(HeldOut(predictor, asked[:half], ACTIONS), HeldOut(predictor, asked[half:], ACTIONS), say)
+        metrics[f"noise {share:.0%}"] = found
+        say(f"{share:.0%} noise: NDCG {found['ndcg']}, over nothing {found['over_nothing']}, promoted: {found['promoted']} {found['reason']}")
+    return chosen, metrics
+
+
+def _on_histories(learned: HeldOut, judged: HeldOut, say: Say) -> dict[str, Any]:
+    policy = learn(learned, replace(Ppo(), decisions=REAL_DECISIONS), BUNDLE)
+    ways: dict[str, Act] = {
+        "ppo": policy.act,
+        "best global action": baselines.best_global(learned, min(len(learned), 1024)),
+        "closed form in length": baselines.by_length(learned, min(len(learned), 1024)),
+        "LinUCB": baselines.bandit(learned, policy.frozen, REAL_DECISIONS, thompson=False),
+    }
+    places = np.arange(len(judged))
+    none = judged.pay(places, np.zeros((len(judged), len(ACTIONS))))
+    paid = {name: judged.pay(places, act(judged.observation)) for name, act in ways.items()}
+    tried = [judged.pay(places, np.repeat([[x, 0.0]], len(judged), 0)) for x in np.linspace(-1, 1, HINDSIGHT)]
+    random = np.random.default_rng(2)
+    action, density = explore(np.zeros((len(judged), len(ACTIONS)), np.float32), REAL_SIGMA, random)
+    log = Logged(
+        judged.observation,
+        np.zeros_like(action),
+        action,
+        density,
+        np.full(len(judged), REAL_SIGMA),
+        judged.pay(places, action),
+        places,
+        np.full(len(judged), BUNDLE),
+        np.full(len(judged), ""),
+    )
+    verdict = gate.judge(checked(log, BUNDLE, {""})[0], policy)
+    over = bootstrap_means(np.stack([found - none for found in paid.values()], 1), 1000, 0)
+    spans = [interval(over[:, place], 1 - 0.05 / len(paid)) for place in range(len(paid))]
+    return {
+        "users": len(judged),
+        "ndcg": {"nothing": round(float(none.mean()), 4), **{name: round(float(found.mean()), 4) for name, found in paid.items()}},
+        "over_nothing": {
+            name: [round(float((found - none).mean()), 4), round(low, 4), round(high, 4)]
+            for (name, found), (low, high) in zip(paid.items(), spans, strict=True)
+        },
+        "hindsight": round(float(np.max(tried, 0).mean()), 4),
+        "mean_action": [round(float(value), 3) for value in policy.act(judged.observation).mean(0)],
+        "promoted": verdict.passed,
+        "reason": verdict.reason,
+    }
+
+
+def _polluted(question: Question, share: float, n_items: int, random: np.random.Generator) -> Question:
+    """The question with events of random items between those of its history, so that they are this share of it."""
+    history = question.history
+    n = len(history.item_index)
+    extra = round(n * share / (1 - share))
+    if not extra or not n:
+        return question
+    place = np.sort(random.integers(0, n, extra))
+    event, time_s = np.asarray(history.event_index)[place], np.asarray(history.timestamp_s)[place]
+    noise = History(random.integers(1, n_items + 1, extra), event, time_s, np.ones(extra, np.float32))
+    return replace(question, history=History(*(np.insert(np.asarray(mine), place, more) for mine, more in zip(history, noise, strict=True))))
+
+
+def _deciding(predictor: Predictor, questions: Sequence[Question]) -> float:
+    """Median time to observe and decide, as a share of the median time of the answer itself, one request at a time."""
+    torch.set_num_threads(1)
+    rank = popularity_rank(predictor.popularity.total())
+    net = torch.nn.Sequential(torch.nn.Linear(22, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, len(ACTIONS)))
+    weights = {f"{part}_{place}": getattr(layer, part).detach() for place, layer in enumerate(net) for part in ("weight", "bias")}
+    seen = np.stack([observe(q.history, q.now, rank, has_time=predictor.has_time) for q in questions[:300]])
+    policy = Policy(ACTIONS, Frozen.of(seen), weights, BUNDLE, {})
+    deciding, answering = [], []
+    for question in questions[:300]:
+        begun = time.perf_counter()
+        policy.act(observe(question.history, question.now, rank, has_time=predictor.has_time)[None])
+        decided = time.perf_counter()
+        predictor.recommend([question.history], 10, now=question.now, context=[question.context])
+        deciding.append(decided - begun)
+        answering.append(time.perf_counter() - decided)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return float(np.median(deciding[50:]) / np.median(answering[50:]))

@@ -1,0 +1,225 @@
+"""The attention policy at run time: what it sees of a request, what it decides, and how likely it was to decide so.
+
+Plain torch and numpy; whoever learned it (see `policies`) is not needed. An action lies in [-1, 1]^K; all zeros is the trained model
+exactly, and the answer to whatever the policy does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.special import log_ndtr, ndtr, ndtri
+
+from recray.dataset.popularity import DAY_S
+from recray.dataset.reader import History
+from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
+from recray.model.controls import Controls
+from recray.storage import open_sealed, sealed_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recray.model.recommender import Recommender
+
+KIND = "policy"
+OBSERVED = (
+    "log_length", "log_distinct", "repeat_rate", "distinct_of_last_20",
+    "log_days_since_last", "log_days_known", "log_days_between", "spread_of_days_between", "share_of_last_7_days", "share_of_last_30_days",
+    "popularity", "spread_of_popularity", "popularity_of_last",
+    "share_of_main_event", "entropy_of_events", "last_is_main_event",
+    "hour_sine", "hour_cosine", "weekend",
+    "attention_entropy", "score_margin", "state_known",
+)  # fmt: skip
+LOOKED_AT = 400  # last events that an observation is made of
+LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
+MOST = 8  # actions
+EDGE = 0.5  # of what was seen when the policy was learned, an observation may lie beyond it
+
+
+def popularity_rank(counts: np.ndarray) -> np.ndarray:
+    """Place of each item among all by its events, 0 the rarest to 1, float32 [n_items + 1]; 0 for none."""
+    order = np.argsort(counts[1:], kind="stable")
+    found = np.zeros(len(counts), np.float32)
+    found[1 + order] = np.linspace(0.0, 1.0, len(order), dtype=np.float32)
+    return found
+
+
+def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool, state: Sequence[float] | None = None) -> np.ndarray:
+    """What a policy sees of a request, float32 [len(OBSERVED)]: the history at a moment, and no forward pass of the request.
+
+    rank_V : `popularity_rank` of the items
+    state : attention entropy and score margin as the last nightly run had them; None: not known
+    """
+    found = np.zeros(len(OBSERVED), np.float32)
+    item = np.asarray(history.item_index)[-LOOKED_AT:]
+    kept = item > 0
+    item = item[kept]
+    n = len(item)
+    if n:
+        event, time_s = (np.asarray(values)[-LOOKED_AT:][kept] for values in (history.event_index, history.timestamp_s))
+        rank = rank_V[item]
+        distinct = len(set(item.tolist()))
+        last = item[-20:].tolist()
+        found[0:4] = math.log1p(n), math.log1p(distinct), 1.0 - distinct / n, len(set(last)) / len(last)
+        found[10:13] = rank.mean(), rank.std(), rank[-1]
+        share = np.bincount(event) / n
+        present = share[share > 0]
+        found[13:16] = share[0], -(present * np.log(present)).sum(), event[-1] == 0
+        if has_time:
+            age = (now_s - time_s) / DAY_S
+            between = np.log1p(np.maximum(np.diff(time_s), 0) / DAY_S) if n > 1 else np.zeros(1)
+            found[4:10] = (
+                math.log1p(max(age[-1], 0.0)), math.log1p(max(age[0], 0.0)), between.mean(), between.std(), (age <= 7).mean(), (age <= 30).mean()
+            )  # fmt: skip
+    if has_time:
+        angle = 2 * math.pi * (now_s % DAY_S) / DAY_S
+        found[16:19] = math.sin(angle), math.cos(angle), (now_s // DAY_S + 3) % 7 >= 5
+    if state is not None:
+        found[19:22] = state[0], state[1], 1.0
+    return found
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Statistics that observations are normalised by, float32 [D] each, as they were when a policy was learned."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, observation_ND: np.ndarray) -> Frozen:
+        """Of observations; a column that never varies is left where it is."""
+        mean, spread = observation_ND.mean(0), observation_ND.std(0)
+        low, high = observation_ND.min(0), observation_ND.max(0)
+        room = EDGE * np.maximum(high - low, 1e-3)
+        return cls(*(x.astype(np.float32) for x in (mean, np.where(spread > 1e-6, spread, 1.0), low - room, high + room)))
+
+    def normalise(self, observation_ND: np.ndarray) -> np.ndarray:
+        """Float32 [N, D]."""
+        found: np.ndarray = np.clip((observation_ND - self.mean) / self.scale, -5.0, 5.0).astype(np.float32)
+        return found
+
+    def knows(self, observation_ND: np.ndarray) -> np.ndarray:
+        """Which rows are like those that the policy was learned on, bool [N]."""
+        found: np.ndarray = np.isfinite(observation_ND).all(1) & (observation_ND >= self.low).all(1) & (observation_ND <= self.high).all(1)
+        return found
+
+
+class Policy:
+    """A learned policy: a small network from an observation to the mean action.
+
+    Parameters
+    ----------
+    actions : names of the controls that it moves, see `dials`
+    frozen : of the observations that it was learned on
+    weights : `weight_0 [h, D]`, `bias_0 [h]`, … in order; tanh between the layers
+    bundle_digest : of the bundle that it belongs to
+    about : what else is known of it: when and how it was learned
+    """
+
+    def __init__(self, actions: Sequence[str], frozen: Frozen, weights: dict[str, Tensor], bundle_digest: str, about: dict[str, Any]) -> None:
+        if not 0 < len(actions) <= MOST:
+            raise SettingsError(f"policy.actions names {len(actions)} controls", f"name 1 to {MOST}")
+        self.actions, self.frozen, self.weights = tuple(actions), frozen, weights
+        self.bundle_digest, self.about = bundle_digest, about
+        self._layers = [(weights[f"weight_{n}"].float(), weights[f"bias_{n}"].float()) for n in range(len(weights) // 2)]
+
+    @torch.no_grad()
+    def act(self, observation_ND: np.ndarray) -> np.ndarray:
+        """The mean action of each row, float32 [N, K]; zeros for a row that is not finite or unlike those that it was learned on."""
+        known = self.frozen.knows(observation_ND)
+        x = torch.from_numpy(self.frozen.normalise(np.where(known[:, None], observation_ND, 0.0)))
+        for place, (weight, bias) in enumerate(self._layers):
+            x = torch.nn.functional.linear(torch.tanh(x) if place else x, weight, bias)
+        found = np.clip(x.numpy(), -1.0, 1.0)
+        return np.where(known[:, None] & np.isfinite(found).all(1, keepdims=True), found, 0.0).astype(np.float32)
+
+    def save(self, path: Path, key: str) -> None:
+        """As a sealed directory of JSON and safetensors. Raises OutputExistsError."""
+        with sealed_directory(path, KIND, key, {"bundle_digest": self.bundle_digest}) as folder:
+            fields = {"actions": self.actions, "observed": OBSERVED, "bundle_digest": self.bundle_digest, "about": self.about}
+            (folder / "policy.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+            frozen = {f"frozen_{name}": torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(self.frozen).items()}
+            save_file({**{name: value.contiguous() for name, value in self.weights.items()}, **frozen}, folder / "policy.safetensors")
+
+    @classmethod
+    def load(cls, path: Path, bundle_digest: str) -> Policy:
+        """Raises MissingArtifactError, DamagedArtifactError, also for one that belongs to another bundle."""
+        if not path.exists():
+            raise MissingArtifactError(f"no policy {path}", "run `recray tune`")
+        open_sealed(path, KIND)
+        fields = json.loads((path / "policy.json").read_text())
+        if fields["bundle_digest"] != bundle_digest:
+            raise DamagedArtifactError(f"policy {path.name} belongs to another bundle", "run `recray tune` for this one")
+        if tuple(fields["observed"]) != OBSERVED:
+            raise DamagedArtifactError(f"policy {path.name} sees other things than this version of recray shows", "run `recray tune` again")
+        tensors = load_file(path / "policy.safetensors")
+        frozen = Frozen(**{name.removeprefix("frozen_"): value.numpy() for name, value in tensors.items() if name.startswith("frozen_")})
+        weights = {name: value for name, value in tensors.items() if not name.startswith("frozen_")}
+        return cls(fields["actions"], frozen, weights, bundle_digest, fields["about"])
+
+
+def dials(actions: Sequence[str], model: Recommender, event_types: Sequence[str]) -> list[tuple[int, int | None, float]]:
+    """Field of `Controls`, its column (None: all of them) and what an action of one does, for each name.
+
+    Names: `temperature` (all heads) or `temperature.HEAD`, `recency`, `event.TYPE`, `weight.MODALITY` (`id` or a feature column, of the
+    history's items).
+    Raises SettingsError for a name that the model does not have.
+    """
+    modalities = ["id", *model.items.names][: model.items.modalities]
+    known: dict[str, tuple[int, int | None, float]] = {"temperature": (0, None, LOG_TEMPERATURE), "recency": (2, None, RECENCY_SLOPE)}
+    known |= {f"temperature.{head}": (0, head, LOG_TEMPERATURE) for head in range(model.shape.heads)}
+    known |= {f"event.{name}": (1, place, EVENT_BIAS) for place, name in enumerate(event_types)}
+    known |= {f"weight.{name}": (3, place, LOG_WEIGHT) for place, name in enumerate(modalities)}
+    if unknown := [name for name in actions if name not in known]:
+        raise SettingsError(f"policy.actions: {', '.join(unknown)}", f"known: {', '.join(known)}")
+    return [known[name] for name in actions]
+
+
+def controls(action_BK: np.ndarray, chosen: Sequence[tuple[int, int | None, float]], model: Recommender, event_types: Sequence[str]) -> Controls:
+    """Actions as the model takes them; `chosen` are `dials`."""
+    found = Controls.zeros(len(action_BK), model.shape.heads, len(event_types), model.items.modalities)
+    used = set()
+    for (place, column, scale), values in zip(chosen, torch.from_numpy(np.asarray(action_BK, np.float32)).T, strict=True):
+        tensor = found[place]
+        assert tensor is not None
+        used.add(place)
+        if tensor.ndim == 1:
+            tensor += scale * values
+        elif column is None:
+            tensor += scale * values[:, None]
+        else:
+            tensor[:, column] += scale * values
+    return Controls(*(tensor if place in used else None for place, tensor in enumerate(found)))
+
+
+def explore(mean_NK: np.ndarray, sigma: float | np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Actions around the mean ones, float32 [N, K], drawn from normal distributions that are cut off at -1 and 1, and their log-density [N]."""
+    low, high = ndtr((-1.0 - mean_NK) / sigma), ndtr((1.0 - mean_NK) / sigma)
+    drawn = np.clip(mean_NK + sigma * ndtri(low + random.random(mean_NK.shape) * (high - low)), -1.0, 1.0).astype(np.float32)
+    return drawn, log_density(drawn, mean_NK, sigma)
+
+
+def log_density(action_NK: np.ndarray, mean_NK: np.ndarray, sigma: float | np.ndarray) -> np.ndarray:
+    """Logarithm of the density of actions under the distribution of `explore`, float64 [N]; sigma may be [N, 1].
+
+    The truncated normal distribution (Johnson, Kotz and Balakrishnan 1994, section 13.10): phi((a - m) / s) / (s Z), where Z is the
+    normal mass between -1 and 1.
+    """
+    action, mean = np.asarray(action_NK, np.float64), np.asarray(mean_NK, np.float64)
+    upper = np.abs(mean)  # by symmetry; the tails of a mean above 0 keep their digits
+    low, high = log_ndtr((upper - 1.0) / sigma), log_ndtr((upper + 1.0) / sigma)
+    inside = high + np.log1p(-np.exp(low - high))
+    each = -0.5 * ((action - mean) / sigma) ** 2 - np.log(sigma) - 0.5 * math.log(2 * math.pi) - inside
+    found: np.ndarray = each.sum(-1)
+    return found

@@ -1,0 +1,63 @@
+"""RLlib learns a policy: in a planted world most of what is to be had, goes on from a checkpoint and from another policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from policies.environment import Decisions
+from policies.learner import Ppo, learn
+from policies.rewards import Planted
+from recray.errors import DamagedArtifactError
+from recray.inference.policy import OBSERVED, Frozen
+
+QUICK = Ppo(decisions=12_000, at_once=256, batch=2048, lr=5e-3)
+
+
+@pytest.fixture(scope="module")
+def ray(own_home):
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def share(world, act):
+    """Of the oracle's lead."""
+    observation, cases = world.draw(5000, np.random.default_rng(99))
+    none = world.pay(cases, np.zeros((5000, 1))).mean()
+    return (world.pay(cases, act(observation)).mean() - none) / (world.pay(cases, world.best(observation)).mean() - none)
+
+
+def test_an_episode_is_one_decision_and_the_next_one_asks_for_others():
+    world = Planted()
+    frozen = Frozen.of(world.draw(500, np.random.default_rng(0))[0])
+    environment = Decisions(world, frozen, 64, penalty=0.1)
+    first, _ = environment.reset(seed=3)
+    assert first.shape == (64, len(OBSERVED)) and environment.observation_space.contains(first)
+    cases = environment._cases
+    _, reward, over, _, _ = environment.step(np.full((64, 1), 5.0))
+    assert over.all(), "one decision"
+    np.testing.assert_allclose(reward, world.pay(cases, np.ones((64, 1))) - 0.1, rtol=1e-5)
+    second, nothing, over, _, _ = environment.step(np.zeros((64, 1)))
+    assert not nothing.any() and not over.any() and not np.array_equal(first, second)
+    assert not np.array_equal(environment.reset(seed=3)[0], first), "RLlib says the same seed before every batch"
+
+
+def test_it_learns_goes_on_from_a_checkpoint_and_from_a_policy(ray, tmp_path):
+    world, kept, told = Planted(), tmp_path / "state.safetensors", []
+    first = learn(world, QUICK, "bundle", seed=1, checkpoint=kept, on_metrics=lambda decisions, metrics: told.append((decisions, metrics["reward"])))
+    found = share(world, first.act)
+    assert found > 0.4 and first.about["decisions"] >= 12_000 and len(told) >= 5
+    assert int(load_file(kept)["decisions"]) == told[-1][0] == first.about["decisions"]
+    more = learn(world, replace(QUICK, decisions=24_000), "bundle", seed=1, checkpoint=kept)
+    assert more.about["decisions"] >= 24_000 and share(world, more.act) > found
+    assert np.array_equal(more.frozen.mean, first.frozen.mean)
+    warm = learn(world, replace(QUICK, decisions=1, lr=1e-9, last_lr=1e-9), "bundle", seed=2, start=more)
+    np.testing.assert_allclose(warm.weights["weight_0"], more.weights["weight_0"], atol=1e-4)
+    with pytest.raises(DamagedArtifactError, match="another shape"):
+        learn(world, replace(QUICK, hidden=16), "bundle", checkpoint=kept)

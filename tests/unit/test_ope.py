@@ -1,0 +1,101 @@
+"""Off-policy estimates where the truth is known: closed forms, planted worlds, and a real log beside another one."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from policies import ope
+from policies.rewards import Planted, clicks
+from recray.inference.policy import explore, log_density
+
+P = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # who logged: actions by state
+NEW = np.array([[0.1, 0.1, 0.8], [0.5, 0.25, 0.25]])
+PAYS = np.array([[0.2, 0.5, 0.6], [0.1, 0.4, 0.3]])
+TRUTH = float((NEW * PAYS).sum(1).mean())
+
+
+def logged(n, seed):
+    random = np.random.default_rng(seed)
+    state = random.integers(0, 2, n)
+    action = (random.random((n, 1)) > P[state].cumsum(1)).sum(1)
+    reward = (random.random(n) < PAYS[state, action]).astype(float)
+    return state, action, reward, NEW[state, action] / P[state, action]
+
+
+def test_in_a_closed_form_world_every_estimator_finds_the_value():
+    state, action, r, w = logged(200_000, 0)
+    wrong = np.full(len(r), 0.3)
+    estimates = {
+        "ips": ope.ips(r, w), "snips": ope.snips(r, w), "dm": ope.dm((NEW * PAYS).sum(1)[state]),
+        "dr, true model": ope.dr(r, w, PAYS[state, action], (NEW * PAYS).sum(1)[state]), "dr, wrong model": ope.dr(r, w, wrong, wrong),
+        "switch": ope.switch_dr(r, w, PAYS[state, action], (NEW * PAYS).sum(1)[state], 2.0),
+    }  # fmt: skip
+    for name, terms in estimates.items():
+        assert terms.mean() == pytest.approx(TRUTH, abs=0.01), name
+    assert estimates["dr, true model"].var() < estimates["ips"].var(), "a good model takes variance away"
+    everything = ope.switch_dr(r, w, wrong, wrong, np.inf)
+    np.testing.assert_allclose(everything, ope.dr(r, w, wrong, wrong))
+    np.testing.assert_allclose(ope.switch_dr(r, w, wrong, wrong, 0.0), wrong)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    inside = {"ips": 0, "snips": 0, "dr": 0}
+    for seed in range(200):
+        _, _, r, w = logged(400, seed)
+        flat = np.full(len(r), r.mean())
+        found = ope.bootstraps([ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, flat, flat)], resamples=200, seed=seed)
+        for name, interval in zip(inside, found, strict=True):
+            inside[name] += interval.low <= TRUTH <= interval.high
+        assert (bound := ope.bernstein(ope.ips(r, w), 8.0)).low <= TRUTH <= bound.high
+    assert all(180 <= count <= 199 for count in inside.values()), inside
+
+
+def test_users_come_and_go_together():
+    random = np.random.default_rng(0)
+    user = np.repeat(np.arange(100), 20)
+    terms = random.normal(0, 1, 100)[user]
+    apart, together = ope.bootstrap(terms), ope.bootstrap(terms, user)
+    assert together.high - together.low > 3.5 * (apart.high - apart.low)
+    mask = user < 50
+    (part,) = ope.bootstraps([terms], user, [mask])
+    alone = ope.bootstrap(terms[mask], user[mask])
+    assert part.value == pytest.approx(alone.value) and part.high - part.low == pytest.approx(alone.high - alone.low, rel=0.15)
+
+
+def test_the_effective_sample_size_is_that_of_kish():
+    assert ope.effective(np.ones(50)) == pytest.approx(50) and ope.effective(np.array([1.0, 0, 0, 0])) == pytest.approx(1)
+
+
+def test_a_model_of_the_reward_never_saw_the_user_that_it_speaks_of():
+    random = np.random.default_rng(0)
+    state, action, user = np.zeros((300, 2)), random.uniform(-1, 1, (300, 1)), np.arange(300) // 3
+    luck = random.normal(0, 1, 100)[user]
+    q, _ = ope.modelled(state, action, luck, lambda places, _: action[places], user)
+    assert abs(np.corrcoef(q, luck)[0, 1]) < 0.25
+
+
+def test_continuous_actions_in_a_planted_world():
+    world, random = Planted(), np.random.default_rng(5)
+    observation, cases = world.draw(20_000, random)
+    action, density = explore(np.zeros((20_000, 1)), 0.5, random)
+    mean = 0.5 * world.best(observation)
+    w = np.exp(log_density(action, mean, 0.5) - density)
+    r = clicks(world.pay(cases, action), random)
+    truth = np.mean([world.pay(cases, explore(mean, 0.5, random)[0]).mean() for _ in range(20)])
+    q, v = ope.modelled(observation, action, r, lambda places, draw: explore(mean[places], 0.5, draw)[0], np.arange(20_000))
+    for terms in (ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, q, v), ope.switch_dr(r, w, q, v, 20.0)):
+        found = ope.bootstrap(terms)
+        assert found.low <= truth <= found.high
+        assert found.low > r.mean(), "it is better than what logged it"
+
+
+@pytest.mark.parametrize(("campaign", "items"), [("all", 80), ("men", 34), ("women", 46)])
+def test_on_a_real_log_the_uniform_policy_is_worth_what_its_own_log_says(shared_data, campaign, items):
+    table = pq.read_table(shared_data / "open-bandit-sample" / "interactions.parquet").to_pandas()
+    table = table[table.campaign == campaign]
+    learned, uniform = table[table.policy == "bts"], table[table.policy == "random"]
+    w, r = 1 / items / learned.propensity.to_numpy(), learned.value.to_numpy(float)
+    flat, truth = np.full(len(r), r.mean()), uniform.value.mean()
+    for terms in (ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, flat, flat), ope.switch_dr(r, w, flat, flat, 20.0)):
+        found = ope.bootstrap(terms)
+        assert found.low <= truth <= found.high

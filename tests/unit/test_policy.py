@@ -1,0 +1,157 @@
+"""A policy at run time: what it sees, what it decides, how likely, and that it keeps still where it knows nothing."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import truncnorm
+
+from recray.dataset.reader import History
+from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
+from recray.inference import Predictor
+from recray.inference.policy import LOG_TEMPERATURE, OBSERVED, Frozen, Policy, controls, dials, explore, log_density, observe, popularity_rank
+
+DAY = 86_400
+
+
+def history(*events):
+    """Events (item, type, day)."""
+    item, kind, day = (np.array(column) for column in zip(*events, strict=True))
+    return History(item, kind, day * DAY, np.ones(len(item), np.float32))
+
+
+def seen(*events, now_day=100, has_time=True, state=None, items=4):
+    rank = popularity_rank(np.array([0.0, *range(items)]))
+    return dict(zip(OBSERVED, observe(history(*events), now_day * DAY, rank, has_time=has_time, state=state).tolist(), strict=True))
+
+
+def policy(seed=0, actions=("temperature", "recency"), digest="bundle"):
+    random = np.random.default_rng(seed)
+    frozen = Frozen.of(random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32))
+    sizes = [len(OBSERVED), 8, 8, len(actions)]
+    torch.manual_seed(seed)
+    weights = {f"weight_{n}": torch.randn(b, a) for n, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}
+    weights |= {f"bias_{n}": torch.randn(b) for n, b in enumerate(sizes[1:])}
+    return Policy(actions, frozen, weights, digest, {"seed": seed})
+
+
+def test_an_observation_says_what_its_names_say():
+    assert 16 <= len(OBSERVED) <= 24
+    found = seen((1, 0, 90), (4, 1, 96), (4, 0, 98), state=[1.5, 0.25])
+    assert found["log_length"] == pytest.approx(np.log(4)) and found["log_distinct"] == pytest.approx(np.log(3))
+    assert found["repeat_rate"] == pytest.approx(1 / 3) and found["distinct_of_last_20"] == pytest.approx(2 / 3)
+    assert found["log_days_since_last"] == pytest.approx(np.log(3)) and found["log_days_known"] == pytest.approx(np.log(11))
+    assert found["log_days_between"] == pytest.approx(np.mean([np.log(7), np.log(3)]))
+    assert found["share_of_last_7_days"] == pytest.approx(2 / 3) and found["share_of_last_30_days"] == 1.0
+    assert found["popularity"] == pytest.approx(2 / 3) and found["popularity_of_last"] == 1.0
+    assert found["share_of_main_event"] == pytest.approx(2 / 3) and found["last_is_main_event"] == 1.0
+    assert found["entropy_of_events"] == pytest.approx(-(2 / 3) * np.log(2 / 3) - (1 / 3) * np.log(1 / 3))
+    assert (found["hour_sine"], found["hour_cosine"]) == (0.0, 1.0)
+    assert (found["attention_entropy"], found["score_margin"], found["state_known"]) == (1.5, 0.25, 1.0)
+
+
+def test_the_weekend_is_saturday_and_sunday():
+    import datetime as dt
+
+    for day in range(20_000, 20_014):
+        moment = dt.datetime.fromtimestamp(day * DAY, dt.UTC)
+        assert seen((1, 0, 1), now_day=day)["weekend"] == (moment.weekday() >= 5)
+
+
+def test_what_is_not_known_is_zero():
+    empty = observe(History(*(np.zeros(0, np.int64) for _ in range(4))), 5, np.zeros(3, np.float32), has_time=False)
+    assert empty.tolist() == [0.0] * len(OBSERVED)
+    timeless = seen((1, 0, 90), (2, 0, 95), has_time=False)
+    assert [timeless[name] for name in OBSERVED[4:10] + OBSERVED[16:]] == [0.0] * 12
+    unknown = seen((0, 0, 90), (2, 0, 95))
+    assert unknown["log_length"] == pytest.approx(np.log(2)), "events of items that the bundle does not know are not looked at"
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 2.0])
+def test_densities_are_those_of_the_truncated_normal(sigma):
+    random = np.random.default_rng(0)
+    mean = np.concatenate([random.uniform(-1, 1, (500, 2)), [[1.0, -1.0], [0.0, 1.0]]])
+    action, density = explore(mean, sigma, random)
+    expected = truncnorm.logpdf(action, (-1 - mean) / sigma, (1 - mean) / sigma, loc=mean, scale=sigma).sum(1)
+    np.testing.assert_allclose(density, expected, rtol=1e-6)
+    assert np.abs(action).max() <= 1.0
+    np.testing.assert_allclose(log_density(action, mean, np.full((len(mean), 1), sigma)), density)
+    grid = np.linspace(-1, 1, 20_001)
+    one = np.exp(log_density(grid[:, None], np.full((len(grid), 1), 0.7), sigma))
+    assert np.trapezoid(one, grid) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_exploration_has_the_mean_and_spread_of_its_distribution():
+    action, _ = explore(np.full((100_000, 1), 0.5), 0.4, np.random.default_rng(1))
+    truth = truncnorm((-1 - 0.5) / 0.4, (1 - 0.5) / 0.4, loc=0.5, scale=0.4)
+    assert action.mean() == pytest.approx(truth.mean(), abs=0.005) and action.std() == pytest.approx(truth.std(), abs=0.005)
+
+
+def test_a_policy_is_written_and_read_and_belongs_to_one_bundle(tmp_path):
+    mine = policy()
+    mine.save(tmp_path / "p", "p")
+    assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".json", ".safetensors"}, "nothing that runs code when it is read"
+    again = Policy.load(tmp_path / "p", "bundle")
+    x = np.random.default_rng(2).normal(0, 1, (50, len(OBSERVED))).astype(np.float32)
+    assert np.array_equal(mine.act(x), again.act(x)) and again.actions == ("temperature", "recency") and again.about == {"seed": 0}
+    with pytest.raises(DamagedArtifactError, match="another bundle"):
+        Policy.load(tmp_path / "p", "other")
+    with pytest.raises(MissingArtifactError, match="recray tune"):
+        Policy.load(tmp_path / "none", "bundle")
+    (tmp_path / "p" / "policy.safetensors").write_bytes((tmp_path / "p" / "policy.safetensors").read_bytes()[:-4] + b"0000")
+    with pytest.raises(DamagedArtifactError):
+        Policy.load(tmp_path / "p", "bundle")
+
+
+def test_what_a_policy_does_not_know_it_leaves_alone():
+    mine, x = policy(), np.random.default_rng(3).normal(0, 0.5, (4, len(OBSERVED))).astype(np.float32)
+    x[1, 0], x[2, 3] = np.nan, 100.0
+    found = mine.act(x)
+    assert found[1].tolist() == found[2].tolist() == [0.0, 0.0]
+    assert np.abs(found[[0, 3]]).min() > 0 and np.abs(found).max() <= 1.0
+    broken = Policy(mine.actions, mine.frozen, {**mine.weights, "bias_2": torch.tensor([np.nan, 0.0])}, "bundle", {})
+    assert not broken.act(x).any()
+    with pytest.raises(SettingsError, match="1 to 8"):
+        policy(actions=[f"temperature.{n}" for n in range(9)])
+
+
+@pytest.fixture(scope="module")
+def predictor(world_settings, world_dataset, tmp_path_factory):
+    from recray.benchmark.nights import publish_untrained
+
+    storage = publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("policy"))
+    return Predictor.load(storage.bundle("untrained"), dataset=world_dataset)
+
+
+def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_dataset):
+    model, kinds = predictor.model, predictor.event_types
+    names = ["temperature", "temperature.1", "recency", f"event.{kinds[0]}", "weight.id", "weight.brand"]
+    chosen = dials(names, model, kinds)
+    users = [world_dataset.user_history(user) for user in range(8)]
+    histories = [predictor.translation(world_dataset).history(one) for one in users]
+
+    def scores(action):
+        turned = controls(np.repeat(np.array([action]), len(users), 0), chosen, model, kinds)
+        items = [np.arange(1, predictor.n_items + 1)] * len(users)
+        return np.stack(predictor.score(histories, items, now=world_dataset.now_s, controls=turned))
+
+    plain = np.stack(predictor.score(histories, [np.arange(1, predictor.n_items + 1)] * len(users), now=world_dataset.now_s))
+    np.testing.assert_allclose(scores(np.zeros(len(names))), plain, atol=1e-6)
+    for place in range(len(names)):
+        action = np.zeros(len(names))
+        action[place] = 1.0
+        assert np.abs(scores(action) - plain).max() > 1e-6, names[place]
+    turned = controls(np.array([[1.0, -1.0, 0, 0, 0, 0]]), chosen, model, kinds)
+    assert turned.log_temperature.tolist() == [[pytest.approx(LOG_TEMPERATURE), pytest.approx(0.0, abs=1e-6)]]
+    with pytest.raises(SettingsError, match=r"(?s)policy.actions: event.none.*known: temperature"):
+        dials(["event.none"], model, kinds)
+
+
+def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predictor, world_dataset):
+    chosen = dials(["temperature", "recency"], predictor.model, predictor.event_types)
+    histories = [predictor.translation(world_dataset).history(world_dataset.user_history(user)) for user in range(6)]
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, 2))
+    turn = lambda rows: controls(rows, chosen, predictor.model, predictor.event_types)  # noqa: E731
+    together = predictor.recommend(histories, 10, now=world_dataset.now_s, controls=turn(actions))
+    for row, one in enumerate(histories):
+        alone = predictor.recommend([one], 10, now=world_dataset.now_s, controls=turn(actions[row : row + 1]))
+        np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-6)
