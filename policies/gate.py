@@ -15,13 +15,14 @@ from recray.inference.policy import OBSERVED, Policy, explore, log_density
 @dataclass(frozen=True)
 class Rules:
     """threshold: what a policy has to gain for sure, as a share of what production earns; effective: samples after weighting, at least;
-    segment: what no segment may lose for sure, as a share; most: weight above which SWITCH-DR believes the model; latency: share of the
-    Predictor's time that a decision may take."""
+    segment: what no segment may lose for sure, as a share; most: weight above which SWITCH-DR believes the model; diversity: of its lists,
+    as a share of the trained model's; latency: share of the Predictor's time that a decision may take."""
 
     threshold: float = 0.0
     effective: float = 500.0
     segment: float = -0.01
     most: float = 20.0
+    diversity: float = 0.9
     latency: float = 0.05
     confidence: float = 0.95
 
@@ -54,7 +55,7 @@ def judge(log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0,
         return explore(mean[places], sigma[places], random)[0]
 
     q, v = ope.modelled(state, log.action, log.reward, actions, codes, seed=seed)
-    found = ope.against_production(log.reward, w, q, v, codes, segments(log), confidence=rules.confidence, most=rules.most, seed=seed)
+    found = ope.against_production(log.reward, w, q, v, codes, thirds(log.observation), confidence=rules.confidence, most=rules.most, seed=seed)
     earned = max(abs(found.production.value), 1e-12)
     signs = {name: interval.value > 0 for name, interval in found.intervals.items()}
     sure = found.intervals["dr"]
@@ -67,11 +68,9 @@ def judge(log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0,
         Check("support", found.effective >= rules.effective, support),
         Check("shuffled rewards", found.shuffled.low <= 0 <= found.shuffled.high, f"shuffled rewards gain {found.shuffled.value:+.4f}"),
     ]
-    for name, interval in found.segments.items():
-        bad = interval.high < rules.segment * earned
-        checks.append(Check(f"segment {name}", not bad, f"{name} lose {interval.value:+.4f}, at best {interval.high:+.4f}"))
+    checks += _kept(found.segments, earned, rules)
     if latency is not None:
-        checks.append(Check("latency", latency <= rules.latency, f"a decision takes {latency:.1%} of the Predictor's time"))
+        checks.append(_quick(latency, rules))
     figures = {
         "effective_samples": found.effective,
         "largest_weight": found.largest,
@@ -83,15 +82,55 @@ def judge(log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0,
     return Verdict(checks, figures)
 
 
+def compare(
+    observation: np.ndarray,
+    paid: np.ndarray,
+    none: np.ndarray,
+    rules: Rules = Rules(),
+    *,
+    diversity: float | None = None,
+    latency: float | None = None,
+    seed: int = 0,
+) -> Verdict:
+    """The verdict where both can be tried on the same users: what each [n] was paid under a policy, and under the trained model.
+
+    diversity : of the policy's lists, as a share of the trained model's
+    """
+    difference = paid - none
+    parts = thirds(observation)
+    gain, *by_part = ope.bootstraps([difference] * (1 + len(parts)), None, [None, *parts.values()], confidence=rules.confidence, seed=seed)
+    earned = max(abs(float(none.mean())), 1e-12)
+    text = f"gains {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] a user of {earned:.4f}, over {len(paid)} users"
+    checks = [Check("gain", gain.low > rules.threshold * earned, text), *_kept(dict(zip(parts, by_part, strict=True)), earned, rules)]
+    if diversity is not None:
+        checks.append(Check("diversity", diversity >= rules.diversity, f"its lists are {diversity:.0%} as varied, {rules.diversity:.0%} wanted"))
+    if latency is not None:
+        checks.append(_quick(latency, rules))
+    figures = {"users": float(len(paid)), "none": earned, "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+    return Verdict(checks, figures | {name: x for name, x in (("diversity", diversity), ("latency", latency)) if x is not None})
+
+
+def _kept(parts: dict[str, ope.Interval], earned: float, rules: Rules) -> list[Check]:
+    """That no segment loses for sure."""
+    return [
+        Check(f"segment {name}", found.high >= rules.segment * earned, f"{name}: {found.value:+.4f}, at best {found.high:+.4f}")
+        for name, found in parts.items()
+    ]
+
+
+def _quick(latency: float, rules: Rules) -> Check:
+    return Check("latency", latency <= rules.latency, f"a decision takes {latency:.1%} of the Predictor's time, {rules.latency:.0%} allowed")
+
+
 def weights(log: Logged, mean: np.ndarray) -> np.ndarray:
     """Density of the logged actions around other means, explored as the log did, over theirs, float64 [n]."""
     found: np.ndarray = np.exp(log_density(log.action, mean, log.sigma[:, None]) - log.log_density)
     return found
 
 
-def segments(log: Logged) -> dict[str, np.ndarray]:
-    """Users by the length of their history, thirds of the decisions, masks [n]."""
-    length = log.observation[:, OBSERVED.index("log_length")]
+def thirds(observation: np.ndarray) -> dict[str, np.ndarray]:
+    """Requests by the length of the history, masks [n]."""
+    length = observation[:, OBSERVED.index("log_length")]
     low, high = np.quantile(length, [1 / 3, 2 / 3])
     found = {"short histories": length <= low, "middle histories": (length > low) & (length <= high), "long histories": length > high}
     return {name: mask for name, mask in found.items() if mask.sum() >= 30}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Question
-from recray.inference import Predictor
-from recray.inference.policy import controls, dials, observe, popularity_rank
+from recray.inference import Filters, Predictor
+from recray.inference.policy import dials, observe, popularity_rank, turn
 
 
 class HeldOut:
@@ -19,10 +20,21 @@ class HeldOut:
     ----------
     actions : names of the controls, see `recray.inference.policy.dials`
     metric : `ndcg` or `mrr` (the reciprocal rank), at k
+    new_only : recommend nothing that the user already met
     """
 
-    def __init__(self, predictor: Predictor, questions: Sequence[Question], actions: Sequence[str], *, metric: str = "ndcg", k: int = 10) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        questions: Sequence[Question],
+        actions: Sequence[str],
+        *,
+        metric: str = "ndcg",
+        k: int = 10,
+        new_only: bool = False,
+    ) -> None:
         self.predictor, self.questions, self.metric, self.k = predictor, list(questions), metric, k
+        self.filters = Filters(new_only=new_only)
         self.actions = tuple(actions)
         self._dials = dials(actions, predictor.model, predictor.event_types)
         counts = predictor.popularity.total()
@@ -41,13 +53,27 @@ class HeldOut:
 
     def pay(self, cases: np.ndarray, action_NK: np.ndarray) -> np.ndarray:
         """The metric of each user, float64 [n]."""
+        return self.worth(cases, self.lists(cases, action_NK))
+
+    def worth(self, cases: np.ndarray, item_NK: np.ndarray) -> np.ndarray:
+        """The metric of lists."""
+        return per_user(item_NK, [self.questions[place].target for place in cases], self.k)[self.metric]
+
+    def lists(self, cases: np.ndarray, action_NK: np.ndarray) -> np.ndarray:
+        """The k items that each user is recommended under an action, indices [n, k]."""
         asked = [self.questions[place] for place in cases]
-        turned = controls(action_NK, self._dials, self.predictor.model, self.predictor.event_types)
         answer = self.predictor.recommend(
             [question.history for question in asked],
             self.k,
             now=[question.now for question in asked],
-            controls=turned,
+            filters=self.filters,
+            controls=turn(action_NK, self._dials, self.predictor.model, self.predictor.event_types),
             context=[question.context for question in asked],
         )
-        return per_user(answer.item_index, [question.target for question in asked], self.k)[self.metric]
+        return answer.item_index
+
+    def diversity(self, item_NK: np.ndarray) -> float:
+        """How unlike each other the items of a list are on the average: one less the mean cosine of its pairs."""
+        vectors = torch.nn.functional.normalize(self.predictor.vectors[torch.from_numpy(item_NK)], dim=2)
+        total = vectors.sum(1).square().sum(1)
+        return float(1 - ((total - self.k) / (self.k * (self.k - 1))).mean())

@@ -6,6 +6,7 @@ What it learned is read off as plain tensors after every iteration, so nothing t
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,9 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, seed: int, done: 
         )
         .debugging(seed=seed, log_level="ERROR")
     )
-    return config.build_algo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gymnasium's, about an environment of the training before
+        return config.build_algo()
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,13 +31,14 @@ JOBS = {
     "train": "dataset to a bundle",
     "evaluate": "the bundle beside baselines on the test users",
     "promote": "ask the gate whether a bundle becomes the champion",
+    "tune": "an attention policy for the champion, learned by RLlib; a gate decides whether it answers",
     "score": "every user's list by the champion, published",
-    "nightly": "collect, prepare, train, evaluate, promote, score, report; goes on where it stopped",
+    "nightly": "collect, prepare, train, evaluate, promote, tune, score, report; goes on where it stopped",
     "report": "a page about the night, with plots; opened in a browser",
     "rollback": "the champion before this one again, and its scores for the published night",
     "serve": "answer requests from the published night until interrupted",
 }
-SUBMITTED = ("collect", "prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "audit")
+SUBMITTED = ("collect", "prepare", "train", "evaluate", "promote", "tune", "score", "nightly", "rollback", "audit")
 INIT_HEADING = """recray nightly --config {path}
 Every setting with its default. Override any on the command line: train.epochs=3"""
 
@@ -72,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     for job, text in JOBS.items():
         command = commands.add_parser(job, help=text, description=text)
         if job == "promote":
-            command.add_argument("bundle", nargs="?", help="run key of the bundle (recray models lists them; default: the current one)")
+            command.add_argument(
+                "bundle", nargs="?", help="run key of the bundle (recray models lists them; default: the current one), or BUNDLE+POLICY"
+            )
         if job == "nightly":
             command.add_argument("--restart", action="store_true", help="begin a night anew that was begun with other settings and did not end")
         if job == "report":
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="run: until interrupted (default); status: what answers whom; canary BUNDLE: let a challenger answer a share of the users; "
                 "rollback: end that, or as recray rollback; key NAME: draw an API key",
             )
-            command.add_argument("name", nargs="?", help="canary: run key of the bundle; key: whose it is")
+            command.add_argument("name", nargs="?", help="canary: run key of the bundle, or BUNDLE+POLICY; key: whose it is")
             command.add_argument("--share", type=float, default=0.05, help="canary: of the users (default: 0.05)")
             command.add_argument("--shadow", action="store_true", help="canary: it answers all, and nobody sees it")
             command.add_argument("--scopes", default="read,write", help="key: what it may do, of read, write and admin (default: read,write)")

@@ -254,6 +254,26 @@ class GatesSettings(Section):
     parity_users: int = Field(256, ge=1, description="users whose answers alone and in a batch are compared before a promotion")
 
 
+class PolicySettings(Section):
+    enabled: bool = Field(False, description="recray nightly learns an attention policy for the champion; a gate decides whether it answers")
+    actions: tuple[str, ...] = Field(
+        ("temperature", "recency"),
+        min_length=1,
+        max_length=8,
+        description="what it may turn: temperature or temperature.HEAD, recency, event.TYPE, weight.FEATURE or weight.id",
+    )
+    metric: Literal["ndcg", "mrr"] = Field("ndcg", description="of users' real next items, at the first of evaluate.k: what it is rewarded by")
+    decisions: int = Field(100_000, ge=1, description="decisions that it learns from")
+    penalty: float = Field(0.002, ge=0, description="times the squared action is taken from a reward: what gains nothing stays at the trained model")
+    threshold: float = Field(0.0, ge=0, description="gate: what it has to gain for sure, as a share of what the trained model earns")
+    segment: float = Field(0.01, ge=0, description="gate: what no third of the users by length of history may lose for sure, as a share")
+    diversity: float = Field(0.9, ge=0, description="gate: how varied its lists have to be, as a share of the trained model's")
+    latency: float = Field(0.05, gt=0, description="gate: what a decision may take, as a share of the time of the answer")
+    share: float = _place(0.1, "of the users whom a policy that passed the gate answers on trial; 1: all at once, nightly lists too", gt=0, le=1)
+    sigma: float = _place(0.0, "how far answers explore around what is decided, for the users of policy.explore; 0: not at all", ge=0, le=2)
+    explore: float = _place(0.0, "share of the users for whom answers explore", ge=0, le=1)
+
+
 class ScoreSettings(Section):
     k: int = Field(50, ge=1, le=10_000, description="items stored for each user")
     new_only: bool = Field(False, description="leave out what the user already met")
@@ -306,7 +326,7 @@ class TrackingSettings(Section):
 
 
 class Settings(Section):
-    """All settings. Sections: storage, data, split, model, train, privacy, evaluate, gates, score, serve, tracking."""
+    """All settings. Sections: storage, data, split, model, train, privacy, evaluate, gates, policy, score, serve, tracking."""
 
     storage: StorageSettings = StorageSettings()
     data: DataSettings = DataSettings()
@@ -316,6 +336,7 @@ class Settings(Section):
     privacy: PrivacySettings = PrivacySettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     gates: GatesSettings = GatesSettings()
+    policy: PolicySettings = PolicySettings()
     score: ScoreSettings = ScoreSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()

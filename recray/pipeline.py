@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from recray.release import Member
     from recray.terminal import Reporter
 
-RESULT_SECTIONS = ("data", "split", "model", "train", "privacy", "evaluate", "gates", "score")
+RESULT_SECTIONS = ("data", "split", "model", "train", "privacy", "evaluate", "gates", "policy", "score")
 
 
 def _quiet(message: str, **fields: Any) -> None:
@@ -85,6 +85,8 @@ def run_promote(settings: Settings, as_of: AsOf, say: Say = _quiet, *, bundle: s
     from recray.bundle import Bundle
     from recray.release import Release
 
+    if bundle and "+" in bundle:
+        return _adopt(settings, bundle, say)
     with _at_work("promote", settings, say) as work:
         dataset = _dataset(settings, as_of)
         wanted = Bundle.open(work.storage.bundle(bundle)) if bundle else stages.current_bundle(settings, dataset)
@@ -93,6 +95,24 @@ def run_promote(settings: Settings, as_of: AsOf, say: Say = _quiet, *, bundle: s
         if champion is None or champion.run_key != wanted.key:
             raise RefusedError(result.reason, f"the champion stays; the checks are in {result.outputs.get('promotion', 'the log')}")
         return result
+
+
+def _adopt(settings: Settings, named: str, say: Say) -> JobResult:
+    """Let a policy decide for the champion (BUNDLE+POLICY), for all users. Raises RefusedError where the gate refused it."""
+    from recray.bundle import Bundle
+    from recray.inference.policy import Policy
+    from recray.promotion import keep_private, release_policy
+
+    name, _, key = named.partition("+")
+    with _at_work("promote", settings, say) as work:
+        bundle = Bundle.open(work.storage.bundle(name))
+        keep_private(settings, bundle)
+        about = Policy.load(work.storage.policy(key), bundle.digest).about
+        release, why = release_policy(work.storage, bundle, key, 1.0) if about["promoted"] else (None, about["reason"])
+        if why:
+            raise RefusedError(f"policy {key}: {why}", "recray tune makes another one")
+        say(f"policy {key} decides for everybody; recray score brings it into the nightly lists")
+        return JobResult("promote", "ok", named, {"release": str(work.storage.release)})
 
 
 def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
@@ -108,7 +128,7 @@ def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
         if release.previous is not None or _published_by(storage, release.champion):
             release = roll_back(storage)
         assert release.champion is not None  # else: flipped by an attempt that ended before it had scored
-        say(f"champion is bundle {release.champion.run_key} again; those rolled back: {', '.join(release.rolled_back)}")
+        say(f"champion is bundle {release.champion.name} again; those rolled back: {', '.join(release.rolled_back)}")
         stages.deliver(work)
         result = JobResult("rollback", "ok", release.champion.run_key, {"release": str(storage.release)}, warnings=work.warnings)
         if storage.latest.exists():
@@ -120,14 +140,18 @@ def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
 
 
 def run_canary(settings: Settings, bundle: str, share: float, *, shadow: bool, say: Say = _quiet) -> JobResult:
-    """Let a bundle answer a share of the endpoint's users, or all as a shadow. It ends by itself where it fails."""
+    """Let a bundle (or BUNDLE+POLICY) answer a share of the endpoint's users, or all as a shadow. It ends by itself where it fails."""
     from recray.bundle import Bundle
+    from recray.inference.policy import Policy
     from recray.promotion import begin_trial, keep_private
 
     storage = Storage(settings.root())
-    challenger = Bundle.open(storage.bundle(bundle))
+    name, _, policy = bundle.partition("+")
+    challenger = Bundle.open(storage.bundle(name))
     keep_private(settings, challenger)
-    begin_trial(storage, challenger, share, shadow=shadow)
+    if policy:
+        Policy.load(storage.policy(policy), challenger.digest)
+    begin_trial(storage, challenger, share, shadow=shadow, policy=policy or None)
     say(f"bundle {bundle} {'answers all, unseen' if shadow else f'answers {share:.0%} of the users'}; recray serve rollback ends it")
     return JobResult("serve canary", "ok", bundle, {"release": str(storage.release)})
 
@@ -143,6 +167,12 @@ def run_serve_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> Jo
     release = end_trial(storage, "ended by hand")
     say(f"the champion answers everybody; {release.ended}")
     return JobResult("serve rollback", "ok", "" if release.champion is None else release.champion.run_key, {"release": str(storage.release)})
+
+
+def run_tune(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """An attention policy for the champion; the gate decides whether it goes on trial, or live."""
+    with _at_work("tune", settings, say) as work:
+        return stages.tune(work, _dataset(settings, as_of))
 
 
 def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
@@ -200,13 +230,19 @@ def _stages(work: Work, as_of: AsOf, digests: preparation.Digests) -> list[JobRe
     results = [stages.prepare(work, as_of, preparation.prepare_key(settings, as_of, digests))]
     dataset = Dataset.open(results[0].outputs["dataset"], verify=True)
     _in_order(work.storage, dataset)
-    for stage in (stages.train, stages.evaluate, stages.promote, stages.score, stages.report):
+    tune = (stages.tune,) if settings.policy.enabled else ()
+    for stage in (stages.train, stages.evaluate, stages.promote, *tune, stages.score, stages.report):
         say(f"── {stage.__name__}", stage=stage.__name__)
         if stage is stages.train and not _train_is_due(settings, dataset):
             say("the last bundle is younger than train.every_days")
             continue
         try:
             results.append(stage(work, dataset))
+        except DataError as error:
+            if stage is not stages.tune:
+                raise
+            work.warn(f"no policy tonight: {error.what}")
+            continue
         except PrivacySpentError as error:
             if not _has_champion(work.storage):
                 raise
@@ -364,7 +400,7 @@ def _published_by(storage: Storage, champion: Member | None) -> bool:
     if champion is None or not storage.latest.exists():
         return True
     published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-    return bool(published["bundle_digest"] == champion.digest)
+    return bool(published["bundle_digest"] == champion.digest and published.get("policy") == champion.policy)
 
 
 def _has_champion(storage: Storage) -> bool:

@@ -78,14 +78,16 @@ def roll_back(storage: Storage) -> Release:
                 f"{storage.release} knows no champion before this one", "recray models lists the bundles; recray promote KEY takes one"
             )
         release.previous.open(storage)
-        rolled_back = {*release.rolled_back, release.champion.run_key} - {release.previous.run_key}
+        rolled_back = {*release.rolled_back, release.champion.name} - {release.previous.name}
         return Release(champion=release.previous, rolled_back=tuple(sorted(rolled_back)))
 
     return Release.change(storage, how)[0]
 
 
-def begin_trial(storage: Storage, challenger: Bundle, share: float, *, shadow: bool = False) -> Release:
+def begin_trial(storage: Storage, challenger: Bundle, share: float, *, shadow: bool = False, policy: str | None = None) -> Release:
     """Let a challenger answer a share of the users, or all of them as a shadow whose answers nobody sees.
+
+    policy : run key of the attention policy that decides for it
 
     Raises RefusedError where there is no champion, or for the champion itself.
     """
@@ -93,12 +95,39 @@ def begin_trial(storage: Storage, challenger: Bundle, share: float, *, shadow: b
     def how(release: Release) -> Release:
         if release.champion is None:
             raise RefusedError(f"no bundle of {storage.root} was promoted yet", "run `recray promote`, or `recray nightly`")
-        if release.champion.run_key == challenger.key:
-            raise RefusedError(f"bundle {challenger.key} is the champion", "recray models lists the others")
-        rolled_back = tuple(sorted(set(release.rolled_back) - {challenger.key}))
-        return replace(release, challenger=Member.of(challenger), share=0.0 if shadow else share, shadow=shadow, ended=None, rolled_back=rolled_back)
+        member = Member.of(challenger, policy)
+        if release.champion.name == member.name:
+            raise RefusedError(f"bundle {member.name} is the champion", "recray models lists the others")
+        rolled_back = tuple(sorted(set(release.rolled_back) - {member.name}))
+        return replace(release, challenger=member, share=0.0 if shadow else share, shadow=shadow, ended=None, rolled_back=rolled_back)
 
     return Release.change(storage, how)[0]
+
+
+def release_policy(storage: Storage, bundle: Bundle, policy: str, share: float) -> tuple[Release, str]:
+    """Let a policy that passed its gate decide for the champion: for all users at a share of 1, else on trial.
+
+    Returns what is released, and why that is not the policy, empty if it is. A policy whose trial ended does not come back by itself.
+    """
+    why = ""
+
+    def how(release: Release) -> Release:
+        nonlocal why
+        member = Member.of(bundle, policy)
+        now, on_trial = release.champion, release.challenger if release.on_trial else None
+        if now is None or now.digest != bundle.digest:
+            why = f"bundle {bundle.key} is not the champion any more"
+        elif member.name in release.rolled_back:
+            why = f"policy {policy} was on trial before, and ended: {release.ended or 'rolled back'}"
+        elif on_trial is not None and on_trial != member:
+            why = f"the trial of {on_trial.name} goes on"
+        elif now.policy != policy and (on_trial is None or share >= 1):
+            if share < 1:
+                return replace(release, challenger=member, share=share, shadow=False, ended=None)
+            return replace(release, champion=member, previous=now, challenger=None, share=0.0, shadow=False, ended=None)
+        return release
+
+    return Release.change(storage, how)[0], why
 
 
 def end_trial(storage: Storage, reason: str, challenger: str | None = None) -> Release:
@@ -108,12 +137,12 @@ def end_trial(storage: Storage, reason: str, challenger: str | None = None) -> R
     """
 
     def how(release: Release) -> Release:
-        if release.challenger is None or not release.on_trial or challenger not in (None, release.challenger.run_key):
+        if release.challenger is None or not release.on_trial or challenger not in (None, release.challenger.name):
             if challenger is not None:
                 return release
             raise RefusedError(f"{storage.release} has no challenger on trial", "recray serve canary KEY begins a trial")
-        rolled_back = tuple(sorted({*release.rolled_back, release.challenger.run_key}))
-        return replace(release, share=0.0, shadow=False, ended=f"bundle {release.challenger.run_key}: {reason}", rolled_back=rolled_back)
+        rolled_back = tuple(sorted({*release.rolled_back, release.challenger.name}))
+        return replace(release, share=0.0, shadow=False, ended=f"bundle {release.challenger.name}: {reason}", rolled_back=rolled_back)
 
     return Release.change(storage, how)[0]
 
@@ -124,6 +153,12 @@ def champion_of(storage: Storage) -> Bundle:
     if release.champion is None:
         raise RefusedError(f"no bundle of {storage.root} was promoted yet", "run `recray promote`, or `recray nightly`")
     return release.champion.open(storage)
+
+
+def policy_of(storage: Storage) -> str | None:
+    """Run key of the policy that decides for the champion."""
+    champion = Release.read(storage).champion
+    return None if champion is None else champion.policy
 
 
 def _champion(storage: Storage, release: Release, *, by_hand: bool) -> Bundle | None:

@@ -20,15 +20,24 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Member:
-    """A bundle in a role. `digest` is the sha256 of its manifest, `as_of_s` the last moment that it knows."""
+    """A bundle in a role. `digest` is the sha256 of its manifest, `as_of_s` the last moment that it knows.
+
+    policy : run key of the attention policy that decides for it; None: the trained model as it is
+    """
 
     run_key: str
     digest: str
     as_of_s: int
+    policy: str | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Member:
-        return cls(bundle.key, bundle.digest, bundle.as_of_s)
+    def of(cls, bundle: Bundle, policy: str | None = None) -> Member:
+        return cls(bundle.key, bundle.digest, bundle.as_of_s, policy)
+
+    @property
+    def name(self) -> str:
+        """The bundle, and the policy behind a plus sign where there is one."""
+        return self.run_key if self.policy is None else f"{self.run_key}+{self.policy}"
 
     def open(self, storage: Storage) -> Bundle:
         """The bundle. Raises MissingArtifactError, DamagedArtifactError if it is not the one that got the role."""

@@ -17,16 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from recray import cluster, lease
+from recray import __version__, cluster, lease
 from recray.config import Settings
 from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset
-from recray.errors import MissingArtifactError, RefusedError, TrackingError
+from recray.errors import ArtifactError, MissingArtifactError, RefusedError, TrackingError
 from recray.prepare import prepare as preparation
-from recray.storage import Storage, is_sealed, manifest_digest, read_json, write_json
+from recray.storage import Storage, is_sealed, key_of, manifest_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle
+    from recray.inference.policy import Policy
     from recray.tracking.outbox import Entry, Outbox
 
 AsOf = dt.datetime | None
@@ -286,10 +287,76 @@ def _not_promoted(work: Work, reason: str, started: float) -> JobResult:
     return result
 
 
+def tune(work: Work, dataset: Dataset) -> JobResult:
+    """An attention policy for the champion, learned from held-out users; where the gate lets it pass it goes on trial, or live."""
+    from policies.tune import tune as learn_policy
+    from recray.inference.policy import KIND, Policy
+    from recray.promotion import champion_of, keep_private, release_policy
+    from recray.release import Release
+
+    started = time.monotonic()
+    storage, settings = work.storage, work.settings
+    bundle = champion_of(storage)
+    keep_private(settings, bundle)
+    start = _policy_before(work, bundle)
+    chosen = settings.result_settings("policy", "evaluate")
+    key = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, start and start.about.get("key"), __version__)
+    path = storage.policy(key)
+    skipped = is_sealed(path, KIND, key)
+    if not skipped:
+        cluster.start()
+        work.say(f"a policy for bundle {bundle.key}" + (", which begins as the one before" if start else ""))
+
+        def told(decisions: int, metrics: dict[str, float]) -> None:
+            work.say(f"{decisions:,} decisions, {settings.policy.metric} {metrics['reward']:.4f}", level="debug", decisions=decisions, **metrics)
+
+        with lease.commit():
+            storage.staging.mkdir(parents=True, exist_ok=True)
+        checkpoint = storage.staging / f"{key}.safetensors"
+        policy, _ = learn_policy(settings, dataset, bundle, start=start, checkpoint=checkpoint, on_metrics=told)
+        policy.about["key"] = key
+        policy.save(path, key)
+        checkpoint.unlink(missing_ok=True)
+    about = Policy.load(path, bundle.digest).about
+    for check in about["checks"]:
+        work.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
+    reason, before = about["reason"], Release.read(storage)
+    release = before
+    if about["promoted"]:
+        release, reason = release_policy(storage, bundle, key, settings.policy.share)
+    live = "decides for everybody" if release.champion and release.champion.policy == key else f"answers {release.share:.0%} of the users"
+    work.say(f"policy {key} {'does not go live: ' + reason if reason else live}")
+    metrics: dict[str, Any] = {**about["figures"], "promoted": int(about["promoted"])}
+    values = {f"policy_{name}": value for name, value in metrics.items()}
+    document = {f"policies/{date_of(dataset.as_of_s)}-{key}.json": about}
+    _tell(work, key, bundle, 3, dataset.as_of_s, {"metrics": {"values": values, "step": day_of(dataset.as_of_s)}, "documents": document})
+    result = result_of("tune", skipped and release == before, key, {"policy": str(path), "release": str(storage.release)}, metrics, started, work)
+    result.reason = reason
+    return result
+
+
+def _policy_before(work: Work, bundle: Bundle) -> Policy | None:
+    """A policy of another bundle that turns the same controls and can be begun with: the champion's before this one."""
+    from recray.inference.policy import Policy
+    from recray.release import Release
+
+    release = Release.read(work.storage)
+    for member in (release.previous, release.challenger):
+        if member is not None and member.policy is not None and member.digest != bundle.digest:
+            try:
+                found = Policy.load(work.storage.policy(member.policy), member.digest)
+            except ArtifactError as error:
+                work.warn(error.what)
+                continue
+            if found.actions == work.settings.policy.actions:
+                return found
+    return None
+
+
 def score(work: Work, dataset: Dataset) -> JobResult:
     """Every user's list by the champion, published. Raises RefusedError if there is no champion, or the night is older than it."""
     from recray.inference import unmatched
-    from recray.promotion import champion_of, keep_private
+    from recray.promotion import champion_of, keep_private, policy_of
     from recray.scoring import score as scoring
     from recray.snapshot import writer
 
@@ -306,12 +373,13 @@ def score(work: Work, dataset: Dataset) -> JobResult:
         work.warn(f"a rule of section score is about {name!r}, which no item has")
     if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):
         work.warn(f"champion {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
-    key = scoring.score_key(settings, dataset, bundle)
+    policy = policy_of(storage)
+    key = scoring.score_key(settings, dataset, bundle, policy)
     path = writer.snapshot_path(storage, dataset.as_of_s, key)
     skipped = is_sealed(path, writer.KIND, key)
     if not skipped:
         cluster.start()
-    path, manifest, changed = scoring.score(settings, key, dataset, bundle)
+    path, manifest, changed = scoring.score(settings, key, dataset, bundle, policy)
     metrics = {name: manifest[name] for name in ("users", "popular_users", "coverage@10")}
     document = {name: value for name, value in manifest.items() if name != "files"}
     document.update(date=date_of(dataset.as_of_s), manifest_sha256=manifest_digest(path))
@@ -321,7 +389,7 @@ def score(work: Work, dataset: Dataset) -> JobResult:
         "documents": {f"snapshots/{date_of(dataset.as_of_s)}-{key}.json": document},
         "metrics": {"values": values, "step": day_of(dataset.as_of_s)},
     }
-    _tell(work, key, bundle, 3, dataset.as_of_s, told)
+    _tell(work, key, bundle, 4, dataset.as_of_s, told)
     published = "published" if changed else "was published"
     work.say(f"snapshot {key} by bundle {bundle.key}: {manifest['users']} users, {manifest['popular_users']} with the popular list; {published}")
     outputs = {"snapshot": str(path), "latest": str(storage.latest)}
@@ -335,7 +403,7 @@ def report(work: Work, dataset: Dataset) -> JobResult:
     started = time.monotonic()
     key, path, skipped = report.write(work.settings, dataset, current_bundle(work.settings, dataset))
     told: Entry = {"folders": {f"reports/{date_of(dataset.as_of_s)}-{key}": _under(work, str(path))}}
-    _tell(work, key, current_bundle(work.settings, dataset), 4, dataset.as_of_s, told)
+    _tell(work, key, current_bundle(work.settings, dataset), 5, dataset.as_of_s, told)
     work.say(f"report: {path / report.PAGE}")
     return result_of("report", skipped, key, {"report": str(path / report.PAGE)}, {}, started, work)
 

@@ -40,6 +40,9 @@ class Storage:
     def bundle(self, key: str) -> Path:
         return self.root / "bundles" / key
 
+    def policy(self, key: str) -> Path:
+        return self.root / "policies" / key
+
     def evaluation(self, key: str) -> Path:
         return self.root / "evaluations" / key
 

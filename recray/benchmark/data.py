@@ -17,7 +17,7 @@ from recray.errors import DataError, SettingsError
 from recray.prepare.prepare import prepare, prepare_key
 
 SHIPPED = "demo"  # config of the data that ship
-CONFIGS = {"complete-journey": "shop"}  # of data sets that no config is named after
+CONFIGS = {"complete-journey": "shop", "online-retail": SHIPPED}  # of data sets that no config is named after
 NO_RULES = ["score.caps={}", "score.boosts={}", "score.exclude=[]"]  # which name features that a benchmark may leave out
 
 

@@ -6,6 +6,7 @@ the twin nobody differs and action 0 is best, so every promotion is false. On re
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from policies.held_out import HeldOut
 from policies.learner import Ppo, learn
 from policies.logs import Logged, checked
 from policies.rewards import Planted, clicks
+from policies.tune import deciding_share
 from recray import cluster
 from recray.benchmark.data import prepared
 from recray.dataset.reader import History
@@ -29,7 +31,7 @@ from recray.evaluation.metrics import bootstrap_means, interval
 from recray.evaluation.plots import gap_closed
 from recray.evaluation.protocol import Question
 from recray.inference import Predictor
-from recray.inference.policy import Frozen, Policy, explore, observe, popularity_rank
+from recray.inference.policy import OBSERVED, Frozen, Policy, explore
 from recray.serving.trial import Trial, answers
 from recray.stages import Say
 from recray.state.log import Entry
@@ -279,20 +281,12 @@ def _polluted(question: Question, share: float, n_items: int, random: np.random.
 
 
 def _deciding(predictor: Predictor, questions: Sequence[Question]) -> float:
-    """Median time to observe and decide, as a share of the median time of the answer itself, one request at a time."""
+    """Of a network as it is learned, on one thread."""
     torch.set_num_threads(1)
-    rank = popularity_rank(predictor.popularity.total())
-    net = torch.nn.Sequential(torch.nn.Linear(22, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, len(ACTIONS)))
-    weights = {f"{part}_{place}": getattr(layer, part).detach() for place, layer in enumerate(net) for part in ("weight", "bias")}
-    seen = np.stack([observe(q.history, q.now, rank, has_time=predictor.has_time) for q in questions[:300]])
-    policy = Policy(ACTIONS, Frozen.of(seen), weights, BUNDLE, {})
-    deciding, answering = [], []
-    for question in questions[:300]:
-        begun = time.perf_counter()
-        policy.act(observe(question.history, question.now, rank, has_time=predictor.has_time)[None])
-        decided = time.perf_counter()
-        predictor.recommend([question.history], 10, now=question.now, context=[question.context])
-        deciding.append(decided - begun)
-        answering.append(time.perf_counter() - decided)
+    sizes = [len(OBSERVED), Ppo().hidden, Ppo().hidden, len(ACTIONS)]
+    weights = {f"weight_{n}": torch.zeros(b, a) for n, (a, b) in enumerate(itertools.pairwise(sizes))}
+    weights |= {f"bias_{n}": torch.zeros(b) for n, b in enumerate(sizes[1:])}
+    seen = np.stack([predictor.observe(question.history, question.now) for question in questions[:300]])
+    found = deciding_share(predictor, list(questions[:300]), Policy(ACTIONS, Frozen.of(seen), weights, BUNDLE, {}))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return float(np.median(deciding[50:]) / np.median(answering[50:]))
+    return found

@@ -186,7 +186,7 @@ def dials(actions: Sequence[str], model: Recommender, event_types: Sequence[str]
     return [known[name] for name in actions]
 
 
-def controls(action_BK: np.ndarray, chosen: Sequence[tuple[int, int | None, float]], model: Recommender, event_types: Sequence[str]) -> Controls:
+def turn(action_BK: np.ndarray, chosen: Sequence[tuple[int, int | None, float]], model: Recommender, event_types: Sequence[str]) -> Controls:
     """Actions as the model takes them; `chosen` are `dials`."""
     found = Controls.zeros(len(action_BK), model.shape.heads, len(event_types), model.items.modalities)
     used = set()

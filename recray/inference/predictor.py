@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from recray.bundle import Bundle
 from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity, dated
 from recray.dataset.reader import Dataset, History, released_day
 from recray.errors import RequestError
+from recray.inference.policy import Policy, dials, observe, popularity_rank, turn
 from recray.inference.rules import Rules
 from recray.inference.topk import merge, top_k
 from recray.model.controls import Controls
@@ -104,6 +105,7 @@ class Predictor:
     context : names of the fields of the request context
     released_day : since when each item can be met, as `Dataset.released_day`
     retired : indices of items that are never answered
+    policy : decides how the attention is turned for each request, unless `controls` say so; None: the trained model as it is
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Predictor:
         context: Sequence[str] = (),
         released_day: np.ndarray | None = None,
         retired: np.ndarray | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.model = model
         self.item_ids = item_ids
@@ -129,14 +132,17 @@ class Predictor:
         self.released_day = released_day
         self.device = next(model.parameters()).device
         self.retired = torch.from_numpy(np.zeros(0, np.int64) if retired is None else np.asarray(retired, np.int64)).to(self.device)
+        self.policy = policy
+        if policy is not None:
+            dials(policy.actions, model, event_types)  # says now what it does not have
         self._index: dict[Any, int] | None = None
         self._dated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._populars: dict[int, Tensor] = {}
         self.refresh()
 
     @classmethod
-    def load(cls, bundle: str | Path, *, dataset: Dataset | None = None, device: str = "cpu") -> Predictor:
-        """Predictor of a bundle, after its digests were verified.
+    def load(cls, bundle: str | Path, policy: str | Path | None = None, *, dataset: Dataset | None = None, device: str = "cpu") -> Predictor:
+        """Predictor of a bundle, and of the attention policy in a folder, after their digests were verified.
 
         With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in; items that came
         since are scored by their features, and those that are gone are not answered. Raises MissingArtifactError, DamagedArtifactError.
@@ -166,6 +172,7 @@ class Predictor:
             context=opened.manifest.get("context", []),
             released_day=released,
             retired=retired,
+            policy=None if policy is None else Policy.load(Path(policy), opened.digest),
         )
 
     @classmethod
@@ -189,6 +196,12 @@ class Predictor:
         self._table_VD = self.model.items()
         self._output_VD = self.model.output(self._table_VD)
         self._populars.clear()
+
+    @property
+    def vectors(self) -> Tensor:
+        """Of the items, [n_items + 1, D]."""
+        found: Tensor = self._table_VD
+        return found
 
     @property
     def n_items(self) -> int:
@@ -249,6 +262,33 @@ class Predictor:
         fields = np.array([dataset.context.index(name) if name in dataset.context else -1 for name in self.context], np.int64)
         return Translation(to_bundle, to_dataset, events, fields)
 
+    @cached_property
+    def _rank_V(self) -> np.ndarray:
+        return popularity_rank(self.popularity.total())
+
+    def observe(self, history: History, now: int) -> np.ndarray:
+        """What a policy sees of a request, float32 [len(OBSERVED)]."""
+        return observe(history, now, self._rank_V, has_time=self.has_time)
+
+    def turned(self, actions: Sequence[dict[str, float]]) -> Controls | None:
+        """The controls of requests that are each turned by what their names say (see `recray.inference.policy.dials`); None: none is.
+
+        Raises SettingsError for a name that the model does not have.
+        """
+        names = list(dict.fromkeys(name for action in actions for name in action))
+        if not names:
+            return None
+        values = np.array([[action.get(name, 0.0) for name in names] for action in actions])
+        return turn(values, dials(names, self.model, self.event_types), self.model, self.event_types)
+
+    def _decided(self, histories: Sequence[History], now: int | Sequence[int]) -> Controls | None:
+        """What the policy decides for each history, None without one."""
+        if self.policy is None or not histories:
+            return None
+        moments = np.broadcast_to(np.asarray(now, np.int64), len(histories))
+        seen = np.stack([self.observe(history, int(moment)) for history, moment in zip(histories, moments, strict=True)])
+        return turn(self.policy.act(seen), dials(self.policy.actions, self.model, self.event_types), self.model, self.event_types)
+
     @torch.no_grad()
     def recommend(
         self,
@@ -263,7 +303,7 @@ class Predictor:
     ) -> Recommendations:
         """The k best items for each history at the moment `now` (seconds; ignored where no time is known).
 
-        `rules` may choose others and another order (see `Rules`). `context` holds the codes [C] of each
+        `controls`: None leaves them to the policy. `rules` may choose others and another order (see `Rules`). `context` holds the codes [C] of each
         request's context (see `recray.dataset.context.asked`); None: unknown.
         Raises RequestError for a k below 1 or an index outside the vocabulary.
         """
@@ -273,6 +313,7 @@ class Predictor:
         each = [filters] * len(histories) if isinstance(filters, Filters) else list(filters)
         item_index, scores = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         known = [self._known(history) for history in histories]
+        controls = self._decided(histories, now) if controls is None else controls
         for rows, score in self._chunks(known, now, controls, context):
             barred = _Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
             best = self._best(score, barred, k, rules)
@@ -313,6 +354,7 @@ class Predictor:
     ) -> list[np.ndarray]:
         """Scores float32 of given item indices, one array a history."""
         found = [np.zeros(len(items), np.float32) for items in candidates]
+        controls = self._decided(histories, now) if controls is None else controls
         for rows, score in self._chunks([self._known(history) for history in histories], now, controls, context):
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
                 scores = score(first).cpu().numpy()
@@ -323,7 +365,16 @@ class Predictor:
         return found
 
     @torch.no_grad()
-    def explain(self, history: History, items: np.ndarray, *, now: int, context: np.ndarray | None = None, events: int = 32) -> Explanation:
+    def explain(
+        self,
+        history: History,
+        items: np.ndarray,
+        *,
+        now: int,
+        context: np.ndarray | None = None,
+        controls: Controls | None = None,
+        events: int = 32,
+    ) -> Explanation:
         """Which events of a history carried the scores of some items (indices).
 
         The attention says which `events` are looked at more closely; each of these is then left out, and the items scored again.
@@ -342,7 +393,10 @@ class Predictor:
         looked_at = np.sort(np.lexsort((reach, again))[-events:])
         without = [History(*(np.delete(values, place) for values in known)) for place in looked_at]
         asked = [known, *without]
-        scores = np.stack(self.score(asked, [items] * len(asked), now=now, context=None if context is None else [context] * len(asked)))
+        controls = self._decided([history], now) if controls is None else controls  # one decision, that of the whole history
+        each = None if controls is None else Controls(*(None if t is None else t.expand(len(asked), *t.shape[1:]) for t in controls))
+        told = None if context is None else [context] * len(asked)
+        scores = np.stack(self.score(asked, [items] * len(asked), now=now, controls=each, context=told))
         return Explanation(kept[looked_at], reach[looked_at], (scores[:1] - scores[1:]).T)
 
     def _chunks(

@@ -23,21 +23,22 @@ from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_direc
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def score_key(settings: Settings, dataset: Dataset, bundle: Bundle) -> str:
-    """Run key of score."""
-    return key_of("score", settings.result_settings("score"), dataset.key, dataset.digest, bundle.digest, dataset.as_of_s, __version__)
+def score_key(settings: Settings, dataset: Dataset, bundle: Bundle, policy: str | None = None) -> str:
+    """Run key of score. policy : run key of the attention policy that decides."""
+    chosen = settings.result_settings("score")
+    return key_of("score", chosen, dataset.key, dataset.digest, bundle.digest, policy, dataset.as_of_s, __version__)
 
 
-def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> tuple[Path, dict[str, Any], bool]:
-    """Score every user, seal the snapshot and publish it. Needs a Ray session.
+def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle, policy: str | None = None) -> tuple[Path, dict[str, Any], bool]:
+    """Score every user, by what a policy decides on the average where there is one, seal the snapshot and publish it. Needs a Ray session.
 
     Returns its path, its manifest, and whether the publication changed. Raises RefusedError for an older night.
     """
-    return write_night(Storage(settings.root()), key, dataset, bundle, settings.score, partial(_on_ray_data, settings))
+    return write_night(Storage(settings.root()), key, dataset, bundle, settings.score, partial(_on_ray_data, settings), policy)
 
 
 def write_night(
-    storage: Storage, key: str, dataset: Dataset, bundle: Bundle, options: ScoreSettings, each: Each
+    storage: Storage, key: str, dataset: Dataset, bundle: Bundle, options: ScoreSettings, each: Each, policy: str | None = None
 ) -> tuple[Path, dict[str, Any], bool]:
     """As `score`; `each` says how the buckets are scored."""
     path = snapshot_path(storage, dataset.as_of_s, key)
@@ -46,6 +47,7 @@ def write_night(
             "as_of_s": dataset.as_of_s,
             "bundle": storage.bundle(bundle.key).relative_to(storage.root).as_posix(),
             "bundle_digest": bundle.digest,
+            "policy": policy,
             "dataset": storage.dataset(dataset.key).relative_to(storage.root).as_posix(),
             "dataset_digest": dataset.digest,
             "user_type": str(dataset.user_type),
@@ -57,6 +59,7 @@ def write_night(
         with sealed_directory(path, KIND, key, fields) as folder:
             arguments = {
                 "bundle": str(bundle.path),
+                "policy": None if policy is None else str(storage.policy(policy)),
                 "dataset": str(dataset.path),
                 "folder": str(folder),
                 "k": options.k,
@@ -94,13 +97,23 @@ class ScoreBucket:
     """Actor that scores one bucket (= dataset shard) a call and writes its part."""
 
     def __init__(
-        self, *, bundle: str, dataset: str, folder: str, k: int, new_only: bool, rules: dict[str, Any], batch_users: int, threads: int
+        self,
+        *,
+        bundle: str,
+        policy: str | None,
+        dataset: str,
+        folder: str,
+        k: int,
+        new_only: bool,
+        rules: dict[str, Any],
+        batch_users: int,
+        threads: int,
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.dataset = Dataset.open(dataset)
-        self.predictor = Predictor.load(bundle, dataset=self.dataset)
+        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset)
         self.translation = self.predictor.translation(self.dataset)
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
         self.filters = Filters(new_only=new_only)

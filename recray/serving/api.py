@@ -80,6 +80,13 @@ class RecommendRequest(_Question):
     mode: Literal["auto", "batch", "realtime"] = Field(
         "auto", description="auto: the nightly list when nothing is new for the user, else the model now; batch: the list alone; realtime: the model"
     )
+    controls: dict[Text, Annotated[float, Field(ge=-1, le=1)]] | None = Field(
+        None,
+        max_length=8,
+        description="how the attention over the history is turned, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; "
+        "null: as the policy decides, {}: not at all",
+        examples=[{"temperature": 0.5}],
+    )
     explain: bool = Field(False, description="say which past events carried each recommendation, and how much; takes the model some passes")
     new_only: bool = Field(False, description="leave out items of the history")
     allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="answer none but these items")
@@ -195,6 +202,8 @@ class RecommendResponse(Answer):
         }
     )
 
+    policy: str | None = Field(None, description="the attention policy behind the bundle")
+    controls: dict[str, float] | None = Field(None, description="how it turned the attention for this answer, -1 to 1 each")
     source: Source
     items: list[Item]
 
@@ -252,6 +261,7 @@ class ModelsResponse(BaseModel):
     """What is being served."""
 
     bundle: str
+    policy: str | None = Field(None, description="the attention policy that decides for it")
     bundle_digest: str
     snapshot: str
     dataset: str
@@ -259,7 +269,7 @@ class ModelsResponse(BaseModel):
     users: int
     items: int
     loaded_at: dt.datetime
-    challenger: str | None = Field(None, description="bundle on trial")
+    challenger: str | None = Field(None, description="bundle on trial, and its policy behind a plus sign")
     share: float = Field(0.0, description="of the users whom it answers")
     shadow: bool = Field(False, description="it answers all, and nobody sees it")
 

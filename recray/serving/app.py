@@ -33,7 +33,8 @@ class Endpoint:
 
         torch.set_num_threads(1)
         sys.setswitchinterval(SWITCH_S)
-        self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), private=settings.privacy.enabled)
+        options: dict[str, Any] = {"private": settings.privacy.enabled, "policy": settings.policy}
+        self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), **options)
         threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:

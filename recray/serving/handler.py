@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from opentelemetry.trace import get_current_span
 
-from recray.config import ScoreSettings, ServeSettings
+from recray.config import PolicySettings, ScoreSettings, ServeSettings
 from recray.errors import ArtifactError, RecrayError, RefusedError, RequestError, StateError
 from recray.promotion import end_trial
 from recray.release import Release
@@ -42,10 +43,10 @@ from recray.serving.api import (
     SimilarResponse,
 )
 from recray.serving.batching import Batcher, BusyError
-from recray.serving.night import Found, Night, Question, items_of
+from recray.serving.night import Decision, Explore, Found, Night, Question, items_of
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import provider, tracer
-from recray.serving.trial import Side, Trial
+from recray.serving.trial import Side, Trial, answers
 from recray.state.log import Entry, Log, open_log
 from recray.state.writer import Writer
 from recray.storage import Storage
@@ -68,13 +69,23 @@ class Handler:
     """
 
     def __init__(
-        self, storage: Storage, options: ServeSettings, score: ScoreSettings, telemetry: Telemetry | None = None, *, private: bool = False
+        self,
+        storage: Storage,
+        options: ServeSettings,
+        score: ScoreSettings,
+        telemetry: Telemetry | None = None,
+        *,
+        private: bool = False,
+        policy: PolicySettings | None = None,
     ) -> None:
         self.storage, self.options = storage, options
         self.telemetry = telemetry or Telemetry()
         self._log = logging.getLogger("ray.serve")
         self._published = _content(storage.latest)
         self._private = private
+        self._policy = policy or PolicySettings()
+        sigma, share = self._policy.sigma, self._policy.explore
+        self._exploration = Explore(sigma, self._policy.actions, np.random.default_rng()) if sigma and share else None
         self._tried, self._again_at = b"", 0.0
         self._arms: tuple[Night, Trial | None, Night | None] = (first_night(storage, score, self._log.error, private=private), None, None)
         self._released = b""
@@ -153,16 +164,17 @@ class Handler:
 
     def _serving(self) -> dict[str, str]:
         trial = self.trial
-        return {"night": self.night.date, "bundle": self.night.bundle, "challenger": "" if trial is None else trial.challenger}
+        return {"night": self.night.date, "bundle": self.night.name, "challenger": "" if trial is None else trial.challenger}
 
     def _on_trial(self, night: Night, release: Release) -> tuple[Trial | None, Night | None]:
         """The trial of a release, and its challenger behind a night; None where there is none."""
         if release.challenger is None or not release.on_trial:
             return None, None
-        challenger = kept_private(night.with_bundle(release.challenger.open(self.storage)), private=self._private)
+        opened, name = release.challenger.open(self.storage), release.challenger.name
+        challenger = kept_private(night.with_bundle(opened, release.challenger.policy), private=self._private)
         trial = self.trial
-        if trial is None or (trial.challenger, trial.share, trial.shadow) != (release.challenger.run_key, release.share, release.shadow):
-            trial = Trial(release.challenger.run_key, release.share, release.shadow)
+        if trial is None or (trial.challenger, trial.share, trial.shadow) != (name, release.share, release.shadow):
+            trial = Trial(name, release.share, release.shadow)
             self._read = 0 if self._writer is None else self._writer.log.last()  # what came before is of another trial
         return trial, challenger
 
@@ -188,27 +200,37 @@ class Handler:
         degraded: list[Part] = [] if night.whole else ["snapshot"]
         fresh = await self._fresh(night, request, degraded)
         user = None if request.user_id is None else str(request.user_id)
-        chosen = night
+        chosen, decision = night, None
+        exploration = self._exploration if self._explores(user) else None
         if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
-            chosen = challenger
-            found = await self._model(challenger.question(request, fresh), degraded, trial.challenger_side, aside=True)
+            chosen, question = challenger, challenger.question(request, fresh, exploration)
+            found = await self._model(question, degraded, trial.challenger_side, aside=True)
             if found is None:
                 chosen = night
+            else:
+                decision = question.decision
         else:
-            found = self._listed(night, request, fresh, degraded)
+            found = None if exploration is not None and request.mode == "auto" else self._listed(night, request, fresh, degraded)
             if found is None:
-                found = await self._model(night.question(request, fresh), degraded, None if trial is None else trial.champion_side)
+                question = night.question(request, fresh, exploration)
+                found = await self._model(question, degraded, None if trial is None else trial.champion_side)
+                decision = None if found is None else question.decision
         if found is None:
             found = self._listed(night, request.model_copy(update=_LIST_ALONE), (), degraded) or night.popular(request)
         items = items_of(found)
         if request.explain and items and "model" not in degraded:
-            await self._explain(chosen, request, fresh, items, degraded)
-        answer = RecommendResponse(request_id=_new_id(), night=night.date, bundle=chosen.bundle, degraded=degraded, source=found.source, items=items)
-        self._decided(request, answer, begun, trial)
+            await self._explain(chosen, request, fresh, items, decision, degraded)
+        told: dict[str, Any] = {"night": night.date, "bundle": chosen.bundle, "policy": chosen.policy, "degraded": degraded}
+        if decision is not None:
+            told["controls"] = dict(zip(decision.actions, decision.action.tolist(), strict=True))
+        answer = RecommendResponse(request_id=_new_id(), source=found.source, items=items, **told)
+        self._decided(request, answer, begun, trial, decision)
         arm = "challenger" if chosen is challenger else "champion"
         ms = 1000 * (time.monotonic() - begun)
-        self.telemetry.answered(found.source, chosen.bundle, arm, degraded, ms, [item.item_id for item in items])
-        get_current_span().set_attributes({"recray.source": found.source, "recray.bundle": chosen.bundle, "recray.degraded": list(degraded)})
+        self.telemetry.answered(found.source, chosen.name, arm, degraded, ms, [item.item_id for item in items])
+        if decision is not None:
+            self.telemetry.actions.extend(zip(decision.actions, decision.action.tolist(), strict=True))
+        get_current_span().set_attributes({"recray.source": found.source, "recray.bundle": chosen.name, "recray.degraded": list(degraded)})
         if trial is not None and challenger is not None and trial.shadow and request.mode != "batch":
             if self._aside.waiting:  # it is behind, and nobody waits for what it would say
                 self.telemetry.refused["shadow"] += 1
@@ -317,9 +339,13 @@ class Handler:
         degraded.append("state")
         return []
 
-    async def _explain(self, night: Night, request: RecommendRequest, fresh: list[Entry], items: list[Item], degraded: list[Part]) -> None:
-        """Add to the items what carried them."""
+    async def _explain(
+        self, night: Night, request: RecommendRequest, fresh: list[Entry], items: list[Item], decision: Decision | None, degraded: list[Part]
+    ) -> None:
+        """Add to the items what carried them, turned as the answer was."""
         question = night.question(request, fresh)
+        if decision is not None:
+            question = replace(question, action=dict(zip(decision.actions, decision.action.tolist(), strict=True)))
         found = await self._model(replace(question, candidates=tuple(item.item_id for item in items), explain=True), degraded)
         for item, why in zip(items, (found and found.why) or [], strict=False):
             item.why, item.text, item.title = why, night.in_words(why), night.title(item.item_id)
@@ -380,12 +406,25 @@ class Handler:
             degraded.append("model")
             return None
 
-    def _decided(self, request: RecommendRequest, answer: RecommendResponse, begun: float, trial: Trial | None, *, shadow: bool = False) -> None:
+    def _explores(self, user: str | None) -> bool:
+        """Whether answers for a user explore: a share of the users, other ones than a trial's."""
+        return self._exploration is not None and user is not None and answers(user, "exploration", self._policy.explore)
+
+    def _decided(
+        self,
+        request: RecommendRequest,
+        answer: RecommendResponse,
+        begun: float,
+        trial: Trial | None,
+        decision: Decision | None = None,
+        *,
+        shadow: bool = False,
+    ) -> None:
         """Log an answer, behind."""
         if self._writer is None:
             return
         user = None if request.user_id is None else str(request.user_id)
-        body = {
+        body: dict[str, Any] = {
             "items": [item.item_id for item in answer.items],
             "source": answer.source,
             "night": answer.night,
@@ -393,6 +432,8 @@ class Handler:
             "degraded": answer.degraded,
             "ms": round(1000 * (time.monotonic() - begun), 3),
         }
+        if decision is not None:
+            body["decision"] = decision.body()
         if trial is not None and trial.shadow == shadow and request.mode != "batch":
             body["trial"] = trial.challenger
             body["share"] = trial.share

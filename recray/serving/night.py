@@ -9,7 +9,7 @@ import datetime as dt
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,9 @@ from recray.bundle import Bundle
 from recray.config import ScoreSettings
 from recray.dataset.context import asked
 from recray.dataset.reader import Dataset, History
-from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
+from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
 from recray.inference import Filters, Predictor, Rules, Translation
+from recray.inference.policy import dials, explore
 from recray.inference.rules import having
 from recray.release import Release
 from recray.serving.api import MOST_ANSWERS, Event, Item, KnownEvent, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
@@ -33,6 +34,15 @@ _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 REASONS = 3  # named for an item
 INT64 = 1 << 63
 MASKS = 64  # attribute filters whose items are remembered
+
+
+@dataclass(frozen=True)
+class Explore:
+    """How an answer explores: sigma around what is decided; actions that are turned where no policy names them."""
+
+    sigma: float
+    actions: tuple[str, ...]
+    random: np.random.Generator
 
 
 class UnknownItemError(RequestError):
@@ -49,10 +59,31 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What a policy saw and decided, for the log: observation [D]; mean and action [K]; log_density of the action, None where nothing was
+    explored; sigma of the exploration."""
+
+    policy: str
+    actions: tuple[str, ...]
+    observation: np.ndarray
+    mean: np.ndarray
+    action: np.ndarray
+    log_density: float | None
+    sigma: float
+
+    def body(self) -> dict[str, Any]:
+        """As JSON values; numbers keep all their digits, so that a density can be made again."""
+        told = {name: [float(value) for value in getattr(self, name)] for name in ("observation", "mean", "action")}
+        return {"policy": self.policy, "actions": list(self.actions), **told, "log_density": self.log_density, "sigma": self.sigma}
+
+
+@dataclass(frozen=True)
 class Question:
     """What the model of a night is to answer: the `k` best items, or the scores of `candidates` (outside ids).
 
     context : codes [C]
+    action : how the attention is turned, by the names of `recray.inference.policy.dials`
+    decision : where that was decided by a policy, or explored
     explain : say what carried the candidates instead of scoring them
     """
 
@@ -63,6 +94,8 @@ class Question:
     k: int = 0
     filters: Filters = Filters()
     candidates: tuple[Any, ...] | None = None
+    action: dict[str, float] = field(default_factory=dict)
+    decision: Decision | None = None
     explain: bool = False
 
 
@@ -76,6 +109,7 @@ class Night:
     translation: Translation
     rules: Rules | None
     bundle: str
+    policy: str | None
     private: bool
     popular_list: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
@@ -91,7 +125,7 @@ class Night:
         bundle = Bundle.open(storage.root / snapshot.manifest["bundle"])
         if bundle.digest != snapshot.manifest["bundle_digest"]:
             raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
-        return cls._of(snapshot, dataset, bundle)
+        return cls._of(snapshot, dataset, bundle, snapshot.manifest.get("policy"))
 
     @classmethod
     def stand_in(cls, storage: Storage, score: ScoreSettings) -> Night:
@@ -111,15 +145,16 @@ class Night:
             "user_type": str(dataset.user_type),
             "rules": score.rules(),
         }
-        return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle)
+        return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle, champion.policy)
 
-    def with_bundle(self, bundle: Bundle) -> Night:
-        """The same night with another bundle behind its answers by the model. Raises MissingArtifactError, DamagedArtifactError."""
-        return self._of(self.snapshot, self.dataset, bundle)
+    def with_bundle(self, bundle: Bundle, policy: str | None = None) -> Night:
+        """The same night with another bundle and policy behind its answers by the model. Raises MissingArtifactError, DamagedArtifactError."""
+        return self._of(self.snapshot, self.dataset, bundle, policy)
 
     @classmethod
-    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle) -> Night:
-        predictor = Predictor.load(bundle.path, dataset=dataset)
+    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None) -> Night:
+        decides = None if policy is None else Storage(bundle.path.parent.parent).policy(policy)
+        predictor = Predictor.load(bundle.path, decides, dataset=dataset)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
         translation = predictor.translation(dataset)
         rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
@@ -127,7 +162,12 @@ class Night:
         real = answer.item_index[0] > 0
         private = bool(bundle.privacy["differential_privacy"])
         popular = tuple(zip(predictor.ids_of(answer.item_index[0][real]), answer.scores[0][real].tolist(), strict=True))
-        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, private, popular, dt.datetime.now(dt.UTC))
+        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, policy, private, popular, dt.datetime.now(dt.UTC))
+
+    @property
+    def name(self) -> str:
+        """Of what answers: the bundle, and the policy behind a plus sign where there is one."""
+        return self.bundle if self.policy is None else f"{self.bundle}+{self.policy}"
 
     @property
     def whole(self) -> bool:
@@ -157,6 +197,7 @@ class Night:
         manifest = self.snapshot.manifest
         return ModelsResponse(
             bundle=self.bundle,
+            policy=self.policy,
             bundle_digest=manifest["bundle_digest"],
             snapshot=self.digest,
             dataset=self.dataset.key,
@@ -177,9 +218,10 @@ class Night:
         """
         if request.mode == "realtime":
             return None
-        asks_more = bool(request.history is not None or request.events or request.now is not None or request.context)
+        asks_more = bool(request.history is not None or request.events or request.now is not None or request.context or request.controls)
         if request.mode == "batch" and asks_more:
-            raise RequestError("mode: batch answers with the nightly list, which history, events, now and context cannot change", "use auto")
+            told = "mode: batch answers with the nightly list, which history, events, now, context and controls cannot change"
+            raise RequestError(told, "use auto")
         if asks_more or (fresh and request.mode == "auto"):
             return None
         user = None if request.user_id is None else self.snapshot.find(request.user_id)
@@ -200,9 +242,36 @@ class Night:
             return None
         return Found(items[: request.k], "popular" if user.source == "popular" else "snapshot")
 
-    def question(self, request: RecommendRequest, fresh: Sequence[Entry] = ()) -> Question:
-        """The request as one for the model. Raises RequestError where it makes no sense."""
-        return Question(self, *self._asked(request, fresh), k=request.k, filters=self._filters(request))
+    def question(self, request: RecommendRequest, fresh: Sequence[Entry] = (), exploration: Explore | None = None) -> Question:
+        """The request as one for the model, turned by what the request says, or what the policy decides. Raises RequestError where it
+        makes no sense.
+
+        exploration : for an answer that explores
+        """
+        asked = Question(self, *self._asked(request, fresh), k=request.k, filters=self._filters(request))
+        if request.controls is not None:
+            try:
+                dials(list(request.controls), self.predictor.model, self.predictor.event_types)
+            except SettingsError as error:
+                raise RequestError(error.what.replace("policy.actions", "controls"), error.fix) from None
+            return replace(asked, action=request.controls)
+        decision = self._decide(asked.history, asked.now, exploration)
+        if decision is None:
+            return asked
+        action = dict(zip(decision.actions, (float(value) for value in decision.action), strict=True))
+        return replace(asked, action=action, decision=decision)
+
+    def _decide(self, history: History, now: int, exploration: Explore | None) -> Decision | None:
+        policy = self.predictor.policy
+        if (policy is None and exploration is None) or not (history.item_index > 0).any():
+            return None
+        observation = self.predictor.observe(history, now)
+        names = exploration.actions if policy is None and exploration is not None else policy.actions if policy is not None else ()
+        mean = np.zeros(len(names), np.float32) if policy is None else policy.act(observation[None])[0]
+        if exploration is None:
+            return Decision(self.policy or "", names, observation, mean, mean, None, 0.0)
+        action, density = explore(mean[None], exploration.sigma, exploration.random)
+        return Decision(self.policy or "", names, observation, mean, action[0], float(density[0]), exploration.sigma)
 
     def candidates(self, request: ScoreRequest, fresh: Sequence[Entry] = ()) -> Question:
         """As `question`, for given items."""
@@ -289,6 +358,7 @@ class Night:
             now=[question.now for question in questions],
             filters=[question.filters for question in questions],
             rules=self.rules,
+            controls=self.predictor.turned([question.action for question in questions]),
             context=[question.context for question in questions],
         )
         found = []
@@ -318,7 +388,8 @@ class Night:
         found = []
         for question in questions:
             ids = question.candidates or ()
-            told = self.predictor.explain(question.history, self.predictor.index_of(ids), now=question.now, context=question.context)
+            asked: dict[str, Any] = {"now": question.now, "context": question.context, "controls": self.predictor.turned([question.action])}
+            told = self.predictor.explain(question.history, self.predictor.index_of(ids), **asked)
             why = [self._named(question.history, told.position, told.attention, drop) for drop in told.drop]
             found.append(Found([(item, None) for item in ids], "realtime", why))
         return found

@@ -16,6 +16,7 @@ HOUR_S = 3600.0
 WAITING = 10_000  # values of one kind between two flushes; the last ones stay
 LATENCY_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 BATCH = (1, 2, 4, 8, 16, 32, 64)
+ACTION = (-0.99, -0.5, -0.1, 0.1, 0.5, 0.99)
 LAG_S = (1, 10, 60, 600, 3600, 6 * 3600, 86_400)
 
 
@@ -30,6 +31,7 @@ class Telemetry:
     latency_ms: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=WAITING))
     batches: deque[int] = field(default_factory=lambda: deque(maxlen=WAITING))
     lags_s: deque[float] = field(default_factory=lambda: deque(maxlen=WAITING))
+    actions: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=WAITING))  # control, -1 to 1
     shown: set[Any] = field(default_factory=set)
     _since: float = field(default_factory=time.monotonic)
 
@@ -50,7 +52,7 @@ class Telemetry:
     def flush(self, state: dict[str, float], serving: dict[str, str]) -> None:
         """Hand over what was counted. `state`: gauges as they are now; `serving`: labels of what is served."""
         self.answers, self.degraded, self.refused, self.kept = Tally(), Tally(), Tally(), Tally()
-        self.latency_ms, self.batches, self.lags_s = (deque(maxlen=WAITING) for _ in range(3))
+        self.latency_ms, self.batches, self.lags_s, self.actions = (deque(maxlen=WAITING) for _ in range(4))
 
 
 class RayTelemetry(Telemetry):
@@ -67,6 +69,7 @@ class RayTelemetry(Telemetry):
         self._latency = Histogram("recray_latency_ms", "of answers of /v1/recommend, in the replica", list(LATENCY_MS), ("source",))
         self._batch = Histogram("recray_batch_size", "requests that the model answered in one pass", list(BATCH))
         self._lag = Histogram("recray_feedback_lag_s", "from an event or outcome to its acknowledgement", list(LAG_S))
+        self._action = Histogram("recray_action", "what the attention policy decided, -1 to 1", list(ACTION), ("control",))
         self._gauges = {
             "waiting": Gauge("recray_waiting", "requests that wait for the model"),
             "coverage": Gauge("recray_coverage", "share of the catalogue that was shown in the running hour"),
@@ -80,7 +83,7 @@ class RayTelemetry(Telemetry):
 
     def flush(self, state: dict[str, float], serving: dict[str, str]) -> None:
         answers, degraded, refused, kept = self.answers, self.degraded, self.refused, self.kept
-        latency_ms, batches, lags_s = self.latency_ms, self.batches, self.lags_s
+        latency_ms, batches, lags_s, actions = self.latency_ms, self.batches, self.lags_s, self.actions
         super().flush(state, serving)  # first: what comes meanwhile is the next one's
         for (source, bundle, arm), count in list(answers.items()):
             self._answers.inc(count, {"source": source, "bundle": bundle, "arm": arm})
@@ -95,6 +98,8 @@ class RayTelemetry(Telemetry):
             self._batch.observe(size)
         for lag in list(lags_s):
             self._lag.observe(max(lag, 0.0))
+        for control, value in list(actions):
+            self._action.observe(value, {"control": control})
         for name, gauge in self._gauges.items():
             gauge.set(state[name])
         if self._served and self._served != serving:

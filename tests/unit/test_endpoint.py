@@ -261,6 +261,8 @@ def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says
     words = ["run", f"{address}/openapi.json", "--max-examples", "25", "--phases", "examples,coverage,fuzzing", "--no-color"]
     # what the document cannot say may be refused all the same: a moment before 1970, a column that the data do not have
     words += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--seed", "1"]
+    refusals = "negative_data_rejection.expected-statuses = [404, 405, 413, 415, 422]"  # 413: such a body may be too large as well
+    (tmp_path / "schemathesis.toml").write_text(f"[checks]\n{refusals}\n")
     program = Path(sys.executable).with_name("schemathesis")
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]

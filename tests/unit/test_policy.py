@@ -8,7 +8,7 @@ from scipy.stats import truncnorm
 from recray.dataset.reader import History
 from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
 from recray.inference import Predictor
-from recray.inference.policy import LOG_TEMPERATURE, OBSERVED, Frozen, Policy, controls, dials, explore, log_density, observe, popularity_rank
+from recray.inference.policy import LOG_TEMPERATURE, OBSERVED, Frozen, Policy, dials, explore, log_density, observe, popularity_rank, turn
 
 DAY = 86_400
 
@@ -130,7 +130,7 @@ def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_datas
     histories = [predictor.translation(world_dataset).history(one) for one in users]
 
     def scores(action):
-        turned = controls(np.repeat(np.array([action]), len(users), 0), chosen, model, kinds)
+        turned = turn(np.repeat(np.array([action]), len(users), 0), chosen, model, kinds)
         items = [np.arange(1, predictor.n_items + 1)] * len(users)
         return np.stack(predictor.score(histories, items, now=world_dataset.now_s, controls=turned))
 
@@ -140,7 +140,7 @@ def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_datas
         action = np.zeros(len(names))
         action[place] = 1.0
         assert np.abs(scores(action) - plain).max() > 1e-6, names[place]
-    turned = controls(np.array([[1.0, -1.0, 0, 0, 0, 0]]), chosen, model, kinds)
+    turned = turn(np.array([[1.0, -1.0, 0, 0, 0, 0]]), chosen, model, kinds)
     assert turned.log_temperature.tolist() == [[pytest.approx(LOG_TEMPERATURE), pytest.approx(0.0, abs=1e-6)]]
     with pytest.raises(SettingsError, match=r"(?s)policy.actions: event.none.*known: temperature"):
         dials(["event.none"], model, kinds)
@@ -150,8 +150,8 @@ def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predi
     chosen = dials(["temperature", "recency"], predictor.model, predictor.event_types)
     histories = [predictor.translation(world_dataset).history(world_dataset.user_history(user)) for user in range(6)]
     actions = np.random.default_rng(0).uniform(-1, 1, (6, 2))
-    turn = lambda rows: controls(rows, chosen, predictor.model, predictor.event_types)  # noqa: E731
-    together = predictor.recommend(histories, 10, now=world_dataset.now_s, controls=turn(actions))
+    steer = lambda rows: turn(rows, chosen, predictor.model, predictor.event_types)  # noqa: E731
+    together = predictor.recommend(histories, 10, now=world_dataset.now_s, controls=steer(actions))
     for row, one in enumerate(histories):
-        alone = predictor.recommend([one], 10, now=world_dataset.now_s, controls=turn(actions[row : row + 1]))
+        alone = predictor.recommend([one], 10, now=world_dataset.now_s, controls=steer(actions[row : row + 1]))
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-6)

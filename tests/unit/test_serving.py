@@ -184,7 +184,7 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
     settings = load_settings(None, overrides)
     data = prepare_here(settings)
     bundle = untrained(settings, data, tmp_path / "b", "b")
-    shared = {"bundle": str(bundle.path), "dataset": str(data.path), "batch_users": 64, "threads": 1, "rules": NO_RULES}
+    shared = {"policy": None, "bundle": str(bundle.path), "dataset": str(data.path), "batch_users": 64, "threads": 1, "rules": NO_RULES}
     bucket = int(bucket_of([999], data.n_shards)[0])
     part = ScoreBucket(**shared, folder=str(tmp_path), k=5, new_only=False)({"item": bucket})
     rows = {row["user_id"]: row for row in pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()}

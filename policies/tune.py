@@ -1,0 +1,96 @@
+"""A policy for a bundle, from held-out users: learned on some of what they did next, judged on the others'."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from policies import gate
+from policies.held_out import HeldOut
+from policies.learner import Ppo, learn
+from recray.bundle import Bundle
+from recray.config import Settings
+from recray.dataset.reader import Dataset
+from recray.errors import DataError, RefusedError
+from recray.evaluation.evaluate import test_questions
+from recray.evaluation.protocol import Question, wanted
+from recray.inference import Predictor, Translation
+from recray.inference.policy import Policy
+
+LEAST = 200  # users to learn from, and as many to be judged by
+JUDGED = 1 / 3  # of the users
+TIMED = 200  # requests
+BATCH = 256
+
+
+def tune(
+    settings: Settings,
+    dataset: Dataset,
+    bundle: Bundle,
+    *,
+    start: Policy | None = None,
+    checkpoint: Path | None = None,
+    on_metrics: Callable[[int, dict[str, float]], None] = lambda decisions, metrics: None,
+) -> tuple[Policy, gate.Verdict]:
+    """Learn and judge. Needs a Ray session.
+
+    start : a policy to begin with, of another bundle; checkpoint: as `policies.learner.learn`
+    Raises DataError for too few users, RefusedError where privacy is on and nobody is held out, SettingsError.
+    """
+    if settings.privacy.enabled and not settings.split.held_out:
+        raise RefusedError("policy.enabled with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2")
+    predictor = Predictor.load(bundle.path, dataset=dataset)
+    translation, new_only = predictor.translation(dataset), settings.evaluate.primary_setting == "new_only"
+    asked = (question for batch in test_questions(settings, dataset).batches(BATCH) for question in batch)
+    questions = [_translated(question, translation, new_only=new_only) for question in asked]
+    questions = [question for question in questions if len(question.target) and (question.history.item_index > 0).any()]
+    if len(questions) * JUDGED < LEAST:
+        raise DataError(f"dataset {dataset.key} has {len(questions)} test users, too few for a policy", f"{round(LEAST / JUDGED)} are needed")
+    order = np.random.default_rng(settings.split.seed).permutation(len(questions))
+    edge = round(len(questions) * JUDGED)
+    options, k = settings.policy, settings.evaluate.k[0]
+    judged, learned = (
+        HeldOut(predictor, [questions[place] for place in places], options.actions, metric=options.metric, k=k, new_only=new_only)
+        for places in (order[:edge], order[edge:])
+    )
+    ppo = Ppo(decisions=options.decisions, penalty=options.penalty)
+    policy = learn(learned, ppo, bundle.digest, seed=settings.split.seed, start=start, checkpoint=checkpoint, on_metrics=on_metrics)
+    verdict = judge(settings, judged, policy)
+    policy.about |= {"bundle": bundle.key, "dataset": dataset.key, "as_of_s": dataset.as_of_s, "promoted": verdict.passed, "reason": verdict.reason}
+    policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
+    return policy, verdict
+
+
+def judge(settings: Settings, judged: HeldOut, policy: Policy) -> gate.Verdict:
+    """The gate's verdict by users that the policy was not learned from."""
+    options, places = settings.policy, np.arange(len(judged))
+    lists = [judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions))))]
+    mine, none = (judged.worth(places, found) for found in lists)
+    varied, before = (judged.diversity(found) for found in lists)
+    rules = gate.Rules(threshold=options.threshold, segment=-options.segment, diversity=options.diversity, latency=options.latency)
+    latency = deciding_share(judged.predictor, judged.questions[:TIMED], policy)
+    return gate.compare(judged.observation, mine, none, rules, diversity=varied / max(before, 1e-9), latency=latency)
+
+
+def deciding_share(predictor: Predictor, questions: list[Question], policy: Policy) -> float:
+    """Median time to observe and decide, as a share of the median time of the answer itself, one request at a time."""
+    deciding, answering = [], []
+    for question in questions:
+        begun = time.perf_counter()
+        policy.act(predictor.observe(question.history, question.now)[None])
+        decided = time.perf_counter()
+        predictor.recommend([question.history], 10, now=question.now, context=[question.context])
+        deciding.append(decided - begun)
+        answering.append(time.perf_counter() - decided)
+    return float(np.median(deciding) / np.median(answering))
+
+
+def _translated(question: Question, translation: Translation, *, new_only: bool) -> Question:
+    """The question in the bundle's indices; of its targets those that the bundle knows."""
+    known = translation.to_bundle[wanted(question, new_only=new_only)]
+    history, context = translation.history(question.history), translation.context(question.context)
+    return replace(question, history=history, target=np.unique(known[known > 0]), context=context)

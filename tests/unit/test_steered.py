@@ -1,0 +1,163 @@
+"""A policy behind a night and an endpoint: what it decides is in lists, answers and the log, and users may explore around it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from policies.logs import Logged, checked
+from recray import promotion
+from recray.benchmark.nights import each_bucket, publish_untrained
+from recray.bundle import Bundle
+from recray.config import PolicySettings, ServeSettings
+from recray.dataset.reader import Dataset
+from recray.errors import RefusedError, RequestError
+from recray.inference import Predictor
+from recray.inference.policy import OBSERVED, Frozen, Policy
+from recray.release import Release
+from recray.scoring.score import write_night
+from recray.serving.api import RecommendRequest
+from recray.serving.handler import Handler
+from recray.serving.night import Night
+
+ACTIONS = ("temperature", "recency")
+
+
+def steady(predictor, histories, now, digest, value):
+    """A policy that always decides the same."""
+    seen = np.stack([predictor.observe(history, now) for history in histories])
+    weights = {"weight_0": torch.zeros(2, len(OBSERVED)), "bias_0": torch.tensor(value)}
+    return Policy(ACTIONS, Frozen.of(seen), weights, digest, {"promoted": True, "reason": ""})
+
+
+@pytest.fixture(scope="module")
+def shop(world_settings, world_dataset, tmp_path_factory):
+    storage = publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("steered"))
+    bundle = Bundle.open(storage.bundle("untrained"))
+    predictor = Predictor.load(bundle.path, dataset=world_dataset)
+    histories = [predictor.translation(world_dataset).history(world_dataset.user_history(user)) for user in range(300)]
+    steady(predictor, histories, world_dataset.now_s, bundle.digest, [0.9, -0.8]).save(storage.policy("p"), "p")
+    return storage, bundle, predictor, histories, storage.release.read_bytes(), storage.latest.read_bytes()
+
+
+@pytest.fixture
+def root(shop):
+    storage, _, _, _, release, latest = shop
+    yield storage
+    storage.release.write_bytes(release)
+    storage.latest.write_bytes(latest)
+    for file in (storage.root / "state").glob("*"):
+        file.unlink()
+
+
+def made(storage, settings, **policy):
+    return Handler(storage, ServeSettings(timeout_s=5.0), settings.score, policy=PolicySettings(**policy))
+
+
+def ask(handler, user, **body):
+    return asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=5, **body)))
+
+
+def logged(handler):
+    asyncio.run(handler._writer.append([]))
+    return {entry.key: entry.body for _, entry in handler._writer.log.read(0, 1000)}
+
+
+def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, world_settings, world_dataset):
+    storage, bundle, plain, histories, *_ = shop
+    write_night(storage, "steered", Dataset.open(storage.dataset(world_dataset.key)), bundle, world_settings.score, each_bucket, "p")
+    night = Night.load(storage)
+    assert night.policy == "p" and night.name == "untrained+p" and night.describe().policy == "p"
+    decided = Predictor.load(bundle.path, storage.policy("p"), dataset=world_dataset)
+    now = world_dataset.now_s
+    expected = decided.recommend(histories[:50], 5, now=now)
+    turned = plain.recommend(histories[:50], 5, now=now, controls=plain.turned([{"temperature": 0.9, "recency": -0.8}] * 50))
+    assert np.array_equal(expected.item_index, turned.item_index)
+    assert not np.array_equal(expected.scores, plain.recommend(histories[:50], 5, now=now).scores)
+    handler = made(storage, world_settings)
+    for user in range(50):
+        ids = decided.ids_of(expected.item_index[user])
+        listed, live = ask(handler, user), ask(handler, user, mode="realtime")
+        assert (listed.source, live.source) == ("snapshot", "realtime")
+        assert [item.item_id for item in listed.items] == [item.item_id for item in live.items] == ids
+        assert live.policy == "p" and live.controls == pytest.approx({"temperature": 0.9, "recency": -0.8})
+    body = logged(handler)[live.request_id]["decision"]
+    assert body["policy"] == "p" and body["log_density"] is None and body["mean"] == body["action"]
+    handler.close()
+
+
+def test_a_request_says_how_it_is_turned_and_unknown_names_are_refused(shop, root, world_settings):
+    _, _, plain, *_ = shop
+    handler = made(root, world_settings)
+    before, none, turned = (ask(handler, 7, mode="realtime", controls=controls) for controls in (None, {}, {"temperature": 1.0}))
+    assert [item.score for item in before.items] == pytest.approx([item.score for item in none.items])
+    assert [item.score for item in turned.items] != pytest.approx([item.score for item in none.items])
+
+    async def together():
+        asked = [RecommendRequest(user_id=user, k=5, mode="realtime", controls={"temperature": user / 10}) for user in range(8)]
+        return await asyncio.gather(*(handler.recommend(request) for request in asked))
+
+    for user, answer in enumerate(asyncio.run(together())):
+        alone = ask(handler, user, mode="realtime", controls={"temperature": user / 10})
+        assert [item.score for item in answer.items] == pytest.approx([item.score for item in alone.items], rel=1e-5)
+    with pytest.raises(RequestError, match="controls: nothing"):
+        ask(handler, 7, controls={"nothing": 0.5})
+    with pytest.raises(RequestError, match="controls cannot change"):
+        ask(handler, 7, mode="batch", controls={"temperature": 0.5})
+    handler.close()
+
+
+def test_who_explores_is_answered_now_and_the_log_can_be_evaluated(shop, root, world_settings):
+    handler = made(root, world_settings, sigma=0.4, explore=0.5)
+    answers = {user: ask(handler, user) for user in range(290)}
+    explored = {user for user, answer in answers.items() if answer.controls is not None}
+    assert 110 < len(explored) < 180
+    assert {answers[user].source for user in explored} == {"realtime"}
+    assert {answer.source for user, answer in answers.items() if user not in explored} == {"snapshot"}
+    assert {user for user in answers if ask(handler, user).controls is not None} == explored, "a user explores or does not"
+    bodies = logged(handler)
+    rows = [bodies[answers[user].request_id]["decision"] for user in sorted(explored)]
+    columns = {name: np.array([row[name] for row in rows]) for name in ("observation", "mean", "action", "log_density", "sigma")}
+    n = len(rows)
+    log = Logged(**columns, reward=np.ones(n), user=np.arange(n), bundle=np.full(n, "b"), policy=np.array([row["policy"] for row in rows]))
+    left, aside = checked(log, "b", {""})
+    assert len(left) == n and aside == {}, "densities are those of the actions that were played"
+    assert np.ptp(columns["action"]) > 0.5 and not columns["mean"].any()
+    handler.close()
+
+
+def test_without_a_policy_and_exploration_nothing_is_decided(root, world_settings):
+    handler = made(root, world_settings)
+    answer = ask(handler, 7, mode="realtime")
+    assert answer.controls is None and answer.policy is None and "decision" not in logged(handler)[answer.request_id]
+    handler.close()
+
+
+def test_a_policy_on_trial_answers_its_share_and_goes_home_like_a_bundle(shop, root, world_settings):
+    storage, bundle, *_ = shop
+    release, why = promotion.release_policy(storage, bundle, "p", 0.5)
+    assert why == "" and release.challenger.name == "untrained+p" and release.on_trial and release.champion.policy is None
+    handler = made(storage, world_settings)
+    seen = {ask(handler, user).policy for user in range(40)}
+    assert seen == {None, "p"} and handler.models().challenger == "untrained+p"
+    promotion.end_trial(storage, "worse", "untrained+p")
+    handler.look()
+    assert {ask(handler, user).policy for user in range(40)} == {None}
+    release, why = promotion.release_policy(storage, bundle, "p", 0.5)
+    assert "was on trial before, and ended" in why and not release.on_trial
+    handler.close()
+
+
+def test_a_policy_is_adopted_and_rolled_back_to_the_trained_model(shop, root):
+    storage, bundle, *_ = shop
+    promotion.release_policy(storage, bundle, "p", 0.5)
+    release, why = promotion.release_policy(storage, bundle, "p", 1.0)
+    assert why == "" and release.champion.name == "untrained+p" and not release.on_trial and promotion.policy_of(storage) == "p"
+    back = promotion.roll_back(storage)
+    assert back.champion.name == "untrained" and back.rolled_back == ("untrained+p",) and Release.read(storage) == back
+    assert promotion.release_policy(storage, bundle, "p", 1.0)[1]
+    with pytest.raises(RefusedError):
+        promotion.roll_back(storage)
