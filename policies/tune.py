@@ -44,10 +44,7 @@ def tune(
     if settings.privacy.enabled and not settings.split.held_out:
         raise RefusedError("policy.enabled with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2")
     predictor = Predictor.load(bundle.path, dataset=dataset)
-    translation, new_only = predictor.translation(dataset), settings.evaluate.primary_setting == "new_only"
-    asked = (question for batch in test_questions(settings, dataset).batches(BATCH) for question in batch)
-    questions = [_translated(question, translation, new_only=new_only) for question in asked]
-    questions = [question for question in questions if len(question.target) and (question.history.item_index > 0).any()]
+    questions, new_only = questions_of(settings, dataset, predictor)
     if len(questions) * JUDGED < LEAST:
         raise DataError(f"dataset {dataset.key} has {len(questions)} test users, too few for a policy", f"{round(LEAST / JUDGED)} are needed")
     order = np.random.default_rng(settings.split.seed).permutation(len(questions))
@@ -87,6 +84,15 @@ def deciding_share(predictor: Predictor, questions: list[Question], policy: Poli
         deciding.append(decided - begun)
         answering.append(time.perf_counter() - decided)
     return float(np.median(deciding) / np.median(answering))
+
+
+def questions_of(settings: Settings, dataset: Dataset, predictor: Predictor) -> tuple[list[Question], bool]:
+    """The test users with a history and a target that the predictor knows, in its indices, and whether only new items count
+    (`evaluate.primary_setting`)."""
+    translation, new_only = predictor.translation(dataset), settings.evaluate.primary_setting == "new_only"
+    asked = (question for batch in test_questions(settings, dataset).batches(BATCH) for question in batch)
+    found = (_translated(question, translation, new_only=new_only) for question in asked)
+    return [question for question in found if len(question.target) and (question.history.item_index > 0).any()], new_only
 
 
 def _translated(question: Question, translation: Translation, *, new_only: bool) -> Question:

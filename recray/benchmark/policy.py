@@ -22,11 +22,10 @@ from policies.held_out import HeldOut
 from policies.learner import Ppo, learn
 from policies.logs import Logged, checked
 from policies.rewards import Planted, clicks
-from policies.tune import deciding_share
+from policies.tune import deciding_share, questions_of
 from recray import cluster
 from recray.benchmark.data import prepared
 from recray.dataset.reader import History
-from recray.evaluation.evaluate import test_questions
 from recray.evaluation.metrics import bootstrap_means, interval
 from recray.evaluation.plots import gap_closed
 from recray.evaluation.protocol import Question
@@ -212,20 +211,21 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
     predictor = Predictor.of(loop.average.eval(), dataset, settings.model.prior_days)
     say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
     cluster.start()
-    questions = [question for batch in test_questions(settings, dataset).batches(256) for question in batch]
+    questions, new_only = questions_of(settings, dataset, predictor)
     np.random.default_rng(0).shuffle(questions)
     metrics: dict[str, Any] = {"epochs": epochs, "actions": ACTIONS, "deciding_share": round(_deciding(predictor, questions), 4)}
     for share in POLLUTED:
         random = np.random.default_rng(1)
         asked = [_polluted(question, share, predictor.n_items, random) for question in questions]
         half = len(asked) // 2
-        found = _on_histories(HeldOut(predictor, asked[:half], ACTIONS), HeldOut(predictor, asked[half:], ACTIONS), say)
+        learned, judged = (HeldOut(predictor, some, ACTIONS, new_only=new_only) for some in (asked[:half], asked[half:]))
+        found = _on_histories(learned, judged)
         metrics[f"noise {share:.0%}"] = found
         say(f"{share:.0%} noise: NDCG {found['ndcg']}, over nothing {found['over_nothing']}, promoted: {found['promoted']} {found['reason']}")
     return chosen, metrics
 
 
-def _on_histories(learned: HeldOut, judged: HeldOut, say: Say) -> dict[str, Any]:
+def _on_histories(learned: HeldOut, judged: HeldOut) -> dict[str, Any]:
     policy = learn(learned, replace(Ppo(), decisions=REAL_DECISIONS), BUNDLE)
     ways: dict[str, Act] = {
         "ppo": policy.act,
