@@ -71,9 +71,9 @@ def learn(
     try:
         module = algorithm.get_module()
         if kept is not None:
-            _restore(module, kept, checkpoint)
+            restore(module, kept, checkpoint)
         elif start is not None:
-            _restore(module, {**module.state_dict(), **_as_module(start.weights)}, None)
+            restore(module, {**module.state_dict(), **as_module(start.weights)}, None)
         if kept is not None or start is not None:
             algorithm.learner_group.set_state({"learner": {"rl_module": {"default_policy": _numpy(module.state_dict())}}})
         while done < options.decisions:
@@ -82,7 +82,7 @@ def learn(
             on_metrics(done, {"reward": float(found["env_runners"]["episode_return_mean"])})
             if checkpoint is not None:
                 _keep(checkpoint, algorithm.get_module().state_dict(), frozen, done)
-        weights = _plain(algorithm.get_module().state_dict())
+        weights = plain(algorithm.get_module().state_dict())
     finally:
         algorithm.stop()
     return Policy(rewards.actions, frozen, weights, bundle_digest, {"decisions": done, "learner": "ppo", "seed": seed})
@@ -121,14 +121,7 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, seed: int, done: 
             entropy_coeff=0.0,
             grad_clip=1.0,
         )
-        .rl_module(
-            model_config={
-                "fcnet_hiddens": [options.hidden, options.hidden],
-                "fcnet_activation": "tanh",
-                "free_log_std": True,
-                "vf_share_layers": False,
-            }
-        )
+        .rl_module(model_config=module_config(options.hidden))
         .debugging(seed=seed, log_level="ERROR")
     )
     with warnings.catch_warnings():
@@ -136,7 +129,12 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, seed: int, done: 
         return config.build_algo()
 
 
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def module_config(hidden: int) -> dict[str, Any]:
+    """Of RLlib's network, whose mean `Policy` evaluates."""
+    return {"fcnet_hiddens": [hidden, hidden], "fcnet_activation": "tanh", "free_log_std": True, "vf_share_layers": False}
+
+
+def plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The mean's layers, by the names of `Policy`."""
     found = {}
     for place, layer in enumerate(LAYERS):
@@ -144,7 +142,8 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _as_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A policy's layers by the names of RLlib's module."""
     return {f"{layer}.{part}": weights[f"{part}_{place}"] for place, layer in enumerate(LAYERS) for part in ("weight", "bias")}
 
 
@@ -152,7 +151,8 @@ def _numpy(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in state.items()}
 
 
-def _restore(module: Any, state: dict[str, Tensor], where: Path | None) -> None:
+def restore(module: Any, state: dict[str, Tensor], where: Path | None) -> None:
+    """Set a module's tensors. Raises DamagedArtifactError for another shape; where : file that they are from."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -32,13 +32,14 @@ JOBS = {
     "evaluate": "the bundle beside baselines on the test users",
     "promote": "ask the gate whether a bundle becomes the champion",
     "tune": "an attention policy for the champion, learned by RLlib; a gate decides whether it answers",
+    "adapt": "the next attention policy, from what answers that explored were worth; the same gate",
     "score": "every user's list by the champion, published",
     "nightly": "collect, prepare, train, evaluate, promote, tune, score, report; goes on where it stopped",
     "report": "a page about the night, with plots; opened in a browser",
     "rollback": "the champion before this one again, and its scores for the published night",
     "serve": "answer requests from the published night until interrupted",
 }
-SUBMITTED = ("collect", "prepare", "train", "evaluate", "promote", "tune", "score", "nightly", "rollback", "audit")
+SUBMITTED = ("collect", "prepare", "train", "evaluate", "promote", "tune", "adapt", "score", "nightly", "rollback", "audit")
 INIT_HEADING = """recray nightly --config {path}
 Every setting with its default. Override any on the command line: train.epochs=3"""
 

@@ -269,6 +269,8 @@ class PolicySettings(Section):
     segment: float = Field(0.01, ge=0, description="gate: what no third of the users by length of history may lose for sure, as a share")
     diversity: float = Field(0.9, ge=0, description="gate: how varied its lists have to be, as a share of the trained model's")
     latency: float = Field(0.05, gt=0, description="gate: what a decision may take, as a share of the time of the answer")
+    wait_s: float = Field(3600.0, ge=0, description="adapt: how long a decision waits for its outcomes")
+    rounds: int = Field(10, ge=1, description="adapt: collected folders that are looked back at, unless the newest contradicts them")
     share: float = _place(0.1, "of the users whom a policy that passed the gate answers on trial; 1: all at once, nightly lists too", gt=0, le=1)
     sigma: float = _place(0.0, "how far answers explore around what is decided, for the users of policy.explore; 0: not at all", ge=0, le=2)
     explore: float = _place(0.0, "share of the users for whom answers explore", ge=0, le=1)

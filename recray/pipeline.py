@@ -175,6 +175,12 @@ def run_tune(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
         return stages.tune(work, _dataset(settings, as_of))
 
 
+def run_adapt(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
+    """The champion's next attention policy, from what answers that explored were worth."""
+    with _at_work("adapt", settings, say) as work:
+        return stages.adapt(work)
+
+
 def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Every user's list by the champion, published."""
     with _at_work("score", settings, say) as work:

@@ -290,9 +290,8 @@ def _not_promoted(work: Work, reason: str, started: float) -> JobResult:
 def tune(work: Work, dataset: Dataset) -> JobResult:
     """An attention policy for the champion, learned from held-out users; where the gate lets it pass it goes on trial, or live."""
     from policies.tune import tune as learn_policy
-    from recray.inference.policy import KIND, Policy
-    from recray.promotion import champion_of, keep_private, release_policy
-    from recray.release import Release
+    from recray.inference.policy import KIND
+    from recray.promotion import champion_of, keep_private
 
     started = time.monotonic()
     storage, settings = work.storage, work.settings
@@ -317,7 +316,47 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
         policy.about["key"] = key
         policy.save(path, key)
         checkpoint.unlink(missing_ok=True)
-    about = Policy.load(path, bundle.digest).about
+    return _released(work, "tune", key, bundle, dataset.as_of_s, started, skipped=skipped)
+
+
+def adapt(work: Work) -> JobResult:
+    """The champion's next attention policy from what answers that explored were worth; the gate decides as for `tune`.
+
+    Collects first. Raises RefusedError where there is too little to learn from.
+    """
+    from policies.adapt import adapt as learn_policy
+    from recray.inference.policy import KIND, Policy
+    from recray.promotion import champion_of, keep_private, policy_of
+
+    collect(work)
+    started = time.monotonic()
+    storage, settings = work.storage, work.settings
+    bundle = champion_of(storage)
+    keep_private(settings, bundle)
+    name = policy_of(storage)
+    live = None if name is None else Policy.load(storage.policy(name), bundle.digest)
+    folders = sorted(storage.collected.glob("[!.]*"), key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
+    folders = folders[-settings.policy.rounds :]
+    key = key_of("adapt", settings.result_settings("policy"), bundle.digest, [folder.name for folder in folders], name, __version__)
+    path, now_s = storage.policy(key), time.time()
+    skipped = is_sealed(path, KIND, key)
+    if not skipped:
+        known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
+        policy, _, aside = learn_policy(settings, folders, bundle, live, known, key, now_s)
+        for reason, count in aside.items():
+            work.warn(f"{count} decisions were set aside: {reason}")
+        policy.save(path, key)
+    return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
+
+
+def _released(work: Work, job: str, key: str, bundle: Bundle, as_of_s: int, started: float, *, skipped: bool) -> JobResult:
+    """Say what the gate said of a policy, let it go where it may, and tell MLflow."""
+    from recray.inference.policy import Policy
+    from recray.promotion import release_policy
+    from recray.release import Release
+
+    storage, settings = work.storage, work.settings
+    about = Policy.load(storage.policy(key), bundle.digest).about
     for check in about["checks"]:
         work.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
     reason, before = about["reason"], Release.read(storage)
@@ -328,9 +367,10 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
     work.say(f"policy {key} {'does not go live: ' + reason if reason else live}")
     metrics: dict[str, Any] = {**about["figures"], "promoted": int(about["promoted"])}
     values = {f"policy_{name}": value for name, value in metrics.items()}
-    document = {f"policies/{date_of(dataset.as_of_s)}-{key}.json": about}
-    _tell(work, key, bundle, 3, dataset.as_of_s, {"metrics": {"values": values, "step": day_of(dataset.as_of_s)}, "documents": document})
-    result = result_of("tune", skipped and release == before, key, {"policy": str(path), "release": str(storage.release)}, metrics, started, work)
+    document = {f"policies/{date_of(as_of_s)}-{key}.json": about}
+    _tell(work, key, bundle, 3, as_of_s, {"metrics": {"values": values, "step": day_of(as_of_s)}, "documents": document})
+    outputs = {"policy": str(storage.policy(key)), "release": str(storage.release)}
+    result = result_of(job, skipped and release == before, key, outputs, metrics, started, work)
     result.reason = reason
     return result
 

@@ -136,7 +136,9 @@ class Handler:
         if released != self._released or night is not self.night:
             self._released = released
             try:
-                trial, challenger = self._on_trial(night, Release.read(self.storage) if released else Release())
+                release = Release.read(self.storage) if released else Release()
+                night = self._steered(night, release)
+                trial, challenger = self._on_trial(night, release)
             except Exception as error:
                 trial = challenger = None
                 self._log.error("the challenger cannot be loaded: %s", error)
@@ -165,6 +167,13 @@ class Handler:
     def _serving(self) -> dict[str, str]:
         trial = self.trial
         return {"night": self.night.date, "bundle": self.night.name, "challenger": "" if trial is None else trial.challenger}
+
+    def _steered(self, night: Night, release: Release) -> Night:
+        """The night with the policy that is released for its bundle, which may be newer than its lists."""
+        champion = release.champion
+        if champion is None or champion.digest != night.bundle_digest or champion.policy == night.policy:
+            return night
+        return night.with_bundle(champion.open(self.storage), champion.policy)
 
     def _on_trial(self, night: Night, release: Release) -> tuple[Trial | None, Night | None]:
         """The trial of a release, and its challenger behind a night; None where there is none."""

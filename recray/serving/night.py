@@ -109,6 +109,7 @@ class Night:
     translation: Translation
     rules: Rules | None
     bundle: str
+    bundle_digest: str
     policy: str | None
     private: bool
     popular_list: tuple[tuple[Any, float], ...]
@@ -162,7 +163,7 @@ class Night:
         real = answer.item_index[0] > 0
         private = bool(bundle.privacy["differential_privacy"])
         popular = tuple(zip(predictor.ids_of(answer.item_index[0][real]), answer.scores[0][real].tolist(), strict=True))
-        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, policy, private, popular, dt.datetime.now(dt.UTC))
+        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, bundle.digest, policy, private, popular, dt.datetime.now(dt.UTC))
 
     @property
     def name(self) -> str:

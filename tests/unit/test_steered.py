@@ -69,6 +69,7 @@ def logged(handler):
 def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, world_settings, world_dataset):
     storage, bundle, plain, histories, *_ = shop
     write_night(storage, "steered", Dataset.open(storage.dataset(world_dataset.key)), bundle, world_settings.score, each_bucket, "p")
+    promotion.release_policy(storage, bundle, "p", 1.0)
     night = Night.load(storage)
     assert night.policy == "p" and night.name == "untrained+p" and night.describe().policy == "p"
     decided = Predictor.load(bundle.path, storage.policy("p"), dataset=world_dataset)

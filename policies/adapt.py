@@ -1,0 +1,170 @@
+"""From what answers that explored were worth to the next policy: MARWIL (RLlib) on logged decisions, from the live policy on.
+
+A click says little, so MARWIL is not shown the outcomes but what a model of them says of each logged action, learned on other users
+(gradient boosting, cross-fitted). Rounds that the newest one contradicts are left out: the world has changed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pyarrow as pa
+import torch
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+from policies import gate
+from policies.learner import as_module, module_config, plain, restore
+from policies.logs import Logged, checked, read
+from recray.bundle import Bundle
+from recray.config import Settings
+from recray.dataset.reader import draw_of
+from recray.errors import RefusedError
+from recray.inference.policy import OBSERVED, Frozen, Policy
+
+FOLDS = 3
+LEAST = 500  # decisions of a round that can speak against an older one
+SURE = 2.0  # standard errors
+JUDGES = 0.5  # of the users of the newest round
+MODULE = "default_policy"
+
+
+@dataclass(frozen=True)
+class Marwil:
+    """How MARWIL learns from a log; beta as in Wang et al. 2018, the others as RLlib names them.
+
+    sigma : width of the distribution whose mean is learned, where it begins
+    """
+
+    beta: float = 20.0
+    epochs: int = 30
+    minibatch: int = 512
+    lr: float = 1e-3
+    hidden: int = 64
+    sigma: float = 0.3
+
+
+def adapt(
+    settings: Settings, folders: Sequence[Path], bundle: Bundle, live: Policy | None, policies: set[str], key: str, now_s: float
+) -> tuple[Policy, gate.Verdict, dict[str, int]]:
+    """The next policy of a bundle from collected folders, the gate's verdict, and what was set aside of the newest round.
+
+    Half of the newest round's users, drawn by `key`, judge; nothing of theirs in it is learned from.
+    policies : run keys of those that may have decided, "" for none
+    Raises RefusedError where the newest round can say nothing, or where privacy is on and nobody is held out.
+    """
+    options = settings.policy
+    if settings.privacy.enabled and not settings.split.held_out:
+        raise RefusedError("adapt with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2")
+    rounds = read(folders, options.actions, until_s=now_s - options.wait_s)
+    if not rounds:
+        raise RefusedError("no collected decision turned " + ", ".join(options.actions), "explore: policy.sigma=0.3 policy.explore=0.1")
+    if settings.privacy.enabled:
+        rounds = [found.rows(draw_of(pa.array(found.user), f"held out {settings.split.seed}") < settings.split.held_out) for found in rounds]
+    newest, aside = checked(rounds[-1], bundle.key, policies)
+    before = [found for older in rounds[:-1] if (found := _usable(older, bundle.key, policies)) is not None]
+    judges = draw_of(pa.array(newest.user), f"judges {key}") < JUDGES
+    log = since_the_change([*before, newest.rows(~judges)])
+    policy = learn_from(log, live, options.actions, bundle.digest)
+    rules = gate.Rules(threshold=options.threshold, segment=-options.segment, latency=options.latency)
+    verdict = gate.judge(newest.rows(judges), policy, rules)
+    policy.about |= {"key": key, "bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
+    policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
+    return policy, verdict, aside
+
+
+def _usable(log: Logged, bundle: str, policies: set[str]) -> Logged | None:
+    """What can be used of an older round, None for nothing."""
+    try:
+        return checked(log, bundle, policies)[0]
+    except RefusedError:
+        return None
+
+
+def since_the_change(rounds: Sequence[Logged]) -> Logged:
+    """The newest round and those before it that foretell it as well as it foretells itself, back to the first that does not."""
+    newest = rounds[-1]
+    kept = [newest]
+    if len(newest) >= LEAST:
+        own = (smoothed(newest) - newest.reward) ** 2
+        for older in reversed(rounds[:-1]):
+            theirs = (_model(older).predict(_columns(newest)) - newest.reward) ** 2 if len(older) >= LEAST else own
+            worse = theirs - own
+            if worse.mean() > SURE * worse.std() / np.sqrt(len(worse)) + 1e-12:
+                break
+            kept.insert(0, older)
+    return Logged.joined(kept)
+
+
+def smoothed(log: Logged, seed: int = 0) -> np.ndarray:
+    """What the logged actions are worth by a model that never saw the user, float64 [n]."""
+    codes = log.codes
+    fold = np.random.default_rng(seed).integers(0, FOLDS, int(codes.max()) + 1)[codes]
+    found = np.zeros(len(log))
+    for place in range(FOLDS):
+        found[fold == place] = _model(log.rows(fold != place)).predict(_columns(log.rows(fold == place)))
+    return found
+
+
+def learn_from(
+    log: Logged, live: Policy | None, actions: tuple[str, ...], bundle_digest: str, options: Marwil = Marwil(), *, seed: int = 0
+) -> Policy:
+    """The next policy. live : to begin with; None: action 0 for everybody."""
+    frozen = Frozen.of(log.observation) if live is None else live.frozen
+    state = frozen.normalise(log.observation)
+    worth = smoothed(log, seed)
+    target = ((worth - worth.mean()) / max(worth.std(), 1e-9)).astype(np.float32)
+    learner, module = _learner(len(actions), options)
+    start = dict(module.state_dict())
+    start["pi.log_std"] = torch.full_like(start["pi.log_std"], float(np.log(options.sigma)))
+    if live is not None:
+        start |= as_module(live.weights)
+    else:  # the mean begins at 0
+        start |= {name: torch.zeros_like(start[name]) for name in ("pi.net.mlp.0.weight", "pi.net.mlp.0.bias")}
+    restore(module, start, None)
+    random = np.random.default_rng(seed)
+    size = min(options.minibatch, len(log))
+    for _ in range(options.epochs):
+        order = random.permutation(len(log))
+        for first in range(0, len(order) - size + 1, size):
+            some = order[first : first + size]
+            _update(learner, state[some], log.action[some].astype(np.float32), target[some])
+    about = {"decisions": len(log), "learner": "marwil", "seed": seed}
+    return Policy(actions, frozen, plain(module.state_dict()), bundle_digest, about)
+
+
+def _learner(K: int, options: Marwil) -> tuple[Any, Any]:
+    from ray.rllib.algorithms.marwil import MARWILConfig
+
+    spaces = gymnasium.spaces.Box(-5.0, 5.0, (len(OBSERVED),), np.float32), gymnasium.spaces.Box(-1.0, 1.0, (K,), np.float32)
+    config = (
+        MARWILConfig()  # type: ignore[no-untyped-call]
+        .environment(observation_space=spaces[0], action_space=spaces[1])
+        .training(beta=options.beta, lr=options.lr, vf_coeff=1.0, grad_clip=1.0)
+        .rl_module(model_config=module_config(options.hidden))
+    )
+    learner = config.build_learner(spaces={"__env__": spaces, MODULE: spaces})
+    learner.build()
+    return learner, learner.module[MODULE]
+
+
+def _update(learner: Any, state: np.ndarray, action: np.ndarray, target: np.ndarray) -> None:
+    """One step on decisions that each were an episode: what they were worth is their value target."""
+    from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+
+    columns = {"obs": state, "actions": action, "value_targets": target}
+    batch = SampleBatch({name: torch.from_numpy(value) for name, value in columns.items()})  # type: ignore[no-untyped-call]
+    learner.update(batch=MultiAgentBatch({MODULE: batch}, len(state)))
+
+
+def _model(log: Logged) -> HistGradientBoostingRegressor:
+    options = {"max_iter": 150, "max_depth": 4, "learning_rate": 0.05, "min_samples_leaf": 100, "random_state": 0}
+    return HistGradientBoostingRegressor(**options).fit(_columns(log), log.reward)
+
+
+def _columns(log: Logged) -> np.ndarray:
+    return np.concatenate([log.observation, log.action], 1)

@@ -1,0 +1,110 @@
+"""From answers that explored to the next policy: what is read, what a change of the world makes of older rounds, and what is learned."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from policies import adapt
+from policies.logs import Logged, checked, read
+from policies.rewards import Planted, clicks
+from recray import pipeline
+from recray.benchmark.nights import publish_untrained
+from recray.config import load_settings
+from recray.errors import RefusedError
+from recray.inference.policy import explore
+from recray.release import Release
+from recray.serving.api import FeedbackRequest, RecommendRequest
+from recray.serving.handler import Handler
+
+
+def round_of(world, n, seed, sigma=1.0):
+    random = np.random.default_rng(seed)
+    observation, cases = world.draw(n, random)
+    mean = np.zeros((n, 1), np.float32)
+    action, density = explore(mean, sigma, random)
+    reward = clicks(world.pay(cases, action), random)
+    user = np.array([f"{seed}-{row}" for row in range(n)])
+    return Logged(observation, mean, action, density, np.full(n, sigma), reward, user, np.full(n, "b"), np.full(n, ""))
+
+
+def test_rounds_are_looked_back_at_until_the_world_changed():
+    old = [round_of(Planted(drift=-1.0), 4000, seed) for seed in range(2)]
+    new = [round_of(Planted(), 4000, seed) for seed in (2, 3)]
+    assert len(adapt.since_the_change([*old, *new])) == 8000
+    assert len(adapt.since_the_change(new)) == 8000 and len(adapt.since_the_change(new[:1])) == 4000
+
+
+def test_most_of_what_is_to_be_had_is_learned_from_clicks():
+    world = Planted()
+    observation, cases = world.draw(4000, np.random.default_rng(9))
+    none, best = world.pay(cases, np.zeros((4000, 1))).mean(), world.pay(cases, world.best(observation)).mean()
+
+    def lead(policy):
+        return (world.pay(cases, policy.act(observation)).mean() - none) / (best - none)
+
+    quick = adapt.Marwil(epochs=15)
+    first = adapt.learn_from(round_of(world, 8000, 1), None, ("temperature",), "b", quick)
+    assert lead(first) > 0.35 and first.about["learner"] == "marwil" and first.bundle_digest == "b"
+    second = adapt.learn_from(Logged.joined([round_of(world, 8000, seed) for seed in (1, 2)]), first, ("temperature",), "b", quick)
+    assert lead(second) > lead(first) and np.array_equal(second.frozen.mean, first.frozen.mean)
+    shuffled = round_of(world, 8000, 1)
+    shuffled = replace(shuffled, reward=np.random.default_rng(0).permutation(shuffled.reward))
+    assert lead(adapt.learn_from(shuffled, None, ("temperature",), "b", quick)) < 0.2
+
+
+@pytest.fixture
+def shop(world_folder, world_dataset, tmp_path):
+    settings = load_settings(
+        None,
+        [
+            f"data.events=[{world_folder / 'events'}]", f"storage.root={tmp_path / 'root'}", "policy.actions=[temperature]", "policy.sigma=1.0",
+            "policy.explore=1.0", "policy.share=1.0", "policy.wait_s=0", "score.k=20", "data.context=[hour]",
+        ],
+    )  # fmt: skip
+    storage = publish_untrained(settings, world_dataset, settings.root())
+    handler = Handler(storage, settings.serve, settings.score, policy=settings.policy)
+    yield settings, storage, handler
+    handler.close()
+
+
+def talk(handler, visits, seed):
+    """Users who click where the temperature was turned up."""
+    random = np.random.default_rng(seed)
+
+    async def visit(users):
+        answers = [await handler.recommend(RecommendRequest(user_id=user, k=3)) for user in users for _ in range(visits)]
+        for answer in answers:
+            if answer.controls and random.random() < 0.15 + 0.6 * (answer.controls["temperature"] > 0.2):
+                await handler.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
+
+    for first in range(0, 300, 10):
+        asyncio.run(visit(range(first, first + 10)))
+
+
+def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop):
+    settings, storage, handler = shop
+    with pytest.raises(RefusedError, match="no collected decision"):
+        pipeline.run_adapt(settings, None)
+    talk(handler, 8, 0)
+    result = pipeline.run_adapt(settings, None)
+    folders = sorted(storage.collected.glob("[!.]*"))
+    (found,) = read(folders, ("temperature",), until_s=np.inf)
+    assert len(found) > 2000 and set(found.reward.tolist()) == {0.0, 1.0} and len(set(found.user.tolist())) > 290
+    turned = found.action[:, 0] > 0.2
+    assert found.reward[turned].mean() == pytest.approx(0.75, abs=0.06) and found.reward[~turned].mean() == pytest.approx(0.15, abs=0.06)
+    assert checked(found, "untrained", {""})[1] == {} and read(folders, ("recency",), until_s=np.inf) == []
+    assert read(folders, ("temperature",), until_s=0.0) == []
+    assert result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0 and result.reason == ""
+    assert Release.read(storage).champion.policy == result.run_key
+    before = handler.night
+    handler.look()
+    assert handler.night is not before and handler.night.policy == result.run_key
+    answer = asyncio.run(handler.recommend(RecommendRequest(user_id=3, k=3)))
+    assert answer.policy == result.run_key
+    private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
+    with pytest.raises(RefusedError, match="privacy"):
+        adapt.adapt(private, folders, None, None, {""}, "k", 0.0)
