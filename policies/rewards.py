@@ -44,11 +44,14 @@ class Planted:
     optima, as after a change of habits.
 
     level : reward of action 0
+    length, stale : where short histories end and stale ones begin (`log_length`, `log_days_since_last`)
     """
 
     level: float = 0.3
     lead: float = 0.3
     width: float = 0.6
+    length: float = 3.2
+    stale: float = 1.4
     twin: bool = False
     drift: float = 1.0
     actions: tuple[str, ...] = ("temperature",)
@@ -75,8 +78,8 @@ class Planted:
         if self.twin:
             return np.zeros((len(observation_ND), len(self.actions)))
         x = observation_ND.astype(np.float64)
-        short = np.tanh(1.2 * (3.2 - x[:, 0]))
-        stale = np.tanh(1.5 * (x[:, 4] - 1.4))
+        short = np.tanh(1.2 * (self.length - x[:, 0]))
+        stale = np.tanh(1.5 * (x[:, 4] - self.stale))
         found = self.drift * np.stack([0.8 * short * (1 - 0.7 * (k % 2)) - 0.5 * stale * short**2 for k in range(len(self.actions))], 1)
         return np.clip(found, -1.0, 1.0)
 

@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "--against", choices=["implicit", "rectools"], help="quality, train, score: the peer to run on the same data in the same run"
     )
     benchmark.add_argument("--overload", action="store_true", help="serve: three times as many requests as it can answer")
+    benchmark.add_argument("--drift", action="store_true", help="policy: a world that turns around under a running endpoint (half an hour)")
     benchmark.add_argument("--users", type=int, help="serve: a snapshot of so many users (10000000: some minutes, 5 GB)")
     benchmark.add_argument("--out", default="infra/benchmarks", help="folder of the result file (default: infra/benchmarks)")
     _common(benchmark)
@@ -245,6 +246,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
                 against=arguments.against,
                 overrides=arguments.overrides,
                 overload=arguments.overload,
+                drift=arguments.drift,
                 users=arguments.users,
             )
         if arguments.job == "submit":

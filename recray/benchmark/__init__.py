@@ -16,7 +16,7 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
-ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "policy")
+ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "policy", "policy-drift")
 
 
 def run(
@@ -28,6 +28,7 @@ def run(
     against: str | None = None,
     overrides: Sequence[str] = (),
     overload: bool = False,
+    drift: bool = False,
     users: int | None = None,
 ) -> JobResult:
     """Run one benchmark and keep its figures as a JSON file in `out`.
@@ -35,11 +36,13 @@ def run(
     data : folder of a data set, or its name under $RECRAY_DATA; for those that run on one
     against : the peer that runs on the same data in the same run; None: recray alone
     overrides : of the settings, where data are named
-    overload, users : of serve, what is asked of the endpoint instead
+    overload, users : of serve, what is asked of the endpoint instead; drift : of policy, a world that changes under a running endpoint
     """
+    if drift and what != "policy":
+        raise SettingsError(f"benchmark {what} takes no --drift", "it is for benchmark policy")
     if (overload or users) and what != "serve":
         raise SettingsError(f"benchmark {what} takes no --overload and no --users", "they are for benchmark serve")
-    what = "serve-overload" if overload else "serve-users" if users else what
+    what = "policy-drift" if drift else "serve-overload" if overload else "serve-users" if users else what
     started = time.monotonic()
     if data is not None and what != "privacy":
         from recray.benchmark.data import find_data
@@ -84,7 +87,7 @@ def _measure(
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
-        from recray.benchmark import catalogue, policy, prepare, privacy, scale, serve, submit
+        from recray.benchmark import catalogue, drift, policy, prepare, privacy, scale, serve, submit
 
         measures = {
             "prepare": prepare.measure_prepare,
@@ -95,6 +98,7 @@ def _measure(
             "serve": serve.measure_serve,
             "serve-overload": serve.measure_overload,
             "policy": policy.measure_policy,
+            "policy-drift": drift.measure_drift,
         }
         return {}, measures[what](folder, say)
     if what in ("ablations", "explain"):

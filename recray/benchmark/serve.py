@@ -60,16 +60,16 @@ def measure_serve(folder: Path, say: Say) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     with _uvicorn(storage) as port:
         first = _at_saturation(port, lists, "uvicorn, nightly lists", say)
-    with _serve(storage, {}) as port:
+    with running_serve(storage, {}) as port:
         ours = _at_saturation(port, lists, "recray serve, nightly lists", say)
         alone = load(port, lists, 1, SECONDS)
         one = load(port, live, 1, SECONDS)
         batched = _at_saturation(port, live, "recray serve, real time", say)
     with _uvicorn(storage) as port:
         last = _at_saturation(port, lists, "uvicorn again", say)
-    with _serve(storage, {}, "serve.max_batch=1") as port:
+    with running_serve(storage, {}, "serve.max_batch=1") as port:
         unbatched = _at_saturation(port, live, "recray serve, real time, one at a time", say)
-    with _serve(storage, DEFAULTS) as port:
+    with running_serve(storage, DEFAULTS) as port:
         default = _at_saturation(port, lists, "Serve's default settings, nightly lists", say)
     asgi_ms = (1000 / first.per_s + 1000 / last.per_s) / 2
     predictor_ms = _predictor_ms(storage)
@@ -105,7 +105,7 @@ def measure_overload(folder: Path, say: Say) -> dict[str, Any]:
     """
     storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
     live = [post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)]
-    with _serve(storage, {}) as port:
+    with running_serve(storage, {}) as port:
         capacity = _at_saturation(port, live, "at capacity", say)
         over = load(port, live, CONNECTIONS, SECONDS, rate=TIMES * capacity.per_s, keep=True)
         after = _at_saturation(port, live, "afterwards", say)
@@ -253,7 +253,8 @@ def plain(root: str, port: int) -> None:
 
 
 @contextmanager
-def _serve(storage: Storage, environment: dict[str, str], *overrides: str) -> Iterator[int]:
+def running_serve(storage: Storage, environment: dict[str, str], *overrides: str) -> Iterator[int]:
+    """`recray serve` on a published night, from its first answer on; its port."""
     (port,) = free_ports(1)
     words = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={storage.root}", f"serve.port={port}", *overrides]
     with _running(words, {**os.environ, **environment}, port):
@@ -273,8 +274,9 @@ def _running(words: list[str], environment: dict[str, str], port: int) -> Iterat
             time.sleep(0.2)
         yield
     finally:
-        server.send_signal(signal.SIGINT)
-        server.communicate()
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+            server.communicate()
 
 
 def _answers(port: int) -> bool:

@@ -16,7 +16,6 @@ HOUR_S = 3600.0
 WAITING = 10_000  # values of one kind between two flushes; the last ones stay
 LATENCY_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 BATCH = (1, 2, 4, 8, 16, 32, 64)
-ACTION = (-0.99, -0.5, -0.1, 0.1, 0.5, 0.99)
 LAG_S = (1, 10, 60, 600, 3600, 6 * 3600, 86_400)
 
 
@@ -69,7 +68,7 @@ class RayTelemetry(Telemetry):
         self._latency = Histogram("recray_latency_ms", "of answers of /v1/recommend, in the replica", list(LATENCY_MS), ("source",))
         self._batch = Histogram("recray_batch_size", "requests that the model answered in one pass", list(BATCH))
         self._lag = Histogram("recray_feedback_lag_s", "from an event or outcome to its acknowledgement", list(LAG_S))
-        self._action = Histogram("recray_action", "what the attention policy decided, -1 to 1", list(ACTION), ("control",))
+        self._action = Gauge("recray_action", "mean of what was decided about the attention in the last second, -1 to 1", ("control",))
         self._gauges = {
             "waiting": Gauge("recray_waiting", "requests that wait for the model"),
             "coverage": Gauge("recray_coverage", "share of the catalogue that was shown in the running hour"),
@@ -98,8 +97,11 @@ class RayTelemetry(Telemetry):
             self._batch.observe(size)
         for lag in list(lags_s):
             self._lag.observe(max(lag, 0.0))
+        decided: dict[str, list[float]] = {}
         for control, value in list(actions):
-            self._action.observe(value, {"control": control})
+            decided.setdefault(control, []).append(value)
+        for control, values in decided.items():
+            self._action.set(sum(values) / len(values), {"control": control})
         for name, gauge in self._gauges.items():
             gauge.set(state[name])
         if self._served and self._served != serving:
