@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Question
 from recray.inference import Filters, Predictor
 from recray.inference.policy import dials, observe, popularity_rank, turn
+
+USUAL = 512  # users whose lists say how varied lists are
 
 
 class HeldOut:
@@ -72,8 +75,19 @@ class HeldOut:
         )
         return answer.item_index
 
-    def diversity(self, item_NK: np.ndarray) -> float:
-        """How unlike each other the items of a list are on the average: one less the mean cosine of its pairs."""
-        vectors = torch.nn.functional.normalize(self.predictor.vectors[torch.from_numpy(item_NK)], dim=2)
+    def outcome(self, cases: np.ndarray, action_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The metric of each user, and how varied the list is as a share of the mean under action 0."""
+        found = self.lists(cases, action_NK)
+        return self.worth(cases, found), self.diversity(found) / self._usual
+
+    @cached_property
+    def _usual(self) -> float:
+        places = np.arange(min(len(self), USUAL))
+        return max(float(self.diversity(self.lists(places, np.zeros((len(places), len(self.actions))))).mean()), 1e-9)
+
+    def diversity(self, item_NK: np.ndarray) -> np.ndarray:
+        """How unlike each other the items of each list are: one less the mean cosine of its pairs, float64 [n]."""
+        vectors = torch.nn.functional.normalize(self.predictor.vectors[torch.from_numpy(item_NK)], dim=2).double()
         total = vectors.sum(1).square().sum(1)
-        return float(1 - ((total - self.k) / (self.k * (self.k - 1))).mean())
+        found: np.ndarray = (1 - (total - self.k) / (self.k * (self.k - 1))).numpy()
+        return found

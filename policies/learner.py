@@ -49,12 +49,14 @@ def learn(
     bundle_digest: str,
     *,
     seed: int = 0,
+    floor: float | None = None,
     start: Policy | None = None,
     checkpoint: Path | None = None,
     on_metrics: Callable[[int, dict[str, float]], None] = lambda decisions, metrics: None,
 ) -> Policy:
     """Learn a policy on requests whose actions can be paid. Needs a Ray session.
 
+    floor : how varied lists have to be, see `policies.environment.Decisions`
     start : begin with this policy's weights, and keep its statistics
     checkpoint : file that the state is kept in after every iteration, and gone on from if it is there
     on_metrics : told after every iteration how many decisions were made, and what they paid
@@ -67,7 +69,7 @@ def learn(
     if kept is not None:
         frozen = Frozen(**{name: kept.pop(f"frozen_{name}").numpy() for name in ("mean", "scale", "low", "high")})
         done = int(kept.pop("decisions"))
-    algorithm = _algorithm(rewards, frozen, options, seed, done)
+    algorithm = _algorithm(rewards, frozen, options, floor, seed, done)
     try:
         module = algorithm.get_module()
         if kept is not None:
@@ -88,7 +90,7 @@ def learn(
     return Policy(rewards.actions, frozen, weights, bundle_digest, {"decisions": done, "learner": "ppo", "seed": seed})
 
 
-def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, seed: int, done: int) -> Any:
+def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | None, seed: int, done: int) -> Any:
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.tune.registry import register_env
 
@@ -96,7 +98,7 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, seed: int, done: 
     draws = np.random.SeedSequence([seed, done]).generate_state(1)[0]  # after a resume other requests come
 
     def environment(context: Any) -> Decisions:
-        return Decisions(rewards, frozen, int(context.get("num_envs", 1)), penalty=options.penalty, seed=int(draws))
+        return Decisions(rewards, frozen, int(context.get("num_envs", 1)), penalty=options.penalty, floor=floor, seed=int(draws))
 
     register_env("recray", environment)
     left = max(options.decisions - done, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ class Rewards(Protocol):
 
     def pay(self, cases: Any, action_NK: np.ndarray) -> np.ndarray:
         """Mean reward of each request under an action, float64 [n]."""
+
+
+@runtime_checkable
+class Varied(Protocol):
+    """Rewards of lists, whose items may be more or less alike."""
+
+    def outcome(self, cases: Any, action_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `pay`, and how varied each list is as a share of what lists under action 0 are on the average, float64 [n] each."""
 
 
 class Differentiable(Rewards, Protocol):

@@ -55,7 +55,16 @@ def tune(
         for places in (order[:edge], order[edge:])
     )
     ppo = Ppo(decisions=options.decisions, penalty=options.penalty)
-    policy = learn(learned, ppo, bundle.digest, seed=settings.split.seed, start=start, checkpoint=checkpoint, on_metrics=on_metrics)
+    policy = learn(
+        learned,
+        ppo,
+        bundle.digest,
+        seed=settings.split.seed,
+        floor=options.diversity,
+        start=start,
+        checkpoint=checkpoint,
+        on_metrics=on_metrics,
+    )
     verdict = judge(settings, judged, policy)
     policy.about |= {"bundle": bundle.key, "dataset": dataset.key, "as_of_s": dataset.as_of_s, "promoted": verdict.passed, "reason": verdict.reason}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
@@ -67,7 +76,7 @@ def judge(settings: Settings, judged: HeldOut, policy: Policy) -> gate.Verdict:
     options, places = settings.policy, np.arange(len(judged))
     lists = [judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions))))]
     mine, none = (judged.worth(places, found) for found in lists)
-    varied, before = (judged.diversity(found) for found in lists)
+    varied, before = (float(judged.diversity(found).mean()) for found in lists)
     rules = gate.Rules(threshold=options.threshold, segment=-options.segment, diversity=options.diversity, latency=options.latency)
     latency = deciding_share(judged.predictor, judged.questions[:TIMED], policy)
     return gate.compare(judged.observation, mine, none, rules, diversity=varied / max(before, 1e-9), latency=latency)

@@ -48,6 +48,39 @@ def test_an_episode_is_one_decision_and_the_next_one_asks_for_others():
     assert not np.array_equal(environment.reset(seed=3)[0], first), "RLlib says the same seed before every batch"
 
 
+class Narrow(Planted):
+    """What pays narrows the lists."""
+
+    def pay(self, cases, action_NK):
+        return 0.3 + 0.2 * action_NK[:, 0]
+
+    def outcome(self, cases, action_NK):
+        return self.pay(cases, action_NK), 1.0 - 0.5 * action_NK[:, 0]
+
+
+def test_lists_that_lack_variety_are_charged_for_until_they_have_it():
+    world = Narrow()
+    frozen = Frozen.of(world.draw(500, np.random.default_rng(0))[0])
+    environment = Decisions(world, frozen, 64, floor=0.9)
+    paid = []
+    for _ in range(40):
+        environment.reset()
+        paid.append(environment.step(np.ones((64, 1)))[1].mean())
+    assert paid[0] > 0.3 and paid[-1] < 0.0, "an action that narrows gets dearer"
+    for _ in range(200):
+        environment.reset()
+        environment.step(-np.ones((64, 1)))
+    assert environment.price == 0.0, "and costs nothing while lists are varied enough"
+    assert Decisions(Planted(), frozen, 8, floor=0.9).floor is None
+
+
+def test_it_learns_to_keep_lists_varied(ray):
+    free, kept = (learn(Narrow(), replace(QUICK, penalty=0.0), "b", floor=floor) for floor in (None, 0.9))
+    observation = Narrow().draw(2000, np.random.default_rng(5))[0]
+    assert free.act(observation).mean() > 0.6
+    assert 1.0 - 0.5 * kept.act(observation).mean() > 0.8
+
+
 def test_it_learns_goes_on_from_a_checkpoint_and_from_a_policy(ray, tmp_path):
     world, kept, told = Planted(), tmp_path / "state.safetensors", []
     first = learn(world, QUICK, "bundle", seed=1, checkpoint=kept, on_metrics=lambda decisions, metrics: told.append((decisions, metrics["reward"])))
