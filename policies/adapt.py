@@ -6,7 +6,7 @@ A click says little, so MARWIL is not shown the outcomes but what a model of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from recray.inference.policy import OBSERVED, Frozen, Policy
 FOLDS = 3
 LEAST = 500  # decisions of a round that can speak against an older one
 SURE = 2.0  # standard errors
-JUDGES = 0.5  # of the users of the newest round
+JUDGES = 1 / 3  # of the users
+LEAST_USERS = 50
 MODULE = "default_policy"
 
 
@@ -49,32 +50,60 @@ class Marwil:
 
 
 def adapt(
-    settings: Settings, folders: Sequence[Path], bundle: Bundle, live: Policy | None, policies: set[str], key: str, now_s: float
+    settings: Settings, folders: Sequence[Path], bundle: Bundle, live: Policy | None, policies: set[str], now_s: float
 ) -> tuple[Policy, gate.Verdict, dict[str, int]]:
     """The next policy of a bundle from collected folders, the gate's verdict, and what was set aside of the newest round.
 
-    Half of the newest round's users, drawn by `key`, judge; nothing of theirs in it is learned from.
+    A third of the users, the same in every round, judge; nothing of theirs is ever learned from. They judge by what the live policy
+    decided in the newest round.
+
     policies : run keys of those that may have decided, "" for none
-    Raises RefusedError where the newest round can say nothing, or where privacy is on and nobody is held out.
+    Raises RefusedError where the newest round can say too little, or where privacy is on and nobody is held out.
     """
     options = settings.policy
-    if settings.privacy.enabled and not settings.split.held_out:
-        raise RefusedError("adapt with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2")
-    rounds = read(folders, options.actions, until_s=now_s - options.wait_s)
+    rounds = _joined(read(folders, options.actions, until_s=now_s - options.wait_s))
     if not rounds:
         raise RefusedError("no collected decision turned " + ", ".join(options.actions), "explore: policy.sigma=0.3 policy.explore=0.1")
     if settings.privacy.enabled:
-        rounds = [found.rows(draw_of(pa.array(found.user), f"held out {settings.split.seed}") < settings.split.held_out) for found in rounds]
+        held_out = _held_out(settings, bundle)
+        rounds = [found.rows(held_out(found)) for found in rounds]
     newest, aside = checked(rounds[-1], bundle.key, policies)
     before = [found for older in rounds[:-1] if (found := _usable(older, bundle.key, policies)) is not None]
-    judges = draw_of(pa.array(newest.user), f"judges {key}") < JUDGES
-    log = since_the_change([*before, newest.rows(~judges)])
+    everything = [found.rows(~_judges(found)) for found in (*before, newest)]
+    judged = newest.rows(_judges(newest) & (newest.policy == (live.about["key"] if live else "")))
+    for found, what in ((everything[-1], "learn from"), (judged, "be judged by")):
+        users = len(set(found.user.tolist()))
+        if users < LEAST_USERS:
+            raise RefusedError(f"{users} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore")
+    log = since_the_change([found for found in everything if len(set(found.user.tolist())) >= LEAST_USERS])
     policy = learn_from(log, live, options.actions, bundle.digest)
-    rules = gate.Rules(threshold=options.threshold, segment=-options.segment, latency=options.latency)
-    verdict = gate.judge(newest.rows(judges), policy, rules)
-    policy.about |= {"key": key, "bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
+    verdict = gate.judge(judged, policy, gate.Rules(threshold=options.threshold, segment=-options.segment))
+    policy.about |= {"bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict, aside
+
+
+def _joined(rounds: Sequence[Logged]) -> list[Logged]:
+    """The rounds, small ones put to the one before."""
+    found: list[Logged] = []
+    for one in rounds:
+        if found and (len(one) < LEAST or len(found[-1]) < LEAST):
+            found[-1] = Logged.joined([found[-1], one])
+        else:
+            found.append(one)
+    return found
+
+
+def _judges(log: Logged) -> np.ndarray:
+    return draw_of(pa.array(log.user), "judges") < JUDGES
+
+
+def _held_out(settings: Settings, bundle: Bundle) -> Callable[[Logged], np.ndarray]:
+    """Which decisions are of users of whom the bundle learned nothing. Raises RefusedError where there are none."""
+    split = bundle.settings["split"]
+    if not split.get("held_out"):
+        raise RefusedError("adapt with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2, and train anew")
+    return lambda log: draw_of(pa.array(log.user), f"held out {split['seed']}") < split["held_out"]
 
 
 def _usable(log: Logged, bundle: str, policies: set[str]) -> Logged | None:

@@ -90,6 +90,13 @@ def learn(
     return Policy(rewards.actions, frozen, weights, bundle_digest, {"decisions": done, "learner": "ppo", "seed": seed})
 
 
+_here: dict[str, Callable[[int], Decisions]] = {}  # of this process: what Ray is given is kept on its head node, and users' histories are not
+
+
+def _environment(context: Any) -> Decisions:
+    return _here["environment"](int(context.get("num_envs", 1)))
+
+
 def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | None, seed: int, done: int) -> Any:
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.tune.registry import register_env
@@ -97,10 +104,8 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | No
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     draws = np.random.SeedSequence([seed, done]).generate_state(1)[0]  # after a resume other requests come
 
-    def environment(context: Any) -> Decisions:
-        return Decisions(rewards, frozen, int(context.get("num_envs", 1)), penalty=options.penalty, floor=floor, seed=int(draws))
-
-    register_env("recray", environment)
+    _here["environment"] = lambda num_envs: Decisions(rewards, frozen, num_envs, penalty=options.penalty, floor=floor, seed=int(draws))
+    register_env("recray", _environment)
     left = max(options.decisions - done, 1)
     config = (
         PPOConfig()  # type: ignore[no-untyped-call]

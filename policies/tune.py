@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from policies import gate
 from policies.held_out import HeldOut
 from policies.learner import Ppo, learn
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.dataset.reader import Dataset
+from recray.dataset.reader import Dataset, draw_of
 from recray.errors import DataError, RefusedError
 from recray.evaluation.evaluate import test_questions
 from recray.evaluation.protocol import Question, wanted
@@ -43,16 +44,18 @@ def tune(
     """
     if settings.privacy.enabled and not settings.split.held_out:
         raise RefusedError("policy.enabled with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2")
+    if settings.privacy.enabled and bundle.settings["split"] != settings.result_settings("split")["split"]:
+        raise RefusedError(f"bundle {bundle.key} was trained under another split, so others were held out", "tune with the settings of its training")
     predictor = Predictor.load(bundle.path, dataset=dataset)
     questions, new_only = questions_of(settings, dataset, predictor)
     if len(questions) * JUDGED < LEAST:
         raise DataError(f"dataset {dataset.key} has {len(questions)} test users, too few for a policy", f"{round(LEAST / JUDGED)} are needed")
-    order = np.random.default_rng(settings.split.seed).permutation(len(questions))
-    edge = round(len(questions) * JUDGED)
+    # the same users every night: what a policy begins with was not learned from those who judge it
+    judges = draw_of(pa.array([str(dataset.shard(question.shard).user_ids[question.row]) for question in questions]), "judges") < JUDGED
     options, k = settings.policy, settings.evaluate.k[0]
     judged, learned = (
         HeldOut(predictor, [questions[place] for place in places], options.actions, metric=options.metric, k=k, new_only=new_only)
-        for places in (order[:edge], order[edge:])
+        for places in (np.flatnonzero(judges), np.flatnonzero(~judges))
     )
     ppo = Ppo(decisions=options.decisions, penalty=options.penalty)
     policy = learn(

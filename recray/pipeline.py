@@ -107,8 +107,8 @@ def _adopt(settings: Settings, named: str, say: Say) -> JobResult:
     with _at_work("promote", settings, say) as work:
         bundle = Bundle.open(work.storage.bundle(name))
         keep_private(settings, bundle)
-        about = Policy.load(work.storage.policy(key), bundle.digest).about
-        release, why = release_policy(work.storage, bundle, key, 1.0) if about["promoted"] else (None, about["reason"])
+        stages.keep_policy(settings, Policy.load(work.storage.policy(key), bundle.digest), key)
+        _, why = release_policy(work.storage, bundle, key, 1.0)
         if why:
             raise RefusedError(f"policy {key}: {why}", "recray tune makes another one")
         say(f"policy {key} decides for everybody; recray score brings it into the nightly lists")
@@ -123,9 +123,10 @@ def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
     with _at_work("rollback", settings, say) as work:
         storage = work.storage
         release = Release.read(storage)
-        if release.previous is not None:
+        if release.previous is not None and (release.champion is None or release.champion.policy is None):
             keep_private(settings, release.previous.open(storage))
-        if release.previous is not None or _published_by(storage, release.champion):
+        steered = release.champion is not None and release.champion.policy is not None
+        if steered or release.previous is not None or _published_by(storage, release.champion):
             release = roll_back(storage)
         assert release.champion is not None  # else: flipped by an attempt that ended before it had scored
         say(f"champion is bundle {release.champion.name} again; those rolled back: {', '.join(release.rolled_back)}")
@@ -150,7 +151,7 @@ def run_canary(settings: Settings, bundle: str, share: float, *, shadow: bool, s
     challenger = Bundle.open(storage.bundle(name))
     keep_private(settings, challenger)
     if policy:
-        Policy.load(storage.policy(policy), challenger.digest)
+        stages.keep_policy(settings, Policy.load(storage.policy(policy), challenger.digest), policy)
     begin_trial(storage, challenger, share, shadow=shadow, policy=policy or None)
     say(f"bundle {bundle} {'answers all, unseen' if shadow else f'answers {share:.0%} of the users'}; recray serve rollback ends it")
     return JobResult("serve canary", "ok", bundle, {"release": str(storage.release)})
@@ -244,15 +245,15 @@ def _stages(work: Work, as_of: AsOf, digests: preparation.Digests) -> list[JobRe
             continue
         try:
             results.append(stage(work, dataset))
-        except DataError as error:
-            if stage is not stages.tune:
-                raise
-            work.warn(f"no policy tonight: {error.what}")
-            continue
         except PrivacySpentError as error:
             if not _has_champion(work.storage):
                 raise
             work.warn(f"{error.what}; the champion scores the night")
+            continue
+        except Exception as error:  # whatever it is, a night does not need a policy
+            if stage is not stages.tune:
+                raise
+            work.warn(f"no policy tonight: {error.what if isinstance(error, RecrayError) else f'unexpected {type(error).__name__}: {error}'}")
             continue
         if stage is stages.promote and not _has_champion(work.storage):
             raise RefusedError(results[-1].reason, "nothing was published; mend the model or the gate's settings, then repeat")

@@ -70,9 +70,13 @@ def keep_private(settings: Settings, bundle: Bundle) -> None:
 
 
 def roll_back(storage: Storage) -> Release:
-    """Give the champion's place back to the one before it. Raises RefusedError if none is known."""
+    """Take the champion's policy away, or, where it has none, give its place back to the one before it. Raises RefusedError if none is known."""
 
     def how(release: Release) -> Release:
+        if release.champion is not None and release.champion.policy is not None:
+            gone = tuple(sorted({*release.rolled_back, release.champion.name}))
+            plain = replace(release.champion, policy=None)
+            return replace(release, champion=plain, challenger=None, share=0.0, shadow=False, rolled_back=gone)
         if release.champion is None or release.previous is None:
             raise RefusedError(
                 f"{storage.release} knows no champion before this one", "recray models lists the bundles; recray promote KEY takes one"
@@ -124,7 +128,7 @@ def release_policy(storage: Storage, bundle: Bundle, policy: str, share: float) 
         elif now.policy != policy and (on_trial is None or share >= 1):
             if share < 1:
                 return replace(release, challenger=member, share=share, shadow=False, ended=None)
-            return replace(release, champion=member, previous=now, challenger=None, share=0.0, shadow=False, ended=None)
+            return replace(release, champion=member, challenger=None, share=0.0, shadow=False, ended=None)
         return release
 
     return Release.change(storage, how)[0], why

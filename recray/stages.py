@@ -290,6 +290,7 @@ def _not_promoted(work: Work, reason: str, started: float) -> JobResult:
 def tune(work: Work, dataset: Dataset) -> JobResult:
     """An attention policy for the champion, learned from held-out users; where the gate lets it pass it goes on trial, or live."""
     from policies.tune import tune as learn_policy
+    from recray.evaluation.gates import incomparable
     from recray.inference.policy import KIND
     from recray.promotion import champion_of, keep_private
 
@@ -298,7 +299,9 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
     bundle = champion_of(storage)
     keep_private(settings, bundle)
     start = _policy_before(work, bundle)
-    chosen = settings.result_settings("policy", "evaluate")
+    if why := incomparable(dataset, bundle):
+        raise RefusedError(f"bundle {bundle.key} {why}", "tune on the data of its night")
+    chosen = settings.result_settings("policy", "evaluate", "privacy", "split")
     key = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, start and start.about.get("key"), __version__)
     path = storage.policy(key)
     skipped = is_sealed(path, KIND, key)
@@ -313,7 +316,7 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
             storage.staging.mkdir(parents=True, exist_ok=True)
         checkpoint = storage.staging / f"{key}.safetensors"
         policy, _ = learn_policy(settings, dataset, bundle, start=start, checkpoint=checkpoint, on_metrics=told)
-        policy.about["key"] = key
+        policy.about |= {"key": key, "private": settings.privacy.enabled}
         policy.save(path, key)
         checkpoint.unlink(missing_ok=True)
     return _released(work, "tune", key, bundle, dataset.as_of_s, started, skipped=skipped)
@@ -335,18 +338,30 @@ def adapt(work: Work) -> JobResult:
     keep_private(settings, bundle)
     name = policy_of(storage)
     live = None if name is None else Policy.load(storage.policy(name), bundle.digest)
-    folders = sorted(storage.collected.glob("[!.]*"), key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
+    told = [folder for folder in storage.collected.glob("[!.]*") if (folder / "decisions.parquet").exists()]
+    folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
     folders = folders[-settings.policy.rounds :]
-    key = key_of("adapt", settings.result_settings("policy"), bundle.digest, [folder.name for folder in folders], name, __version__)
+    key = key_of(
+        "adapt", settings.result_settings("policy", "privacy", "split"), bundle.digest, [folder.name for folder in folders], name, __version__
+    )
     path, now_s = storage.policy(key), time.time()
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
-        policy, _, aside = learn_policy(settings, folders, bundle, live, known, key, now_s)
+        policy, _, aside = learn_policy(settings, folders, bundle, live, known, now_s)
         for reason, count in aside.items():
             work.warn(f"{count} decisions were set aside: {reason}")
+        policy.about |= {"key": key, "private": settings.privacy.enabled}
         policy.save(path, key)
     return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
+
+
+def keep_policy(settings: Settings, policy: Policy, key: str) -> None:
+    """Raises RefusedError for a policy that its gate refused, or that was learned from users who were promised privacy."""
+    if not policy.about["promoted"]:
+        raise RefusedError(f"policy {key}: {policy.about['reason']}", "recray tune makes another one")
+    if settings.privacy.enabled and not policy.about.get("private"):
+        raise RefusedError(f"privacy.enabled, but policy {key} was learned from all users", "recray tune with privacy.enabled makes another one")
 
 
 def _released(work: Work, job: str, key: str, bundle: Bundle, as_of_s: int, started: float, *, skipped: bool) -> JobResult:

@@ -183,8 +183,17 @@ def _live(plan: PartitionPlan, batch: pa.Table, name: str) -> pa.ChunkedArray:
         given = [None if text is None else json.loads(text).get(name.removeprefix(schema.CONTEXT)) for text in batch["context"].to_pylist()]
         return pa.chunked_array([[None if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in given]], kind)
     if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(kind):
-        return pc.if_else(pc.match_substring_regex(batch[name], r"^-?\d{1,18}$"), batch[name], None).cast(kind)
+        return pa.chunked_array([[_integer(text) for text in batch[name].to_pylist()]], kind)
     return batch[name].cast(kind)
+
+
+def _integer(text: str | None) -> int | None:
+    """None for what 64 bits do not hold."""
+    try:
+        found = int(text or "")
+    except ValueError:
+        return None
+    return found if -(1 << 63) <= found < 1 << 63 else None
 
 
 def _stage(plan: PartitionPlan, rows: int, column: Callable[[str], pa.ChunkedArray]) -> pa.Table:

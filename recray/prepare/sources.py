@@ -141,6 +141,8 @@ def inspect_events(data: DataSettings, files: tuple[str, ...], live: tuple[str, 
             groups += _row_groups(file, uri, len(groups), live=False)
     for uri in live:
         with open_parquet(uri) as file:
+            if not file.schema_arrow.equals(schema.LIVE_EVENTS):
+                raise DataError(f"{uri} was not written by this version of recray collect", "move its folder away")
             groups += _row_groups(file, uri, len(groups), live=True)
     if not sum(group.rows for group in groups):
         raise DataError(f"{files[0]}{' and the other files' if len(files) > 1 else ''} have no rows", "check data.events")

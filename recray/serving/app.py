@@ -16,7 +16,7 @@ from recray.serving.guard import KEYS_VARIABLE, Keys, check
 from recray.serving.handler import Handler, first_night
 from recray.serving.http import create_app
 from recray.serving.telemetry import RayTelemetry
-from recray.serving.traces import VARIABLES, provider
+from recray.serving.traces import SECRET, VARIABLES, provider
 from recray.storage import Storage
 
 NAME = "recray"
@@ -53,7 +53,7 @@ def build(settings: Settings) -> Any:
     """The application of these settings, to run or to deploy."""
     options = settings.serve
     # replicas have Ray's environment, not ours
-    ours = {name: value for name, value in os.environ.items() if name == KEYS_VARIABLE or name.startswith(VARIABLES)}
+    ours = {name: value for name, value in os.environ.items() if name == KEYS_VARIABLE or (name.startswith(VARIABLES) and SECRET not in name)}
     deployment: Any = serve.deployment(
         Endpoint,
         num_replicas=options.replicas,

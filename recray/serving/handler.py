@@ -21,7 +21,8 @@ import numpy as np
 from opentelemetry.trace import get_current_span
 
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
-from recray.errors import ArtifactError, RecrayError, RefusedError, RequestError, StateError
+from recray.errors import ArtifactError, RecrayError, RefusedError, RequestError, SettingsError, StateError
+from recray.inference.policy import dials
 from recray.promotion import end_trial
 from recray.release import Release
 from recray.serving.api import (
@@ -45,7 +46,7 @@ from recray.serving.api import (
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.night import Decision, Explore, Found, Night, Question, items_of
 from recray.serving.telemetry import Telemetry
-from recray.serving.traces import provider, tracer
+from recray.serving.traces import QUIET, provider, tracer
 from recray.serving.trial import Side, Trial, answers
 from recray.state.log import Entry, Log, open_log
 from recray.state.writer import Writer
@@ -88,7 +89,7 @@ class Handler:
         self._exploration = Explore(sigma, self._policy.actions, np.random.default_rng()) if sigma and share else None
         self._tried, self._again_at = b"", 0.0
         self._arms: tuple[Night, Trial | None, Night | None] = (first_night(storage, score, self._log.error, private=private), None, None)
-        self._released = b""
+        self._released, self._released_again_at = b"", 0.0
         self._read = 0
         self._writer: Writer | None = None
         self._away = False
@@ -98,6 +99,12 @@ class Handler:
         self._batcher, self._aside = self._new_batcher(), self._new_batcher()  # a challenger makes nobody wait for it but its own
         self.traces = provider(options.traces)
         self._tracer = tracer(self.traces)
+        if self._exploration is not None:
+            try:
+                dials(self._policy.actions, self.night.predictor.model, self.night.predictor.event_types)
+            except SettingsError as error:
+                self._exploration = None
+                self._log.error("nothing is explored: %s", error)
         self._open_log()
         self.look()
 
@@ -133,15 +140,16 @@ class Handler:
             except Exception as error:  # whatever it is, the watch must go on
                 self._log.error("the published night cannot be loaded, the old one stays: %s", error)
         released = _content(self.storage.release)
-        if released != self._released or night is not self.night:
-            self._released = released
+        if (released != self._released and now >= self._released_again_at) or night is not self.night:
             try:
                 release = Release.read(self.storage) if released else Release()
-                night = self._steered(night, release)
+                night = kept_private(self._steered(night, release), private=self._private)
                 trial, challenger = self._on_trial(night, release)
+                self._released = released
             except Exception as error:
                 trial = challenger = None
-                self._log.error("the challenger cannot be loaded: %s", error)
+                self._released_again_at = now + AGAIN_S
+                self._log.error("what is released cannot be loaded: %s", error)
         self._arms = (night, trial, challenger)
         try:
             self._watch_trial()
@@ -208,7 +216,7 @@ class Handler:
         begun, (night, trial, challenger) = time.monotonic(), self._arms
         degraded: list[Part] = [] if night.whole else ["snapshot"]
         fresh = await self._fresh(night, request, degraded)
-        user = None if request.user_id is None else str(request.user_id)
+        user = _name(night, request)
         chosen, decision = night, None
         exploration = self._exploration if self._explores(user) else None
         if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
@@ -229,7 +237,9 @@ class Handler:
         items = items_of(found)
         if request.explain and items and "model" not in degraded:
             await self._explain(chosen, request, fresh, items, decision, degraded)
-        told: dict[str, Any] = {"night": night.date, "bundle": chosen.bundle, "policy": chosen.policy, "degraded": degraded}
+        listed = night.snapshot.manifest.get("policy")
+        policy = listed if found.source == "snapshot" else chosen.policy
+        told: dict[str, Any] = {"night": night.date, "bundle": chosen.bundle, "policy": policy, "degraded": degraded}
         if decision is not None:
             told["controls"] = dict(zip(decision.actions, decision.action.tolist(), strict=True))
         answer = RecommendResponse(request_id=_new_id(), source=found.source, items=items, **told)
@@ -339,7 +349,7 @@ class Handler:
             return []
         if self._writer is not None and time.monotonic() >= self._away_until:
             try:
-                with self._tracer.start_as_current_span("recray.log"):
+                with self._tracer.start_as_current_span("recray.log", **QUIET):
                     found = await self._writer.recent(str(user), night.collected.get(self._writer.log.identity, 0), night.begins_s)
                 self._away = False
                 return found
@@ -395,7 +405,7 @@ class Handler:
         aside : ask in the challenger's queue
         """
         begun = time.monotonic()
-        with self._tracer.start_as_current_span("recray.model"):
+        with self._tracer.start_as_current_span("recray.model", **QUIET):
             found = await self._asked(self._aside if aside else self._batcher, question, degraded)
         if side is not None:
             side.saw(time.monotonic() - begun, failed=found is None)
@@ -405,6 +415,10 @@ class Handler:
         try:
             return await asyncio.wait_for(batcher.ask(question), self.options.timeout_s)
         except BusyError:
+            if batcher is self._aside:  # a challenger that is behind is not waited for: the champion answers
+                self.telemetry.refused["challenger"] += 1
+                degraded.append("model")
+                return None
             self.telemetry.refused["busy"] += 1
             raise UnavailableError(f"{self.options.max_waiting} requests wait for the model", "come again") from None
         except RequestError:
@@ -432,7 +446,7 @@ class Handler:
         """Log an answer, behind."""
         if self._writer is None:
             return
-        user = None if request.user_id is None else str(request.user_id)
+        user = _name(self.night, request)
         body: dict[str, Any] = {
             "items": [item.item_id for item in answer.items],
             "source": answer.source,
@@ -493,7 +507,15 @@ def _new_id() -> str:
     return f"{_ids.getrandbits(128):032x}"
 
 
-_LIST_ALONE: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}}
+_LIST_ALONE: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}, "controls": None}
+
+
+def _name(night: Night, request: RecommendRequest) -> str | None:
+    """The user as the event log has them, however the request wrote the id; None for nobody."""
+    if request.user_id is None:
+        return None
+    found = night.snapshot.as_user(request.user_id)
+    return str(request.user_id if found is None else found)
 
 
 def _content(path: Path) -> bytes:
@@ -503,6 +525,9 @@ def _content(path: Path) -> bytes:
 
 def kept_private(night: Night, *, private: bool) -> Night:
     """The night. Raises RefusedError if only privately trained bundles may answer and its bundle is none."""
+    policy = night.predictor.policy
+    if private and policy is not None and not policy.about.get("private"):
+        raise RefusedError(f"privacy.enabled, but policy {night.policy} was learned from all users", "recray tune with privacy.enabled makes another")
     if private and not night.private:
         raise RefusedError(
             f"privacy.enabled, but bundle {night.bundle} was trained without privacy; it answers nobody",

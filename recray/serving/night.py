@@ -24,6 +24,7 @@ from recray.errors import DamagedArtifactError, MissingArtifactError, RequestErr
 from recray.inference import Filters, Predictor, Rules, Translation
 from recray.inference.policy import dials, explore
 from recray.inference.rules import having
+from recray.model.controls import Controls
 from recray.release import Release
 from recray.serving.api import MOST_ANSWERS, Event, Item, KnownEvent, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
 from recray.snapshot.reader import Snapshot
@@ -219,7 +220,8 @@ class Night:
         """
         if request.mode == "realtime":
             return None
-        asks_more = bool(request.history is not None or request.events or request.now is not None or request.context or request.controls)
+        asks_more = bool(request.history is not None or request.events or request.now is not None or request.context)
+        asks_more = asks_more or request.controls is not None
         if request.mode == "batch" and asks_more:
             told = "mode: batch answers with the nightly list, which history, events, now, context and controls cannot change"
             raise RequestError(told, "use auto")
@@ -359,7 +361,7 @@ class Night:
             now=[question.now for question in questions],
             filters=[question.filters for question in questions],
             rules=self.rules,
-            controls=self.predictor.turned([question.action for question in questions]),
+            controls=self.predictor.turned([question.action for question in questions]) or Controls(),  # what was decided is in the action
             context=[question.context for question in questions],
         )
         found = []
@@ -389,7 +391,11 @@ class Night:
         found = []
         for question in questions:
             ids = question.candidates or ()
-            asked: dict[str, Any] = {"now": question.now, "context": question.context, "controls": self.predictor.turned([question.action])}
+            asked: dict[str, Any] = {
+                "now": question.now,
+                "context": question.context,
+                "controls": self.predictor.turned([question.action]) or Controls(),
+            }
             told = self.predictor.explain(question.history, self.predictor.index_of(ids), **asked)
             why = [self._named(question.history, told.position, told.attention, drop) for drop in told.drop]
             found.append(Found([(item, None) for item in ids], "realtime", why))

@@ -6,7 +6,7 @@ Where they go is what the standard variables say (OTEL_EXPORTER_OTLP_ENDPOINT, O
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import NoOpTracer, Tracer
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 VARIABLES = "OTEL_"
+SECRET = "HEADERS"  # in the name of a variable that may hold a token
+QUIET: dict[str, Any] = {"record_exception": False, "set_status_on_exception": False}  # what an exception says may name a user
 
 
 def provider(share: float) -> TracerProvider | None:

@@ -17,13 +17,7 @@ from recray.inference.policy import OBSERVED, Frozen
 QUICK = Ppo(decisions=12_000, at_once=256, batch=2048, lr=5e-3)
 
 
-@pytest.fixture(scope="module")
-def ray(own_home):
-    import ray
-
-    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def share(world, act):
@@ -74,14 +68,14 @@ def test_lists_that_lack_variety_are_charged_for_until_they_have_it():
     assert Decisions(Planted(), frozen, 8, floor=0.9).floor is None
 
 
-def test_it_learns_to_keep_lists_varied(ray):
+def test_it_learns_to_keep_lists_varied():
     free, kept = (learn(Narrow(), replace(QUICK, penalty=0.0), "b", floor=floor) for floor in (None, 0.9))
     observation = Narrow().draw(2000, np.random.default_rng(5))[0]
     assert free.act(observation).mean() > 0.6
     assert 1.0 - 0.5 * kept.act(observation).mean() > 0.8
 
 
-def test_it_learns_goes_on_from_a_checkpoint_and_from_a_policy(ray, tmp_path):
+def test_it_learns_goes_on_from_a_checkpoint_and_from_a_policy(tmp_path):
     world, kept, told = Planted(), tmp_path / "state.safetensors", []
     first = learn(world, QUICK, "bundle", seed=1, checkpoint=kept, on_metrics=lambda decisions, metrics: told.append((decisions, metrics["reward"])))
     found = share(world, first.act)

@@ -20,20 +20,16 @@ from recray.tracking.runs import Tracking
 
 
 @pytest.fixture(scope="module")
-def settings(own_home, tmp_path_factory):
-    import ray
-
+def settings(ray_session, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
     World(users=900, items=80, events_per_user=14, seed=3).write(folder)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, logging_level="ERROR")
-    yield load_settings(
+    return load_settings(
         None,
         [
             f"data.events=[{folder / 'events'}]", f"storage.root={folder / 'root'}", "split.kind=leave_one_out", "model.dim=16", "model.history=32",
             "score.k=10", "policy.decisions=3000", "policy.share=0.3", "policy.actions=[temperature]",
         ],
     )  # fmt: skip
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

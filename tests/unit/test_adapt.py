@@ -13,6 +13,7 @@ from policies.logs import Logged, checked, read
 from policies.rewards import Planted, clicks
 from recray import pipeline
 from recray.benchmark.nights import publish_untrained
+from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import RefusedError
 from recray.inference.policy import explore
@@ -107,4 +108,4 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop):
     assert answer.policy == result.run_key
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
-        adapt.adapt(private, folders, None, None, {""}, "k", 0.0)
+        adapt.adapt(private, folders, Bundle.open(storage.bundle("untrained")), None, {""}, np.inf)
