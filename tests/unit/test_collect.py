@@ -142,7 +142,15 @@ def test_what_was_collected_is_forgotten_after_its_time(log, tmp_path):
 def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, ids):
     """Columns that are renamed, retyped or added after they were collected cost nothing."""
     storage, log = Storage(tmp_path), open_log("sqlite", tmp_path)
-    log.append([event("e1", context={"page": True}), event("e2", value=2.5), event("e3", "none of ours")])
+    log.append(
+        [
+            event("e1", context={"page": True}),
+            event("e2", value=2.5),
+            event("e3", "none of ours"),
+            event("e4", str(2**63 - 1)),
+            event("e5", str(2**63)),
+        ]
+    )
     path, _ = collecting.collect(storage, log)
     log.close()
     columns = {"user_id": "who", "item_id": "what", "position": "nr", "basket": "order", "value": "stars", "context_page": "page"}
@@ -151,13 +159,15 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     pq.write_table(pa.table([pa.array(["9" if kind == pa.string() else 9], kind) for kind in types.values()], list(columns.values())), owner)
     data = DataSettings(events=(str(owner),), columns={name: column for name, column in columns.items() if "_page" not in name}, context=("page",))
     source = inspect_events(data, (str(owner),), collected_files(tmp_path))
-    assert (source.columns, source.types, source.rows) == (columns, types, 4)
+    assert (source.columns, source.types, source.rows) == (columns, types, 6)
     plan = PartitionPlan(columns, types, "position", None, 1, tmp_path / "staging", tmp_path / "quarantine")
     for group in source.row_groups:
         partition_row_group(plan, group)
     rows = read_partition(plan, 2, 0).to_pylist()
     bad = [] if ids == pa.string() else ["user_id is null"]
-    assert [row["user_id"] for row in rows] == (["9", "7", "7", "none of ours"] if ids == pa.string() else [9, 7, 7])
+    assert [row["user_id"] for row in rows] == (
+        ["9", "7", "7", "none of ours", str(2**63 - 1), str(2**63)] if ids == pa.string() else [9, 7, 7, 2**63 - 1]
+    )
     assert [row["t"] for row in rows[1:3]] == [LIVE_POSITION + 1, LIVE_POSITION + 2] and rows[1]["basket"] == 100_250_000
     assert [row["value"] for row in rows[:3]] == [9.0, 1.0, 2.5] and rows[1]["context_page"] != rows[2]["context_page"]
     assert [reason for stats, _ in read_stats(plan, 2) for reason in stats.reasons] == bad

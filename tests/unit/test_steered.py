@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policies.logs import Logged, checked
-from recray import promotion
+from recray import promotion, stages
 from recray.benchmark.nights import each_bucket, publish_untrained
 from recray.bundle import Bundle
 from recray.config import PolicySettings, ServeSettings
@@ -108,6 +108,47 @@ def test_a_request_says_how_it_is_turned_and_unknown_names_are_refused(shop, roo
         ask(handler, 7, controls={"nothing": 0.5})
     with pytest.raises(RequestError, match="controls cannot change"):
         ask(handler, 7, mode="batch", controls={"temperature": 0.5})
+    handler.close()
+
+
+def test_not_at_all_is_the_trained_model_also_where_a_policy_decides(shop, root, world_settings, world_dataset, monkeypatch):
+    storage, bundle, plain, histories, *_ = shop
+    promotion.release_policy(storage, bundle, "p", 1.0)
+    handler = made(storage, world_settings)
+    expected = plain.recommend(histories[7:8], 5, now=world_dataset.now_s)
+    answer = ask(handler, 7, controls={})
+    assert answer.source == "realtime" and answer.controls is None
+    assert [item.score for item in answer.items] == pytest.approx(expected.scores[0].tolist(), rel=1e-5)
+    decided = ask(handler, 7, mode="realtime")
+    assert decided.controls and [item.score for item in decided.items] != pytest.approx(expected.scores[0].tolist(), rel=1e-5)
+    listed = ask(handler, 7)
+    assert listed.source == "snapshot" and listed.policy is None, "the list was made before the policy was released"
+
+    def broken(*_, **__):
+        raise FloatingPointError
+
+    monkeypatch.setattr(Predictor, "recommend", broken)
+    answer = ask(handler, 7, controls={"temperature": 0.5})
+    assert (answer.source, answer.degraded) == ("snapshot", ["model"])
+    handler.close()
+
+
+def test_with_privacy_a_policy_of_all_users_decides_nothing(shop, root, world_settings):
+    storage, bundle, *_ = shop
+    settings = world_settings.model_copy(update={"privacy": world_settings.privacy.model_copy(update={"enabled": True})})
+    policy = Policy.load(storage.policy("p"), bundle.digest)
+    with pytest.raises(RefusedError, match="learned from all users"):
+        stages.keep_policy(settings, policy, "p")
+    stages.keep_policy(world_settings, policy, "p")
+    refused = Policy(policy.actions, policy.frozen, policy.weights, bundle.digest, {"promoted": False, "reason": "gains nothing"})
+    with pytest.raises(RefusedError, match="gains nothing"):
+        stages.keep_policy(world_settings, refused, "p")
+
+
+def test_actions_that_the_model_does_not_have_are_not_explored(root, world_settings, caplog):
+    handler = made(root, world_settings, sigma=0.4, explore=1.0, actions=("event.nothing",))
+    answer = ask(handler, 7)
+    assert answer.source == "snapshot" and answer.degraded == [] and "nothing is explored" in caplog.text
     handler.close()
 
 
