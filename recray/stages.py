@@ -96,7 +96,7 @@ def collect(work: Work) -> JobResult:
 
     started = time.monotonic()
     options = work.settings.serve
-    log = open_log(options.state, work.storage.root)
+    log = open_log(options.state, work.storage.root, options.keep_days)
     try:
         path, counts = collecting.collect(work.storage, log)
         collecting.forget(work.storage, log, options.keep_days, _published_through(work.storage, log.identity))

@@ -484,7 +484,7 @@ class Handler:
             if self._writer is not None:
                 return
             try:
-                log: Log = open_log(self.options.state, self.storage.root)
+                log: Log = open_log(self.options.state, self.storage.root, self.options.keep_days)
                 self._writer, self._away = Writer(log), False
             except StateError as error:
                 self._is_away(error)

@@ -86,8 +86,10 @@ def sqlite_file(root: Path) -> Path:
     return root / "state" / "log.sqlite"
 
 
-def open_log(url: str, root: Path) -> Log:
+def open_log(url: str, root: Path, keep_days: float = 0.0) -> Log:
     """The log of `serve.state`: `sqlite` (under the root) or redis://host:port/database.
+
+    keep_days : how long an `event_id` has to be known at least
 
     Raises SettingsError for another address, StateError where it cannot be opened or would not keep what it acknowledges.
     """
@@ -100,5 +102,5 @@ def open_log(url: str, root: Path) -> Log:
             from recray.state.redis import RedisLog
         except ModuleNotFoundError:
             raise SettingsError("serve.state names a Redis, which needs the package redis", "pip install recray[redis]") from None
-        return RedisLog(url)
+        return RedisLog(url, keep_days)
     raise SettingsError(f"serve.state: {url!r} is neither sqlite nor redis://host:port/database", "choose one of them")

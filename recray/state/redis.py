@@ -18,7 +18,7 @@ from recray.errors import StateError
 from recray.state.log import RECENT, Entry, Kind, Log
 
 PREFIX = "recray"
-KEPT_S = 30 * 86_400  # how long a key is known, and a user's last events after the newest of them
+KEPT_S = 30 * 86_400  # how long a key is known at least, and a user's last events after the newest of them
 TIMEOUT_S = 1.0
 
 # KEYS: counter, stream, identity. ARGV: identity, prefix, seconds kept, most events a user, then of each entry kind, key, user ("": none), JSON
@@ -50,8 +50,9 @@ return found
 class RedisLog(Log):
     """`Log` in one Redis database, under keys that begin with `recray`; one database a storage root."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, keep_days: float = 0.0) -> None:
         self.url = url
+        self._keep_s = round(max(KEPT_S, keep_days * 86_400))
         try:
             self._redis: Any = redis.Redis.from_url(
                 url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, decode_responses=True, retry=Retry(NoBackoff(), 1)
@@ -67,7 +68,7 @@ class RedisLog(Log):
         return self._identity
 
     def append(self, entries: Sequence[Entry]) -> list[int]:
-        arguments: list[Any] = [PREFIX, KEPT_S, RECENT]
+        arguments: list[Any] = [PREFIX, self._keep_s, RECENT]
         for entry in entries:
             arguments += [entry.kind, entry.key, entry.user or "", entry.to_json()]
         keys = [f"{PREFIX}:last", f"{PREFIX}:log", f"{PREFIX}:identity"]
@@ -106,7 +107,8 @@ class RedisLog(Log):
     def _keeps(self) -> None:
         """Raises StateError if Redis is known to acknowledge what it has not on disk."""
         try:
-            found = {**self._redis.config_get("appendonly"), **self._redis.config_get("appendfsync")}
+            names = ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy")
+            found = {name: value for asked in names for name, value in self._redis.config_get(asked).items()}
         except redis.ResponseError:  # a hosted one that does not let itself be asked
             logging.getLogger("recray").warning("%s does not say whether it keeps what it acknowledges (CONFIG is not allowed)", self._shown)
             return
@@ -115,6 +117,9 @@ class RedisLog(Log):
                 f"{self._shown} acknowledges what it has not on disk: appendonly {found.get('appendonly')}, appendfsync {found.get('appendfsync')}",
                 "start it with --appendonly yes --appendfsync always",
             )
+        if found.get("maxmemory", "0") != "0" and found.get("maxmemory-policy") != "noeviction":
+            what = f"{self._shown} throws away what it has no room for: maxmemory-policy {found.get('maxmemory-policy')}"
+            raise StateError(what, "start it with --maxmemory-policy noeviction")
 
     @property
     def _shown(self) -> str:

@@ -125,6 +125,16 @@ def test_a_redis_that_would_lose_something_is_refused(redis_server, tmp_path):
             open_log(redis_server, tmp_path)
     finally:
         client.config_set("appendfsync", "always")
+    client.config_set("maxmemory", "1gb")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(StateError, match="allkeys-lru"):
+            open_log(redis_server, tmp_path)
+        client.config_set("maxmemory-policy", "noeviction")
+        open_log(redis_server, tmp_path, keep_days=90).append([event(1, key="kept long")])
+        assert client.ttl("recray:key:event:kept long") > 89 * 86_400
+    finally:
+        client.config_set("maxmemory", "0")
     with pytest.raises(StateError, match="127.0.0.1:1/0"):
         open_log("redis://user:secret@127.0.0.1:1/0", tmp_path)
 
