@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
+from recray.inference import Predictor
 from recray.prepare.prepare import prepare, prepare_key
+from recray.stages import Say
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop
 
 SHIPPED = "demo"  # config of the data that ship
 CONFIGS = {"complete-journey": "shop", "online-retail": SHIPPED}  # of data sets that no config is named after
@@ -39,6 +44,17 @@ def prepared(data: str | None, root: Path, overrides: list[str], config: str | N
         raise SettingsError(f"no config is named after {name}", f"benchmarks know {known}")
     settings = load_settings(path, [f"storage.root={root}", *overrides])
     return settings, prepare_alone(settings)
+
+
+def trained(data: str | None, folder: Path, overrides: list[str], say: Say) -> tuple[Settings, Dataset, Predictor, int]:
+    """As `prepared` under a folder, the predictor of a model that was trained on it in this process, and how many epochs that took."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    settings, dataset = prepared(data, folder / "root", overrides)
+    loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+    epochs = len(list(loop.run()))
+    loop.average.load_state_dict(loop.best)
+    say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
+    return settings, dataset, Predictor.of(loop.average.eval(), dataset, settings.model.prior_days), epochs
 
 
 def find_data(data: str) -> Path:

@@ -6,14 +6,12 @@ the copy term makes these easy to name.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from recray.benchmark.data import prepared
+from recray.benchmark.data import trained
 from recray.dataset.reader import History
 from recray.evaluation.evaluate import test_questions
 from recray.evaluation.metrics import bootstrap_means, interval
@@ -21,7 +19,6 @@ from recray.evaluation.protocol import Question
 from recray.inference import Filters, Predictor
 from recray.stages import Say
 from recray.training.trainer import bundle_settings
-from recray.training.worker import build_loop
 
 NAMED = 3  # events taken out
 ASKED = 400  # users
@@ -33,14 +30,7 @@ def measure_explain(folder: Path, data: str | None, overrides: list[str], say: S
 
     `repeats`: any first item; `new_only`: the first item that the user has not met. data: as for `prepared`; None: what ships
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    settings, dataset = prepared(data, folder / "root", overrides)
-    chosen = bundle_settings(settings)
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
-    epochs = len(list(loop.run()))
-    loop.average.load_state_dict(loop.best)
-    predictor = Predictor.of(loop.average.eval(), dataset, settings.model.prior_days)
-    say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
+    settings, dataset, predictor, epochs = trained(data, folder, overrides, say)
     questions = [q for batch in test_questions(settings, dataset).batches(BATCH) for q in batch if len(q.history.item_index) > 2 * NAMED]
     random = np.random.default_rng(0)
     random.shuffle(questions)
@@ -55,7 +45,7 @@ def measure_explain(folder: Path, data: str | None, overrides: list[str], say: S
         found["named_lowers_more"] = float((values[:, 0] > values[:, 1]).mean())
         metrics[setting] = {name: round(float(value), 4) for name, value in found.items()}
         say(f"{setting}: {named:.3f} lower without the named events, {others:.3f} without random ones [{low:.3f}, {high:.3f}]")
-    return chosen, metrics
+    return bundle_settings(settings), metrics
 
 
 def _drops(predictor: Predictor, question: Question, random: np.random.Generator, *, new_only: bool) -> tuple[float, float]:

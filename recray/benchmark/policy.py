@@ -24,7 +24,7 @@ from policies.logs import Logged, checked
 from policies.rewards import Planted, clicks
 from policies.tune import deciding_share, questions_of
 from recray import cluster
-from recray.benchmark.data import prepared
+from recray.benchmark.data import trained
 from recray.dataset.reader import History
 from recray.evaluation.metrics import bootstrap_means, interval
 from recray.evaluation.plots import gap_closed
@@ -35,7 +35,6 @@ from recray.serving.trial import Trial, answers
 from recray.stages import Say
 from recray.state.log import Entry
 from recray.training.trainer import bundle_settings
-from recray.training.worker import build_loop
 
 SEEDS = 5
 JUDGED = 20_000  # fresh users that every way is measured on
@@ -202,14 +201,7 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
     `promoted`: whether the gate lets the policy pass, by a log of those users that explored. `hindsight`: the best of eleven settings
     for each user, a bound that nobody reaches.
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    settings, dataset = prepared(data, folder / "root", overrides)
-    chosen = bundle_settings(settings)
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
-    epochs = len(list(loop.run()))
-    loop.average.load_state_dict(loop.best)
-    predictor = Predictor.of(loop.average.eval(), dataset, settings.model.prior_days)
-    say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
+    settings, dataset, predictor, epochs = trained(data, folder, overrides, say)
     cluster.start()
     questions, new_only = questions_of(settings, dataset, predictor)
     np.random.default_rng(0).shuffle(questions)
@@ -222,7 +214,7 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
         found = _on_histories(learned, judged)
         metrics[f"noise {share:.0%}"] = found
         say(f"{share:.0%} noise: NDCG {found['ndcg']}, over nothing {found['over_nothing']}, promoted: {found['promoted']} {found['reason']}")
-    return chosen, metrics
+    return bundle_settings(settings), metrics
 
 
 def _on_histories(learned: HeldOut, judged: HeldOut) -> dict[str, Any]:
