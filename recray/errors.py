@@ -96,5 +96,9 @@ class RequestError(RecrayError):
     """A request that the predictor cannot answer."""
 
 
+class UnavailableError(RecrayError):
+    """Nobody can answer now; the caller may come again."""
+
+
 class StateError(RecrayError):
     """The log of events and outcomes cannot be reached, takes nothing, or would lose what it acknowledges."""

@@ -12,8 +12,9 @@ from ray import serve
 
 from recray.config import Settings, load_settings
 from recray.errors import ClusterError, SettingsError
+from recray.serving.arms import first_night
 from recray.serving.guard import KEYS_VARIABLE, Keys, check
-from recray.serving.handler import Handler, first_night
+from recray.serving.handler import Handler
 from recray.serving.http import create_app
 from recray.serving.telemetry import RayTelemetry
 from recray.serving.traces import SECRET, VARIABLES, provider

@@ -10,21 +10,17 @@ import contextlib
 import logging
 import random
 import secrets
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from opentelemetry.trace import get_current_span
 
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
-from recray.errors import ArtifactError, RecrayError, RefusedError, RequestError, SettingsError, StateError
+from recray.errors import RecrayError, RequestError, SettingsError, UnavailableError
 from recray.inference.policy import dials
-from recray.promotion import end_trial
-from recray.release import Release
 from recray.serving.api import (
     EventsRequest,
     EventsResponse,
@@ -43,23 +39,17 @@ from recray.serving.api import (
     SimilarRequest,
     SimilarResponse,
 )
+from recray.serving.arms import Arms
 from recray.serving.batching import Batcher, BusyError
+from recray.serving.journal import Journal
 from recray.serving.night import Decision, Explore, Found, Night, Question, items_of
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, provider, tracer
 from recray.serving.trial import Side, Trial, answers
-from recray.state.log import Entry, Log, open_log
-from recray.state.writer import Writer
+from recray.state.log import Entry
 from recray.storage import Storage
 
 AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
-ENTRIES = 10_000  # of the log, read at once
-AGAIN_S = 30.0  # after which a night that could not be loaded is tried again
-AWAY_S = 1.0  # how long a log that failed is not asked again
-
-
-class UnavailableError(RecrayError):
-    """Nobody can answer now; the caller may come again."""
 
 
 class Handler:
@@ -82,87 +72,50 @@ class Handler:
         self.storage, self.options = storage, options
         self.telemetry = telemetry or Telemetry()
         self._log = logging.getLogger("ray.serve")
-        self._published = _content(storage.latest)
-        self._private = private
-        self._policy = policy or PolicySettings()
-        sigma, share = self._policy.sigma, self._policy.explore
-        self._exploration = Explore(sigma, self._policy.actions, np.random.default_rng()) if sigma and share else None
-        self._tried, self._again_at = b"", 0.0
-        self._arms: tuple[Night, Trial | None, Night | None] = (first_night(storage, score, self._log.error, private=private), None, None)
-        self._released, self._released_again_at = b"", 0.0
-        self._read = 0
-        self._writer: Writer | None = None
-        self._away = False
-        self._away_until = 0.0
-        self._opening = threading.Lock()
+        self.arms = Arms(storage, score, private=private)
+        self.journal = Journal(storage, options)
         self._tasks: set[asyncio.Task[None]] = set()
         self._batcher, self._aside = self._new_batcher(), self._new_batcher()  # a challenger makes nobody wait for it but its own
         self.traces = provider(options.traces)
         self._tracer = tracer(self.traces)
-        if self._exploration is not None:
-            try:
-                dials(self._policy.actions, self.night.predictor.model, self.night.predictor.event_types)
-            except SettingsError as error:
-                self._exploration = None
-                self._log.error("nothing is explored: %s", error)
-        self._open_log()
+        self._policy = policy or PolicySettings()
+        self._exploration = self._explore()
         self.look()
 
     def _new_batcher(self) -> Batcher[Question, Found]:
         return Batcher(Night.answer, self.options.max_batch, self.options.max_waiting, lambda size: self.telemetry.batches.append(size))
 
+    def _explore(self) -> Explore | None:
+        """How answers explore, None where they do not or cannot."""
+        sigma, actions = self._policy.sigma, self._policy.actions
+        if not sigma or not self._policy.explore:
+            return None
+        try:
+            dials(actions, self.night.predictor.model, self.night.predictor.event_types)
+        except SettingsError as error:
+            self._log.error("nothing is explored: %s", error)
+            return None
+        return Explore(sigma, actions, np.random.default_rng())
+
     @property
     def night(self) -> Night:
         """What answers."""
-        return self._arms[0]
-
-    @property
-    def trial(self) -> Trial | None:
-        """Whether a challenger is on trial, and whom it answers."""
-        return self._arms[1]
-
-    @property
-    def _challenger(self) -> Night | None:
-        return self._arms[2]
+        return self.arms.night
 
     def look(self) -> None:
         """Load what was published or released since the last look, aside, and swap the references at once; end a trial that failed.
 
         A night that cannot be loaded leaves the old one in place, and is tried again after a while.
         """
-        night, trial, challenger = self._arms
-        found, now = _content(self.storage.latest), time.monotonic()
-        if found and found != self._published and (found != self._tried or now >= self._again_at):
-            self._tried, self._again_at = found, now + AGAIN_S
-            try:
-                night = kept_private(Night.load(self.storage), private=self._private)
-                self._published = found
-            except Exception as error:  # whatever it is, the watch must go on
-                self._log.error("the published night cannot be loaded, the old one stays: %s", error)
-        released = _content(self.storage.release)
-        if (released != self._released and now >= self._released_again_at) or night is not self.night:
-            try:
-                release = Release.read(self.storage) if released else Release()
-                night = kept_private(self._steered(night, release), private=self._private)
-                trial, challenger = self._on_trial(night, release)
-                self._released = released
-            except Exception as error:
-                trial = challenger = None
-                self._released_again_at = now + AGAIN_S
-                self._log.error("what is released cannot be loaded: %s", error)
-        self._arms = (night, trial, challenger)
-        try:
-            self._watch_trial()
-        except Exception as error:
-            self._log.error("the challenger cannot be looked after: %s", error)
-        self._ask_log()
+        self.arms.look(self.journal.log)
+        self.journal.look()
         try:
             self.telemetry.flush(self._state(), self._serving())
         except Exception as error:
             self._log.error("nothing can be counted: %s", error)
 
     def _state(self) -> dict[str, float]:
-        night, writer = self.night, self._writer
+        night, writer = self.night, self.journal.writer
         return {
             "waiting": self._batcher.waiting + self._aside.waiting,
             "coverage": self.telemetry.coverage(night.predictor.answerable),
@@ -173,47 +126,12 @@ class Handler:
         }
 
     def _serving(self) -> dict[str, str]:
-        trial = self.trial
+        trial = self.arms.trial
         return {"night": self.night.date, "bundle": self.night.name, "challenger": "" if trial is None else trial.challenger}
-
-    def _steered(self, night: Night, release: Release) -> Night:
-        """The night with the policy that is released for its bundle, which may be newer than its lists."""
-        champion = release.champion
-        if champion is None or champion.digest != night.bundle_digest or champion.policy == night.policy:
-            return night
-        return night.with_bundle(champion.open(self.storage), champion.policy)
-
-    def _on_trial(self, night: Night, release: Release) -> tuple[Trial | None, Night | None]:
-        """The trial of a release, and its challenger behind a night; None where there is none."""
-        if release.challenger is None or not release.on_trial:
-            return None, None
-        opened, name = release.challenger.open(self.storage), release.challenger.name
-        challenger = kept_private(night.with_bundle(opened, release.challenger.policy), private=self._private)
-        trial = self.trial
-        if trial is None or (trial.challenger, trial.share, trial.shadow) != (name, release.share, release.shadow):
-            trial = Trial(name, release.share, release.shadow)
-            self._read = 0 if self._writer is None else self._writer.log.last()  # what came before is of another trial
-        return trial, challenger
-
-    def _watch_trial(self) -> None:
-        """Read what came of the trial so far, and end it where it failed."""
-        trial, writer = self.trial, self._writer
-        if trial is None:
-            return
-        if writer is not None and not trial.shadow:
-            with contextlib.suppress(StateError):
-                while entries := writer.log.read(self._read, ENTRIES):
-                    for number, entry in entries:
-                        trial.outcomes.read(entry)
-                        self._read = number
-        if reason := trial.ended():
-            self._arms = (self.night, None, None)  # here at once, whether or not it can be written down
-            self._log.warning("the trial of bundle %s ends: %s", trial.challenger, reason)
-            end_trial(self.storage, reason, trial.challenger)
 
     async def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """Raises RequestError where the request makes no sense, UnavailableError where nobody can answer now."""
-        begun, (night, trial, challenger) = time.monotonic(), self._arms
+        begun, (night, trial, challenger) = time.monotonic(), self.arms.now
         degraded: list[Part] = [] if night.whole else ["snapshot"]
         fresh = await self._fresh(night, request, degraded)
         user = _name(night, request)
@@ -299,7 +217,7 @@ class Handler:
             if at_s > now + AHEAD_S:
                 raise RequestError(f"events.{place}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
             entries.append(Entry("event", f"{user}\0{event.event_id}" if event.event_id else _new_id(), user, at_s, body))
-        numbers = await self._keep(lambda writer: writer.append(entries))
+        numbers = await self.journal.keep(lambda writer: writer.append(entries))
         kept = sum(number > 0 for number in numbers)
         self.telemetry.kept["event"] += kept
         self.telemetry.lags_s.extend(now - entry.at_s for entry in entries)
@@ -311,30 +229,28 @@ class Handler:
         at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
         key = f"{request.request_id}\0{request.feedback_id}" if request.feedback_id else _new_id()
         entry = Entry("outcome", key, None, at_s, body)
-        kept, known = await self._keep(lambda writer: writer.outcome(entry, request.request_id))
+        kept, known = await self.journal.keep(lambda writer: writer.outcome(entry, request.request_id))
         self.telemetry.kept["outcome" if known else "set_aside"] += kept
         self.telemetry.lags_s.append(time.time() - at_s)
         return FeedbackResponse(kept=kept, set_aside=not known)
 
     def models(self) -> ModelsResponse:
         """What is served."""
-        found, trial = self.night.describe(), self.trial
+        found, trial = self.night.describe(), self.arms.trial
         if trial is not None:
             found.challenger, found.share, found.shadow = trial.challenger, trial.share, trial.shadow
         return found
 
     def away(self) -> list[Part]:
         """The parts that do not answer as they should."""
-        parts: dict[Part, bool] = {"snapshot": not self.night.whole, "state": self._writer is None or self._away}
+        parts: dict[Part, bool] = {"snapshot": not self.night.whole, "state": self.journal.away}
         return [part for part, gone in parts.items() if gone]
 
     def close(self) -> None:
         """Answer and write what waits."""
         self._batcher.close()
         self._aside.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer.log.close()
+        self.journal.close()
         if self.traces is not None:
             self.traces.shutdown()
 
@@ -347,16 +263,11 @@ class Handler:
         user = night.snapshot.as_user(request.user_id)
         if user is None:
             return []
-        if self._writer is not None and time.monotonic() >= self._away_until:
-            try:
-                with self._tracer.start_as_current_span("recray.log", **QUIET):
-                    found = await self._writer.recent(str(user), night.collected.get(self._writer.log.identity, 0), night.begins_s)
-                self._away = False
-                return found
-            except StateError as error:
-                self._is_away(error)
-        degraded.append("state")
-        return []
+        with self._tracer.start_as_current_span("recray.log", **QUIET):
+            found = await self.journal.recent(str(user), night.collected, night.begins_s)
+        if found is None:
+            degraded.append("state")
+        return found or []
 
     async def _explain(
         self, night: Night, request: RecommendRequest, fresh: list[Entry], items: list[Item], decision: Decision | None, degraded: list[Part]
@@ -444,8 +355,6 @@ class Handler:
         shadow: bool = False,
     ) -> None:
         """Log an answer, behind."""
-        if self._writer is None:
-            return
         user = _name(self.night, request)
         body: dict[str, Any] = {
             "items": [item.item_id for item in answer.items],
@@ -461,42 +370,7 @@ class Handler:
             body["trial"] = trial.challenger
             body["share"] = trial.share
             body["arm"] = "shadow" if shadow else "challenger" if trial.answers(user) else "champion"
-        self._writer.later(Entry("decision", answer.request_id, user, time.time(), body))
-
-    async def _keep(self, write: Callable[[Writer], Any]) -> Any:
-        """What `write` returns. Raises UnavailableError where the log is away."""
-        if self._writer is None and time.monotonic() >= self._away_until:
-            await asyncio.to_thread(self._open_log)
-        if self._writer is None:
-            raise UnavailableError("the log is away: nothing was kept", "come again")
-        try:
-            return await write(self._writer)
-        except StateError as error:
-            self._is_away(error)
-            raise UnavailableError("the log is away: nothing is known to be kept", "come again, with the same event_id or feedback_id") from error
-
-    def _is_away(self, error: StateError) -> None:
-        self._away, self._away_until = True, time.monotonic() + AWAY_S
-        self._log.error("the log is away: %s", error.what)
-
-    def _open_log(self) -> None:
-        with self._opening:
-            if self._writer is not None:
-                return
-            try:
-                log: Log = open_log(self.options.state, self.storage.root, self.options.keep_days)
-                self._writer, self._away = Writer(log), False
-            except StateError as error:
-                self._is_away(error)
-
-    def _ask_log(self) -> None:
-        """Open a log that is away, or find out whether it is back."""
-        if self._writer is None:
-            self._open_log()
-        elif self._away:
-            with contextlib.suppress(StateError):
-                self._writer.log.last()
-                self._away = False
+        self.journal.later(Entry("decision", answer.request_id, user, time.time(), body))
 
 
 _ids = random.Random(secrets.token_bytes(32))  # the system's own are ten times slower
@@ -516,37 +390,3 @@ def _name(night: Night, request: RecommendRequest) -> str | None:
         return None
     found = night.snapshot.as_user(request.user_id)
     return str(request.user_id if found is None else found)
-
-
-def _content(path: Path) -> bytes:
-    """Of a small file, empty where there is none."""
-    return path.read_bytes() if path.exists() else b""
-
-
-def kept_private(night: Night, *, private: bool) -> Night:
-    """The night. Raises RefusedError if only privately trained bundles may answer and its bundle is none."""
-    policy = night.predictor.policy
-    if private and policy is not None and not policy.about.get("private"):
-        raise RefusedError(f"privacy.enabled, but policy {night.policy} was learned from all users", "recray tune with privacy.enabled makes another")
-    if private and not night.private:
-        raise RefusedError(
-            f"privacy.enabled, but bundle {night.bundle} was trained without privacy; it answers nobody",
-            "begin with a storage.root of its own, or promote a private bundle first",
-        )
-    return night
-
-
-def first_night(storage: Storage, score: ScoreSettings, say: Callable[[str], None], *, private: bool = False) -> Night:
-    """The published night, or what can stand in for it.
-
-    Raises MissingArtifactError, DamagedArtifactError of the night if neither is there, RefusedError as `kept_private`.
-    """
-    try:
-        return kept_private(Night.load(storage), private=private)
-    except ArtifactError as error:
-        try:
-            night = kept_private(Night.stand_in(storage, score), private=private)
-        except ArtifactError:
-            raise error from None
-        say(f"no nightly lists, the champion answers all: {error}")
-        return night

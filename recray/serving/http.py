@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import recray
-from recray.errors import RequestError
+from recray.errors import RequestError, UnavailableError
 from recray.serving.api import (
     PROBLEMS,
     EventsRequest,
@@ -34,7 +34,7 @@ from recray.serving.api import (
     SimilarResponse,
 )
 from recray.serving.guard import Guard
-from recray.serving.handler import Handler, UnavailableError
+from recray.serving.handler import Handler
 from recray.serving.night import UnknownItemError
 from recray.serving.problems import MEDIA_TYPE, field_errors, problem
 from recray.serving.traces import traced

@@ -25,11 +25,11 @@ from starlette.testclient import TestClient
 
 from recray.benchmark.nights import publish_untrained
 from recray.config import ServeSettings
-from recray.errors import RefusedError, RequestError, SettingsError, StateError
+from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
 from recray.inference import Predictor
 from recray.serving.api import EventsRequest, FeedbackRequest, RecommendRequest
 from recray.serving.batching import Batcher, BusyError
-from recray.serving.handler import Handler, UnavailableError
+from recray.serving.handler import Handler
 from recray.serving.http import create_app
 from recray.serving.night import Night
 from recray.serving.traces import provider
@@ -114,7 +114,7 @@ def test_outcomes_are_kept_after_their_decision(address, handler):
     assert good(address, "/v1/feedback", outcome) == {"kept": True, "set_aside": False}
     assert good(address, "/v1/feedback", outcome) == {"kept": False, "set_aside": False}
     assert good(address, "/v1/feedback", {**outcome, "request_id": "never", "feedback_id": "f2"}) == {"kept": True, "set_aside": True}
-    entries = [entry for _, entry in handler._writer.log.read(0, 100)]
+    entries = [entry for _, entry in handler.journal.writer.log.read(0, 100)]
     assert [entry.kind for entry in entries] == ["decision", "outcome", "set_aside"]
     assert entries[0].body["items"] == ids(answer) and entries[0].user == "7" and entries[0].key == answer["request_id"]
     assert entries[1].body["request_id"] == answer["request_id"]
@@ -305,8 +305,8 @@ def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypa
     good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
     assert good(address, "/v1/recommend", USER)["source"] == "realtime"
     with monkeypatch.context() as patch:
-        patch.setattr(handler._writer.log, "recent", gone)
-        patch.setattr(handler._writer.log, "append", gone)
+        patch.setattr(handler.journal.writer.log, "recent", gone)
+        patch.setattr(handler.journal.writer.log, "append", gone)
         answer = good(address, "/v1/recommend", USER)
         assert (answer["source"], answer["degraded"]) == ("snapshot", ["state"]) and len(answer["items"]) == 5
         status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
@@ -440,8 +440,8 @@ def test_no_user_is_named_in_the_log_above_debug(handler, caplog, monkeypatch):
     monkeypatch.setattr(Night, "look_up", fails)
     monkeypatch.setattr(Predictor, "recommend", fails)
     all_of_it()
-    monkeypatch.setattr(handler._writer.log, "append", fails)
-    monkeypatch.setattr(handler._writer.log, "recent", lambda *_: (_ for _ in ()).throw(StateError("gone")))
+    monkeypatch.setattr(handler.journal.writer.log, "append", fails)
+    monkeypatch.setattr(handler.journal.writer.log, "recent", lambda *_: (_ for _ in ()).throw(StateError("gone")))
     all_of_it()
     assert "does not answer" in caplog.text and "cannot be read" in caplog.text and "log is away" in caplog.text
     assert str(secret) not in caplog.text

@@ -62,8 +62,8 @@ def ask(handler, user, **body):
 
 
 def logged(handler):
-    asyncio.run(handler._writer.append([]))
-    return {entry.key: entry.body for _, entry in handler._writer.log.read(0, 1000)}
+    asyncio.run(handler.journal.writer.append([]))
+    return {entry.key: entry.body for _, entry in handler.journal.writer.log.read(0, 1000)}
 
 
 def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, world_settings, world_dataset):

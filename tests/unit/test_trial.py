@@ -66,8 +66,8 @@ def test_a_challenger_answers_its_share_and_what_it_answered_is_told(shop, handl
         assert (answer.bundle, answer.source) == (("other", "realtime") if sides[user] else ("untrained", "snapshot"))
     assert ask(handler, next(user for user in sides if sides[user]), mode="batch").bundle == "untrained"
     assert asyncio.run(handler.recommend(RecommendRequest(k=3))).bundle == "untrained"
-    asyncio.run(handler._writer.append([]))
-    bodies = {entry.key: entry.body for _, entry in handler._writer.log.read(0, 100)}
+    asyncio.run(handler.journal.writer.append([]))
+    bodies = {entry.key: entry.body for _, entry in handler.journal.writer.log.read(0, 100)}
     assert {bodies[answer.request_id]["arm"] == "challenger" for user, answer in found.items() if sides[user]} == {True}
     promotion.end_trial(storage, "by hand")
     handler.look()
@@ -83,12 +83,12 @@ def test_a_shadow_answers_nobody_and_is_logged(shop, handler):
     async def talk():
         answer = await handler.recommend(RecommendRequest(user_id=3, k=3))
         await asyncio.gather(*handler._tasks)
-        await handler._writer.append([])
+        await handler.journal.writer.append([])
         return answer
 
     answer = asyncio.run(talk())
     assert answer.bundle == "untrained" and answer.source == "snapshot"
-    entries = {entry.key: entry.body for _, entry in handler._writer.log.read(0, 10)}
+    entries = {entry.key: entry.body for _, entry in handler.journal.writer.log.read(0, 10)}
     shadow = entries[f"{answer.request_id}.shadow"]
     assert shadow["bundle"] == "other" and shadow["arm"] == "shadow" and len(shadow["items"]) == 3
     assert "trial" not in entries[answer.request_id]
@@ -101,7 +101,7 @@ def test_a_challenger_that_fails_is_covered_for_and_sent_home(shop, handler, mon
     inner = Predictor.recommend
 
     def sometimes(self, *args, **options):
-        if self is handler._challenger.predictor:
+        if self is handler.arms.challenger.predictor:
             raise FloatingPointError("not finite")
         return inner(self, *args, **options)
 
@@ -112,7 +112,7 @@ def test_a_challenger_that_fails_is_covered_for_and_sent_home(shop, handler, mon
             answer = ask(handler, user)
             assert (answer.bundle, answer.source, answer.degraded) == ("untrained", "snapshot", ["model"])
     handler.look()
-    assert handler.trial is None and not Release.read(storage).on_trial
+    assert handler.arms.trial is None and not Release.read(storage).on_trial
     assert "100% of its answers failed" in Release.read(storage).ended
 
 
@@ -120,7 +120,7 @@ def test_a_challenger_that_is_slow_is_sent_home_and_makes_nobody_else_wait(shop,
     storage, challenger, _ = shop
     promotion.begin_trial(storage, challenger, 0.5)
     handler.look()
-    inner, slow = Predictor.recommend, handler._challenger.predictor
+    inner, slow = Predictor.recommend, handler.arms.challenger.predictor
 
     def recommend(self, *args, **options):
         time.sleep(0.1 if self is slow else 0.005)
@@ -133,18 +133,18 @@ def test_a_challenger_that_is_slow_is_sent_home_and_makes_nobody_else_wait(shop,
     mine = [user for user in range(300) if answers(str(user), "other", 0.5)]
     theirs = [user for user in range(300) if user not in mine]
     for start in range(0, trials.LEAST, 5):
-        assert handler.trial is not None and handler.trial.ended() is None
+        assert handler.arms.trial is not None and handler.arms.trial.ended() is None
         asyncio.run(together([*mine[start : start + 5], *theirs[start : start + 5]]))
-    assert max(handler.trial.champion_side.seconds) < 0.1, "the champion's answers do not wait for the challenger's"
+    assert max(handler.arms.trial.champion_side.seconds) < 0.1, "the champion's answers do not wait for the challenger's"
     handler.look()
-    assert handler.trial is None and "95th percentile" in Release.read(storage).ended
+    assert handler.arms.trial is None and "95th percentile" in Release.read(storage).ended
 
 
 def test_a_shadow_that_is_behind_is_left_out(shop, handler, monkeypatch):
     storage, challenger, _ = shop
     promotion.begin_trial(storage, challenger, 0.5, shadow=True)
     handler.look()
-    inner, slow, begun = Predictor.recommend, handler._challenger.predictor, time.monotonic()
+    inner, slow, begun = Predictor.recommend, handler.arms.challenger.predictor, time.monotonic()
 
     def recommend(self, *args, **options):
         time.sleep(0.3 if self is slow else 0.0)
@@ -180,7 +180,7 @@ def test_a_challenger_whose_outcomes_are_worse_is_sent_home(shop, handler):
 
     asyncio.run(talk())
     handler.look()
-    assert handler.trial is None and "outcomes are worth -" in Release.read(storage).ended
+    assert handler.arms.trial is None and "outcomes are worth -" in Release.read(storage).ended
 
 
 def simulated(seed, users, share, champion, challenger, visits=3.0):
