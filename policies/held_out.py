@@ -12,7 +12,9 @@ from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Question
 from recray.inference import Filters, Predictor
 from recray.inference.policy import dials, observe, popularity_rank, turn
+from recray.model.controls import Controls
 
+STATELESS = 0.2  # of the users, no state is known
 USUAL = 512  # users whose lists say how varied lists are
 
 
@@ -43,11 +45,21 @@ class HeldOut:
         counts = predictor.popularity.total()
         for question in self.questions:  # what they did next is not known yet
             np.subtract.at(counts, question.target, 1.0)
-        rank = popularity_rank(counts)
-        self.observation = np.stack([observe(q.history, q.now, rank, has_time=predictor.has_time) for q in self.questions])
+        rank, states = popularity_rank(counts), self._states()
+        self.observation = np.stack(
+            [observe(q.history, q.now, rank, has_time=predictor.has_time, state=state) for q, state in zip(self.questions, states, strict=True)]
+        )
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def _states(self) -> np.ndarray:
+        """What a nightly run sees of each user [n, 2]; for a share of them nothing, as for who comes between two nights."""
+        histories, now = [q.history for q in self.questions], [q.now for q in self.questions]
+        found = self.predictor.recommend(histories, 2, now=now, filters=self.filters, controls=Controls(), watched=True).state
+        assert found is not None
+        found[np.random.default_rng(0).random(len(found)) < STATELESS] = np.nan
+        return found
 
     def draw(self, n: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Users at random; the cases are their places."""

@@ -68,8 +68,9 @@ def measure_drift(folder: Path, say: Say) -> dict[str, Any]:
 def _observed(storage: Storage) -> np.ndarray:
     """What the endpoint sees of each user, [USERS, D]."""
     night = Night.load(storage)
-    asked = (night.question(RecommendRequest(user_id=user)) for user in range(USERS))
-    return np.stack([night.predictor.observe(question.history, question.now) for question in asked])
+    asked = [RecommendRequest(user_id=user) for user in range(USERS)]
+    questions = [night.question(request) for request in asked]
+    return np.stack([night.predictor.observe(q.history, q.now, night.state(request)) for q, request in zip(questions, asked, strict=True)])
 
 
 def _live(storage: Storage) -> Policy | None:

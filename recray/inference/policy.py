@@ -52,11 +52,11 @@ def popularity_rank(counts: np.ndarray) -> np.ndarray:
     return found
 
 
-def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool, state: Sequence[float] | None = None) -> np.ndarray:
+def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool, state: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
     """What a policy sees of a request, float32 [len(OBSERVED)]: the history at a moment, and no forward pass of the request.
 
     rank_V : `popularity_rank` of the items
-    state : attention entropy and score margin as the last nightly run had them; None: not known
+    state : attention entropy and score margin as the last nightly run had them, of the trained model as it is; None or not finite: not known
     """
     found = np.zeros(len(OBSERVED), np.float32)
     item = np.asarray(history.item_index)[-LOOKED_AT:]
@@ -82,7 +82,7 @@ def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool,
     if has_time:
         angle = 2 * math.pi * (now_s % DAY_S) / DAY_S
         found[16:19] = math.sin(angle), math.cos(angle), (now_s // DAY_S + 3) % 7 >= 5
-    if state is not None:
+    if state is not None and np.isfinite(state).all():
         found[19:22] = state[0], state[1], 1.0
     return found
 

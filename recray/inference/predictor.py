@@ -51,11 +51,16 @@ class Filters:
 @dataclass(frozen=True)
 class Recommendations:
     """Answers to B requests: item_index int64 [B, k] (0 where fewer items are allowed), scores float32 [B, k], and the
-    source of each answer: `model`, or `popular` for a history without a known item."""
+    source of each answer: `model`, or `popular` for a history without a known item.
+
+    state float32 [B, 2], where it was asked for: entropy in nats of the last block's attention, and how much the best score is above the
+    second; NaN for `popular`.
+    """
 
     item_index: np.ndarray
     scores: np.ndarray
     source: list[str]
+    state: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -266,9 +271,9 @@ class Predictor:
     def _rank_V(self) -> np.ndarray:
         return popularity_rank(self.popularity.total())
 
-    def observe(self, history: History, now: int) -> np.ndarray:
-        """What a policy sees of a request, float32 [len(OBSERVED)]."""
-        return observe(history, now, self._rank_V, has_time=self.has_time)
+    def observe(self, history: History, now: int, state: np.ndarray | None = None) -> np.ndarray:
+        """What a policy sees of a request, float32 [len(OBSERVED)]. state : [2] of `Recommendations.state`, as the last night had it"""
+        return observe(history, now, self._rank_V, has_time=self.has_time, state=state)
 
     def turned(self, actions: Sequence[dict[str, float]]) -> Controls | None:
         """The controls of requests that are each turned by what their names say (see `recray.inference.policy.dials`); None: none is.
@@ -281,12 +286,13 @@ class Predictor:
         values = np.array([[action.get(name, 0.0) for name in names] for action in actions])
         return turn(values, dials(names, self.model, self.event_types), self.model, self.event_types)
 
-    def _decided(self, histories: Sequence[History], now: int | Sequence[int]) -> Controls | None:
+    def _decided(self, histories: Sequence[History], now: int | Sequence[int], state: np.ndarray | None = None) -> Controls | None:
         """What the policy decides for each history, None without one."""
         if self.policy is None or not histories:
             return None
         moments = np.broadcast_to(np.asarray(now, np.int64), len(histories))
-        seen = np.stack([self.observe(history, int(moment)) for history, moment in zip(histories, moments, strict=True)])
+        states = np.full((len(histories), 2), np.nan, np.float32) if state is None else state
+        seen = np.stack([self.observe(*each) for each in zip(histories, moments.tolist(), states, strict=True)])
         return turn(self.policy.act(seen), dials(self.policy.actions, self.model, self.event_types), self.model, self.event_types)
 
     @torch.no_grad()
@@ -300,11 +306,14 @@ class Predictor:
         controls: Controls | None = None,
         rules: Rules | None = None,
         context: Sequence[np.ndarray] | None = None,
+        state: np.ndarray | None = None,
+        watched: bool = False,
     ) -> Recommendations:
         """The k best items for each history at the moment `now` (seconds; ignored where no time is known).
 
         `controls`: None leaves them to the policy. `rules` may choose others and another order (see `Rules`). `context` holds the codes [C] of each
-        request's context (see `recray.dataset.context.asked`); None: unknown.
+        request's context (see `recray.dataset.context.asked`); None: unknown. `state` [B, 2] is what the policy is told of earlier answers;
+        `watched`: say the state of these.
         Raises RequestError for a k below 1 or an index outside the vocabulary.
         """
         if k < 1:
@@ -313,16 +322,20 @@ class Predictor:
         each = [filters] * len(histories) if isinstance(filters, Filters) else list(filters)
         item_index, scores = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         known = [self._known(history) for history in histories]
-        controls = self._decided(histories, now) if controls is None else controls
-        for rows, score in self._chunks(known, now, controls, context):
+        controls = self._decided(histories, now, state) if controls is None else controls
+        seen = np.full((len(histories), 2), np.nan, np.float32)
+        for rows, score, entropy in self._chunks(known, now, controls, context, watched=watched):
             barred = _Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
-            best = self._best(score, barred, k, rules)
+            *best, margin = self._best(score, barred, k, rules)
             item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
-        return Recommendations(item_index, scores, ["model" if len(history.item_index) else "popular" for history in known])
+            if entropy is not None:
+                seen[rows] = torch.stack([entropy, margin], 1).cpu().numpy()
+        source = ["model" if len(history.item_index) else "popular" for history in known]
+        return Recommendations(item_index, scores, source, seen if watched else None)
 
-    def _best(self, score: _Score, barred: _Barred, k: int, rules: Rules | None) -> tuple[Tensor, Tensor]:
-        """Items and scores [rows, k] of a chunk."""
-        pool = k if rules is None else min(rules.pool(k), self.n_items + 1)
+    def _best(self, score: _Score, barred: _Barred, k: int, rules: Rules | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Items and scores [rows, k] of a chunk, and how much the best one that may be answered is above the second [rows]."""
+        pool = max(k, 2) if rules is None else min(rules.pool(max(k, 2)), self.n_items + 1)
         while True:
             best: tuple[Tensor, Tensor] | None = None
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
@@ -335,11 +348,12 @@ class Predictor:
                 index, values = top_k(barred.apply(found, first), pool)
                 best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), pool)
             assert best is not None
+            margin = torch.nan_to_num(best[1][:, 0] - best[1][:, 1], nan=0.0, posinf=0.0)  # nothing else, or nothing at all
             if rules is None:
-                return best
+                return best[0][:, :k], best[1][:, :k], margin
             chosen = rules.choose(*best, self._table_VD, k)
             if pool > self.n_items or not (rules.caps and ((chosen[0] == 0) & (best[0][:, -1:] > 0)).any()):
-                return chosen
+                return *chosen, margin
             pool = min(4 * pool, self.n_items + 1)  # caps left places empty although there is more to choose from
 
     @torch.no_grad()
@@ -355,7 +369,7 @@ class Predictor:
         """Scores float32 of given item indices, one array a history."""
         found = [np.zeros(len(items), np.float32) for items in candidates]
         controls = self._decided(histories, now) if controls is None else controls
-        for rows, score in self._chunks([self._known(history) for history in histories], now, controls, context):
+        for rows, score, _ in self._chunks([self._known(history) for history in histories], now, controls, context):
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
                 scores = score(first).cpu().numpy()
                 for place, row in enumerate(rows):
@@ -400,9 +414,15 @@ class Predictor:
         return Explanation(kept[looked_at], reach[looked_at], (scores[:1] - scores[1:]).T)
 
     def _chunks(
-        self, known: list[History], now: int | Sequence[int], controls: Controls | None, context: Sequence[np.ndarray] | None
-    ) -> Iterator[tuple[np.ndarray, _Score]]:
-        """Rows of similar length, and their scores [rows, ITEM_BLOCK] of the items from `first` on."""
+        self,
+        known: list[History],
+        now: int | Sequence[int],
+        controls: Controls | None,
+        context: Sequence[np.ndarray] | None,
+        *,
+        watched: bool = False,
+    ) -> Iterator[tuple[np.ndarray, _Score, Tensor | None]]:
+        """Rows of similar length, their scores [rows, ITEM_BLOCK] of the items from `first` on, and if `watched` the entropy of the attention."""
         moments = np.broadcast_to(np.asarray(now, np.int64), len(known))
         fields = self.model.shape.context
         context_BC = np.zeros((len(known), fields), np.int64) if context is None else np.reshape(context, (len(known), fields)).astype(np.int64)
@@ -411,7 +431,7 @@ class Predictor:
         order, unknown = order[length[order] > 0], order[length[order] == 0]
         for start in range(0, len(unknown), ROWS):
             rows = unknown[start : start + ROWS]
-            yield rows, partial(self._popular_scores, moments[rows])
+            yield rows, partial(self._popular_scores, moments[rows]), None
         start = 0
         while start < len(order):
             rows = order[start : start + max(min(POSITIONS // int(length[order[start]]), ROWS), 1)]
@@ -420,9 +440,11 @@ class Predictor:
             chosen = None if controls is None else Controls(*(None if t is None else t[rows].to(self.device) for t in controls))
             was_training = self.model.training
             self.model.eval()
-            hidden = self.model.hidden(batch, self._table_VD, self._parts_MVD, chosen, masked=True)
+            before = self.model.before_last(self.model.embed(batch, self._table_VD, self._parts_MVD, chosen), batch, chosen)
+            hidden = self.model.asked(before, batch, chosen)
+            entropy = self.model.entropy(before, batch) if watched else None
             self.model.train(was_training)
-            yield rows, partial(self._model_scores, hidden, batch)
+            yield rows, partial(self._model_scores, hidden, batch), entropy
 
     def _model_scores(self, hidden: Tensor, batch: Batch, first: int) -> Tensor:
         return self.model.scores(hidden, self._output_VD[first : first + ITEM_BLOCK], batch, first=first)

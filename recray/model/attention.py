@@ -89,10 +89,13 @@ class Attention(nn.Module):
         found: Tensor = self.out(mixed_BQD)
         return found
 
-    def weights(self, x_BTD: Tensor, seen: Seen) -> Tensor:
-        """How much each position attends to each event, without controls: [B, T, T], means over the heads, each row's sum one."""
+    def weights(self, x_BTD: Tensor, seen: Seen, asked: Tensor | None = None) -> Tensor:
+        """How much each position, or one a user, `asked` int64 [B], attends to each event, without controls: [B, T or 1, T], means over
+        the heads, each row's sum one."""
         B, T, D = x_BTD.shape
-        q, k = F.linear(x_BTD, self.qkv.weight[: 2 * D]).view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        own = x_BTD if asked is None else x_BTD[torch.arange(B, device=x_BTD.device), asked][:, None]
+        q = F.linear(own, self.qkv.weight[:D]).view(B, own.shape[1], self.heads, -1).transpose(1, 2)
+        k = F.linear(x_BTD, self.qkv.weight[D : 2 * D]).view(B, T, self.heads, -1).transpose(1, 2)
         bias = self._bias(seen, None, T)
         assert bias is not None
         found: Tensor

@@ -151,25 +151,46 @@ class Recommender(nn.Module):
         `masked` is the way of inference: one query a user, in the order of the users; always the explicit mask, and the last
         block at the asked position alone.
         """
-        states = self.states(self.embed(batch, table_VD, parts_MVD, controls), batch, controls, masked=masked)
-        found = states[:, 0] if masked else states[batch.user_N, batch.position_N]
-        for field, modulation in enumerate(self.context):
-            found = modulation(found, batch.context_NC[:, field])
-        return self.finish(found)
+        x_BTD = self.embed(batch, table_VD, parts_MVD, controls)
+        if masked:
+            return self.asked(self.before_last(x_BTD, batch, controls), batch, controls)
+        return self._queried(self.states(x_BTD, batch, controls)[batch.user_N, batch.position_N], batch)
 
-    def states(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None, *, masked: bool = False) -> Tensor:
-        """What the blocks make of the embedded histories: [B, T, D]; with `masked` at the asked positions alone, [B, 1, D]."""
+    def states(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
+        """What the blocks make of the embedded histories: [B, T, D]."""
         x = self.dropout(x_BTD)
-        everywhere = torch.arange(x.shape[1], device=x.device)
-        seen = self._seen(batch, everywhere, controls, masked=masked)
-        for block in self.blocks[:-1]:
+        seen = self._seen(batch, torch.arange(x.shape[1], device=x.device), controls, masked=False)
+        for block in self.blocks:
             x = block(x, seen, controls)
-        if not masked:
-            found: Tensor = self.blocks[-1](x, seen, controls)
-            return found
-        asked = batch.position_N
-        found = self.blocks[-1](x, self._seen(batch, asked[:, None], controls, masked=True), controls, asked)
+        found: Tensor = x
         return found
+
+    def before_last(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
+        """What all blocks but the last make of the embedded histories, for inference: [B, T, D]."""
+        seen = self._seen(batch, torch.arange(x_BTD.shape[1], device=x_BTD.device), controls, masked=True)
+        for block in self.blocks[:-1]:
+            x_BTD = block(x_BTD, seen, controls)
+        return x_BTD
+
+    def asked(self, before_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
+        """Hidden states of one query a user [B, D], of `before_last`: the last block at the asked position alone."""
+        position = batch.position_N
+        seen = self._seen(batch, position[:, None], controls, masked=True)
+        found: Tensor = self.blocks[-1](before_BTD, seen, controls, position)
+        return self._queried(found[:, 0], batch)
+
+    def entropy(self, before_BTD: Tensor, batch: Batch) -> Tensor:
+        """Entropy in nats of how the asked position of each user attends to the history in the last block [B], of `before_last`."""
+        last, position = self.blocks[-1], batch.position_N
+        assert isinstance(last, Block)
+        seen = self._seen(batch, position[:, None], None, masked=True)
+        found: Tensor = torch.special.entr(last.attention.weights(last.attention_norm(before_BTD), seen, position)).sum((1, 2))
+        return found
+
+    def _queried(self, states_ND: Tensor, batch: Batch) -> Tensor:
+        for field, modulation in enumerate(self.context):
+            states_ND = modulation(states_ND, batch.context_NC[:, field])
+        return self.finish(states_ND)
 
     def roll_out(self, x_BTD: Tensor, batch: Batch) -> Tensor:
         """How much each event reaches the asked position of each user through all blocks, [B, T], rows that sum to one.

@@ -17,6 +17,7 @@ from recray.cluster import require, unwrapped
 from recray.config import ScoreSettings, Settings
 from recray.dataset.reader import Dataset
 from recray.inference import Filters, Predictor, Rules
+from recray.model.controls import Controls
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
 
@@ -124,13 +125,22 @@ class ScoreBucket:
         shard = self.dataset.shard(bucket)
         items: list[np.ndarray] = []
         scores: list[np.ndarray] = []
+        states: list[np.ndarray] = [np.zeros((0, 2), np.float32)]
         sources: list[str] = []
         for start in range(0, len(shard), self.batch_users):
             users = range(start, min(start + self.batch_users, len(shard)))
             histories = [self.translation.history(shard.history(user)) for user in users]
-            answer = self.predictor.recommend(histories, self.k, now=self.dataset.now_s, filters=self.filters, rules=self.rules)
+            asked: dict[str, Any] = {"now": self.dataset.now_s, "filters": self.filters, "rules": self.rules}
+            if self.predictor.policy is None:
+                answer = self.predictor.recommend(histories, self.k, watched=True, **asked)
+                state = answer.state
+            else:  # it is told of the trained model's answers
+                state = self.predictor.recommend(histories, 2, controls=Controls(), watched=True, **asked).state
+                answer = self.predictor.recommend(histories, self.k, state=state, **asked)
+            assert state is not None
             items.append(answer.item_index)
             scores.append(answer.scores)
+            states.append(state)
             sources += answer.source
         shape = (0, min(self.k, self.predictor.n_items))
         item_index = np.concatenate(items) if items else np.zeros(shape, np.int64)
@@ -138,7 +148,7 @@ class ScoreBucket:
         real = item_index > 0
         offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(1))]), pa.int32())
         item_ids = self.predictor.item_ids.take(pa.array(item_index[real] - 1))
-        write_part(self.folder, bucket, shard.user_ids, item_ids, offsets, pa.array(score_values[real]), sources)
+        write_part(self.folder, bucket, shard.user_ids, item_ids, offsets, pa.array(score_values[real]), sources, np.concatenate(states))
         by_model = np.array([source == "model" for source in sources], bool)
         best = score_values[by_model, 0] if len(by_model) else np.zeros(0)
         best = best[np.isfinite(best)]

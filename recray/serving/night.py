@@ -258,17 +258,24 @@ class Night:
             except SettingsError as error:
                 raise RequestError(error.what.replace("policy.actions", "controls"), error.fix) from None
             return replace(asked, action=request.controls)
-        decision = self._decide(asked.history, asked.now, exploration)
+        decision = self._decide(asked.history, asked.now, self.state(request), exploration)
         if decision is None:
             return asked
         action = dict(zip(decision.actions, (float(value) for value in decision.action), strict=True))
         return replace(asked, action=action, decision=decision)
 
-    def _decide(self, history: History, now: int, exploration: Explore | None) -> Decision | None:
+    def state(self, request: RecommendRequest) -> np.ndarray | None:
+        """What the nightly run saw of the user, where it was this bundle's and is of the stored history."""
+        if request.user_id is None or request.history is not None or self.snapshot.manifest["bundle_digest"] != self.bundle_digest:
+            return None
+        user = self.snapshot.find(request.user_id)
+        return None if user is None or user.state is None else np.array(user.state, np.float32)
+
+    def _decide(self, history: History, now: int, state: np.ndarray | None, exploration: Explore | None) -> Decision | None:
         policy = self.predictor.policy
         if (policy is None and exploration is None) or not (history.item_index > 0).any():
             return None
-        observation = self.predictor.observe(history, now)
+        observation = self.predictor.observe(history, now, state)
         names = exploration.actions if policy is None and exploration is not None else policy.actions if policy is not None else ()
         mean = np.zeros(len(names), np.float32) if policy is None else policy.act(observation[None])[0]
         if exploration is None:

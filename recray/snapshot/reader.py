@@ -20,11 +20,12 @@ from recray.storage import Storage, manifest_digest, open_sealed, read_json
 
 @dataclass(frozen=True)
 class ScoredUser:
-    """One row: items best first, their scores, and the source of the list (`model` or `popular`)."""
+    """One row: items best first, their scores, the source of the list (`model` or `popular`), and what a policy is told of it, if known."""
 
     item_ids: list[Any]
     scores: list[float]
     source: str
+    state: list[float] | None
 
 
 class Snapshot:
@@ -68,7 +69,7 @@ class Snapshot:
         row = bisect_left(range(len(users)), user_id, key=lambda row: users[row].as_py())
         if row == len(users) or users[row].as_py() != user_id:
             return None
-        return ScoredUser(*(index[name][row].as_py() for name in ("item_ids", "scores", "source")))
+        return ScoredUser(*(index[name][row].as_py() for name in ("item_ids", "scores", "source", "state")))
 
     def as_user(self, user_id: Any) -> Any:
         if self.manifest["user_type"] == "string":

@@ -10,6 +10,7 @@ import datetime as dt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -37,14 +38,26 @@ def index_name(bucket: int) -> str:
     return f"index-{bucket:05d}.arrow"
 
 
-def write_part(folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array, offsets: pa.Array, scores: pa.Array, source: list[str]) -> None:
-    """Write one bucket and its index: users in ascending order, their items flat with list `offsets` [users + 1]."""
+def write_part(
+    folder: Path,
+    bucket: int,
+    user_ids: pa.Array,
+    item_ids: pa.Array,
+    offsets: pa.Array,
+    scores: pa.Array,
+    source: list[str],
+    state: np.ndarray | None = None,
+) -> None:
+    """Write one bucket and its index: users in ascending order, their items flat with list `offsets` [users + 1].
+
+    state : float32 [users, 2], see `recray.inference.predictor.Recommendations`; NaN: not known
+    """
     columns = [
         user_ids,
         pa.ListArray.from_arrays(offsets, item_ids),
         pa.ListArray.from_arrays(offsets, scores),
         pa.array(source, pa.string()),
-        pa.nulls(len(user_ids), pa.list_(pa.float32())),
+        pa.nulls(len(user_ids), pa.list_(pa.float32())) if state is None else _states(state),
     ]
     table = pa.Table.from_arrays(columns, schema=snapshot_schema(user_ids.type, item_ids.type))
     scratch = folder / f".{part_name(bucket)}"
@@ -55,6 +68,12 @@ def write_part(folder: Path, bucket: int, user_ids: pa.Array, item_ids: pa.Array
         (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]  # one, also without a user
         writer.write_batch(batch)
     scratch.rename(folder / index_name(bucket))
+
+
+def _states(state: np.ndarray) -> pa.Array:
+    known = np.isfinite(state).all(1)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(2 * known)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(state[known].ravel()), mask=pa.array(~known))
 
 
 def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:

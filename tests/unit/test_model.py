@@ -176,6 +176,11 @@ def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
     layer = model.blocks[0].attention
     weights = layer.weights(x, seen)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, T))
+    one = model._seen(batch, batch.position_N[:, None], None, masked=True)
+    torch.testing.assert_close(layer.weights(x, one, batch.position_N)[:, 0], weights[torch.arange(B), batch.position_N])
+    last = model.blocks[-1]
+    asked = last.attention.weights(last.attention_norm(x), seen)[torch.arange(B), batch.position_N]
+    torch.testing.assert_close(model.entropy(x, batch), entropy(asked), atol=1e-5, rtol=1e-4)
     assert (weights.triu(1) == 0).all()
     if layer.kind == "softmax":
         mixed = layer.out(weights @ F.linear(x, layer.qkv.weight[2 * 16 :]))

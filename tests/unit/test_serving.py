@@ -190,6 +190,12 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
     rows = {row["user_id"]: row for row in pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()}
     assert part["popular_users"] == 1 and rows[999]["source"] == "popular" and len(rows[999]["item_ids"]) == 5
     assert {row["source"] for user, row in rows.items() if user != 999} == {"model"}
+    assert rows[999]["state"] is None
+    for user, row in rows.items():
+        if user != 999:
+            (spread, margin), known = row["state"], _met(data, user)
+            assert 0 <= spread <= np.log(max(len(data.user_history(user).item_index), 2)) and len(known)
+            assert margin == pytest.approx(row["scores"][0] - row["scores"][1], abs=1e-6)
     everything = ScoreBucket(**shared, folder=str(tmp_path), k=500, new_only=True)({"item": bucket})
     lists = pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()
     assert all(not set(row["item_ids"]) & _met(data, row["user_id"]) for row in lists)

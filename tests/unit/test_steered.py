@@ -27,8 +27,10 @@ ACTIONS = ("temperature", "recency")
 
 
 def steady(predictor, histories, now, digest, value):
-    """A policy that always decides the same."""
-    seen = np.stack([predictor.observe(history, now) for history in histories])
+    """A policy that always decides the same, whether or not it is told of the night."""
+    state = predictor.recommend(histories, 2, now=now, watched=True).state
+    told = zip([*histories, *histories], [*state, *np.full_like(state, np.nan)], strict=True)
+    seen = np.stack([predictor.observe(history, now, known) for history, known in told])
     weights = {"weight_0": torch.zeros(2, len(OBSERVED)), "bias_0": torch.tensor(value)}
     return Policy(ACTIONS, Frozen.of(seen), weights, digest, {"promoted": True, "reason": ""})
 
@@ -87,6 +89,10 @@ def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, 
         assert live.policy == "p" and live.controls == pytest.approx({"temperature": 0.9, "recency": -0.8})
     body = logged(handler)[live.request_id]["decision"]
     assert body["policy"] == "p" and body["log_density"] is None and body["mean"] == body["action"]
+    state = plain.recommend(histories[49:50], 2, now=now, watched=True).state[0]
+    assert body["observation"][-3:] == pytest.approx([*state, 1.0], rel=1e-4), "what the night saw, of the trained model as it is"
+    assert night.state(RecommendRequest(user_id=49, history=[])) is None, "of another history nothing is known"
+    assert night.state(RecommendRequest(user_id=10**9)) is None
     handler.close()
 
 
