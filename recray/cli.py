@@ -276,6 +276,8 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
 def _serve(arguments: argparse.Namespace, settings: Settings, as_of: Any, reporter: Any) -> Any:
     from recray import demo, pipeline
 
+    if arguments.name and arguments.what not in ("key", "canary"):
+        raise SettingsError(f"recray serve {arguments.what} takes no name, {arguments.name!r} was given", "leave it out")
     if arguments.what == "key":
         return demo.run_key(arguments.name, arguments.scopes.split(","), reporter)
     if arguments.what == "status":
@@ -283,10 +285,10 @@ def _serve(arguments: argparse.Namespace, settings: Settings, as_of: Any, report
     if arguments.what == "rollback":
         return pipeline.run_serve_rollback(settings, as_of, reporter.say)
     if arguments.what == "canary":
-        if not arguments.name or not 0 < arguments.share < 1:
-            raise SettingsError(
-                "recray serve canary: which bundle, and which share?", "recray serve canary BUNDLE --share 0.05; recray models lists them"
-            )
+        if not arguments.name:
+            raise SettingsError("recray serve canary: which bundle?", "recray serve canary BUNDLE; recray models lists them")
+        if not 0 < arguments.share < 1:
+            raise SettingsError(f"--share {arguments.share:g} lies outside 0 to 1", "0.05 is a twentieth of the users; recray promote gives it all")
         return pipeline.run_canary(settings, arguments.name, arguments.share, shadow=arguments.shadow, say=reporter.say)
     return demo.run_serve(settings, reporter)
 

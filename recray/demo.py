@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import os
+import socket
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 from recray import cluster, pipeline
 from recray.config import Settings, load_settings
-from recray.errors import SettingsError
+from recray.errors import ClusterError, MissingArtifactError, SettingsError
 from recray.stages import JobResult
 from recray.storage import Storage, read_json
 from recray.terminal import Reporter
@@ -24,16 +26,33 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     """Serve the published night until interrupted."""
     started = time.monotonic()
     settings = with_port(settings)
+    _can_serve(settings)
     cluster.start()
     from recray.serving import app  # Serve reads its environment when it is imported
 
     address = app.start(settings)
-    reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it")
+    metrics = cluster.metrics_address()
+    reporter.say(f"serving on {address} (API page: {address}/docs; metrics: {metrics}); Ctrl-C ends it")
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)
     app.stop()
-    return JobResult("serve", "ok", outputs={"address": address}, seconds=round(time.monotonic() - started, 2))
+    return JobResult("serve", "ok", outputs={"address": address, "metrics": metrics}, seconds=round(time.monotonic() - started, 2))
+
+
+def _can_serve(settings: Settings) -> None:
+    """What would keep the endpoint from starting is said before Ray is: it takes its time. Raises MissingArtifactError, ClusterError."""
+    storage, options = Storage(settings.root()), settings.serve
+    if not storage.latest.exists() and not storage.release.exists():
+        raise MissingArtifactError(f"no night was published in {storage.root}", "recray nightly makes one; is storage.root the right one?")
+    if "RAY_ADDRESS" not in os.environ:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((options.host, options.port))
+            except OSError as error:
+                told = f"the endpoint cannot listen on {options.host}:{options.port}: {error.strerror}"
+                raise ClusterError(told, "stop what listens there, or set serve.port (0: a free one)") from None
 
 
 def run_status(settings: Settings, reporter: Reporter) -> JobResult:

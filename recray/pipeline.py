@@ -46,7 +46,10 @@ def _quiet(message: str, **fields: Any) -> None:
 
 def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Check settings, the events' columns and types from their footers, and the item table. Runs nothing and writes nothing."""
+    from recray.serving import guard
+
     root = settings.root()
+    guard.check(settings.serve)
     source, items = preparation.inspect(settings)
     say(f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {', '.join(source.columns)}")
     say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
@@ -158,12 +161,18 @@ def run_canary(settings: Settings, bundle: str, share: float, *, shadow: bool, s
 
 
 def run_serve_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """End the trial of a challenger; without one, as `run_rollback`."""
+    """End the trial of a challenger; without one, as `run_rollback`.
+
+    Raises RefusedError where a trial just ended by itself: whoever wanted to end it does not want another champion.
+    """
     from recray.promotion import end_trial
     from recray.release import Release
 
     storage = Storage(settings.root())
-    if not Release.read(storage).on_trial:
+    now = Release.read(storage)
+    if not now.on_trial and now.ended:
+        raise RefusedError(f"no challenger is on trial, the last one's ended: {now.ended}", "recray rollback takes the champion back")
+    if not now.on_trial:
         return run_rollback(settings, as_of, say)
     release = end_trial(storage, "ended by hand")
     say(f"the champion answers everybody; {release.ended}")

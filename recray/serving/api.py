@@ -44,7 +44,12 @@ class Event(_Closed):
 
     item_id: Id = Field(description="the item, as in the item table", examples=["85123A"])
     timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: at the moment of the request")
-    event: Text | None = Field(None, description="event type; null: the most frequent one of the log", examples=["purchase"])
+    event: Text | None = Field(
+        None,
+        description="event type; null: the most frequent one of the log. One that the log does not know yet is kept for the next night, "
+        "and refused where an answer is to be read from it",
+        examples=["purchase"],
+    )
     value: Number = Field(1.0, description="rating, quantity, dwell …")
 
 
@@ -91,7 +96,7 @@ class RecommendRequest(_Question):
     new_only: bool = Field(False, description="leave out items of the history")
     allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="answer none but these items")
     deny: list[Id] = Field([], max_length=MOST_ITEMS, description="items that must not be answered")
-    where: dict[Text, Annotated[list[Text | int | bool], Field(max_length=1000)] | Range] = Field(
+    where: dict[Text, Annotated[list[Text | int | Number | bool], Field(max_length=1000)] | Range] = Field(
         {}, max_length=16, description="columns of the item table: values of which an item must have one, or bounds", examples=[{"price": {"max": 5}}]
     )
 

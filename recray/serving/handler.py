@@ -151,7 +151,8 @@ class Handler:
                 found = await self._model(question, degraded, None if trial is None else trial.champion_side)
                 decision = None if found is None else question.decision
         if found is None:
-            found = self._listed(night, request.model_copy(update=_LIST_ALONE), (), degraded) or night.popular(request)
+            alone = _list_alone(request)
+            found = self._listed(night, alone, (), degraded) or night.popular(alone)
         items = items_of(found)
         if request.explain and items and "model" not in degraded:
             await self._explain(chosen, request, fresh, items, decision, degraded)
@@ -179,7 +180,7 @@ class Handler:
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """As `recommend`, for given candidates."""
-        night = self.night
+        begun, night = time.monotonic(), self.night
         degraded: list[Part] = []
         fresh = await self._fresh(night, request, degraded)
         found = await self._model(night.candidates(request, fresh), degraded)
@@ -187,7 +188,9 @@ class Handler:
             raise UnavailableError("the model does not answer", "come again")
         items = [ScoredItem(item_id=item, score=score) for item, score in found.items]
         source = "popular" if found.source == "popular" else "realtime"
-        return ScoreResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=source, items=items)
+        told = ScoreResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, degraded=degraded, source=source, items=items)
+        self._answered(told, source, _name(night, request), begun, {"asked": "score"})
+        return told
 
     async def history(self, request: HistoryRequest) -> HistoryResponse:
         """What answers for a user are read from."""
@@ -197,9 +200,11 @@ class Handler:
 
     async def similar(self, request: SimilarRequest) -> SimilarResponse:
         """Raises RequestError for an unknown item."""
-        night = self.night
+        begun, night = time.monotonic(), self.night
         found = Found(list(await asyncio.to_thread(night.similar, request.item_id, request.k)), "realtime")
-        return SimilarResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, items=items_of(found))
+        told = SimilarResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, items=items_of(found))
+        self._answered(told, "realtime", None, begun, {"asked": "similar"})
+        return told
 
     async def events(self, request: EventsRequest) -> EventsResponse:
         """Keep events: on disk when it returns. Raises RequestError, UnavailableError: then none was kept."""
@@ -227,6 +232,8 @@ class Handler:
         """Keep an outcome, after its decision: on disk when it returns. Raises UnavailableError: then it was not kept."""
         body = {"request_id": request.request_id, "outcome": request.outcome, "item_id": request.item_id, "value": request.value}
         at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
+        if at_s > time.time() + AHEAD_S:
+            raise RequestError(f"timestamp: {request.timestamp} lies in the future", "send UTC, or an offset")
         key = f"{request.request_id}\0{request.feedback_id}" if request.feedback_id else _new_id()
         entry = Entry("outcome", key, None, at_s, body)
         kept, known = await self.journal.keep(lambda writer: writer.outcome(entry, request.request_id))
@@ -355,21 +362,28 @@ class Handler:
         shadow: bool = False,
     ) -> None:
         """Log an answer, behind."""
-        user = _name(self.night, request)
-        body: dict[str, Any] = {
+        user, more = _name(self.night, request), dict[str, Any]()
+        if decision is not None:
+            more["decision"] = decision.body()
+        if trial is not None and trial.shadow == shadow and request.mode != "batch":
+            more["trial"] = trial.challenger
+            more["share"] = trial.share
+            more["arm"] = "shadow" if shadow else "challenger" if trial.answers(user) else "champion"
+        self._answered(answer, answer.source, user, begun, more)
+
+    def _answered(
+        self, answer: RecommendResponse | ScoreResponse | SimilarResponse, source: str, user: str | None, begun: float, more: dict[str, Any]
+    ) -> None:
+        """Log what was answered, behind: what comes of it is told by its id."""
+        body = {
             "items": [item.item_id for item in answer.items],
-            "source": answer.source,
+            "source": source,
             "night": answer.night,
             "bundle": answer.bundle,
             "degraded": answer.degraded,
             "ms": round(1000 * (time.monotonic() - begun), 3),
+            **more,
         }
-        if decision is not None:
-            body["decision"] = decision.body()
-        if trial is not None and trial.shadow == shadow and request.mode != "batch":
-            body["trial"] = trial.challenger
-            body["share"] = trial.share
-            body["arm"] = "shadow" if shadow else "challenger" if trial.answers(user) else "champion"
         self.journal.later(Entry("decision", answer.request_id, user, time.time(), body))
 
 
@@ -381,10 +395,14 @@ def _new_id() -> str:
     return f"{_ids.getrandbits(128):032x}"
 
 
-_LIST_ALONE: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}, "controls": None}
+def _list_alone(request: RecommendRequest) -> RecommendRequest:
+    """What is left of a request where no model answers: a list that was made before."""
+    met = [event.item_id for event in (*(request.history or ()), *request.events)] if request.new_only else []
+    plain: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}, "controls": None}
+    return request.model_copy(update={**plain, "deny": [*request.deny, *met]})
 
 
-def _name(night: Night, request: RecommendRequest) -> str | None:
+def _name(night: Night, request: RecommendRequest | ScoreRequest) -> str | None:
     """The user as the event log has them, however the request wrote the id; None for nobody."""
     if request.user_id is None:
         return None

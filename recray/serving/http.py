@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,15 @@ from recray.serving.api import (
     SimilarRequest,
     SimilarResponse,
 )
-from recray.serving.guard import Guard
+from recray.serving.guard import RIGHTS, Guard
 from recray.serving.handler import Handler
 from recray.serving.night import UnknownItemError
-from recray.serving.problems import MEDIA_TYPE, field_errors, problem
+from recray.serving.problems import MEDIA_TYPE, FieldError, field_errors, problem
 from recray.serving.traces import traced
 
 RETRY_AFTER = {"Retry-After": "1"}
+FIELD = re.compile(r"([a-z_]+(?:\.\w+)*): ")  # that an error begins with
+READ_S = 10.0  # for a body to come
 MOST_ERRORS = 100  # of a body, that are told one by one
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
 
@@ -60,6 +64,7 @@ def _routes(handler: Handler) -> FastAPI:
         version=recray.__version__,
         description="Recommendations from the published night, the model behind it, and what users did since.",
         responses=PROBLEMS,
+        redoc_url=None,
     )
     api.router.route_class = JsonRoute
     api.add_exception_handler(RequestError, _refused)
@@ -82,7 +87,7 @@ def _routes(handler: Handler) -> FastAPI:
         """The last events that answers are read from, those that the night does not know yet among them."""
         return await handler.history(request)
 
-    @api.post("/v1/similar", summary="Find similar items", tags=["answers"])
+    @api.post("/v1/similar", summary="Find similar items", tags=["answers"], response_model_exclude_none=True)
     async def similar(request: SimilarRequest) -> SimilarResponse:
         """Items that the model takes for alike."""
         return await handler.similar(request)
@@ -127,8 +132,13 @@ def _routes(handler: Handler) -> FastAPI:
 
 
 def _with_problems(document: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI document with refusals under their own media type, which FastAPI cannot be told."""
-    for path in document["paths"].values():
+    """The OpenAPI document with refusals under their own media type, and with the keys that may be asked for, as FastAPI cannot be told."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "where `serve.keys` names any"}}
+    for name, path in document["paths"].items():
+        if name in RIGHTS:
+            for operation in path.values():
+                operation["security"] = [{"key": []}, {}]
+                operation["description"] += f" Scope: {RIGHTS[name]}."
         for operation in path.values():
             for status, response in operation["responses"].items():
                 if status >= "400" and "application/json" in response.get("content", {}):
@@ -163,7 +173,9 @@ class JsonRoute(APIRoute):
 
 
 def _refused(_: Request, error: Any) -> JSONResponse:
-    return problem(404 if isinstance(error, UnknownItemError) else 422, error.what, error.fix)
+    field = FIELD.match(error.what)
+    errors = [] if field is None else [FieldError(field=f"body.{field[1]}", problem=error.what[field.end() :])]
+    return problem(404 if isinstance(error, UnknownItemError) else 422, error.what, error.fix, errors)
 
 
 def _unavailable(_: Request, error: Any) -> JSONResponse:
@@ -184,7 +196,7 @@ def _broken(_: Request, error: Exception) -> JSONResponse:
 
 
 class Limit:
-    """ASGI middleware: a body that is too large is refused before all of it was read."""
+    """ASGI middleware: a body that is too large is refused before all of it was read, and one that does not come is not waited for."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -193,18 +205,22 @@ class Limit:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self.app(scope, receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the client went away
-            body += message.get("body", b"")
-            if len(body) > self.max_bytes:
-                refusal = problem(413, f"the body is larger than {self.max_bytes} bytes", "send less, or raise serve.max_body_bytes")
-                await refusal(scope, receive, send)
-                return
-            if not message.get("more_body", False):
-                break
+        body, more = b"", True
+        try:
+            async with asyncio.timeout(READ_S):
+                while more and len(body) <= self.max_bytes:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return  # the client went away
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            await problem(408, f"the body did not come within {READ_S:g} seconds", "send it at once")(scope, receive, send)
+            return
+        if len(body) > self.max_bytes:
+            refusal = problem(413, f"the body is larger than {self.max_bytes} bytes", "send less, or raise serve.max_body_bytes")
+            await refusal(scope, receive, send)
+            return
         await self.app(scope, _once(body, receive), send)
 
 

@@ -234,8 +234,8 @@ class Night:
             return None
         items: list[tuple[Any, float | None]] = list(zip(user.item_ids, user.scores, strict=True))
         free = self.predictor.answerable
-        if request.deny or request.allow is not None or request.where:
-            filters = self._filters(request)
+        if self._filtered(request):
+            filters = self._filters(request, listed=True)
             index = self.predictor.index_of(user.item_ids)
             keep = np.ones(len(index), bool) if filters.allow is None else np.isin(index, filters.allow)
             denied = np.zeros(0, np.int64) if filters.deny is None else filters.deny
@@ -258,24 +258,27 @@ class Night:
             except SettingsError as error:
                 raise RequestError(error.what.replace("policy.actions", "controls"), error.fix) from None
             return replace(asked, action=request.controls)
-        decision = self._decide(asked.history, asked.now, self.state(request), exploration)
+        decision = self._decide(request, asked.history, asked.now, exploration)
         if decision is None:
             return asked
         action = dict(zip(decision.actions, (float(value) for value in decision.action), strict=True))
         return replace(asked, action=action, decision=decision)
 
     def state(self, request: RecommendRequest) -> np.ndarray | None:
-        """What the nightly run saw of the user, where it was this bundle's and is of the stored history."""
+        """What the nightly run saw of the user, where it was this bundle's and is of the stored history; None also where it cannot be read."""
         if request.user_id is None or request.history is not None or self.snapshot.manifest["bundle_digest"] != self.bundle_digest:
             return None
-        user = self.snapshot.find(request.user_id)
+        try:
+            user = self.snapshot.find(request.user_id)
+        except Exception:  # whatever is wrong with the lists: `look_up` says so
+            return None
         return None if user is None or user.state is None else np.array(user.state, np.float32)
 
-    def _decide(self, history: History, now: int, state: np.ndarray | None, exploration: Explore | None) -> Decision | None:
+    def _decide(self, request: RecommendRequest, history: History, now: int, exploration: Explore | None) -> Decision | None:
         policy = self.predictor.policy
         if (policy is None and exploration is None) or not (history.item_index > 0).any():
             return None
-        observation = self.predictor.observe(history, now, state)
+        observation = self.predictor.observe(history, now, self.state(request))
         names = exploration.actions if policy is None and exploration is not None else policy.actions if policy is not None else ()
         mean = np.zeros(len(names), np.float32) if policy is None else policy.act(observation[None])[0]
         if exploration is None:
@@ -305,8 +308,8 @@ class Night:
     def popular(self, request: RecommendRequest) -> Found:
         """The popular list, without asking the model."""
         items: list[tuple[Any, float | None]] = list(self.popular_list)
-        if request.deny or request.allow is not None or request.where:
-            filters = self._filters(request)
+        if self._filtered(request) or self.snapshot.manifest["new_only"]:
+            filters = self._filters(request, listed=True)
             barred = set() if filters.deny is None else set(filters.deny.tolist())
             allowed = None if filters.allow is None else set(filters.allow.tolist())
             index = self.predictor.index_of([item for item, _ in items]).tolist()
@@ -463,7 +466,8 @@ class Night:
         return history, now, asked(self.predictor.context, request.context, None if request.now is None else now)
 
     def _joined(self, stored: History, events: Sequence[Event], moment: dt.datetime | None) -> History:
-        """A stored history and what came after it, in order of time. An event type that the bundle does not know is its most frequent one."""
+        """A stored history and what came after it, in order of time; nothing is known of an event type that the bundle has not met."""
+        events = [event for event in events if event.event is None or event.event in self.predictor.event_types]
         if not events:
             return stored
         types = self.predictor.event_types
@@ -479,13 +483,21 @@ class Night:
         order = np.argsort(whole.timestamp_s, kind="stable")
         return History(*(values[order] for values in whole))
 
-    def _filters(self, request: RecommendRequest) -> Filters:
+    def _filtered(self, request: RecommendRequest) -> bool:
+        """Whether a list that was made before has to be looked through."""
+        more = request.new_only and not self.snapshot.manifest["new_only"]
+        return bool(more or request.deny or request.allow is not None or request.where)
+
+    def _filters(self, request: RecommendRequest, *, listed: bool = False) -> Filters:
+        """What a request leaves. listed : of a list that was made before, whose user's stored items have to be named"""
         allow = None if request.allow is None else np.unique(self.predictor.index_of(request.allow))
         for column, wanted in request.where.items():
             mask = self._having(column, wanted)
             allow = mask if allow is None else np.intersect1d(allow, mask)
         deny = np.unique(self.predictor.index_of(request.deny)) if request.deny else None
         new_only = request.new_only or self.snapshot.manifest["new_only"]
+        if listed and new_only and request.user_id is not None and (stored := self.stored_history(request.user_id)) is not None:
+            deny = np.union1d(np.zeros(0, np.int64) if deny is None else deny, stored.item_index)
         return Filters(new_only, None if allow is None else allow[allow > 0], None if deny is None else deny[deny > 0])
 
     def _having(self, column: str, wanted: list[Any] | Range) -> np.ndarray:

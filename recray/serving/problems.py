@@ -36,5 +36,11 @@ def problem(status: int, detail: str, fix: str = "", errors: Sequence[FieldError
 
 
 def field_errors(found: Sequence[Any]) -> list[FieldError]:
-    """Of pydantic's errors of a body; what was sent is not repeated, it may be anybody's."""
-    return [FieldError(field=".".join(("body", *(str(part) for part in error["loc"]))), problem=str(error["msg"])) for error in found]
+    """Of pydantic's errors of a body, one a field and problem; what was sent is not repeated, it may be anybody's."""
+    told = {(".".join(("body", *(str(part) for part in error["loc"] if not _kind(part)))), str(error["msg"])): None for error in found}
+    return [FieldError(field=field, problem=text) for field, text in told]
+
+
+def _kind(part: str | int) -> bool:
+    """Whether a part of a path is one of several types that a value may have, as pydantic calls them, and no field's name."""
+    return isinstance(part, str) and (part in ("int", "float", "str", "bool", "Range") or any(mark in part for mark in "[]-"))

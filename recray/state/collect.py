@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,13 @@ def collect(storage: Storage, log: Log) -> tuple[Path | None, dict[str, int]]:
 
 
 def _stretch(log: Log, after: int, end: int) -> list[tuple[int, Entry]]:
-    return [pair for pair in log.read(after, AT_ONCE) if pair[0] <= end] if after < end else []
+    """The next entries; an outcome that was set aside and whose decision came after all is one like the others."""
+    found = [pair for pair in log.read(after, AT_ONCE) if pair[0] <= end] if after < end else []
+    return [(number, replace(entry, kind="outcome") if _late(log, entry) else entry) for number, entry in found]
+
+
+def _late(log: Log, entry: Entry) -> bool:
+    return entry.kind == "set_aside" and log.has("decision", entry.body["request_id"])
 
 
 def collected_through(storage: Storage) -> dict[str, int]:

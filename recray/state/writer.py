@@ -22,6 +22,7 @@ BEHIND_S = 0.1  # how long a decision may wait for others
 BEHIND = 10_000  # decisions that may wait; more are dropped, and counted
 AT_ONCE = 2000  # entries of one commit, roughly
 ELSEWHERE_S = 0.3  # how long an outcome waits for a decision that another replica may still hold
+PATIENT = 4  # outcomes that wait so at once; who makes up request ids must not make others wait
 
 
 class Writer:
@@ -37,6 +38,7 @@ class Writer:
         self.set_aside = 0
         self._waiting: queue.Queue[tuple[list[Entry], Future[list[int]] | None] | None] = queue.Queue()
         self._behind = 0
+        self._patient = 0
         self._thread = threading.Thread(target=self._write, name="recray-log", daemon=True)
         self._thread.start()
 
@@ -61,14 +63,19 @@ class Writer:
         return await asyncio.to_thread(self.log.recent, user, after, from_s)
 
     async def outcome(self, entry: Entry, decision: str) -> tuple[bool, bool]:
-        """Write an outcome after its decision, or set it aside where nobody knows the decision.
+        """Write an outcome after its decision, or set it aside where nobody knows the decision yet (`collect` looks once more).
 
         Returns whether it was new, and whether the decision is known. Raises StateError.
         """
         await self.append([])  # what waits here is written now
-        deadline = time.monotonic() + ELSEWHERE_S
-        while not (known := await asyncio.to_thread(self.log.has, "decision", decision)) and time.monotonic() < deadline:
-            await asyncio.sleep(BEHIND_S / 2)
+        patient = self._patient < PATIENT
+        deadline = time.monotonic() + (ELSEWHERE_S if patient else 0.0)
+        self._patient += patient
+        try:
+            while not (known := await asyncio.to_thread(self.log.has, "decision", decision)) and time.monotonic() < deadline:
+                await asyncio.sleep(BEHIND_S / 2)
+        finally:
+            self._patient -= patient
         kind: Kind = "outcome" if known else "set_aside"
         kept = (await self.append([replace(entry, kind=kind)]))[0] > 0
         self.set_aside += kept and not known

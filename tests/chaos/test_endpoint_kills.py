@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -83,9 +85,11 @@ class Served:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=60)
+    def stop(self, number: int = signal.SIGINT) -> dict:
+        """End it by a signal; its last line."""
+        self.process.send_signal(number)
+        out, _ = self.process.communicate(timeout=60)
+        return json.loads((out.splitlines() or ["{}"])[-1])  # nothing of one that was killed
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,19 @@ def test_haproxy_listens_on_loopback_alone(served, own_home):
     listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
     hosts = Counter(line[1].split(":")[0] for line in listening if f"socket:[{line[9]}]" in sockets)
     assert hosts.total() >= 3 and set(hosts) == {"0100007F"}, "HTTP, metrics and statistics, on 127.0.0.1"
+
+
+def test_requests_that_never_end_make_nobody_wait(served):
+    begun = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(200)]
+        for client in slow:
+            client.sendall(begun)
+        time.sleep(1)
+        for user in range(50):
+            assert ask(f"{served.address}/v1/recommend", {"user_id": user})["items"]
+        slow[0].settimeout(20)
+        assert b" 408 " in slow[0].recv(1000)
 
 
 def test_an_event_is_heard_by_every_replica(served, shop):
@@ -241,7 +258,8 @@ def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(ow
     pipeline.run_collect(settings, None)
     again = Served(storage.root)
     ask(f"{again.address}/v1/events", {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]})
-    again.stop()
+    assert any("serving on" in line for line in again.process.stderr)
+    assert again.stop(signal.SIGTERM)["status"] == "ok", "as systemd, Docker and Kubernetes end a service"
     pipeline.run_collect(settings, None)
     found = _collected(storage.root)
     assert set(acknowledged) <= set(found) and max(found.values()) == 1

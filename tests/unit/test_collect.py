@@ -57,6 +57,14 @@ def test_each_entry_is_collected_once_as_it_was_told(log, tmp_path):
     assert pq.read_table(second / "events.parquet").schema == pq.read_table(first / "events.parquet").schema
 
 
+def test_an_outcome_whose_decision_came_after_all_is_like_the_others(log, tmp_path):
+    log.append([outcome("o1", "late", "set_aside"), outcome("o2", "never", "set_aside"), decision("late")])
+    folder, counts = collecting.collect(Storage(tmp_path), log)
+    assert counts == {"decision": 1, "outcome": 1, "set_aside": 1}
+    rows = pq.read_table(folder / "outcomes.parquet").to_pylist()
+    assert {row["request_id"]: row["set_aside"] for row in rows} == {"late": False, "never": True}
+
+
 def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tmp_path, monkeypatch):
     storage = Storage(tmp_path)
     log.append([event(f"e{n}", str(n % 5)) for n in range(100)])

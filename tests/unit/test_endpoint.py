@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from recray.benchmark.nights import publish_untrained
 from recray.config import ServeSettings
 from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
 from recray.inference import Predictor
+from recray.serving import http as http_module
 from recray.serving.api import EventsRequest, FeedbackRequest, RecommendRequest
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.handler import Handler
@@ -118,6 +120,40 @@ def test_outcomes_are_kept_after_their_decision(address, handler):
     assert [entry.kind for entry in entries] == ["decision", "outcome", "set_aside"]
     assert entries[0].body["items"] == ids(answer) and entries[0].user == "7" and entries[0].key == answer["request_id"]
     assert entries[1].body["request_id"] == answer["request_id"]
+
+
+def test_what_was_scored_or_found_alike_can_be_rated(address, storage):
+    for path, body in (("/v1/score", {"user_id": 7, "items": ["i0000001"]}), ("/v1/similar", {"item_id": "i0000001"})):
+        answer = good(address, path, body)
+        assert good(address, "/v1/feedback", {"request_id": answer["request_id"], "outcome": "click"}) == {"kept": True, "set_aside": False}
+
+
+def test_only_what_is_new_is_answered_by_a_list_too(address, monkeypatch, handler, world_dataset):
+    met = set(handler.night.predictor.ids_of(handler.night.stored_history(7).item_index))
+    plain, fresh = (good(address, "/v1/recommend", {**USER, "k": 50, "mode": "batch", **more}) for more in ({}, {"new_only": True}))
+    assert {item["item_id"] for item in plain["items"]} & met
+    assert fresh["items"] and not {item["item_id"] for item in fresh["items"]} & met
+    monkeypatch.setattr(Predictor, "recommend", lambda *_, **__: (_ for _ in ()).throw(FloatingPointError()))
+    first = plain["items"][0]["item_id"]
+    for body in (USER, {"history": [{"item_id": first}], "mode": "realtime"}):
+        answer = good(address, "/v1/recommend", {**body, "k": 50, "new_only": True, "mode": "realtime"})
+        assert answer["degraded"] == ["model"] and answer["items"]
+        assert not {item["item_id"] for item in answer["items"]} & ({first} if "history" in body else met)
+
+
+def test_an_event_of_a_type_that_nobody_knows_is_kept_and_changes_no_answer(address, handler):
+    before = good(address, "/v1/recommend", {**USER, "mode": "realtime"})["items"]
+    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001", "event": "teleport"}]})
+    assert good(address, "/v1/recommend", {**USER, "mode": "realtime"})["items"] == before
+    assert [entry.body["event"] for _, entry in handler.journal.writer.log.read(0, 10) if entry.kind == "event"] == ["teleport"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
+    monkeypatch.setattr(http_module, "READ_S", 0.3)
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+        assert b"408" in client.recv(1000)
 
 
 def test_candidates_are_scored_and_likeness_found(address, storage):
@@ -267,6 +303,22 @@ def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "Tested: 9" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"where": {"colour": ["red"]}}, "body.where"),
+        ({"context": {"planet": "Mars"}}, "body.context"),
+        ({"history": [{"item_id": "x", "event": "teleport"}]}, "body.history"),
+        ({"user_id": [1]}, "body.user_id"),
+        ({"where": {"price": [{}]}}, "body.where.price"),
+    ],
+)
+def test_the_field_that_makes_no_sense_is_named(address, body, field):
+    status, content = ask(address, "/v1/recommend", body)
+    assert status == 422 and content["errors"]
+    assert all(error["field"] in (field, f"{field}.0") for error in content["errors"])
 
 
 def test_what_is_not_json_is_refused(address):

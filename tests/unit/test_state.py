@@ -187,6 +187,18 @@ def test_an_outcome_waits_for_a_decision_of_another_replica(log):
     here.close(), there.close()
 
 
+def test_outcomes_of_made_up_requests_do_not_make_others_wait(log):
+    writer, begun = Writer(log), time.monotonic()
+
+    async def many():
+        return await asyncio.gather(*(writer.outcome(Entry("outcome", f"o{n}", "u", 2.0, {}), f"made up {n}") for n in range(40)))
+
+    assert asyncio.run(many()) == [(True, False)] * 40 and writer._patient == 0
+    kept = [entry.kind for _, entry in log.read(0, 100)]
+    assert kept == ["set_aside"] * 40 and time.monotonic() - begun < 20
+    writer.close()
+
+
 def test_a_log_that_fails_is_heard_of_and_the_writer_lives_on(log):
     inner, broken = log.append, [True]
 

@@ -251,4 +251,6 @@ def test_a_trial_that_cannot_begin_or_end_is_refused(shop, world_settings):
     assert Release.read(storage).on_trial
     pipeline.run_serve_rollback(settings, None)
     assert Release.read(storage).ended == "bundle other: ended by hand"
+    with pytest.raises(RefusedError, match="the last one's ended: bundle other"):
+        pipeline.run_serve_rollback(settings, None)
     storage.release.write_bytes(release)
