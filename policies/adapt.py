@@ -18,12 +18,16 @@ import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from policies import gate
+from policies.held_out import HeldOut
 from policies.learner import as_module, module_config, plain, restore
 from policies.logs import Logged, checked, read
+from policies.tune import TIMED, deciding_share, rules_of
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.dataset.reader import draw_of
+from recray.dataset.reader import Dataset, draw_of
 from recray.errors import RefusedError
+from recray.evaluation.protocol import Question
+from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
 
 FOLDS = 3
@@ -31,6 +35,7 @@ LEAST = 500  # decisions of a round that can speak against an older one
 SURE = 2.0  # standard errors
 JUDGES = 1 / 3  # of the users
 LEAST_USERS = 50
+LISTED = 300  # judges for whom lists are made
 MODULE = "default_policy"
 
 
@@ -50,13 +55,20 @@ class Marwil:
 
 
 def adapt(
-    settings: Settings, folders: Sequence[Path], bundle: Bundle, live: Policy | None, policies: set[str], now_s: float
+    settings: Settings,
+    folders: Sequence[Path],
+    dataset: Dataset,
+    bundle: Bundle,
+    live: Policy | None,
+    policies: set[str],
+    now_s: float,
 ) -> tuple[Policy, gate.Verdict, dict[str, int]]:
     """The next policy of a bundle from collected folders, the gate's verdict, and what was set aside of the newest round.
 
     A third of the users, the same in every round, judge; nothing of theirs is ever learned from. They judge by what the live policy
     decided in the newest round.
 
+    dataset : with the histories of the judges, for whom lists are made
     policies : run keys of those that may have decided, "" for none
     Raises RefusedError where the newest round can say too little, or where privacy is on and nobody is held out.
     """
@@ -77,7 +89,8 @@ def adapt(
             raise RefusedError(f"{users} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore")
     log = since_the_change([found for found in everything if len(set(found.user.tolist())) >= LEAST_USERS])
     policy = learn_from(log, live, options.actions, bundle.digest)
-    verdict = gate.judge(judged, policy, gate.Rules(threshold=options.threshold, segment=-options.segment))
+    diversity, latency = _lists(dataset, bundle, policy, judged)
+    verdict = gate.judge(judged, policy, rules_of(settings), diversity=diversity, latency=latency)
     policy.about |= {"bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict, aside
@@ -104,6 +117,22 @@ def _held_out(settings: Settings, bundle: Bundle) -> Callable[[Logged], np.ndarr
     if not split.get("held_out"):
         raise RefusedError("adapt with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2, and train anew")
     return lambda log: draw_of(pa.array(log.user), f"held out {split['seed']}") < split["held_out"]
+
+
+def _lists(dataset: Dataset, bundle: Bundle, policy: Policy, judged: Logged) -> tuple[float | None, float | None]:
+    """How varied the judges' lists are under the policy, as a share of the trained model's, and how much of an answer's time it takes;
+    None where the dataset knows nobody of them."""
+    predictor = Predictor.load(bundle.path, dataset=dataset)
+    translation, outside = predictor.translation(dataset), int if pa.types.is_integer(dataset.user_type) else str
+    found = (dataset.user_history(outside(user)) for user in np.unique(judged.user)[:LISTED].tolist())
+    histories = [translation.history(history) for history in found if history is not None]
+    unknown, nobody = np.zeros(len(predictor.context), np.int64), np.zeros(0, np.int64)
+    asked = [Question(0, 0, history, nobody, dataset.now_s, unknown) for history in histories if (history.item_index > 0).any()]
+    if not asked:
+        return None, None
+    some, places = HeldOut(predictor, asked, policy.actions), np.arange(len(asked))
+    mine, none = (some.lists(places, action) for action in (policy.act(some.observation), np.zeros((len(asked), len(policy.actions)))))
+    return some.variety(mine, none), deciding_share(predictor, asked[:TIMED], policy)
 
 
 def _usable(log: Logged, bundle: str, policies: set[str]) -> Logged | None:

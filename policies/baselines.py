@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import qmc
 
-from policies.rewards import Differentiable, Rewards
+from policies.rewards import Differentiable, Listed, Rewards
 from recray.inference.policy import OBSERVED, Frozen
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -56,6 +56,29 @@ def by_length(rewards: Rewards, requests: int, *, seed: int = 0) -> Act:
     found = minimize(loss, first, method="Powell", bounds=[(-1, 1)] * (2 * K), options={"maxfev": 120 * K, "xtol": 0.01, "ftol": 1e-6})
     best = found.x if found.fun < loss(first) else first
     return lambda observation: act(observation, best)
+
+
+class Tabled:
+    """Rewards whose few actions are each tried on every case once, and then looked up; for bandits over arms.
+
+    The cases of `rewards` are places below its length.
+    """
+
+    def __init__(self, rewards: Listed) -> None:
+        self.rewards, self.actions = rewards, rewards.actions
+        self._paid: dict[bytes, np.ndarray] = {}
+
+    def draw(self, n: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return self.rewards.draw(n, random)
+
+    def pay(self, cases: np.ndarray, action_NK: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(cases))
+        for action in np.unique(action_NK, axis=0):
+            mine, everybody = (action_NK == action).all(1), np.arange(len(self.rewards))
+            if action.tobytes() not in self._paid:
+                self._paid[action.tobytes()] = self.rewards.pay(everybody, np.repeat(action[None], len(everybody), 0))
+            found[mine] = self._paid[action.tobytes()][cases[mine]]
+        return found
 
 
 def by_gradient(rewards: Differentiable, frozen: Frozen, *, hidden: int = 0, steps: int = 400, at_once: int = 256, seed: int = 0) -> Act:

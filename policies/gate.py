@@ -44,8 +44,13 @@ class Verdict:
         return "; ".join(check.text for check in self.checks if not check.passed)
 
 
-def judge(log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0, latency: float | None = None) -> Verdict:
-    """The verdict on a policy by a checked log. `latency`: a decision's share of the Predictor's time, if it was measured."""
+def judge(
+    log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0, diversity: float | None = None, latency: float | None = None
+) -> Verdict:
+    """The verdict on a policy by a checked log.
+
+    diversity : of the policy's lists, as a share of the trained model's; latency: a decision's share of the Predictor's time. None: not measured
+    """
     mean, codes = policy.act(log.observation), log.codes
     w = weights(log, mean)
     state = policy.frozen.normalise(log.observation)
@@ -68,9 +73,7 @@ def judge(log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0,
         Check("support", found.effective >= rules.effective, support),
         Check("shuffled rewards", found.shuffled.low <= 0 <= found.shuffled.high, f"shuffled rewards gain {found.shuffled.value:+.4f}"),
     ]
-    checks += _kept(found.segments, earned, rules)
-    if latency is not None:
-        checks.append(_quick(latency, rules))
+    checks += [*_kept(found.segments, earned, rules), *_allowed(diversity, latency, rules)]
     figures = {
         "effective_samples": found.effective,
         "largest_weight": found.largest,
@@ -79,7 +82,7 @@ def judge(log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0,
     }
     for name, interval in found.intervals.items():
         figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return Verdict(checks, figures)
+    return Verdict(checks, figures | _measured(diversity, latency))
 
 
 def compare(
@@ -102,12 +105,9 @@ def compare(
     earned = max(abs(float(none.mean())), 1e-12)
     text = f"gains {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] a user of {earned:.4f}, over {len(paid)} users"
     checks = [Check("gain", gain.low > rules.threshold * earned, text), *_kept(dict(zip(parts, by_part, strict=True)), earned, rules)]
-    if diversity is not None:
-        checks.append(Check("diversity", diversity >= rules.diversity, f"its lists are {diversity:.0%} as varied, {rules.diversity:.0%} wanted"))
-    if latency is not None:
-        checks.append(_quick(latency, rules))
+    checks += _allowed(diversity, latency, rules)
     figures = {"users": float(len(paid)), "none": earned, "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-    return Verdict(checks, figures | {name: x for name, x in (("diversity", diversity), ("latency", latency)) if x is not None})
+    return Verdict(checks, figures | _measured(diversity, latency))
 
 
 def _kept(parts: dict[str, ope.Interval], earned: float, rules: Rules) -> list[Check]:
@@ -118,8 +118,19 @@ def _kept(parts: dict[str, ope.Interval], earned: float, rules: Rules) -> list[C
     ]
 
 
-def _quick(latency: float, rules: Rules) -> Check:
-    return Check("latency", latency <= rules.latency, f"a decision takes {latency:.1%} of the Predictor's time, {rules.latency:.0%} allowed")
+def _allowed(diversity: float | None, latency: float | None, rules: Rules) -> list[Check]:
+    """What its lists and its decisions may be, of what was measured."""
+    found = []
+    if diversity is not None:
+        found.append(Check("diversity", diversity >= rules.diversity, f"its lists are {diversity:.0%} as varied, {rules.diversity:.0%} wanted"))
+    if latency is not None:
+        text = f"a decision takes {latency:.1%} of the Predictor's time, {rules.latency:.0%} allowed"
+        found.append(Check("latency", latency <= rules.latency, text))
+    return found
+
+
+def _measured(diversity: float | None, latency: float | None) -> dict[str, float]:
+    return {name: value for name, value in (("diversity", diversity), ("latency", latency)) if value is not None}
 
 
 def weights(log: Logged, mean: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Question
@@ -40,6 +41,7 @@ class HeldOut:
     ) -> None:
         self.predictor, self.questions, self.metric, self.k = predictor, list(questions), metric, k
         self.filters = Filters(new_only=new_only)
+        predictor.model.requires_grad_(False)  # `value` has a gradient by the action alone
         self.actions = tuple(actions)
         self._dials = dials(actions, predictor.model, predictor.event_types)
         counts = predictor.popularity.total()
@@ -70,6 +72,18 @@ class HeldOut:
         """The metric of each user, float64 [n]."""
         return self.worth(cases, self.lists(cases, action_NK))
 
+    def value(self, cases: np.ndarray, action_NK: Tensor) -> Tensor:
+        """What stands in for the metric where a gradient is wanted: how likely the model takes what they did next to be, float64 [n]."""
+        asked = [self.questions[place] for place in cases]
+        found = self.predictor.log_probability(
+            [question.history for question in asked],
+            [question.target for question in asked],
+            now=[question.now for question in asked],
+            controls=turn(action_NK, self._dials, self.predictor.model, self.predictor.event_types),
+            context=[question.context for question in asked],
+        )
+        return found.double()
+
     def worth(self, cases: np.ndarray, item_NK: np.ndarray) -> np.ndarray:
         """The metric of lists."""
         return per_user(item_NK, [self.questions[place].target for place in cases], self.k)[self.metric]
@@ -96,6 +110,10 @@ class HeldOut:
     def _usual(self) -> float:
         places = np.arange(min(len(self), USUAL))
         return max(float(self.diversity(self.lists(places, np.zeros((len(places), len(self.actions))))).mean()), 1e-9)
+
+    def variety(self, mine_NK: np.ndarray, none_NK: np.ndarray) -> float:
+        """How varied lists are, as a share of what the trained model's are, on the average."""
+        return float(self.diversity(mine_NK).mean()) / max(float(self.diversity(none_NK).mean()), 1e-9)
 
     def diversity(self, item_NK: np.ndarray) -> np.ndarray:
         """How unlike each other the items of each list are: one less the mean cosine of its pairs, float64 [n]."""

@@ -36,6 +36,12 @@ class Varied(Protocol):
         """As `pay`, and how varied each list is as a share of what lists under action 0 are on the average, float64 [n] each."""
 
 
+class Listed(Rewards, Protocol):
+    """One of a certain number of users, whose cases are their places."""
+
+    def __len__(self) -> int: ...
+
+
 class Differentiable(Rewards, Protocol):
     """One whose reward, or a stand-in for it, has a gradient by the action."""
 

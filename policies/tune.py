@@ -76,13 +76,17 @@ def tune(
 
 def judge(settings: Settings, judged: HeldOut, policy: Policy) -> gate.Verdict:
     """The gate's verdict by users that the policy was not learned from."""
-    options, places = settings.policy, np.arange(len(judged))
+    places = np.arange(len(judged))
     lists = [judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions))))]
     mine, none = (judged.worth(places, found) for found in lists)
-    varied, before = (float(judged.diversity(found).mean()) for found in lists)
-    rules = gate.Rules(threshold=options.threshold, segment=-options.segment, diversity=options.diversity, latency=options.latency)
     latency = deciding_share(judged.predictor, judged.questions[:TIMED], policy)
-    return gate.compare(judged.observation, mine, none, rules, diversity=varied / max(before, 1e-9), latency=latency)
+    return gate.compare(judged.observation, mine, none, rules_of(settings), diversity=judged.variety(*lists), latency=latency)
+
+
+def rules_of(settings: Settings) -> gate.Rules:
+    """What the settings ask of a policy."""
+    options = settings.policy
+    return gate.Rules(threshold=options.threshold, segment=-options.segment, diversity=options.diversity, latency=options.latency)
 
 
 def deciding_share(predictor: Predictor, questions: list[Question], policy: Policy) -> float:

@@ -136,8 +136,7 @@ def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
         stages.deliver(work)
         result = JobResult("rollback", "ok", release.champion.run_key, {"release": str(storage.release)}, warnings=work.warnings)
         if storage.latest.exists():
-            published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-            scored = stages.score(work, Dataset.open(storage.root / published["dataset"], verify=True))
+            scored = stages.score(work, stages.published_dataset(storage))
             result.outputs.update(scored.outputs)
             result.metrics = scored.metrics
         return result

@@ -348,12 +348,18 @@ def adapt(work: Work) -> JobResult:
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
-        policy, _, aside = learn_policy(settings, folders, bundle, live, known, now_s)
+        policy, _, aside = learn_policy(settings, folders, published_dataset(storage), bundle, live, known, now_s)
         for reason, count in aside.items():
             work.warn(f"{count} decisions were set aside: {reason}")
         policy.about |= {"key": key, "private": settings.privacy.enabled}
         policy.save(path, key)
     return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
+
+
+def published_dataset(storage: Storage) -> Dataset:
+    """What the published night was scored from. Raises MissingArtifactError, DamagedArtifactError."""
+    published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
+    return Dataset.open(storage.root / published["dataset"], verify=True)
 
 
 def keep_policy(settings: Settings, policy: Policy, key: str) -> None:

@@ -32,7 +32,14 @@ USERS, ITEMS, EVENTS = 4000, 500, 25
 CLIENTS = 8
 REQUESTS, BEFORE, AFTER = 8000, 3, 5  # a round; rounds before and after the drift
 SIGMA = 1.0
-EXPLORE = ("policy.actions=[temperature]", f"policy.sigma={SIGMA}", "policy.explore=1.0", "policy.share=1.0", "policy.wait_s=0")
+EXPLORE = (
+    "policy.actions=[temperature]",
+    f"policy.sigma={SIGMA}",
+    "policy.explore=1.0",
+    "policy.share=1.0",
+    "policy.wait_s=0",
+    "policy.latency=1",  # its model is so small that a decision takes a good part of its time
+)
 
 
 def measure_drift(folder: Path, say: Say) -> dict[str, Any]:

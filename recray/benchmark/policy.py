@@ -44,6 +44,7 @@ WORSE, SHARE, MOST_CANARY = 0.9, 0.2, 5_000
 POLLUTED = (0.0, 0.1, 0.3)  # noise events, as shares of a history
 ACTIONS = ("temperature", "recency")  # on real data
 REAL_DECISIONS, REAL_SIGMA = 40_000, 0.3
+SEARCHED, STEPS, STEPPED = 512, 150, 64  # users that a search tries an action on; steps of a gradient, and users of each
 HINDSIGHT = 11  # settings of the best in hindsight
 BUNDLE = "benchmark"
 
@@ -108,12 +109,12 @@ def _baselines(world: Planted, frozen: Frozen, seed: int) -> dict[str, Act]:
     }
 
 
-def _over(mine: np.ndarray, others: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Differences to each other way, paired by user, with intervals that all hold together with 95 % (Bonferroni)."""
+def _over(mine: np.ndarray, others: dict[str, np.ndarray], ways: int | None = None) -> dict[str, dict[str, float]]:
+    """Differences to each other way, paired by user, with intervals that hold together with 95 %, those of all `ways` (Bonferroni)."""
     means = bootstrap_means(np.stack([mine - found for found in others.values()], 1), 1000, 0)
     found = {}
     for place, name in enumerate(others):
-        low, high = interval(means[:, place], 1 - 0.05 / len(others))
+        low, high = interval(means[:, place], 1 - 0.05 / (ways or len(others)))
         found[name] = {"difference": round(float((mine - others[name]).mean()), 4), "low": round(low, 4), "high": round(high, 4)}
     return found
 
@@ -198,8 +199,8 @@ def _canary(world: Planted, act: Act, random: np.random.Generator) -> int | None
 def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
     """On the histories of a data set, clean and with noise events: NDCG of half of the test users under each way, learned on the others.
 
-    `promoted`: whether the gate lets the policy pass, by a log of those users that explored. `hindsight`: the best of eleven settings
-    for each user, a bound that nobody reaches.
+    What is learned with chance is learned five times, and counts by each user's mean. `promoted`: how many of the five policies the gate
+    lets pass, by a log of those users that explored. `hindsight`: the best of eleven settings for each user, a bound that nobody reaches.
     """
     settings, dataset, predictor, epochs = trained(data, folder, overrides, say)
     cluster.start()
@@ -211,23 +212,19 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
         asked = [_polluted(question, share, predictor.n_items, random) for question in questions]
         half = len(asked) // 2
         learned, judged = (HeldOut(predictor, some, ACTIONS, new_only=new_only) for some in (asked[:half], asked[half:]))
-        found = _on_histories(learned, judged)
+        found = _on_histories(learned, judged, min(settings.policy.decisions, REAL_DECISIONS))
         metrics[f"noise {share:.0%}"] = found
         say(f"{share:.0%} noise: NDCG {found['ndcg']}, over nothing {found['over_nothing']}, promoted: {found['promoted']} {found['reason']}")
     return bundle_settings(settings), metrics
 
 
-def _on_histories(learned: HeldOut, judged: HeldOut) -> dict[str, Any]:
-    policy = learn(learned, replace(Ppo(), decisions=REAL_DECISIONS), BUNDLE)
-    ways: dict[str, Act] = {
-        "ppo": policy.act,
-        "best global action": baselines.best_global(learned, min(len(learned), 1024)),
-        "closed form in length": baselines.by_length(learned, min(len(learned), 1024)),
-        "LinUCB": baselines.bandit(learned, policy.frozen, REAL_DECISIONS, thompson=False),
-    }
+def _on_histories(learned: HeldOut, judged: HeldOut, decisions: int) -> dict[str, Any]:
+    policies = [learn(learned, replace(Ppo(), decisions=decisions), BUNDLE, seed=seed) for seed in range(SEEDS)]
+    ways: dict[str, list[Act]] = {"ppo": [policy.act for policy in policies], **_real_baselines(learned, policies[0].frozen, decisions)}
     places = np.arange(len(judged))
     none = judged.pay(places, np.zeros((len(judged), len(ACTIONS))))
-    paid = {name: judged.pay(places, act(judged.observation)) for name, act in ways.items()}
+    by_seed = {name: [judged.pay(places, act(judged.observation)) for act in acts] for name, acts in ways.items()}
+    paid = {name: np.mean(found, 0) for name, found in by_seed.items()}
     tried = [judged.pay(places, np.repeat([[x, 0.0]], len(judged), 0)) for x in np.linspace(-1, 1, HINDSIGHT)]
     random = np.random.default_rng(2)
     action, density = explore(np.zeros((len(judged), len(ACTIONS)), np.float32), REAL_SIGMA, random)
@@ -242,20 +239,34 @@ def _on_histories(learned: HeldOut, judged: HeldOut) -> dict[str, Any]:
         np.full(len(judged), BUNDLE),
         np.full(len(judged), ""),
     )
-    verdict = gate.judge(checked(log, BUNDLE, {""})[0], policy)
-    over = bootstrap_means(np.stack([found - none for found in paid.values()], 1), 1000, 0)
-    spans = [interval(over[:, place], 1 - 0.05 / len(paid)) for place in range(len(paid))]
+    usable = checked(log, BUNDLE, {""})[0]
+    verdicts = [gate.judge(usable, policy) for policy in policies]
+    zero = np.zeros(len(judged))
     return {
         "users": len(judged),
+        "decisions": decisions,
         "ndcg": {"nothing": round(float(none.mean()), 4), **{name: round(float(found.mean()), 4) for name, found in paid.items()}},
-        "over_nothing": {
-            name: [round(float((found - none).mean()), 4), round(low, 4), round(high, 4)]
-            for (name, found), (low, high) in zip(paid.items(), spans, strict=True)
-        },
+        "ndcg_by_seed": {name: [round(float(one.mean()), 4) for one in found] for name, found in by_seed.items()},
+        # all intervals of a table hold together with 95 %
+        "over_nothing": {name: _over(found - none, {"": zero}, ways=len(paid))[""] for name, found in paid.items()},
+        "ppo_over": _over(paid["ppo"], {name: found for name, found in paid.items() if name != "ppo"}),
         "hindsight": round(float(np.max(tried, 0).mean()), 4),
-        "mean_action": [round(float(value), 3) for value in policy.act(judged.observation).mean(0)],
-        "promoted": verdict.passed,
-        "reason": verdict.reason,
+        "mean_action": [round(float(value), 3) for value in policies[0].act(judged.observation).mean(0)],
+        "promoted": sum(verdict.passed for verdict in verdicts),
+        "reason": verdicts[0].reason,
+    }
+
+
+def _real_baselines(learned: HeldOut, frozen: Frozen, decisions: int) -> dict[str, list[Act]]:
+    some, table, seeds = min(len(learned), SEARCHED), baselines.Tabled(learned), range(SEEDS)
+    steep: dict[str, Any] = {"steps": STEPS, "at_once": STEPPED}
+    return {
+        "best global action": [baselines.best_global(learned, some)],
+        "global, by gradient": [baselines.by_gradient(learned, frozen, seed=seed, **steep) for seed in seeds],
+        "closed form in length": [baselines.by_length(learned, some)],
+        "LinUCB": [baselines.bandit(table, frozen, decisions, thompson=False, seed=seed) for seed in seeds],
+        "Thompson sampling": [baselines.bandit(table, frozen, decisions, thompson=True, seed=seed) for seed in seeds],
+        "hyper-network, by gradient": [baselines.by_gradient(learned, frozen, hidden=64, seed=seed, **steep) for seed in seeds],
     }
 
 

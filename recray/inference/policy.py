@@ -59,32 +59,37 @@ def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool,
     state : attention entropy and score margin as the last nightly run had them, of the trained model as it is; None or not finite: not known
     """
     found = np.zeros(len(OBSERVED), np.float32)
-    item = np.asarray(history.item_index)[-LOOKED_AT:]
-    kept = item > 0
-    item = item[kept]
+    item, event, time_s = (np.asarray(values)[-LOOKED_AT:] for values in history[:3])
+    if not item.all():
+        kept = item > 0
+        item, event, time_s = item[kept], event[kept], time_s[kept]
     n = len(item)
-    if n:
-        event, time_s = (np.asarray(values)[-LOOKED_AT:][kept] for values in (history.event_index, history.timestamp_s))
-        rank = rank_V[item]
-        distinct = len(set(item.tolist()))
-        last = item[-20:].tolist()
+    if n:  # sums of Python's and numpy's least: it is done for every request
+        met = item.tolist()
+        distinct, last = len(set(met)), met[-20:]
         found[0:4] = math.log1p(n), math.log1p(distinct), 1.0 - distinct / n, len(set(last)) / len(last)
-        found[10:13] = rank.mean(), rank.std(), rank[-1]
-        share = np.bincount(event) / n
-        present = share[share > 0]
-        found[13:16] = share[0], -(present * np.log(present)).sum(), event[-1] == 0
+        rank = rank_V[item]
+        found[10:13] = *_moments(rank), rank[-1]
+        share = [count / n for count in np.bincount(event).tolist()]
+        found[13:16] = share[0], -sum(part * math.log(part) for part in share if part), event[-1] == 0
         if has_time:
-            age = (now_s - time_s) / DAY_S
-            between = np.log1p(np.maximum(np.diff(time_s), 0) / DAY_S) if n > 1 else np.zeros(1)
-            found[4:10] = (
-                math.log1p(max(age[-1], 0.0)), math.log1p(max(age[0], 0.0)), between.mean(), between.std(), (age <= 7).mean(), (age <= 30).mean()
-            )  # fmt: skip
+            first, latest = (max(now_s - int(time_s[place]), 0) / DAY_S for place in (0, -1))
+            between = np.log1p(np.maximum(time_s[1:] - time_s[:-1], 0) / DAY_S) if n > 1 else np.zeros(1)
+            recent = (np.count_nonzero(time_s >= now_s - days * DAY_S) / n for days in (7, 30))
+            found[4:10] = math.log1p(latest), math.log1p(first), *_moments(between), *recent
     if has_time:
         angle = 2 * math.pi * (now_s % DAY_S) / DAY_S
         found[16:19] = math.sin(angle), math.cos(angle), (now_s // DAY_S + 3) % 7 >= 5
     if state is not None and np.isfinite(state).all():
         found[19:22] = state[0], state[1], 1.0
     return found
+
+
+def _moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    values = values.astype(np.float64)
+    mean = float(values.sum()) / len(values)
+    return mean, math.sqrt(max(float(values @ values) / len(values) - mean * mean, 0.0))
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,13 @@ class Frozen:
 
     def normalise(self, observation_ND: np.ndarray) -> np.ndarray:
         """Float32 [N, D]."""
-        found: np.ndarray = np.clip((observation_ND - self.mean) / self.scale, -5.0, 5.0).astype(np.float32)
+        found: np.ndarray = np.minimum(np.maximum((observation_ND - self.mean) / self.scale, -5.0), 5.0).astype(np.float32)
         return found
 
     def knows(self, observation_ND: np.ndarray) -> np.ndarray:
         """Which rows are like those that the policy was learned on, bool [N]."""
-        found: np.ndarray = np.isfinite(observation_ND).all(1) & (observation_ND >= self.low).all(1) & (observation_ND <= self.high).all(1)
-        return found
+        inside: np.ndarray = (observation_ND >= self.low) & (observation_ND <= self.high)  # what is not finite is neither
+        return np.asarray(inside.all(1))
 
 
 class Policy:
@@ -132,17 +137,19 @@ class Policy:
             raise SettingsError(f"policy.actions names {len(actions)} controls", f"name 1 to {MOST}")
         self.actions, self.frozen, self.weights = tuple(actions), frozen, weights
         self.bundle_digest, self.about = bundle_digest, about
-        self._layers = [(weights[f"weight_{n}"].float(), weights[f"bias_{n}"].float()) for n in range(len(weights) // 2)]
+        self._layers = [
+            (weights[f"weight_{n}"].detach().float().T.contiguous(), weights[f"bias_{n}"].detach().float()) for n in range(len(weights) // 2)
+        ]
 
-    @torch.no_grad()
     def act(self, observation_ND: np.ndarray) -> np.ndarray:
         """The mean action of each row, float32 [N, K]; zeros for a row that is not finite or unlike those that it was learned on."""
         known = self.frozen.knows(observation_ND)
-        x = torch.from_numpy(self.frozen.normalise(np.where(known[:, None], observation_ND, 0.0)))
+        x = torch.from_numpy(self.frozen.normalise(observation_ND if known.all() else np.where(known[:, None], observation_ND, 0.0)))
         for place, (weight, bias) in enumerate(self._layers):
-            x = torch.nn.functional.linear(torch.tanh(x) if place else x, weight, bias)
-        found = np.clip(x.numpy(), -1.0, 1.0)
-        return np.where(known[:, None] & np.isfinite(found).all(1, keepdims=True), found, 0.0).astype(np.float32)
+            x = torch.addmm(bias, torch.tanh(x) if place else x, weight)
+        found = x.clamp(-1.0, 1.0).numpy()
+        good = known & np.isfinite(found).all(1)
+        return found if good.all() else np.where(good[:, None], found, 0.0).astype(np.float32)
 
     def save(self, path: Path, key: str) -> None:
         """As a sealed directory of JSON and safetensors. Raises OutputExistsError."""
@@ -186,11 +193,11 @@ def dials(actions: Sequence[str], model: Recommender, event_types: Sequence[str]
     return [known[name] for name in actions]
 
 
-def turn(action_BK: np.ndarray, chosen: Sequence[tuple[int, int | None, float]], model: Recommender, event_types: Sequence[str]) -> Controls:
-    """Actions as the model takes them; `chosen` are `dials`."""
+def turn(action_BK: np.ndarray | Tensor, chosen: Sequence[tuple[int, int | None, float]], model: Recommender, event_types: Sequence[str]) -> Controls:
+    """Actions as the model takes them, with their gradient if they have one; `chosen` are `dials`."""
     found = Controls.zeros(len(action_BK), model.shape.heads, len(event_types), model.items.modalities)
     used = set()
-    for (place, column, scale), values in zip(chosen, torch.from_numpy(np.asarray(action_BK, np.float32)).T, strict=True):
+    for (place, column, scale), values in zip(chosen, torch.as_tensor(action_BK).float().T, strict=True):
         tensor = found[place]
         assert tensor is not None
         used.add(place)

@@ -378,6 +378,22 @@ class Predictor:
                     found[row][chosen] = scores[place, inside[chosen]]
         return found
 
+    def log_probability(
+        self,
+        histories: Sequence[History],
+        targets: Sequence[np.ndarray],
+        *,
+        now: Sequence[int],
+        controls: Controls,
+        context: Sequence[np.ndarray],
+    ) -> Tensor:
+        """Mean log-probability of each history's targets (item indices) under a softmax over all items [B], with the controls' gradient."""
+        found: list[tuple[int, Tensor]] = []
+        for rows, score, _ in self._chunks([self._known(history) for history in histories], now, controls, context):
+            log_share = torch.cat([score(first) for first in range(0, self.n_items + 1, ITEM_BLOCK)], 1).log_softmax(1)
+            found += [(int(row), log_share[place, torch.from_numpy(targets[row])].mean()) for place, row in enumerate(rows)]
+        return torch.stack([value for _, value in sorted(found, key=lambda pair: pair[0])])
+
     @torch.no_grad()
     def explain(
         self,
@@ -423,6 +439,8 @@ class Predictor:
         watched: bool = False,
     ) -> Iterator[tuple[np.ndarray, _Score, Tensor | None]]:
         """Rows of similar length, their scores [rows, ITEM_BLOCK] of the items from `first` on, and if `watched` the entropy of the attention."""
+        if controls is not None and all(tensor is None for tensor in controls):
+            controls = None
         moments = np.broadcast_to(np.asarray(now, np.int64), len(known))
         fields = self.model.shape.context
         context_BC = np.zeros((len(known), fields), np.int64) if context is None else np.reshape(context, (len(known), fields)).astype(np.int64)
@@ -439,11 +457,13 @@ class Predictor:
             batch = self._batch([known[row] for row in rows], moments[rows], context_BC[rows]).to(self.device)
             chosen = None if controls is None else Controls(*(None if t is None else t[rows].to(self.device) for t in controls))
             was_training = self.model.training
-            self.model.eval()
+            if was_training:  # turning every module takes as long as a block of one history
+                self.model.eval()
             before = self.model.before_last(self.model.embed(batch, self._table_VD, self._parts_MVD, chosen), batch, chosen)
             hidden = self.model.asked(before, batch, chosen)
             entropy = self.model.entropy(before, batch) if watched else None
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
             yield rows, partial(self._model_scores, hidden, batch), entropy
 
     def _model_scores(self, hidden: Tensor, batch: Batch, first: int) -> Tensor:
@@ -530,13 +550,14 @@ class _Barred:
 def _next_times(time_BT: np.ndarray, length: np.ndarray, now: np.ndarray) -> np.ndarray:
     """The time of the first later event of another time for each position; `now` for the last basket and the padding."""
     T = time_BT.shape[1]
-    asked = np.broadcast_to(now[:, None], time_BT.shape).copy()
-    for position in range(T - 2, -1, -1):
-        inside = position + 1 < length
-        same = time_BT[:, position] == time_BT[:, position + 1]
-        following = np.where(same, asked[:, position + 1], time_BT[:, position + 1])
-        asked[:, position] = np.where(inside, following, now)
-    return asked
+    place = np.arange(T)
+    ends = np.empty(time_BT.shape, bool)  # a position after which another time begins
+    ends[:, :-1] = (time_BT[:, :-1] != time_BT[:, 1:]) & (place[1:] < length[:, None])
+    ends[:, -1] = False
+    end = np.minimum.accumulate(np.where(ends, place, T)[:, ::-1], 1)[:, ::-1]
+    following = np.take_along_axis(time_BT, np.minimum(end + 1, T - 1), 1)
+    found: np.ndarray = np.where(end < T, following, now[:, None])
+    return found
 
 
 def _make_room(days: dict[int, Any]) -> None:

@@ -63,7 +63,7 @@ def shop(world_folder, world_dataset, tmp_path):
         None,
         [
             f"data.events=[{world_folder / 'events'}]", f"storage.root={tmp_path / 'root'}", "policy.actions=[temperature]", "policy.sigma=1.0",
-            "policy.explore=1.0", "policy.share=1.0", "policy.wait_s=0", "score.k=20", "data.context=[hour]",
+            "policy.explore=1.0", "policy.share=1.0", "policy.wait_s=0", "policy.latency=0.5", "score.k=20", "data.context=[hour]",
         ],
     )  # fmt: skip
     storage = publish_untrained(settings, world_dataset, settings.root())
@@ -86,7 +86,7 @@ def talk(handler, visits, seed):
         asyncio.run(visit(range(first, first + 10)))
 
 
-def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop):
+def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_dataset):
     settings, storage, handler = shop
     with pytest.raises(RefusedError, match="no collected decision"):
         pipeline.run_adapt(settings, None)
@@ -99,6 +99,7 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop):
     assert found.reward[turned].mean() == pytest.approx(0.75, abs=0.06) and found.reward[~turned].mean() == pytest.approx(0.15, abs=0.06)
     assert checked(found, "untrained", {""})[1] == {} and read(folders, ("recency",), until_s=np.inf) == []
     assert read(folders, ("temperature",), until_s=0.0) == []
+    assert 0 < result.metrics["latency"] < 0.5 and result.metrics["diversity"] > 0.5
     assert result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0 and result.reason == ""
     assert Release.read(storage).champion.policy == result.run_key
     before = handler.night
@@ -108,4 +109,4 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop):
     assert answer.policy == result.run_key
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
-        adapt.adapt(private, folders, Bundle.open(storage.bundle("untrained")), None, {""}, np.inf)
+        adapt.adapt(private, folders, world_dataset, Bundle.open(storage.bundle("untrained")), None, {""}, np.inf)

@@ -5,8 +5,11 @@ import pytest
 import torch
 from scipy.stats import truncnorm
 
+from policies.baselines import Tabled
+from policies.held_out import HeldOut
 from recray.dataset.reader import History
 from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
+from recray.evaluation.protocol import Question
 from recray.inference import Predictor
 from recray.inference.policy import LOG_TEMPERATURE, OBSERVED, Frozen, Policy, dials, explore, log_density, observe, popularity_rank, turn
 
@@ -155,3 +158,44 @@ def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predi
     for row, one in enumerate(histories):
         alone = predictor.recommend([one], 10, now=world_dataset.now_s, controls=steer(actions[row : row + 1]))
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def held_out(predictor, world_dataset):
+    questions = []
+    for user in range(60):
+        history = predictor.translation(world_dataset).history(world_dataset.user_history(user))
+        target = np.unique(history.item_index[-2:])
+        before = History(*(values[:-2] for values in history))
+        questions.append(Question(0, user, before, target, world_dataset.now_s, np.zeros(len(predictor.context), np.int64)))
+    return HeldOut(predictor, questions, ["temperature", "recency"])
+
+
+def test_held_out_users_have_a_state_but_for_a_share_of_them(held_out, predictor):
+    known = held_out.observation[:, OBSERVED.index("state_known")]
+    assert 0.6 <= known.mean() < 1 and not held_out.observation[known == 0, -3:].any()
+    place = int(np.flatnonzero(known)[0])
+    question = held_out.questions[place]
+    answer = predictor.recommend([question.history], 2, now=question.now, watched=True)
+    np.testing.assert_allclose(held_out.observation[place, -3:-1], answer.state[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_in_for_the_metric_has_its_gradient(held_out):
+    places, action = np.arange(8), torch.full((8, 2), 0.2, dtype=torch.float64, requires_grad=True)
+    value = held_out.value(places, action)
+    (gradient,) = torch.autograd.grad(value.sum(), action)
+    step = 1e-2
+    for k in range(2):
+        moved = torch.zeros(8, 2, dtype=torch.float64)
+        moved[:, k] = step
+        with torch.no_grad():
+            slope = (held_out.value(places, action + moved) - held_out.value(places, action - moved)) / (2 * step)
+        np.testing.assert_allclose(gradient[:, k].numpy(), slope.numpy(), rtol=0.05, atol=2e-4)
+    assert gradient.abs().max() > 1e-3 and all(p.grad is None for p in held_out.predictor.model.parameters())
+
+
+def test_arms_that_were_tried_are_looked_up(held_out):
+    table, random = Tabled(held_out), np.random.default_rng(0)
+    arms = np.array([[0.0, 0.5], [1.0, 0.0], [0.0, 0.0]])[random.integers(0, 3, 40)]
+    _, cases = table.draw(40, random)
+    np.testing.assert_allclose(table.pay(cases, arms), held_out.pay(cases, arms), atol=1e-9)
