@@ -227,13 +227,18 @@ class Predictor:
     def index_of(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Item indices int64 [n]; 0 for an id that the bundle does not know."""
         if self._index is None:
-            self._index = {item: i + 1 for i, item in enumerate(self.item_ids.to_pylist())}
+            self._index = {item: i + 1 for i, item in enumerate(self._outside)}
         integral = pa.types.is_integer(self.item_ids.type)
         return np.array([self._index.get(_as_id(item, integral), 0) for item in item_ids], np.int64)
 
     def ids_of(self, item_index: np.ndarray) -> list[Any]:
         """Outside ids of item indices above 0."""
-        found: list[Any] = self.item_ids.take(pa.array(np.asarray(item_index) - 1)).to_pylist()
+        return [self._outside[index - 1] for index in np.asarray(item_index).tolist()]
+
+    @cached_property
+    def _outside(self) -> list[Any]:
+        """The vocabulary as Python has it."""
+        found: list[Any] = self.item_ids.to_pylist()
         return found
 
     @torch.no_grad()

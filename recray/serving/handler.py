@@ -331,7 +331,8 @@ class Handler:
 
     async def _asked(self, batcher: Batcher[Question, Found], question: Question, degraded: list[Part]) -> Found | None:
         try:
-            return await asyncio.wait_for(batcher.ask(question), self.options.timeout_s)
+            async with asyncio.timeout(self.options.timeout_s):
+                return await batcher.ask(question)
         except BusyError:
             if batcher is self._aside:  # a challenger that is behind is not waited for: the champion answers
                 self.telemetry.refused["challenger"] += 1
