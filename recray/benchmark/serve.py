@@ -53,8 +53,8 @@ def measure_serve(folder: Path, say: Say) -> dict[str, Any]:
     """`rps` of each way at 16 clients; `ms_over_asgi` = 1000 / rps - 1000 / rps of uvicorn; ratios of ours over Serve's defaults and uvicorn's.
 
     `one_client_over_predictor_ms`: what the endpoint adds to the median of a real-time answer; the Predictor is asked before and afterwards,
-    and rests as long between two answers as behind one client, since that alone makes it slower. `batching_ratio`: real-time answers a second with batching over those without. `p99_over_p50`: of
-    the real-time answers at 16 clients.
+    and rests as long between two answers as behind one client, since that alone makes it slower. `batching_ratio`: real-time answers a
+    second with batching over those without. `p99_over_p50`: of the real-time answers at 16 clients.
     """
     storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
     lists = [post("/v1/recommend", {"user_id": user, "k": 10}) for user in range(USERS)]
