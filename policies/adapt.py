@@ -6,6 +6,7 @@ A click says little, so MARWIL is not shown the outcomes but what a model of the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ LEAST = 500  # decisions of a round that can speak against an older one
 SURE = 2.0  # standard errors
 JUDGES = 1 / 3  # of the users
 LEAST_USERS = 50
+NUMBER = re.compile(r"-?\d{1,18}")
 LISTED = 300  # judges for whom lists are made
 MODULE = "default_policy"
 
@@ -89,7 +91,7 @@ def adapt(
             raise RefusedError(f"{users} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore")
     log = since_the_change([found for found in everything if len(set(found.user.tolist())) >= LEAST_USERS])
     policy = learn_from(log, live, options.actions, bundle.digest)
-    diversity, latency = _lists(dataset, bundle, policy, judged)
+    diversity, latency = _lists(settings, dataset, bundle, policy, judged)
     verdict = gate.judge(judged, policy, rules_of(settings), diversity=diversity, latency=latency)
     policy.about |= {"bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
@@ -119,18 +121,23 @@ def _held_out(settings: Settings, bundle: Bundle) -> Callable[[Logged], np.ndarr
     return lambda log: draw_of(pa.array(log.user), f"held out {split['seed']}") < split["held_out"]
 
 
-def _lists(dataset: Dataset, bundle: Bundle, policy: Policy, judged: Logged) -> tuple[float | None, float | None]:
+def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy, judged: Logged) -> tuple[float | None, float | None]:
     """How varied the judges' lists are under the policy, as a share of the trained model's, and how much of an answer's time it takes;
     None where the dataset knows nobody of them."""
     predictor = Predictor.load(bundle.path, dataset=dataset)
-    translation, outside = predictor.translation(dataset), int if pa.types.is_integer(dataset.user_type) else str
-    found = (dataset.user_history(outside(user)) for user in np.unique(judged.user)[:LISTED].tolist())
+    translation = predictor.translation(dataset)
+    users = np.random.default_rng(0).permutation(np.unique(judged.user)).tolist()
+    if pa.types.is_integer(dataset.user_type):
+        users = [int(user) for user in users if NUMBER.fullmatch(user)]  # whoever is called otherwise is none of the dataset's
+    found = (dataset.user_history(user) for user in users[:LISTED])
     histories = [translation.history(history) for history in found if history is not None]
     unknown, nobody = np.zeros(len(predictor.context), np.int64), np.zeros(0, np.int64)
     asked = [Question(0, 0, history, nobody, dataset.now_s, unknown) for history in histories if (history.item_index > 0).any()]
     if not asked:
         return None, None
-    some, places = HeldOut(predictor, asked, policy.actions), np.arange(len(asked))
+    new_only = settings.score.new_only
+    some = HeldOut(predictor, asked, policy.actions, k=settings.evaluate.k[0], new_only=new_only, listed_new_only=new_only)
+    places = np.arange(len(asked))
     mine, none = (some.lists(places, action) for action in (policy.act(some.observation), np.zeros((len(asked), len(policy.actions)))))
     return some.variety(mine, none), deciding_share(predictor, asked[:TIMED], policy)
 

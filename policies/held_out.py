@@ -27,6 +27,7 @@ class HeldOut:
     actions : names of the controls, see `recray.inference.policy.dials`
     metric : `ndcg` or `mrr` (the reciprocal rank), at k
     new_only : recommend nothing that the user already met
+    listed_new_only : the nightly lists, whose state is observed, do so
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class HeldOut:
         metric: str = "ndcg",
         k: int = 10,
         new_only: bool = False,
+        listed_new_only: bool = False,
     ) -> None:
         self.predictor, self.questions, self.metric, self.k = predictor, list(questions), metric, k
         self.filters = Filters(new_only=new_only)
@@ -47,7 +49,7 @@ class HeldOut:
         counts = predictor.popularity.total()
         for question in self.questions:  # what they did next is not known yet
             np.subtract.at(counts, question.target, 1.0)
-        rank, states = popularity_rank(counts), self._states()
+        rank, states = popularity_rank(counts), self._states(Filters(new_only=listed_new_only))
         self.observation = np.stack(
             [observe(q.history, q.now, rank, has_time=predictor.has_time, state=state) for q, state in zip(self.questions, states, strict=True)]
         )
@@ -55,10 +57,10 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def _states(self) -> np.ndarray:
+    def _states(self, filters: Filters) -> np.ndarray:
         """What a nightly run sees of each user [n, 2]; for a share of them nothing, as for who comes between two nights."""
         histories, now = [q.history for q in self.questions], [q.now for q in self.questions]
-        found = self.predictor.recommend(histories, 2, now=now, filters=self.filters, controls=Controls(), watched=True).state
+        found = self.predictor.recommend(histories, 2, now=now, filters=filters, controls=Controls(), watched=True).state
         assert found is not None
         found[np.random.default_rng(0).random(len(found)) < STATELESS] = np.nan
         return found

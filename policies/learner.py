@@ -57,13 +57,13 @@ def learn(
     """Learn a policy on requests whose actions can be paid. Needs a Ray session.
 
     floor : how varied lists have to be, see `policies.environment.Decisions`
-    start : begin with this policy's weights, and keep its statistics
+    start : begin with this policy's weights, whose statistics are kept; what it knows becomes more
     checkpoint : file that the state is kept in after every iteration, and gone on from if it is there
     on_metrics : told after every iteration how many decisions were made, and what they paid
     Raises DamagedArtifactError for a checkpoint of another shape.
     """
     observation, _ = rewards.draw(NORMALISED_ON, np.random.default_rng(seed))
-    frozen = Frozen.of(observation) if start is None else start.frozen
+    frozen = Frozen.of(observation) if start is None else start.frozen.widened(Frozen.of(observation))
     kept = load_file(checkpoint) if checkpoint is not None and checkpoint.exists() else None
     done = 0
     if kept is not None:

@@ -53,8 +53,9 @@ def tune(
     # the same users every night: what a policy begins with was not learned from those who judge it
     judges = draw_of(pa.array([str(dataset.shard(question.shard).user_ids[question.row]) for question in questions]), "judges") < JUDGED
     options, k = settings.policy, settings.evaluate.k[0]
+    filtered = {"new_only": new_only, "listed_new_only": settings.score.new_only}
     judged, learned = (
-        HeldOut(predictor, [questions[place] for place in places], options.actions, metric=options.metric, k=k, new_only=new_only)
+        HeldOut(predictor, [questions[place] for place in places], options.actions, metric=options.metric, k=k, **filtered)
         for places in (np.flatnonzero(judges), np.flatnonzero(~judges))
     )
     ppo = Ppo(decisions=options.decisions, penalty=options.penalty)

@@ -62,7 +62,8 @@ def start(cpus: int | None = None) -> None:
         ) from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in asks.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set in Python
+                signal.signal(number, handler)
 
 
 def serve_environment() -> dict[str, str]:

@@ -46,13 +46,14 @@ def _can_serve(settings: Settings) -> None:
     if not storage.latest.exists() and not storage.release.exists():
         raise MissingArtifactError(f"no night was published in {storage.root}", "recray nightly makes one; is storage.root the right one?")
     if "RAY_ADDRESS" not in os.environ:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((options.host, options.port))
-            except OSError as error:
-                told = f"the endpoint cannot listen on {options.host}:{options.port}: {error.strerror}"
-                raise ClusterError(told, "stop what listens there, or set serve.port (0: a free one)") from None
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            told = f"the endpoint cannot listen on {options.host}:{options.port}: {error.strerror}"
+            raise ClusterError(told, "stop what listens there, or set serve.port (0: a free one)") from None
 
 
 def run_status(settings: Settings, reporter: Reporter) -> JobResult:

@@ -162,7 +162,7 @@ def run_canary(settings: Settings, bundle: str, share: float, *, shadow: bool, s
 def run_serve_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """End the trial of a challenger; without one, as `run_rollback`.
 
-    Raises RefusedError where a trial just ended by itself: whoever wanted to end it does not want another champion.
+    Raises RefusedError where a trial ended since the last promotion: whoever wants to end that one does not want another champion.
     """
     from recray.promotion import end_trial
     from recray.release import Release

@@ -340,15 +340,14 @@ def adapt(work: Work) -> JobResult:
     live = None if name is None else Policy.load(storage.policy(name), bundle.digest)
     told = [folder for folder in storage.collected.glob("[!.]*") if (folder / "decisions.parquet").exists()]
     folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
-    folders = folders[-settings.policy.rounds :]
-    key = key_of(
-        "adapt", settings.result_settings("policy", "privacy", "split"), bundle.digest, [folder.name for folder in folders], name, __version__
-    )
+    folders, dataset = folders[-settings.policy.rounds :], published_dataset(storage)
+    chosen = settings.result_settings("policy", "privacy", "split", "score", "evaluate")
+    key = key_of("adapt", chosen, dataset.digest, bundle.digest, [folder.name for folder in folders], name, __version__)
     path, now_s = storage.policy(key), time.time()
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
-        policy, _, aside = learn_policy(settings, folders, published_dataset(storage), bundle, live, known, now_s)
+        policy, _, aside = learn_policy(settings, folders, dataset, bundle, live, known, now_s)
         for reason, count in aside.items():
             work.warn(f"{count} decisions were set aside: {reason}")
         policy.about |= {"key": key, "private": settings.privacy.enabled}

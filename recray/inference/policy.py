@@ -36,7 +36,7 @@ OBSERVED = (
     "popularity", "spread_of_popularity", "popularity_of_last",
     "share_of_main_event", "entropy_of_events", "last_is_main_event",
     "hour_sine", "hour_cosine", "weekend",
-    "attention_entropy", "score_margin", "state_known",
+    "night_entropy", "night_margin", "night_known",
 )  # fmt: skip
 LOOKED_AT = 400  # last events that an observation is made of
 LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
@@ -108,6 +108,10 @@ class Frozen:
         low, high = observation_ND.min(0), observation_ND.max(0)
         room = EDGE * np.maximum(high - low, 1e-3)
         return cls(*(x.astype(np.float32) for x in (mean, np.where(spread > 1e-6, spread, 1.0), low - room, high + room)))
+
+    def widened(self, other: Frozen) -> Frozen:
+        """These, which know what another's knew, too."""
+        return Frozen(self.mean, self.scale, np.minimum(self.low, other.low), np.maximum(self.high, other.high))
 
     def normalise(self, observation_ND: np.ndarray) -> np.ndarray:
         """Float32 [N, D]."""

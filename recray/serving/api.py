@@ -259,7 +259,7 @@ class FeedbackResponse(BaseModel):
     """On disk."""
 
     kept: bool = Field(description="false: kept before under the same feedback_id")
-    set_aside: bool = Field(description="true: nobody knows that request_id; counted, and learned from by nobody")
+    set_aside: bool = Field(description="true: nobody knows that request_id yet; it counts if its answer is found in the log when that is collected")
 
 
 class ModelsResponse(BaseModel):
@@ -288,6 +288,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "No known API key"},
     403: {"model": Problem, "description": "The key has not the scope"},
     404: {"model": Problem, "description": "Nothing is known under that name"},
+    408: {"model": Problem, "description": "The request did not arrive whole in time"},
     415: {"model": Problem, "description": "The body is not JSON"},
     413: {"model": Problem, "description": "The body is too large"},
     422: {"model": Problem, "description": "The request makes no sense; `errors` names the fields"},

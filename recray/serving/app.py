@@ -44,7 +44,10 @@ class Endpoint:
     def _watch(self, poll_s: float) -> None:
         wait = threading.Event()
         while not wait.wait(poll_s):
-            self.handler.look()
+            try:
+                self.handler.look()
+            except Exception as error:  # whatever it is, it must be looked again
+                logging.getLogger("ray.serve").error("the watch failed once: %s", type(error).__name__)
 
     def __del__(self) -> None:
         self.handler.close()

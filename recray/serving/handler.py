@@ -49,6 +49,7 @@ from recray.serving.trial import Side, Trial, answers
 from recray.state.log import Entry
 from recray.storage import Storage
 
+MOST_LOGGED = 1000  # items of an answer
 AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
 
 
@@ -151,7 +152,7 @@ class Handler:
                 found = await self._model(question, degraded, None if trial is None else trial.champion_side)
                 decision = None if found is None else question.decision
         if found is None:
-            alone = _list_alone(request)
+            alone = _list_alone(night, request, fresh)
             found = self._listed(night, alone, (), degraded) or night.popular(alone)
         items = items_of(found)
         if request.explain and items and "model" not in degraded:
@@ -160,7 +161,7 @@ class Handler:
         policy = listed if found.source == "snapshot" else chosen.policy
         told: dict[str, Any] = {"night": night.date, "bundle": chosen.bundle, "policy": policy, "degraded": degraded}
         if decision is not None:
-            told["controls"] = dict(zip(decision.actions, decision.action.tolist(), strict=True))
+            told["controls"] = decision.turned()
         answer = RecommendResponse(request_id=_new_id(), source=found.source, items=items, **told)
         self._decided(request, answer, begun, trial, decision)
         arm = "challenger" if chosen is challenger else "champion"
@@ -282,7 +283,7 @@ class Handler:
         """Add to the items what carried them, turned as the answer was."""
         question = night.question(request, fresh)
         if decision is not None:
-            question = replace(question, action=dict(zip(decision.actions, decision.action.tolist(), strict=True)))
+            question = replace(question, action=decision.turned())
         found = await self._model(replace(question, candidates=tuple(item.item_id for item in items), explain=True), degraded)
         for item, why in zip(items, (found and found.why) or [], strict=False):
             item.why, item.text, item.title = why, night.in_words(why), night.title(item.item_id)
@@ -377,7 +378,7 @@ class Handler:
     ) -> None:
         """Log what was answered, behind: what comes of it is told by its id."""
         body = {
-            "items": [item.item_id for item in answer.items],
+            "items": [item.item_id for item in answer.items[:MOST_LOGGED]],
             "source": source,
             "night": answer.night,
             "bundle": answer.bundle,
@@ -396,9 +397,11 @@ def _new_id() -> str:
     return f"{_ids.getrandbits(128):032x}"
 
 
-def _list_alone(request: RecommendRequest) -> RecommendRequest:
+def _list_alone(night: Night, request: RecommendRequest, fresh: Sequence[Entry]) -> RecommendRequest:
     """What is left of a request where no model answers: a list that was made before."""
-    met = [event.item_id for event in (*(request.history or ()), *request.events)] if request.new_only else []
+    met = []
+    if request.new_only or night.snapshot.manifest["new_only"]:
+        met = [event.item_id for event in (*(request.history or ()), *request.events)] + [entry.body["item_id"] for entry in fresh]
     plain: dict[str, Any] = {"mode": "batch", "history": None, "events": [], "now": None, "context": {}, "controls": None}
     return request.model_copy(update={**plain, "deny": [*request.deny, *met]})
 

@@ -5,7 +5,9 @@
 # is not: only who told it knows whether twice is once.
 # RECRAY_HAPROXY: the binary itself. Arguments: Serve's, -f CONFIG among them.
 again='http-request disable-l7-retry unless { path_end /v1/recommend /v1/score /v1/history /v1/similar /v1/models /healthz /readyz }'
-waits='option http-buffer-request\n    timeout http-request 10s\n    timeout http-keep-alive 3600s'
+slow='{"title": "Request Timeout", "status": 408, "detail": "the request did not arrive whole", "fix": "send it at once", "errors": []}'
+waits="option http-buffer-request\n    timeout http-request 10s\n    timeout http-keep-alive 3600s\n"
+waits="$waits    http-error status 408 content-type application/problem+json string '$slow'"
 busy='{"title": "Service Unavailable", "status": 503, "detail": "too many requests wait", "fix": "come again", "errors": []}'
 told="http-response return status 503 content-type application/problem+json hdr Retry-After 1 string '$busy' \
 if { status 503 } { res.hdr(content-type) -m beg text/plain }"

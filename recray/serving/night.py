@@ -72,6 +72,10 @@ class Decision:
     log_density: float | None
     sigma: float
 
+    def turned(self) -> dict[str, float]:
+        """The action, by the names of the controls."""
+        return dict(zip(self.actions, (float(value) for value in self.action), strict=True))
+
     def body(self) -> dict[str, Any]:
         """As JSON values; numbers keep all their digits, so that a density can be made again."""
         told = {name: [float(value) for value in getattr(self, name)] for name in ("observation", "mean", "action")}
@@ -261,10 +265,9 @@ class Night:
         decision = self._decide(request, asked.history, asked.now, exploration)
         if decision is None:
             return asked
-        action = dict(zip(decision.actions, (float(value) for value in decision.action), strict=True))
-        return replace(asked, action=action, decision=decision)
+        return replace(asked, action=decision.turned(), decision=decision)
 
-    def state(self, request: RecommendRequest) -> np.ndarray | None:
+    def state(self, request: RecommendRequest | ScoreRequest) -> np.ndarray | None:
         """What the nightly run saw of the user, where it was this bundle's and is of the stored history; None also where it cannot be read."""
         if request.user_id is None or request.history is not None or self.snapshot.manifest["bundle_digest"] != self.bundle_digest:
             return None
@@ -274,7 +277,7 @@ class Night:
             return None
         return None if user is None or user.state is None else np.array(user.state, np.float32)
 
-    def _decide(self, request: RecommendRequest, history: History, now: int, exploration: Explore | None) -> Decision | None:
+    def _decide(self, request: RecommendRequest | ScoreRequest, history: History, now: int, exploration: Explore | None) -> Decision | None:
         policy = self.predictor.policy
         if (policy is None and exploration is None) or not (history.item_index > 0).any():
             return None
@@ -288,7 +291,9 @@ class Night:
 
     def candidates(self, request: ScoreRequest, fresh: Sequence[Entry] = ()) -> Question:
         """As `question`, for given items."""
-        return Question(self, *self._asked(request, fresh), candidates=tuple(request.items))
+        asked = Question(self, *self._asked(request, fresh), candidates=tuple(request.items))
+        decision = self._decide(request, asked.history, asked.now, None)
+        return asked if decision is None else replace(asked, action=decision.turned(), decision=decision)
 
     @staticmethod
     def answer(questions: Sequence[Question]) -> list[Found]:
@@ -388,6 +393,7 @@ class Night:
             [question.history for question in questions],
             index,
             now=[question.now for question in questions],
+            controls=self.predictor.turned([question.action for question in questions]) or Controls(),
             context=[question.context for question in questions],
         )
         found = []
@@ -454,11 +460,11 @@ class Night:
             fresh = ()
         elif request.user_id is not None:
             stored = self.stored_history(request.user_id) or _EMPTY
-        sent = [*(request.history or ()), *request.events]
-        known = self.predictor.event_types
-        for event in sent:
-            if event.event is not None and event.event not in known:
-                raise RequestError(f"history: unknown event {event.event!r}", f"known: {', '.join(known)}")
+        sent, known = [*(request.history or ()), *request.events], self.predictor.event_types
+        for name, events in (("history", request.history or ()), ("events", request.events)):
+            for place, event in enumerate(events):
+                if event.event is not None and event.event not in known:
+                    raise RequestError(f"{name}.{place}.event: nothing is known of {event.event!r}", f"known: {', '.join(known)}")
         history = self._joined(stored, [*(_of_log(entry) for entry in fresh), *sent], request.now)
         now = self.dataset.now_s if request.now is None else int(request.now.timestamp())
         if request.now is None and (sent or fresh) and len(history.timestamp_s):

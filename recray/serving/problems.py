@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+KIND = re.compile(r"int|float|str|bool|Range|constrained-\w+|\w+\[.*\]|function-\w+\(.*\)")
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -43,4 +45,4 @@ def field_errors(found: Sequence[Any]) -> list[FieldError]:
 
 def _kind(part: str | int) -> bool:
     """Whether a part of a path is one of several types that a value may have, as pydantic calls them, and no field's name."""
-    return isinstance(part, str) and (part in ("int", "float", "str", "bool", "Range") or any(mark in part for mark in "[]-"))
+    return isinstance(part, str) and KIND.fullmatch(part) is not None

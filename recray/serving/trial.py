@@ -98,6 +98,7 @@ class Outcomes:
         self.users = {True: 0, False: 0}  # of the challenger, of the champion
         self._total: dict[str, float] = {}  # by user
         self._whose: dict[str, tuple[str, bool]] = {}  # by request: the user, and whether the challenger answered
+        self._early: set[str] = set()
         self._sum = {True: 0.0, False: 0.0}
         self._squares = {True: 0.0, False: 0.0}
 
@@ -114,7 +115,9 @@ class Outcomes:
             self._whose[entry.key] = (entry.user, mine)
             if len(self._whose) > REMEMBERED:
                 del self._whose[next(iter(self._whose))]
-        elif entry.kind == "outcome" and body["request_id"] in self._whose:
+        elif entry.kind in ("outcome", "set_aside") and body["request_id"] in self._whose and entry.key not in self._early:
+            if entry.kind == "set_aside":  # by a replica that did not know its decision yet; it may be told again
+                self._early.add(entry.key)
             user, mine = self._whose[body["request_id"]]
             before = self._total[user]
             after = self._total[user] = before + float(body["value"])

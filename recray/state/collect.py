@@ -89,7 +89,9 @@ def _stretch(log: Log, after: int, end: int) -> list[tuple[int, Entry]]:
 
 
 def _late(log: Log, entry: Entry) -> bool:
-    return entry.kind == "set_aside" and log.has("decision", entry.body["request_id"])
+    if entry.kind != "set_aside" or not log.has("decision", entry.body["request_id"]):
+        return False
+    return not log.has("outcome", entry.key)  # told again since
 
 
 def collected_through(storage: Storage) -> dict[str, int]:
@@ -121,9 +123,9 @@ def summary(folder: Path) -> dict[str, float]:
     arms: dict[str, str] = {}
     if (folder / "decisions.parquet").exists():
         table = pq.read_table(folder / "decisions.parquet")
-        arm = [json.loads(more).get("arm", "champion") if more else "champion" for more in table["more"].to_pylist()]
-        seen = table.filter(pa.array([side != "shadow" for side in arm]))
-        arms = dict(zip(table["request_id"].to_pylist(), arm, strict=True))
+        more = [json.loads(told) if told else {} for told in table["more"].to_pylist()]
+        seen = table.filter(pa.array([told.get("arm") != "shadow" and "asked" not in told for told in more]))  # answers of /v1/recommend
+        arms = {key: told["arm"] for key, told in zip(table["request_id"].to_pylist(), more, strict=True) if "arm" in told}
         shown = len(seen)
         found["answers"] = shown
         for column in ("source", "bundle"):

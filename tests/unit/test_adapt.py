@@ -18,7 +18,7 @@ from recray.config import load_settings
 from recray.errors import RefusedError
 from recray.inference.policy import explore
 from recray.release import Release
-from recray.serving.api import FeedbackRequest, RecommendRequest
+from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.handler import Handler
 
 
@@ -91,6 +91,9 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     with pytest.raises(RefusedError, match="no collected decision"):
         pipeline.run_adapt(settings, None)
     talk(handler, 8, 0)
+    for number in range(200):  # guests have histories too, and ids that the event log could not hold
+        item = handler.night.popular_list[number % 20][0]
+        asyncio.run(handler.recommend(RecommendRequest(user_id=f"!guest {number}", history=[Event(item_id=item)], k=3)))
     result = pipeline.run_adapt(settings, None)
     folders = sorted(storage.collected.glob("[!.]*"))
     (found,) = read(folders, ("temperature",), until_s=np.inf)

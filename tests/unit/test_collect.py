@@ -65,6 +65,13 @@ def test_an_outcome_whose_decision_came_after_all_is_like_the_others(log, tmp_pa
     assert {row["request_id"]: row["set_aside"] for row in rows} == {"late": False, "never": True}
 
 
+def test_an_outcome_that_was_set_aside_and_told_again_counts_once(log, tmp_path):
+    log.append([outcome("o1", "late", "set_aside"), decision("late"), outcome("o1", "late")])
+    folder, counts = collecting.collect(Storage(tmp_path), log)
+    assert counts == {"decision": 1, "outcome": 1, "set_aside": 1}
+    assert sum(not row["set_aside"] for row in pq.read_table(folder / "outcomes.parquet").to_pylist()) == 1
+
+
 def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tmp_path, monkeypatch):
     storage = Storage(tmp_path)
     log.append([event(f"e{n}", str(n % 5)) for n in range(100)])

@@ -49,7 +49,7 @@ def test_an_observation_says_what_its_names_say():
     assert found["share_of_main_event"] == pytest.approx(2 / 3) and found["last_is_main_event"] == 1.0
     assert found["entropy_of_events"] == pytest.approx(-(2 / 3) * np.log(2 / 3) - (1 / 3) * np.log(1 / 3))
     assert (found["hour_sine"], found["hour_cosine"]) == (0.0, 1.0)
-    assert (found["attention_entropy"], found["score_margin"], found["state_known"]) == (1.5, 0.25, 1.0)
+    assert (found["night_entropy"], found["night_margin"], found["night_known"]) == (1.5, 0.25, 1.0)
 
 
 def test_the_weekend_is_saturday_and_sunday():
@@ -172,7 +172,7 @@ def held_out(predictor, world_dataset):
 
 
 def test_held_out_users_have_a_state_but_for_a_share_of_them(held_out, predictor):
-    known = held_out.observation[:, OBSERVED.index("state_known")]
+    known = held_out.observation[:, OBSERVED.index("night_known")]
     assert 0.6 <= known.mean() < 1 and not held_out.observation[known == 0, -3:].any()
     place = int(np.flatnonzero(known)[0])
     question = held_out.questions[place]
