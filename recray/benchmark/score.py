@@ -72,8 +72,17 @@ def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, 
     bundle = write_bundle(folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **rest)
     parts = folder / "parts"
     parts.mkdir()
-    options: dict[str, Any] = {"k": K, "new_only": True, "rules": settings.score.rules(), "batch_users": settings.score.batch_users}
-    actor = ScoreBucket(bundle=str(bundle.path), dataset=str(dataset.path), folder=str(parts), threads=torch.get_num_threads(), **options)
+    actor = ScoreBucket(
+        bundle=str(bundle.path),
+        policy=None,
+        dataset=str(dataset.path),
+        folder=str(parts),
+        k=K,
+        new_only=True,
+        rules=settings.score.rules(),
+        batch_users=settings.score.batch_users,
+        threads=torch.get_num_threads(),
+    )
 
     def score() -> None:
         for bucket in range(dataset.n_shards):

@@ -5,13 +5,15 @@ so the weights become the trained ones to the power 1 / temperature, normalised.
 are SiLU(logits) / history and sum to anything, so that intensity is kept; a temperature divides the logits before the SiLU,
 so it scales how strongly anything is attended at all.
 
-Histories are padded on the right, so a causal mask is all that real positions need. Shapes: B users, T events, Q asked
-positions (T, or 1), H heads, D width, C width of a head.
+Histories are padded on the right, so a causal mask is all that real positions need. A CPU goes through the asked positions in runs, each
+over the events that causal order leaves it: nearly half of all pairs are never looked at, and what a run needs stays in the cache. Shapes:
+B users, T events, Q asked positions of a run, K the events it may see, H heads, D width, C width of a head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,31 +21,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.model.controls import Controls
-from recray.model.fused import Embedding, Linear
+from recray.model.fused import Columns, Linear
 
 AGE_BUCKETS = 32
-QUERY_BLOCK = 32
+RUN = 64  # positions that are asked together
 NORM_EPS = 1e-6
 
 
 def age_bucket(age_s: Tensor) -> Tensor:
     """Bucket of an age in seconds: half powers of two of hours, int64 in [0, AGE_BUCKETS)."""
-    hours = age_s.clamp(min=0).float() / 3600.0
-    return (2.0 * torch.log2(1.0 + hours)).long().clamp(max=AGE_BUCKETS - 1)
+    hours = age_s / 3600.0
+    return hours.clamp_(min=0).add_(1.0).log2_().mul_(2.0).clamp_(max=AGE_BUCKETS - 1).long()
 
 
-class Seen(NamedTuple):
-    """What attention sees of a batch beside the states.
+class Run(NamedTuple):
+    """Positions that are asked together, and what they see of the first K events.
 
-    position_Q int64 [Q] or [B, Q]: the asked positions; age_BQT int64: bucket of the attended event's age when it is asked, or
-    None where no time is known; event_BT int64: event types, or None where there is one; bias_BHQT: the causal mask and the
-    controls' biases, added to the logits, or None where causal order is all there is and all positions are asked.
+    position_Q int64 [Q] or [B, Q]; age_BQK int64: bucket of the attended event's age when it is asked, or None where no time is known;
+    bias_BHQK: the causal mask and the controls' biases, added to the logits.
     """
 
     position_Q: Tensor
-    age_BQT: Tensor | None
+    age_BQK: Tensor | None
+    bias_BHQK: Tensor
+
+
+class Seen(NamedTuple):
+    """What attention sees of a batch beside the states: event_BT int64, event types, or None where there is one, and the asked positions in
+    runs, in their order; none where all are asked and causal order is all there is."""
+
     event_BT: Tensor | None
-    bias_BHQT: Tensor | None
+    runs: tuple[Run, ...]
+
+
+def runs(T: int, device: torch.device) -> tuple[Tensor, ...]:
+    """All positions of T events int64 [Q], as they are asked together."""
+    return torch.split(torch.arange(T, device=device), RUN if device.type == "cpu" else T)
 
 
 class Attention(nn.Module):
@@ -56,7 +69,7 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.gate = Linear(dim, dim, bias=False) if kind == "pointwise" else None
         self.out = Linear(dim, dim, bias=False)
-        self.age_bias = Embedding(AGE_BUCKETS, heads) if time_bias else None
+        self.age_bias = Columns(AGE_BUCKETS, heads) if time_bias else None
         self.distance_bias = nn.Embedding(history, heads) if relative else None
         self.event_bias = nn.Embedding(event_types, heads) if event_types > 1 else None
         for table in (self.age_bias, self.distance_bias, self.event_bias):
@@ -81,8 +94,13 @@ class Attention(nn.Module):
             cooling = torch.exp(-controls.log_temperature)[:, :, None, None]
         if cooling is not None:
             q = q * cooling
-        bias = self._bias(seen, cooling, T)
-        mixed = _softmax(q, k, v, bias) if self.kind == "softmax" else self._pointwise(q, k, v, bias)
+        if seen.runs:
+            mix = F.scaled_dot_product_attention if self.kind == "softmax" else self._pointwise
+            asked_with = zip(_by_run(q, seen), self._biases(seen, cooling), strict=True)
+            each = [mix(some_q, k[:, :, : bias.shape[3]], v[:, :, : bias.shape[3]], bias) for some_q, bias in asked_with]
+            mixed = each[0] if len(each) == 1 else torch.cat(each, 2)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         mixed_BQD = mixed.transpose(1, 2).reshape(own_BQD.shape)
         if self.gate is not None:
             mixed_BQD = F.rms_norm(mixed_BQD, (D,), eps=NORM_EPS) * F.silu(self.gate(own_BQD))
@@ -96,71 +114,65 @@ class Attention(nn.Module):
         own = x_BTD if asked is None else x_BTD[torch.arange(B, device=x_BTD.device), asked][:, None]
         q = F.linear(own, self.qkv.weight[:D]).view(B, own.shape[1], self.heads, -1).transpose(1, 2)
         k = F.linear(x_BTD, self.qkv.weight[D : 2 * D]).view(B, T, self.heads, -1).transpose(1, 2)
-        bias = self._bias(seen, None, T)
-        assert bias is not None
-        found: Tensor
-        if self.kind == "softmax":
-            found = (q @ k.mT / math.sqrt(q.shape[-1]) + bias).softmax(-1)
-        else:
-            mask = torch.isinf(bias)
-            logits = F.silu(q) @ F.silu(k).mT / math.sqrt(q.shape[-1])
-            found = F.silu(logits + bias.masked_fill(mask, 0.0)).masked_fill(mask, 0.0).abs()
-            found = found / found.sum(-1, keepdim=True).clamp(min=1e-9)
-        found = found.mean(1)
-        return found
+        rows = []
+        for asked_q, bias in zip(_by_run(q, seen), self._biases(seen, None), strict=True):
+            seen_k = k[:, :, : bias.shape[3]]
+            found: Tensor
+            if self.kind == "softmax":
+                found = (asked_q @ seen_k.mT / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+            else:
+                mask = torch.isinf(bias)
+                logits = F.silu(asked_q) @ F.silu(seen_k).mT / math.sqrt(q.shape[-1])
+                found = F.silu(logits + bias.masked_fill(mask, 0.0)).masked_fill(mask, 0.0).abs()
+                found = found / found.sum(-1, keepdim=True).clamp(min=1e-9)
+            rows.append(F.pad(found.mean(1), (0, T - bias.shape[3])))
+        return torch.cat(rows, 1)
 
-    def _bias(self, seen: Seen, cooling: Tensor | None, T: int) -> Tensor | None:
-        """Everything that is added to the logits [B or 1, H or 1, Q, T]; the learned part shares the temperature."""
-        learned: Tensor | None = None
-        if self.age_bias is not None and seen.age_BQT is not None:
-            learned = self.age_bias(seen.age_BQT).permute(0, 3, 1, 2)
-        if self.distance_bias is not None:
-            distance = seen.position_Q[..., None] - torch.arange(T, device=seen.position_Q.device)
-            by_distance = self.distance_bias(distance.clamp(0, self.history - 1)).movedim(-1, -3)
-            learned = by_distance if learned is None else learned + by_distance
+    def _biases(self, seen: Seen, cooling: Tensor | None) -> Iterator[Tensor]:
+        """For each run everything that is added to the logits [B or 1, H or 1, Q, K]; the learned part shares the temperature."""
+        by_event = None  # looked up once: a step of differential privacy counts how often a table is
         if self.event_bias is not None and seen.event_BT is not None:
             by_event = self.event_bias(seen.event_BT).transpose(1, 2)[:, :, None]
-            learned = by_event if learned is None else learned + by_event
-        if learned is None:
-            return seen.bias_BHQT
-        if cooling is not None:
-            learned = learned * cooling
-        assert seen.bias_BHQT is not None
-        return seen.bias_BHQT + learned
+        for position_Q, age_BQK, bias in seen.runs:
+            K = bias.shape[3]
+            learned: Tensor | None = None
+            if self.age_bias is not None and age_BQK is not None:
+                learned = self.age_bias(age_BQK).transpose(0, 1)
+            if self.distance_bias is not None:
+                distance = position_Q[..., None] - torch.arange(K, device=position_Q.device)
+                by_distance = self.distance_bias(distance.clamp(0, self.history - 1)).movedim(-1, -3)
+                learned = by_distance if learned is None else learned + by_distance
+            if by_event is not None:
+                learned = by_event[..., :K] if learned is None else learned + by_event[..., :K]
+            if learned is not None and cooling is not None:
+                learned = learned * cooling
+            yield bias if learned is None else bias + learned
 
-    def _pointwise(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        assert bias is not None
+    def _pointwise(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         logits = q @ k.mT / math.sqrt(q.shape[-1])
         mask = torch.isinf(bias)
         weights = F.silu(logits + bias.masked_fill(mask, 0.0)).masked_fill(mask, 0.0)
         return (weights / self.history) @ v
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Mixed values [B, H, Q, C]. A CPU takes the queries in blocks, each over the keys that causal order leaves it."""
-    T = q.shape[2]
-    if bias is None or T <= QUERY_BLOCK or k.shape[2] != T or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-    parts, seen = [], 0
-    for asked, mask in zip(torch.split(q, QUERY_BLOCK, 2), torch.split(bias, QUERY_BLOCK, 2), strict=True):
-        seen += asked.shape[2]
-        parts.append(F.scaled_dot_product_attention(asked, k[:, :, :seen], v[:, :, :seen], attn_mask=mask[..., :seen]))
-    return torch.cat(parts, 2)
+def _by_run(q: Tensor, seen: Seen) -> tuple[Tensor, ...]:
+    """Queries [B, H, all positions that are asked, C] of each run."""
+    return torch.split(q, [run.position_Q.shape[-1] for run in seen.runs], 2)
 
 
-def causal_bias(position_Q: Tensor, T: int, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask [1 or B, 1, Q, T]: 0 up to the asked position [Q] or [B, Q], -inf after it."""
-    after = torch.arange(T, device=position_Q.device) > position_Q[..., None]
+def causal_bias(position_Q: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask [1 or B, 1, Q, K]: 0 up to the asked position [Q] or [B, Q], -inf after it."""
+    after = torch.arange(K, device=position_Q.device) > position_Q[..., None]
     bias = torch.zeros(after.shape, dtype=dtype, device=after.device).masked_fill(after, -math.inf)
     return bias[None, None] if bias.dim() == 2 else bias[:, None]
 
 
-def control_bias(controls: Controls, event_BT: Tensor, recency_BQT: Tensor) -> Tensor | None:
-    """Additive bias of the controls [B, 1, Q, T], event type and recency of the attended event; None if there is none."""
+def control_bias(controls: Controls, event_BK: Tensor, recency_BQK: Tensor) -> Tensor | None:
+    """Additive bias of the controls [B, 1, Q, K], event type and recency of the attended event; None if there is none."""
     found: Tensor | None = None
     if controls.event_bias is not None:
-        found = torch.gather(controls.event_bias, 1, event_BT)[:, None, :]
+        found = torch.gather(controls.event_bias, 1, event_BK)[:, None, :]
     if controls.recency_slope is not None:
-        by_recency = controls.recency_slope[:, None, None] * recency_BQT
+        by_recency = controls.recency_slope[:, None, None] * recency_BQK
         found = by_recency if found is None else found + by_recency
     return None if found is None else found[:, None]

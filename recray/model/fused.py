@@ -102,6 +102,31 @@ class _SwiGLU(torch.autograd.Function):
         return found
 
 
+class Columns(nn.Embedding):
+    """A narrow table that is read column by column, which is how attention adds what it says to the logits of each head."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        """[D, ...] of the indices [...]: `Embedding` with the last dimension first, and contiguous."""
+        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
+            return F.embedding(index, self.weight).movedim(-1, 0)
+        found: Tensor = _Columns.apply(index, self.weight)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(weight)
+        return torch.index_select(weight.mT, 1, index.flatten()).view(weight.shape[1], *index.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        index = ctx.saved_tensors[0].flatten()
+        return None, torch.stack([torch.bincount(index, column.flatten(), ctx.rows) for column in grad], 1).to(grad.dtype)
+
+
 class Embedding(nn.Embedding):
     """A narrow table that a batch looks up millions of times; without padding, maximal norm and sparse gradients."""
 

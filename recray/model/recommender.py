@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recray.model.attention import AGE_BUCKETS, NORM_EPS, Attention, Seen, age_bucket, causal_bias, control_bias
+from recray.model.attention import AGE_BUCKETS, NORM_EPS, Attention, Run, Seen, age_bucket, causal_bias, control_bias, runs
 from recray.model.blocks import Block
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
@@ -159,7 +159,7 @@ class Recommender(nn.Module):
     def states(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
         """What the blocks make of the embedded histories: [B, T, D]."""
         x = self.dropout(x_BTD)
-        seen = self._seen(batch, torch.arange(x.shape[1], device=x.device), controls, masked=False)
+        seen = self._seen(batch, None, controls, masked=False)
         for block in self.blocks:
             x = block(x, seen, controls)
         found: Tensor = x
@@ -167,7 +167,7 @@ class Recommender(nn.Module):
 
     def before_last(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
         """What all blocks but the last make of the embedded histories, for inference: [B, T, D]."""
-        seen = self._seen(batch, torch.arange(x_BTD.shape[1], device=x_BTD.device), controls, masked=True)
+        seen = self._seen(batch, None, controls, masked=True)
         for block in self.blocks[:-1]:
             x_BTD = block(x_BTD, seen, controls)
         return x_BTD
@@ -175,7 +175,7 @@ class Recommender(nn.Module):
     def asked(self, before_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
         """Hidden states of one query a user [B, D], of `before_last`: the last block at the asked position alone."""
         position = batch.position_N
-        seen = self._seen(batch, position[:, None], controls, masked=True)
+        seen = self._seen(batch, position, controls, masked=True)
         found: Tensor = self.blocks[-1](before_BTD, seen, controls, position)
         return self._queried(found[:, 0], batch)
 
@@ -183,7 +183,7 @@ class Recommender(nn.Module):
         """Entropy in nats of how the asked position of each user attends to the history in the last block [B], of `before_last`."""
         last, position = self.blocks[-1], batch.position_N
         assert isinstance(last, Block)
-        seen = self._seen(batch, position[:, None], None, masked=True)
+        seen = self._seen(batch, position, None, masked=True)
         found: Tensor = torch.special.entr(last.attention.weights(last.attention_norm(before_BTD), seen, position)).sum((1, 2))
         return found
 
@@ -197,9 +197,8 @@ class Recommender(nn.Module):
 
         Attention roll-out (Abnar and Zuidema, arXiv 2005.00928): weights of the blocks multiplied, half of each state taken for its own.
         """
-        everywhere = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-        seen = self._seen(batch, everywhere, None, masked=True)
-        own = torch.eye(len(everywhere), device=x_BTD.device)
+        seen = self._seen(batch, None, None, masked=True)
+        own = torch.eye(x_BTD.shape[1], device=x_BTD.device)
         reach, x = own[None], x_BTD
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -214,21 +213,27 @@ class Recommender(nn.Module):
             found = F.normalize(found, dim=-1) / self.temperature.clamp(COLDEST, HOTTEST)
         return found
 
-    def _seen(self, batch: Batch, position_Q: Tensor, controls: Controls | None, *, masked: bool) -> Seen:
-        """What attention sees from the positions [T], or [B, 1]."""
+    def _seen(self, batch: Batch, asked: Tensor | None, controls: Controls | None, *, masked: bool) -> Seen:
+        """What attention sees from all positions, or from one a user, `asked` int64 [B]."""
         shape = self.shape
-        bias = age = None
         event = batch.event_BT if shape.event_types > 1 else None
-        if masked or controls is not None or shape.time_bias or shape.relative or shape.attention == "pointwise" or event is not None:
-            T = batch.item_BT.shape[1]
-            bias = causal_bias(position_Q, T, torch.float32)
-            now_BQ = batch.now_BT if position_Q.dim() == 1 else batch.now_BT.gather(1, position_Q)
-            age_s = now_BQ[:, :, None] - batch.time_BT[:, None, :] if shape.time_bias else None
-            age = None if age_s is None else age_bucket(age_s)
-            if controls is not None:
-                moved = control_bias(controls, batch.event_BT, _recency(age_s, position_Q, T))
-                bias = bias if moved is None else bias + moved
-        return Seen(position_Q, age, event, bias)
+        if not (masked or controls is not None or shape.time_bias or shape.relative or shape.attention == "pointwise" or event is not None):
+            return Seen(None, ())
+        T = batch.item_BT.shape[1]
+        positions = runs(T, batch.item_BT.device) if asked is None else (asked[:, None],)
+        return Seen(event, tuple(self._run(batch, position, T if asked is not None else int(position[-1]) + 1, controls) for position in positions))
+
+    def _run(self, batch: Batch, position_Q: Tensor, K: int, controls: Controls | None) -> Run:
+        """What positions [Q] or [B, 1] see of the first K events."""
+        bias, age, age_s = causal_bias(position_Q, K, torch.float32), None, None
+        if self.shape.time_bias:
+            now_BQ = batch.now_BT[:, position_Q] if position_Q.dim() == 1 else batch.now_BT.gather(1, position_Q)
+            age_s = now_BQ[:, :, None] - batch.time_BT[:, None, :K]
+            age = age_bucket(age_s)
+        if controls is not None:
+            moved = control_bias(controls, batch.event_BT[:, :K], _recency(age_s, position_Q, K))
+            bias = bias if moved is None else bias + moved
+        return Run(position_Q, age, bias)
 
     def output(self, table_VD: Tensor) -> Tensor:
         """The vectors [V, D] that `scores` compares with: those of the items, of length one for cosine scores."""
@@ -298,11 +303,11 @@ def _attention(shape: Shape) -> Attention:
     )
 
 
-def _recency(age_BQT: Tensor | None, position_Q: Tensor, T: int) -> Tensor:
-    """-log(1 + age) [B or 1, Q, T], age in days, or in events where no time is known."""
-    if age_BQT is not None:
-        return -torch.log1p(age_BQT.clamp(min=0).float() / 86_400.0)
-    distance = position_Q[..., None] - torch.arange(T, device=position_Q.device)
+def _recency(age_BQK: Tensor | None, position_Q: Tensor, K: int) -> Tensor:
+    """-log(1 + age) [B or 1, Q, K], age in days, or in events where no time is known."""
+    if age_BQK is not None:
+        return -torch.log1p(age_BQK.clamp(min=0).float() / 86_400.0)
+    distance = position_Q[..., None] - torch.arange(K, device=position_Q.device)
     found = -torch.log1p(distance.clamp(min=0).float())
     return found if found.dim() == 3 else found[None]
 

@@ -17,6 +17,7 @@ from recray.cluster import require, unwrapped
 from recray.config import ScoreSettings, Settings
 from recray.dataset.reader import Dataset
 from recray.inference import Filters, Predictor, Rules
+from recray.inference.memory import keep_freed_memory
 from recray.model.controls import Controls
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
@@ -113,6 +114,7 @@ class ScoreBucket:
         import torch
 
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.dataset = Dataset.open(dataset)
         self.predictor = Predictor.load(bundle, policy, dataset=self.dataset)
         self.translation = self.predictor.translation(self.dataset)

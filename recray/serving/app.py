@@ -12,6 +12,7 @@ from ray import serve
 
 from recray.config import Settings, load_settings
 from recray.errors import ClusterError, SettingsError
+from recray.inference.memory import keep_freed_memory
 from recray.serving.arms import first_night
 from recray.serving.guard import KEYS_VARIABLE, Keys, check
 from recray.serving.handler import Handler
@@ -33,6 +34,7 @@ class Endpoint:
         import torch
 
         torch.set_num_threads(1)
+        keep_freed_memory()
         sys.setswitchinterval(SWITCH_S)
         options: dict[str, Any] = {"private": settings.privacy.enabled, "policy": settings.policy}
         self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), **options)

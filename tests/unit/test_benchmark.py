@@ -6,12 +6,16 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from recray import benchmark
 from recray.benchmark import ablations, features, quality, scale, slate
+from recray.benchmark.score import scorer
 from recray.config import load_settings
 from recray.errors import DataError, SettingsError
 from recray.evaluation import metrics
+from recray.training.trainer import bundle_settings
+from recray.training.worker import build_loop
 
 
 def test_ranks_tell_what_lists_tell():
@@ -118,6 +122,12 @@ def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
     _, metrics = slate.measure_slate(tmp_path, str(data), small, lambda text: None)
     assert metrics["impressions"] == 60 and metrics["auc_low"] <= metrics["auc"] <= metrics["auc_high"]
     assert metrics["auc"] > 0.7 > metrics["popular_auc"]
+
+
+def test_a_round_scores_every_user(world_settings, world_dataset, tmp_path):
+    state = build_loop(str(world_dataset.path), bundle_settings(world_settings), torch.device("cpu")).best
+    scorer(tmp_path, world_settings, world_dataset, state)()
+    assert sum(pq.read_metadata(part).num_rows for part in (tmp_path / "parts").glob("*.parquet")) == world_dataset.n_users
 
 
 def test_the_exponent_of_linear_growth_is_one():

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recray.model import attention
 from recray.model.attention import causal_bias
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
-from recray.model.fused import Embedding, Linear, RMSNorm, swiglu
+from recray.model.fused import Columns, Embedding, Linear, RMSNorm, swiglu
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
 from recray.model.recommender import FRESHNESS_BUCKETS, PRESETS, Batch, Recommender, Shape, value_bucket
 
@@ -172,11 +173,11 @@ def entropy(weights):
 def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
     model, batch = make(**{**parts, "heads": 1}), make_batch()
     x = model.embed(batch, model.items())
-    seen = model._seen(batch, torch.arange(T), None, masked=True)
+    seen = model._seen(batch, None, None, masked=True)
     layer = model.blocks[0].attention
     weights = layer.weights(x, seen)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, T))
-    one = model._seen(batch, batch.position_N[:, None], None, masked=True)
+    one = model._seen(batch, batch.position_N, None, masked=True)
     torch.testing.assert_close(layer.weights(x, one, batch.position_N)[:, 0], weights[torch.arange(B), batch.position_N])
     last = model.blocks[-1]
     asked = last.attention.weights(last.attention_norm(x), seen)[torch.arange(B), batch.position_N]
@@ -185,6 +186,27 @@ def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
     if layer.kind == "softmax":
         mixed = layer.out(weights @ F.linear(x, layer.qkv.weight[2 * 16 :]))
         torch.testing.assert_close(mixed, layer(x, seen, None), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", ANY)
+@pytest.mark.parametrize("time_bias", [True, False])
+def test_how_many_positions_are_asked_together_changes_nothing(parts, time_bias, monkeypatch):
+    model, batch = make(**parts, time_bias=time_bias), make_batch()
+    turned = controls(model, recency_slope=torch.tensor([0.5, 0.0, -1.0]), event_bias=torch.randn(B, E), log_temperature=torch.randn(B, 2))
+
+    def found():
+        model.zero_grad()
+        x = model.embed(batch, model.items())
+        states, steered = model.states(x, batch), run(model, batch, turned)
+        states.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return [states, steered, run(model, batch), model.roll_out(x, batch), model.entropy(x, batch), *gradients]
+
+    together = found()
+    monkeypatch.setattr(attention, "RUN", 4)
+    assert len(model._seen(batch, None, None, masked=True).runs) == 3
+    for whole, parted in zip(together, found(), strict=True):
+        torch.testing.assert_close(whole, parted, atol=1e-3, rtol=1e-3)
 
 
 def test_roll_out_tells_what_reaches_the_asked_position():
@@ -450,18 +472,19 @@ def test_parts_with_a_backward_by_hand_are_what_autograd_says():
     torch.testing.assert_close(mine(half), theirs(half))
 
 
-def test_a_small_table_that_is_looked_up_often_learns_what_autograd_says():
+@pytest.mark.parametrize(("kind", "place"), [(Embedding, -1), (Columns, 0)])
+def test_a_small_table_that_is_looked_up_often_learns_what_autograd_says(kind, place):
     torch.manual_seed(0)
-    mine = Embedding(5, 3)
+    mine = kind(5, 3)
     theirs = torch.nn.Embedding.from_pretrained(mine.weight.detach().clone(), freeze=False)
     index = torch.randint(0, 4, (6, 7, 8))  # row 4 is never met
     gradient = torch.randn(6, 7, 8, 3)
-    for table in (mine, theirs):
-        table(index).backward(gradient)
-    assert torch.equal(mine(index), theirs(index))
+    mine(index).backward(gradient.movedim(-1, place))
+    theirs(index).backward(gradient)
+    assert torch.equal(mine(index).movedim(place, -1), theirs(index))
     torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
     mine.zero_grad()
-    mine(index[:0]).backward(gradient[:0])
+    mine(index[:0]).backward(gradient[:0].movedim(-1, place))
     assert torch.equal(mine.weight.grad, torch.zeros(5, 3))
 
 
