@@ -306,7 +306,7 @@ class ServeSettings(Section):
     port: int = _place(8000, "port to listen on", ge=0, le=65535)
     replicas: int = _place(1, "Serve replicas", ge=1)
     max_ongoing_requests: int = _place(12, "requests a replica works on at once", ge=1)
-    max_queued_requests: int = _place(8, "requests that wait for a replica; more are answered 503 with Retry-After", ge=1)
+    max_queued_requests: int = _place(6, "requests that wait for a replica; more are answered 503 with Retry-After", ge=1)
     max_waiting: int = _place(16, "requests that wait for the model of a replica; more are answered 503 with Retry-After", ge=1)
     max_batch: int = _place(32, "requests that the model answers in one pass, at most; 1: batching off", ge=1)
     timeout_s: float = _place(2.0, "how long a request waits for the model before the nightly list answers", gt=0)
