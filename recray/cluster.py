@@ -24,8 +24,10 @@ LOCAL_OBJECT_STORE_BYTES = 400 << 20
 CONNECT_S = 5.0
 
 
-def start(cpus: int | None = None) -> None:
+def start(cpus: int | None = None, *, places: int | None = None) -> None:
     """Connect to the cluster of `RAY_ADDRESS` (in a submitted job Ray sets it); else start a Ray of our own on this machine.
+
+    places : of that one, requests that a replica of the endpoint may have before HAProxy refuses more; None: Serve alone refuses
 
     No-op when connected.
 
@@ -47,7 +49,7 @@ def start(cpus: int | None = None) -> None:
         if address:
             ray.init(address=address, **options)
         else:
-            for name, value in serve_environment().items():
+            for name, value in serve_environment(places).items():
                 os.environ.setdefault(name, value)
             ray.init(
                 address="local",
@@ -66,8 +68,10 @@ def start(cpus: int | None = None) -> None:
                 signal.signal(number, handler)
 
 
-def serve_environment() -> dict[str, str]:
+def serve_environment(places: int | None = None) -> dict[str, str]:
     """What Ray must be started with for Serve to be fast: HAProxy in front, and replicas that it reaches directly.
+
+    places : as of `start`
 
     Ports and files of HAProxy's own are free ones of this machine; what it says of itself it says on loopback.
     """
@@ -88,6 +92,7 @@ def serve_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        **({} if places is None else {"RECRAY_PLACES": str(places)}),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # this machine's HAProxy hears at once of a replica that goes
     }
 

@@ -306,7 +306,7 @@ class ServeSettings(Section):
     port: int = _place(8000, "port to listen on", ge=0, le=65535)
     replicas: int = _place(1, "Serve replicas", ge=1)
     max_ongoing_requests: int = _place(12, "requests a replica works on at once", ge=1)
-    max_queued_requests: int = _place(6, "requests that wait for a replica; more are answered 503 with Retry-After", ge=1)
+    max_queued_requests: int = _place(8, "requests that wait for a replica; more are answered 503 with Retry-After", ge=1)
     max_waiting: int = _place(16, "requests that wait for the model of a replica; more are answered 503 with Retry-After", ge=1)
     max_batch: int = _place(32, "requests that the model answers in one pass, at most; 1: batching off", ge=1)
     timeout_s: float = _place(2.0, "how long a request waits for the model before the nightly list answers", gt=0)
@@ -317,6 +317,11 @@ class ServeSettings(Section):
     state: str = _place("sqlite", "log of events, answers and outcomes: sqlite (under storage.root, one machine) or redis://host:port/database")
     traces: float = _place(0.0, "share of the requests that send an OpenTelemetry trace to OTEL_EXPORTER_OTLP_ENDPOINT", ge=0, le=1)
     poll_s: float = _place(1.0, "how often a replica looks for a new snapshot", gt=0)
+
+    @property
+    def places(self) -> int:
+        """Requests that a replica may have, working or waiting."""
+        return self.max_ongoing_requests + self.max_queued_requests
 
 
 class TrackingSettings(Section):

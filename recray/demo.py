@@ -27,7 +27,7 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     started = time.monotonic()
     settings = with_port(settings)
     _can_serve(settings)
-    cluster.start()
+    cluster.start(places=settings.serve.places)
     from recray.serving import app  # Serve reads its environment when it is imported
 
     address = app.start(settings)

@@ -64,7 +64,8 @@ def build(settings: Settings) -> Any:
         Endpoint,
         num_replicas=options.replicas,
         max_ongoing_requests=options.max_ongoing_requests,
-        max_queued_requests=options.max_queued_requests,
+        # Serve counts a burst as queued before any of it begins, so there must be room for all that HAProxy lets in
+        max_queued_requests=options.places,
         backpressure_config={"retry_after_s": 1},
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": ours}} if ours else {"num_cpus": 0.1},
     )

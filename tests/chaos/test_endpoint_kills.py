@@ -27,7 +27,7 @@ from recray import pipeline
 from recray.benchmark.load import load, post
 from recray.benchmark.nights import each_bucket, publish_untrained, untrained
 from recray.cluster import free_ports
-from recray.config import load_settings
+from recray.config import Settings, load_settings
 from recray.demo import post as ask
 from recray.prepare.sources import collected_files
 from recray.release import Member, Release
@@ -122,6 +122,32 @@ def test_requests_that_never_end_make_nobody_wait(served):
             assert ask(f"{served.address}/v1/recommend", {"user_id": user})["items"]
         slow[0].settimeout(20)
         assert b" 408 " in slow[0].recv(1000)
+
+
+def test_a_burst_is_answered_and_what_is_more_than_there_are_places_is_told_to_come_again(served):
+    places = 2 * Settings().serve.places  # of two replicas
+    heads = _burst(served.port, places)
+    assert Counter(head[9:12] for head in heads) == {b"200": places}
+    heads = _burst(served.port, 3 * places)
+    found = Counter(head[9:12] for head in heads)
+    assert found[b"200"] >= places and found[b"503"] > places / 2 and set(found) == {b"200", b"503"}
+    refused = [head.lower() for head in heads if head[9:12] == b"503"]
+    assert all(b"retry-after: 1\r\n" in head and b"content-type: application/problem+json\r\n" in head for head in refused)
+
+
+def _burst(port: int, count: int) -> list[bytes]:
+    """So many questions to the model at once; the heads of the answers."""
+    heads = []
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(count)]
+        for user, client in enumerate(clients):
+            client.sendall(post("/v1/recommend", {"user_id": user, "mode": "realtime"}))
+        for client in clients:
+            got = b""
+            while b"\r\n\r\n" not in got:
+                got += client.recv(1 << 16)
+            heads.append(got[: got.index(b"\r\n\r\n") + 2])
+    return heads
 
 
 def test_an_event_is_heard_by_every_replica(served, shop):
