@@ -27,7 +27,8 @@ CONNECT_S = 5.0
 def start(cpus: int | None = None, *, places: int | None = None) -> None:
     """Connect to the cluster of `RAY_ADDRESS` (in a submitted job Ray sets it); else start a Ray of our own on this machine.
 
-    places : of that one, requests that a replica of the endpoint may have before HAProxy refuses more; None: Serve alone refuses
+    places : of that one, requests that a replica of the endpoint may have before HAProxy refuses more (`ServeSettings.places`); None: Serve
+        alone refuses, when as many again wait
 
     No-op when connected.
 
@@ -49,8 +50,10 @@ def start(cpus: int | None = None, *, places: int | None = None) -> None:
         if address:
             ray.init(address=address, **options)
         else:
-            for name, value in serve_environment(places).items():
+            for name, value in serve_environment().items():
                 os.environ.setdefault(name, value)
+            if places is not None:
+                os.environ["RECRAY_PLACES"] = str(places)
             ray.init(
                 address="local",
                 num_cpus=cpus or max(2, len(os.sched_getaffinity(0))),
@@ -68,10 +71,8 @@ def start(cpus: int | None = None, *, places: int | None = None) -> None:
                 signal.signal(number, handler)
 
 
-def serve_environment(places: int | None = None) -> dict[str, str]:
+def serve_environment() -> dict[str, str]:
     """What Ray must be started with for Serve to be fast: HAProxy in front, and replicas that it reaches directly.
-
-    places : as of `start`
 
     Ports and files of HAProxy's own are free ones of this machine; what it says of itself it says on loopback.
     """
@@ -92,7 +93,6 @@ def serve_environment(places: int | None = None) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        **({} if places is None else {"RECRAY_PLACES": str(places)}),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # this machine's HAProxy hears at once of a replica that goes
     }
 

@@ -114,11 +114,11 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, kee
         raise SettingsError(f"{where} is not empty", "the demo computes its night anew: name a fresh --root")
     config = str(resources.files("jobs") / "configs" / "demo.yaml")
     settings = with_port(load_settings(config, [f"storage.root={where.absolute()}", *overrides]))
+    cluster.start(places=settings.serve.places)
     result = pipeline.run_nightly(settings, None, reporter.say)
     reporter.show_evaluation(result.outputs["evaluation"], settings)
     from recray.serving import app
 
-    cluster.start()
     address = app.start(settings)
     _ask(address, settings, reporter)
     reporter.say("written:")

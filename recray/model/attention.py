@@ -6,8 +6,8 @@ are SiLU(logits) / history and sum to anything, so that intensity is kept; a tem
 so it scales how strongly anything is attended at all.
 
 Histories are padded on the right, so a causal mask is all that real positions need. A CPU goes through the asked positions in runs, each
-over the events that causal order leaves it: nearly half of all pairs are never looked at, and what a run needs stays in the cache. Shapes:
-B users, T events, Q asked positions of a run, K the events it may see, H heads, D width, C width of a head.
+over the events that causal order leaves it: of a long history up to half of all pairs are never looked at, and what a run needs stays
+in the cache. Shapes: B users, T events, Q asked positions of a run, K the events it may see, H heads, D width, C width of a head.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Columns(nn.Embedding):
     """A narrow table that is read column by column, which is how attention adds what it says to the logits of each head."""
 
     def forward(self, index: Tensor) -> Tensor:
-        """[D, ...] of the indices [...]: `Embedding` with the last dimension first, and contiguous."""
+        """[D, ...] of the indices [...]: `Embedding` with the last dimension first."""
         if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
             return F.embedding(index, self.weight).movedim(-1, 0)
         found: Tensor = _Columns.apply(index, self.weight)  # type: ignore[no-untyped-call]

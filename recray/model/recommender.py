@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -220,8 +221,11 @@ class Recommender(nn.Module):
         if not (masked or controls is not None or shape.time_bias or shape.relative or shape.attention == "pointwise" or event is not None):
             return Seen(None, ())
         T = batch.item_BT.shape[1]
-        positions = runs(T, batch.item_BT.device) if asked is None else (asked[:, None],)
-        return Seen(event, tuple(self._run(batch, position, T if asked is not None else int(position[-1]) + 1, controls) for position in positions))
+        if asked is not None:
+            return Seen(event, (self._run(batch, asked[:, None], T, controls),))
+        positions = runs(T, batch.item_BT.device)
+        ends = accumulate(len(position) for position in positions)
+        return Seen(event, tuple(self._run(batch, *each, controls) for each in zip(positions, ends, strict=True)))
 
     def _run(self, batch: Batch, position_Q: Tensor, K: int, controls: Controls | None) -> Run:
         """What positions [Q] or [B, 1] see of the first K events."""

@@ -114,6 +114,11 @@ def test_the_ghost_norm_is_that_of_autograd(name):
             np.testing.assert_allclose(step.clipped_sum(batch, targets).numpy(), expected, rtol=1e-4)
 
 
+def test_the_ghost_norm_counts_a_table_once_that_several_runs_of_positions_read(monkeypatch):
+    monkeypatch.setattr("recray.model.attention.RUN", 3)
+    test_the_ghost_norm_is_that_of_autograd("event types")
+
+
 @networks
 def test_the_contribution_of_each_user_is_at_most_the_clipping_norm(name):
     batch, targets = make_batch()
