@@ -108,15 +108,11 @@ def test_the_ghost_norm_is_that_of_autograd(name):
     expected = [norm_of(by_autograd(make(name), *alone(batch, targets, user))) for user in range(B)]
     assert expected[-1] == 0.0
     step = private(make(name), 1.0)
-    for block in (1 << 20, 1):  # all users at once, and one at a time
+    for block, run in ((1 << 20, T), (1, T), (1 << 20, 3)):  # all users at once, one at a time, positions in several runs
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("recray.privacy.engine.BLOCK_SCORES", {"cpu": block})
+            patch.setattr("recray.model.attention.RUN", run)
             np.testing.assert_allclose(step.clipped_sum(batch, targets).numpy(), expected, rtol=1e-4)
-
-
-def test_the_ghost_norm_counts_a_table_once_that_several_runs_of_positions_read(monkeypatch):
-    monkeypatch.setattr("recray.model.attention.RUN", 3)
-    test_the_ghost_norm_is_that_of_autograd("event types")
 
 
 @networks
