@@ -293,6 +293,7 @@ class ScoreSettings(Section):
     batch_users: int = Field(1024, ge=1, description="users read and scored at once")
     actors: int = _place(2, "scoring actors", ge=1)
     cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)
+    gpus_per_actor: float = _place(0.0, "GPUs an actor reserves, 0.5 lets two share one; 0: it scores on the CPU", ge=0)
     max_failures: int = _place(3, "restarts of a lost actor, and repeats of what it was at", ge=0)
 
     def rules(self) -> dict[str, Any]:
@@ -305,6 +306,7 @@ class ServeSettings(Section):
     host: str = _place("127.0.0.1", "address to listen on")
     port: int = _place(8000, "port to listen on", ge=0, le=65535)
     replicas: int = _place(1, "Serve replicas", ge=1)
+    gpus_per_replica: float = _place(0.0, "GPUs a replica reserves, 0.5 lets two share one; 0: it answers on the CPU", ge=0)
     max_ongoing_requests: int = _place(12, "requests a replica works on at once", ge=1)
     max_queued_requests: int = _place(8, "requests that wait for a replica; more are answered 503 with Retry-After", ge=1)
     max_waiting: int = _place(16, "requests that wait for the model of a replica; more are answered 503 with Retry-After", ge=1)

@@ -107,13 +107,19 @@ def _versions(settings: Settings) -> Iterator[Finding]:
 def _gpu(settings: Settings) -> Iterator[Finding]:
     import torch
 
+    asking = {
+        "train.use_gpu": settings.train.use_gpu,
+        "score.gpus_per_actor": settings.score.gpus_per_actor > 0,
+        "serve.gpus_per_replica": settings.serve.gpus_per_replica > 0,
+    }
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        yield Finding("GPU", OK, ", ".join(names) + ("" if settings.train.use_gpu else "; train.use_gpu is false"))
+        idle = ", ".join(name for name, asks in asking.items() if not asks)
+        yield Finding("GPU", OK, ", ".join(names) + (f"; not asked for by {idle}" if idle else ""))
     else:
-        wanted = settings.train.use_gpu and not os.environ.get("RAY_ADDRESS")
-        fix = "set train.use_gpu=false, or install a CUDA build of torch and its driver" if wanted else ""
-        yield Finding("GPU", FIX if wanted else OK, "none here (training runs on CPUs)", fix)
+        wanted = [] if os.environ.get("RAY_ADDRESS") else [name for name, asks in asking.items() if asks]
+        fix = f"set {' and '.join(wanted)} back, or install a CUDA build of torch and its driver" if wanted else ""
+        yield Finding("GPU", FIX if wanted else OK, "none here (CPUs do it all)", fix)
 
 
 def _ray(settings: Settings) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,11 @@ def _measure(
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    packages = ("recray", "ray", "torch", "pyarrow", "numpy")
+    import torch
+
+    packages = [name for name in ("recray", "ray", "torch", "pyarrow", "numpy") if find_spec(name)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "machine": {"cpus": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()},
-        "versions": {name: version(name) for name in packages},
-    }
+    found: dict[str, Any] = {"cpus": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return {"machine": found, "versions": {name: version(name) for name in packages}}

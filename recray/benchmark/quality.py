@@ -20,6 +20,7 @@ from recray.dataset.reader import Dataset
 from recray.evaluation import metrics as m
 from recray.evaluation.protocol import Question, Questions, wanted
 from recray.inference import Filters, Predictor
+from recray.model.device import device
 from recray.stages import Say
 from recray.storage import key_of, sha256_file
 from recray.training.trainer import bundle_settings
@@ -100,7 +101,7 @@ def _beside(ours: list[np.ndarray], theirs: np.ndarray, curves: list[dict[str, A
 
 def _train(dataset: Dataset, chosen: dict[str, Any], asked: list[Question], say: Say, seed: int) -> tuple[list[dict[str, float]], np.ndarray]:
     """Train to the early stop; the learning curve with its clocks (validation left out), and the rank of each test item."""
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    loop = build_loop(str(dataset.path), chosen, device("train.use_gpu", gpu=chosen["train"]["use_gpu"]))
     spent, validate = {"wall": 0.0, "cpu": 0.0}, loop.validate
 
     def timed(*arguments: Any) -> tuple[float, float]:

@@ -82,6 +82,7 @@ def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, 
         rules=settings.score.rules(),
         batch_users=settings.score.batch_users,
         threads=torch.get_num_threads(),
+        gpu=settings.score.gpus_per_actor > 0,
     )
 
     def score() -> None:

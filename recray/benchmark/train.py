@@ -12,6 +12,7 @@ import torch
 
 from recray.benchmark import peers
 from recray.benchmark.data import prepared, write_for_peers
+from recray.model.device import device
 from recray.stages import Say
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
@@ -27,12 +28,13 @@ def measure_train(folder: Path, data: str, against: str | None, overrides: list[
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     chosen = bundle_settings(settings)
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    where = device("train.use_gpu", gpu=settings.train.use_gpu)
+    loop = build_loop(str(dataset.path), chosen, where)
     sizes = [(int(batch.item_BT.count_nonzero()), len(batch.item_BT)) for batch, _, _ in loop.batches.epoch(0)]
     positions = sum(real for real, _ in sizes)
     if not any(override.startswith("train.batch_positions=") for override in overrides):
         chosen["train"]["batch_positions"] = round(PEER_BATCH_USERS * positions / sum(users for _, users in sizes))
-        loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+        loop = build_loop(str(dataset.path), chosen, where)
     say(f"{dataset.n_users} users, {dataset.n_items} items; {positions} positions an epoch, {loop.batches.padding():.1%} padding")
     seconds: list[float] = []
 
@@ -41,7 +43,7 @@ def measure_train(folder: Path, data: str, against: str | None, overrides: list[
             begun = time.monotonic()
             loop.train_epoch(epoch)
             seconds.append(time.monotonic() - begun)
-            say(f"recray: epoch in {seconds[-1]:.1f} s")
+            say(f"recray: epoch in {seconds[-1]:.2f} s")
 
     epochs(0)
     metrics: dict[str, Any] = {"positions": positions, "padding": round(loop.batches.padding(), 4)}
@@ -54,7 +56,7 @@ def measure_train(folder: Path, data: str, against: str | None, overrides: list[
         metrics |= {"peer_epoch_s": round(statistics.median(theirs), 2), "peer": against}
         metrics["epoch_ratio"] = round(statistics.median(seconds) / statistics.median(theirs), 4)
         say(f"epoch ratio {metrics['epoch_ratio']}: 1/{1 / metrics['epoch_ratio']:.1f}")
-    metrics["epoch_s"] = round(statistics.median(seconds), 2)
+    metrics |= {"epoch_s": round(statistics.median(seconds), 3), "first_epoch_s": round(seconds[0], 2)}
     return chosen, metrics
 
 

@@ -20,6 +20,7 @@ from recray.bundle import Bundle
 from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity, dated
 from recray.dataset.reader import Dataset, History, released_day
 from recray.errors import RequestError
+from recray.inference.graphs import USERS, Graphs
 from recray.inference.policy import Policy, dials, observe, popularity_rank, turn
 from recray.inference.rules import Rules
 from recray.inference.topk import merge, top_k
@@ -143,10 +144,13 @@ class Predictor:
         self._index: dict[Any, int] | None = None
         self._dated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._populars: dict[int, Tensor] = {}
+        self._graphs: Graphs | None = None
         self.refresh()
 
     @classmethod
-    def load(cls, bundle: str | Path, policy: str | Path | None = None, *, dataset: Dataset | None = None, device: str = "cpu") -> Predictor:
+    def load(
+        cls, bundle: str | Path, policy: str | Path | None = None, *, dataset: Dataset | None = None, device: str | torch.device = "cpu"
+    ) -> Predictor:
         """Predictor of a bundle, and of the attention policy in a folder, after their digests were verified.
 
         With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in; items that came
@@ -201,6 +205,8 @@ class Predictor:
         self._table_VD = self.model.items()
         self._output_VD = self.model.output(self._table_VD)
         self._populars.clear()
+        # a graph reads the item vectors where they were when it was captured
+        self._graphs = Graphs(self._hidden, self.model.shape.history) if self.device.type == "cuda" else None
 
     @property
     def vectors(self) -> Tensor:
@@ -464,12 +470,20 @@ class Predictor:
             was_training = self.model.training
             if was_training:  # turning every module takes as long as a block of one history
                 self.model.eval()
-            before = self.model.before_last(self.model.embed(batch, self._table_VD, self._parts_MVD, chosen), batch, chosen)
-            hidden = self.model.asked(before, batch, chosen)
-            entropy = self.model.entropy(before, batch) if watched else None
+            entropy = None
+            if watched:
+                before = self.model.before_last(self.model.embed(batch, self._table_VD, self._parts_MVD, chosen), batch, chosen)
+                hidden, entropy = self.model.asked(before, batch, chosen), self.model.entropy(before, batch)
+            elif self._graphs is not None and len(rows) <= USERS and not torch.is_grad_enabled():
+                hidden = self._graphs(batch, chosen)
+            else:
+                hidden = self._hidden(batch, chosen)
             if was_training:
                 self.model.train()
             yield rows, partial(self._model_scores, hidden, batch), entropy
+
+    def _hidden(self, batch: Batch, controls: Controls | None) -> Tensor:
+        return self.model.hidden(batch, self._table_VD, self._parts_MVD, controls, masked=True)
 
     def _model_scores(self, hidden: Tensor, batch: Batch, first: int) -> Tensor:
         return self.model.scores(hidden, self._output_VD[first : first + ITEM_BLOCK], batch, first=first)
@@ -503,7 +517,7 @@ class Predictor:
         known = [self._on(int(d)) for d in days]
         prior, fresh = np.concatenate([rows[0] for rows in known]), np.concatenate([rows[1] for rows in known])
         arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, fresh, day, context_BC)
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
+        return Batch._make((*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays), None))
 
     def _on(self, day: int) -> tuple[np.ndarray, np.ndarray]:
         """On a day log(1 + recent count) and the bucket of freshness of every item [1, V]; [1, 1] of what the model does not ask for."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recray.model.controls import Controls
 from recray.model.fused import Columns, Linear
+from recray.model.packed import Row, attend
 
 AGE_BUCKETS = 32
 RUN = 64  # positions that are asked together
@@ -76,8 +77,11 @@ class Attention(nn.Module):
             if table is not None:
                 nn.init.zeros_(table.weight)
 
-    def forward(self, x_BTD: Tensor, seen: Seen, controls: Controls | None, asked: Tensor | None = None) -> Tensor:
-        """Attend from all positions [B, T, D], or from one a user, `asked` int64 [B]: [B, 1, D]."""
+    def forward(self, x_BTD: Tensor, seen: Seen | Row, controls: Controls | None, asked: Tensor | None = None) -> Tensor:
+        """Attend from all positions [B, T, D], or from one a user, `asked` int64 [B]: [B, 1, D].
+
+        A `Row` says what the controls say, and its batch is one: all histories of a step, one after the other.
+        """
         B, T, D = x_BTD.shape
         if asked is None:
             projected = self.qkv(x_BTD)
@@ -94,7 +98,9 @@ class Attention(nn.Module):
             cooling = torch.exp(-controls.log_temperature)[:, :, None, None]
         if cooling is not None:
             q = q * cooling
-        if seen.runs:
+        if isinstance(seen, Row):
+            mixed = self._packed(q, k, v, seen)
+        elif seen.runs:
             mix = F.scaled_dot_product_attention if self.kind == "softmax" else self._pointwise
             asked_with = zip(_by_run(q, seen), self._biases(seen, cooling), strict=True)
             each = [mix(some_q, k[:, :, : bias.shape[3]], v[:, :, : bias.shape[3]], bias) for some_q, bias in asked_with]
@@ -147,6 +153,29 @@ class Attention(nn.Module):
             if learned is not None and cooling is not None:
                 learned = learned * cooling
             yield bias if learned is None else bias + learned
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        age, distance, event = (None if table is None else table.weight for table in (self.age_bias, self.distance_bias, self.event_bias))
+        _, time_P, now_P, event_P, cooling_PH = row
+        history = self.history
+        if cooling_PH is not None:
+            q = (q * cooling_PH.mT[:, :, None]).to(k.dtype)
+
+        def logit(found: Tensor, batch: Tensor, head: Tensor, asked: Tensor, attended: Tensor) -> Tensor:
+            learned: Tensor | None = None
+            if age is not None and now_P is not None and time_P is not None:
+                learned = age[age_bucket(now_P[asked] - time_P[attended]), head]
+            if distance is not None:
+                by_distance = distance[(asked - attended).clamp(0, history - 1), head]
+                learned = by_distance if learned is None else learned + by_distance
+            if event is not None and event_P is not None:
+                by_event = event[event_P[attended], head]
+                learned = by_event if learned is None else learned + by_event
+            if learned is None:
+                return found
+            return found + (learned if cooling_PH is None else learned * cooling_PH[asked, head])
+
+        return attend(q, k, v, row, None if age is None and distance is None and event is None else logit)
 
     def _pointwise(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         logits = q @ k.mT / math.sqrt(q.shape[-1])

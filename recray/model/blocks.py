@@ -13,6 +13,7 @@ from recray.model.attention import NORM_EPS, Attention, Seen
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
 from recray.model.fused import Linear, RMSNorm, swiglu
+from recray.model.packed import Row
 
 
 class SwiGLU(nn.Module):
@@ -65,7 +66,7 @@ class Block(nn.Module):
             self.feed = SwiGLU(dim, 2 * dim) if feed == "swiglu" else nn.Sequential(Linear(dim, 4 * dim), nn.ReLU(), Linear(4 * dim, dim))
             self.feed_residual = RESIDUALS[residual](dim, dropout)
 
-    def forward(self, x: Tensor, seen: Seen, controls: Controls | None, asked: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen | Row, controls: Controls | None, asked: Tensor | None = None) -> Tensor:
         """New states [B, T, D]; with `asked` int64 [B] those of one position a user alone, [B, 1, D]."""
         update = self.attention(self.attention_norm(x), seen, controls, asked)
         if asked is not None:

@@ -23,11 +23,13 @@ class TokenBags(nn.Module):
 
     tokens_K: Tensor
     offsets_V: Tensor
+    size_V: Tensor
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, buckets: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("tokens_K", torch.as_tensor(tokens, dtype=torch.int64))
         self.register_buffer("offsets_V", torch.as_tensor(offsets, dtype=torch.int64))
+        self.register_buffer("size_V", self.offsets_V.diff(append=torch.tensor([len(tokens)])), persistent=False)
         self.table = nn.EmbeddingBag(buckets, dim, mode="mean")
         nn.init.normal_(self.table.weight, std=0.02)
 
@@ -39,14 +41,11 @@ class TokenBags(nn.Module):
 
     def present(self, index: Tensor | None = None) -> Tensor:
         """Whether an item has a token, bool [V]."""
-        found = self._sizes() > 0
+        found = self.size_V > 0
         return found if index is None else found[index]
 
-    def _sizes(self) -> Tensor:
-        return torch.diff(self.offsets_V, append=self.offsets_V.new_tensor([len(self.tokens_K)]))
-
     def _chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = self._sizes()[index]
+        sizes = self.size_V[index]
         offsets = sizes.cumsum(0) - sizes
         where = torch.arange(int(sizes.sum()), device=index.device)
         return self.tokens_K[where + torch.repeat_interleave(self.offsets_V[index] - offsets, sizes)], offsets

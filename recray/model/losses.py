@@ -154,18 +154,26 @@ class Criterion:
             distinct = round(items * -math.expm1(negatives * math.log1p(-1.0 / items))) if items > 1 else 1
             self.judge = gbce(gbce_beta(distinct, items, calibration))
 
+    def complete(self, batch: Batch) -> Batch:
+        """The batch with what is known on its days, where all items compete; best where the batch was made, before it goes to a GPU."""
+        return self._dated(batch, None) if self.loss == "softmax" else batch
+
+    def _dated(self, batch: Batch, index: Tensor | None) -> Batch:
+        if self.dated is None:
+            return batch
+        found = self.dated(batch.prior_PV.cpu().numpy(), None if index is None else index.cpu().numpy())
+        prior_PV, fresh_PV = (torch.from_numpy(rows).to(batch.prior_PV.device) for rows in found)
+        return batch._replace(prior_PV=prior_PV, fresh_PV=fresh_PV)
+
     def backward(self, model: Recommender, batch: Batch, targets: Targets, scale: float, controls: Controls | None = None) -> Tensor:
-        """The loss summed over the queries; gradients of `scale` times it are left in every `.grad`."""
+        """The loss summed over the queries of a batch that is complete; gradients of `scale` times it are left in every `.grad`."""
         correction = index = None
         if self.loss != "softmax":
             draw = draw_mixed if self.loss == "sampled" else draw_uniform
             candidates = draw(batch, targets, self.share_V, self.negatives)
             batch, targets = candidates.place(batch, targets)
             index, correction = candidates
-        if self.dated is not None:
-            found = self.dated(batch.prior_PV.cpu().numpy(), None if index is None else index.cpu().numpy())
-            prior_PV, fresh_PV = (torch.from_numpy(rows).to(self.share_V.device) for rows in found)
-            batch = batch._replace(prior_PV=prior_PV, fresh_PV=fresh_PV)
+            batch = self._dated(batch, index)
         table = model.items(index)
         hidden, output = model.hidden(batch, table, None, controls), model.output(table)
         return backward_in_blocks(model, hidden, output, batch, targets, scale, judge=self.judge, correction_U=correction, half=self.half)
@@ -195,9 +203,9 @@ def backward_in_blocks(
     hidden, table = hidden_ND.detach().to(dtype), output_UD.detach().to(dtype)
     block = block or max(BLOCK_SCORES[hidden.device.type] // len(table), 16)
     count = targets.offsets.diff()
-    query_t = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    query_t = torch.repeat_interleave(torch.arange(len(count), device=count.device), count, output_size=len(targets.item))
     share_t = (1.0 / count.float())[query_t]
-    bounds = targets.offsets.tolist()
+    bounds = targets.offsets.tolist() if block < len(hidden) else {0: 0, len(hidden): len(targets.item)}  # a GPU is not waited for
     again_U = model.again(output_UD)
     again = None if again_U is None else again_U.detach().requires_grad_()
     total = torch.zeros((), device=hidden.device)

@@ -25,6 +25,7 @@ from recray.model.controls import Controls
 from recray.model.dropout import Dropout
 from recray.model.fused import Embedding, RMSNorm, lookup
 from recray.model.items import ItemEncoder
+from recray.model.packed import Packing, Row, mask_of, through
 
 VALUE_BUCKETS = 64
 FRESHNESS_BUCKETS = 20  # as `recray.dataset.popularity.freshness` makes them
@@ -79,7 +80,8 @@ class Batch(NamedTuple):
     item, event [B, T]; value [B, T] as logged; time [B, T] seconds (or positions); now [B, T] the moment at which position t
     is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day and
     fresh [P, V] the bucket of an item's age on it, or int64 [P] the days themselves as long as it is open which items compete; day [N]
-    the queries' rows in them; context [N, C] codes of each request's context, 0 unknown.
+    the queries' rows in them; context [N, C] codes of each request's context, 0 unknown; packing: where the events lie for a model that
+    trains on all histories in one row, None for one that goes through them padded.
     """
 
     item_BT: Tensor
@@ -93,9 +95,10 @@ class Batch(NamedTuple):
     fresh_PV: Tensor
     day_N: Tensor
     context_NC: Tensor
+    packing: Packing | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch._make(None if part is None else part.to(device, non_blocking=True) for part in self)
 
 
 def value_bucket(value: Tensor) -> Tensor:
@@ -155,6 +158,8 @@ class Recommender(nn.Module):
         x_BTD = self.embed(batch, table_VD, parts_MVD, controls)
         if masked:
             return self.asked(self.before_last(x_BTD, batch, controls), batch, controls)
+        if batch.packing is not None:
+            return self._queried(self._packed(x_BTD, batch, controls), batch)
         return self._queried(self.states(x_BTD, batch, controls)[batch.user_N, batch.position_N], batch)
 
     def states(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
@@ -165,6 +170,19 @@ class Recommender(nn.Module):
             x = block(x, seen, controls)
         found: Tensor = x
         return found
+
+    def _packed(self, x_BTD: Tensor, batch: Batch, controls: Controls | None) -> Tensor:
+        """States of the queries [N, D] as `states` has them, gone through in one row. Controls may turn temperatures."""
+        packing = batch.packing
+        assert packing is not None
+        time_P, now_P = (moments.flatten()[packing.place_P] if self.shape.time_bias else None for moments in (batch.time_BT, batch.now_BT))
+        event_P = batch.event_BT.flatten()[packing.place_P] if self.shape.event_types > 1 else None
+        cooling_PH = None
+        if controls is not None and controls.log_temperature is not None:
+            cooling_PH = torch.exp(-controls.log_temperature)[packing.row_P.clamp(min=0)]
+        row = Row(mask_of(packing), time_P, now_P, event_P, cooling_PH)
+        x_PD = through(self.blocks, self.dropout(x_BTD).flatten(0, 1).index_select(0, packing.place_P), row)
+        return x_PD.index_select(0, packing.first_B[batch.user_N] + batch.position_N)
 
     def before_last(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
         """What all blocks but the last make of the embedded histories, for inference: [B, T, D]."""

@@ -19,6 +19,7 @@ from recray.dataset.reader import Dataset
 from recray.inference import Filters, Predictor, Rules
 from recray.inference.memory import keep_freed_memory
 from recray.model.controls import Controls
+from recray.model.device import device
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
 
@@ -75,7 +76,7 @@ def write_night(
 
 
 Each = Callable[[dict[str, Any], int], list[dict[str, Any]]]
-"""What a `ScoreBucket` of these arguments (and `threads`) says of each bucket below a count, in any order and any process."""
+"""What a `ScoreBucket` of these arguments (and `threads`, `gpu`) says of each bucket below a count, in any order and any process."""
 
 
 def _on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) -> list[dict[str, Any]]:
@@ -83,13 +84,14 @@ def _on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) ->
 
     options = settings.score
     actors = min(options.actors, buckets)
-    require(actors * options.cpus_per_actor, 0, "score", settings.train.timeout_s)
+    require(actors * options.cpus_per_actor, actors * options.gpus_per_actor, "score", settings.train.timeout_s)
     with unwrapped():
         scored = ray.data.from_items(list(range(buckets)), override_num_blocks=buckets).map(
             ScoreBucket,  # type: ignore[arg-type]
-            fn_constructor_kwargs={**arguments, "threads": max(1, (os.cpu_count() or 1) // actors)},
+            fn_constructor_kwargs={**arguments, "threads": max(1, (os.cpu_count() or 1) // actors), "gpu": options.gpus_per_actor > 0},
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=options.cpus_per_actor,
+            num_gpus=options.gpus_per_actor or None,
             ray_remote_args_fn=lambda: {"max_restarts": options.max_failures, "max_task_retries": options.max_failures},
         )
         return scored.take_all()
@@ -110,13 +112,14 @@ class ScoreBucket:
         rules: dict[str, Any],
         batch_users: int,
         threads: int,
+        gpu: bool = False,
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         keep_freed_memory()
         self.dataset = Dataset.open(dataset)
-        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset)
+        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset, device=device("score.gpus_per_actor", gpu=gpu))
         self.translation = self.predictor.translation(self.dataset)
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
         self.filters = Filters(new_only=new_only)

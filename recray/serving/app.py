@@ -67,7 +67,7 @@ def build(settings: Settings) -> Any:
         # Serve counts a burst as queued before any of it begins, so there must be room for all that HAProxy lets in
         max_queued_requests=options.places,
         backpressure_config={"retry_after_s": 1},
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": ours}} if ours else {"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": options.gpus_per_replica} | ({"runtime_env": {"env_vars": ours}} if ours else {}),
     )
     return deployment.bind(settings)
 
@@ -96,6 +96,8 @@ def _ready(settings: Settings) -> Keys:
     keys = check(settings.serve)
     if settings.serve.traces:
         provider(settings.serve.traces).shutdown()  # type: ignore[union-attr]
+    if settings.serve.gpus_per_replica and ray.is_initialized() and not ray.cluster_resources().get("GPU"):  # type: ignore[no-untyped-call]
+        raise SettingsError("serve.gpus_per_replica asks for a GPU, and no node of this cluster has one", "set it to 0, or add a node with a GPU")
     nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1  # type: ignore[no-untyped-call]
     if settings.serve.state == "sqlite" and nodes > 1:
         raise SettingsError(f"serve.state=sqlite is for one machine, this cluster has {nodes}", "name a Redis: serve.state=redis://host:port/0")

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recray.config import ScoreSettings
 from recray.errors import ArtifactError, RefusedError, StateError
@@ -16,6 +17,9 @@ from recray.serving.night import Night
 from recray.serving.trial import Trial
 from recray.state.log import Log
 from recray.storage import Storage
+
+if TYPE_CHECKING:
+    import torch
 
 AGAIN_S = 30.0  # after which what could not be loaded is tried again
 ENTRIES = 10_000  # of the log, read at once
@@ -30,15 +34,16 @@ class Arms:
     now : night, trial, challenger; read all three at once, since they change together
     """
 
-    def __init__(self, storage: Storage, score: ScoreSettings, *, private: bool = False) -> None:
+    def __init__(self, storage: Storage, score: ScoreSettings, *, private: bool = False, device: str | torch.device = "cpu") -> None:
         self.storage = storage
         self._log = logging.getLogger("ray.serve")
-        self._private = private
+        self._private, self._device = private, device
         self._published = _content(storage.latest)
         self._tried, self._again_at = b"", 0.0
         self._released, self._released_again_at = b"", 0.0
         self._read = 0
-        self.now: tuple[Night, Trial | None, Night | None] = (first_night(storage, score, self._log.error, private=private), None, None)
+        first = first_night(storage, score, self._log.error, private=private, device=device)
+        self.now: tuple[Night, Trial | None, Night | None] = (first, None, None)
 
     @property
     def night(self) -> Night:
@@ -67,7 +72,7 @@ class Arms:
         if found and found != self._published and (found != self._tried or now >= self._again_at):
             self._tried, self._again_at = found, now + AGAIN_S
             try:
-                night = kept_private(Night.load(self.storage), private=self._private)
+                night = kept_private(Night.load(self.storage, self._device), private=self._private)
                 self._published = found
             except Exception as error:  # whatever it is, the watch must go on
                 self._log.error("the published night cannot be loaded, the old one stays: %s", error)
@@ -142,16 +147,18 @@ def kept_private(night: Night, *, private: bool) -> Night:
     return night
 
 
-def first_night(storage: Storage, score: ScoreSettings, say: Callable[[str], None], *, private: bool = False) -> Night:
+def first_night(
+    storage: Storage, score: ScoreSettings, say: Callable[[str], None], *, private: bool = False, device: str | torch.device = "cpu"
+) -> Night:
     """The published night, or what can stand in for it.
 
     Raises MissingArtifactError, DamagedArtifactError of the night if neither is there, RefusedError as `kept_private`.
     """
     try:
-        return kept_private(Night.load(storage), private=private)
+        return kept_private(Night.load(storage, device), private=private)
     except ArtifactError as error:
         try:
-            night = kept_private(Night.stand_in(storage, score), private=private)
+            night = kept_private(Night.stand_in(storage, score, device), private=private)
         except ArtifactError:
             raise error from None
         say(f"no nightly lists, the champion answers all: {error}")

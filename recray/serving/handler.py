@@ -21,6 +21,7 @@ from opentelemetry.trace import get_current_span
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
 from recray.errors import RecrayError, RequestError, SettingsError, UnavailableError
 from recray.inference.policy import dials
+from recray.model.device import device
 from recray.serving.api import (
     EventsRequest,
     EventsResponse,
@@ -73,7 +74,7 @@ class Handler:
         self.storage, self.options = storage, options
         self.telemetry = telemetry or Telemetry()
         self._log = logging.getLogger("ray.serve")
-        self.arms = Arms(storage, score, private=private)
+        self.arms = Arms(storage, score, private=private, device=device("serve.gpus_per_replica", gpu=options.gpus_per_replica > 0))
         self.journal = Journal(storage, options)
         self._tasks: set[asyncio.Task[None]] = set()
         self._batcher, self._aside = self._new_batcher(), self._new_batcher()  # a challenger makes nobody wait for it but its own

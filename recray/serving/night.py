@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,9 @@ from recray.serving.api import MOST_ANSWERS, Event, Item, KnownEvent, ModelsResp
 from recray.snapshot.reader import Snapshot
 from recray.state.log import Entry
 from recray.storage import Storage, manifest_digest
+
+if TYPE_CHECKING:
+    import torch
 
 _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 REASONS = 3  # named for an item
@@ -122,8 +125,8 @@ class Night:
     _masks: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, storage: Storage) -> Night:
-        """The published night. Raises MissingArtifactError, DamagedArtifactError."""
+    def load(cls, storage: Storage, device: str | torch.device = "cpu") -> Night:
+        """The published night, answered on a device. Raises MissingArtifactError, DamagedArtifactError."""
         snapshot = Snapshot.latest(storage)
         dataset = Dataset.open(storage.root / snapshot.manifest["dataset"])
         if dataset.digest != snapshot.manifest["dataset_digest"]:
@@ -131,10 +134,10 @@ class Night:
         bundle = Bundle.open(storage.root / snapshot.manifest["bundle"])
         if bundle.digest != snapshot.manifest["bundle_digest"]:
             raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
-        return cls._of(snapshot, dataset, bundle, snapshot.manifest.get("policy"))
+        return cls._of(snapshot, dataset, bundle, snapshot.manifest.get("policy"), device)
 
     @classmethod
-    def stand_in(cls, storage: Storage, score: ScoreSettings) -> Night:
+    def stand_in(cls, storage: Storage, score: ScoreSettings, device: str | torch.device = "cpu") -> Night:
         """The champion on the last dataset, without nightly lists. Raises MissingArtifactError, DamagedArtifactError."""
         datasets = [Dataset.open(path) for path in sorted((storage.root / "datasets").glob("[!.]*"))]
         if not datasets:
@@ -151,16 +154,16 @@ class Night:
             "user_type": str(dataset.user_type),
             "rules": score.rules(),
         }
-        return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle, champion.policy)
+        return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle, champion.policy, device)
 
     def with_bundle(self, bundle: Bundle, policy: str | None = None) -> Night:
         """The same night with another bundle and policy behind its answers by the model. Raises MissingArtifactError, DamagedArtifactError."""
-        return self._of(self.snapshot, self.dataset, bundle, policy)
+        return self._of(self.snapshot, self.dataset, bundle, policy, self.predictor.device)
 
     @classmethod
-    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None) -> Night:
+    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device) -> Night:
         decides = None if policy is None else Storage(bundle.path.parent.parent).policy(policy)
-        predictor = Predictor.load(bundle.path, decides, dataset=dataset)
+        predictor = Predictor.load(bundle.path, decides, dataset=dataset, device=device)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
         translation = predictor.translation(dataset)
         rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)

@@ -172,7 +172,7 @@ class TrainingBatches:
         day_P, day_N = np.unique(now[user_N, position_N] // DAY_S, return_inverse=True)
         context_NC = np.concatenate(context) if context else np.zeros((0, len(self.dataset.context)), np.int64)
         arrays = (item, event, value, time, now, user_N, position_N, day_P, day_P, day_N, context_NC)
-        batch = Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
+        batch = Batch._make((*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays), None))
         offsets = np.concatenate([[0], np.cumsum(sizes_N)])
         wanted = np.concatenate(targets) if targets else np.zeros(0, np.int64)
         return batch, Targets(torch.from_numpy(offsets), torch.from_numpy(wanted.astype(np.int64)))

@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from recray.errors import TrainingError
 from recray.model.controls import Controls
 from recray.model.losses import Criterion, Targets
+from recray.model.packed import pack
 from recray.model.recommender import Batch, Recommender
 
 SCALAR_FACTOR = 10.0
@@ -41,7 +43,10 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The part of the train settings that the loop reads; see `recray.config.TrainSettings`."""
+    """The part of the train settings that the loop reads; see `recray.config.TrainSettings`.
+
+    row : positions of the row that a batch is packed into, a multiple of `packed.BLOCK`; 0: batches stay padded
+    """
 
     epochs: int
     patience: int
@@ -52,6 +57,7 @@ class LoopSettings:
     average_decay: float = 0.0
     temperature_jitter: float = 0.0
     autocast: bool = False
+    row: int = 0
 
 
 @dataclass
@@ -77,7 +83,8 @@ class Loop:
         self.device = next(model.parameters()).device
         self.progress = Progress()
         groups = [{"params": list(parameters), "factor": factor} for factor, parameters in _by_rate(model)]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True)
+        how = {"fused": True} if self.device.type == "cuda" else {"foreach": True}
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, **how)
         # what is validated and kept: the model itself, or its exponential moving average
         self.average = copy.deepcopy(model).eval().requires_grad_(False) if settings.average_decay else model
         self.best = copied(model)
@@ -102,14 +109,23 @@ class Loop:
         torch.manual_seed(int(seed))
         self.model.train()
         total, queries = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for batch, targets, count in self.batches.epoch(epoch, self.rank, self.world):
-            total += self.train_step(batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), count)
+        batches = self._batches(epoch)
+        for batch, targets, count in batches if self.device.type == "cpu" else _ahead(batches):
+            total += self.train_step(batch, targets, count)
             queries += count
         total = self._sum(total[None])[0]
         loss = float(total / queries.clamp(min=1))
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {epoch + 1} is {loss}", "lower train.learning_rate; the last good checkpoint is kept")
         return loss
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Batch, Targets, int]]:
+        """The batches of an epoch, complete and where the model is."""
+        for batch, targets, count in self.batches.epoch(epoch, self.rank, self.world):
+            batch = self.criterion.complete(batch)
+            if self.settings.row:
+                batch = batch._replace(packing=pack(batch.item_BT, self.settings.row))
+            yield batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), count
 
     def train_step(self, batch: Batch, targets: Targets, count: int) -> Tensor:
         """One step on this rank's part of a global batch of `count` queries; returns the part's summed loss."""
@@ -185,6 +201,15 @@ class Loop:
             by_parameter.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
+
+
+def _ahead(batches: Iterator[tuple[Batch, Targets, int]]) -> Iterator[tuple[Batch, Targets, int]]:
+    """The same, each made by a thread while the one before it is trained on: a GPU does not wait for the making."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 def _by_rate(model: Recommender) -> list[tuple[float, list[nn.Parameter]]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from recray.bundle import Bundle
@@ -21,6 +22,7 @@ from recray.evaluation.protocol import SETTINGS, Questions, wanted
 from recray.inference import Filters, Predictor
 from recray.model.fused import Linear
 from recray.model.losses import Criterion
+from recray.model.packed import BLOCK
 from recray.model.recommender import PRESETS, Recommender, Shape
 from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
@@ -66,11 +68,11 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     threads = config["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads fresh memory
-    loop = build_loop(
-        config["dataset"], config["settings"], ray.train.torch.get_device(), config["parent"], (private := config["private"]) and private["mechanism"]
-    )
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":  # what a GPU sums up is not summed in the same order twice
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads fresh memory
+    loop = build_loop(config["dataset"], config["settings"], device, config["parent"], (private := config["private"]) and private["mechanism"])
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             load_checkpoint(loop, Path(folder))
@@ -130,6 +132,7 @@ def build_loop(
         average_decay=train["average_decay"],
         temperature_jitter=train["temperature_jitter"],
         autocast=half and device.type == "cuda",
+        row=_row(train["batch_positions"], shape.history) if device.type == "cuda" and shape.attention == "softmax" and mechanism is None else 0,
     )
     for module in model.modules():
         if isinstance(module, Linear):
@@ -150,6 +153,13 @@ def build_loop(
     from recray.training.private import PrivateLoop
 
     return PrivateLoop(model, batches, validate, criterion, loop_settings, Mechanism(**mechanism), every=settings["privacy"]["report_every"])
+
+
+def _row(positions: int, history: int) -> int:
+    """Length of the row that holds one rank's part of any batch but of one history that is longer alone."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    most = positions if world == 1 else positions // world + history
+    return -(-most // BLOCK) * BLOCK
 
 
 def _from_ledger(private: dict[str, Any], done: int) -> Callable[[int, int], None]:

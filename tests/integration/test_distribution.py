@@ -122,6 +122,13 @@ def test_a_gpu_that_is_not_there_is_named(two_nodes, world_folder, tmp_path):
         train(settings, "k", prepare_here(settings))
 
 
+def test_an_endpoint_asks_for_a_gpu_that_is_there(two_nodes, tmp_path):
+    from recray.serving.app import Arguments, deploy
+
+    with pytest.raises(SettingsError, match="gpus_per_replica.*no node of this cluster"):
+        deploy(Arguments(overrides=[f"storage.root={tmp_path}", "serve.gpus_per_replica=0.5"]))
+
+
 def test_an_endpoint_whose_log_is_for_one_machine_is_refused_on_two(two_nodes, tmp_path):
     from recray.serving.app import Arguments, deploy
 

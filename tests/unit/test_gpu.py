@@ -1,0 +1,187 @@
+"""What a GPU does is what a CPU does. Needs torch and numpy alone, so that a bare GPU machine can run it; skipped without one."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recray.dataset.popularity import Popularity
+from recray.dataset.reader import History
+from recray.errors import SettingsError
+from recray.inference import Filters, Predictor
+from recray.inference.graphs import Graphs, size
+from recray.inference.topk import top_k
+from recray.model.controls import Controls
+from recray.model.device import device
+from recray.model.losses import Criterion, Targets
+from recray.model.packed import BLOCK, pack
+from recray.model.recommender import Batch, Recommender, Shape
+from recray.training.loop import Loop, LoopSettings
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+V, T, E, DAY = 200, 96, 3, 86_400
+NOW = 300 * DAY
+
+
+def model(seed=0, **parts) -> Recommender:
+    torch.manual_seed(seed)
+    random = np.random.default_rng(0)
+    bags = {"brand": (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)]))}
+    found = Recommender(Shape(event_types=E, dim=32, history=T, dropout=0.0, feature_buckets=64, **parts), np.arange(V + 1) > 0, bags)
+    with torch.no_grad():  # nothing at its neutral start
+        for parameter in found.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return found
+
+
+def histories(count: int, seed: int = 0) -> tuple[Batch, Targets]:
+    """Histories of all lengths, every position asked."""
+    random = torch.Generator().manual_seed(seed)
+    length = torch.randint(1, T + 1, (count,), generator=random)
+    length[0] = T
+    real = torch.arange(T) < length[:, None]
+    item = torch.randint(1, V + 1, (count, T), generator=random) * real
+    event = torch.randint(0, E, (count, T), generator=random)
+    time = torch.sort(torch.randint(0, 200 * DAY, (count, T), generator=random), 1).values
+    now = torch.cat([time[:, 1:], torch.full((count, 1), 210 * DAY)], 1)
+    user, position = real.nonzero(as_tuple=True)
+    days, queries = torch.rand(2, V + 1, generator=random), len(user)
+    fresh, day = torch.zeros(2, V + 1, dtype=torch.uint8), torch.randint(0, 2, (queries,), generator=random)
+    batch = Batch(item, event, torch.ones(count, T), time, now, user, position, days, fresh, day, torch.zeros(queries, 0, dtype=torch.int64))
+    return batch, Targets(torch.arange(queries + 1), torch.randint(1, V + 1, (queries,), generator=random))
+
+
+PARTS = [{}, {"time_bias": False}, {"relative": True, "positions": False}, {"residual": "plain", "feed": "relu", "scores": "cosine"}]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_in_one_row_each_history_sees_itself_alone(parts):
+    network, (batch, _) = model(**parts).eval(), histories(7)
+    cooler = Controls(0.3 * torch.randn(7, network.shape.heads))
+    packing = pack(batch.item_BT, 2 * BLOCK)
+    assert len(packing.row_P) % (2 * BLOCK) == 0 and (packing.row_P >= 0).sum() == (batch.item_BT > 0).sum()
+    with torch.no_grad():
+        table = network.items()
+        for controls in (None, cooler):
+            both = [each.to(torch.device("cpu")) for each in (batch, batch._replace(packing=packing))]
+            padded, packed = (network.hidden(each, table, None, controls) for each in both)
+            torch.testing.assert_close(packed, padded, atol=1e-5 * float(padded.abs().max()), rtol=0)
+
+
+def test_a_row_of_nothing_and_one_that_is_full():
+    assert pack(torch.zeros(2, 5, dtype=torch.int64), BLOCK).row_P.tolist() == [-1] * BLOCK
+    full = pack(torch.ones(2, BLOCK, dtype=torch.int64), BLOCK)
+    assert len(full.row_P) == 2 * BLOCK and full.block.tolist() == [0, 1]
+
+
+def test_sizes_of_graphs_hold_the_batch():
+    for B in (1, 2, 3, 33, 64):
+        for events in (1, 32, 33, 200):
+            users, filled = size(B, events, 200)
+            assert B <= users < 2 * B and events <= filled <= 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named_with_what_asks_for_it():
+    assert device("train.use_gpu", gpu=False).type == "cpu"
+    with pytest.raises(SettingsError, match="train.use_gpu asks for a GPU"):
+        device("train.use_gpu", gpu=True)
+
+
+@gpu
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_gpu_learns_from_one_row_what_a_cpu_learns_from_padded_histories(parts):
+    batch, targets = histories(24)
+    share = torch.full((V + 1,), 1.0 / V).index_fill(0, torch.tensor([0]), 0.0)
+    found = {}
+    for place in ("cpu", "cuda"):
+        network = model(**parts).to(place).train()
+        criterion = Criterion("softmax", share.to(place))
+        here = batch._replace(packing=pack(batch.item_BT, 4 * BLOCK)) if place == "cuda" else batch
+        cooler = Controls(0.3 * torch.randn(24, 2, generator=torch.Generator().manual_seed(1)).to(place))
+        loss = criterion.backward(network, here.to(torch.device(place)), Targets(*(t.to(place) for t in targets)), 1.0 / len(batch.user_N), cooler)
+        found[place] = loss.cpu(), {name: parameter.grad.cpu() for name, parameter in network.named_parameters() if parameter.grad is not None}
+    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-5, atol=0)
+    assert found["cuda"][1].keys() == found["cpu"][1].keys()
+    for name, gradient in found["cpu"][1].items():
+        error = (found["cuda"][1][name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
+        assert error < 1e-4, (name, float(error))
+
+
+@gpu
+@pytest.mark.parametrize("loss", ["softmax", "sampled", "gbce"])
+@pytest.mark.parametrize("parts", [{}, {"attention": "pointwise", "residual": "plain", "feed": "none", "scores": "cosine", "relative": True}])
+def test_a_gpu_trains_in_bfloat16(loss, parts):
+    batch, targets = histories(24)
+
+    class Same:
+        def epoch(self, epoch, rank=0, world=1):
+            for _ in range(20):
+                yield batch, targets, len(batch.user_N)
+
+        def padding(self, epoch=0):
+            return 0.0
+
+    share = torch.full((V + 1,), 1.0 / V).index_fill(0, torch.tensor([0]), 0.0).cuda()
+    settings = LoopSettings(2, 2, 1e-2, 1, 0.0, 0, 0.9, temperature_jitter=0.1, autocast=True, row=0 if parts else 4 * BLOCK)
+    loop = Loop(model(**parts).cuda(), Same(), lambda *_: (0.0, 1.0), Criterion(loss, share, negatives=64, half=True), settings)
+    first, second = (line["loss"] for line in loop.run())
+    assert np.isfinite(first) and second < first
+
+
+@pytest.fixture(scope="module")
+def predictors() -> tuple[Predictor, Predictor]:
+    random = np.random.default_rng(0)
+    popularity = Popularity.count_events(random.integers(1, V + 1, 500), random.integers(280, 300, 500) * DAY, V)
+    ids = pa.array([f"i{n:03d}" for n in range(V)])
+    events = ["buy", "cart", "view"]
+    cpu, cuda = (Predictor(model().to(place), ids, events, popularity, prior_days=7, has_time=True) for place in ("cpu", "cuda"))
+    return cpu, cuda
+
+
+def history(length: int, seed: int = 0) -> History:
+    random = np.random.default_rng([seed, length])
+    times = np.sort(random.integers(0, 299, length)) * DAY
+    return History(random.integers(1, V + 1, length), random.integers(0, E, length), times, np.ones(length, np.float32))
+
+
+@gpu
+@pytest.mark.parametrize("count", [1, 2, 5, 64, 100])
+def test_a_gpu_answers_as_a_cpu_does(predictors, count):
+    cpu, cuda = predictors
+    asked = [history(1 + (7 * n) % (T + 20), n) for n in range(count)]
+    turned = Controls(0.3 * torch.randn(count, 2), torch.randn(count, E), torch.rand(count), 0.2 * torch.randn(count, 2))
+    for controls in (None, turned, Controls(recency_slope=turned.recency_slope)):
+        for _ in range(2):  # a size is captured, then replayed
+            theirs = cuda.recommend(asked, 20, now=NOW, filters=Filters(new_only=True), controls=controls)
+        ours = cpu.recommend(asked, 20, now=NOW, filters=Filters(new_only=True), controls=controls)
+        np.testing.assert_allclose(theirs.scores, ours.scores, rtol=1e-4, atol=1e-4)
+        assert (theirs.item_index[:, 0] == ours.item_index[:, 0]).mean() > 0.98
+    state = [each.recommend(asked, 5, now=NOW, watched=True).state for each in (cpu, cuda)]
+    np.testing.assert_allclose(*state, atol=1e-3)
+
+
+@gpu
+def test_graphs_are_made_anew_for_new_weights(predictors):
+    _, cuda = predictors
+    before = cuda.recommend([history(9)], 5, now=NOW).scores
+    with torch.no_grad():
+        for parameter in cuda.model.parameters():
+            parameter.mul_(1.1)
+    cuda.refresh()
+    replayed = cuda.recommend([history(9)], 5, now=NOW).scores
+    graphs, cuda._graphs = cuda._graphs, None
+    assert isinstance(graphs, Graphs) and graphs._captured
+    plain = cuda.recommend([history(9)], 5, now=NOW).scores
+    cuda._graphs = graphs
+    np.testing.assert_allclose(replayed, plain, atol=1e-5)
+    assert abs(replayed - before).max() > 1e-3
+
+
+@gpu
+def test_ties_on_a_gpu_go_by_index():
+    scores = torch.zeros(3, 500, device="cuda")
+    scores[1, 400] = 1.0
+    index, values = top_k(scores, 4)
+    assert index.tolist() == [[0, 1, 2, 3], [400, 0, 1, 2], [0, 1, 2, 3]] and values[1].tolist() == [1.0, 0.0, 0.0, 0.0]
