@@ -291,6 +291,9 @@ class ScoreSettings(Section):
         0.0, ge=0, le=20, description="added to the scores of items that are known by their features alone; 0: they must earn their place"
     )
     batch_users: int = Field(1024, ge=1, description="users read and scored at once")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: a CPU scores the night in half the bits; scores differ a little from the endpoint's, which stay float32"
+    )
     actors: int = _place(2, "scoring actors", ge=1)
     cpus_per_actor: float = _place(0.5, "logical CPUs an actor reserves", gt=0)
     gpus_per_actor: float = _place(0.0, "GPUs an actor reserves, 0.5 lets two share one; 0: it scores on the CPU", ge=0)

@@ -21,6 +21,7 @@ from recray.evaluation import metrics as m
 from recray.evaluation.protocol import Question, Questions, wanted
 from recray.inference import Filters, Predictor
 from recray.model.device import device
+from recray.model.recommender import Recommender
 from recray.stages import Say
 from recray.storage import key_of, sha256_file
 from recray.training.trainer import bundle_settings
@@ -44,6 +45,7 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
     settings, dataset = prepared(data, folder / "root", overrides)
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
+    half = settings.score.precision == "bfloat16"
     keep = folder / "keep"
     keep.mkdir()
     chosen = bundle_settings(settings)
@@ -55,12 +57,18 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
     theirs = _peer(against, chosen, dataset, folder, threads, say, out) if against else None
     for seed in SEEDS:
         settings_of = {**chosen, "train": {**chosen["train"], "seed": seed}}
-        curve, ranks[f"recray_{seed}"] = _train(dataset, settings_of, asked, say, seed)
+        curve, model = _train(dataset, settings_of, say, seed)
+        for name, halved in [(f"recray_{seed}", False), (f"bfloat16_{seed}", True)][: 1 + half]:
+            ranks[name] = found = ranks_of(model, dataset, chosen, asked, half=halved)
+            say(f"{name}: HR@10 {hr(found).mean():.4f}, NDCG@10 {ndcg(found).mean():.4f}")
         curves += [{"who": f"recray_{seed}", **line} for line in curve]
     ours = [ranks[f"recray_{seed}"] for seed in SEEDS]
     each = {"hr@10": [float(hr(r).mean()) for r in ours], "ndcg@10": [float(ndcg(r).mean()) for r in ours]}
     metrics: dict[str, Any] = {"users": len(asked), "items": dataset.n_items, "seeds": {name: _rounded(found) for name, found in each.items()}}
     metrics |= {name: round(float(np.mean(found)), 4) for name, found in each.items()}
+    if half:
+        lists = [float(ndcg(ranks[f"bfloat16_{seed}"]).mean()) for seed in SEEDS]
+        metrics |= {"ndcg@10_bfloat16": round(float(np.mean(lists)), 4), "bfloat16_over_float32": round(sum(lists) / sum(each["ndcg@10"]), 5)}
     if theirs is not None:
         ranks[str(against)] = np.array([theirs["ranks"].get(str(user), 0) for user in users])
         curves += [{"who": against, **line} for line in theirs["curve"]]
@@ -99,8 +107,8 @@ def _beside(ours: list[np.ndarray], theirs: np.ndarray, curves: list[dict[str, A
     return found
 
 
-def _train(dataset: Dataset, chosen: dict[str, Any], asked: list[Question], say: Say, seed: int) -> tuple[list[dict[str, float]], np.ndarray]:
-    """Train to the early stop; the learning curve with its clocks (validation left out), and the rank of each test item."""
+def _train(dataset: Dataset, chosen: dict[str, Any], say: Say, seed: int) -> tuple[list[dict[str, float]], Recommender]:
+    """Train to the early stop; the learning curve with its clocks (validation left out), and the model."""
     loop = build_loop(str(dataset.path), chosen, device("train.use_gpu", gpu=chosen["train"]["use_gpu"]))
     spent, validate = {"wall": 0.0, "cpu": 0.0}, loop.validate
 
@@ -120,14 +128,13 @@ def _train(dataset: Dataset, chosen: dict[str, Any], asked: list[Question], say:
         curve.append(line)
         say(f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, validation NDCG@10 {line['validation_ndcg']:.4f}")
     loop.average.load_state_dict(loop.best)
-    ranks = ranks_of(loop.average.eval(), dataset, chosen, asked)
-    say(f"seed {seed}: HR@10 {hr(ranks).mean():.4f}, NDCG@10 {ndcg(ranks).mean():.4f}, epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
-    return curve, ranks
+    say(f"seed {seed}: epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
+    return curve, loop.average.eval()
 
 
-def ranks_of(model: Any, dataset: Dataset, chosen: dict[str, Any], asked: list[Question]) -> np.ndarray:
+def ranks_of(model: Recommender, dataset: Dataset, chosen: dict[str, Any], asked: list[Question], *, half: bool = False) -> np.ndarray:
     """Rank from 1 of the wanted item of each question among all that the user did not meet."""
-    predictor = Predictor.of(model, dataset, chosen["model"]["prior_days"])
+    predictor = Predictor.of(model, dataset, chosen["model"]["prior_days"], half=half)
     ranks = []
     for first in range(0, len(asked), BATCH):
         batch = asked[first : first + BATCH]

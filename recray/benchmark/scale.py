@@ -35,8 +35,8 @@ def measure_scale(folder: Path, say: Say) -> dict[str, Any]:
         dataset = prepare_alone(settings)
         loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
         trained.append((dataset.n_events, _fastest(lambda epoch, loop=loop: loop.train_epoch(epoch))))
-        score = scorer(home, settings, dataset, loop.best)
-        scored.append((dataset.n_users, _fastest(lambda _, score=score: score())))
+        with scorer(home, settings, dataset, loop.best) as score:
+            scored.append((dataset.n_users, _fastest(lambda _, score=score: score())))
         say(f"{users:,} users: {dataset.n_events:,} events trained in {trained[-1][1]:.1f} s, all users scored in {scored[-1][1]:.1f} s")
     keep = folder / "keep"
     keep.mkdir()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +32,34 @@ K = 10
 def measure_score(folder: Path, data: str, against: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
     """Half of our rounds over all users, the peer's, the other half of ours: medians of each, and their ratio.
 
-    Ours is what an actor of the nightly job does, from mapped histories to written parts, in one process with all threads.
+    Ours is what the actors of the nightly job do, from mapped histories to written parts, each in a process with its share of the threads.
     What the weights are does not matter, so they are those of the start.
     """
     settings, dataset = prepared(data, folder / "root", [*SAME, *overrides])
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     chosen = bundle_settings(settings)
-    score = scorer(folder, settings, dataset, build_loop(str(dataset.path), chosen, torch.device("cpu")).best)
+    weights = build_loop(str(dataset.path), chosen, torch.device("cpu")).best
     seconds: list[float] = []
+    metrics: dict[str, Any] = {"users": dataset.n_users, "actors": settings.score.actors, "precision": settings.score.precision}
+    with scorer(folder, settings, dataset, weights) as score:
 
-    def rounds() -> None:
-        for _ in range(ROUNDS):
-            begun = time.monotonic()
-            score()
-            seconds.append(time.monotonic() - begun)
-            say(f"recray: {dataset.n_users / seconds[-1]:.0f} users/s")
+        def rounds() -> None:
+            for _ in range(ROUNDS):
+                begun = time.monotonic()
+                score()
+                seconds.append(time.monotonic() - begun)
+                say(f"recray: {dataset.n_users / seconds[-1]:.0f} users/s")
 
-    rounds()
-    metrics: dict[str, Any] = {"users": dataset.n_users}
-    if against:
-        write_for_peers(dataset, folder / "events.parquet")
-        question = peer_question(chosen, folder, threads) | {"epochs": 1, "batches": 1, "recommend": PEER_ROUNDS}
-        answer = peers.ask(against, question, folder, say)
-        theirs = [answer["users"] / s for s in answer["recommend_s"]]
-        say(f"{against}: {', '.join(f'{rate:.0f}' for rate in theirs)} users/s")
         rounds()
-        metrics |= {"peer": against, "peer_users_per_s": round(statistics.median(theirs), 1)}
+        if against:
+            write_for_peers(dataset, folder / "events.parquet")
+            question = peer_question(chosen, folder, threads) | {"epochs": 1, "batches": 1, "recommend": PEER_ROUNDS}
+            answer = peers.ask(against, question, folder, say)
+            theirs = [answer["users"] / s for s in answer["recommend_s"]]
+            say(f"{against}: {', '.join(f'{rate:.0f}' for rate in theirs)} users/s")
+            rounds()
+            metrics |= {"peer": against, "peer_users_per_s": round(statistics.median(theirs), 1)}
     rate = statistics.median(dataset.n_users / s for s in seconds)
     metrics["users_per_s"] = round(rate, 1)
     if against:
@@ -64,29 +68,41 @@ def measure_score(folder: Path, data: str, against: str | None, overrides: list[
     return chosen, metrics
 
 
-def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Scores all users with the weights `state`, as an actor of the nightly job does, and writes the parts below `folder`."""
+@contextmanager
+def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, torch.Tensor]) -> Iterator[Callable[[], None]]:
+    """Scores all users with the weights `state`, as the actors of the nightly job do, and writes the parts below `folder`."""
     chosen = bundle_settings(settings)
     shape = shape_of(chosen["model"], dataset)
     rest = {"features": chosen["data"]["features"], "prior_days": chosen["model"]["prior_days"], "settings": chosen, "metrics": {}}
     bundle = write_bundle(folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **rest)
     parts = folder / "parts"
     parts.mkdir()
-    actor = ScoreBucket(
-        bundle=str(bundle.path),
-        policy=None,
-        dataset=str(dataset.path),
-        folder=str(parts),
-        k=K,
-        new_only=True,
-        rules=settings.score.rules(),
-        batch_users=settings.score.batch_users,
-        threads=torch.get_num_threads(),
-        gpu=settings.score.gpus_per_actor > 0,
-    )
+    options = settings.score
+    arguments = {
+        "bundle": str(bundle.path),
+        "policy": None,
+        "dataset": str(dataset.path),
+        "folder": str(parts),
+        "k": K,
+        "new_only": True,
+        "rules": options.rules(),
+        "batch_users": options.batch_users,
+        "threads": max(torch.get_num_threads() // options.actors, 1),
+        "precision": options.precision,
+        "gpu": options.gpus_per_actor > 0,
+    }
+    with ProcessPoolExecutor(options.actors, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(arguments,)) as actors:
+        yield lambda: list(actors.map(_score, range(dataset.n_shards))).clear()
 
-    def score() -> None:
-        for bucket in range(dataset.n_shards):
-            actor({"item": bucket})
 
-    return score
+_actor: ScoreBucket | None = None  # of a process that scores
+
+
+def _begin(arguments: dict[str, Any]) -> None:
+    global _actor
+    _actor = ScoreBucket(**arguments)
+
+
+def _score(bucket: int) -> None:
+    assert _actor is not None
+    _actor({"item": bucket})

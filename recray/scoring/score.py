@@ -69,6 +69,7 @@ def write_night(
                 "new_only": options.new_only,
                 "rules": options.rules(),
                 "batch_users": options.batch_users,
+                "precision": options.precision,
             }
             fields.update(_summary(each(arguments, dataset.n_shards), len(bundle.item_ids) + len(bundle.newcomers(dataset))))
     manifest = open_sealed(path, KIND, verify=False)
@@ -112,6 +113,7 @@ class ScoreBucket:
         rules: dict[str, Any],
         batch_users: int,
         threads: int,
+        precision: str = "float32",
         gpu: bool = False,
     ) -> None:
         import torch
@@ -119,7 +121,8 @@ class ScoreBucket:
         torch.set_num_threads(threads)
         keep_freed_memory()
         self.dataset = Dataset.open(dataset)
-        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset, device=device("score.gpus_per_actor", gpu=gpu))
+        place = device("score.gpus_per_actor", gpu=gpu)
+        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset, device=place, half=precision == "bfloat16")
         self.translation = self.predictor.translation(self.dataset)
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
         self.filters = Filters(new_only=new_only)

@@ -44,6 +44,26 @@ def test_alone_equals_in_a_batch(predictor):
     assert (again.scores == together.scores).all() and (again.item_index == together.item_index).all()
 
 
+@pytest.mark.parametrize("parts", [{}, {"time_bias": False, "relative": True}, {"attention": "pointwise", "residual": "plain", "feed": "none"}])
+def test_in_half_the_bits_answers_differ_a_little(parts):
+    torch.manual_seed(0)
+    model = Recommender(Shape(event_types=2, dim=32, heads=2, history=150, **parts), np.arange(V + 1) > 0, {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    popularity = Popularity.count_events(np.arange(1, V + 1), np.full(V, 290 * DAY), V)
+    ids = pa.array([f"i{n:02d}" for n in range(V)])
+    whole, half = (Predictor(model, ids, ["buy", "view"], popularity, prior_days=7, has_time=True, half=half) for half in (False, True))
+    histories = [history(n) for n in (1, 9, 70, 150)]
+    controls = Controls(log_temperature=torch.full((4, 2), 0.3), recency_slope=torch.full((4,), 0.5))
+    for turned in (None, controls):
+        exact, near = (each.recommend(histories, V, now=NOW, controls=turned, watched=True) for each in (whole, half))
+        scores = [np.sort(answer.scores, 1) for answer in (exact, near)]
+        assert 0 < abs(scores[0] - scores[1]).max() < 0.03 * scores[0].std()
+        np.testing.assert_allclose(near.state, exact.state, atol=0.05)
+    assert half.recommend(histories, 5, now=NOW).scores.dtype == np.float32
+
+
 def test_scores_are_the_recommended_scores(predictor):
     answer = predictor.recommend([history(5), history(9)], 10, now=[NOW, NOW - DAY])
     scores = predictor.score([history(5), history(9)], list(answer.item_index), now=[NOW, NOW - DAY])
