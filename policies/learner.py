@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def restore(module: Any, state: dict[str, Tensor], where: Path | None) -> None:
 def _keep(checkpoint: Path, state: dict[str, Tensor], frozen: Frozen, done: int) -> None:
     """Replace the file in one step."""
     tensors = {name: value.detach().contiguous() for name, value in state.items()}
-    tensors |= {f"frozen_{name}": torch.from_numpy(value.copy()) for name, value in vars(frozen).items()}
+    tensors |= {f"frozen_{name}": torch.from_numpy(value.copy()) for name, value in asdict(frozen).items()}
     scratch = checkpoint.with_suffix(".part")
     save_file({**tensors, "decisions": torch.tensor(done)}, scratch)
     scratch.replace(checkpoint)

@@ -1,6 +1,6 @@
 """The attention policy at run time: what it sees of a request, what it decides, and how likely it was to decide so.
 
-Plain torch and numpy; whoever learned it (see `policies`) is not needed. An action lies in [-1, 1]^K; all zeros is the trained model
+Plain numpy; whoever learned it (see `policies`) is not needed. An action lies in [-1, 1]^K; all zeros is the trained model
 exactly, and the answer to whatever the policy does not know.
 """
 
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from operator import le, mul, sub
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,7 @@ OBSERVED = (
 LOOKED_AT = 400  # last events that an observation is made of
 LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
 MOST = 8  # actions
+FAR = 5.0  # standard deviations from the mean, beyond which it does not matter how far
 EDGE = 0.5  # of what was seen when the policy was learned, an observation may lie beyond it
 
 
@@ -58,38 +62,44 @@ def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool,
     rank_V : `popularity_rank` of the items
     state : attention entropy and score margin as the last nightly run had them, of the trained model as it is; None or not finite: not known
     """
-    found = np.zeros(len(OBSERVED), np.float32)
-    item, event, time_s = (np.asarray(values)[-LOOKED_AT:] for values in history[:3])
-    if not item.all():
+    # straight on, by lists: it is done for every request, and of numpy's and Python's parts few are in the cache when one comes
+    item, event, time_s = history.item_index[-LOOKED_AT:], history.event_index[-LOOKED_AT:], history.timestamp_s[-LOOKED_AT:]
+    items = item.tolist()
+    if 0 in items:
         kept = item > 0
         item, event, time_s = item[kept], event[kept], time_s[kept]
-    n = len(item)
-    if n:  # sums of Python's and numpy's least: it is done for every request
-        met = item.tolist()
-        distinct, last = len(set(met)), met[-20:]
-        found[0:4] = math.log1p(n), math.log1p(distinct), 1.0 - distinct / n, len(set(last)) / len(last)
-        rank = rank_V[item]
-        found[10:13] = *_moments(rank), rank[-1]
-        share = [count / n for count in np.bincount(event).tolist()]
-        found[13:16] = share[0], -sum(part * math.log(part) for part in share if part), event[-1] == 0
+        items = item.tolist()
+    n = len(items)
+    known, clock, night = _NOTHING, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)
+    if n:
+        distinct, last, times = len(set(items)), items[-20:], _NO_TIMES
         if has_time:
-            first, latest = (max(now_s - int(time_s[place]), 0) / DAY_S for place in (0, -1))
-            between = np.log1p(np.maximum(time_s[1:] - time_s[:-1], 0) / DAY_S) if n > 1 else np.zeros(1)
-            recent = (np.count_nonzero(time_s >= now_s - days * DAY_S) / n for days in (7, 30))
-            found[4:10] = math.log1p(latest), math.log1p(first), *_moments(between), *recent
+            moments = time_s.tolist()
+            between = [math.log1p(gap / DAY_S) for gap in map(sub, moments[1:], moments) if gap > 0]
+            latest, first = math.log1p(max(now_s - moments[-1], 0) / DAY_S), math.log1p(max(now_s - moments[0], 0) / DAY_S)
+            week, month = bisect_left(moments, now_s - 7 * DAY_S), bisect_left(moments, now_s - 30 * DAY_S)
+            times = (latest, first, *_moments(between, max(n - 1, 1)), (n - week) / n, (n - month) / n)
+        rank, events = rank_V[item].tolist(), event.tolist()
+        share = [events.count(kind) / n for kind in set(events)]
+        mixed = -sum([part * math.log(part) for part in share])
+        lengths = (math.log1p(n), math.log1p(distinct), 1.0 - distinct / n, len(set(last)) / len(last))
+        known = (*lengths, *times, *_moments(rank, n), rank[-1], events.count(0) / n, mixed, events[-1] == 0)
     if has_time:
         angle = 2 * math.pi * (now_s % DAY_S) / DAY_S
-        found[16:19] = math.sin(angle), math.cos(angle), (now_s // DAY_S + 3) % 7 >= 5
-    if state is not None and np.isfinite(state).all():
-        found[19:22] = state[0], state[1], 1.0
-    return found
+        clock = (math.sin(angle), math.cos(angle), (now_s // DAY_S + 3) % 7 >= 5)
+    if state is not None and math.isfinite(state[0]) and math.isfinite(state[1]):
+        night = (state[0], state[1], 1.0)
+    return np.array((*known, *clock, *night), np.float32)
 
 
-def _moments(values: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation."""
-    values = values.astype(np.float64)
-    mean = float(values.sum()) / len(values)
-    return mean, math.sqrt(max(float(values @ values) / len(values) - mean * mean, 0.0))
+_NO_TIMES = (0.0,) * 6
+_NOTHING = (0.0,) * 16
+
+
+def _moments(values: list[float], n: int) -> tuple[float, float]:
+    """Mean and standard deviation of n values; those that are not among them are 0."""
+    mean = sum(values) / n
+    return mean, math.sqrt(max(sum(map(mul, values, values)) / n - mean * mean, 0.0))
 
 
 @dataclass(frozen=True)
@@ -115,13 +125,17 @@ class Frozen:
 
     def normalise(self, observation_ND: np.ndarray) -> np.ndarray:
         """Float32 [N, D]."""
-        found: np.ndarray = np.minimum(np.maximum((observation_ND - self.mean) / self.scale, -5.0), 5.0).astype(np.float32)
+        found: np.ndarray = np.minimum(np.maximum((observation_ND - self.mean) / self.scale, -FAR), FAR).astype(np.float32)
         return found
 
-    def knows(self, observation_ND: np.ndarray) -> np.ndarray:
-        """Which rows are like those that the policy was learned on, bool [N]."""
-        inside: np.ndarray = (observation_ND >= self.low) & (observation_ND <= self.high)  # what is not finite is neither
-        return np.asarray(inside.all(1))
+    def knows(self, observation_ND: np.ndarray) -> list[bool]:
+        """Which rows are like those that the policy was learned on; none that is not finite."""
+        low, high = self._edges
+        return [all(map(le, low, row)) and all(map(le, row, high)) for row in observation_ND.tolist()]
+
+    @cached_property
+    def _edges(self) -> tuple[list[float], list[float]]:
+        return self.low.tolist(), self.high.tolist()
 
 
 class Policy:
@@ -142,25 +156,30 @@ class Policy:
         self.actions, self.frozen, self.weights = tuple(actions), frozen, weights
         self.bundle_digest, self.about = bundle_digest, about
         self._layers = [
-            (weights[f"weight_{n}"].detach().float().T.contiguous(), weights[f"bias_{n}"].detach().float()) for n in range(len(weights) // 2)
+            (weights[f"weight_{n}"].detach().float().T.numpy().copy(), weights[f"bias_{n}"].detach().float().numpy()) for n in range(len(weights) // 2)
         ]
+        self._sound = all(np.isfinite(part).all() for layer in self._layers for part in layer)
+        # the first layer divides by the scale, so that little is left to do for a request
+        self._layers[0] = self._layers[0][0] / frozen.scale[:, None], self._layers[0][1]
+        self._low, self._high = -FAR * frozen.scale, FAR * frozen.scale
 
     def act(self, observation_ND: np.ndarray) -> np.ndarray:
         """The mean action of each row, float32 [N, K]; zeros for a row that is not finite or unlike those that it was learned on."""
-        known = self.frozen.knows(observation_ND)
-        x = torch.from_numpy(self.frozen.normalise(observation_ND if known.all() else np.where(known[:, None], observation_ND, 0.0)))
+        x = np.minimum(np.maximum(observation_ND - self.frozen.mean, self._low), self._high)
         for place, (weight, bias) in enumerate(self._layers):
-            x = torch.addmm(bias, torch.tanh(x) if place else x, weight)
-        found = x.clamp(-1.0, 1.0).numpy()
-        good = known & np.isfinite(found).all(1)
-        return found if good.all() else np.where(good[:, None], found, 0.0).astype(np.float32)
+            x = (np.tanh(x) if place else x) @ weight + bias
+        found: np.ndarray = np.minimum(np.maximum(x, -1.0), 1.0)
+        known = self.frozen.knows(observation_ND)
+        if not (self._sound and all(known)):
+            found[~(np.array(known, bool) & self._sound)] = 0.0
+        return found
 
     def save(self, path: Path, key: str) -> None:
         """As a sealed directory of JSON and safetensors. Raises OutputExistsError."""
         with sealed_directory(path, KIND, key, {"bundle_digest": self.bundle_digest}) as folder:
             fields = {"actions": self.actions, "observed": OBSERVED, "bundle_digest": self.bundle_digest, "about": self.about}
             (folder / "policy.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-            frozen = {f"frozen_{name}": torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(self.frozen).items()}
+            frozen = {f"frozen_{name}": torch.from_numpy(np.ascontiguousarray(value)) for name, value in asdict(self.frozen).items()}
             save_file({**{name: value.contiguous() for name, value in self.weights.items()}, **frozen}, folder / "policy.safetensors")
 
     @classmethod
