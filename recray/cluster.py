@@ -155,7 +155,7 @@ def _fix(address: str | None) -> str:
 
 
 def require(cpus: float, gpus: float, what: str, timeout_s: float) -> None:
-    """Wait until the cluster has the resources free; raises ClusterError naming what holds the CPUs."""
+    """Wait until the cluster has the resources free; raises ClusterError naming what holds them."""
     import ray
 
     deadline = time.monotonic() + timeout_s
@@ -164,7 +164,8 @@ def require(cpus: float, gpus: float, what: str, timeout_s: float) -> None:
         if total.get("CPU", 0) < cpus or total.get("GPU", 0) < gpus:
             raise ClusterError(
                 f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs; the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}",
-                "add nodes, or lower train.workers (a night that was begun: with --restart), train.cpus_per_worker or score.actors",
+                "add nodes, or lower train.workers (a night that was begun: with --restart), train.cpus_per_worker, train.use_gpu, score.actors or "
+                "score.gpus_per_actor",
             )
         if free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus:
             return
@@ -218,7 +219,11 @@ def _holders() -> str:
         actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=5)
     except Exception:
         return "unknown (the state API did not answer)"
-    held = [f"{a.class_name} ({cpus:g})" for a in actors if (cpus := (a.required_resources or {}).get("CPU", 0))]
+    held = []
+    for actor in actors:
+        cpus, gpus = ((actor.required_resources or {}).get(kind, 0) for kind in ("CPU", "GPU"))
+        if cpus or gpus:
+            held.append(f"{actor.class_name} ({cpus:g}{f', {gpus:g} GPUs' if gpus else ''})")
     return ", ".join(held) or "tasks"
 
 

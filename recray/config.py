@@ -365,6 +365,12 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _half_on_cpus(self) -> Settings:
+        if self.score.precision == "bfloat16" and self.score.gpus_per_actor:
+            raise ValueError("score.precision: bfloat16 is for CPUs; set it to float32, or score.gpus_per_actor to 0")
+        return self
+
+    @model_validator(mode="after")
     def _fixed_items(self) -> Settings:
         if self.model.items == "features" and not self.data.features:
             raise ValueError("model.items: features, but data.features declares none; name columns of the item table there")

@@ -17,6 +17,7 @@ from recray.benchmark import peers
 from recray.benchmark.data import prepared, write_for_peers
 from recray.benchmark.train import peer_question
 from recray.dataset.reader import Dataset
+from recray.errors import SettingsError
 from recray.evaluation import metrics as m
 from recray.evaluation.protocol import Question, Questions, wanted
 from recray.inference import Filters, Predictor
@@ -46,6 +47,8 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     half = settings.score.precision == "bfloat16"
+    if half and settings.train.use_gpu:
+        raise SettingsError("score.precision: bfloat16 is for CPUs, and this model is trained and asked on a GPU", "leave train.use_gpu out")
     keep = folder / "keep"
     keep.mkdir()
     chosen = bundle_settings(settings)

@@ -20,6 +20,7 @@ from recray.benchmark.train import SAME, peer_question
 from recray.bundle import write_bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset
+from recray.model.device import device
 from recray.scoring.score import ScoreBucket
 from recray.stages import Say
 from recray.training.trainer import bundle_settings
@@ -70,7 +71,10 @@ def measure_score(folder: Path, data: str, against: str | None, overrides: list[
 
 @contextmanager
 def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, torch.Tensor]) -> Iterator[Callable[[], None]]:
-    """Scores all users with the weights `state`, as the actors of the nightly job do, and writes the parts below `folder`."""
+    """Scores all users with the weights `state`, as the actors of the nightly job do, and writes the parts below `folder`.
+
+    Raises SettingsError where they ask for a GPU and there is none.
+    """
     chosen = bundle_settings(settings)
     shape = shape_of(chosen["model"], dataset)
     rest = {"features": chosen["data"]["features"], "prior_days": chosen["model"]["prior_days"], "settings": chosen, "metrics": {}}
@@ -78,6 +82,8 @@ def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, 
     parts = folder / "parts"
     parts.mkdir()
     options = settings.score
+    device("score.gpus_per_actor", gpu=options.gpus_per_actor > 0)
+    actors = min(options.actors, dataset.n_shards)
     arguments = {
         "bundle": str(bundle.path),
         "policy": None,
@@ -87,12 +93,12 @@ def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, 
         "new_only": True,
         "rules": options.rules(),
         "batch_users": options.batch_users,
-        "threads": max(torch.get_num_threads() // options.actors, 1),
+        "threads": max(torch.get_num_threads() // actors, 1),
         "precision": options.precision,
         "gpu": options.gpus_per_actor > 0,
     }
-    with ProcessPoolExecutor(options.actors, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(arguments,)) as actors:
-        yield lambda: list(actors.map(_score, range(dataset.n_shards))).clear()
+    with ProcessPoolExecutor(actors, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(arguments,)) as pool:
+        yield lambda: list(pool.map(_score, range(dataset.n_shards))).clear()
 
 
 _actor: ScoreBucket | None = None  # of a process that scores

@@ -155,9 +155,8 @@ class Policy:
             raise SettingsError(f"policy.actions names {len(actions)} controls", f"name 1 to {MOST}")
         self.actions, self.frozen, self.weights = tuple(actions), frozen, weights
         self.bundle_digest, self.about = bundle_digest, about
-        self._layers = [
-            (weights[f"weight_{n}"].detach().float().T.numpy().copy(), weights[f"bias_{n}"].detach().float().numpy()) for n in range(len(weights) // 2)
-        ]
+        plain = {name: value.detach().float().numpy() for name, value in weights.items()}
+        self._layers = [(plain[f"weight_{n}"].T.copy(), plain[f"bias_{n}"]) for n in range(len(weights) // 2)]
         self._sound = all(np.isfinite(part).all() for layer in self._layers for part in layer)
         # the first layer divides by the scale, so that little is left to do for a request
         self._layers[0] = self._layers[0][0] / frozen.scale[:, None], self._layers[0][1]

@@ -155,7 +155,8 @@ class Criterion:
             self.judge = gbce(gbce_beta(distinct, items, calibration))
 
     def complete(self, batch: Batch) -> Batch:
-        """The batch with what is known on its days, where all items compete; best where the batch was made, before it goes to a GPU."""
+        """The batch with what is known on its days, which `backward` adds itself where only some items compete. For where batches are made:
+        before they go to a GPU."""
         return self._dated(batch, None) if self.loss == "softmax" else batch
 
     def _dated(self, batch: Batch, index: Tensor | None) -> Batch:

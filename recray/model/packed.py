@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+if TYPE_CHECKING:
+    from recray.model.recommender import Shape
+
+NARROWEST = 16  # head that the kernel takes
 BLOCK = 128  # positions of the row that the kernel takes or leaves together
 
 
@@ -45,6 +49,11 @@ class Row(NamedTuple):
     cooling_PH: Tensor | None
 
 
+def packs(shape: Shape) -> bool:
+    """Whether the kernel can do what a network asks for: softmax attention, and heads of at least 16."""
+    return shape.attention == "softmax" and shape.dim // shape.heads >= NARROWEST
+
+
 def pack(item_BT: Tensor, positions: int) -> Packing:
     """The packing of histories padded on the right with 0, in a row of `positions`, or a multiple of it where they need more.
 
@@ -56,7 +65,7 @@ def pack(item_BT: Tensor, positions: int) -> Packing:
     first = length.cumsum(0) - length
     place = torch.arange(len(row)) - first[row] + row * T
     fill = -len(row) % positions if len(row) else positions
-    begins = torch.cat([first[row], torch.full((fill,), len(row))])
+    begins = torch.cat([first[row], torch.arange(len(row), len(row) + fill)])
     return Packing(nn.functional.pad(place, (0, fill)), nn.functional.pad(row, (0, fill), value=-1), first, begins[::BLOCK] // BLOCK)
 
 

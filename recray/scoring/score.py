@@ -58,6 +58,7 @@ def write_night(
             "k": options.k,
             "new_only": options.new_only,
             "rules": options.rules(),
+            "precision": options.precision,
         }
         with sealed_directory(path, KIND, key, fields) as folder:
             arguments = {

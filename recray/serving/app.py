@@ -96,8 +96,10 @@ def _ready(settings: Settings) -> Keys:
     keys = check(settings.serve)
     if settings.serve.traces:
         provider(settings.serve.traces).shutdown()  # type: ignore[union-attr]
-    if settings.serve.gpus_per_replica and ray.is_initialized() and not ray.cluster_resources().get("GPU"):  # type: ignore[no-untyped-call]
-        raise SettingsError("serve.gpus_per_replica asks for a GPU, and no node of this cluster has one", "set it to 0, or add a node with a GPU")
+    wanted = settings.serve.replicas * settings.serve.gpus_per_replica
+    if ray.is_initialized() and wanted > (there := ray.cluster_resources().get("GPU", 0.0)):  # type: ignore[no-untyped-call]
+        what = f"serve.replicas times serve.gpus_per_replica is {wanted:g}, the cluster has {there:g} GPUs"
+        raise SettingsError(what, "lower serve.gpus_per_replica (0: answers on the CPU), or add a node with a GPU")
     nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1  # type: ignore[no-untyped-call]
     if settings.serve.state == "sqlite" and nodes > 1:
         raise SettingsError(f"serve.state=sqlite is for one machine, this cluster has {nodes}", "name a Redis: serve.state=redis://host:port/0")

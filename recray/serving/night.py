@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 REASONS = 3  # named for an item
+QUICK_USERS = 32  # requests that a GPU answers by a graph, at once; more keep it busy as they are
 INT64 = 1 << 63
 MASKS = 64  # attribute filters whose items are remembered
 
@@ -164,6 +165,7 @@ class Night:
     def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device) -> Night:
         decides = None if policy is None else Storage(bundle.path.parent.parent).policy(policy)
         predictor = Predictor.load(bundle.path, decides, dataset=dataset, device=device)
+        predictor.quicken(QUICK_USERS)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
         translation = predictor.translation(dataset)
         rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)

@@ -123,7 +123,7 @@ class Loop:
         """The batches of an epoch, complete and where the model is."""
         for batch, targets, count in self.batches.epoch(epoch, self.rank, self.world):
             batch = self.criterion.complete(batch)
-            if self.settings.row:
+            if self.settings.row and len(batch.item_BT):
                 batch = batch._replace(packing=pack(batch.item_BT, self.settings.row))
             yield batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), count
 

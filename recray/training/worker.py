@@ -22,7 +22,7 @@ from recray.evaluation.protocol import SETTINGS, Questions, wanted
 from recray.inference import Filters, Predictor
 from recray.model.fused import Linear
 from recray.model.losses import Criterion
-from recray.model.packed import BLOCK
+from recray.model.packed import BLOCK, packs
 from recray.model.recommender import PRESETS, Recommender, Shape
 from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
@@ -132,7 +132,7 @@ def build_loop(
         average_decay=train["average_decay"],
         temperature_jitter=train["temperature_jitter"],
         autocast=half and device.type == "cuda",
-        row=_row(train["batch_positions"], shape.history) if device.type == "cuda" and shape.attention == "softmax" and mechanism is None else 0,
+        row=_row(train["batch_positions"], shape.history) if device.type == "cuda" and packs(shape) and mechanism is None else 0,
     )
     for module in model.modules():
         if isinstance(module, Linear):

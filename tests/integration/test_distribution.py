@@ -125,7 +125,7 @@ def test_a_gpu_that_is_not_there_is_named(two_nodes, world_folder, tmp_path):
 def test_an_endpoint_asks_for_a_gpu_that_is_there(two_nodes, tmp_path):
     from recray.serving.app import Arguments, deploy
 
-    with pytest.raises(SettingsError, match="gpus_per_replica.*no node of this cluster"):
+    with pytest.raises(SettingsError, match="gpus_per_replica is 0.5, the cluster has 0 GPUs"):
         deploy(Arguments(overrides=[f"storage.root={tmp_path}", "serve.gpus_per_replica=0.5"]))
 
 

@@ -1,4 +1,7 @@
-"""What a GPU does is what a CPU does. Needs torch and numpy alone, so that a bare GPU machine can run it; skipped without one."""
+"""What a GPU does is what a CPU does, skipped without one, and what of it can be tested on a CPU. Needs no Ray: `pytest --noconftest` on a
+machine with torch and pyarrow runs it."""
+
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -9,14 +12,15 @@ from recray.dataset.popularity import Popularity
 from recray.dataset.reader import History
 from recray.errors import SettingsError
 from recray.inference import Filters, Predictor
-from recray.inference.graphs import Graphs, size
+from recray.inference.graphs import Graphs, fill, room, size, sizes
 from recray.inference.topk import top_k
 from recray.model.controls import Controls
 from recray.model.device import device
 from recray.model.losses import Criterion, Targets
-from recray.model.packed import BLOCK, pack
+from recray.model.packed import BLOCK, mask_of, pack, packs
 from recray.model.recommender import Batch, Recommender, Shape
-from recray.training.loop import Loop, LoopSettings
+from recray.training.loop import Loop, LoopSettings, _ahead
+from recray.training.worker import _row
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,11 +79,88 @@ def test_a_row_of_nothing_and_one_that_is_full():
     assert len(full.row_P) == 2 * BLOCK and full.block.tolist() == [0, 1]
 
 
+def test_what_fills_a_row_costs_next_to_nothing():
+    packing = pack(torch.ones(1, BLOCK, dtype=torch.int64), 64 * BLOCK)
+    assert mask_of(packing).kv_num_blocks.tolist() == [[[1] * 64]]
+
+
+def test_what_the_kernel_cannot_do_is_left_to_the_padded_way():
+    assert packs(Shape(event_types=1, dim=64, heads=4)) and not packs(Shape(event_types=1, dim=64, heads=8))
+    assert not packs(Shape(event_types=1, attention="pointwise"))
+
+
+class Given:
+    """Batches as they are given."""
+
+    def __init__(self, *batches):
+        self.given = batches
+
+    def epoch(self, epoch, rank=0, world=1):
+        for batch, targets in self.given:
+            yield batch, targets, max(len(batch.user_N), 1)
+
+    def padding(self, epoch=0):
+        return 0.0
+
+
+def loop_of(batches, row: int, **settings) -> Loop:
+    share = torch.full((V + 1,), 1.0 / V).index_fill(0, torch.tensor([0]), 0.0)
+    network = model(repeat=False, prior=False).requires_grad_(False)  # the kernel has no backward on a CPU
+    return Loop(network, batches, lambda *_: (0.0, 1.0), Criterion("softmax", share), LoopSettings(1, 1, 1e-3, 1, 0.0, 0, row=row, **settings))
+
+
+def test_batches_are_packed_but_a_part_without_users():
+    whole, (few, _) = histories(5), histories(3, 1)
+    none = few._replace(**{name: getattr(few, name)[:0] for name in few._fields if name not in ("prior_PV", "fresh_PV", "packing")})
+    loop = loop_of(Given(whole, (none, Targets(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)))), 2 * BLOCK)
+    packed, empty = (batch.packing for batch, _, _ in loop._batches(0))
+    assert len(packed.row_P) % (2 * BLOCK) == 0 and empty is None
+
+
+def test_batches_made_ahead_come_in_order_and_with_their_errors():
+    def some():
+        yield from ("a", "b")
+        raise ValueError("no third")
+
+    coming = _ahead(some())
+    assert [next(coming), next(coming)] == ["a", "b"]
+    with pytest.raises(ValueError, match="no third"):
+        next(coming)
+    closed = _ahead(iter("abc"))
+    assert next(closed) == "a"
+    closed.close()
+    assert "batches" not in " ".join(thread.name for thread in threading.enumerate())
+
+
+def test_a_row_holds_any_part_of_a_batch(monkeypatch):
+    assert _row(5000, 200) == 5120
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    assert _row(5000, 200) == 1536  # 1,250 and a history
+
+
 def test_sizes_of_graphs_hold_the_batch():
     for B in (1, 2, 3, 33, 64):
         for events in (1, 32, 33, 200):
             users, filled = size(B, events, 200)
             assert B <= users < 2 * B and events <= filled <= 200
+    assert sizes(3, 40) == [(1, 32), (1, 40), (2, 32), (2, 40), (4, 32), (4, 40)]
+
+
+def test_in_the_room_of_a_graph_a_batch_is_what_it_was():
+    network, (batch, _) = model(prior=False, repeat=False).eval(), histories(3)
+    last = (batch.item_BT > 0).sum(1) - 1
+    no_day, no_context = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64)
+    asked = batch._replace(user_N=torch.arange(3), position_N=last, day_N=no_day, context_NC=no_context)
+    turned = Controls(0.3 * torch.randn(3, 2), None, torch.rand(3), None)
+    mine, controls = room(asked, turned, 4, T)
+    with torch.no_grad():
+        table, parts = network.items(), network.items.parts()
+        for given in (turned, Controls(-turned.log_temperature, None, turned.recency_slope, None)):
+            fill(mine, controls, asked, given)
+            found = network.hidden(mine, table, parts, controls, masked=True)
+            torch.testing.assert_close(found[:3], network.hidden(asked, table, parts, given, masked=True), atol=1e-5, rtol=1e-5)
+            assert found.isfinite().all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -114,18 +195,10 @@ def test_a_gpu_learns_from_one_row_what_a_cpu_learns_from_padded_histories(parts
 @pytest.mark.parametrize("parts", [{}, {"attention": "pointwise", "residual": "plain", "feed": "none", "scores": "cosine", "relative": True}])
 def test_a_gpu_trains_in_bfloat16(loss, parts):
     batch, targets = histories(24)
-
-    class Same:
-        def epoch(self, epoch, rank=0, world=1):
-            for _ in range(20):
-                yield batch, targets, len(batch.user_N)
-
-        def padding(self, epoch=0):
-            return 0.0
-
     share = torch.full((V + 1,), 1.0 / V).index_fill(0, torch.tensor([0]), 0.0).cuda()
     settings = LoopSettings(2, 2, 1e-2, 1, 0.0, 0, 0.9, temperature_jitter=0.1, autocast=True, row=0 if parts else 4 * BLOCK)
-    loop = Loop(model(**parts).cuda(), Same(), lambda *_: (0.0, 1.0), Criterion(loss, share, negatives=64, half=True), settings)
+    batches = Given(*[(batch, targets)] * 20)
+    loop = Loop(model(**parts).cuda(), batches, lambda *_: (0.0, 1.0), Criterion(loss, share, negatives=64, half=True), settings)
     first, second = (line["loss"] for line in loop.run())
     assert np.isfinite(first) and second < first
 
@@ -137,6 +210,8 @@ def predictors() -> tuple[Predictor, Predictor]:
     ids = pa.array([f"i{n:03d}" for n in range(V)])
     events = ["buy", "cart", "view"]
     cpu, cuda = (Predictor(model().to(place), ids, events, popularity, prior_days=7, has_time=True) for place in ("cpu", "cuda"))
+    for each in (cpu, cuda):
+        each.quicken(8)
     return cpu, cuda
 
 
@@ -147,14 +222,13 @@ def history(length: int, seed: int = 0) -> History:
 
 
 @gpu
-@pytest.mark.parametrize("count", [1, 2, 5, 64, 100])
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 100])
 def test_a_gpu_answers_as_a_cpu_does(predictors, count):
     cpu, cuda = predictors
     asked = [history(1 + (7 * n) % (T + 20), n) for n in range(count)]
     turned = Controls(0.3 * torch.randn(count, 2), torch.randn(count, E), torch.rand(count), 0.2 * torch.randn(count, 2))
     for controls in (None, turned, Controls(recency_slope=turned.recency_slope)):
-        for _ in range(2):  # a size is captured, then replayed
-            theirs = cuda.recommend(asked, 20, now=NOW, filters=Filters(new_only=True), controls=controls)
+        theirs = cuda.recommend(asked, 20, now=NOW, filters=Filters(new_only=True), controls=controls)
         ours = cpu.recommend(asked, 20, now=NOW, filters=Filters(new_only=True), controls=controls)
         np.testing.assert_allclose(theirs.scores, ours.scores, rtol=1e-4, atol=1e-4)
         assert (theirs.item_index[:, 0] == ours.item_index[:, 0]).mean() > 0.98
@@ -163,18 +237,18 @@ def test_a_gpu_answers_as_a_cpu_does(predictors, count):
 
 
 @gpu
-def test_graphs_are_made_anew_for_new_weights(predictors):
+def test_graphs_are_for_the_weights_that_they_were_made_with(predictors):
     _, cuda = predictors
     before = cuda.recommend([history(9)], 5, now=NOW).scores
     with torch.no_grad():
         for parameter in cuda.model.parameters():
             parameter.mul_(1.1)
     cuda.refresh()
-    replayed = cuda.recommend([history(9)], 5, now=NOW).scores
-    graphs, cuda._graphs = cuda._graphs, None
-    assert isinstance(graphs, Graphs) and graphs._captured
+    assert cuda._graphs is None
     plain = cuda.recommend([history(9)], 5, now=NOW).scores
-    cuda._graphs = graphs
+    cuda.quicken(8)
+    assert isinstance(cuda._graphs, Graphs)
+    replayed = cuda.recommend([history(9)], 5, now=NOW).scores
     np.testing.assert_allclose(replayed, plain, atol=1e-5)
     assert abs(replayed - before).max() > 1e-3
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from recray.benchmark.nights import publish_untrained, untrained
 from recray.config import ScoreSettings, load_settings
 from recray.dataset.reader import bucket_of
-from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
+from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
 from recray.inference import Predictor
 from recray.scoring.score import ScoreBucket
 from recray.serving.api import RecommendRequest
@@ -200,6 +200,23 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
     lists = pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()
     assert all(not set(row["item_ids"]) & _met(data, row["user_id"]) for row in lists)
     assert np.isfinite(everything["best"]).all()
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingsError, match="score.gpus_per_actor asks for a GPU"):
+            ScoreBucket(**shared, folder=str(tmp_path), k=5, new_only=True, gpu=True)
+
+
+def test_a_night_in_half_the_bits_is_nearly_the_same(world_settings, world_dataset, tmp_path):
+    bundle = untrained(world_settings, world_dataset, tmp_path / "b", "b")
+    shared = {"policy": None, "bundle": str(bundle.path), "dataset": str(world_dataset.path), "batch_users": 64, "threads": 1, "rules": NO_RULES}
+    nights = []
+    for precision in ("float32", "bfloat16"):
+        (folder := tmp_path / precision).mkdir()
+        ScoreBucket(**shared, folder=str(folder), k=10, new_only=True, precision=precision)({"item": 0})
+        nights.append(pq.read_table(folder / "part-00000.parquet").to_pylist())
+    exact, near = (np.array([row["scores"] for row in night]) for night in nights)
+    assert 0 < abs(exact - near).max() < 0.05 * exact.std() + 1e-3
+    together = [len(set(one["item_ids"]) & set(other["item_ids"])) for one, other in zip(*nights, strict=True)]
+    assert np.mean(together) > 9.5
 
 
 def _met(data, user_id) -> set:
