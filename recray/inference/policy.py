@@ -80,10 +80,12 @@ def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool,
             week, month = bisect_left(moments, now_s - 7 * DAY_S), bisect_left(moments, now_s - 30 * DAY_S)
             times = (latest, first, *_moments(between, max(n - 1, 1)), (n - week) / n, (n - month) / n)
         rank, events = rank_V[item].tolist(), event.tolist()
-        share = [events.count(kind) / n for kind in set(events)]
-        mixed = -sum([part * math.log(part) for part in share])
+        main, mixed = events.count(0) / n, 0.0
+        if main < 1.0:
+            share = [events.count(kind) / n for kind in set(events)]
+            mixed = -sum([part * math.log(part) for part in share])
         lengths = (math.log1p(n), math.log1p(distinct), 1.0 - distinct / n, len(set(last)) / len(last))
-        known = (*lengths, *times, *_moments(rank, n), rank[-1], events.count(0) / n, mixed, events[-1] == 0)
+        known = (*lengths, *times, *_moments(rank, n), rank[-1], main, mixed, events[-1] == 0)
     if has_time:
         angle = 2 * math.pi * (now_s % DAY_S) / DAY_S
         clock = (math.sin(angle), math.cos(angle), (now_s // DAY_S + 3) % 7 >= 5)
@@ -164,10 +166,11 @@ class Policy:
 
     def act(self, observation_ND: np.ndarray) -> np.ndarray:
         """The mean action of each row, float32 [N, K]; zeros for a row that is not finite or unlike those that it was learned on."""
-        x = np.minimum(np.maximum(observation_ND - self.frozen.mean, self._low), self._high)
+        x = observation_ND[0] if len(observation_ND) == 1 else observation_ND  # numpy goes a shorter way for a row alone
+        x = np.minimum(np.maximum(x - self.frozen.mean, self._low), self._high)
         for place, (weight, bias) in enumerate(self._layers):
             x = (np.tanh(x) if place else x) @ weight + bias
-        found: np.ndarray = np.minimum(np.maximum(x, -1.0), 1.0)
+        found: np.ndarray = np.minimum(np.maximum(x, -1.0), 1.0).reshape(len(observation_ND), -1)
         known = self.frozen.knows(observation_ND)
         if not (self._sound and all(known)):
             found[~(np.array(known, bool) & self._sound)] = 0.0
