@@ -42,6 +42,7 @@ OBSERVED = (
     "night_entropy", "night_margin", "night_known",
 )  # fmt: skip
 LOOKED_AT = 400  # last events that an observation is made of
+_NOTHING, _NO_TIMES = (0.0,) * 16, (0.0,) * 6  # of an empty history, and where no time is known
 LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
 MOST = 8  # actions
 FAR = 5.0  # standard deviations from the mean, beyond which it does not matter how far
@@ -92,10 +93,6 @@ def observe(history: History, now_s: int, rank_V: np.ndarray, *, has_time: bool,
     if state is not None and math.isfinite(state[0]) and math.isfinite(state[1]):
         night = (state[0], state[1], 1.0)
     return np.array((*known, *clock, *night), np.float32)
-
-
-_NO_TIMES = (0.0,) * 6
-_NOTHING = (0.0,) * 16
 
 
 def _moments(values: list[float], n: int) -> tuple[float, float]:
