@@ -207,6 +207,7 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
     questions, new_only = questions_of(settings, dataset, predictor)
     np.random.default_rng(0).shuffle(questions)
     metrics: dict[str, Any] = {"epochs": epochs, "actions": ACTIONS, "deciding_share": round(_deciding(predictor, questions), 4)}
+    say(f"deciding takes {metrics['deciding_share']:.1%} of an answer's time")
     for share in POLLUTED:
         random = np.random.default_rng(1)
         asked = [_polluted(question, share, predictor.n_items, random) for question in questions]
