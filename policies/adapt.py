@@ -68,7 +68,7 @@ def adapt(
     """The next policy of a bundle from collected folders, the gate's verdict, and what was set aside of the newest round.
 
     A third of the users, the same in every round, judge; nothing of theirs is ever learned from. They judge by what the live policy
-    decided in the newest round.
+    decided in the rounds that are learned from: those since the world changed.
 
     dataset : with the histories of the judges, for whom lists are made
     policies : run keys of those that may have decided, "" for none
@@ -83,13 +83,16 @@ def adapt(
         rounds = [found.rows(held_out(found)) for found in rounds]
     newest, aside = checked(rounds[-1], bundle.key, policies)
     before = [found for older in rounds[:-1] if (found := _usable(older, bundle.key, policies)) is not None]
-    everything = [found.rows(~_judges(found)) for found in (*before, newest)]
-    judged = newest.rows(_judges(newest) & (newest.policy == (live.about["key"] if live else "")))
-    for found, what in ((everything[-1], "learn from"), (judged, "be judged by")):
+    deciding = live.about["key"] if live else ""
+    teaching = [found.rows(~_judges(found)) for found in (*before, newest)]
+    judging = [found.rows(_judges(found) & (found.policy == deciding)) for found in (*before, newest)]
+    for found, what in ((teaching[-1], "learn from"), (judging[-1], "be judged by")):
         users = len(set(found.user.tolist()))
         if users < LEAST_USERS:
             raise RefusedError(f"{users} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore")
-    log = since_the_change([found for found in everything if len(set(found.user.tolist())) >= LEAST_USERS])
+    enough = [place for place, found in enumerate(teaching) if len(set(found.user.tolist())) >= LEAST_USERS]
+    kept = enough[-since_the_change([teaching[place] for place in enough]) :]
+    log, judged = (Logged.joined([rounds_of[place] for place in kept]) for rounds_of in (teaching, judging))
     policy = learn_from(log, live, options.actions, bundle.digest)
     diversity, latency = _lists(settings, dataset, bundle, policy, judged)
     verdict = gate.judge(judged, policy, rules_of(settings), diversity=diversity, latency=latency)
@@ -150,10 +153,10 @@ def _usable(log: Logged, bundle: str, policies: set[str]) -> Logged | None:
         return None
 
 
-def since_the_change(rounds: Sequence[Logged]) -> Logged:
-    """The newest round and those before it that foretell it as well as it foretells itself, back to the first that does not."""
-    newest = rounds[-1]
-    kept = [newest]
+def since_the_change(rounds: Sequence[Logged]) -> int:
+    """How many rounds there are since the world changed: the newest and those before it that foretell it as well as it foretells itself,
+    back to the first that does not."""
+    newest, kept = rounds[-1], 1
     if len(newest) >= LEAST:
         own = (smoothed(newest) - newest.reward) ** 2
         for older in reversed(rounds[:-1]):
@@ -161,8 +164,8 @@ def since_the_change(rounds: Sequence[Logged]) -> Logged:
             worse = theirs - own
             if worse.mean() > SURE * worse.std() / np.sqrt(len(worse)) + 1e-12:
                 break
-            kept.insert(0, older)
-    return Logged.joined(kept)
+            kept += 1
+    return kept
 
 
 def smoothed(log: Logged, seed: int = 0) -> np.ndarray:
