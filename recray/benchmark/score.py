@@ -42,7 +42,7 @@ def measure_score(folder: Path, data: str, against: str | None, overrides: list[
     chosen = bundle_settings(settings)
     weights = build_loop(str(dataset.path), chosen, torch.device("cpu")).best
     seconds: list[float] = []
-    metrics: dict[str, Any] = {"users": dataset.n_users, "actors": settings.score.actors, "precision": settings.score.precision}
+    metrics: dict[str, Any] = {"users": dataset.n_users, "actors": min(settings.score.actors, dataset.n_shards), "precision": settings.score.precision}
     with scorer(folder, settings, dataset, weights) as score:
 
         def rounds() -> None:
