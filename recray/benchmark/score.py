@@ -42,7 +42,8 @@ def measure_score(folder: Path, data: str, against: str | None, overrides: list[
     chosen = bundle_settings(settings)
     weights = build_loop(str(dataset.path), chosen, torch.device("cpu")).best
     seconds: list[float] = []
-    metrics: dict[str, Any] = {"users": dataset.n_users, "actors": min(settings.score.actors, dataset.n_shards), "precision": settings.score.precision}
+    actors = min(settings.score.actors, dataset.n_shards)
+    metrics: dict[str, Any] = {"users": dataset.n_users, "actors": actors, "precision": settings.score.precision}
     with scorer(folder, settings, dataset, weights) as score:
 
         def rounds() -> None:
