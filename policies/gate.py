@@ -11,6 +11,8 @@ from policies.logs import Logged
 from recray.evaluation.gates import Check
 from recray.inference.policy import OBSERVED, Policy, explore, log_density
 
+WRONG = 0.2  # of the 95 % intervals on shuffled rewards, at most: more than 4 of 20 is one chance in 400 where they hold
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -71,11 +73,12 @@ def judge(
         Check("estimators agree", all(signs.values()), f"estimators disagree: {told}"),
         Check("gain", sure.low > rules.threshold * earned, gain),
         Check("support", found.effective >= rules.effective, support),
-        Check("shuffled rewards", found.shuffled.low <= 0 <= found.shuffled.high, f"shuffled rewards gain {found.shuffled.value:+.4f}"),
+        Check("shuffled rewards", found.shuffled <= WRONG, f"{found.shuffled:.0%} of the intervals say that shuffled rewards gain or lose"),
     ]
     checks += [*_kept(found.segments, earned, rules), *_allowed(diversity, latency, rules)]
     figures = {
         "effective_samples": found.effective,
+        "shuffled": found.shuffled,
         "largest_weight": found.largest,
         "production": found.production.value,
         "decisions": float(len(log)),

@@ -15,6 +15,7 @@ import numpy as np
 RIDGE = 1.0
 FOLDS = 3
 RESAMPLES = 1000
+SHUFFLES = 20
 
 
 def ips(r: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -154,7 +155,7 @@ class Evaluation:
 
     intervals : of the differences; production: of what was earned; segments: of the doubly robust difference by segment
     effective, largest : effective sample size and largest weight
-    shuffled : the doubly robust difference when the rewards are dealt out anew, which has to hold 0
+    shuffled : share of the intervals of the doubly robust difference that miss 0 when the rewards are dealt out anew, SHUFFLES times
     """
 
     intervals: dict[str, Interval]
@@ -162,7 +163,7 @@ class Evaluation:
     segments: dict[str, Interval]
     effective: float
     largest: float
-    shuffled: Interval
+    shuffled: float
 
 
 def against_production(
@@ -185,17 +186,18 @@ def against_production(
         "dr": dr(r, w, q, v) - r,
         "switch_dr": switch_dr(r, w, q, v, most) - r,
     }
-    dealt = np.random.default_rng(seed).permutation(r)
-    flat = np.full(len(r), dealt.mean())
-    everything = [*terms.values(), r, dr(dealt, w, flat, flat) - dealt, *[terms["dr"]] * len(segments)]
-    among = [None] * (len(terms) + 2) + list(segments.values())
+    random = np.random.default_rng(seed)
+    flat = np.full(len(r), r.mean())
+    shuffled = [dr(dealt, w, flat, flat) - dealt for dealt in (random.permutation(r) for _ in range(SHUFFLES))]
+    everything = [*terms.values(), r, *[terms["dr"]] * len(segments), *shuffled]
+    among = [None] * (len(terms) + 1) + list(segments.values()) + [None] * SHUFFLES
     found = bootstraps(everything, user, among, confidence=confidence, seed=seed)
     names = len(terms)
     return Evaluation(
         dict(zip(terms, found[:names], strict=True)),
         found[names],
-        dict(zip(segments, found[names + 2 :], strict=True)),
+        dict(zip(segments, found[names + 1 : -SHUFFLES], strict=True)),
         effective(w),
         float(w.max()),
-        found[names + 1],
+        float(np.mean([not one.low <= 0 <= one.high for one in found[-SHUFFLES:]])),
     )

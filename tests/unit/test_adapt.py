@@ -105,7 +105,7 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     assert checked(found, "untrained", {""})[1] == {} and read(folders, ("recency",), until_s=np.inf) == []
     assert read(folders, ("temperature",), until_s=0.0) == []
     assert 0 < result.metrics["latency"] < 0.5 and result.metrics["diversity"] > 0.5
-    assert result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0 and result.reason == "", result
+    assert result.reason == "" and result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0, result.reason
     assert Release.read(storage).champion.policy == result.run_key
     before = handler.night
     handler.look()

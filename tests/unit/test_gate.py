@@ -45,6 +45,12 @@ def test_a_better_policy_passes_and_the_verdict_says_how_much(good):
     assert any("gains +" in check.text for check in verdict.checks)
 
 
+def test_a_better_policy_is_not_refused_by_chance(good):
+    verdicts = [gate.judge(log_of(Planted(), seed=seed), good) for seed in range(30)]
+    assert [verdict.reason for verdict in verdicts if not verdict.passed] == []
+    assert np.mean([verdict.figures["shuffled"] for verdict in verdicts]) < 0.1, "95 % intervals miss 5 %"
+
+
 def test_a_worse_one_is_refused_in_words(frozen):
     verdict = gate.judge(log_of(Planted()), Plays(baselines.constant(np.array([0.6])), frozen))
     assert not verdict.passed and "gains -" in verdict.reason
