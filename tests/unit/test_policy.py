@@ -117,6 +117,17 @@ def test_what_a_policy_does_not_know_it_leaves_alone():
         policy(actions=[f"temperature.{n}" for n in range(9)])
 
 
+def test_a_request_alone_is_decided_as_it_is_among_others():
+    mine, x = policy(), np.random.default_rng(4).normal(0, 1.5, (300, len(OBSERVED))).astype(np.float32)
+    x[:2, 0] = np.nan, np.inf
+    x[2:20, 1] = np.linspace(-9, 9, 18)
+    strong = Policy(mine.actions, mine.frozen, {name: 5 * value for name, value in mine.weights.items()}, "bundle", {})
+    together = strong.act(x)
+    assert (together == 0).any() and (np.abs(together) == 1).any() and ((np.abs(together) < 1) & (together != 0)).any()
+    for row, expected in zip(x, together, strict=True):
+        np.testing.assert_allclose(strong.act(row[None])[0], expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def predictor(world_settings, world_dataset, tmp_path_factory):
     from recray.benchmark.nights import publish_untrained
