@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from policies import gate
 from policies.held_out import HeldOut
 from policies.learner import as_module, module_config, plain, restore
-from policies.logs import Logged, checked, read
+from policies.logs import LEAST as LEAST_USABLE
+from policies.logs import Aside, Logged, checked, read, usable
 from policies.tune import TIMED, deciding_share, rules_of
 from recray.bundle import Bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset, draw_of
 from recray.errors import RefusedError
+from recray.evaluation.gates import Check
 from recray.evaluation.protocol import Question
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
@@ -64,8 +66,8 @@ def adapt(
     live: Policy | None,
     policies: set[str],
     now_s: float,
-) -> tuple[Policy, gate.Verdict, dict[str, int]]:
-    """The next policy of a bundle from collected folders, the gate's verdict, and what was set aside of the newest round.
+) -> tuple[Policy, gate.Verdict, Aside]:
+    """The next policy of a bundle from collected folders, the gate's verdict, and how many decisions were set aside, by reason.
 
     A third of the users, the same in every round, judge; nothing of theirs is ever learned from. They judge by what the live policy
     decided in the rounds that are learned from: those since the world changed.
@@ -75,14 +77,24 @@ def adapt(
     Raises RefusedError where the newest round can say too little, or where privacy is on and nobody is held out.
     """
     options = settings.policy
-    rounds = _joined(read(folders, options.actions, until_s=now_s - options.wait_s))
+    rounds, aside = read(folders, options.actions, until_s=now_s - options.wait_s)
     if not rounds:
         raise RefusedError("no collected decision turned " + ", ".join(options.actions), "explore: policy.sigma=0.3 policy.explore=0.1")
     if settings.privacy.enabled:
         held_out = _held_out(settings, bundle)
+        told = sum(map(len, rounds))
         rounds = [found.rows(held_out(found)) for found in rounds]
-    newest, aside = checked(rounds[-1], bundle.key, policies)
-    before = [found for older in rounds[:-1] if (found := _usable(older, bundle.key, policies)) is not None]
+        aside["of users who were not held out"] = told - sum(map(len, rounds))
+    *older, last = _joined(rounds)
+    newest, also = checked(last, bundle.key, policies)
+    aside, before = aside + also, []
+    for one in older:
+        found, also = usable(one, bundle.key, policies)
+        aside += also
+        if len(found) < LEAST_USABLE:
+            aside["of a round with too few that can be used"] += len(found)
+        else:
+            before.append(found)
     deciding = live.about["key"] if live else ""
     teaching = [found.rows(~_judges(found)) for found in (*before, newest)]
     judging = [found.rows(_judges(found) & (found.policy == deciding)) for found in (*before, newest)]
@@ -92,10 +104,17 @@ def adapt(
             raise RefusedError(f"{users} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore")
     enough = [place for place, found in enumerate(teaching) if len(set(found.user.tolist())) >= LEAST_USERS]
     kept = enough[-since_the_change([teaching[place] for place in enough]) :]
+    everything = [*before, newest]
+    aside["of a round with too few users"] = sum(len(everything[place]) for place in range(len(everything)) if place not in enough)
+    aside["before the world changed"] = sum(len(everything[place]) for place in enough if place not in kept)
+    aside = +aside
     log, judged = (Logged.joined([rounds_of[place] for place in kept]) for rounds_of in (teaching, judging))
     policy = learn_from(log, live, options.actions, bundle.digest)
-    diversity, latency = _lists(settings, dataset, bundle, policy, judged)
+    diversity, latency, listed = _lists(settings, dataset, bundle, policy, judged)
     verdict = gate.judge(judged, policy, rules_of(settings), diversity=diversity, latency=latency)
+    if listed < LEAST_USERS:
+        text = f"the dataset knows {listed} of the judges, {LEAST_USERS} are needed to see how varied their lists are and what they take"
+        verdict = replace(verdict, checks=[*verdict.checks, Check("lists", passed=False, text=text)])
     policy.about |= {"bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict, aside
@@ -124,9 +143,9 @@ def _held_out(settings: Settings, bundle: Bundle) -> Callable[[Logged], np.ndarr
     return lambda log: draw_of(pa.array(log.user), f"held out {split['seed']}") < split["held_out"]
 
 
-def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy, judged: Logged) -> tuple[float | None, float | None]:
-    """How varied the judges' lists are under the policy, as a share of the trained model's, and how much of an answer's time it takes;
-    None where the dataset knows nobody of them."""
+def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy, judged: Logged) -> tuple[float | None, float | None, int]:
+    """How varied the judges' lists are under the policy, as a share of the trained model's, how much of an answer's time it takes, and of how
+    many judges this is; None where the dataset knows nobody of them."""
     predictor = Predictor.load(bundle.path, dataset=dataset)
     translation = predictor.translation(dataset)
     users = np.random.default_rng(0).permutation(np.unique(judged.user)).tolist()
@@ -137,20 +156,12 @@ def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy,
     unknown, nobody = np.zeros(len(predictor.context), np.int64), np.zeros(0, np.int64)
     asked = [Question(0, 0, history, nobody, dataset.now_s, unknown) for history in histories if (history.item_index > 0).any()]
     if not asked:
-        return None, None
+        return None, None, 0
     new_only = settings.score.new_only
     some = HeldOut(predictor, asked, policy.actions, k=settings.evaluate.k[0], new_only=new_only, listed_new_only=new_only)
     places = np.arange(len(asked))
     mine, none = (some.lists(places, action) for action in (policy.act(some.observation), np.zeros((len(asked), len(policy.actions)))))
-    return some.variety(mine, none), deciding_share(predictor, asked[:TIMED], policy)
-
-
-def _usable(log: Logged, bundle: str, policies: set[str]) -> Logged | None:
-    """What can be used of an older round, None for nothing."""
-    try:
-        return checked(log, bundle, policies)[0]
-    except RefusedError:
-        return None
+    return some.variety(mine, none), deciding_share(predictor, asked[:TIMED], policy), len(asked)
 
 
 def since_the_change(rounds: Sequence[Logged]) -> int:
@@ -182,7 +193,8 @@ def learn_from(
     log: Logged, live: Policy | None, actions: tuple[str, ...], bundle_digest: str, options: Marwil = Marwil(), *, seed: int = 0
 ) -> Policy:
     """The next policy. live : to begin with; None: action 0 for everybody."""
-    frozen = Frozen.of(log.observation) if live is None else live.frozen
+    frozen = Frozen.of(log.observation)
+    frozen = frozen if live is None else live.frozen.widened(frozen)
     state = frozen.normalise(log.observation)
     worth = smoothed(log, seed)
     target = ((worth - worth.mean()) / max(worth.std(), 1e-9)).astype(np.float32)

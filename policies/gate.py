@@ -61,18 +61,21 @@ def judge(
     def actions(places: np.ndarray, random: np.random.Generator) -> np.ndarray:
         return explore(mean[places], sigma[places], random)[0]
 
-    q, v = ope.modelled(state, log.action, log.reward, actions, codes, seed=seed)
+    q, v, played, before = ope.modelled(state, log.action, log.reward, actions, codes, mean, log.mean, seed=seed)
     found = ope.against_production(log.reward, w, q, v, codes, thirds(log.observation), confidence=rules.confidence, most=rules.most, seed=seed)
     earned = max(abs(found.production.value), 1e-12)
-    signs = {name: interval.value > 0 for name, interval in found.intervals.items()}
-    sure = found.intervals["dr"]
-    told = ", ".join(f"{name} {interval.value:+.4f}" for name, interval in found.intervals.items())
+    values = {name: interval.value for name, interval in found.intervals.items()}
+    values["dm of what is played unexplored"] = float((played - before).mean())  # which everybody gets whose answers do not explore
+    sure, weight = found.intervals["dr"], found.weight
+    told = ", ".join(f"{name} {value:+.4f}" for name, value in values.items())
     gain = f"gains {sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}] a decision of {earned:.4f}"
+    densities = f"weights are {weight.value:.3f} on the average, not 1: actions were not played with the densities that were logged"
     support = f"{found.effective:.0f} effective samples of {len(log)}, {rules.effective:.0f} wanted"
     checks = [
-        Check("estimators agree", all(signs.values()), f"estimators disagree: {told}"),
+        Check("estimators agree", all(value > 0 for value in values.values()), f"estimators disagree: {told}"),
         Check("gain", sure.low > rules.threshold * earned, gain),
         Check("support", found.effective >= rules.effective, support),
+        Check("weights", 2 * weight.low - weight.value <= 1 <= 2 * weight.high - weight.value, densities),
         Check("shuffled rewards", found.shuffled <= WRONG, f"{found.shuffled:.0%} of the intervals say that shuffled rewards gain or lose"),
     ]
     checks += [*_kept(found.segments, earned, rules), *_allowed(diversity, latency, rules)]

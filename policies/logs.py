@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recray.errors import RefusedError
-from recray.inference.policy import log_density
+from recray.inference.policy import OBSERVED, log_density
 
 LEAST = 100  # decisions that can say anything
+OTHER_BUNDLE, NOT_EXPLORED = "of another bundle", "not explored"
 
 
 @dataclass(frozen=True)
@@ -53,77 +57,106 @@ class Logged:
         return found
 
 
-def read(folders: Sequence[Path], actions: tuple[str, ...], *, until_s: float) -> list[Logged]:
-    """The decisions that a policy or exploration made, a round a folder of `recray collect`, oldest first; rounds without any are left out.
+Aside = Counter[str]
+"""How many decisions were set aside, by reason."""
 
-    A decision's reward is the sum of its outcomes, in whatever folder these are. actions : of decisions that turned others nothing is
-    read; until_s : later decisions wait for their outcomes
+
+def matured(folders: Sequence[Path], until_s: float) -> int:
+    """How many decisions of the folders do not wait for their outcomes any more."""
+    times = (pq.read_table(file, columns=["timestamp"])["timestamp"] for file in _files(folders, "decisions"))
+    return sum(int((column.cast(pa.int64()).to_numpy() <= until_s * 1e6).sum()) for column in times)
+
+
+def read(folders: Sequence[Path], actions: tuple[str, ...], *, until_s: float) -> tuple[list[Logged], Aside]:
+    """The decisions that a policy or exploration made, a round a folder of `recray collect`, oldest first, and how many were set aside;
+    rounds without any are left out.
+
+    A decision's reward is the sum of its outcomes, in whatever folder these are. actions : what decisions have to turn; until_s : later
+    decisions wait for their outcomes
     """
-    worth: dict[str, float] = {}
-    for folder in folders:
-        if (folder / "outcomes.parquet").exists():
-            table = pq.read_table(folder / "outcomes.parquet", filters=[("set_aside", "=", False)])
-            for request, value in zip(table["request_id"].to_pylist(), table["value"].to_pylist(), strict=True):
-                worth[request] = worth.get(request, 0.0) + value
-    rounds = [_round(folder / "decisions.parquet", actions, worth, until_s) for folder in folders if (folder / "decisions.parquet").exists()]
-    return [found for found in rounds if found is not None]
+    aside: Aside = Counter()
+    rounds = [rows for file in _files(folders, "decisions") if (rows := _decisions(file, actions, until_s, aside))]
+    worth = dict.fromkeys((row["request_id"] for rows in rounds for row in rows), 0.0)
+    for file in _files(folders, "outcomes"):
+        for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "value", "set_aside"]):
+            for row in batch.to_pylist():
+                if row["request_id"] in worth and not row["set_aside"]:
+                    worth[row["request_id"]] += row["value"]
+    return [_logged(rows, worth) for rows in rounds], aside
 
 
-def _round(file: Path, actions: tuple[str, ...], worth: dict[str, float], until_s: float) -> Logged | None:
-    rows = []
-    table = pq.read_table(file, columns=["request_id", "user_id", "timestamp", "bundle", "more"])
-    for row in table.to_pylist():
-        told = json.loads(row["more"]).get("decision") if row["more"] else None
-        if told is not None and tuple(told["actions"]) == actions and row["timestamp"].timestamp() <= until_s:
-            rows.append((row, told))
-    if not rows:
-        return None
+def _files(folders: Sequence[Path], kind: str) -> list[Path]:
+    return [file for folder in folders if (file := folder / f"{kind}.parquet").exists()]
 
+
+def _decisions(file: Path, actions: tuple[str, ...], until_s: float, aside: Aside) -> list[dict[str, Any]]:
+    found = []
+    for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "user_id", "timestamp", "bundle", "more"]):
+        for row in batch.to_pylist():
+            told = json.loads(row.pop("more") or "{}").get("decision")
+            if told is None or row["timestamp"].timestamp() > until_s:
+                continue
+            if tuple(told["actions"]) != actions:
+                aside["turned other controls"] += 1
+            elif [len(told[name]) for name in ("observation", "mean", "action")] != [len(OBSERVED), len(actions), len(actions)]:
+                aside["seen by another version of recray"] += 1
+            else:
+                found.append({**row, **told})
+    return found
+
+
+def _logged(rows: list[dict[str, Any]], worth: dict[str, float]) -> Logged:
     def column(name: str) -> np.ndarray:
-        return np.array([told[name] for _, told in rows])
+        return np.array([row[name] for row in rows])
 
-    density = np.array([np.nan if told["log_density"] is None else told["log_density"] for _, told in rows])
     return Logged(
         column("observation").astype(np.float32),
         column("mean").astype(np.float32),
         column("action").astype(np.float32),
-        density,
+        np.array([np.nan if row["log_density"] is None else row["log_density"] for row in rows]),
         column("sigma").astype(np.float64),
-        np.array([worth.get(row["request_id"], 0.0) for row, _ in rows]),
-        np.array([row["user_id"] or row["request_id"] for row, _ in rows]),
-        np.array([row["bundle"] for row, _ in rows]),
+        np.array([worth[row["request_id"]] for row in rows]),
+        np.array([row["user_id"] or row["request_id"] for row in rows]),
+        column("bundle"),
         column("policy"),
     )
 
 
-def checked(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged, dict[str, int]]:
+def usable(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged, Aside]:
+    """The decisions that can be used, and how many were set aside for which reason; as `checked`, which refuses."""
+    finite = np.isfinite(log.observation).all(1) & np.isfinite(log.action).all(1) & np.isfinite(log.mean).all(1)
+    recomputed = np.full(len(log), np.nan)
+    explored = np.isfinite(log.log_density) & (log.sigma > 0)
+    known = finite & explored
+    recomputed[known] = log_density(log.action[known], log.mean[known], log.sigma[known, None])
+    reasons = {
+        OTHER_BUNDLE: log.bundle != bundle_digest,
+        "of a policy that is not known": ~np.isin(log.policy, sorted(policies)),
+        NOT_EXPLORED: ~explored,
+        "not finite": ~finite,
+        "reward is not finite": ~np.isfinite(log.reward),
+        "density is not that of the action": np.abs(recomputed - log.log_density) > 1e-3,
+    }
+    left, aside = np.ones(len(log), bool), Aside()
+    for reason, bad in reasons.items():
+        if count := int((left & bad).sum()):
+            aside[reason] = count
+        left &= ~bad
+    return log.rows(left), aside
+
+
+def checked(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged, Aside]:
     """The decisions that can be used, and how many were set aside for which reason.
 
     policies : digests of the policies that may have decided, "" for none
     Raises RefusedError where no decision was explored, where another bundle decided most, or where too few are left.
     """
-    finite = np.isfinite(log.observation).all(1) & np.isfinite(log.action).all(1) & np.isfinite(log.mean).all(1)
-    recomputed = np.full(len(log), np.nan)
-    usable = finite & np.isfinite(log.log_density) & (log.sigma > 0)
-    recomputed[usable] = log_density(log.action[usable], log.mean[usable], log.sigma[usable, None])
-    reasons = {
-        "of another bundle": log.bundle != bundle_digest,
-        "of a policy that is not known": ~np.isin(log.policy, sorted(policies)),
-        "not explored": ~np.isfinite(log.log_density) | (log.sigma <= 0),
-        "not finite": ~finite,
-        "reward is not finite": ~np.isfinite(log.reward),
-        "density is not that of the action": np.abs(recomputed - log.log_density) > 1e-3,
-    }
-    left, aside = np.ones(len(log), bool), {}
-    for reason, bad in reasons.items():
-        if count := int((left & bad).sum()):
-            aside[reason] = count
-        left &= ~bad
+    left, aside = usable(log, bundle_digest, policies)
     told = "; ".join(f"{count} {reason}" for reason, count in aside.items())
-    if aside.get("not explored", 0) and not (np.isfinite(log.log_density) & (log.sigma > 0)).any():
+    if aside[NOT_EXPLORED] and not (np.isfinite(log.log_density) & (log.sigma > 0)).any():
         raise RefusedError("no decision of this log was explored: it says nothing of other actions", "set policy.sigma above 0 for a share of users")
-    if aside.get("of another bundle", 0) > len(log) / 2:
+    if aside[OTHER_BUNDLE] > len(log) / 2:
         raise RefusedError(f"most of this log is of another bundle: {told}", "evaluate on decisions of this one")
-    if left.sum() < LEAST:
-        raise RefusedError(f"{int(left.sum())} of {len(log)} decisions can be used, of {LEAST} at least: {told}", "wait for more")
-    return log.rows(left), aside
+    if len(left) < LEAST:
+        raise RefusedError(f"{len(left)} of {len(log)} decisions can be used, of {LEAST} at least: {told}", "wait for more")
+    return left, aside

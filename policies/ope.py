@@ -121,15 +121,23 @@ Actions = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def modelled(
-    state_ND: np.ndarray, action_NK: np.ndarray, r: np.ndarray, actions: Actions, user: np.ndarray, *, draws: int = 8, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """q and v [n] of a model of the reward, a ridge regression on states, actions and their products, learned on other users.
+    state_ND: np.ndarray,
+    action_NK: np.ndarray,
+    r: np.ndarray,
+    actions: Actions,
+    user: np.ndarray,
+    *others_NK: np.ndarray,
+    draws: int = 8,
+    seed: int = 0,
+) -> tuple[np.ndarray, ...]:
+    """q and v [n] of a model of the reward, a ridge regression on states, actions and their products, learned on other users; then what it
+    says of other actions.
 
     Cross-fitted (Chernozhukov et al. 2018): no user's term knows its own reward. v is a mean over `draws` actions.
     """
     random = np.random.default_rng(seed)
     fold = np.random.default_rng(seed + 1).integers(0, FOLDS, int(user.max()) + 1)[user]
-    q, v = np.zeros(len(r)), np.zeros(len(r))
+    q, v, *others = (np.zeros(len(r)) for _ in range(2 + len(others_NK)))
     everything = np.arange(len(r))
     played = [actions(everything, random) for _ in range(draws)]
     for place in range(FOLDS):
@@ -138,7 +146,9 @@ def modelled(
         weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ r[~mine])
         q[mine] = _columns(state_ND[mine], action_NK[mine]) @ weights
         v[mine] = np.mean([_columns(state_ND[mine], drawn[mine]) @ weights for drawn in played], 0)
-    return q, v
+        for found, other_NK in zip(others, others_NK, strict=True):
+            found[mine] = _columns(state_ND[mine], other_NK[mine]) @ weights
+    return q, v, *others
 
 
 def _columns(state_ND: np.ndarray, action_NK: np.ndarray) -> np.ndarray:
@@ -154,7 +164,7 @@ class Evaluation:
     """What a policy is worth more than the one that logged, a decision, by estimator, and what the log can bear.
 
     intervals : of the differences; production: of what was earned; segments: of the doubly robust difference by segment
-    effective, largest : effective sample size and largest weight
+    effective, largest, weight : effective sample size, largest weight, and the mean one, which is 1 where the log's densities are right
     shuffled : share of the intervals of the doubly robust difference that miss 0 when the rewards are dealt out anew, SHUFFLES times
     """
 
@@ -163,6 +173,7 @@ class Evaluation:
     segments: dict[str, Interval]
     effective: float
     largest: float
+    weight: Interval
     shuffled: float
 
 
@@ -189,15 +200,16 @@ def against_production(
     random = np.random.default_rng(seed)
     flat = np.full(len(r), r.mean())
     shuffled = [dr(dealt, w, flat, flat) - dealt for dealt in (random.permutation(r) for _ in range(SHUFFLES))]
-    everything = [*terms.values(), r, *[terms["dr"]] * len(segments), *shuffled]
-    among = [None] * (len(terms) + 1) + list(segments.values()) + [None] * SHUFFLES
+    everything = [*terms.values(), r, w, *[terms["dr"]] * len(segments), *shuffled]
+    among = [None] * (len(terms) + 2) + list(segments.values()) + [None] * SHUFFLES
     found = bootstraps(everything, user, among, confidence=confidence, seed=seed)
     names = len(terms)
     return Evaluation(
         dict(zip(terms, found[:names], strict=True)),
         found[names],
-        dict(zip(segments, found[names + 1 : -SHUFFLES], strict=True)),
+        dict(zip(segments, found[names + 2 : -SHUFFLES], strict=True)),
         effective(w),
         float(w.max()),
+        found[names + 1],
         float(np.mean([not one.low <= 0 <= one.high for one in found[-SHUFFLES:]])),
     )

@@ -328,6 +328,7 @@ def adapt(work: Work) -> JobResult:
     Collects first. Raises RefusedError where there is too little to learn from.
     """
     from policies.adapt import adapt as learn_policy
+    from policies.logs import matured
     from recray.inference.policy import KIND, Policy
     from recray.promotion import champion_of, keep_private, policy_of
 
@@ -338,12 +339,13 @@ def adapt(work: Work) -> JobResult:
     keep_private(settings, bundle)
     name = policy_of(storage)
     live = None if name is None else Policy.load(storage.policy(name), bundle.digest)
-    told = [folder for folder in storage.collected.glob("[!.]*") if (folder / "decisions.parquet").exists()]
+    told = [folder for folder in storage.collected.glob("[!.]*") if any((folder / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
     folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
-    folders, dataset = folders[-settings.policy.rounds :], published_dataset(storage)
+    folders, dataset, now_s = folders[-settings.policy.rounds :], published_dataset(storage), time.time()
     chosen = settings.result_settings("policy", "privacy", "split", "score", "evaluate")
-    key = key_of("adapt", chosen, dataset.digest, bundle.digest, [folder.name for folder in folders], name, __version__)
-    path, now_s = storage.policy(key), time.time()
+    ripe = matured(folders, now_s - settings.policy.wait_s)
+    key = key_of("adapt", chosen, dataset.digest, bundle.digest, [folder.name for folder in folders], ripe, name, __version__)
+    path = storage.policy(key)
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}

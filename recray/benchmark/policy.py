@@ -131,7 +131,7 @@ def _twins(say: Say) -> dict[str, Any]:
             promoted["twin"] += gate.judge(_logged(twin, LOGGED, SIGMA, random), policy).passed
             real = _logged(Planted(), LOGGED, SIGMA, random)
             promoted["shuffled"] += gate.judge(replace(real, reward=random.permutation(real.reward)), other).passed
-            promoted["a_a"] += gate.judge(_logged(Planted(), LOGGED, SIGMA, random, other.act), other).passed
+            promoted["a_a"] += gate.judge(_beside(_logged(Planted(), LOGGED, SIGMA, random, other.act), random), _Beside(other)).passed
         say(f"{number + 1} policies, {(number + 1) * LOGS} logs of each kind: {promoted} promoted")
     return {f"{name}_false_promotion_rate": round(count / runs, 4) for name, count in promoted.items()} | {"false_promotion_runs": runs}
 
@@ -143,6 +143,24 @@ def _logged(rewards: Planted, n: int, sigma: float, random: np.random.Generator,
     action, density = explore(mean, sigma, random)
     reward = clicks(rewards.pay(cases, action), random)
     return Logged(observation, mean, action, density, np.full(n, sigma), reward, np.arange(n), np.full(n, BUNDLE), np.full(n, ""))
+
+
+def _beside(log: Logged, random: np.random.Generator) -> Logged:
+    """The log of a policy that turned a second control around 0, which nobody felt."""
+    mean = np.zeros((len(log), 1), np.float32)
+    action, density = explore(mean, SIGMA, random)
+    both = (np.concatenate(pair, 1) for pair in ((log.mean, mean), (log.action, action)))
+    return replace(log, **dict(zip(("mean", "action"), both, strict=True)), log_density=log.log_density + density)
+
+
+class _Beside:
+    """A policy that turns a second control, which nobody feels: an A/A test whose weights are not 1."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.frozen = policy, policy.frozen
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.policy.act(observation), 0.6 * np.tanh(observation[:, 1:2] - 3)], 1).astype(np.float32)
 
 
 class _Constant:

@@ -40,11 +40,13 @@ OBSERVED = (
     "hour_sine", "hour_cosine", "weekend",
     "night_entropy", "night_margin", "night_known",
 )  # fmt: skip
+CLOCK = [OBSERVED.index(name) for name in ("hour_sine", "hour_cosine", "weekend")]
 LOOKED_AT = 400  # last events that an observation is made of
 _NOTHING, _NO_TIMES = (0.0,) * 16, (0.0,) * 6  # of an empty history, and where no time is known
 LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
 MOST = 8  # actions
 FAR = 5.0  # standard deviations from the mean, beyond which it does not matter how far
+ANY = float(np.finfo(np.float32).max)
 EDGE = 0.5  # of what was seen when the policy was learned, an observation may lie beyond it
 
 
@@ -102,7 +104,11 @@ def _moments(values: list[float], n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Statistics that observations are normalised by, float32 [D] each, as they were when a policy was learned."""
+    """Statistics that observations are normalised by, float32 [D] each, as they were when a policy was learned.
+
+    A policy may be learned at one moment alone, as where all are asked at the end of what is known, and decides at others: a clock
+    that stood still says nothing. Its scale is infinite, so it counts for nothing, and whatever it shows is known.
+    """
 
     mean: np.ndarray
     scale: np.ndarray
@@ -112,14 +118,19 @@ class Frozen:
     @classmethod
     def of(cls, observation_ND: np.ndarray) -> Frozen:
         """Of observations; a column that never varies is left where it is."""
-        mean, spread = observation_ND.mean(0), observation_ND.std(0)
-        low, high = observation_ND.min(0), observation_ND.max(0)
-        room = EDGE * np.maximum(high - low, 1e-3)
-        return cls(*(x.astype(np.float32) for x in (mean, np.where(spread > 1e-6, spread, 1.0), low - room, high + room)))
+        low, high = observation_ND.min(0).astype(np.float64), observation_ND.max(0).astype(np.float64)
+        mean, spread = observation_ND.mean(0, np.float64), observation_ND.std(0, np.float64)
+        room, varies = EDGE * np.maximum(high - low, 1e-3), (high > low) & (spread > 1e-6)
+        scale, low, high = np.where(varies, spread, 1.0), low - room, high + room
+        still = [place for place in CLOCK if not varies[place]]
+        scale[still], low[still], high[still] = np.inf, -ANY, ANY
+        return cls(*(x.astype(np.float32) for x in (mean, scale, low, high)))
 
     def widened(self, other: Frozen) -> Frozen:
-        """These, which know what another's knew, too."""
-        return Frozen(self.mean, self.scale, np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+        """These, which know what another's knew, too; a clock that stood still in these goes as in the other."""
+        again = np.isinf(self.scale)
+        mean, scale = np.where(again, other.mean, self.mean), np.where(again, other.scale, self.scale)
+        return Frozen(mean, scale, np.minimum(self.low, other.low), np.maximum(self.high, other.high))
 
     def normalise(self, observation_ND: np.ndarray) -> np.ndarray:
         """Float32 [N, D]."""
@@ -151,9 +162,10 @@ class Policy:
     def __init__(self, actions: Sequence[str], frozen: Frozen, weights: dict[str, Tensor], bundle_digest: str, about: dict[str, Any]) -> None:
         if not 0 < len(actions) <= MOST:
             raise SettingsError(f"policy.actions names {len(actions)} controls", f"name 1 to {MOST}")
-        self.actions, self.frozen, self.weights = tuple(actions), frozen, weights
+        still = torch.from_numpy(np.isinf(frozen.scale))  # whoever begins with these weights does not begin with what was never learned
+        self.actions, self.frozen, self.weights = tuple(actions), frozen, {**weights, "weight_0": weights["weight_0"].masked_fill(still, 0.0)}
         self.bundle_digest, self.about = bundle_digest, about
-        plain = {name: value.detach().float().numpy() for name, value in weights.items()}
+        plain = {name: value.detach().float().numpy() for name, value in self.weights.items()}
         self._layers = [(plain[f"weight_{n}"].T.copy(), plain[f"bias_{n}"]) for n in range(len(weights) // 2)]
         self._sound = all(np.isfinite(part).all() for layer in self._layers for part in layer)
         # the first layer divides by the scale, so that little is left to do for a request

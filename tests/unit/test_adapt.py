@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from policies import adapt
-from policies.logs import Logged, checked, read
+from policies.logs import Logged, checked, matured, read
 from policies.rewards import Planted, clicks
 from recray import pipeline
 from recray.benchmark.nights import publish_untrained
@@ -96,14 +96,15 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
         asyncio.run(handler.recommend(RecommendRequest(user_id=f"!guest {number}", history=[Event(item_id=item)], k=3)))
     result = pipeline.run_adapt(settings, None)
     folders = sorted(storage.collected.glob("[!.]*"))
-    (found,) = read(folders, ("temperature",), until_s=np.inf)
+    (found,), aside = read(folders, ("temperature",), until_s=np.inf)
     assert len(found) > 2000 and set(found.reward.tolist()) == {0.0, 1.0} and len(set(found.user.tolist())) > 290
     guest, turned = np.array([str(user).startswith("!guest") for user in found.user]), found.action[:, 0] > 0.2
     assert guest.sum() > 100 and found.reward[guest].max() == 0  # nobody said what they did
     for rate, asked in ((0.75, turned & ~guest), (0.15, ~turned & ~guest)):
         assert found.reward[asked].mean() == pytest.approx(rate, abs=0.06)
-    assert checked(found, "untrained", {""})[1] == {} and read(folders, ("recency",), until_s=np.inf) == []
-    assert read(folders, ("temperature",), until_s=0.0) == []
+    assert aside == {} and checked(found, "untrained", {""})[1] == {}
+    assert read(folders, ("recency",), until_s=np.inf) == ([], {"turned other controls": len(found)})
+    assert read(folders, ("temperature",), until_s=0.0) == ([], {}) and (matured(folders, 0.0), matured(folders, np.inf)) == (0, len(found))
     assert 0 < result.metrics["latency"] < 0.5 and result.metrics["diversity"] > 0.5
     assert result.reason == "" and result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0, result.reason
     assert Release.read(storage).champion.policy == result.run_key

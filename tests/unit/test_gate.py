@@ -62,7 +62,36 @@ def test_where_nothing_is_to_be_gained_nothing_passes(good):
     log = log_of(Planted())
     shuffled = [replace(log, reward=np.random.default_rng(seed).permutation(log.reward)) for seed in range(10)]
     assert sum(gate.judge(one, good).passed for one in shuffled) <= 1
-    assert not gate.judge(log, Plays(lambda observation: np.zeros((len(observation), 1), np.float32), good.frozen)).passed, "an A/A test"
+    assert not gate.judge(log, Plays(lambda observation: np.zeros((len(observation), 1), np.float32), good.frozen)).passed, "the same again"
+
+
+def test_a_policy_that_turns_what_changes_nothing_is_not_promoted(good):
+    """An A/A test: both play alike but for a control that nobody feels, so weights are not 1 and rewards are."""
+    passed = 0
+    for seed in range(20):
+        log, random = log_of(Planted(), n=4000, seed=seed), np.random.default_rng(seed)
+        mean = np.concatenate([log.mean, np.zeros((4000, 1), np.float32)], 1)
+        more, density = explore(mean[:, 1:], 0.5, random)
+        both = replace(log, mean=mean, action=np.concatenate([log.action, more], 1), log_density=log.log_density + density)
+        other = Plays(lambda seen: np.stack([0 * seen[:, 0], 0.6 * np.tanh(seen[:, 1] - 3)], 1).astype(np.float32), good.frozen)
+        assert gate.weights(both, other.act(log.observation)).std() > 0.1
+        passed += gate.judge(both, other).passed
+    assert passed <= 2
+
+
+def test_densities_of_something_else_are_noticed(good):
+    log = log_of(Planted())
+    verdict = gate.judge(replace(log, log_density=log.log_density + 0.2), good)
+    assert "not played with the densities" in verdict.reason and "not 1" not in gate.judge(log, good).reason
+
+
+def test_what_pays_only_while_it_explores_is_refused(frozen):
+    """Most users do not explore: they get 0.55 itself, beyond the best 0.25; whoever explores around it mostly gets what lies between."""
+    log = log_of(Planted(), n=20_000, sigma=1.0)
+    reward = clicks(0.6 - 0.4 * (log.action[:, 0].astype(np.float64) - 0.25) ** 2, np.random.default_rng(0))
+    verdict, better = (gate.judge(replace(log, reward=reward), Plays(baselines.constant(np.array([a])), frozen)) for a in (0.55, 0.3))
+    assert verdict.figures["dr_low"] > 0 and "unexplored -" in verdict.reason and better.passed, (verdict.reason, better.reason)
+
 
 
 def test_too_little_support_and_too_slow_a_decision_are_refused(good):

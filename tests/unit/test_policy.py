@@ -117,6 +117,29 @@ def test_what_a_policy_does_not_know_it_leaves_alone():
         policy(actions=[f"temperature.{n}" for n in range(9)])
 
 
+def test_a_clock_that_stood_still_when_a_policy_was_learned_says_nothing():
+    random, clock = np.random.default_rng(5), [OBSERVED.index(name) for name in ("hour_sine", "hour_cosine", "weekend")]
+    x = random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32)
+    x[:, clock] = 0.5, 0.87, 1.0
+    x[:, 2] = 0.25  # nobody repeated anything: that is no clock
+    mine = Policy(("temperature", "recency"), Frozen.of(x), policy().weights, "bundle", {})
+    later = x[:50].copy()
+    later[:, clock] = -1.0, 0.0, 0.0
+    assert np.array_equal(mine.act(later), mine.act(x[:50])) and np.abs(mine.act(later)).min() > 0
+    for strange in (np.nan, np.inf, -np.inf):
+        later[:, clock[0]] = strange
+        assert not mine.act(later).any() and not mine.act(later[:1]).any()
+    later[:, clock[0]], later[:, 2] = 0.0, 0.5
+    assert not mine.act(later).any()
+
+    moved = random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32)
+    on = mine.frozen.widened(Frozen.of(moved))
+    assert np.isfinite(on.scale).all() and on.mean[0] == mine.frozen.mean[0] and on.mean[clock[0]] == Frozen.of(moved).mean[clock[0]]
+    begun = Policy(mine.actions, on, mine.weights, "bundle", {})
+    assert np.array_equal(begun.act(x[:50]), mine.act(x[:50])), "what begins with it does not begin with what it never learned"
+    assert Frozen.of(moved).widened(mine.frozen).knows(later[:1] * 0) == [True]
+
+
 def test_a_request_alone_is_decided_as_it_is_among_others():
     mine, x = policy(), np.random.default_rng(4).normal(0, 1.5, (300, len(OBSERVED))).astype(np.float32)
     x[:2, 0] = np.nan, np.inf
