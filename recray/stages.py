@@ -12,7 +12,7 @@ import contextlib
 import datetime as dt
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -338,7 +338,7 @@ def adapt(work: Work) -> JobResult:
     bundle = champion_of(storage)
     keep_private(settings, bundle)
     name = policy_of(storage)
-    live = None if name is None else Policy.load(storage.policy(name), bundle.digest)
+    live = sound_policy(storage, bundle, name, work.warn)
     told = [folder for folder in storage.collected.glob("[!.]*") if any((folder / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
     folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
     folders, dataset, now_s = folders[-settings.policy.rounds :], published_dataset(storage), time.time()
@@ -361,6 +361,19 @@ def published_dataset(storage: Storage) -> Dataset:
     """What the published night was scored from. Raises MissingArtifactError, DamagedArtifactError."""
     published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
     return Dataset.open(storage.root / published["dataset"], verify=True)
+
+
+def sound_policy(storage: Storage, bundle: Bundle, name: str | None, warn: Callable[[str], None]) -> Policy | None:
+    """The policy of that run key. One that cannot be read stops no night: a warning, and the trained model as it is."""
+    from recray.inference.policy import Policy
+
+    if name is None:
+        return None
+    try:
+        return Policy.load(storage.policy(name), bundle.digest)
+    except ArtifactError as error:
+        warn(f"policy {name} does not decide, the trained model does as it is: {error.what}; {error.fix}")
+        return None
 
 
 def keep_policy(settings: Settings, policy: Policy, key: str) -> None:
@@ -436,6 +449,8 @@ def score(work: Work, dataset: Dataset) -> JobResult:
     if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):
         work.warn(f"champion {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
     policy = policy_of(storage)
+    if sound_policy(storage, bundle, policy, work.warn) is None:
+        policy = None
     key = scoring.score_key(settings, dataset, bundle, policy)
     path = writer.snapshot_path(storage, dataset.as_of_s, key)
     skipped = is_sealed(path, writer.KIND, key)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recray.config import ScoreSettings
-from recray.errors import ArtifactError, RefusedError, StateError
+from recray.errors import ArtifactError, DamagedArtifactError, RefusedError, StateError
 from recray.promotion import end_trial
 from recray.release import Release
 from recray.serving.night import Night
@@ -106,6 +106,8 @@ class Arms:
             return None, None
         opened, name = release.challenger.open(self.storage), release.challenger.name
         challenger = kept_private(night.with_bundle(opened, release.challenger.policy), private=self._private)
+        if challenger.policy != release.challenger.policy:
+            raise DamagedArtifactError(f"policy {release.challenger.policy} is on trial and cannot be read", "recray serve end-canary ends the trial")
         trial = self.trial
         if trial is None or (trial.challenger, trial.share, trial.shadow) != (name, release.share, release.shadow):
             trial = Trial(name, release.share, release.shadow)

@@ -19,8 +19,7 @@ import numpy as np
 from opentelemetry.trace import get_current_span
 
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
-from recray.errors import RecrayError, RequestError, SettingsError, UnavailableError
-from recray.inference.policy import dials
+from recray.errors import RecrayError, RequestError, UnavailableError
 from recray.model.device import device
 from recray.serving.api import (
     EventsRequest,
@@ -81,23 +80,12 @@ class Handler:
         self.traces = provider(options.traces)
         self._tracer = tracer(self.traces)
         self._policy = policy or PolicySettings()
-        self._exploration = self._explore()
+        explores = self._policy.sigma > 0 and self._policy.explore > 0
+        self._exploration = Explore(self._policy.sigma, self._policy.actions, np.random.default_rng()) if explores else None
         self.look()
 
     def _new_batcher(self) -> Batcher[Question, Found]:
         return Batcher(Night.answer, self.options.max_batch, self.options.max_waiting, lambda size: self.telemetry.batches.append(size))
-
-    def _explore(self) -> Explore | None:
-        """How answers explore, None where they do not or cannot."""
-        sigma, actions = self._policy.sigma, self._policy.actions
-        if not sigma or not self._policy.explore:
-            return None
-        try:
-            dials(actions, self.night.predictor.model, self.night.predictor.event_types)
-        except SettingsError as error:
-            self._log.error("nothing is explored: %s", error)
-            return None
-        return Explore(sigma, actions, np.random.default_rng())
 
     @property
     def night(self) -> Night:
@@ -138,7 +126,8 @@ class Handler:
         fresh = await self._fresh(night, request, degraded)
         user = _name(night, request)
         chosen, decision = night, None
-        exploration = self._exploration if self._explores(user) else None
+        exploration = self._exploration if self._explores(user) and night.explores(self._exploration) else None
+        now = exploration is not None or not night.lists_as_it_decides
         if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
             chosen, question = challenger, challenger.question(request, fresh, exploration)
             found = await self._model(question, degraded, trial.challenger_side, aside=True)
@@ -147,7 +136,7 @@ class Handler:
             else:
                 decision = question.decision
         else:
-            found = None if exploration is not None and request.mode == "auto" else self._listed(night, request, fresh, degraded)
+            found = None if now and request.mode == "auto" else self._listed(night, request, fresh, degraded)
             if found is None:
                 question = night.question(request, fresh, exploration)
                 found = await self._model(question, degraded, None if trial is None else trial.champion_side)

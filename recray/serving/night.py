@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,9 @@ from recray.bundle import Bundle
 from recray.config import ScoreSettings
 from recray.dataset.context import asked
 from recray.dataset.reader import Dataset, History
-from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
+from recray.errors import ArtifactError, DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
 from recray.inference import Filters, Predictor, Rules, Translation
-from recray.inference.policy import dials, explore
+from recray.inference.policy import Policy, dials, explore
 from recray.inference.rules import having
 from recray.model.controls import Controls
 from recray.release import Release
@@ -124,6 +125,7 @@ class Night:
     popular_list: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
     _masks: dict[str, np.ndarray] = field(default_factory=dict)
+    _known: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
     @classmethod
     def load(cls, storage: Storage, device: str | torch.device = "cpu") -> Night:
@@ -158,12 +160,21 @@ class Night:
         return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle, champion.policy, device)
 
     def with_bundle(self, bundle: Bundle, policy: str | None = None) -> Night:
-        """The same night with another bundle and policy behind its answers by the model. Raises MissingArtifactError, DamagedArtifactError."""
+        """The same night with another bundle and policy behind its answers by the model; `policy` of what comes is None where it cannot be read.
+
+        Raises MissingArtifactError, DamagedArtifactError of the bundle.
+        """
         return self._of(self.snapshot, self.dataset, bundle, policy, self.predictor.device)
 
     @classmethod
     def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device) -> Night:
         decides = None if policy is None else Storage(bundle.path.parent.parent).policy(policy)
+        if decides is not None:
+            try:
+                Policy.load(decides, bundle.digest)
+            except ArtifactError as error:
+                logging.getLogger("ray.serve").error("policy %s does not decide, the trained model answers as it is: %s", policy, error)
+                decides = policy = None
         predictor = Predictor.load(bundle.path, decides, dataset=dataset, device=device)
         predictor.quicken(QUICK_USERS)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
@@ -272,6 +283,11 @@ class Night:
             return asked
         return replace(asked, action=decision.turned(), decision=decision)
 
+    @property
+    def lists_as_it_decides(self) -> bool:
+        """Whether the nightly lists are of the policy that decides now, which may be released, or taken away, after they were made."""
+        return bool(self.snapshot.manifest.get("policy") == self.policy)
+
     def state(self, request: RecommendRequest | ScoreRequest) -> np.ndarray | None:
         """What the nightly run saw of the user, where it was this bundle's and is of the stored history; None also where it cannot be read."""
         if request.user_id is None or request.history is not None or self.snapshot.manifest["bundle_digest"] != self.bundle_digest:
@@ -284,6 +300,8 @@ class Night:
 
     def _decide(self, request: RecommendRequest | ScoreRequest, history: History, now: int, exploration: Explore | None) -> Decision | None:
         policy = self.predictor.policy
+        if exploration is not None and not self.explores(exploration):
+            exploration = None
         if (policy is None and exploration is None) or not (history.item_index > 0).any():
             return None
         observation = self.predictor.observe(history, now, self.state(request))
@@ -293,6 +311,20 @@ class Night:
             return Decision(self.policy or "", names, observation, mean, mean, None, 0.0)
         action, density = explore(mean[None], exploration.sigma, exploration.random)
         return Decision(self.policy or "", names, observation, mean, action[0], float(density[0]), exploration.sigma)
+
+    def explores(self, exploration: Explore) -> bool:
+        """Whether there is something to explore: the policy's controls, or those of `exploration`, which the model may not have; that is said once."""
+        actions = exploration.actions
+        if self.policy is not None:
+            return True
+        if actions not in self._known:
+            try:
+                dials(actions, self.predictor.model, self.predictor.event_types)
+                self._known[actions] = True
+            except SettingsError as error:
+                self._known[actions] = False
+                logging.getLogger("ray.serve").error("bundle %s explores nothing: %s; %s", self.bundle, error.what, error.fix)
+        return self._known[actions]
 
     def candidates(self, request: ScoreRequest, fresh: Sequence[Entry] = ()) -> Question:
         """As `question`, for given items."""

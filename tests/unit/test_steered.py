@@ -17,7 +17,7 @@ from recray.dataset.reader import Dataset
 from recray.errors import RefusedError, RequestError
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
-from recray.release import Release
+from recray.release import Member, Release
 from recray.scoring.score import write_night
 from recray.serving.api import RecommendRequest
 from recray.serving.handler import Handler
@@ -127,8 +127,9 @@ def test_not_at_all_is_the_trained_model_also_where_a_policy_decides(shop, root,
     assert [item.score for item in answer.items] == pytest.approx(expected.scores[0].tolist(), rel=1e-5)
     decided = ask(handler, 7, mode="realtime")
     assert decided.controls and [item.score for item in decided.items] != pytest.approx(expected.scores[0].tolist(), rel=1e-5)
-    listed = ask(handler, 7)
-    assert listed.source == "snapshot" and listed.policy is None, "the list was made before the policy was released"
+    now, listed = ask(handler, 7), ask(handler, 7, mode="batch")
+    assert (now.source, now.policy, now.items) == ("realtime", "p", decided.items), "the list was made before the policy was released"
+    assert listed.source == "snapshot" and listed.policy is None
 
     def broken(*_, **__):
         raise FloatingPointError
@@ -154,7 +155,8 @@ def test_with_privacy_a_policy_of_all_users_decides_nothing(shop, root, world_se
 def test_actions_that_the_model_does_not_have_are_not_explored(root, world_settings, caplog):
     handler = made(root, world_settings, sigma=0.4, explore=1.0, actions=("event.nothing",))
     answer = ask(handler, 7)
-    assert answer.source == "snapshot" and answer.degraded == [] and "nothing is explored" in caplog.text
+    assert answer.source == "snapshot" and answer.degraded == [] and caplog.text.count("explores nothing") == 1
+    assert ask(handler, 8).source == "snapshot" and caplog.text.count("explores nothing") == 1
     handler.close()
 
 
@@ -196,6 +198,26 @@ def test_a_policy_on_trial_answers_its_share_and_goes_home_like_a_bundle(shop, r
     assert {ask(handler, user).policy for user in range(40)} == {None}
     release, why = promotion.release_policy(storage, bundle, "p", 0.5)
     assert "was on trial before, and ended" in why and not release.on_trial
+    handler.close()
+
+
+def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, caplog):
+    storage, bundle, plain, histories, *_ = shop
+    Policy.load(storage.policy("p"), bundle.digest).save(storage.policy("broken"), "broken")
+    (storage.policy("broken") / "policy.safetensors").write_bytes(b"")
+    promotion.release_policy(storage, bundle, "broken", 1.0)
+    handler = made(storage, world_settings)
+    answer = ask(handler, 7)
+    assert answer.policy is None and answer.degraded == [] and "policy broken does not decide" in caplog.text
+    said = []
+    assert stages.sound_policy(storage, bundle, "broken", said.append) is None and "recray tune" not in said[0] and "broken" in said[0]
+    assert stages.sound_policy(storage, bundle, "gone", said.append) is None and "recray tune" in said[1]
+    assert stages.sound_policy(storage, bundle, "p", said.append).actions == ACTIONS and len(said) == 2
+    handler.close()
+    Release(champion=Member.of(bundle)).write(storage)
+    promotion.release_policy(storage, bundle, "broken", 0.5)
+    handler = made(storage, world_settings)
+    assert handler.arms.trial is None and "is on trial and cannot be read" in caplog.text
     handler.close()
 
 
