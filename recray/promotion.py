@@ -6,6 +6,8 @@ Knows storage and gates, no MLflow. The same question is decided once: a repeate
 from __future__ import annotations
 
 import json
+import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -103,13 +105,15 @@ def begin_trial(storage: Storage, challenger: Bundle, share: float, *, shadow: b
         if release.champion.name == member.name:
             raise RefusedError(f"bundle {member.name} is the champion", "recray models lists the others")
         rolled_back = tuple(sorted(set(release.rolled_back) - {member.name}))
-        return replace(release, challenger=member, share=0.0 if shadow else share, shadow=shadow, ended=None, rolled_back=rolled_back)
+        return replace(release.begin(member, 0.0 if shadow else share, shadow=shadow), rolled_back=rolled_back)
 
     return Release.change(storage, how)[0]
 
 
-def release_policy(storage: Storage, bundle: Bundle, policy: str, share: float) -> tuple[Release, str]:
+def release_policy(storage: Storage, bundle: Bundle, policy: str, share: float, *, trial_s: float = math.inf) -> tuple[Release, str]:
     """Let a policy that passed its gate decide for the champion: for all users at a share of 1, else on trial.
+
+    trial_s : after so long another policy of the bundle that is on trial, and neither won nor lost, gives way
 
     Returns what is released, and why that is not the policy, empty if it is. A policy whose trial ended does not come back by itself.
     """
@@ -123,15 +127,27 @@ def release_policy(storage: Storage, bundle: Bundle, policy: str, share: float) 
             why = f"bundle {bundle.key} is not the champion any more"
         elif member.name in release.rolled_back:
             why = f"policy {policy} was on trial before, and ended: {release.ended or 'rolled back'}"
-        elif on_trial is not None and on_trial != member:
+        elif on_trial is not None and on_trial != member and (on_trial.digest != bundle.digest or time.time() < release.since_s + trial_s):
             why = f"the trial of {on_trial.name} goes on"
-        elif now.policy != policy and (on_trial is None or share >= 1):
+        elif now.policy != policy and (on_trial != member or share >= 1):
             if share < 1:
-                return replace(release, challenger=member, share=share, shadow=False, ended=None)
+                return release.begin(member, share)
             return replace(release, champion=member, challenger=None, share=0.0, shadow=False, ended=None)
         return release
 
     return Release.change(storage, how)[0], why
+
+
+def adopt_policy(storage: Storage, challenger: str) -> Release:
+    """The policy on trial decides for all users, where it is still on trial and its bundle is the champion."""
+
+    def how(release: Release) -> Release:
+        now, on_trial = release.champion, release.challenger if release.on_trial else None
+        if now is None or on_trial is None or on_trial.name != challenger or on_trial.digest != now.digest:
+            return release
+        return replace(release, champion=on_trial, challenger=None, share=0.0, shadow=False, ended=None)
+
+    return Release.change(storage, how)[0]
 
 
 def end_trial(storage: Storage, reason: str, challenger: str | None = None) -> Release:

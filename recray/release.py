@@ -5,8 +5,9 @@ Storage decides and MLflow's aliases follow, so that a night needs no registry t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class Member:
 class Release:
     """The roles. `decision` is the promotion that made the champion; `rolled_back` lists run keys that may not come back by themselves.
 
-    `share`: of the users whom the challenger answers while it is on trial; `shadow`: it answers all, and nobody sees it. `ended`: what
-    ended the last trial, in words.
+    `share`: of the users whom the challenger answers while it is on trial; `shadow`: it answers all, and nobody sees it; `since_s`: when
+    that trial began. `ended`: what ended the last trial, in words.
     """
 
     champion: Member | None = None
@@ -72,11 +73,17 @@ class Release:
     share: float = 0.0
     shadow: bool = False
     ended: str | None = None
+    since_s: float = 0.0
 
     @property
     def on_trial(self) -> bool:
         """Whether the challenger answers anybody."""
         return self.challenger is not None and (self.share > 0 or self.shadow)
+
+    def begin(self, challenger: Member, share: float, *, shadow: bool = False) -> Release:
+        """This, with a challenger on trial; the one that is on it already goes on."""
+        on = replace(self, challenger=challenger, share=share, shadow=shadow, ended=None)
+        return on if on == self else replace(on, since_s=time.time())
 
     @classmethod
     def read(cls, storage: Storage) -> Release:
@@ -89,7 +96,7 @@ class Release:
                 raise ValueError("another format")
             roles = {role: content.pop(role) for role in ("champion", "challenger", "previous")}
             members: dict[str, Any] = {role: None if member is None else Member(**member) for role, member in roles.items()}
-            trial: dict[str, Any] = {name: content[name] for name in ("share", "shadow", "ended") if name in content}  # releases of 0.1.0 have none
+            trial: dict[str, Any] = {name: content[name] for name in ("share", "shadow", "ended", "since_s") if name in content}  # releases of 0.1.0 have none
             return cls(**members, decision=content.pop("decision"), rolled_back=tuple(content.pop("rolled_back")), **trial)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedArtifactError(f"{storage.release} is not a release: {error!r}", "bring the file back, or promote a bundle anew") from None

@@ -397,7 +397,7 @@ def _released(work: Work, job: str, key: str, bundle: Bundle, as_of_s: int, star
     reason, before = about["reason"], Release.read(storage)
     release = before
     if about["promoted"]:
-        release, reason = release_policy(storage, bundle, key, settings.policy.share)
+        release, reason = release_policy(storage, bundle, key, settings.policy.share, trial_s=settings.policy.trial_days * 86_400)
     live = "decides for everybody" if release.champion and release.champion.policy == key else f"answers {release.share:.0%} of the users"
     work.say(f"policy {key} {'does not go live: ' + reason if reason else live}")
     metrics: dict[str, Any] = {**about["figures"], "promoted": int(about["promoted"])}

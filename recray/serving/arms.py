@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from recray.config import ScoreSettings
 from recray.errors import ArtifactError, DamagedArtifactError, RefusedError, StateError
-from recray.promotion import end_trial
+from recray.promotion import adopt_policy, end_trial
 from recray.release import Release
 from recray.serving.night import Night
 from recray.serving.trial import Trial
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 AGAIN_S = 30.0  # after which what could not be loaded is tried again
 ENTRIES = 10_000  # of the log, read at once
+READS = 20  # in a look
 
 
 class Arms:
@@ -81,7 +82,7 @@ class Arms:
             try:
                 release = Release.read(self.storage) if released else Release()
                 night = kept_private(self._steered(night, release), private=self._private)
-                trial, challenger = self._on_trial(night, release, log)
+                trial, challenger = self._on_trial(night, release)
                 self._released = released
             except Exception as error:
                 trial = challenger = None
@@ -100,18 +101,18 @@ class Arms:
             return night
         return night.with_bundle(champion.open(self.storage), champion.policy)
 
-    def _on_trial(self, night: Night, release: Release, log: Log | None) -> tuple[Trial | None, Night | None]:
+    def _on_trial(self, night: Night, release: Release) -> tuple[Trial | None, Night | None]:
         """The trial of a release, and its challenger behind a night; None where there is none."""
         if release.challenger is None or not release.on_trial:
             return None, None
         opened, name = release.challenger.open(self.storage), release.challenger.name
         challenger = kept_private(night.with_bundle(opened, release.challenger.policy), private=self._private)
         if challenger.policy != release.challenger.policy:
-            raise DamagedArtifactError(f"policy {release.challenger.policy} is on trial and cannot be read", "recray serve end-canary ends the trial")
+            raise DamagedArtifactError(f"policy {release.challenger.policy} is on trial and cannot be read", "recray serve rollback ends the trial")
         trial = self.trial
-        if trial is None or (trial.challenger, trial.share, trial.shadow) != (name, release.share, release.shadow):
-            trial = Trial(name, release.share, release.shadow)
-            self._read = 0 if log is None else log.last()  # what came before is of another trial
+        if trial is None or (trial.challenger, trial.share, trial.shadow, trial.since_s) != (name, release.share, release.shadow, release.since_s):
+            trial = Trial(name, release.share, release.shadow, release.since_s)
+            self._read = 0  # a replica that is started anew knows what came before
         return trial, challenger
 
     def _watch_trial(self, log: Log | None) -> None:
@@ -121,7 +122,9 @@ class Arms:
             return
         if log is not None and not trial.shadow:
             with contextlib.suppress(StateError):
-                while entries := log.read(self._read, ENTRIES):
+                for _ in range(READS):  # the rest at the next look
+                    if not (entries := log.read(self._read, ENTRIES)):
+                        break
                     for number, entry in entries:
                         trial.outcomes.read(entry)
                         self._read = number
@@ -129,6 +132,9 @@ class Arms:
             self.now = (self.night, None, None)  # here at once, whether or not it can be written down
             self._log.warning("the trial of bundle %s ends: %s", trial.challenger, reason)
             end_trial(self.storage, reason, trial.challenger)
+        elif trial.won() and self.challenger is not None and self.challenger.bundle_digest == self.night.bundle_digest:
+            self._log.warning("the policy of %s was better on trial: it decides for everybody", trial.challenger)
+            adopt_policy(self.storage, trial.challenger)  # which the next look takes up
 
 
 def _content(path: Path) -> bytes:

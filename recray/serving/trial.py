@@ -54,17 +54,21 @@ class Side:
 
 @dataclass
 class Trial:
-    """The trial of a challenger (its run key) at a share of the users, or as a shadow, whose answers nobody sees."""
+    """The trial of a challenger (its run key) at a share of the users, or as a shadow, whose answers nobody sees.
+
+    since_s : when it began; decisions of before are of another trial
+    """
 
     challenger: str
     share: float
     shadow: bool
+    since_s: float = 0.0
     champion_side: Side = field(default_factory=Side)
     challenger_side: Side = field(default_factory=Side)
     outcomes: Outcomes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.outcomes = Outcomes(self.challenger, self.share)
+        self.outcomes = Outcomes(self.challenger, self.share, self.since_s)
 
     def answers(self, user: str | None) -> bool:
         """Whether the challenger answers this user."""
@@ -83,6 +87,12 @@ class Trial:
         return None
 
 
+    def won(self) -> bool:
+        """Whether the challenger's outcomes are better for sure."""
+        difference, bound = self.outcomes.difference()
+        return self.outcomes.users[True] >= LEAST_USERS and difference - bound > 0
+
+
 class Outcomes:
     """Outcomes of both sides, read from the log, and the anytime-valid bound of their difference.
 
@@ -93,8 +103,8 @@ class Outcomes:
     a side of few users may have none to show yet.
     """
 
-    def __init__(self, challenger: str, share: float) -> None:
-        self.challenger, self.share = challenger, share
+    def __init__(self, challenger: str, share: float, since_s: float = 0.0) -> None:
+        self.challenger, self.share, self.since_s = challenger, share, since_s
         self.users = {True: 0, False: 0}  # of the challenger, of the champion
         self._total: dict[str, float] = {}  # by user
         self._whose: dict[str, tuple[str, bool]] = {}  # by request: the user, and whether the challenger answered
@@ -106,7 +116,7 @@ class Outcomes:
         """Take in an entry of the log."""
         body = entry.body
         if entry.kind == "decision" and entry.user is not None and (body.get("trial"), body.get("share")) == (self.challenger, self.share):
-            if body["arm"] not in ("challenger", "champion"):
+            if body["arm"] not in ("challenger", "champion") or entry.at_s < self.since_s:
                 return
             mine = body["arm"] == "challenger"
             if entry.user not in self._total:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from recray.scoring.score import write_night
 from recray.serving.api import RecommendRequest
 from recray.serving.handler import Handler
 from recray.serving.night import Night
+from recray.state.log import Entry
 
 ACTIONS = ("temperature", "recency")
 
@@ -219,6 +221,49 @@ def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, c
     handler = made(storage, world_settings)
     assert handler.arms.trial is None and "is on trial and cannot be read" in caplog.text
     handler.close()
+
+
+def tell_of_a_trial(handler, name, share, better):
+    """Decisions of many users on both sides of a trial, and clicks of most of those on the better side."""
+    random, entries = np.random.default_rng(0), []
+    for number in range(1500):
+        arm = "challenger" if random.random() < share else "champion"
+        entries.append(Entry("decision", f"r{number}", f"u{number}", time.time(), {"trial": name, "share": share, "arm": arm}))
+        if random.random() < (0.6 if arm == better else 0.2):
+            entries.append(Entry("outcome", f"o{number}", None, time.time(), {"request_id": f"r{number}", "value": 1.0}))
+    handler.journal.writer.log.append(entries)
+
+
+@pytest.mark.parametrize(("better", "decides"), [("challenger", "p"), ("champion", None)])
+def test_a_trial_is_won_or_lost_also_by_what_was_logged_before_a_restart(shop, root, world_settings, better, decides):
+    storage, bundle, *_ = shop
+    release, _ = promotion.release_policy(storage, bundle, "p", 0.5)
+    first = made(storage, world_settings)
+    tell_of_a_trial(first, "untrained+p", 0.5, better)
+    first.close()
+    again = made(storage, world_settings)  # looks once
+    after = Release.read(storage)
+    assert after.champion.policy == decides and not after.on_trial and (after.ended is None) == (decides is not None)
+    again.look()
+    assert {ask(again, user).policy for user in range(20)} == {decides} and again.arms.trial is None
+    again.close()
+    if decides is None:  # brought back by hand
+        assert promotion.begin_trial(storage, bundle, 0.5, policy="p").since_s > release.since_s
+        later = made(storage, world_settings)
+        assert later.arms.trial.outcomes.users == {True: 0, False: 0}, "what came before is of another trial"
+        later.close()
+
+
+def test_a_trial_that_is_neither_won_nor_lost_gives_way_after_a_while(shop, root):
+    storage, bundle, *_ = shop
+    begun, _ = promotion.release_policy(storage, bundle, "p", 0.5)
+    same, why = promotion.release_policy(storage, bundle, "p", 0.5, trial_s=0.0)
+    assert same == begun and why == "", "the trial goes on as it began"
+    release, why = promotion.release_policy(storage, bundle, "q", 0.5, trial_s=3600.0)
+    assert "the trial of untrained+p goes on" in why and release == begun
+    release, why = promotion.release_policy(storage, bundle, "q", 0.5, trial_s=0.0)
+    assert why == "" and release.challenger.policy == "q" and release.since_s > begun.since_s and release.rolled_back == ()
+    assert promotion.adopt_policy(storage, "untrained+p") == release, "it is not on trial any more"
 
 
 def test_a_policy_is_adopted_and_rolled_back_to_the_trained_model(shop, root):
