@@ -30,7 +30,7 @@ from recray.dataset.reader import Dataset, draw_of
 from recray.errors import RefusedError
 from recray.evaluation.gates import Check
 from recray.evaluation.protocol import Question
-from recray.inference import Predictor
+from recray.inference import Predictor, Rules
 from recray.inference.policy import OBSERVED, Frozen, Policy
 
 FOLDS = 3
@@ -158,7 +158,8 @@ def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy,
     if not asked:
         return None, None, 0
     new_only = settings.score.new_only
-    some = HeldOut(predictor, asked, policy.actions, k=settings.evaluate.k[0], new_only=new_only, listed_new_only=new_only)
+    rules = Rules.declared(settings.score.rules(), dataset, translation.to_bundle, predictor.unseen)
+    some = HeldOut(predictor, asked, policy.actions, k=settings.evaluate.k[0], new_only=new_only, listed_new_only=new_only, rules=rules)
     places = np.arange(len(asked))
     mine, none = (some.lists(places, action) for action in (policy.act(some.observation), np.zeros((len(asked), len(policy.actions)))))
     return some.variety(mine, none), deciding_share(predictor, asked[:TIMED], policy), len(asked)

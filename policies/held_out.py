@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Question
-from recray.inference import Filters, Predictor
+from recray.inference import Filters, Predictor, Rules
 from recray.inference.policy import dials, observe, popularity_rank, turn
 from recray.model.controls import Controls
 
@@ -28,6 +29,7 @@ class HeldOut:
     metric : `ndcg` or `mrr` (the reciprocal rank), at k
     new_only : recommend nothing that the user already met
     listed_new_only : the nightly lists, whose state is observed, do so
+    rules : of all lists
     """
 
     def __init__(
@@ -40,15 +42,17 @@ class HeldOut:
         k: int = 10,
         new_only: bool = False,
         listed_new_only: bool = False,
+        rules: Rules | None = None,
     ) -> None:
-        self.predictor, self.questions, self.metric, self.k = predictor, list(questions), metric, k
+        self.predictor, self.questions, self.metric, self.k, self.rules = predictor, list(questions), metric, k, rules
         self.filters = Filters(new_only=new_only)
         predictor.model.requires_grad_(False)  # `value` has a gradient by the action alone
         self.actions = tuple(actions)
         self._dials = dials(actions, predictor.model, predictor.event_types)
-        counts = predictor.popularity.total()
-        for question in self.questions:  # what they did next is not known yet
-            np.subtract.at(counts, question.target, 1.0)
+        counts = predictor.counts()
+        if predictor.model.offset_V is None:
+            for question in self.questions:  # what they did next is not known yet
+                np.subtract.at(counts, question.target, 1.0)
         rank, states = popularity_rank(counts), self._states(Filters(new_only=listed_new_only))
         self.observation = np.stack(
             [observe(q.history, q.now, rank, has_time=predictor.has_time, state=state) for q, state in zip(self.questions, states, strict=True)]
@@ -60,7 +64,7 @@ class HeldOut:
     def _states(self, filters: Filters) -> np.ndarray:
         """What a nightly run sees of each user [n, 2]; for a share of them nothing, as for who comes between two nights."""
         histories, now = [q.history for q in self.questions], [q.now for q in self.questions]
-        found = self.predictor.recommend(histories, 2, now=now, filters=filters, controls=Controls(), watched=True).state
+        found = self.predictor.recommend(histories, 2, now=now, filters=filters, rules=self.rules, controls=Controls(), watched=True).state
         assert found is not None
         found[np.random.default_rng(0).random(len(found)) < STATELESS] = np.nan
         return found
@@ -98,6 +102,7 @@ class HeldOut:
             self.k,
             now=[question.now for question in asked],
             filters=self.filters,
+            rules=self.rules,
             controls=turn(action_NK, self._dials, self.predictor.model, self.predictor.event_types),
             context=[question.context for question in asked],
         )
@@ -113,12 +118,20 @@ class HeldOut:
         places = np.arange(min(len(self), USUAL))
         return max(float(self.diversity(self.lists(places, np.zeros((len(places), len(self.actions))))).mean()), 1e-9)
 
+    def turning(self, actions: Sequence[str]) -> HeldOut:
+        """The same users, of other controls."""
+        found = copy(self)
+        found.actions, found._dials = tuple(actions), dials(actions, self.predictor.model, self.predictor.event_types)
+        return found
+
     def variety(self, mine_NK: np.ndarray, none_NK: np.ndarray) -> float:
         """How varied lists are, as a share of what the trained model's are, on the average."""
         return float(self.diversity(mine_NK).mean()) / max(float(self.diversity(none_NK).mean()), 1e-9)
 
     def diversity(self, item_NK: np.ndarray) -> np.ndarray:
-        """How unlike each other the items of each list are: one less the mean cosine of its pairs, float64 [n]."""
+        """How unlike each other the items of each list are: one less the mean cosine of its pairs, float64 [n]; 1 where there is one alone."""
+        if item_NK.shape[1] < 2:
+            return np.ones(len(item_NK))
         vectors = torch.nn.functional.normalize(self.predictor.vectors[torch.from_numpy(item_NK)], dim=2).double()
         total = vectors.sum(1).square().sum(1)
         found: np.ndarray = (1 - (total - self.k) / (self.k * (self.k - 1))).numpy()

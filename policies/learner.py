@@ -39,7 +39,6 @@ class Ppo:
     lr: float = 3e-3
     last_lr: float = 3e-4
     hidden: int = 64
-    sigma: float = 0.5
     penalty: float = 0.002
 
 
@@ -107,6 +106,7 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | No
     _here["environment"] = lambda num_envs: Decisions(rewards, frozen, num_envs, penalty=options.penalty, floor=floor, seed=int(draws))
     register_env("recray", _environment)
     left = max(options.decisions - done, 1)
+    now = options.last_lr + (options.lr - options.last_lr) * left / options.decisions  # where the attempt before had come to
     config = (
         PPOConfig()  # type: ignore[no-untyped-call]
         .environment("recray")
@@ -120,7 +120,7 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | No
         .training(
             gamma=0.0,
             lambda_=1.0,
-            lr=[[0, options.lr], [left, options.last_lr]],
+            lr=[[0, now], [left, options.last_lr]],
             train_batch_size_per_learner=options.batch,
             minibatch_size=options.minibatch,
             num_epochs=options.epochs,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from recray.dataset.reader import Dataset, draw_of
 from recray.errors import DataError, RefusedError
 from recray.evaluation.evaluate import test_questions
 from recray.evaluation.protocol import Question, wanted
-from recray.inference import Predictor, Translation
+from recray.inference import Predictor, Rules, Translation
 from recray.inference.policy import Policy
 
 LEAST = 200  # users to learn from, and as many to be judged by
@@ -34,12 +35,14 @@ def tune(
     bundle: Bundle,
     *,
     start: Policy | None = None,
+    live: Policy | None = None,
     checkpoint: Path | None = None,
     on_metrics: Callable[[int, dict[str, float]], None] = lambda decisions, metrics: None,
 ) -> tuple[Policy, gate.Verdict]:
     """Learn and judge. Needs a Ray session.
 
-    start : a policy to begin with, of another bundle; checkpoint: as `policies.learner.learn`
+    start : a policy to begin with, of another bundle; live : of this one, which decides now: what is learned has to be better than it
+    checkpoint : as `policies.learner.learn`
     Raises DataError for too few users, RefusedError where privacy is on and nobody is held out, SettingsError.
     """
     if settings.privacy.enabled and not settings.split.held_out:
@@ -53,7 +56,8 @@ def tune(
     # the same users every night: what a policy begins with was not learned from those who judge it
     judges = draw_of(pa.array([str(dataset.shard(question.shard).user_ids[question.row]) for question in questions]), "judges") < JUDGED
     options, k = settings.policy, settings.evaluate.k[0]
-    filtered = {"new_only": new_only, "listed_new_only": settings.score.new_only}
+    rules = Rules.declared(settings.score.rules(), dataset, predictor.translation(dataset).to_bundle, predictor.unseen)
+    filtered: dict[str, Any] = {"new_only": new_only, "listed_new_only": settings.score.new_only, "rules": rules}
     judged, learned = (
         HeldOut(predictor, [questions[place] for place in places], options.actions, metric=options.metric, k=k, **filtered)
         for places in (np.flatnonzero(judges), np.flatnonzero(~judges))
@@ -69,19 +73,20 @@ def tune(
         checkpoint=checkpoint,
         on_metrics=on_metrics,
     )
-    verdict = judge(settings, judged, policy)
+    verdict = judge(settings, judged, policy, live)
     policy.about |= {"bundle": bundle.key, "dataset": dataset.key, "as_of_s": dataset.as_of_s, "promoted": verdict.passed, "reason": verdict.reason}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict
 
 
-def judge(settings: Settings, judged: HeldOut, policy: Policy) -> gate.Verdict:
-    """The gate's verdict by users that the policy was not learned from."""
+def judge(settings: Settings, judged: HeldOut, policy: Policy, live: Policy | None = None) -> gate.Verdict:
+    """The gate's verdict by users that the policy was not learned from. live : to be better than; None: than the trained model as it is"""
     places = np.arange(len(judged))
-    lists = [judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions))))]
-    mine, none = (judged.worth(places, found) for found in lists)
+    mine, none = (judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions)))))
+    now = none if live is None else judged.turning(live.actions).lists(places, live.act(judged.observation))
     latency = deciding_share(judged.predictor, judged.questions[:TIMED], policy)
-    return gate.compare(judged.observation, mine, none, rules_of(settings), diversity=judged.variety(*lists), latency=latency)
+    paid = [judged.worth(places, found) for found in (mine, now)]
+    return gate.compare(judged.observation, *paid, rules_of(settings), diversity=judged.variety(mine, none), latency=latency)
 
 
 def rules_of(settings: Settings) -> gate.Rules:

@@ -272,6 +272,7 @@ class PolicySettings(Section):
     wait_s: float = Field(3600.0, ge=0, description="adapt: how long a decision waits for its outcomes")
     rounds: int = Field(10, ge=1, description="adapt: collected folders that are looked back at, unless the newest contradicts them")
     share: float = _place(0.1, "of the users whom a policy that passed the gate answers on trial; 1: all at once, nightly lists too", gt=0, le=1)
+    every_hours: float = _place(0.0, "adapt: does nothing until the last policy that it made is so old; 0: whenever it is run", ge=0)
     trial_days: float = _place(7.0, "a policy on trial that neither won nor lost by then gives way to the next that passes the gate", gt=0)
     sigma: float = _place(0.0, "how far answers explore around what is decided, for the users of policy.explore; 0: not at all", ge=0, le=2)
     explore: float = _place(0.0, "share of the users for whom answers explore", ge=0, le=1)

@@ -96,7 +96,8 @@ class Release:
                 raise ValueError("another format")
             roles = {role: content.pop(role) for role in ("champion", "challenger", "previous")}
             members: dict[str, Any] = {role: None if member is None else Member(**member) for role, member in roles.items()}
-            trial: dict[str, Any] = {name: content[name] for name in ("share", "shadow", "ended", "since_s") if name in content}  # releases of 0.1.0 have none
+            known = ("share", "shadow", "ended", "since_s")  # releases of 0.1.0 have none
+            trial: dict[str, Any] = {name: content[name] for name in known if name in content}
             return cls(**members, decision=content.pop("decision"), rolled_back=tuple(content.pop("rolled_back")), **trial)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedArtifactError(f"{storage.release} is not a release: {error!r}", "bring the file back, or promote a bundle anew") from None

@@ -292,22 +292,26 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
     from policies.tune import tune as learn_policy
     from recray.evaluation.gates import incomparable
     from recray.inference.policy import KIND
-    from recray.promotion import champion_of, keep_private
+    from recray.promotion import champion_of, keep_private, policy_of
 
     started = time.monotonic()
     storage, settings = work.storage, work.settings
     bundle = champion_of(storage)
     keep_private(settings, bundle)
-    start = _policy_before(work, bundle)
+    live = sound_policy(storage, bundle, policy_of(storage), work.warn)
+    if live is not None and live.about.get("dataset") == dataset.key:  # what this job made of this night before
+        live = sound_policy(storage, bundle, live.about.get("against"), work.warn)
+    start = live if live is not None and live.actions == settings.policy.actions else _policy_before(work, bundle)
     if why := incomparable(dataset, bundle):
         raise RefusedError(f"bundle {bundle.key} {why}", "tune on the data of its night")
-    chosen = settings.result_settings("policy", "evaluate", "privacy", "split")
-    key = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, start and start.about.get("key"), __version__)
+    chosen = settings.result_settings("policy", "evaluate", "privacy", "split", "score")
+    before, against = (policy and policy.about.get("key") for policy in (start, live))
+    key = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, before, against, __version__)
     path = storage.policy(key)
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         cluster.start()
-        work.say(f"a policy for bundle {bundle.key}" + (", which begins as the one before" if start else ""))
+        work.say(f"a policy for bundle {bundle.key}" + (f", which begins as {before}" if start else ""))
 
         def told(decisions: int, metrics: dict[str, float]) -> None:
             work.say(f"{decisions:,} decisions, {settings.policy.metric} {metrics['reward']:.4f}", level="debug", decisions=decisions, **metrics)
@@ -315,8 +319,8 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
         with lease.commit():
             storage.staging.mkdir(parents=True, exist_ok=True)
         checkpoint = storage.staging / f"{key}.safetensors"
-        policy, _ = learn_policy(settings, dataset, bundle, start=start, checkpoint=checkpoint, on_metrics=told)
-        policy.about |= {"key": key, "private": settings.privacy.enabled}
+        policy, _ = learn_policy(settings, dataset, bundle, start=start, live=live, checkpoint=checkpoint, on_metrics=told)
+        policy.about |= {"key": key, "against": against, "private": settings.privacy.enabled}
         policy.save(path, key)
         checkpoint.unlink(missing_ok=True)
     return _released(work, "tune", key, bundle, dataset.as_of_s, started, skipped=skipped)
@@ -329,14 +333,18 @@ def adapt(work: Work) -> JobResult:
     """
     from policies.adapt import adapt as learn_policy
     from policies.logs import matured
-    from recray.inference.policy import KIND, Policy
+    from recray.inference.policy import KIND
     from recray.promotion import champion_of, keep_private, policy_of
 
-    collect(work)
     started = time.monotonic()
     storage, settings = work.storage, work.settings
     bundle = champion_of(storage)
     keep_private(settings, bundle)
+    made_s, last = _last_adapted(storage)
+    if time.time() < made_s + 3600 * settings.policy.every_hours:
+        work.say(f"policy {last} is not {settings.policy.every_hours:g} hours old")
+        return result_of("adapt", True, last, {"policy": str(storage.policy(last))}, {}, started, work)
+    collect(work)
     name = policy_of(storage)
     live = sound_policy(storage, bundle, name, work.warn)
     told = [folder for folder in storage.collected.glob("[!.]*") if any((folder / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
@@ -352,9 +360,15 @@ def adapt(work: Work) -> JobResult:
         policy, _, aside = learn_policy(settings, folders, dataset, bundle, live, known, now_s)
         for reason, count in aside.items():
             work.warn(f"{count} decisions were set aside: {reason}")
-        policy.about |= {"key": key, "private": settings.privacy.enabled}
+        policy.about |= {"key": key, "made_s": now_s, "private": settings.privacy.enabled}
         policy.save(path, key)
     return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
+
+
+def _last_adapted(storage: Storage) -> tuple[float, str]:
+    """When `adapt` made its last policy, and its run key; 0 where it made none."""
+    made = [read_json(path / "policy.json")["about"] for path in storage.policy("").glob("[!.]*")]
+    return max(((about["made_s"], about["key"]) for about in made if "made_s" in about), default=(0.0, ""))
 
 
 def published_dataset(storage: Storage) -> Dataset:

@@ -305,7 +305,12 @@ class Predictor:
 
     @cached_property
     def _rank_V(self) -> np.ndarray:
-        return popularity_rank(self.popularity.total())
+        return popularity_rank(self.counts())
+
+    def counts(self) -> np.ndarray:
+        """How often each item was met, float64 [n_items + 1]; where privacy was on while the model was trained, its noised counts alone."""
+        own = self.model.offset_V
+        return self.popularity.total() if own is None else own.double().exp().cpu().numpy()
 
     def observe(self, history: History, now: int, state: np.ndarray | None = None) -> np.ndarray:
         """What a policy sees of a request, float32 [len(OBSERVED)]. state : [2] of `Recommendations.state`, as the last night had it"""

@@ -39,6 +39,7 @@ _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 REASONS = 3  # named for an item
 QUICK_USERS = 32  # requests that a GPU answers by a graph, at once; more keep it busy as they are
 INT64 = 1 << 63
+STALE_S = 7 * 86_400  # after a night without another one, nothing is decided: the trained model answers as it is
 MASKS = 64  # attribute filters whose items are remembered
 
 
@@ -300,6 +301,8 @@ class Night:
 
     def _decide(self, request: RecommendRequest | ScoreRequest, history: History, now: int, exploration: Explore | None) -> Decision | None:
         policy = self.predictor.policy
+        if self.predictor.has_time and now - self.snapshot.as_of_s > STALE_S:  # what the night saw is old, and so is what the policy was learned on
+            return None
         if exploration is not None and not self.explores(exploration):
             exploration = None
         if (policy is None and exploration is None) or not (history.item_index > 0).any():
@@ -313,7 +316,7 @@ class Night:
         return Decision(self.policy or "", names, observation, mean, action[0], float(density[0]), exploration.sigma)
 
     def explores(self, exploration: Explore) -> bool:
-        """Whether there is something to explore: the policy's controls, or those of `exploration`, which the model may not have; that is said once."""
+        """Whether there is something to explore: the policy's controls, or those of `exploration`. What the model does not have is said once."""
         actions = exploration.actions
         if self.policy is not None:
             return True

@@ -86,7 +86,6 @@ class Trial:
             return f"its outcomes are worth {difference:+.4f} a user against the champion's, at most {difference + bound:+.4f}"
         return None
 
-
     def won(self) -> bool:
         """Whether the challenger's outcomes are better for sure."""
         difference, bound = self.outcomes.difference()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from conftest import prepare_here
 
 from policies import gate
 from policies import tune as tuning
+from policies.held_out import HeldOut
 from recray import pipeline
 from recray.benchmark.nights import publish_untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.dataset.worlds import World
 from recray.errors import DataError, RefusedError
-from recray.inference.policy import Policy
+from recray.inference import Predictor
+from recray.inference.policy import OBSERVED, Policy
 from recray.release import Release
+from recray.stages import published_dataset
 from recray.storage import Storage
 from recray.tracking.runs import Tracking
 
@@ -72,7 +77,40 @@ def test_what_passes_goes_on_trial_and_what_is_refused_is_not_adopted(settings, 
         pipeline.run_promote(settings, None, bundle=f"untrained+{refused.run_key}")
     pipeline.run_promote(settings, None, bundle=f"untrained+{result.run_key}")
     assert Release.read(storage).champion.policy == result.run_key
+    again = pipeline.run_tune(settings.model_copy(update={"policy": settings.policy.model_copy(update={"decisions": 600})}), None)
+    assert again.status == "skipped" and again.run_key == result.run_key, "what it made itself is not what it is judged against"
     storage.release.write_bytes(before)
+
+
+def test_a_policy_has_to_be_better_than_the_one_that_decides(settings, storage):
+    bundle = Bundle.open(storage.bundle("untrained"))
+    live = Policy.load(storage.policy(pipeline.run_tune(settings, None).run_key), bundle.digest)
+    dataset = published_dataset(storage)
+    predictor = Predictor.load(bundle.path, dataset=dataset)
+    questions, new_only = tuning.questions_of(settings, dataset, predictor)
+    judged = HeldOut(predictor, questions, ["temperature"], new_only=new_only)
+    strong = Policy(("recency", "temperature"), live.frozen, {"weight_0": torch.zeros(2, len(OBSERVED)), "bias_0": torch.ones(2)}, bundle.digest, {})
+    places = np.arange(len(judged))
+    mine, theirs = (judged.turning(policy.actions).pay(places, policy.act(judged.observation)).mean() for policy in (live, strong))
+    assert abs(mine - theirs) > 1e-6
+    assert tuning.judge(settings, judged, live, strong).figures["gain"] == pytest.approx(mine - theirs, abs=1e-9)
+    itself = tuning.judge(settings, judged, live, live)
+    assert itself.figures["gain"] == 0.0 and not itself.passed
+
+
+def test_what_is_learned_at_one_moment_decides_at_others(settings, storage, monkeypatch, tmp_path):
+    """Under a split by time all are asked at the cut, and the night and the endpoint ask later."""
+    monkeypatch.setattr(tuning, "LEAST", 50)
+    split = settings.split.model_copy(update={"kind": "time"})
+    at_cut = settings.model_copy(update={"split": split, "storage": settings.storage.model_copy(update={"root": str(tmp_path)})})
+    dataset = prepare_here(at_cut)
+    bundle = Bundle.open(publish_untrained(at_cut, dataset, at_cut.root()).bundle("untrained"))
+    policy, _ = tuning.tune(at_cut, dataset, bundle)
+    assert np.isinf(policy.frozen.scale).sum() == 3, "the clock stood still"
+    predictor = Predictor.load(bundle.path, dataset=dataset)
+    histories = [predictor.translation(dataset).history(dataset.user_history(user)) for user in range(300)]
+    seen = np.stack([predictor.observe(history, dataset.now_s + 3600) for history in histories])
+    assert (policy.act(seen) != 0).mean() > 0.8
 
 
 def test_bad_circumstances_are_named(settings, storage, world_settings, world_dataset, tmp_path):

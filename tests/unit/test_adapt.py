@@ -108,6 +108,9 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     assert 0 < result.metrics["latency"] < 0.5 and result.metrics["diversity"] > 0.5
     assert result.reason == "" and result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0, result.reason
     assert Release.read(storage).champion.policy == result.run_key
+    waits = settings.model_copy(update={"policy": settings.policy.model_copy(update={"every_hours": 1.0})})
+    early = pipeline.run_adapt(waits, None)
+    assert (early.status, early.run_key) == ("skipped", result.run_key) and early.metrics == {}
     before = handler.night
     handler.look()
     assert handler.night is not before and handler.night.policy == result.run_key

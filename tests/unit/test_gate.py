@@ -93,7 +93,6 @@ def test_what_pays_only_while_it_explores_is_refused(frozen):
     assert verdict.figures["dr_low"] > 0 and "unexplored -" in verdict.reason and better.passed, (verdict.reason, better.reason)
 
 
-
 def test_too_little_support_and_too_slow_a_decision_are_refused(good):
     assert "effective samples" in gate.judge(log_of(Planted(), n=1000, sigma=0.2), good).reason
     assert "of the Predictor's time" in gate.judge(log_of(Planted()), good, latency=0.2).reason
