@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from policies import ope
 from policies.logs import Logged
 from recray.evaluation.gates import Check
-from recray.inference.policy import OBSERVED, Policy, explore, log_density
+from recray.inference.policy import OBSERVED, Frozen, explore, log_density
 
 WRONG = 0.2  # of the 95 % intervals on shuffled rewards, at most: more than 4 of 20 is one chance in 400 where they hold
 
@@ -46,8 +47,17 @@ class Verdict:
         return "; ".join(check.text for check in self.checks if not check.passed)
 
 
+class Acts(Protocol):
+    """What is judged: a `Policy`, or what acts as one does."""
+
+    @property
+    def frozen(self) -> Frozen: ...
+
+    def act(self, observation_ND: np.ndarray, /) -> np.ndarray: ...
+
+
 def judge(
-    log: Logged, policy: Policy, rules: Rules = Rules(), *, seed: int = 0, diversity: float | None = None, latency: float | None = None
+    log: Logged, policy: Acts, rules: Rules = Rules(), *, seed: int = 0, diversity: float | None = None, latency: float | None = None
 ) -> Verdict:
     """The verdict on a policy by a checked log.
 

@@ -24,12 +24,14 @@ from recray.errors import DamagedArtifactError
 from recray.inference.policy import Frozen, Policy
 
 NORMALISED_ON = 4096  # requests
+UPDATES = 20
 LAYERS = ("encoder.actor_encoder.net.mlp.0", "encoder.actor_encoder.net.mlp.2", "pi.net.mlp.0")  # of RLlib's module
 
 
 @dataclass(frozen=True)
 class Ppo:
-    """How PPO learns. decisions: requests that are decided; the others as RLlib names them."""
+    """How PPO learns. decisions: requests that are decided; batch: at most, so that few decisions are learned from in `UPDATES` batches too;
+    the others as RLlib names them."""
 
     decisions: int = 100_000
     at_once: int = 256
@@ -121,7 +123,7 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | No
             gamma=0.0,
             lambda_=1.0,
             lr=[[0, now], [left, options.last_lr]],
-            train_batch_size_per_learner=options.batch,
+            train_batch_size_per_learner=min(options.batch, max(options.decisions // UPDATES, options.minibatch)),
             minibatch_size=options.minibatch,
             num_epochs=options.epochs,
             use_kl_loss=False,

@@ -85,8 +85,8 @@ def judge(settings: Settings, judged: HeldOut, policy: Policy, live: Policy | No
     mine, none = (judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions)))))
     now = none if live is None else judged.turning(live.actions).lists(places, live.act(judged.observation))
     latency = deciding_share(judged.predictor, judged.questions[:TIMED], policy)
-    paid = [judged.worth(places, found) for found in (mine, now)]
-    return gate.compare(judged.observation, *paid, rules_of(settings), diversity=judged.variety(mine, none), latency=latency)
+    paid, before = (judged.worth(places, found) for found in (mine, now))
+    return gate.compare(judged.observation, paid, before, rules_of(settings), diversity=judged.variety(mine, none), latency=latency)
 
 
 def rules_of(settings: Settings) -> gate.Rules:

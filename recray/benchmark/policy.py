@@ -121,7 +121,7 @@ def _over(mine: np.ndarray, others: dict[str, np.ndarray], ways: int | None = No
 
 def _twins(say: Say) -> dict[str, Any]:
     """How often the gate promotes where nothing is to be gained: each policy on logs of users of their own."""
-    twin, promoted = replace(Planted(), twin=True), {"twin": 0, "shuffled": 0, "a_a": 0}
+    twin, promoted = replace(Planted(), twin=True), {"twin": 0, "twin_asked_both": 0, "shuffled": 0, "a_a": 0}
     runs = TWINS * LOGS
     for number in range(TWINS):
         policy = learn(twin, replace(Ppo(), decisions=TWIN_DECISIONS), BUNDLE, seed=100 + number)
@@ -129,6 +129,7 @@ def _twins(say: Say) -> dict[str, Any]:
         for repeat in range(LOGS):
             random = np.random.default_rng([300, number, repeat])
             promoted["twin"] += gate.judge(_logged(twin, LOGGED, SIGMA, random), policy).passed
+            promoted["twin_asked_both"] += _asked_both(twin, policy, random).passed
             real = _logged(Planted(), LOGGED, SIGMA, random)
             promoted["shuffled"] += gate.judge(replace(real, reward=random.permutation(real.reward)), other).passed
             promoted["a_a"] += gate.judge(_beside(_logged(Planted(), LOGGED, SIGMA, random, other.act), random), _Beside(other)).passed
@@ -143,6 +144,13 @@ def _logged(rewards: Planted, n: int, sigma: float, random: np.random.Generator,
     action, density = explore(mean, sigma, random)
     reward = clicks(rewards.pay(cases, action), random)
     return Logged(observation, mean, action, density, np.full(n, sigma), reward, np.arange(n), np.full(n, BUNDLE), np.full(n, ""))
+
+
+def _asked_both(rewards: Planted, policy: Policy, random: np.random.Generator) -> gate.Verdict:
+    """The verdict of `recray tune`, which asks both of the same users."""
+    observation, cases = rewards.draw(LOGGED, random)
+    mine, none = (clicks(rewards.pay(cases, action), random) for action in (policy.act(observation), np.zeros((LOGGED, len(rewards.actions)))))
+    return gate.compare(observation, mine, none)
 
 
 def _beside(log: Logged, random: np.random.Generator) -> Logged:
@@ -181,7 +189,7 @@ def _worse(say: Say) -> dict[str, Any]:
     losses = {a: float(world.pay(cases, np.full((JUDGED, 1), a)).mean()) for a in np.linspace(0, 1, 101)}
     action = min(losses, key=lambda a: abs(losses[a] - WORSE * losses[0.0]))
     bad = _Constant(action, Frozen.of(observation))
-    verdicts = [gate.judge(_logged(world, LOGGED, SIGMA, random), bad) for _ in range(20)]  # type: ignore[arg-type]
+    verdicts = [gate.judge(_logged(world, LOGGED, SIGMA, random), bad) for _ in range(20)]
     asked = [_canary(world, bad.act, np.random.default_rng([500, seed])) for seed in range(20)]
     ended = [requests for requests in asked if requests is not None]
     metrics = {
@@ -218,7 +226,8 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
     """On the histories of a data set, clean and with noise events: NDCG of half of the test users under each way, learned on the others.
 
     What is learned with chance is learned five times, and counts by each user's mean. `promoted`: how many of the five policies the gate
-    lets pass, by a log of those users that explored. `hindsight`: the best of eleven settings for each user, a bound that nobody reaches.
+    lets pass that asks both of those users, as for `recray tune`; `promoted_by_log`: by a log of theirs that explored, as for `recray adapt`.
+    `hindsight`: the best of eleven temperatures for each user.
     """
     settings, dataset, predictor, epochs = trained(data, folder, overrides, say)
     cluster.start()
@@ -233,7 +242,7 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
         learned, judged = (HeldOut(predictor, some, ACTIONS, new_only=new_only, listed_new_only=new_only) for some in (asked[:half], asked[half:]))
         found = _on_histories(learned, judged, min(settings.policy.decisions, REAL_DECISIONS))
         metrics[f"noise {share:.0%}"] = found
-        passed = f"{found['promoted']} of {SEEDS} promoted {found['reasons']}"
+        passed = f"{found['promoted']} of {SEEDS} promoted {found['reasons']}, {found['promoted_by_log']} by a log"
         say(f"{share:.0%} noise: NDCG {found['ndcg']}, over nothing {found['over_nothing']}, {passed}")
     return bundle_settings(settings), metrics
 
@@ -260,9 +269,9 @@ def _on_histories(learned: HeldOut, judged: HeldOut, decisions: int) -> dict[str
         np.full(len(judged), ""),
     )
     usable, before = checked(log, BUNDLE, {""})[0], judged.lists(places, np.zeros((len(judged), len(ACTIONS))))
-    verdicts = [
-        gate.judge(usable, policy, diversity=judged.variety(judged.lists(places, policy.act(judged.observation)), before)) for policy in policies
-    ]
+    varied = [judged.variety(judged.lists(places, policy.act(judged.observation)), before) for policy in policies]
+    asked_both = [gate.compare(judged.observation, paid, none, diversity=share) for paid, share in zip(by_seed["ppo"], varied, strict=True)]
+    by_log = [gate.judge(usable, policy, diversity=share) for policy, share in zip(policies, varied, strict=True)]
     zero = np.zeros(len(judged))
     return {
         "users": len(judged),
@@ -274,8 +283,10 @@ def _on_histories(learned: HeldOut, judged: HeldOut, decisions: int) -> dict[str
         "ppo_over": _over(paid["ppo"], {name: found for name, found in paid.items() if name != "ppo"}),
         "hindsight": round(float(np.max(tried, 0).mean()), 4),
         "mean_action": [round(float(value), 3) for value in policies[0].act(judged.observation).mean(0)],
-        "promoted": sum(verdict.passed for verdict in verdicts),
-        "reasons": sorted({verdict.reason for verdict in verdicts if not verdict.passed}),
+        "promoted": sum(verdict.passed for verdict in asked_both),
+        "reasons": sorted({verdict.reason for verdict in asked_both if not verdict.passed}),
+        "promoted_by_log": sum(verdict.passed for verdict in by_log),
+        "reasons_by_log": sorted({verdict.reason for verdict in by_log if not verdict.passed}),
     }
 
 

@@ -126,7 +126,9 @@ class Handler:
         fresh = await self._fresh(night, request, degraded)
         user = _name(night, request)
         chosen, decision = night, None
-        exploration = self._exploration if self._explores(user) and night.explores(self._exploration) else None
+        exploration = self._exploration
+        if exploration is not None and not (self._explores(user) and night.explores(exploration)):
+            exploration = None
         now = exploration is not None or not night.lists_as_it_decides
         if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
             chosen, question = challenger, challenger.question(request, fresh, exploration)
@@ -341,7 +343,7 @@ class Handler:
 
     def _explores(self, user: str | None) -> bool:
         """Whether answers for a user explore: a share of the users, other ones than a trial's."""
-        return self._exploration is not None and user is not None and answers(user, "exploration", self._policy.explore)
+        return user is not None and answers(user, "exploration", self._policy.explore)
 
     def _decided(
         self,
