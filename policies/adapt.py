@@ -1,4 +1,5 @@
-"""From what answers that explored were worth to the next policy: MARWIL (RLlib) on logged decisions, from the live policy on.
+"""From what answers that explored were worth to the next policy: MARWIL (RLlib) on logged decisions, from the live policy on; or PPO, paid
+what outcomes say by propensity.
 
 A click says little, so MARWIL is not shown the outcomes but what a model of them says of each logged action, learned on other users
 (gradient boosting, cross-fitted). Rounds that the newest one contradicts are left out: the world has changed since.
@@ -20,9 +21,10 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from policies import gate
 from policies.held_out import HeldOut
-from policies.learner import as_module, module_config, plain, restore
+from policies.learner import Ppo, as_module, learn, module_config, plain, restore
 from policies.logs import LEAST as LEAST_USABLE
 from policies.logs import Aside, Logged, checked, read, usable
+from policies.rewards import Outcomes
 from policies.tune import TIMED, deciding_share, rules_of
 from recray.bundle import Bundle
 from recray.config import Settings
@@ -77,7 +79,8 @@ def adapt(
     Raises RefusedError where the newest round can say too little, or where privacy is on and nobody is held out.
     """
     options = settings.policy
-    rounds, aside = read(folders, options.actions, until_s=now_s - options.wait_s)
+    bound = options.bound if live is None else live.bound
+    rounds, aside = read(folders, options.actions, until_s=now_s - options.wait_s, bound=bound)
     if not rounds:
         raise RefusedError("no collected decision turned " + ", ".join(options.actions), "explore: policy.sigma=0.3 policy.explore=0.1")
     if settings.privacy.enabled:
@@ -109,7 +112,8 @@ def adapt(
     aside["before the world changed"] = sum(len(everything[place]) for place in enough if place not in kept)
     aside = +aside
     log, judged = (Logged.joined([rounds_of[place] for place in kept]) for rounds_of in (teaching, judging))
-    policy = learn_from(log, live, options.actions, bundle.digest)
+    policy = LEARNERS[options.learner](log, live, settings, bundle.digest)
+    policy.about["bound"] = bound
     diversity, latency, listed = _lists(settings, dataset, bundle, policy, judged)
     verdict = gate.judge(judged, policy, rules_of(settings), diversity=diversity, latency=latency)
     if listed < LEAST_USERS:
@@ -159,7 +163,9 @@ def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy,
         return None, None, 0
     new_only = settings.score.new_only
     rules = Rules.declared(settings.score.rules(), dataset, translation.to_bundle, predictor.unseen)
-    some = HeldOut(predictor, asked, policy.actions, k=settings.evaluate.k[0], new_only=new_only, listed_new_only=new_only, rules=rules)
+    some = HeldOut(
+        predictor, asked, policy.actions, k=settings.evaluate.k[0], new_only=new_only, listed_new_only=new_only, rules=rules, bound=policy.bound
+    )
     places = np.arange(len(asked))
     mine, none = (some.lists(places, action) for action in (policy.act(some.observation), np.zeros((len(asked), len(policy.actions)))))
     return some.variety(mine, none), deciding_share(predictor, asked[:TIMED], policy), len(asked)
@@ -216,6 +222,23 @@ def learn_from(
             _update(learner, state[some], log.action[some].astype(np.float32), target[some])
     about = {"decisions": len(log), "learner": "marwil", "seed": seed}
     return Policy(actions, frozen, plain(module.state_dict()), bundle_digest, about)
+
+
+def _by_marwil(log: Logged, live: Policy | None, settings: Settings, bundle_digest: str) -> Policy:
+    return learn_from(log, live, settings.policy.actions, bundle_digest)
+
+
+def by_propensity(log: Logged, live: Policy | None, settings: Settings, bundle_digest: str) -> Policy:
+    """The next policy by PPO, paid what logged outcomes say by propensity; half of the users teach the model that helps. Needs a Ray session."""
+    options = settings.policy
+    taught = np.random.default_rng(0).random(int(log.codes.max()) + 1)[log.codes] < 0.5
+    model = _model(log.rows(taught))
+    paid = Outcomes(log.rows(~taught), options.actions, lambda seen, action: model.predict(np.concatenate([seen, action], 1)))
+    start = live if live is not None and live.actions == options.actions else None
+    return learn(paid, Ppo(decisions=options.decisions, penalty=options.penalty), bundle_digest, seed=settings.split.seed, start=start)
+
+
+LEARNERS = {"marwil": _by_marwil, "ppo": by_propensity}
 
 
 def _learner(K: int, options: Marwil) -> tuple[Any, Any]:

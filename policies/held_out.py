@@ -30,6 +30,7 @@ class HeldOut:
     new_only : recommend nothing that the user already met
     listed_new_only : the nightly lists, whose state is observed, do so
     rules : of all lists
+    bound : what an action of one turns, as a share of what it can
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class HeldOut:
         new_only: bool = False,
         listed_new_only: bool = False,
         rules: Rules | None = None,
+        bound: float = 1.0,
     ) -> None:
         self.predictor, self.questions, self.metric, self.k, self.rules = predictor, list(questions), metric, k, rules
         self.filters = Filters(new_only=new_only)
         predictor.model.requires_grad_(False)  # `value` has a gradient by the action alone
-        self.actions = tuple(actions)
-        self._dials = dials(actions, predictor.model, predictor.event_types)
+        self.actions, self._dials = tuple(actions), _bounded(actions, bound, predictor)
         counts = predictor.counts()
         if predictor.model.offset_V is None:
             for question in self.questions:  # what they did next is not known yet
@@ -118,10 +119,10 @@ class HeldOut:
         places = np.arange(min(len(self), USUAL))
         return max(float(self.diversity(self.lists(places, np.zeros((len(places), len(self.actions))))).mean()), 1e-9)
 
-    def turning(self, actions: Sequence[str]) -> HeldOut:
+    def turning(self, actions: Sequence[str], bound: float) -> HeldOut:
         """The same users, of other controls."""
         found = copy(self)
-        found.actions, found._dials = tuple(actions), dials(actions, self.predictor.model, self.predictor.event_types)
+        found.actions, found._dials = tuple(actions), _bounded(actions, bound, self.predictor)
         return found
 
     def variety(self, mine_NK: np.ndarray, none_NK: np.ndarray) -> float:
@@ -136,3 +137,7 @@ class HeldOut:
         total = vectors.sum(1).square().sum(1)
         found: np.ndarray = (1 - (total - self.k) / (self.k * (self.k - 1))).numpy()
         return found
+
+
+def _bounded(actions: Sequence[str], bound: float, predictor: Predictor) -> list[tuple[int, int | None, float]]:
+    return [(place, column, bound * scale) for place, column, scale in dials(actions, predictor.model, predictor.event_types)]

@@ -67,15 +67,15 @@ def matured(folders: Sequence[Path], until_s: float) -> int:
     return sum(int((column.cast(pa.int64()).to_numpy() <= until_s * 1e6).sum()) for column in times)
 
 
-def read(folders: Sequence[Path], actions: tuple[str, ...], *, until_s: float) -> tuple[list[Logged], Aside]:
+def read(folders: Sequence[Path], actions: tuple[str, ...], *, until_s: float, bound: float = 1.0) -> tuple[list[Logged], Aside]:
     """The decisions that a policy or exploration made, a round a folder of `recray collect`, oldest first, and how many were set aside;
     rounds without any are left out.
 
-    A decision's reward is the sum of its outcomes, in whatever folder these are. actions : what decisions have to turn; until_s : later
-    decisions wait for their outcomes
+    A decision's reward is the sum of its outcomes, in whatever folder these are. actions, bound : what decisions have to turn, and how far;
+    until_s : later decisions wait for their outcomes
     """
     aside: Aside = Counter()
-    rounds = [rows for file in _files(folders, "decisions") if (rows := _decisions(file, actions, until_s, aside))]
+    rounds = [rows for file in _files(folders, "decisions") if (rows := _decisions(file, actions, bound, until_s, aside))]
     worth = dict.fromkeys((row["request_id"] for rows in rounds for row in rows), 0.0)
     for file in _files(folders, "outcomes"):
         for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "value", "set_aside"]):
@@ -89,15 +89,15 @@ def _files(folders: Sequence[Path], kind: str) -> list[Path]:
     return [file for folder in folders if (file := folder / f"{kind}.parquet").exists()]
 
 
-def _decisions(file: Path, actions: tuple[str, ...], until_s: float, aside: Aside) -> list[dict[str, Any]]:
+def _decisions(file: Path, actions: tuple[str, ...], bound: float, until_s: float, aside: Aside) -> list[dict[str, Any]]:
     found = []
     for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "user_id", "timestamp", "bundle", "more"]):
         for row in batch.to_pylist():
             told = json.loads(row.pop("more") or "{}").get("decision")
             if told is None or row["timestamp"].timestamp() > until_s:
                 continue
-            if tuple(told["actions"]) != actions:
-                aside["turned other controls"] += 1
+            if tuple(told["actions"]) != actions or told.get("bound", 1.0) != bound:
+                aside["turned other controls, or as far as another bound"] += 1
             elif [len(told[name]) for name in ("observation", "mean", "action")] != [len(OBSERVED), len(actions), len(actions)]:
                 aside["seen by another version of recray"] += 1
             else:

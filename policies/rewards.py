@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recray.inference.policy import OBSERVED
+from policies.logs import Logged
+from recray.inference.policy import OBSERVED, log_density
 
 
 class Rewards(Protocol):
@@ -106,6 +108,35 @@ class Planted:
         near = torch.exp(-(((action_NK - best) / self.width) ** 2).mean(1))
         none = torch.exp(-((best / self.width) ** 2).mean(1))
         found: Tensor = self.level + self.lead * (near - none)
+        return found
+
+
+class Outcomes:
+    """Logged decisions, paid by propensity: the doubly robust estimate of what an action would have earned a logged request.
+
+    For action a, q(x, a) + w (r - q(x, a_log)), where w is the density of the logged action around a, explored as the log did, over the
+    logged one (Dudík, Langford and Li 2011; Kallus and Zhou 2018 smooth continuous actions by a kernel likewise). w is cut off at `most`.
+
+    model : q, of observations [n, D] and actions [n, K], learned on other users than those who are paid
+    """
+
+    def __init__(self, log: Logged, actions: tuple[str, ...], model: Callable[[np.ndarray, np.ndarray], np.ndarray], most: float = 20.0) -> None:
+        self.log, self._actions, self.model, self.most = log, actions, model, most
+        self._residual = log.reward - model(log.observation, log.action)
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return self._actions
+
+    def draw(self, n: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Decisions at random; the cases are their places."""
+        places = random.integers(0, len(self.log), n)
+        return self.log.observation[places], places
+
+    def pay(self, cases: np.ndarray, action_NK: np.ndarray) -> np.ndarray:
+        log, action = self.log, np.asarray(action_NK, np.float32)
+        w = np.exp(log_density(log.action[cases], action, log.sigma[cases, None]) - log.log_density[cases])
+        found: np.ndarray = self.model(log.observation[cases], action) + np.minimum(w, self.most) * self._residual[cases]
         return found
 
 

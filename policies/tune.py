@@ -57,12 +57,14 @@ def tune(
     judges = draw_of(pa.array([str(dataset.shard(question.shard).user_ids[question.row]) for question in questions]), "judges") < JUDGED
     options, k = settings.policy, settings.evaluate.k[0]
     rules = Rules.declared(settings.score.rules(), dataset, predictor.translation(dataset).to_bundle, predictor.unseen)
-    filtered: dict[str, Any] = {"new_only": new_only, "listed_new_only": settings.score.new_only, "rules": rules}
+    filtered: dict[str, Any] = {"new_only": new_only, "listed_new_only": settings.score.new_only, "rules": rules, "bound": options.bound}
     judged, learned = (
         HeldOut(predictor, [questions[place] for place in places], options.actions, metric=options.metric, k=k, **filtered)
         for places in (np.flatnonzero(judges), np.flatnonzero(~judges))
     )
     ppo = Ppo(decisions=options.decisions, penalty=options.penalty)
+    if start is not None and start.bound != options.bound:
+        start = None
     policy = learn(
         learned,
         ppo,
@@ -73,6 +75,7 @@ def tune(
         checkpoint=checkpoint,
         on_metrics=on_metrics,
     )
+    policy.about["bound"] = options.bound
     verdict = judge(settings, judged, policy, live)
     policy.about |= {"bundle": bundle.key, "dataset": dataset.key, "as_of_s": dataset.as_of_s, "promoted": verdict.passed, "reason": verdict.reason}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
@@ -83,7 +86,7 @@ def judge(settings: Settings, judged: HeldOut, policy: Policy, live: Policy | No
     """The gate's verdict by users that the policy was not learned from. live : to be better than; None: than the trained model as it is"""
     places = np.arange(len(judged))
     mine, none = (judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions)))))
-    now = none if live is None else judged.turning(live.actions).lists(places, live.act(judged.observation))
+    now = none if live is None else judged.turning(live.actions, live.bound).lists(places, live.act(judged.observation))
     latency = deciding_share(judged.predictor, judged.questions[:TIMED], policy)
     paid, before = (judged.worth(places, found) for found in (mine, now))
     return gate.compare(judged.observation, paid, before, rules_of(settings), diversity=judged.variety(mine, none), latency=latency)

@@ -262,6 +262,7 @@ class PolicySettings(Section):
         max_length=8,
         description="what it may turn: temperature or temperature.HEAD, recency, event.TYPE, weight.FEATURE or weight.id",
     )
+    bound: float = Field(1.0, gt=0, le=1, description="how far an action turns at most, as a share of what it can; exploration too")
     metric: Literal["ndcg", "mrr"] = Field("ndcg", description="of users' real next items, at the first of evaluate.k: what it is rewarded by")
     decisions: int = Field(100_000, ge=1, description="decisions that it learns from")
     penalty: float = Field(0.002, ge=0, description="times the squared action is taken from a reward: what gains nothing stays at the trained model")
@@ -269,6 +270,9 @@ class PolicySettings(Section):
     segment: float = Field(0.01, ge=0, description="gate: what no third of the users by length of history may lose for sure, as a share")
     diversity: float = Field(0.9, ge=0, description="how varied its lists have to be, as a share of the trained model's; for learning and gate")
     latency: float = Field(0.05, gt=0, description="gate: what a decision may take, as a share of the time of the answer")
+    learner: Literal["marwil", "ppo"] = Field(
+        "marwil", description="adapt: MARWIL by what a model says of logged actions, or PPO paid what outcomes say by propensity"
+    )
     wait_s: float = Field(3600.0, ge=0, description="adapt: how long a decision waits for its outcomes")
     rounds: int = Field(10, ge=1, description="adapt: collected folders that are looked back at, unless the newest contradicts them")
     share: float = _place(0.1, "of the users whom a policy that passed the gate answers on trial; 1: all at once, nightly lists too", gt=0, le=1)

@@ -357,6 +357,8 @@ def adapt(work: Work) -> JobResult:
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
+        if settings.policy.learner == "ppo":
+            cluster.start()
         policy, _, aside = learn_policy(settings, folders, dataset, bundle, live, known, now_s)
         for reason, count in aside.items():
             work.warn(f"{count} decisions were set aside: {reason}")

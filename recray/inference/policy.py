@@ -174,6 +174,11 @@ class Policy:
         # within these nothing is cut and nothing is unknown
         self._near = np.maximum(frozen.low, frozen.mean + self._low).tolist(), np.minimum(frozen.high, frozen.mean + self._high).tolist()
 
+    @property
+    def bound(self) -> float:
+        """What an action of one turns, as a share of what it can."""
+        return float(self.about.get("bound", 1.0))
+
     def act(self, observation_ND: np.ndarray) -> np.ndarray:
         """The mean action of each row, float32 [N, K]; zeros for a row that is not finite or unlike those that it was learned on."""
         if len(observation_ND) == 1:  # a request: it mostly needs no more than this, and each step more is dear there

@@ -334,7 +334,7 @@ class Predictor:
         moments = np.broadcast_to(np.asarray(now, np.int64), len(histories))
         states = np.full((len(histories), 2), np.nan, np.float32) if state is None else state
         seen = np.stack([self.observe(*each) for each in zip(histories, moments.tolist(), states, strict=True)])
-        return turn(self.policy.act(seen), dials(self.policy.actions, self.model, self.event_types), self.model, self.event_types)
+        return turn(self.policy.bound * self.policy.act(seen), dials(self.policy.actions, self.model, self.event_types), self.model, self.event_types)
 
     @torch.no_grad()
     def recommend(

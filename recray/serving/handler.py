@@ -80,8 +80,9 @@ class Handler:
         self.traces = provider(options.traces)
         self._tracer = tracer(self.traces)
         self._policy = policy or PolicySettings()
-        explores = self._policy.sigma > 0 and self._policy.explore > 0
-        self._exploration = Explore(self._policy.sigma, self._policy.actions, np.random.default_rng()) if explores else None
+        said = self._policy
+        explores = said.sigma > 0 and said.explore > 0
+        self._exploration = Explore(said.sigma, said.actions, said.bound, np.random.default_rng()) if explores else None
         self.look()
 
     def _new_batcher(self) -> Batcher[Question, Found]:

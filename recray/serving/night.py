@@ -45,10 +45,11 @@ MASKS = 64  # attribute filters whose items are remembered
 
 @dataclass(frozen=True)
 class Explore:
-    """How an answer explores: sigma around what is decided; actions that are turned where no policy names them."""
+    """How an answer explores: sigma around what is decided; actions that are turned, and their bound, where no policy names them."""
 
     sigma: float
     actions: tuple[str, ...]
+    bound: float
     random: np.random.Generator
 
 
@@ -68,7 +69,7 @@ class Found:
 @dataclass(frozen=True)
 class Decision:
     """What a policy saw and decided, for the log: observation [D]; mean and action [K]; log_density of the action, None where nothing was
-    explored; sigma of the exploration."""
+    explored; sigma of the exploration; bound: what an action of one turns, as a share of what it can."""
 
     policy: str
     actions: tuple[str, ...]
@@ -77,15 +78,17 @@ class Decision:
     action: np.ndarray
     log_density: float | None
     sigma: float
+    bound: float
 
     def turned(self) -> dict[str, float]:
-        """The action, by the names of the controls."""
-        return dict(zip(self.actions, (float(value) for value in self.action), strict=True))
+        """How far each control is turned, by name."""
+        return dict(zip(self.actions, (self.bound * float(value) for value in self.action), strict=True))
 
     def body(self) -> dict[str, Any]:
         """As JSON values; numbers keep all their digits, so that a density can be made again."""
-        told = {name: [float(value) for value in getattr(self, name)] for name in ("observation", "mean", "action")}
-        return {"policy": self.policy, "actions": list(self.actions), **told, "log_density": self.log_density, "sigma": self.sigma}
+        told: dict[str, Any] = {name: [float(value) for value in getattr(self, name)] for name in ("observation", "mean", "action")}
+        told |= {name: getattr(self, name) for name in ("log_density", "sigma", "bound")}
+        return {"policy": self.policy, "actions": list(self.actions), **told}
 
 
 @dataclass(frozen=True)
@@ -308,12 +311,14 @@ class Night:
         if (policy is None and exploration is None) or not (history.item_index > 0).any():
             return None
         observation = self.predictor.observe(history, now, self.state(request))
-        names = exploration.actions if policy is None and exploration is not None else policy.actions if policy is not None else ()
-        mean = np.zeros(len(names), np.float32) if policy is None else policy.act(observation[None])[0]
-        if exploration is None:
-            return Decision(self.policy or "", names, observation, mean, mean, None, 0.0)
-        action, density = explore(mean[None], exploration.sigma, exploration.random)
-        return Decision(self.policy or "", names, observation, mean, action[0], float(density[0]), exploration.sigma)
+        source = exploration if policy is None else policy
+        assert source is not None
+        mean = np.zeros(len(source.actions), np.float32) if policy is None else policy.act(observation[None])[0]
+        played, density, sigma = mean, None, 0.0
+        if exploration is not None:
+            action, log_density = explore(mean[None], exploration.sigma, exploration.random)
+            played, density, sigma = action[0], float(log_density[0]), exploration.sigma
+        return Decision(self.policy or "", source.actions, observation, mean, played, density, sigma, source.bound)
 
     def explores(self, exploration: Explore) -> bool:
         """Whether there is something to explore: the policy's controls, or those of `exploration`. What the model does not have is said once."""

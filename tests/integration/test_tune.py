@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ from conftest import prepare_here
 
 from policies import gate
 from policies import tune as tuning
+from policies.adapt import by_propensity
 from policies.held_out import HeldOut
+from policies.logs import Logged
+from policies.rewards import Outcomes, Planted, clicks
 from recray import pipeline
 from recray.benchmark.nights import publish_untrained
 from recray.bundle import Bundle
@@ -17,7 +22,7 @@ from recray.config import load_settings
 from recray.dataset.worlds import World
 from recray.errors import DataError, RefusedError
 from recray.inference import Predictor
-from recray.inference.policy import OBSERVED, Policy
+from recray.inference.policy import OBSERVED, Policy, explore
 from recray.release import Release
 from recray.stages import published_dataset
 from recray.storage import Storage
@@ -91,7 +96,7 @@ def test_a_policy_has_to_be_better_than_the_one_that_decides(settings, storage):
     judged = HeldOut(predictor, questions, ["temperature"], new_only=new_only)
     strong = Policy(("recency", "temperature"), live.frozen, {"weight_0": torch.zeros(2, len(OBSERVED)), "bias_0": torch.ones(2)}, bundle.digest, {})
     places = np.arange(len(judged))
-    mine, theirs = (judged.turning(policy.actions).pay(places, policy.act(judged.observation)).mean() for policy in (live, strong))
+    mine, theirs = (judged.turning(policy.actions, 1.0).pay(places, policy.act(judged.observation)).mean() for policy in (live, strong))
     assert abs(mine - theirs) > 1e-6
     assert tuning.judge(settings, judged, live, strong).figures["gain"] == pytest.approx(mine - theirs, abs=1e-9)
     itself = tuning.judge(settings, judged, live, live)
@@ -120,3 +125,27 @@ def test_bad_circumstances_are_named(settings, storage, world_settings, world_da
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
         tuning.tune(private, world_dataset, bundle)
+
+
+def test_outcomes_pay_by_propensity(settings):
+    """PPO learns from clicks what is to be had, from shuffled ones nothing."""
+    world, random = Planted(), np.random.default_rng(1)
+    observation, cases = world.draw(12_000, random)
+    mean, sigma = np.zeros((12_000, 1), np.float32), np.full(12_000, 0.7)
+    action, density = explore(mean, sigma[:, None], random)
+    reward, user = clicks(world.pay(cases, action), random), np.arange(12_000)
+    log = Logged(observation, mean, action, density, sigma, reward, user, np.full(12_000, "b"), np.full(12_000, ""))
+    paid = Outcomes(log, ("temperature",), lambda seen, played: np.full(len(seen), reward.mean()))
+    for value in (-0.5, 0.5):  # of who explores around it
+        played = explore(np.full((12_000, 1), value, np.float32), 0.7, random)[0]
+        assert paid.pay(user, np.full((12_000, 1), value)).mean() == pytest.approx(world.pay(cases, played).mean(), abs=0.02)
+
+    few = settings.model_copy(update={"policy": settings.policy.model_copy(update={"decisions": 40_000})})
+    seen, asked = world.draw(4000, np.random.default_rng(2))
+    none, best = world.pay(asked, np.zeros((4000, 1))).mean(), world.pay(asked, world.best(seen)).mean()
+
+    def lead(log):
+        return (world.pay(asked, by_propensity(log, None, few, "b").act(seen)).mean() - none) / (best - none)
+
+    assert lead(log) > 0.35
+    assert lead(replace(log, reward=random.permutation(reward))) < 0.2

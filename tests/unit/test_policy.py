@@ -228,6 +228,13 @@ def test_what_stands_in_for_the_metric_has_its_gradient(held_out):
     assert gradient.abs().max() > 1e-3 and all(p.grad is None for p in held_out.predictor.model.parameters())
 
 
+def test_a_bound_is_a_share_of_what_an_action_turns(held_out):
+    places, one = np.arange(20), np.tile([1.0, -1.0], (20, 1))
+    half = held_out.turning(held_out.actions, 0.5)
+    assert np.array_equal(half.lists(places, one), held_out.lists(places, 0.5 * one))
+    assert not np.array_equal(half.lists(places, one), held_out.lists(places, one))
+
+
 def test_arms_that_were_tried_are_looked_up(held_out):
     table, random = Tabled(held_out), np.random.default_rng(0)
     arms = np.array([[0.0, 0.5], [1.0, 0.0], [0.0, 0.0]])[random.integers(0, 3, 40)]

@@ -203,6 +203,35 @@ def test_a_policy_on_trial_answers_its_share_and_goes_home_like_a_bundle(shop, r
     handler.close()
 
 
+def test_what_is_bounded_turns_less_also_where_it_explores(shop, root, world_settings, world_dataset):
+    storage, bundle, plain, histories, *_ = shop
+    whole = Policy.load(storage.policy("p"), bundle.digest)
+    if not storage.policy("half").exists():
+        Policy(ACTIONS, whole.frozen, whole.weights, bundle.digest, {**whole.about, "bound": 0.5}).save(storage.policy("half"), "half")
+    promotion.release_policy(storage, bundle, "half", 1.0)
+    handler = made(storage, world_settings)
+    answer = ask(handler, 7, mode="realtime")
+    assert answer.controls == pytest.approx({"temperature": 0.45, "recency": -0.4})
+    halved = {"controls": plain.turned([{"temperature": 0.45, "recency": -0.4}]), "now": world_dataset.now_s}
+    expected = plain.recommend(histories[7:8], 5, **halved).scores[0].tolist()
+    assert [item.score for item in answer.items] == pytest.approx(expected, rel=1e-5)
+    night = Predictor.load(bundle.path, storage.policy("half"), dataset=world_dataset)
+    np.testing.assert_allclose(night.recommend(histories[7:8], 5, now=world_dataset.now_s).scores[0], expected, rtol=1e-5)
+    handler.close()
+    explores = made(storage, world_settings, sigma=2.0, explore=1.0)
+    told = [ask(explores, user).controls["temperature"] for user in range(100)]
+    assert 0.4 < max(map(abs, told)) <= 0.5
+    last = ask(explores, 7).request_id
+    body = logged(explores)[last]["decision"]
+    assert body["bound"] == 0.5 and abs(body["mean"][0] - 0.9) < 1e-6, "the log has the action itself, of which densities are"
+    explores.close()
+    free = made(storage, world_settings, sigma=2.0, explore=1.0, bound=0.1)
+    promotion.roll_back(storage)
+    free.look()
+    assert max(abs(ask(free, user).controls["temperature"]) for user in range(50)) <= 0.1
+    free.close()
+
+
 def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, caplog):
     storage, bundle, plain, histories, *_ = shop
     Policy.load(storage.policy("p"), bundle.digest).save(storage.policy("broken"), "broken")
