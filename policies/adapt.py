@@ -80,6 +80,8 @@ def adapt(
     """
     options = settings.policy
     bound = options.bound if live is None else live.bound
+    if bound > options.bound:
+        raise RefusedError(f"the policy that decides turns up to {bound:g}, policy.bound says {options.bound:g}", "recray rollback takes it away")
     rounds, aside = read(folders, options.actions, until_s=now_s - options.wait_s, bound=bound)
     if not rounds:
         raise RefusedError("no collected decision turned " + ", ".join(options.actions), "explore: policy.sigma=0.3 policy.explore=0.1")

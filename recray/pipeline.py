@@ -34,7 +34,7 @@ from recray.state.log import sqlite_file
 from recray.storage import Storage, key_of, read_json, storage_error, write_json
 
 if TYPE_CHECKING:
-    from recray.release import Member
+    from recray.release import Member, Release
     from recray.terminal import Reporter
 
 RESULT_SECTIONS = ("data", "split", "model", "train", "privacy", "evaluate", "gates", "policy", "score")
@@ -129,7 +129,7 @@ def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
         if release.previous is not None and (release.champion is None or release.champion.policy is None):
             keep_private(settings, release.previous.open(storage))
         steered = release.champion is not None and release.champion.policy is not None
-        if steered or release.previous is not None or _published_by(storage, release.champion):
+        if steered or (release.previous is not None and not _policy_gone(storage, release)) or _published_by(storage, release.champion):
             release = roll_back(storage)
         assert release.champion is not None  # else: flipped by an attempt that ended before it had scored
         say(f"champion is bundle {release.champion.name} again; those rolled back: {', '.join(release.rolled_back)}")
@@ -416,6 +416,16 @@ def _published_by(storage: Storage, champion: Member | None) -> bool:
         return True
     published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
     return bool(published["bundle_digest"] == champion.digest and published.get("policy") == champion.policy)
+
+
+def _policy_gone(storage: Storage, release: Release) -> bool:
+    """Whether the published snapshot is of a policy that was taken from the champion: an attempt ended before it had scored."""
+    champion = release.champion
+    if champion is None or not storage.latest.exists():
+        return False
+    published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
+    policy = published.get("policy")
+    return bool(policy is not None and published["bundle_digest"] == champion.digest and f"{champion.run_key}+{policy}" in release.rolled_back)
 
 
 def _has_champion(storage: Storage) -> bool:

@@ -138,12 +138,12 @@ def release_policy(storage: Storage, bundle: Bundle, policy: str, share: float, 
     return Release.change(storage, how)[0], why
 
 
-def adopt_policy(storage: Storage, challenger: str) -> Release:
-    """The policy on trial decides for all users, where it is still on trial and its bundle is the champion."""
+def adopt_policy(storage: Storage, challenger: str, since_s: float) -> Release:
+    """The policy on trial decides for all users, where it is still on that trial and its bundle is the champion."""
 
     def how(release: Release) -> Release:
         now, on_trial = release.champion, release.challenger if release.on_trial else None
-        if now is None or on_trial is None or on_trial.name != challenger or on_trial.digest != now.digest:
+        if now is None or on_trial is None or (on_trial.name, release.since_s) != (challenger, since_s) or on_trial.digest != now.digest:
             return release
         return replace(release, champion=on_trial, challenger=None, share=0.0, shadow=False, ended=None)
 

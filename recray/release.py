@@ -98,6 +98,7 @@ class Release:
             members: dict[str, Any] = {role: None if member is None else Member(**member) for role, member in roles.items()}
             known = ("share", "shadow", "ended", "since_s")  # releases of 0.1.0 have none
             trial: dict[str, Any] = {name: content[name] for name in known if name in content}
+            trial.setdefault("since_s", storage.release.stat().st_mtime if trial.get("share") or trial.get("shadow") else 0.0)
             return cls(**members, decision=content.pop("decision"), rolled_back=tuple(content.pop("rolled_back")), **trial)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedArtifactError(f"{storage.release} is not a release: {error!r}", "bring the file back, or promote a bundle anew") from None

@@ -298,15 +298,17 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
     storage, settings = work.storage, work.settings
     bundle = champion_of(storage)
     keep_private(settings, bundle)
-    live = sound_policy(storage, bundle, policy_of(storage), work.warn)
-    if live is not None and live.about.get("dataset") == dataset.key:  # what this job made of this night before
-        live = sound_policy(storage, bundle, live.about.get("against"), work.warn)
-    start = live if live is not None and live.actions == settings.policy.actions else _policy_before(work, bundle)
+    private = settings.privacy.enabled
+    live = sound_policy(storage, bundle, policy_of(storage), work.warn, private=private)
     if why := incomparable(dataset, bundle):
         raise RefusedError(f"bundle {bundle.key} {why}", "tune on the data of its night")
     chosen = settings.result_settings("policy", "evaluate", "privacy", "split", "score")
+    asked = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, __version__)
+    if live is not None and live.about.get("asked") == asked:  # this job made it, before
+        live = sound_policy(storage, bundle, live.about["against"], work.warn, private=private)
+    start = live if live is not None and live.actions == settings.policy.actions else _policy_before(work, bundle)
     before, against = (policy and policy.about.get("key") for policy in (start, live))
-    key = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, before, against, __version__)
+    key = key_of(asked, before, against)
     path = storage.policy(key)
     skipped = is_sealed(path, KIND, key)
     if not skipped:
@@ -320,7 +322,7 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
             storage.staging.mkdir(parents=True, exist_ok=True)
         checkpoint = storage.staging / f"{key}.safetensors"
         policy, _ = learn_policy(settings, dataset, bundle, start=start, live=live, checkpoint=checkpoint, on_metrics=told)
-        policy.about |= {"key": key, "against": against, "private": settings.privacy.enabled}
+        policy.about |= {"key": key, "asked": asked, "against": against, "private": private}
         policy.save(path, key)
         checkpoint.unlink(missing_ok=True)
     return _released(work, "tune", key, bundle, dataset.as_of_s, started, skipped=skipped)
@@ -340,19 +342,24 @@ def adapt(work: Work) -> JobResult:
     storage, settings = work.storage, work.settings
     bundle = champion_of(storage)
     keep_private(settings, bundle)
-    made_s, last = _last_adapted(storage)
-    if time.time() < made_s + 3600 * settings.policy.every_hours:
-        work.say(f"policy {last} is not {settings.policy.every_hours:g} hours old")
-        return result_of("adapt", True, last, {"policy": str(storage.policy(last))}, {}, started, work)
+    private, name, last = settings.privacy.enabled, policy_of(storage), _last_adapted(storage, bundle)
+    as_then = last is not None and name in (last["key"], last["against"])
+    if last is not None and time.time() < last["made_s"] + 3600 * settings.policy.every_hours:
+        work.say(f"policy {last['key']} is not {settings.policy.every_hours:g} hours old")
+        if as_then:  # an attempt may have ended before it was released
+            return _released(work, "adapt", last["key"], bundle, int(last["made_s"]), started, skipped=True)
+        return result_of("adapt", True, last["key"], {"policy": str(storage.policy(last["key"]))}, {}, started, work)
     collect(work)
-    name = policy_of(storage)
-    live = sound_policy(storage, bundle, name, work.warn)
+    live = sound_policy(storage, bundle, name, work.warn, private=private)
     told = [folder for folder in storage.collected.glob("[!.]*") if any((folder / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
     folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
     folders, dataset, now_s = folders[-settings.policy.rounds :], published_dataset(storage), time.time()
     chosen = settings.result_settings("policy", "privacy", "split", "score", "evaluate")
     ripe = matured(folders, now_s - settings.policy.wait_s)
-    key = key_of("adapt", chosen, dataset.digest, bundle.digest, [folder.name for folder in folders], ripe, name, __version__)
+    asked = key_of("adapt", chosen, dataset.digest, bundle.digest, [folder.name for folder in folders], ripe, __version__)
+    key = key_of(asked, name)
+    if last is not None and as_then and last["asked"] == asked:
+        key = last["key"]
     path = storage.policy(key)
     skipped = is_sealed(path, KIND, key)
     if not skipped:
@@ -362,15 +369,20 @@ def adapt(work: Work) -> JobResult:
         policy, _, aside = learn_policy(settings, folders, dataset, bundle, live, known, now_s)
         for reason, count in aside.items():
             work.warn(f"{count} decisions were set aside: {reason}")
-        policy.about |= {"key": key, "made_s": now_s, "private": settings.privacy.enabled}
+        policy.about |= {"key": key, "asked": asked, "against": name, "made_s": now_s, "private": private}
         policy.save(path, key)
     return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
 
 
-def _last_adapted(storage: Storage) -> tuple[float, str]:
-    """When `adapt` made its last policy, and its run key; 0 where it made none."""
-    made = [read_json(path / "policy.json")["about"] for path in storage.policy("").glob("[!.]*")]
-    return max(((about["made_s"], about["key"]) for about in made if "made_s" in about), default=(0.0, ""))
+def _last_adapted(storage: Storage, bundle: Bundle) -> dict[str, Any] | None:
+    """What is known of the last policy that `adapt` made for a bundle, among those that can be read."""
+    made = []
+    for path in storage.policy("").glob("[!.]*"):
+        with contextlib.suppress(ArtifactError, OSError, KeyError, ValueError):
+            about = read_json(path / "policy.json")["about"]
+            if "made_s" in about and about["bundle"] == bundle.key:
+                made.append(about)
+    return max(made, key=lambda about: float(about["made_s"]), default=None)
 
 
 def published_dataset(storage: Storage) -> Dataset:
@@ -379,14 +391,21 @@ def published_dataset(storage: Storage) -> Dataset:
     return Dataset.open(storage.root / published["dataset"], verify=True)
 
 
-def sound_policy(storage: Storage, bundle: Bundle, name: str | None, warn: Callable[[str], None]) -> Policy | None:
-    """The policy of that run key. One that cannot be read stops no night: a warning, and the trained model as it is."""
+def sound_policy(storage: Storage, bundle: Bundle, name: str | None, warn: Callable[[str], None], *, private: bool = False) -> Policy | None:
+    """The policy of that run key. One that cannot be read stops no night: a warning, and the trained model as it is.
+
+    private : nor does one that was learned from users who were promised privacy
+    """
     from recray.inference.policy import Policy
 
     if name is None:
         return None
     try:
-        return Policy.load(storage.policy(name), bundle.digest)
+        found = Policy.load(storage.policy(name), bundle.digest)
+        if not private or found.about.get("private"):
+            return found
+        warn(f"policy {name} was learned from all users: with privacy.enabled it does not decide, the trained model does as it is")
+        return None
     except ArtifactError as error:
         warn(f"policy {name} does not decide, the trained model does as it is: {error.what}; {error.fix}")
         return None
@@ -439,7 +458,7 @@ def _policy_before(work: Work, bundle: Bundle) -> Policy | None:
             except ArtifactError as error:
                 work.warn(error.what)
                 continue
-            if found.actions == work.settings.policy.actions:
+            if found.actions == work.settings.policy.actions and (found.about.get("private") or not work.settings.privacy.enabled):
                 return found
     return None
 
@@ -465,7 +484,7 @@ def score(work: Work, dataset: Dataset) -> JobResult:
     if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):
         work.warn(f"champion {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
     policy = policy_of(storage)
-    if sound_policy(storage, bundle, policy, work.warn) is None:
+    if sound_policy(storage, bundle, policy, work.warn, private=settings.privacy.enabled) is None:
         policy = None
     key = scoring.score_key(settings, dataset, bundle, policy)
     path = writer.snapshot_path(storage, dataset.as_of_s, key)

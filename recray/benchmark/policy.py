@@ -40,7 +40,7 @@ SEEDS = 5
 JUDGED = 20_000  # fresh users that every way is measured on
 TWINS, TWIN_DECISIONS, LOGS = 10, 20_000, 20  # policies, what each is learned from, and logs that each is judged on
 LOGGED, SIGMA = 10_000, 0.5  # decisions of a log, and how it explored
-WORSE, SHARE, MOST_CANARY = 0.9, 0.2, 5_000
+WORSE, SHARE, MOST_CANARY, WORSE_RUNS = 0.9, 0.2, 5_000, 50
 POLLUTED = (0.0, 0.1, 0.3)  # noise events, as shares of a history
 ACTIONS = ("temperature", "recency")  # on real data
 REAL_DECISIONS, REAL_SIGMA = 40_000, 0.3
@@ -189,10 +189,11 @@ def _worse(say: Say) -> dict[str, Any]:
     losses = {a: float(world.pay(cases, np.full((JUDGED, 1), a)).mean()) for a in np.linspace(0, 1, 101)}
     action = min(losses, key=lambda a: abs(losses[a] - WORSE * losses[0.0]))
     bad = _Constant(action, Frozen.of(observation))
-    verdicts = [gate.judge(_logged(world, LOGGED, SIGMA, random), bad) for _ in range(20)]
-    asked = [_canary(world, bad.act, np.random.default_rng([500, seed])) for seed in range(20)]
+    verdicts = [gate.judge(_logged(world, LOGGED, SIGMA, random), bad) for _ in range(WORSE_RUNS)]
+    asked = [_canary(world, bad.act, np.random.default_rng([500, seed])) for seed in range(WORSE_RUNS)]
     ended = [requests for requests in asked if requests is not None]
     metrics = {
+        "worse_runs": WORSE_RUNS,
         "worse_reward": round(losses[action] / losses[0.0], 4),
         "worse_refused": sum(not verdict.passed for verdict in verdicts) / len(verdicts),
         "worse_returned_within": max(ended) if len(ended) == len(asked) else None,

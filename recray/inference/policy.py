@@ -127,8 +127,8 @@ class Frozen:
         return cls(*(x.astype(np.float32) for x in (mean, scale, low, high)))
 
     def widened(self, other: Frozen) -> Frozen:
-        """These, which know what another's knew, too; a clock that stood still in these goes as in the other."""
-        again = np.isinf(self.scale)
+        """These, which know what another's knew, too; a clock that stood still in these goes as in the other, and stands where it does there."""
+        again = np.isinf(self.scale) | np.isinf(other.scale)
         mean, scale = np.where(again, other.mean, self.mean), np.where(again, other.scale, self.scale)
         return Frozen(mean, scale, np.minimum(self.low, other.low), np.maximum(self.high, other.high))
 

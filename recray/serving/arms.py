@@ -13,7 +13,7 @@ from recray.config import ScoreSettings
 from recray.errors import ArtifactError, DamagedArtifactError, RefusedError, StateError
 from recray.promotion import adopt_policy, end_trial
 from recray.release import Release
-from recray.serving.night import Night
+from recray.serving.night import Night, why_not
 from recray.serving.trial import Trial
 from recray.state.log import Log
 from recray.storage import Storage
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 AGAIN_S = 30.0  # after which what could not be loaded is tried again
 ENTRIES = 10_000  # of the log, read at once
-READS = 20  # in a look
+READS = 5  # in a look
+JUST_S = 30.0  # a trial that began so long ago has nothing in the log yet
 
 
 class Arms:
@@ -82,8 +83,11 @@ class Arms:
             try:
                 release = Release.read(self.storage) if released else Release()
                 night = kept_private(self._steered(night, release), private=self._private)
-                trial, challenger = self._on_trial(night, release)
-                self._released = released
+                trial, challenger = self._on_trial(night, release, log)
+                if self._decides(night, release):
+                    self._released = released
+                else:
+                    self._released_again_at = now + AGAIN_S
             except Exception as error:
                 trial = challenger = None
                 self._released_again_at = now + AGAIN_S
@@ -95,24 +99,37 @@ class Arms:
             self._log.error("the challenger cannot be looked after: %s", error)
 
     def _steered(self, night: Night, release: Release) -> Night:
-        """The night with the policy that is released for its bundle, which may be newer than its lists."""
+        """The night with the policy that is released for its bundle, which may be newer than its lists; without one that cannot be read."""
         champion = release.champion
         if champion is None or champion.digest != night.bundle_digest or champion.policy == night.policy:
             return night
+        if night.policy is None and (why := why_not(self.storage, champion.policy, champion.digest)):
+            self._log.error("policy %s does not decide, the trained model answers as it is: %s", champion.policy, why)
+            return night
         return night.with_bundle(champion.open(self.storage), champion.policy)
 
-    def _on_trial(self, night: Night, release: Release) -> tuple[Trial | None, Night | None]:
-        """The trial of a release, and its challenger behind a night; None where there is none."""
-        if release.challenger is None or not release.on_trial:
+    @staticmethod
+    def _decides(night: Night, release: Release) -> bool:
+        """Whether the policy that is released for the night's bundle decides, where there is one."""
+        champion = release.champion
+        return champion is None or champion.digest != night.bundle_digest or champion.policy == night.policy
+
+    def _on_trial(self, night: Night, release: Release, log: Log | None) -> tuple[Trial | None, Night | None]:
+        """The trial of a release, and its challenger behind a night; None where there is none, or a champion's policy waits for its first night."""
+        wanted, champion = release.challenger, release.champion
+        if wanted is None or not release.on_trial:
             return None, None
-        opened, name = release.challenger.open(self.storage), release.challenger.name
-        challenger = kept_private(night.with_bundle(opened, release.challenger.policy), private=self._private)
-        if challenger.policy != release.challenger.policy:
-            raise DamagedArtifactError(f"policy {release.challenger.policy} is on trial and cannot be read", "recray serve rollback ends the trial")
+        if champion is not None and champion.digest == wanted.digest != night.bundle_digest:
+            return None, None  # else the bundle, which the others do not have yet, would be on trial with it
+        if why := why_not(self.storage, wanted.policy, wanted.digest):
+            raise DamagedArtifactError(f"policy {wanted.policy} is on trial and cannot be read: {why}", "recray serve rollback ends the trial")
+        opened, name = wanted.open(self.storage), wanted.name
+        challenger = kept_private(night.with_bundle(opened, wanted.policy), private=self._private)
         trial = self.trial
         if trial is None or (trial.challenger, trial.share, trial.shadow, trial.since_s) != (name, release.share, release.shadow, release.since_s):
             trial = Trial(name, release.share, release.shadow, release.since_s)
-            self._read = 0  # a replica that is started anew knows what came before
+            begun_before = log is None or time.time() > release.since_s + JUST_S
+            self._read = 0 if log is None or begun_before else log.last()  # a replica that is started anew learns what came before
         return trial, challenger
 
     def _watch_trial(self, log: Log | None) -> None:
@@ -134,7 +151,7 @@ class Arms:
             end_trial(self.storage, reason, trial.challenger)
         elif trial.won() and self.challenger is not None and self.challenger.bundle_digest == self.night.bundle_digest:
             self._log.warning("the policy of %s was better on trial: it decides for everybody", trial.challenger)
-            adopt_policy(self.storage, trial.challenger)  # which the next look takes up
+            adopt_policy(self.storage, trial.challenger, trial.since_s)  # which the next look takes up
 
 
 def _content(path: Path) -> bytes:

@@ -142,8 +142,13 @@ class Handler:
             found = None if now and request.mode == "auto" else self._listed(night, request, fresh, degraded)
             if found is None:
                 question = night.question(request, fresh, exploration)
-                found = await self._model(question, degraded, None if trial is None else trial.champion_side)
-                decision = None if found is None else question.decision
+                try:
+                    found = await self._model(question, degraded, None if trial is None else trial.champion_side)
+                except UnavailableError:  # too many ask: a list of before the policy is better than none
+                    if not now or (found := self._listed(night, request, fresh, degraded)) is None:
+                        raise
+                else:
+                    decision = None if found is None else question.decision
         if found is None:
             alone = _list_alone(night, request, fresh)
             found = self._listed(night, alone, (), degraded) or night.popular(alone)

@@ -9,6 +9,7 @@ import datetime as dt
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,7 +31,7 @@ from recray.release import Release
 from recray.serving.api import MOST_ANSWERS, Event, Item, KnownEvent, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
 from recray.snapshot.reader import Snapshot
 from recray.state.log import Entry
-from recray.storage import Storage, manifest_digest
+from recray.storage import MANIFEST, Storage, manifest_digest
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 REASONS = 3  # named for an item
 QUICK_USERS = 32  # requests that a GPU answers by a graph, at once; more keep it busy as they are
 INT64 = 1 << 63
-STALE_S = 7 * 86_400  # after a night without another one, nothing is decided: the trained model answers as it is
+STALE_S = 7 * 86_400  # after which without another night nothing is decided: the trained model answers as it is
 MASKS = 64  # attribute filters whose items are remembered
 
 
@@ -173,12 +174,9 @@ class Night:
     @classmethod
     def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device) -> Night:
         decides = None if policy is None else Storage(bundle.path.parent.parent).policy(policy)
-        if decides is not None:
-            try:
-                Policy.load(decides, bundle.digest)
-            except ArtifactError as error:
-                logging.getLogger("ray.serve").error("policy %s does not decide, the trained model answers as it is: %s", policy, error)
-                decides = policy = None
+        if why := why_not(Storage(bundle.path.parent.parent), policy, bundle.digest):
+            logging.getLogger("ray.serve").error("policy %s does not decide, the trained model answers as it is: %s", policy, why)
+            decides = policy = None
         predictor = Predictor.load(bundle.path, decides, dataset=dataset, device=device)
         predictor.quicken(QUICK_USERS)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
@@ -288,6 +286,19 @@ class Night:
         return replace(asked, action=decision.turned(), decision=decision)
 
     @property
+    def stale(self) -> bool:
+        """Whether the night is so old that what it saw of users says nothing any more."""
+        old = self.whole and time.time() > self._written_s + STALE_S
+        if old and not self._known.setdefault((), False):
+            self._known[()] = True
+            logging.getLogger("ray.serve").error("no night since %s: nothing is decided or explored, the trained model answers as it is", self.date)
+        return old
+
+    @cached_property
+    def _written_s(self) -> float:
+        return (self.snapshot.path / MANIFEST).stat().st_mtime
+
+    @property
     def lists_as_it_decides(self) -> bool:
         """Whether the nightly lists are of the policy that decides now, which may be released, or taken away, after they were made."""
         return bool(self.snapshot.manifest.get("policy") == self.policy)
@@ -304,7 +315,7 @@ class Night:
 
     def _decide(self, request: RecommendRequest | ScoreRequest, history: History, now: int, exploration: Explore | None) -> Decision | None:
         policy = self.predictor.policy
-        if self.predictor.has_time and now - self.snapshot.as_of_s > STALE_S:  # what the night saw is old, and so is what the policy was learned on
+        if self.stale:
             return None
         if exploration is not None and not self.explores(exploration):
             exploration = None
@@ -323,6 +334,8 @@ class Night:
     def explores(self, exploration: Explore) -> bool:
         """Whether there is something to explore: the policy's controls, or those of `exploration`. What the model does not have is said once."""
         actions = exploration.actions
+        if self.stale:
+            return False
         if self.policy is not None:
             return True
         if actions not in self._known:
@@ -570,6 +583,17 @@ class Night:
                 del self._masks[next(iter(self._masks))]
             self._masks[key] = np.unique(self.translation.to_bundle[1:][chosen])
         return self._masks[key]
+
+
+def why_not(storage: Storage, policy: str | None, bundle_digest: str) -> str:
+    """Why a policy cannot decide for a bundle, empty where it can, or there is none."""
+    if policy is None:
+        return ""
+    try:
+        Policy.load(storage.policy(policy), bundle_digest)
+    except ArtifactError as error:
+        return str(error)
+    return ""
 
 
 def items_of(found: Found) -> list[Item]:

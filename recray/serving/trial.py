@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
+from scipy.special import ndtri
 
 from recray.state.log import Entry
 
@@ -22,8 +23,10 @@ LEAST_FAILED = 5
 FAILED = 0.02  # more failures than the champion's, share of answers
 SLOWER = 3.0  # times the champion's 95th percentile
 LEAST_USERS = 100  # of the challenger, before outcomes are judged
-ALPHA = 0.05  # of the test by outcomes, over the whole trial
-RHO = 0.1  # where its bound is tightest: after about 2 log(1 / ALPHA) / RHO² users
+ALPHA = 0.05  # of ending, and of winning, by outcomes, over the whole trial; half of it for each of two bounds
+RHO = 0.1  # where the first is tightest: after about 2 log(1 / ALPHA) / RHO² users
+PLANNED = 5_000  # users of the challenger until which the second has to tell
+SECOND = float(ndtri(1.0 - ALPHA / 4))  # standard errors at the end of the plan
 REMEMBERED = 200_000  # decisions that outcomes may still come for
 
 
@@ -96,10 +99,12 @@ class Outcomes:
     """Outcomes of both sides, read from the log, and the anytime-valid bound of their difference.
 
     Users are drawn, so users are counted: each has the sum of its decisions' outcomes, less the mean of all, over the probability of its
-    side, negative for the champion; the mean of these is the difference of the sides' means (Horvitz and Thompson). The bound is the
-    asymptotic confidence sequence of Waudby-Smith et al. (arXiv 2103.06476, equation 4): it may be looked at after every decision, and is
-    passed wrongly in the whole trial with probability `ALPHA` at most. Its variance is at least the one that equal sides would have, since
-    a side of few users may have none to show yet.
+    side, negative for the champion; the mean of these is the difference of the sides' means (Horvitz and Thompson). Two bounds of it may be
+    looked at after every decision, and the closer one counts: the asymptotic confidence sequence of Waudby-Smith et al. (arXiv 2103.06476,
+    equation 4), which finds what is much worse early and has no end, and, for `PLANNED` users of the challenger, one that the sum of all
+    differences passes wrongly as often as twice its end does (the reflection principle of Brownian motion), which finds a tenth. Together they are
+    passed wrongly in the whole trial, to either side, with probability `ALPHA` at most. The variance is at least the one that equal sides would
+    have, since a side of few users may have none to show yet.
     """
 
     def __init__(self, challenger: str, share: float, since_s: float = 0.0) -> None:
@@ -146,5 +151,6 @@ class Outcomes:
         seen = (squares[True] / p**2 + squares[False] / q**2) / n - mean * mean
         alike = (squares[True] + squares[False]) / n * (1 / p + 1 / q)
         variance = max(seen, alike)
-        inside = n * RHO * RHO + 1.0
-        return mean, math.sqrt(variance * 2.0 * inside / (n * n * RHO * RHO) * math.log(math.sqrt(inside) / ALPHA))
+        inside, planned = n * RHO * RHO + 1.0, PLANNED / p
+        bound = math.sqrt(variance * 2.0 * inside / (n * n * RHO * RHO) * math.log(math.sqrt(inside) / ALPHA))
+        return mean, min(bound, SECOND * math.sqrt(variance * planned) / n) if n <= planned else bound

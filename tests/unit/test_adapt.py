@@ -94,6 +94,7 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     for number in range(200):  # guests have histories too, and ids that the event log could not hold
         item = handler.night.popular_list[number % 20][0]
         asyncio.run(handler.recommend(RecommendRequest(user_id=f"!guest {number}", history=[Event(item_id=item)], k=3)))
+    asyncio.run(handler.journal.writer.append([]))  # what waits is written
     result = pipeline.run_adapt(settings, None)
     folders = sorted(storage.collected.glob("[!.]*"))
     (found,), aside = read(folders, ("temperature",), until_s=np.inf)
@@ -110,7 +111,11 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     assert Release.read(storage).champion.policy == result.run_key
     waits = settings.model_copy(update={"policy": settings.policy.model_copy(update={"every_hours": 1.0})})
     early = pipeline.run_adapt(waits, None)
-    assert (early.status, early.run_key) == ("skipped", result.run_key) and early.metrics == {}
+    assert (early.status, early.run_key) == ("skipped", result.run_key)
+    again = pipeline.run_adapt(settings, None)
+    assert (again.status, again.run_key, again.reason) == ("skipped", result.run_key, ""), "released by itself, it is not judged anew"
+    (storage.policy("") / "torn").mkdir()
+    assert pipeline.run_adapt(waits, None).run_key == result.run_key
     before = handler.night
     handler.look()
     assert handler.night is not before and handler.night.policy == result.run_key

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
 
 import numpy as np
@@ -10,16 +12,17 @@ import pytest
 import torch
 
 from policies.logs import Logged, checked
-from recray import promotion, stages
+from recray import pipeline, promotion, stages
 from recray.benchmark.nights import each_bucket, publish_untrained
 from recray.bundle import Bundle
 from recray.config import PolicySettings, ServeSettings
 from recray.dataset.reader import Dataset
-from recray.errors import RefusedError, RequestError
+from recray.errors import RefusedError, RequestError, UnavailableError
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
 from recray.release import Member, Release
 from recray.scoring.score import write_night
+from recray.serving import arms
 from recray.serving.api import RecommendRequest
 from recray.serving.handler import Handler
 from recray.serving.night import Night
@@ -232,7 +235,62 @@ def test_what_is_bounded_turns_less_also_where_it_explores(shop, root, world_set
     free.close()
 
 
-def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, caplog):
+def test_a_policy_waits_for_the_first_night_of_its_bundle(shop, root, world_settings):
+    """Else its side would have the new bundle, and the other the old one."""
+    storage, *_ = shop
+    new = Member("next", "digest", 0)
+    Release(champion=new, challenger=Member("next", "digest", 0, "p"), share=0.5, since_s=1.0).write(storage)
+    handler = made(storage, world_settings)
+    assert handler.arms.trial is None and {ask(handler, user).bundle for user in range(20)} == {"untrained"}
+    handler.close()
+
+
+def test_a_night_that_is_old_decides_and_explores_nothing(shop, root, world_settings, caplog):
+    storage, bundle, *_ = shop
+    promotion.release_policy(storage, bundle, "p", 1.0)
+    manifest = storage.root / json.loads(storage.latest.read_text())["snapshot"] / "manifest.json"
+    try:
+        os.utime(manifest, (time.time() - 8 * 86_400,) * 2)
+        handler = made(storage, world_settings, sigma=0.5, explore=1.0)
+        answers = [ask(handler, 7), ask(handler, 7, mode="realtime")]
+        assert [answer.controls for answer in answers] == [None, None] and caplog.text.count("no night since") == 1
+        handler.close()
+        os.utime(manifest)
+        handler = made(storage, world_settings)
+        assert ask(handler, 7, mode="realtime").controls
+        handler.close()
+    finally:
+        os.utime(manifest)
+
+
+def test_where_too_many_ask_lists_of_before_the_policy_answer(shop, root, world_settings, monkeypatch):
+    storage, bundle, *_ = shop
+    promotion.release_policy(storage, bundle, "p", 1.0)
+    handler = made(storage, world_settings)
+
+    async def busy(*_, **__):
+        raise UnavailableError("too many wait", "come again")
+
+    monkeypatch.setattr(handler, "_model", busy)
+    answer = ask(handler, 7)
+    assert (answer.source, answer.policy, answer.controls) == ("snapshot", None, None)
+    with pytest.raises(UnavailableError):
+        ask(handler, 7, mode="realtime")
+    handler.close()
+
+
+def test_a_rollback_that_was_stopped_before_it_scored_takes_nothing_more_away(shop, root, world_settings, world_dataset):
+    storage, bundle, *_ = shop
+    dataset = Dataset.open(storage.dataset(world_dataset.key))
+    write_night(storage, "steered again", dataset, bundle, world_settings.score, each_bucket, "p")
+    promotion.release_policy(storage, bundle, "p", 1.0)
+    assert not pipeline._policy_gone(storage, Release.read(storage))
+    assert pipeline._policy_gone(storage, promotion.roll_back(storage))
+    write_night(storage, "plain again", dataset, bundle, world_settings.score, each_bucket)
+    assert not pipeline._policy_gone(storage, Release.read(storage))
+
+
+def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, caplog, monkeypatch):
     storage, bundle, plain, histories, *_ = shop
     Policy.load(storage.policy("p"), bundle.digest).save(storage.policy("broken"), "broken")
     (storage.policy("broken") / "policy.safetensors").write_bytes(b"")
@@ -244,6 +302,13 @@ def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, c
     assert stages.sound_policy(storage, bundle, "broken", said.append) is None and "recray tune" not in said[0] and "broken" in said[0]
     assert stages.sound_policy(storage, bundle, "gone", said.append) is None and "recray tune" in said[1]
     assert stages.sound_policy(storage, bundle, "p", said.append).actions == ACTIONS and len(said) == 2
+    assert stages.sound_policy(storage, bundle, "p", said.append, private=True) is None and "learned from all users" in said[2]
+    good = (storage.policy("p") / "policy.safetensors").read_bytes()
+    (storage.policy("broken") / "policy.safetensors").write_bytes(good)
+    monkeypatch.setattr(handler.arms, "_released_again_at", 0.0)
+    handler.look()
+    assert ask(handler, 7).policy == "broken", "it is tried again after a while"
+    (storage.policy("broken") / "policy.safetensors").write_bytes(b"")
     handler.close()
     Release(champion=Member.of(bundle)).write(storage)
     promotion.release_policy(storage, bundle, "broken", 0.5)
@@ -264,7 +329,8 @@ def tell_of_a_trial(handler, name, share, better):
 
 
 @pytest.mark.parametrize(("better", "decides"), [("challenger", "p"), ("champion", None)])
-def test_a_trial_is_won_or_lost_also_by_what_was_logged_before_a_restart(shop, root, world_settings, better, decides):
+def test_a_trial_is_won_or_lost_also_by_what_was_logged_before_a_restart(shop, root, world_settings, better, decides, monkeypatch):
+    monkeypatch.setattr(arms, "JUST_S", 0.0)
     storage, bundle, *_ = shop
     release, _ = promotion.release_policy(storage, bundle, "p", 0.5)
     first = made(storage, world_settings)
@@ -292,7 +358,7 @@ def test_a_trial_that_is_neither_won_nor_lost_gives_way_after_a_while(shop, root
     assert "the trial of untrained+p goes on" in why and release == begun
     release, why = promotion.release_policy(storage, bundle, "q", 0.5, trial_s=0.0)
     assert why == "" and release.challenger.policy == "q" and release.since_s > begun.since_s and release.rolled_back == ()
-    assert promotion.adopt_policy(storage, "untrained+p") == release, "it is not on trial any more"
+    assert promotion.adopt_policy(storage, "untrained+p", begun.since_s) == release, "it is not on trial any more"
 
 
 def test_a_policy_is_adopted_and_rolled_back_to_the_trained_model(shop, root):
