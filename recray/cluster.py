@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from recray.storage import blamed, no_room
 
 LOCAL_OBJECT_STORE_BYTES = 400 << 20
 CONNECT_S = 5.0
+PORTS = range(20_000, 32_000)  # below those that Linux gives to connections, above those of Ray's workers
 
 
 def start(cpus: int | None = None, *, places: int | None = None) -> None:
@@ -106,12 +108,16 @@ def metrics_address() -> str:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports that nobody listens on, of those that no connection gets as its own before they are used. Raises OSError where there are none."""
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((host, 0))
-        return [probe.getsockname()[1] for probe in probes]
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind((host, port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise OSError(f"{host} has no {count} free ports of {PORTS.start} to {PORTS.stop - 1}")
 
 
 def token_source() -> str | None:

@@ -1,8 +1,10 @@
 """What a submission is called, and what is refused before anything is sent."""
 
+import socket
+
 import pytest
 
-from recray import submission
+from recray import cluster, submission
 from recray.errors import SettingsError
 
 
@@ -66,3 +68,15 @@ def test_results_are_told_from_logs():
     assert submission._result(line)["status"] == "ok"
     for other in ('{"time": "now"}', '{"job": broken', "epoch 1", '{"job": "x"}'):
         assert submission._result(other) is None
+
+
+def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
+    found = cluster.free_ports(50)
+    assert len(set(found)) == 50 and set(found) <= set(cluster.PORTS)
+    monkeypatch.setattr(cluster, "PORTS", range(found[0], found[0] + 1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", found[0]))
+        taken.listen()
+        with pytest.raises(OSError, match="no 1 free ports"):
+            cluster.free_ports(1)
+    assert cluster.free_ports(1) == found[:1]
