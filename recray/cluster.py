@@ -83,6 +83,7 @@ def serve_environment() -> dict[str, str]:
     # nobody else's, since who may write there commands HAProxy; and short: Ray adds 56 characters, and a socket's path may have 97
     folder = tempfile.mkdtemp(prefix="recray-", dir=None if len(tempfile.gettempdir()) < 20 else "/tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_end_haproxy, folder)
     metrics, statistics = free_ports(2)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -97,6 +98,14 @@ def serve_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # this machine's HAProxy hears at once of a replica that goes
     }
+
+
+def _end_haproxy(folder: str) -> None:
+    """End what Serve leaves behind when it is ended while it starts HAProxy anew; `folder` is of this Ray alone."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(word.startswith(f"{folder}/".encode()) for word in (process / "cmdline").read_bytes().split(b"\0")):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def metrics_address() -> str:

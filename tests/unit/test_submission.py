@@ -1,6 +1,8 @@
 """What a submission is called, and what is refused before anything is sent."""
 
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -80,3 +82,15 @@ def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
         with pytest.raises(OSError, match="no 1 free ports"):
             cluster.free_ports(1)
     assert cluster.free_ports(1) == found[:1]
+
+
+def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
+    mine, other = (
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"{folder}/haproxy.cfg"]) for folder in (tmp_path, "/tmp/x")
+    )
+    try:
+        cluster._end_haproxy(str(tmp_path))
+        assert mine.wait(10) == -9 and other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
