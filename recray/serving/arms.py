@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 AGAIN_S = 30.0  # after which what could not be loaded is tried again
 ENTRIES = 10_000  # of the log, read at once
 READS = 5  # in a look
-JUST_S = 30.0  # a trial that began so long ago has nothing in the log yet
+JUST_S = 30.0  # a trial that began less long ago has nothing in the log yet
 
 
 class Arms:

@@ -23,7 +23,7 @@ LEAST_FAILED = 5
 FAILED = 0.02  # more failures than the champion's, share of answers
 SLOWER = 3.0  # times the champion's 95th percentile
 LEAST_USERS = 100  # of the challenger, before outcomes are judged
-ALPHA = 0.05  # of ending, and of winning, by outcomes, over the whole trial; half of it for each of two bounds
+ALPHA = 0.05  # of ending, and as much of winning, by outcomes, over the whole trial; half of each for each of two bounds
 RHO = 0.1  # where the first is tightest: after about 2 log(1 / ALPHA) / RHO² users
 PLANNED = 5_000  # users of the challenger until which the second has to tell
 SECOND = float(ndtri(1.0 - ALPHA / 4))  # standard errors at the end of the plan
@@ -103,7 +103,7 @@ class Outcomes:
     looked at after every decision, and the closer one counts: the asymptotic confidence sequence of Waudby-Smith et al. (arXiv 2103.06476,
     equation 4), which finds what is much worse early and has no end, and, for `PLANNED` users of the challenger, one that the sum of all
     differences passes wrongly as often as twice its end does (the reflection principle of Brownian motion), which finds a tenth. Together they are
-    passed wrongly in the whole trial, to either side, with probability `ALPHA` at most. The variance is at least the one that equal sides would
+    passed wrongly on a given side, in the whole trial, with probability `ALPHA` at most. The variance is at least the one that equal sides would
     have, since a side of few users may have none to show yet.
     """
 
