@@ -90,30 +90,9 @@ def adapt(
         told = sum(map(len, rounds))
         rounds = [found.rows(held_out(found)) for found in rounds]
         aside["of users who were not held out"] = told - sum(map(len, rounds))
-    *older, last = _joined(rounds)
-    newest, also = checked(last, bundle.key, policies)
-    aside, before = aside + also, []
-    for one in older:
-        found, also = usable(one, bundle.key, policies)
-        aside += also
-        if len(found) < LEAST_USABLE:
-            aside["of a round with too few that can be used"] += len(found)
-        else:
-            before.append(found)
-    deciding = live.about["key"] if live else ""
-    teaching = [found.rows(~_judges(found)) for found in (*before, newest)]
-    judging = [found.rows(_judges(found) & (found.policy == deciding)) for found in (*before, newest)]
-    for found, what in ((teaching[-1], "learn from"), (judging[-1], "be judged by")):
-        users = len(set(found.user.tolist()))
-        if users < LEAST_USERS:
-            raise RefusedError(f"{users} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore")
-    enough = [place for place, found in enumerate(teaching) if len(set(found.user.tolist())) >= LEAST_USERS]
-    kept = enough[-since_the_change([teaching[place] for place in enough]) :]
-    everything = [*before, newest]
-    aside["of a round with too few users"] = sum(len(everything[place]) for place in range(len(everything)) if place not in enough)
-    aside["before the world changed"] = sum(len(everything[place]) for place in enough if place not in kept)
-    aside = +aside
-    log, judged = (Logged.joined([rounds_of[place] for place in kept]) for rounds_of in (teaching, judging))
+    sound, also = _sound(rounds, bundle.key, policies)
+    log, judged, left = _since_the_change(sound, live.about["key"] if live else "")
+    aside = +(aside + also + left)
     policy = LEARNERS[options.learner](log, live, settings, bundle.digest)
     policy.about["bound"] = bound
     diversity, latency, listed = _lists(settings, dataset, bundle, policy, judged)
@@ -124,6 +103,47 @@ def adapt(
     policy.about |= {"bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict, aside
+
+
+def _sound(rounds: Sequence[Logged], bundle: str, policies: set[str]) -> tuple[list[Logged], Aside]:
+    """What can be used of each round, the newest last, and what cannot. Raises RefusedError where that is too little of the newest."""
+    *older, last = _joined(rounds)
+    newest, aside = checked(last, bundle, policies)
+    sound = []
+    for one in older:
+        found, also = usable(one, bundle, policies)
+        aside += also
+        if len(found) < LEAST_USABLE:
+            aside["of a round with too few that can be used"] += len(found)
+        else:
+            sound.append(found)
+    return [*sound, newest], aside
+
+
+def _since_the_change(rounds: Sequence[Logged], deciding: str) -> tuple[Logged, Logged, Aside]:
+    """What to learn from and what to be judged by, of the rounds since the world changed, and what is neither.
+
+    deciding : run key of the policy whose decisions judge
+    Raises RefusedError where the newest round has too few users for either.
+    """
+    teaching = [found.rows(~_judges(found)) for found in rounds]
+    judging = [found.rows(_judges(found) & (found.policy == deciding)) for found in rounds]
+    for found, what in ((teaching[-1], "learn from"), (judging[-1], "be judged by")):
+        if _users(found) < LEAST_USERS:
+            raise RefusedError(
+                f"{_users(found)} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore"
+            )
+    enough = [place for place, found in enumerate(teaching) if _users(found) >= LEAST_USERS]
+    kept = enough[-since_the_change([teaching[place] for place in enough]) :]
+    aside = Aside()
+    for place, found in enumerate(rounds):
+        if place not in kept:
+            aside["before the world changed" if place in enough else "of a round with too few users"] += len(found)
+    return Logged.joined([teaching[place] for place in kept]), Logged.joined([judging[place] for place in kept]), aside
+
+
+def _users(log: Logged) -> int:
+    return len(set(log.user.tolist()))
 
 
 def _joined(rounds: Sequence[Logged]) -> list[Logged]:

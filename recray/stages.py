@@ -392,23 +392,15 @@ def published_dataset(storage: Storage) -> Dataset:
 
 
 def sound_policy(storage: Storage, bundle: Bundle, name: str | None, warn: Callable[[str], None], *, private: bool = False) -> Policy | None:
-    """The policy of that run key. One that cannot be read stops no night: a warning, and the trained model as it is.
-
-    private : nor does one that was learned from users who were promised privacy
-    """
+    """The policy of that run key; a warning and None for one that does not decide, see `Policy.sound`."""
     from recray.inference.policy import Policy
 
     if name is None:
         return None
-    try:
-        found = Policy.load(storage.policy(name), bundle.digest)
-        if not private or found.about.get("private"):
-            return found
-        warn(f"policy {name} was learned from all users: with privacy.enabled it does not decide, the trained model does as it is")
-        return None
-    except ArtifactError as error:
-        warn(f"policy {name} does not decide, the trained model does as it is: {error.what}; {error.fix}")
-        return None
+    found, why = Policy.sound(storage.policy(name), bundle.digest, private=private)
+    if why:
+        warn(f"policy {name} does not decide, the trained model does as it is: {why}")
+    return found
 
 
 def keep_policy(settings: Settings, policy: Policy, key: str) -> None:

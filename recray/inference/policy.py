@@ -22,7 +22,7 @@ from scipy.special import log_ndtr, ndtr, ndtri
 
 from recray.dataset.popularity import DAY_S
 from recray.dataset.reader import History
-from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
+from recray.errors import ArtifactError, DamagedArtifactError, MissingArtifactError, SettingsError
 from recray.model.controls import Controls
 from recray.storage import open_sealed, sealed_directory
 
@@ -207,6 +207,20 @@ class Policy:
             (folder / "policy.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
             frozen = {f"frozen_{name}": torch.from_numpy(np.ascontiguousarray(value)) for name, value in asdict(self.frozen).items()}
             save_file({**{name: value.contiguous() for name, value in self.weights.items()}, **frozen}, folder / "policy.safetensors")
+
+    @classmethod
+    def sound(cls, path: Path, bundle_digest: str, *, private: bool = False) -> tuple[Policy | None, str]:
+        """The policy in a folder where it can decide for a bundle, else None and why not: none that cannot be read stops what answers.
+
+        private : nor does one decide that was learned from users who were promised privacy
+        """
+        try:
+            found = cls.load(path, bundle_digest)
+        except ArtifactError as error:
+            return None, f"{error.what}; {error.fix}"
+        if private and not found.about.get("private"):
+            return None, "it was learned from all users, and privacy.enabled is on; `recray tune` makes another"
+        return found, ""
 
     @classmethod
     def load(cls, path: Path, bundle_digest: str) -> Policy:

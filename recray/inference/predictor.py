@@ -154,13 +154,13 @@ class Predictor:
     def load(
         cls,
         bundle: str | Path,
-        policy: str | Path | None = None,
+        policy: Policy | str | Path | None = None,
         *,
         dataset: Dataset | None = None,
         device: str | torch.device = "cpu",
         half: bool = False,
     ) -> Predictor:
-        """Predictor of a bundle, and of the attention policy in a folder, after their digests were verified.
+        """Predictor of a bundle, and of an attention policy that was loaded for it or lies in a folder, after their digests were verified.
 
         With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in; items that came
         since are scored by their features, and those that are gone are not answered. Raises MissingArtifactError, DamagedArtifactError.
@@ -190,7 +190,7 @@ class Predictor:
             context=opened.manifest.get("context", []),
             released_day=released,
             retired=retired,
-            policy=None if policy is None else Policy.load(Path(policy), opened.digest),
+            policy=Policy.load(Path(policy), opened.digest) if isinstance(policy, str | Path) else policy,
             half=half,
         )
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from recray.config import ScoreSettings
 from recray.errors import ArtifactError, DamagedArtifactError, RefusedError, StateError
+from recray.inference.policy import Policy
 from recray.promotion import adopt_policy, end_trial
 from recray.release import Release
-from recray.serving.night import Night, why_not
+from recray.serving.night import Night
 from recray.serving.trial import Trial
 from recray.state.log import Log
 from recray.storage import Storage
@@ -103,9 +104,11 @@ class Arms:
         champion = release.champion
         if champion is None or champion.digest != night.bundle_digest or champion.policy == night.policy:
             return night
-        if night.policy is None and (why := why_not(self.storage, champion.policy, champion.digest)):
-            self._log.error("policy %s does not decide, the trained model answers as it is: %s", champion.policy, why)
-            return night
+        if night.policy is None and champion.policy is not None:
+            found, why = Policy.sound(self.storage.policy(champion.policy), champion.digest)
+            if found is None:
+                self._log.error("policy %s does not decide, the trained model answers as it is: %s", champion.policy, why)
+                return night
         return night.with_bundle(champion.open(self.storage), champion.policy)
 
     @staticmethod
@@ -121,8 +124,10 @@ class Arms:
             return None, None
         if champion is not None and champion.digest == wanted.digest != night.bundle_digest:
             return None, None  # else the bundle, which the others do not have yet, would be on trial with it
-        if why := why_not(self.storage, wanted.policy, wanted.digest):
-            raise DamagedArtifactError(f"policy {wanted.policy} is on trial and cannot be read: {why}", "recray serve rollback ends the trial")
+        if wanted.policy is not None:
+            found, why = Policy.sound(self.storage.policy(wanted.policy), wanted.digest)
+            if found is None:
+                raise DamagedArtifactError(f"policy {wanted.policy} is on trial and cannot be read: {why}", "recray serve rollback ends the trial")
         opened, name = wanted.open(self.storage), wanted.name
         challenger = kept_private(night.with_bundle(opened, wanted.policy), private=self._private)
         trial = self.trial

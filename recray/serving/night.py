@@ -22,7 +22,7 @@ from recray.bundle import Bundle
 from recray.config import ScoreSettings
 from recray.dataset.context import asked
 from recray.dataset.reader import Dataset, History
-from recray.errors import ArtifactError, DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
+from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
 from recray.inference import Filters, Predictor, Rules, Translation
 from recray.inference.policy import Policy, dials, explore
 from recray.inference.rules import having
@@ -173,10 +173,12 @@ class Night:
 
     @classmethod
     def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device) -> Night:
-        decides = None if policy is None else Storage(bundle.path.parent.parent).policy(policy)
-        if why := why_not(Storage(bundle.path.parent.parent), policy, bundle.digest):
-            logging.getLogger("ray.serve").error("policy %s does not decide, the trained model answers as it is: %s", policy, why)
-            decides = policy = None
+        decides = None
+        if policy is not None:
+            decides, why = Policy.sound(Storage(bundle.path.parent.parent).policy(policy), bundle.digest)
+            if decides is None:
+                logging.getLogger("ray.serve").error("policy %s does not decide, the trained model answers as it is: %s", policy, why)
+                policy = None
         predictor = Predictor.load(bundle.path, decides, dataset=dataset, device=device)
         predictor.quicken(QUICK_USERS)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
@@ -583,17 +585,6 @@ class Night:
                 del self._masks[next(iter(self._masks))]
             self._masks[key] = np.unique(self.translation.to_bundle[1:][chosen])
         return self._masks[key]
-
-
-def why_not(storage: Storage, policy: str | None, bundle_digest: str) -> str:
-    """Why a policy cannot decide for a bundle, empty where it can, or there is none."""
-    if policy is None:
-        return ""
-    try:
-        Policy.load(storage.policy(policy), bundle_digest)
-    except ArtifactError as error:
-        return str(error)
-    return ""
 
 
 def items_of(found: Found) -> list[Item]:
