@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from recray.evaluation.evaluate import MODEL, SEGMENTS, Table
 from recray.evaluation.table import TITLES
@@ -70,6 +70,7 @@ def utility(ndcg: dict[str, float], epsilons: list[float], nights: Sequence[int]
                 left.axhline(alone, color=colours[method], linewidth=1, linestyle=":")
         left.set(xlabel="ε of one training (dotted: not private)", ylabel="NDCG@10", xscale="log", ylim=(0, None))
         left.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
+        left.xaxis.set_minor_locator(NullLocator())
         left.legend(frameon=False)
         for name, values in spent.items():
             right.plot(nights, values, marker="o", markersize=4, label=name)
