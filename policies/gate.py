@@ -13,13 +13,16 @@ from recray.evaluation.gates import Check
 from recray.inference.policy import OBSERVED, Frozen, explore, log_density
 
 WRONG = 0.2  # of the 95 % intervals on shuffled rewards, at most: more than 4 of 20 is one chance in 400 where they hold
+DRAWS = 8
+EXPLORED = 0.5, 1.0  # of what the log explored, so far both explore where they are compared: what differs shows the more, the less they do
 
 
 @dataclass(frozen=True)
 class Rules:
     """threshold: what a policy has to gain for sure, as a share of what production earns; effective: samples after weighting, at least;
-    segment: what no segment may lose for sure, as a share; most: weight above which SWITCH-DR believes the model; diversity: of its lists,
-    as a share of the trained model's; latency: share of the Predictor's time that a decision may take."""
+    segment: what no segment may lose for sure, as a share, nor what is played unexplored, by the model's word; most: weight above which
+    SWITCH-DR believes the model; diversity: of its lists, as a share of the trained model's; latency: share of the Predictor's time that a
+    decision may take."""
 
     threshold: float = 0.0
     effective: float = 500.0
@@ -64,32 +67,35 @@ def judge(
     diversity : of the policy's lists, as a share of the trained model's; latency: a decision's share of the Predictor's time. None: not measured
     """
     mean, codes = policy.act(log.observation), log.codes
-    w = weights(log, mean)
-    state = policy.frozen.normalise(log.observation)
-    sigma = log.sigma[:, None]
-
-    def actions(places: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        return explore(mean[places], sigma[places], random)[0]
-
-    q, v, played, before = ope.modelled(state, log.action, log.reward, actions, codes, mean, log.mean, seed=seed)
-    found = ope.against_production(log.reward, w, q, v, codes, thirds(log.observation), confidence=rules.confidence, most=rules.most, seed=seed)
+    for share in EXPLORED:
+        w = weights(log, mean, share), weights(log, log.mean, share)
+        if min(map(ope.effective, w)) >= rules.effective:
+            break
+    drawn = [np.stack([explore(one, share * log.sigma[:, None], random)[0] for random in _again(seed)]) for one in (mean, log.mean)]
+    state, parts = policy.frozen.normalise(log.observation), thirds(log.observation)
+    q, *v, played, before = ope.modelled(state, log.action, log.reward, codes, *drawn, mean[None], log.mean[None], seed=seed)
+    found = ope.against_production(log.reward, w, q, (v[0], v[1]), codes, parts, confidence=rules.confidence, most=rules.most, seed=seed)
     earned = max(abs(found.production.value), 1e-12)
     values = {name: interval.value for name, interval in found.intervals.items()}
-    values["dm of what is played unexplored"] = float((played - before).mean())  # which everybody gets whose answers do not explore
+    unexplored = float((played - before).mean())  # what everybody gets whose answers do not explore; the model is too coarse to tell little
     sure, weight = found.intervals["dr"], found.weight
     told = ", ".join(f"{name} {value:+.4f}" for name, value in values.items())
-    gain = f"gains {sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}] a decision of {earned:.4f}"
+    gain = f"gains {sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}] a decision of {earned:.4f}, both explored {share:g} times as far as logged"
     densities = f"weights are {weight.value:.3f} on the average, not 1: actions were not played with the densities that were logged"
+    alone = f"played unexplored it gains {unexplored:+.4f} by the model, {rules.segment * earned:+.4f} at least are wanted"
     support = f"{found.effective:.0f} effective samples of {len(log)}, {rules.effective:.0f} wanted"
     checks = [
         Check("estimators agree", all(value > 0 for value in values.values()), f"estimators disagree: {told}"),
         Check("gain", sure.low > rules.threshold * earned, gain),
+        Check("unexplored", unexplored >= rules.segment * earned, alone),
         Check("support", found.effective >= rules.effective, support),
         Check("weights", 2 * weight.low - weight.value <= 1 <= 2 * weight.high - weight.value, densities),
         Check("shuffled rewards", found.shuffled <= WRONG, f"{found.shuffled:.0%} of the intervals say that shuffled rewards gain or lose"),
     ]
     checks += [*_kept(found.segments, earned, rules), *_allowed(diversity, latency, rules)]
     figures = {
+        "explored": share,
+        "unexplored": unexplored,
         "effective_samples": found.effective,
         "shuffled": found.shuffled,
         "largest_weight": found.largest,
@@ -149,10 +155,15 @@ def _measured(diversity: float | None, latency: float | None) -> dict[str, float
     return {name: value for name, value in (("diversity", diversity), ("latency", latency)) if value is not None}
 
 
-def weights(log: Logged, mean: np.ndarray) -> np.ndarray:
-    """Density of the logged actions around other means, explored as the log did, over theirs, float64 [n]."""
-    found: np.ndarray = np.exp(log_density(log.action, mean, log.sigma[:, None]) - log.log_density)
+def weights(log: Logged, mean: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """Density of the logged actions around other means, explored that share as far as the log did, over theirs, float64 [n]."""
+    found: np.ndarray = np.exp(log_density(log.action, mean, share * log.sigma[:, None]) - log.log_density)
     return found
+
+
+def _again(seed: int) -> list[np.random.Generator]:
+    """The same chance for whoever asks."""
+    return [np.random.default_rng([seed, draw]) for draw in range(DRAWS)]
 
 
 def thirds(observation: np.ndarray) -> dict[str, np.ndarray]:

@@ -116,39 +116,24 @@ def effective(w: np.ndarray) -> float:
     return float(w.sum() ** 2 / max((w**2).sum(), 1e-300))
 
 
-Actions = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""Actions [n, K] that a policy draws for the decisions whose places are given."""
-
-
 def modelled(
-    state_ND: np.ndarray,
-    action_NK: np.ndarray,
-    r: np.ndarray,
-    actions: Actions,
-    user: np.ndarray,
-    *others_NK: np.ndarray,
-    draws: int = 8,
-    seed: int = 0,
+    state_ND: np.ndarray, action_NK: np.ndarray, r: np.ndarray, user: np.ndarray, *played_MNK: np.ndarray, seed: int = 0
 ) -> tuple[np.ndarray, ...]:
-    """q and v [n] of a model of the reward, a ridge regression on states, actions and their products, learned on other users; then what it
-    says of other actions.
+    """What a model of the reward says of the logged actions, q [n], and of others, a mean over the M that a policy draws, v [n]: a ridge
+    regression on states, actions and their products, learned on other users.
 
-    Cross-fitted (Chernozhukov et al. 2018): no user's term knows its own reward. v is a mean over `draws` actions.
+    Cross-fitted (Chernozhukov et al. 2018): no user's term knows its own reward.
     """
-    random = np.random.default_rng(seed)
-    fold = np.random.default_rng(seed + 1).integers(0, FOLDS, int(user.max()) + 1)[user]
-    q, v, *others = (np.zeros(len(r)) for _ in range(2 + len(others_NK)))
-    everything = np.arange(len(r))
-    played = [actions(everything, random) for _ in range(draws)]
+    fold = np.random.default_rng(seed).integers(0, FOLDS, int(user.max()) + 1)[user]
+    actions = action_NK[None], *played_MNK
+    found = tuple(np.zeros(len(r)) for _ in actions)
     for place in range(FOLDS):
         mine = fold == place
         x = _columns(state_ND[~mine], action_NK[~mine])
         weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ r[~mine])
-        q[mine] = _columns(state_ND[mine], action_NK[mine]) @ weights
-        v[mine] = np.mean([_columns(state_ND[mine], drawn[mine]) @ weights for drawn in played], 0)
-        for found, other_NK in zip(others, others_NK, strict=True):
-            found[mine] = _columns(state_ND[mine], other_NK[mine]) @ weights
-    return q, v, *others
+        for worth, drawn in zip(found, actions, strict=True):
+            worth[mine] = np.mean([_columns(state_ND[mine], one[mine]) @ weights for one in drawn], 0)
+    return found
 
 
 def _columns(state_ND: np.ndarray, action_NK: np.ndarray) -> np.ndarray:
@@ -164,7 +149,8 @@ class Evaluation:
     """What a policy is worth more than the one that logged, a decision, by estimator, and what the log can bear.
 
     intervals : of the differences; production: of what was earned; segments: of the doubly robust difference by segment
-    effective, largest, weight : effective sample size, largest weight, and the mean one, which is 1 where the log's densities are right
+    effective, largest, weight : effective sample size and largest weight of either, and the mean one of the policy that is evaluated, which is
+        1 where the log's densities are right
     shuffled : share of the intervals of the doubly robust difference that miss 0 when the rewards are dealt out anew, SHUFFLES times
     """
 
@@ -179,9 +165,9 @@ class Evaluation:
 
 def against_production(
     r: np.ndarray,
-    w: np.ndarray,
+    w: tuple[np.ndarray, np.ndarray],
     q: np.ndarray,
-    v: np.ndarray,
+    v: tuple[np.ndarray, np.ndarray],
     user: np.ndarray,
     segments: Mapping[str, np.ndarray],
     *,
@@ -189,18 +175,22 @@ def against_production(
     most: float = 20.0,
     seed: int = 0,
 ) -> Evaluation:
-    """The difference to what was earned, paired by decision, with every estimator. segments : masks [n]."""
-    terms = {
-        "ips": ips(r, w) - r,
-        "snips": snips(r, w) - r,
-        "dm": dm(v) - r,
-        "dr": dr(r, w, q, v) - r,
-        "switch_dr": switch_dr(r, w, q, v, most) - r,
+    """The difference to production, paired by decision, with every estimator.
+
+    w, v : of the policy that is evaluated and of production, which explores as that does, and maybe less than the log did
+    segments : masks [n]
+    """
+    estimators: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+        "ips": lambda w, v: ips(r, w),
+        "snips": lambda w, v: snips(r, w),
+        "dm": lambda w, v: dm(v),
+        "dr": lambda w, v: dr(r, w, q, v),
+        "switch_dr": lambda w, v: switch_dr(r, w, q, v, most),
     }
+    terms = {name: terms_of(w[0], v[0]) - terms_of(w[1], v[1]) for name, terms_of in estimators.items()}
     random = np.random.default_rng(seed)
-    flat = np.full(len(r), r.mean())
-    shuffled = [dr(dealt, w, flat, flat) - dealt for dealt in (random.permutation(r) for _ in range(SHUFFLES))]
-    everything = [*terms.values(), r, w, *[terms["dr"]] * len(segments), *shuffled]
+    shuffled = [(w[0] - w[1]) * (random.permutation(r) - r.mean()) for _ in range(SHUFFLES)]
+    everything = [*terms.values(), r, w[0], *[terms["dr"]] * len(segments), *shuffled]
     among = [None] * (len(terms) + 2) + list(segments.values()) + [None] * SHUFFLES
     found = bootstraps(everything, user, among, confidence=confidence, seed=seed)
     names = len(terms)
@@ -208,8 +198,8 @@ def against_production(
         dict(zip(terms, found[:names], strict=True)),
         found[names],
         dict(zip(segments, found[names + 2 : -SHUFFLES], strict=True)),
-        effective(w),
-        float(w.max()),
+        min(map(effective, w)),
+        float(max(w[0].max(), w[1].max())),
         found[names + 1],
         float(np.mean([not one.low <= 0 <= one.high for one in found[-SHUFFLES:]])),
     )

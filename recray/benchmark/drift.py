@@ -44,20 +44,23 @@ EXPLORE = (
 
 def measure_drift(folder: Path, say: Say) -> dict[str, Any]:
     """`lead`: share of the oracle's lead over the trained model after each round; `frozen`: of the policy as it was when the world changed;
-    `regained_within`: rounds after the drift until 80 % of the lead were regained, None: never; `failed`: requests that were not answered."""
+    `regained_within`: rounds after the drift until 80 % of the lead were regained, None: never; `refused`: why a round published nothing, in
+    words; `failed`: requests that were not answered."""
     storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=("model.history=50",))
     seen = _observed(storage)
     length, stale = (float(np.median(seen[:, OBSERVED.index(name)])) for name in ("log_length", "log_days_since_last"))
     world = Planted(length=length, stale=stale)
     leads: list[float] = []
-    failed, frozen, promoted = 0, None, []
+    failed, frozen, promoted, refused = 0, None, [], []
     with running_serve(storage, {}, *EXPLORE) as port:
         for number in range(BEFORE + AFTER):
             if number == BEFORE:
                 world, frozen = replace(world, drift=-1.0), _live(storage)
                 say(f"the world turns around: {_lead(world, seen, frozen):.0%} of the lead are left")
             failed += _round(port, world, seen, number)
-            promoted.append(_adapt(storage))
+            told = _adapt(storage)
+            promoted.append(bool(told["metrics"]["promoted"]))
+            refused.append(told["reason"])
             leads.append(round(_lead(world, seen, _live(storage)), 3))
             say(f"round {number + 1}: {leads[-1]:.0%} of the oracle's lead, {failed} requests failed")
     regained = [place + 1 for place, lead in enumerate(leads[BEFORE:]) if lead >= 0.8]
@@ -66,6 +69,7 @@ def measure_drift(folder: Path, say: Say) -> dict[str, Any]:
         "frozen": round(_lead(world, seen, frozen), 3),
         "regained_within": regained[0] if regained else None,
         "promoted": promoted,
+        "refused": refused,
         "failed": failed,
         "requests_a_round": REQUESTS,
         "sigma": SIGMA,
@@ -125,8 +129,9 @@ def _told(connection: http.client.HTTPConnection, path: str, body: dict[str, Any
     return found
 
 
-def _adapt(storage: Storage) -> bool:
-    """Whether `recray adapt` published another policy."""
+def _adapt(storage: Storage) -> dict[str, Any]:
+    """What `recray adapt` says."""
     words = [sys.executable, "-m", "recray.cli", "adapt", f"storage.root={storage.root}", *EXPLORE]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return bool(json.loads(done.stdout.splitlines()[-1])["metrics"]["promoted"])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -85,12 +85,26 @@ def test_densities_of_something_else_are_noticed(good):
     assert "not played with the densities" in verdict.reason and "not 1" not in gate.judge(log, good).reason
 
 
+def test_a_small_gain_shows_though_the_log_explored_far(frozen):
+    """What is played is nearly the same under both, as far as the log explored: half as far it is not."""
+    world, passed = Planted(), []
+    for seed in range(10):
+        random = np.random.default_rng(seed)
+        observation, cases = world.draw(3000, random)
+        mean = (0.8 * world.best(observation)).astype(np.float32)
+        action, density = explore(mean, 1.0, random)
+        reward, n = clicks(world.pay(cases, action), random), len(mean)
+        log = Logged(observation, mean, action, density, np.ones(n), reward, np.arange(n), np.full(n, "b"), np.full(n, "p"))
+        passed.append(gate.judge(log, Plays(world.best, frozen)).passed)
+    assert sum(passed) >= 8, passed
+
+
 def test_what_pays_only_while_it_explores_is_refused(frozen):
     """Most users do not explore: they get 0.55 itself, beyond the best 0.25; whoever explores around it mostly gets what lies between."""
     log = log_of(Planted(), n=20_000, sigma=1.0)
     reward = clicks(0.6 - 0.4 * (log.action[:, 0].astype(np.float64) - 0.25) ** 2, np.random.default_rng(0))
     verdict, better = (gate.judge(replace(log, reward=reward), Plays(baselines.constant(np.array([a])), frozen)) for a in (0.55, 0.3))
-    assert verdict.figures["dr_low"] > 0 and "unexplored -" in verdict.reason and better.passed, (verdict.reason, better.reason)
+    assert verdict.figures["dr_low"] > 0 and "unexplored it gains -" in verdict.reason and better.passed, (verdict.reason, better.reason)
 
 
 def test_too_little_support_and_too_slow_a_decision_are_refused(good):

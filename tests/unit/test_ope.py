@@ -70,7 +70,7 @@ def test_a_model_of_the_reward_never_saw_the_user_that_it_speaks_of():
     random = np.random.default_rng(0)
     state, action, user = np.zeros((300, 2)), random.uniform(-1, 1, (300, 1)), np.arange(300) // 3
     luck = random.normal(0, 1, 100)[user]
-    q, _ = ope.modelled(state, action, luck, lambda places, _: action[places], user)
+    (q,) = ope.modelled(state, action, luck, user)
     assert abs(np.corrcoef(q, luck)[0, 1]) < 0.25
 
 
@@ -82,7 +82,7 @@ def test_continuous_actions_in_a_planted_world():
     w = np.exp(log_density(action, mean, 0.5) - density)
     r = clicks(world.pay(cases, action), random)
     truth = np.mean([world.pay(cases, explore(mean, 0.5, random)[0]).mean() for _ in range(20)])
-    q, v = ope.modelled(observation, action, r, lambda places, draw: explore(mean[places], 0.5, draw)[0], np.arange(20_000))
+    q, v = ope.modelled(observation, action, r, np.arange(20_000), np.stack([explore(mean, 0.5, random)[0] for _ in range(8)]))
     for terms in (ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, q, v), ope.switch_dr(r, w, q, v, 20.0)):
         found = ope.bootstrap(terms)
         assert found.low <= truth <= found.high
