@@ -21,7 +21,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from policies import gate
 from policies.held_out import HeldOut
-from policies.learner import Ppo, as_module, learn, module_config, plain, restore
+from policies.learner import Ppo, beginning, learn, module_config, plain, restore
 from policies.logs import LEAST as LEAST_USABLE
 from policies.logs import Aside, Logged, checked, read, usable
 from policies.rewards import Outcomes
@@ -228,13 +228,7 @@ def learn_from(
     worth = smoothed(log, seed)
     target = ((worth - worth.mean()) / max(worth.std(), 1e-9)).astype(np.float32)
     learner, module = _learner(len(actions), options)
-    start = dict(module.state_dict())
-    start["pi.log_std"] = torch.full_like(start["pi.log_std"], float(np.log(options.sigma)))
-    if live is not None:
-        start |= as_module(live.weights)
-    else:  # the mean begins at 0
-        start |= {name: torch.zeros_like(start[name]) for name in ("pi.net.mlp.0.weight", "pi.net.mlp.0.bias")}
-    restore(module, start, None)
+    restore(module, beginning(module, options.sigma, live), None)
     random = np.random.default_rng(seed)
     size = min(options.minibatch, len(log))
     for _ in range(options.epochs):

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from policies.rewards import Rewards, Varied
+from policies.rewards import Compared, Rewards, Varied
 from recray.inference.policy import OBSERVED, Frozen
 
 RISE = 1.0  # of the price, a step, times what is lacking
@@ -17,6 +17,8 @@ RISE = 1.0  # of the price, a step, times what is lacking
 
 class Decisions(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """`num_envs` requests at once: the observation is normalised by `frozen`, the action is clipped to [-1, 1], one step pays and ends.
+
+    Rewards that are `Compared` pay what an action brings more than action 0 for the same request, which has a fraction of the variance.
 
     penalty : times the squared length of an action is taken from its reward, so that what gains nothing stays at 0
     floor : how varied lists have to be on the average (see `Varied`): what they lack is paid for at a price that grows until they are
@@ -39,6 +41,10 @@ class Decisions(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._over = True
 
     def _paid(self, action: np.ndarray) -> np.ndarray:
+        paid = self._kept(action)
+        return paid - self.rewards.nothing(self._cases) if isinstance(self.rewards, Compared) else paid
+
+    def _kept(self, action: np.ndarray) -> np.ndarray:
         if self.floor is None or not isinstance(self.rewards, Varied):
             return self.rewards.pay(self._cases, action)
         reward, varied = self.rewards.outcome(self._cases, action)

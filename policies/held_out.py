@@ -91,6 +91,16 @@ class HeldOut:
         )
         return found.double()
 
+    def nothing(self, cases: np.ndarray) -> np.ndarray:
+        """The metric of each user under action 0, float64 [n]."""
+        found: np.ndarray = self._none[cases]
+        return found
+
+    @cached_property
+    def _none(self) -> np.ndarray:
+        places = np.arange(len(self))
+        return self.pay(places, np.zeros((len(places), len(self.actions))))
+
     def worth(self, cases: np.ndarray, item_NK: np.ndarray) -> np.ndarray:
         """The metric of lists."""
         return per_user(item_NK, [self.questions[place].target for place in cases], self.k)[self.metric]

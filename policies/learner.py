@@ -31,16 +31,17 @@ LAYERS = ("encoder.actor_encoder.net.mlp.0", "encoder.actor_encoder.net.mlp.2", 
 @dataclass(frozen=True)
 class Ppo:
     """How PPO learns. decisions: requests that are decided; batch: at most, so that few decisions are learned from in `UPDATES` batches too;
-    the others as RLlib names them."""
+    sigma: how far around 0, or around the policy that it begins with, actions are tried at first; the others as RLlib names them."""
 
     decisions: int = 100_000
     at_once: int = 256
     batch: int = 4096
     minibatch: int = 512
     epochs: int = 6
-    lr: float = 3e-3
+    lr: float = 1e-3
     last_lr: float = 3e-4
     hidden: int = 64
+    sigma: float = 0.5
     penalty: float = 0.002
 
 
@@ -75,10 +76,9 @@ def learn(
         module = algorithm.get_module()
         if kept is not None:
             restore(module, kept, checkpoint)
-        elif start is not None:
-            restore(module, {**module.state_dict(), **as_module(start.weights)}, None)
-        if kept is not None or start is not None:
-            algorithm.learner_group.set_state({"learner": {"rl_module": {"default_policy": _numpy(module.state_dict())}}})
+        else:
+            restore(module, beginning(module, options.sigma, start), None)
+        algorithm.learner_group.set_state({"learner": {"rl_module": {"default_policy": _numpy(module.state_dict())}}})
         while done < options.decisions:
             found = algorithm.train()
             done += int(found["env_runners"]["num_env_steps_sampled"])
@@ -141,6 +141,15 @@ def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | No
 def module_config(hidden: int) -> dict[str, Any]:
     """Of RLlib's network, whose mean `Policy` evaluates."""
     return {"fcnet_hiddens": [hidden, hidden], "fcnet_activation": "tanh", "free_log_std": True, "vf_share_layers": False}
+
+
+def beginning(module: Any, sigma: float, start: Policy | None) -> dict[str, Tensor]:
+    """Of a module that plays what a policy plays, or 0 for everybody, that far around it."""
+    found = dict(module.state_dict())
+    found["pi.log_std"] = torch.full_like(found["pi.log_std"], float(np.log(sigma)))
+    if start is not None:
+        return found | as_module(start.weights)
+    return found | {name: torch.zeros_like(found[name]) for name in ("pi.net.mlp.0.weight", "pi.net.mlp.0.bias")}
 
 
 def plain(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,6 +38,14 @@ class Varied(Protocol):
         """As `pay`, and how varied each list is as a share of what lists under action 0 are on the average, float64 [n] each."""
 
 
+@runtime_checkable
+class Compared(Protocol):
+    """Rewards of requests that were answered under action 0 too: what differs says more of an action than what it paid."""
+
+    def nothing(self, cases: Any) -> np.ndarray:
+        """What each request pays under action 0, float64 [n]."""
+
+
 class Listed(Rewards, Protocol):
     """One of a certain number of users, whose cases are their places."""
 

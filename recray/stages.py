@@ -316,7 +316,8 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
         work.say(f"a policy for bundle {bundle.key}" + (f", which begins as {before}" if start else ""))
 
         def told(decisions: int, metrics: dict[str, float]) -> None:
-            work.say(f"{decisions:,} decisions, {settings.policy.metric} {metrics['reward']:.4f}", level="debug", decisions=decisions, **metrics)
+            gain = f"{settings.policy.metric} {metrics['reward']:+.4f} to the trained model's"
+            work.say(f"{decisions:,} decisions, {gain}", level="debug", decisions=decisions, **metrics)
 
         with lease.commit():
             storage.staging.mkdir(parents=True, exist_ok=True)

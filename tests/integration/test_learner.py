@@ -75,6 +75,12 @@ def test_it_learns_to_keep_lists_varied():
     assert 1.0 - 0.5 * kept.act(observation).mean() > 0.8
 
 
+def test_it_begins_as_the_trained_model():
+    world = Planted()
+    policy = learn(world, replace(QUICK, decisions=1, minibatch=256, batch=256, lr=1e-9, last_lr=1e-9), "b")
+    assert np.abs(policy.act(world.draw(200, np.random.default_rng(0))[0])).max() < 1e-3
+
+
 def test_it_learns_goes_on_from_a_checkpoint_and_from_a_policy(tmp_path):
     world, kept, told = Planted(), tmp_path / "state.safetensors", []
     first = learn(world, QUICK, "bundle", seed=1, checkpoint=kept, on_metrics=lambda decisions, metrics: told.append((decisions, metrics["reward"])))

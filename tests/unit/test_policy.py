@@ -6,6 +6,7 @@ import torch
 from scipy.stats import truncnorm
 
 from policies.baselines import Tabled
+from policies.environment import Decisions
 from policies.held_out import HeldOut
 from recray.dataset.reader import History
 from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
@@ -213,6 +214,17 @@ def test_held_out_users_have_a_state_but_for_a_share_of_them(held_out, predictor
     question = held_out.questions[place]
     answer = predictor.recommend([question.history], 2, now=question.now, watched=True)
     np.testing.assert_allclose(held_out.observation[place, -3:-1], answer.state[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_action_is_paid_what_it_brings_more_than_none(held_out):
+    environment = Decisions(held_out, Frozen.of(held_out.observation), 32)
+    environment.reset()
+    assert not environment.step(np.zeros((32, 2)))[1].any()
+    environment.reset()
+    cases, action = environment._cases, np.full((32, 2), -1.0)
+    brings = held_out.pay(cases, action) - held_out.pay(cases, np.zeros((32, 2)))
+    assert np.abs(brings).max() > 0
+    np.testing.assert_allclose(environment.step(action)[1], brings, atol=1e-6)
 
 
 def test_what_stands_in_for_the_metric_has_its_gradient(held_out):
