@@ -41,10 +41,10 @@ class Decisions(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._over = True
 
     def _paid(self, action: np.ndarray) -> np.ndarray:
-        paid = self._kept(action)
+        paid = self._priced(action)
         return paid - self.rewards.nothing(self._cases) if isinstance(self.rewards, Compared) else paid
 
-    def _kept(self, action: np.ndarray) -> np.ndarray:
+    def _priced(self, action: np.ndarray) -> np.ndarray:
         if self.floor is None or not isinstance(self.rewards, Varied):
             return self.rewards.pay(self._cases, action)
         reward, varied = self.rewards.outcome(self._cases, action)
