@@ -20,9 +20,9 @@ EXPLORED = 0.5, 1.0  # of what the log explored, so far both explore where they 
 @dataclass(frozen=True)
 class Rules:
     """threshold: what a policy has to gain for sure, as a share of what production earns; effective: samples after weighting, at least;
-    segment: what no segment may lose for sure, as a share, nor what is played unexplored, by the model's word; most: weight above which
-    SWITCH-DR believes the model; diversity: of its lists, as a share of the trained model's; latency: share of the Predictor's time that a
-    decision may take."""
+    segment: what no segment may lose for sure, as a share of what it earns, nor what is played unexplored, by the model's word; most: weight
+    above which SWITCH-DR believes the model; diversity: of its lists, as a share of the trained model's; latency: share of the Predictor's time
+    that a decision may take."""
 
     threshold: float = 0.0
     effective: float = 500.0
@@ -92,7 +92,8 @@ def judge(
         Check("weights", 2 * weight.low - weight.value <= 1 <= 2 * weight.high - weight.value, densities),
         Check("shuffled rewards", found.shuffled <= WRONG, f"{found.shuffled:.0%} of the intervals say that shuffled rewards gain or lose"),
     ]
-    checks += [*_kept(found.segments, earned, rules), *_allowed(diversity, latency, rules)]
+    own = {name: float(np.average(log.reward[mask], weights=w[1][mask])) for name, mask in parts.items()}
+    checks += [*_kept(found.segments, own, rules), *_allowed(diversity, latency, rules)]
     figures = {
         "explored": share,
         "unexplored": unexplored,
@@ -126,18 +127,20 @@ def compare(
     gain, *by_part = ope.bootstraps([difference] * (1 + len(parts)), None, [None, *parts.values()], confidence=rules.confidence, seed=seed)
     earned = max(abs(float(none.mean())), 1e-12)
     text = f"gains {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] a user of {earned:.4f}, over {len(paid)} users"
-    checks = [Check("gain", gain.low > rules.threshold * earned, text), *_kept(dict(zip(parts, by_part, strict=True)), earned, rules)]
+    own = {name: float(none[mask].mean()) for name, mask in parts.items()}
+    checks = [Check("gain", gain.low > rules.threshold * earned, text), *_kept(dict(zip(parts, by_part, strict=True)), own, rules)]
     checks += _allowed(diversity, latency, rules)
     figures = {"users": float(len(paid)), "none": earned, "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
     return Verdict(checks, figures | _measured(diversity, latency))
 
 
-def _kept(parts: dict[str, ope.Interval], earned: float, rules: Rules) -> list[Check]:
-    """That no segment loses for sure."""
-    return [
-        Check(f"segment {name}", found.high >= rules.segment * earned, f"{name}: {found.value:+.4f}, at best {found.high:+.4f}")
-        for name, found in parts.items()
-    ]
+def _kept(parts: dict[str, ope.Interval], own: dict[str, float], rules: Rules) -> list[Check]:
+    """That no segment loses for sure of what it earns itself."""
+    found = []
+    for name, change in parts.items():
+        text = f"{name}: {change.value:+.4f} of {own[name]:.4f}, at best {change.high:+.4f}"
+        found.append(Check(f"segment {name}", change.high >= rules.segment * abs(own[name]), text))
+    return found
 
 
 def _allowed(diversity: float | None, latency: float | None, rules: Rules) -> list[Check]:

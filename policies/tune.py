@@ -21,7 +21,7 @@ from recray.errors import DataError, RefusedError
 from recray.evaluation.evaluate import test_questions
 from recray.evaluation.protocol import Question, wanted
 from recray.inference import Predictor, Rules, Translation
-from recray.inference.policy import Policy
+from recray.inference.policy import Policy, explore
 
 LEAST = 200  # users to learn from, and as many to be judged by
 JUDGED = 1 / 3  # of the users
@@ -98,12 +98,15 @@ def rules_of(settings: Settings) -> gate.Rules:
     return gate.Rules(threshold=options.threshold, segment=-options.segment, diversity=options.diversity, latency=options.latency)
 
 
-def deciding_share(predictor: Predictor, questions: list[Question], policy: Policy) -> float:
-    """Median time to observe and decide, as a share of the median time of the answer itself, one request at a time."""
-    deciding, answering = [], []
+def deciding_share(predictor: Predictor, questions: list[Question], policy: Policy, sigma: float | None = None) -> float:
+    """Median time to observe and decide, and to explore where `sigma` is said, as a share of the median time of the answer itself, one
+    request at a time."""
+    deciding, answering, random = [], [], np.random.default_rng(0)
     for question in questions:
         begun = time.perf_counter()
-        policy.act(predictor.observe(question.history, question.now)[None])
+        mean = policy.act(predictor.observe(question.history, question.now)[None])
+        if sigma is not None:
+            explore(mean, sigma, random)
         decided = time.perf_counter()
         predictor.recommend([question.history], 10, now=question.now, context=[question.context])
         deciding.append(decided - begun)

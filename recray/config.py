@@ -267,7 +267,7 @@ class PolicySettings(Section):
     decisions: int = Field(100_000, ge=1, description="decisions that it learns from")
     penalty: float = Field(0.002, ge=0, description="times the squared action is taken from a reward: what gains nothing stays at the trained model")
     threshold: float = Field(0.0, ge=0, description="gate: what it has to gain for sure, as a share of what the trained model earns")
-    segment: float = Field(0.01, ge=0, description="gate: what no third of the users by length of history may lose for sure, as a share")
+    segment: float = Field(0.01, ge=0, description="gate: what no third of the users by length of history may lose for sure, as a share of its own")
     diversity: float = Field(0.9, ge=0, description="how varied its lists have to be, as a share of the trained model's; for learning and gate")
     latency: float = Field(0.05, gt=0, description="gate: what a decision may take, as a share of the time of the answer")
     learner: Literal["marwil", "ppo"] = Field(

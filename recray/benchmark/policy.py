@@ -234,8 +234,8 @@ def measure_real(folder: Path, data: str, overrides: list[str], say: Say) -> tup
     cluster.start()
     questions, new_only = questions_of(settings, dataset, predictor)
     np.random.default_rng(0).shuffle(questions)
-    metrics: dict[str, Any] = {"epochs": epochs, "actions": ACTIONS, "deciding_share": round(_deciding(predictor, questions), 4)}
-    say(f"deciding takes {metrics['deciding_share']:.1%} of an answer's time")
+    metrics: dict[str, Any] = {"epochs": epochs, "actions": ACTIONS, **_deciding(predictor, questions)}
+    say(f"deciding takes {metrics['deciding_share']:.1%} of an answer's time, with exploring {metrics['exploring_share']:.1%}")
     for share in POLLUTED:
         random = np.random.default_rng(1)
         asked = [_polluted(question, share, predictor.n_items, random) for question in questions]
@@ -317,13 +317,17 @@ def _polluted(question: Question, share: float, n_items: int, random: np.random.
     return replace(question, history=History(*(np.insert(np.asarray(mine), place, more) for mine, more in zip(history, noise, strict=True))))
 
 
-def _deciding(predictor: Predictor, questions: Sequence[Question]) -> float:
-    """Of a network as it is learned, on one thread."""
+def _deciding(predictor: Predictor, questions: Sequence[Question]) -> dict[str, float]:
+    """Shares of the time of an answer that a network as it is learned takes, on one thread."""
     torch.set_num_threads(1)
     sizes = [len(OBSERVED), Ppo().hidden, Ppo().hidden, len(ACTIONS)]
     weights = {f"weight_{n}": torch.zeros(b, a) for n, (a, b) in enumerate(itertools.pairwise(sizes))}
     weights |= {f"bias_{n}": torch.zeros(b) for n, b in enumerate(sizes[1:])}
     seen = np.stack([predictor.observe(question.history, question.now) for question in questions[:300]])
-    found = deciding_share(predictor, list(questions[:300]), Policy(ACTIONS, Frozen.of(seen), weights, BUNDLE, {}))
+    policy = Policy(ACTIONS, Frozen.of(seen), weights, BUNDLE, {})
+    found = {
+        name: round(deciding_share(predictor, list(questions[:300]), policy, sigma), 4)
+        for name, sigma in (("deciding_share", None), ("exploring_share", REAL_SIGMA))
+    }
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return found

@@ -125,6 +125,21 @@ def test_a_segment_that_loses_stops_a_policy_that_gains_on_the_whole(frozen):
     assert "short histories: -" in verdict.reason
 
 
+def test_a_segment_may_lose_no_more_than_a_share_of_its_own(frozen):
+    """Users with short histories earn a tenth of what others do, and lose a thirtieth of that: less than a hundredth of what all earn."""
+    observation, _ = Planted().draw(3000, np.random.default_rng(0))
+    parts, random = gate.thirds(observation), np.random.default_rng(1)
+    none = np.where(parts["short histories"], 0.03, 0.3)
+    paid = none + np.where(parts["short histories"], -0.001, 0.02) + 0.001 * random.standard_normal(3000)
+    verdict = gate.compare(observation, paid, none)
+    assert verdict.figures["gain_low"] > 0 and "short histories: -0.0010 of 0.0300" in verdict.reason
+    assert gate.compare(observation, paid, none, gate.Rules(segment=-0.05)).passed
+    log = log_of(Planted(), n=3000)
+    short = gate.thirds(log.observation)["short histories"]
+    by_log = gate.judge(replace(log, reward=np.where(short, 0.03, 0.3)), Plays(baselines.constant(np.array([0.1])), frozen))
+    assert any(check.text.startswith("short histories: ") and " of 0.0300," in check.text for check in by_log.checks)
+
+
 def test_rows_that_say_nothing_are_set_aside_with_their_reason():
     log = log_of(Planted(), n=1000)
     density, reward, bundle, policy, mean = (x.copy() for x in (log.log_density, log.reward, log.bundle, log.policy, log.mean))
