@@ -22,7 +22,6 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from policies import gate
 from policies.held_out import HeldOut
 from policies.learner import Ppo, beginning, learn, module_config, plain, restore
-from policies.logs import LEAST as LEAST_USABLE
 from policies.logs import Aside, Logged, checked, read, usable
 from policies.rewards import Outcomes
 from policies.tune import TIMED, deciding_share, rules_of
@@ -36,7 +35,7 @@ from recray.inference import Predictor, Rules
 from recray.inference.policy import OBSERVED, Frozen, Policy
 
 FOLDS = 3
-LEAST = 500  # decisions of a round that can speak against an older one
+LEAST = 500  # decisions to learn from that can speak against older ones
 SURE = 2.0  # standard errors
 JUDGES = 1 / 3  # of the users
 LEAST_USERS = 50
@@ -80,11 +79,13 @@ def adapt(
     """
     options = settings.policy
     bound = options.bound if live is None else live.bound
-    if bound > options.bound:
-        raise RefusedError(f"the policy that decides turns up to {bound:g}, policy.bound says {options.bound:g}", "recray rollback takes it away")
+    if live is not None and live.actions != options.actions:
+        what = f"the policy that decides turns {', '.join(live.actions)}, policy.actions says {', '.join(options.actions)}"
+        raise RefusedError(what, "say what it turns, or let recray tune make one for the others")
     rounds, aside = read(folders, options.actions, until_s=now_s - options.wait_s, bound=bound)
     if not rounds:
-        raise RefusedError("no collected decision turned " + ", ".join(options.actions), "explore: policy.sigma=0.3 policy.explore=0.1")
+        what = "".join(f"; {count} {reason}" for reason, count in aside.items())
+        raise RefusedError(f"no collected decision turned {', '.join(options.actions)}{what}", "explore: policy.sigma=0.3 policy.explore=0.1")
     if settings.privacy.enabled:
         held_out = _held_out(settings, bundle)
         told = sum(map(len, rounds))
@@ -106,18 +107,11 @@ def adapt(
 
 
 def _sound(rounds: Sequence[Logged], bundle: str, policies: set[str]) -> tuple[list[Logged], Aside]:
-    """What can be used of each round, the newest last, and what cannot. Raises RefusedError where that is too little of the newest."""
-    *older, last = _joined(rounds)
-    newest, aside = checked(last, bundle, policies)
-    sound = []
-    for one in older:
-        found, also = usable(one, bundle, policies)
-        aside += also
-        if len(found) < LEAST_USABLE:
-            aside["of a round with too few that can be used"] += len(found)
-        else:
-            sound.append(found)
-    return [*sound, newest], aside
+    """What can be used of the rounds, the newest last, small ones together, and what cannot. Raises RefusedError where the newest says nothing."""
+    found = [usable(one, bundle, policies) for one in rounds]
+    parts = _together([int((~_judges(one)).sum()) for one, _ in found])
+    checked(rounds[-1] if not len(found[-1][0]) else Logged.joined(rounds[parts[-1]]), bundle, policies)
+    return [Logged.joined([one for one, _ in found[part]]) for part in parts], sum((aside for _, aside in found), Aside())
 
 
 def _since_the_change(rounds: Sequence[Logged], deciding: str) -> tuple[Logged, Logged, Aside]:
@@ -146,15 +140,17 @@ def _users(log: Logged) -> int:
     return len(set(log.user.tolist()))
 
 
-def _joined(rounds: Sequence[Logged]) -> list[Logged]:
-    """The rounds, small ones put to the one before."""
-    found: list[Logged] = []
-    for one in rounds:
-        if found and (len(one) < LEAST or len(found[-1]) < LEAST):
-            found[-1] = Logged.joined([found[-1], one])
-        else:
-            found.append(one)
-    return found
+def _together(counts: Sequence[int]) -> list[slice]:
+    """The rounds, oldest first, as many together as have `LEAST` decisions to learn from, if all have so many; the newest are no more than that
+    takes."""
+    found, end, n = [], len(counts), 0
+    for place in reversed(range(len(counts))):
+        n += counts[place]
+        if n >= LEAST:
+            found.append(slice(place, end))
+            end, n = place, 0
+    oldest = slice(0, found.pop().stop if found else end)
+    return [oldest, *reversed(found)]
 
 
 def _judges(log: Logged) -> np.ndarray:
@@ -197,14 +193,12 @@ def since_the_change(rounds: Sequence[Logged]) -> int:
     """How many rounds there are since the world changed: the newest and those before it that foretell it as well as it foretells itself,
     back to the first that does not."""
     newest, kept = rounds[-1], 1
-    if len(newest) >= LEAST:
-        own = (smoothed(newest) - newest.reward) ** 2
-        for older in reversed(rounds[:-1]):
-            theirs = (_model(older).predict(_columns(newest)) - newest.reward) ** 2 if len(older) >= LEAST else own
-            worse = theirs - own
-            if worse.mean() > SURE * worse.std() / np.sqrt(len(worse)) + 1e-12:
-                break
-            kept += 1
+    own = (smoothed(newest) - newest.reward) ** 2
+    for older in reversed(rounds[:-1]):
+        worse = (_model(older).predict(_columns(newest)) - newest.reward) ** 2 - own
+        if worse.mean() > SURE * worse.std() / np.sqrt(len(worse)) + 1e-12:
+            break
+        kept += 1
     return kept
 
 

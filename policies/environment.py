@@ -23,18 +23,21 @@ class Decisions(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     penalty : times the squared length of an action is taken from its reward, so that what gains nothing stays at 0
     floor : how varied lists have to be on the average (see `Varied`): what they lack is paid for at a price that grows until they are
         (a Lagrange multiplier by dual ascent); None: nothing is asked
+    price : where that begins
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, rewards: Rewards, frozen: Frozen, num_envs: int, *, penalty: float = 0.0, floor: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, rewards: Rewards, frozen: Frozen, num_envs: int, *, penalty: float = 0.0, floor: float | None = None, price: float = 0.0, seed: int = 0
+    ) -> None:
         self.num_envs, self.rewards, self.frozen, self.penalty = num_envs, rewards, frozen, penalty
         self.single_observation_space = gymnasium.spaces.Box(-5.0, 5.0, (len(OBSERVED),), np.float32)
         self.single_action_space = gymnasium.spaces.Box(-1.0, 1.0, (len(rewards.actions),), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.floor = floor if isinstance(rewards, Varied) else None
-        self.price = 0.0
+        self.price = price
         self._random = np.random.default_rng(seed)
         self._cases: Any = None
         self._seen = np.zeros((num_envs, len(OBSERVED)), np.float32)

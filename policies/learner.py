@@ -67,11 +67,13 @@ def learn(
     observation, _ = rewards.draw(NORMALISED_ON, np.random.default_rng(seed))
     frozen = Frozen.of(observation) if start is None else start.frozen.widened(Frozen.of(observation))
     kept = load_file(checkpoint) if checkpoint is not None and checkpoint.exists() else None
-    done = 0
+    done, price = 0, 0.0
     if kept is not None:
         frozen = Frozen(**{name: kept.pop(f"frozen_{name}").numpy() for name in ("mean", "scale", "low", "high")})
-        done = int(kept.pop("decisions"))
-    algorithm = _algorithm(rewards, frozen, options, floor, seed, done)
+        done, price = int(kept.pop("decisions")), float(kept.pop("price", torch.zeros(())))
+    draws = np.random.SeedSequence([seed, done]).generate_state(1)[0]  # after a resume other requests come
+    environment = Decisions(rewards, frozen, options.at_once, penalty=options.penalty, floor=floor, price=price, seed=int(draws))
+    algorithm = _algorithm(environment, options, seed, done)
     try:
         module = algorithm.get_module()
         if kept is not None:
@@ -84,28 +86,26 @@ def learn(
             done += int(found["env_runners"]["num_env_steps_sampled"])
             on_metrics(done, {"reward": float(found["env_runners"]["episode_return_mean"])})
             if checkpoint is not None:
-                _keep(checkpoint, algorithm.get_module().state_dict(), frozen, done)
+                _keep(checkpoint, algorithm.get_module().state_dict(), environment, done)
         weights = plain(algorithm.get_module().state_dict())
     finally:
         algorithm.stop()
     return Policy(rewards.actions, frozen, weights, bundle_digest, {"decisions": done, "learner": "ppo", "seed": seed})
 
 
-_here: dict[str, Callable[[int], Decisions]] = {}  # of this process: what Ray is given is kept on its head node, and users' histories are not
+_here: dict[str, Decisions] = {}  # of this process: what Ray is given is kept on its head node, and users' histories are not
 
 
 def _environment(context: Any) -> Decisions:
-    return _here["environment"](int(context.get("num_envs", 1)))
+    return _here["environment"]
 
 
-def _algorithm(rewards: Rewards, frozen: Frozen, options: Ppo, floor: float | None, seed: int, done: int) -> Any:
+def _algorithm(environment: Decisions, options: Ppo, seed: int, done: int) -> Any:
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.tune.registry import register_env
 
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    draws = np.random.SeedSequence([seed, done]).generate_state(1)[0]  # after a resume other requests come
-
-    _here["environment"] = lambda num_envs: Decisions(rewards, frozen, num_envs, penalty=options.penalty, floor=floor, seed=int(draws))
+    _here["environment"] = environment
     register_env("recray", _environment)
     left = max(options.decisions - done, 1)
     now = options.last_lr + (options.lr - options.last_lr) * left / options.decisions  # where the attempt before had come to
@@ -177,10 +177,11 @@ def restore(module: Any, state: dict[str, Tensor], where: Path | None) -> None:
         raise DamagedArtifactError(f"{where or 'the policy'} has another shape: {error}", "begin anew, or with the same options") from None
 
 
-def _keep(checkpoint: Path, state: dict[str, Tensor], frozen: Frozen, done: int) -> None:
+def _keep(checkpoint: Path, state: dict[str, Tensor], environment: Decisions, done: int) -> None:
     """Replace the file in one step."""
     tensors = {name: value.detach().contiguous() for name, value in state.items()}
-    tensors |= {f"frozen_{name}": torch.from_numpy(value.copy()) for name, value in asdict(frozen).items()}
+    tensors |= {f"frozen_{name}": torch.from_numpy(value.copy()) for name, value in asdict(environment.frozen).items()}
     scratch = checkpoint.with_suffix(".part")
-    save_file({**tensors, "decisions": torch.tensor(done)}, scratch)
+    counted = {"decisions": torch.tensor(done), "price": torch.tensor(environment.price, dtype=torch.float64)}
+    save_file(tensors | counted, scratch)
     scratch.replace(checkpoint)

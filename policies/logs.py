@@ -18,6 +18,7 @@ from recray.inference.policy import OBSERVED, log_density
 
 LEAST = 100  # decisions that can say anything
 OTHER_BUNDLE, NOT_EXPLORED = "of another bundle", "not explored"
+TOLD = {"policy", "actions", "observation", "mean", "action", "log_density", "sigma"}  # of a decision, in the log
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def _decisions(file: Path, actions: tuple[str, ...], bound: float, until_s: floa
             told = json.loads(row.pop("more") or "{}").get("decision")
             if told is None or row["timestamp"].timestamp() > until_s:
                 continue
-            if tuple(told["actions"]) != actions or told.get("bound", 1.0) != bound:
+            if not told.keys() >= TOLD:
+                aside["without " + ", ".join(sorted(TOLD - told.keys()))] += 1
+            elif tuple(told["actions"]) != actions or told.get("bound", 1.0) != bound:
                 aside["turned other controls, or as far as another bound"] += 1
             elif [len(told[name]) for name in ("observation", "mean", "action")] != [len(OBSERVED), len(actions), len(actions)]:
                 aside["seen by another version of recray"] += 1
@@ -126,8 +129,9 @@ def usable(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged,
     """The decisions that can be used, and how many were set aside for which reason; as `checked`, which refuses."""
     finite = np.isfinite(log.observation).all(1) & np.isfinite(log.action).all(1) & np.isfinite(log.mean).all(1)
     recomputed = np.full(len(log), np.nan)
-    explored = np.isfinite(log.log_density) & (log.sigma > 0)
-    known = finite & explored
+    explored = ~np.isnan(log.log_density) & (log.sigma > 0)
+    impossible = explored & np.isinf(log.log_density)
+    known = finite & explored & ~impossible
     recomputed[known] = log_density(log.action[known], log.mean[known], log.sigma[known, None])
     reasons = {
         OTHER_BUNDLE: log.bundle != bundle_digest,
@@ -135,6 +139,7 @@ def usable(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged,
         NOT_EXPLORED: ~explored,
         "not finite": ~finite,
         "reward is not finite": ~np.isfinite(log.reward),
+        "of propensity zero or infinite": impossible,
         "density is not that of the action": np.abs(recomputed - log.log_density) > 1e-3,
     }
     left, aside = np.ones(len(log), bool), Aside()
@@ -153,7 +158,7 @@ def checked(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged
     """
     left, aside = usable(log, bundle_digest, policies)
     told = "; ".join(f"{count} {reason}" for reason, count in aside.items())
-    if aside[NOT_EXPLORED] and not (np.isfinite(log.log_density) & (log.sigma > 0)).any():
+    if aside[NOT_EXPLORED] and not (~np.isnan(log.log_density) & (log.sigma > 0)).any():
         raise RefusedError("no decision of this log was explored: it says nothing of other actions", "set policy.sigma above 0 for a share of users")
     if aside[OTHER_BUNDLE] > len(log) / 2:
         raise RefusedError(f"most of this log is of another bundle: {told}", "evaluate on decisions of this one")

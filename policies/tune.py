@@ -76,7 +76,7 @@ def tune(
         on_metrics=on_metrics,
     )
     policy.about["bound"] = options.bound
-    verdict = judge(settings, judged, policy, None if live is not None and live.bound > options.bound else live)
+    verdict = judge(settings, judged, policy, live)
     policy.about |= {"bundle": bundle.key, "dataset": dataset.key, "as_of_s": dataset.as_of_s, "promoted": verdict.passed, "reason": verdict.reason}
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict

@@ -12,7 +12,7 @@ import contextlib
 import datetime as dt
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -299,13 +299,13 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
     bundle = champion_of(storage)
     keep_private(settings, bundle)
     private = settings.privacy.enabled
-    live = sound_policy(storage, bundle, policy_of(storage), work.warn, private=private)
+    live = sound_policy(work, bundle, policy_of(storage))
     if why := incomparable(dataset, bundle):
         raise RefusedError(f"bundle {bundle.key} {why}", "tune on the data of its night")
     chosen = settings.result_settings("policy", "evaluate", "privacy", "split", "score")
     asked = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, __version__)
     if live is not None and live.about.get("asked") == asked:  # this job made it, before
-        live = sound_policy(storage, bundle, live.about["against"], work.warn, private=private)
+        live = sound_policy(work, bundle, live.about["against"])
     start = live if live is not None and live.actions == settings.policy.actions else _policy_before(work, bundle)
     before, against = (policy and policy.about.get("key") for policy in (start, live))
     key = key_of(asked, before, against)
@@ -351,7 +351,7 @@ def adapt(work: Work) -> JobResult:
             return _released(work, "adapt", last["key"], bundle, int(last["made_s"]), started, skipped=True)
         return result_of("adapt", True, last["key"], {"policy": str(storage.policy(last["key"]))}, {}, started, work)
     collect(work)
-    live = sound_policy(storage, bundle, name, work.warn, private=private)
+    live = sound_policy(work, bundle, name)
     told = [folder for folder in storage.collected.glob("[!.]*") if any((folder / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
     folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
     folders, dataset, now_s = folders[-settings.policy.rounds :], published_dataset(storage), time.time()
@@ -392,15 +392,16 @@ def published_dataset(storage: Storage) -> Dataset:
     return Dataset.open(storage.root / published["dataset"], verify=True)
 
 
-def sound_policy(storage: Storage, bundle: Bundle, name: str | None, warn: Callable[[str], None], *, private: bool = False) -> Policy | None:
+def sound_policy(work: Work, bundle: Bundle, name: str | None) -> Policy | None:
     """The policy of that run key; a warning and None for one that does not decide, see `Policy.sound`."""
     from recray.inference.policy import Policy
 
     if name is None:
         return None
-    found, why = Policy.sound(storage.policy(name), bundle.digest, private=private)
+    settings = work.settings
+    found, why = Policy.sound(work.storage.policy(name), bundle.digest, private=settings.privacy.enabled, bound=settings.policy.bound)
     if why:
-        warn(f"policy {name} does not decide, the trained model does as it is: {why}")
+        work.warn(f"policy {name} does not decide, the trained model does as it is: {why}")
     return found
 
 
@@ -439,13 +440,15 @@ def _released(work: Work, job: str, key: str, bundle: Bundle, as_of_s: int, star
 
 
 def _policy_before(work: Work, bundle: Bundle) -> Policy | None:
-    """A policy of another bundle that turns the same controls and can be begun with: the champion's before this one."""
+    """A policy of another bundle that turns the same controls and can be begun with: the champion's before this one, or one on trial that
+    did not lose."""
     from recray.inference.policy import Policy
     from recray.release import Release
 
     release = Release.read(work.storage)
     for member in (release.previous, release.challenger):
-        if member is not None and member.policy is not None and member.digest != bundle.digest:
+        lost = member is not None and member.name in release.rolled_back
+        if member is not None and not lost and member.policy is not None and member.digest != bundle.digest:
             try:
                 found = Policy.load(work.storage.policy(member.policy), member.digest)
             except ArtifactError as error:
@@ -477,7 +480,7 @@ def score(work: Work, dataset: Dataset) -> JobResult:
     if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):
         work.warn(f"champion {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
     policy = policy_of(storage)
-    if sound_policy(storage, bundle, policy, work.warn, private=settings.privacy.enabled) is None:
+    if sound_policy(work, bundle, policy) is None:
         policy = None
     key = scoring.score_key(settings, dataset, bundle, policy)
     path = writer.snapshot_path(storage, dataset.as_of_s, key)

@@ -102,15 +102,16 @@ def _round(port: int, world: Planted, seen: np.ndarray, number: int) -> int:
     def client(place: int) -> None:
         random = np.random.default_rng([number, place])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        failed[place] = REQUESTS // CLIENTS  # until it was answered
         for _ in range(REQUESTS // CLIENTS):
             user = int(random.integers(0, USERS))
             answer = _told(connection, "/v1/recommend", {"user_id": user, "k": 5})
             if answer is None or "controls" not in answer:
-                failed[place] += 1
                 continue
             chance = world.pay(seen[user : user + 1], np.array([[answer["controls"]["temperature"]]]))[0]
-            if random.random() < chance and _told(connection, "/v1/feedback", {"request_id": answer["request_id"], "outcome": "click"}) is None:
-                failed[place] += 1
+            clicks = random.random() < chance
+            if not clicks or _told(connection, "/v1/feedback", {"request_id": answer["request_id"], "outcome": "click"}) is not None:
+                failed[place] -= 1
         connection.close()
 
     threads = [threading.Thread(target=client, args=(place,)) for place in range(CLIENTS)]
@@ -122,9 +123,14 @@ def _round(port: int, world: Planted, seen: np.ndarray, number: int) -> int:
 
 
 def _told(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    content = response.read()
+    """The answer; None where there was none, or an error."""
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        content = response.read()
+    except (OSError, http.client.HTTPException):
+        connection.close()  # it is opened anew for the next request
+        return None
     found: dict[str, Any] | None = json.loads(content) if response.status == 200 else None
     return found
 

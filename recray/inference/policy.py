@@ -209,10 +209,11 @@ class Policy:
             save_file({**{name: value.contiguous() for name, value in self.weights.items()}, **frozen}, folder / "policy.safetensors")
 
     @classmethod
-    def sound(cls, path: Path, bundle_digest: str, *, private: bool = False) -> tuple[Policy | None, str]:
+    def sound(cls, path: Path, bundle_digest: str, *, private: bool = False, bound: float = 1.0) -> tuple[Policy | None, str]:
         """The policy in a folder where it can decide for a bundle, else None and why not: none that cannot be read stops what answers.
 
         private : nor does one decide that was learned from users who were promised privacy
+        bound : nor one that turns further
         """
         try:
             found = cls.load(path, bundle_digest)
@@ -220,6 +221,8 @@ class Policy:
             return None, f"{error.what}; {error.fix}"
         if private and not found.about.get("private"):
             return None, "it was learned from all users, and privacy.enabled is on; `recray tune` makes another"
+        if found.bound > bound:
+            return None, f"it turns up to {found.bound:g}, and policy.bound is {bound:g}; `recray tune` makes another"
         return found, ""
 
     @classmethod

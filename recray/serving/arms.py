@@ -37,15 +37,17 @@ class Arms:
     now : night, trial, challenger; read all three at once, since they change together
     """
 
-    def __init__(self, storage: Storage, score: ScoreSettings, *, private: bool = False, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, storage: Storage, score: ScoreSettings, *, private: bool = False, bound: float = 1.0, device: str | torch.device = "cpu"
+    ) -> None:
         self.storage = storage
         self._log = logging.getLogger("ray.serve")
-        self._private, self._device = private, device
+        self._private, self._bound, self._device = private, bound, device
         self._published = _content(storage.latest)
         self._tried, self._again_at = b"", 0.0
         self._released, self._released_again_at = b"", 0.0
         self._read = 0
-        first = first_night(storage, score, self._log.error, private=private, device=device)
+        first = first_night(storage, score, self._log.error, private=private, bound=bound, device=device)
         self.now: tuple[Night, Trial | None, Night | None] = (first, None, None)
 
     @property
@@ -75,7 +77,7 @@ class Arms:
         if found and found != self._published and (found != self._tried or now >= self._again_at):
             self._tried, self._again_at = found, now + AGAIN_S
             try:
-                night = kept_private(Night.load(self.storage, self._device), private=self._private)
+                night = kept_private(Night.load(self.storage, self._device, self._bound), private=self._private)
                 self._published = found
             except Exception as error:  # whatever it is, the watch must go on
                 self._log.error("the published night cannot be loaded, the old one stays: %s", error)
@@ -105,7 +107,7 @@ class Arms:
         if champion is None or champion.digest != night.bundle_digest or champion.policy == night.policy:
             return night
         if night.policy is None and champion.policy is not None:
-            found, why = Policy.sound(self.storage.policy(champion.policy), champion.digest)
+            found, why = Policy.sound(self.storage.policy(champion.policy), champion.digest, bound=self._bound)
             if found is None:
                 self._log.error("policy %s does not decide, the trained model answers as it is: %s", champion.policy, why)
                 return night
@@ -125,9 +127,9 @@ class Arms:
         if champion is not None and champion.digest == wanted.digest != night.bundle_digest:
             return None, None  # else the bundle, which the others do not have yet, would be on trial with it
         if wanted.policy is not None:
-            found, why = Policy.sound(self.storage.policy(wanted.policy), wanted.digest)
+            found, why = Policy.sound(self.storage.policy(wanted.policy), wanted.digest, bound=self._bound)
             if found is None:
-                raise DamagedArtifactError(f"policy {wanted.policy} is on trial and cannot be read: {why}", "recray serve rollback ends the trial")
+                raise DamagedArtifactError(f"policy {wanted.policy} is on trial and does not decide: {why}", "recray serve rollback ends the trial")
         opened, name = wanted.open(self.storage), wanted.name
         challenger = kept_private(night.with_bundle(opened, wanted.policy), private=self._private)
         trial = self.trial
@@ -178,17 +180,23 @@ def kept_private(night: Night, *, private: bool) -> Night:
 
 
 def first_night(
-    storage: Storage, score: ScoreSettings, say: Callable[[str], None], *, private: bool = False, device: str | torch.device = "cpu"
+    storage: Storage,
+    score: ScoreSettings,
+    say: Callable[[str], None],
+    *,
+    private: bool = False,
+    bound: float = 1.0,
+    device: str | torch.device = "cpu",
 ) -> Night:
     """The published night, or what can stand in for it.
 
     Raises MissingArtifactError, DamagedArtifactError of the night if neither is there, RefusedError as `kept_private`.
     """
     try:
-        return kept_private(Night.load(storage, device), private=private)
+        return kept_private(Night.load(storage, device, bound), private=private)
     except ArtifactError as error:
         try:
-            night = kept_private(Night.stand_in(storage, score, device), private=private)
+            night = kept_private(Night.stand_in(storage, score, device, bound), private=private)
         except ArtifactError:
             raise error from None
         say(f"no nightly lists, the champion answers all: {error}")

@@ -73,14 +73,14 @@ class Handler:
         self.storage, self.options = storage, options
         self.telemetry = telemetry or Telemetry()
         self._log = logging.getLogger("ray.serve")
-        self.arms = Arms(storage, score, private=private, device=device("serve.gpus_per_replica", gpu=options.gpus_per_replica > 0))
+        self._policy = said = policy or PolicySettings()
+        place = device("serve.gpus_per_replica", gpu=options.gpus_per_replica > 0)
+        self.arms = Arms(storage, score, private=private, bound=said.bound, device=place)
         self.journal = Journal(storage, options)
         self._tasks: set[asyncio.Task[None]] = set()
         self._batcher, self._aside = self._new_batcher(), self._new_batcher()  # a challenger makes nobody wait for it but its own
         self.traces = provider(options.traces)
         self._tracer = tracer(self.traces)
-        self._policy = policy or PolicySettings()
-        said = self._policy
         explores = said.sigma > 0 and said.explore > 0
         self._exploration = Explore(said.sigma, said.actions, said.bound, np.random.default_rng()) if explores else None
         self.look()

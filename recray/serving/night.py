@@ -116,7 +116,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Night:
-    """One published night; replaced as a whole when the next one is published."""
+    """One published night; replaced as a whole when the next one is published.
+
+    bound : a policy that turns further does not decide
+    """
 
     snapshot: Snapshot
     dataset: Dataset
@@ -129,11 +132,12 @@ class Night:
     private: bool
     popular_list: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
+    bound: float = 1.0
     _masks: dict[str, np.ndarray] = field(default_factory=dict)
     _known: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, storage: Storage, device: str | torch.device = "cpu") -> Night:
+    def load(cls, storage: Storage, device: str | torch.device = "cpu", bound: float = 1.0) -> Night:
         """The published night, answered on a device. Raises MissingArtifactError, DamagedArtifactError."""
         snapshot = Snapshot.latest(storage)
         dataset = Dataset.open(storage.root / snapshot.manifest["dataset"])
@@ -142,10 +146,10 @@ class Night:
         bundle = Bundle.open(storage.root / snapshot.manifest["bundle"])
         if bundle.digest != snapshot.manifest["bundle_digest"]:
             raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
-        return cls._of(snapshot, dataset, bundle, snapshot.manifest.get("policy"), device)
+        return cls._of(snapshot, dataset, bundle, snapshot.manifest.get("policy"), device, bound)
 
     @classmethod
-    def stand_in(cls, storage: Storage, score: ScoreSettings, device: str | torch.device = "cpu") -> Night:
+    def stand_in(cls, storage: Storage, score: ScoreSettings, device: str | torch.device = "cpu", bound: float = 1.0) -> Night:
         """The champion on the last dataset, without nightly lists. Raises MissingArtifactError, DamagedArtifactError."""
         datasets = [Dataset.open(path) for path in sorted((storage.root / "datasets").glob("[!.]*"))]
         if not datasets:
@@ -162,20 +166,20 @@ class Night:
             "user_type": str(dataset.user_type),
             "rules": score.rules(),
         }
-        return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle, champion.policy, device)
+        return cls._of(Snapshot.stand_in(storage, manifest), dataset, bundle, champion.policy, device, bound)
 
     def with_bundle(self, bundle: Bundle, policy: str | None = None) -> Night:
-        """The same night with another bundle and policy behind its answers by the model; `policy` of what comes is None where it cannot be read.
+        """The same night with another bundle and policy behind its answers by the model; `policy` of what comes is None where it does not decide.
 
         Raises MissingArtifactError, DamagedArtifactError of the bundle.
         """
-        return self._of(self.snapshot, self.dataset, bundle, policy, self.predictor.device)
+        return self._of(self.snapshot, self.dataset, bundle, policy, self.predictor.device, self.bound)
 
     @classmethod
-    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device) -> Night:
+    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device, bound: float) -> Night:
         decides = None
         if policy is not None:
-            decides, why = Policy.sound(Storage(bundle.path.parent.parent).policy(policy), bundle.digest)
+            decides, why = Policy.sound(Storage(bundle.path.parent.parent).policy(policy), bundle.digest, bound=bound)
             if decides is None:
                 logging.getLogger("ray.serve").error("policy %s does not decide, the trained model answers as it is: %s", policy, why)
                 policy = None
@@ -188,7 +192,8 @@ class Night:
         real = answer.item_index[0] > 0
         private = bool(bundle.privacy["differential_privacy"])
         popular = tuple(zip(predictor.ids_of(answer.item_index[0][real]), answer.scores[0][real].tolist(), strict=True))
-        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, bundle.digest, policy, private, popular, dt.datetime.now(dt.UTC))
+        now = dt.datetime.now(dt.UTC)
+        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, bundle.digest, policy, private, popular, now, bound)
 
     @property
     def name(self) -> str:
@@ -290,7 +295,7 @@ class Night:
     @property
     def stale(self) -> bool:
         """Whether the night is so old that what it saw of users says nothing any more."""
-        old = self.whole and time.time() > self._written_s + STALE_S
+        old = time.time() > self._written_s + STALE_S
         if old and not self._known.setdefault((), False):
             self._known[()] = True
             logging.getLogger("ray.serve").error("no night since %s: nothing is decided or explored, the trained model answers as it is", self.date)
@@ -298,7 +303,7 @@ class Night:
 
     @cached_property
     def _written_s(self) -> float:
-        return (self.snapshot.path / MANIFEST).stat().st_mtime
+        return ((self.snapshot if self.whole else self.dataset).path / MANIFEST).stat().st_mtime
 
     @property
     def lists_as_it_decides(self) -> bool:

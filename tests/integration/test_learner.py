@@ -75,6 +75,15 @@ def test_it_learns_to_keep_lists_varied():
     assert 1.0 - 0.5 * kept.act(observation).mean() > 0.8
 
 
+def test_what_lists_lack_costs_as_much_after_a_resume(tmp_path, monkeypatch):
+    kept, began = tmp_path / "state.safetensors", []
+    learn(Narrow(), replace(QUICK, decisions=3000, penalty=0.0), "b", floor=0.9, checkpoint=kept)
+    price = float(load_file(kept)["price"])
+    monkeypatch.setattr("policies.learner.Decisions", lambda *given, **named: began.append(named["price"]) or Decisions(*given, **named))
+    learn(Narrow(), replace(QUICK, decisions=4000, penalty=0.0), "b", floor=0.9, checkpoint=kept)
+    assert price > 0 and began == [price]
+
+
 def test_it_begins_as_the_trained_model():
     world = Planted()
     policy = learn(world, replace(QUICK, decisions=1, minibatch=256, batch=256, lr=1e-9, last_lr=1e-9), "b")

@@ -16,7 +16,7 @@ from recray.benchmark.nights import publish_untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import RefusedError
-from recray.inference.policy import explore
+from recray.inference.policy import Policy, explore
 from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.handler import Handler
@@ -37,6 +37,22 @@ def test_rounds_are_looked_back_at_until_the_world_changed():
     new = [round_of(Planted(), 4000, seed) for seed in (2, 3)]
     assert adapt.since_the_change([*old, *new]) == 2
     assert adapt.since_the_change(new) == 2 and adapt.since_the_change(new[:1]) == 1
+
+
+def test_small_rounds_speak_together_and_the_newest_are_no_more_than_it_takes():
+    assert adapt._together([700, 600]) == [slice(0, 1), slice(1, 2)]
+    assert adapt._together([100, 700, 200, 200, 200]) == [slice(0, 2), slice(2, 5)]
+    assert adapt._together([900, 100]) == [slice(0, 2)] and adapt._together([10, 20]) == [slice(0, 2)]
+    rounds = [round_of(Planted(), 700, seed) for seed in range(10)]
+    rounds += [replace(round_of(Planted(), 5000, 10), log_density=np.where(np.arange(5000) < 500, rounds[0].log_density[0], np.nan))]
+    rounds[10].log_density[:500] = round_of(Planted(), 5000, 10).log_density[:500]
+    sound, aside = adapt._sound(rounds, "b", {""})
+    assert aside == {"not explored": 4500} and sum(map(len, sound)) == 7500 and len(sound) == 5
+    log, judged, left = adapt._since_the_change(sound, "")
+    assert len(log) + len(judged) == 7500 and left == {}
+    silent = replace(rounds[0], log_density=np.full(700, np.nan))
+    with pytest.raises(RefusedError, match="explored"):
+        adapt._sound([*rounds, silent], "b", {""})
 
 
 def test_most_of_what_is_to_be_had_is_learned_from_clicks():
@@ -121,6 +137,12 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     assert handler.night is not before and handler.night.policy == result.run_key
     answer = asyncio.run(handler.recommend(RecommendRequest(user_id=3, k=3)))
     assert answer.policy == result.run_key
+    live = Policy.load(storage.policy(result.run_key), handler.night.bundle_digest)
+    other = settings.model_copy(update={"policy": settings.policy.model_copy(update={"actions": ("recency",)})})
+    with pytest.raises(RefusedError, match="decides turns temperature, policy.actions says recency"):
+        adapt.adapt(other, folders, world_dataset, Bundle.open(storage.bundle("untrained")), live, {""}, np.inf)
+    with pytest.raises(RefusedError, match=f"no collected decision turned recency; {len(found)} turned other controls"):
+        adapt.adapt(other, folders, world_dataset, Bundle.open(storage.bundle("untrained")), None, {""}, np.inf)
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
         adapt.adapt(private, folders, world_dataset, Bundle.open(storage.bundle("untrained")), None, {""}, np.inf)

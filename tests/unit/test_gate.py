@@ -143,12 +143,13 @@ def test_a_segment_may_lose_no_more_than_a_share_of_its_own(frozen):
 def test_rows_that_say_nothing_are_set_aside_with_their_reason():
     log = log_of(Planted(), n=1000)
     density, reward, bundle, policy, mean = (x.copy() for x in (log.log_density, log.reward, log.bundle, log.policy, log.mean))
+    density[210:215] = -np.inf
     density[:10], reward[10:30], bundle[30:60], policy[60:100], density[100:150], mean[150:210] = np.nan, np.nan, "o", "?", 3.0, np.inf
     left, aside = checked(replace(log, log_density=density, reward=reward, bundle=bundle, policy=policy, mean=mean), "b", {""})
-    assert len(left) == 790
+    assert len(left) == 785
     assert aside == {
         "of another bundle": 30, "of a policy that is not known": 40, "not explored": 10, "not finite": 60, "reward is not finite": 20,
-        "density is not that of the action": 50,
+        "of propensity zero or infinite": 5, "density is not that of the action": 50,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +59,10 @@ def root(shop):
     storage.latest.write_bytes(latest)
     for file in (storage.root / "state").glob("*"):
         file.unlink()
+
+
+def with_section(settings, name, **changes):
+    return settings.model_copy(update={name: getattr(settings, name).model_copy(update=changes)})
 
 
 def made(storage, settings, **policy):
@@ -147,7 +152,7 @@ def test_not_at_all_is_the_trained_model_also_where_a_policy_decides(shop, root,
 
 def test_with_privacy_a_policy_of_all_users_decides_nothing(shop, root, world_settings):
     storage, bundle, *_ = shop
-    settings = world_settings.model_copy(update={"privacy": world_settings.privacy.model_copy(update={"enabled": True})})
+    settings = with_section(world_settings, "privacy", enabled=True)
     policy = Policy.load(storage.policy("p"), bundle.digest)
     with pytest.raises(RefusedError, match="learned from all users"):
         stages.keep_policy(settings, policy, "p")
@@ -206,7 +211,7 @@ def test_a_policy_on_trial_answers_its_share_and_goes_home_like_a_bundle(shop, r
     handler.close()
 
 
-def test_what_is_bounded_turns_less_also_where_it_explores(shop, root, world_settings, world_dataset):
+def test_what_is_bounded_turns_less_also_where_it_explores(shop, root, world_settings, world_dataset, caplog):
     storage, bundle, plain, histories, *_ = shop
     whole = Policy.load(storage.policy("p"), bundle.digest)
     if not storage.policy("half").exists():
@@ -229,6 +234,8 @@ def test_what_is_bounded_turns_less_also_where_it_explores(shop, root, world_set
     assert body["bound"] == 0.5 and abs(body["mean"][0] - 0.9) < 1e-6, "the log has the action itself, of which densities are"
     explores.close()
     free = made(storage, world_settings, sigma=2.0, explore=1.0, bound=0.1)
+    assert free.night.policy is None and "turns up to 0.5, and policy.bound is 0.1" in caplog.text
+    assert max(abs(ask(free, user).controls["temperature"]) for user in range(50)) <= 0.1
     promotion.roll_back(storage)
     free.look()
     assert max(abs(ask(free, user).controls["temperature"]) for user in range(50)) <= 0.1
@@ -299,10 +306,14 @@ def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, c
     answer = ask(handler, 7)
     assert answer.policy is None and answer.degraded == [] and "policy broken does not decide" in caplog.text
     said = []
-    assert stages.sound_policy(storage, bundle, "broken", said.append) is None and "recray tune" not in said[0] and "broken" in said[0]
-    assert stages.sound_policy(storage, bundle, "gone", said.append) is None and "recray tune" in said[1]
-    assert stages.sound_policy(storage, bundle, "p", said.append).actions == ACTIONS and len(said) == 2
-    assert stages.sound_policy(storage, bundle, "p", said.append, private=True) is None and "learned from all users" in said[2]
+    work = SimpleNamespace(storage=storage, settings=world_settings, warn=said.append)
+    assert stages.sound_policy(work, bundle, "broken") is None and "recray tune" not in said[0] and "broken" in said[0]
+    assert stages.sound_policy(work, bundle, "gone") is None and "recray tune" in said[1]
+    assert stages.sound_policy(work, bundle, "p").actions == ACTIONS and len(said) == 2
+    work.settings = with_section(world_settings, "privacy", enabled=True)
+    assert stages.sound_policy(work, bundle, "p") is None and "learned from all users" in said[2]
+    work.settings = with_section(world_settings, "policy", bound=0.5)
+    assert stages.sound_policy(work, bundle, "p") is None and "turns up to 1, and policy.bound is 0.5" in said[3]
     good = (storage.policy("p") / "policy.safetensors").read_bytes()
     (storage.policy("broken") / "policy.safetensors").write_bytes(good)
     monkeypatch.setattr(handler.arms, "_released_again_at", 0.0)
@@ -313,7 +324,7 @@ def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, c
     Release(champion=Member.of(bundle)).write(storage)
     promotion.release_policy(storage, bundle, "broken", 0.5)
     handler = made(storage, world_settings)
-    assert handler.arms.trial is None and "is on trial and cannot be read" in caplog.text
+    assert handler.arms.trial is None and "is on trial and does not decide" in caplog.text
     handler.close()
 
 
