@@ -27,7 +27,7 @@ from policies.rewards import Outcomes
 from policies.tune import TIMED, deciding_share, rules_of
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.dataset.reader import Dataset, draw_of
+from recray.dataset.reader import Dataset, draw_of, nothing_learned_of
 from recray.errors import RefusedError
 from recray.evaluation.gates import Check
 from recray.evaluation.protocol import Question
@@ -162,7 +162,7 @@ def _held_out(settings: Settings, bundle: Bundle) -> Callable[[Logged], np.ndarr
     split = bundle.settings["split"]
     if not split.get("held_out"):
         raise RefusedError("adapt with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2, and train anew")
-    return lambda log: draw_of(pa.array(log.user), f"held out {split['seed']}") < split["held_out"]
+    return lambda log: nothing_learned_of(pa.array(log.user), split)
 
 
 def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy, judged: Logged) -> tuple[float | None, float | None, int]:

@@ -32,12 +32,12 @@ def world_night(folder: Path, *, users: int, items: int, events_per_user: int, o
     return publish_untrained(settings, prepare_alone(settings), root)
 
 
-def publish_untrained(settings: Settings, dataset: Dataset, root: Path) -> Storage:
-    """A champion of untrained weights for the dataset, and its night by `settings.score`, published under a root."""
+def publish_untrained(settings: Settings, dataset: Dataset, root: Path, privacy: dict[str, Any] | None = None) -> Storage:
+    """A champion of untrained weights for the dataset, and its night by `settings.score`, published under a root. `privacy`: as for `untrained`."""
     storage = Storage(root)
     if dataset.path != storage.dataset(dataset.key):
         shutil.copytree(dataset.path, storage.dataset(dataset.key))
-    bundle = untrained(settings, dataset, storage.bundle(KEY), KEY)
+    bundle = untrained(settings, dataset, storage.bundle(KEY), KEY, privacy)
     Release(champion=Member.of(bundle)).write(storage)
     write_night(storage, KEY, Dataset.open(storage.dataset(dataset.key)), bundle, settings.score, each_bucket)
     return storage

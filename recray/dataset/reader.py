@@ -6,7 +6,7 @@ Owns `Dataset`, `Shard` and `History`. Holds no user in memory that nobody asked
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,12 @@ def draw_of(user_ids: pa.Array, seed: object) -> np.ndarray:
     """A number in [0, 1) for each user, float64 [users]: every night the same, so that who was held out yesterday is held out today."""
     text = (f"{seed}\0{user}".encode() for user in user_ids.to_pylist())
     found: np.ndarray = np.fromiter((xxhash.xxh64_intdigest(user) for user in text), np.uint64, len(user_ids)) / 2.0**64
+    return found
+
+
+def nothing_learned_of(user_ids: pa.Array, split: Mapping[str, Any]) -> np.ndarray:
+    """The users of whom nothing is learned by the settings of a split, bool [users]."""
+    found: np.ndarray = draw_of(user_ids, f"held out {split['seed']}") < split.get("held_out", 0.0)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from recray.config import SplitSettings
-from recray.dataset.reader import Shard, draw_of
+from recray.dataset.reader import Shard, draw_of, nothing_learned_of
 from recray.errors import DataError
 from recray.prepare.shards import held_out_counts
 
@@ -98,8 +98,7 @@ def held_out(shard: Shard, settings: SplitSettings) -> np.ndarray:
     """The users of whom nothing is learned, bool [users]."""
     if not settings.held_out:
         return np.zeros(len(shard), bool)
-    found: np.ndarray = draw_of(shard.user_ids, f"held out {settings.seed}") < settings.held_out
-    return found
+    return nothing_learned_of(shard.user_ids, settings.model_dump())
 
 
 def _count_before_basket(shard: Shard, basket: np.ndarray) -> np.ndarray:

@@ -74,12 +74,13 @@ class Mechanism:
                 "users who are held out: validation, gates and metrics are measured on them",
                 f"the catalogue{'' if self.counts_sigma else ' with its counts by day'}, the names of events and the number of users, which are "
                 "taken for public",
-                "figures of the baselines beside the model, which learn without noise, how popular an evaluation finds what is answered, and "
-                "totals of events and rows",
+                "figures of the baselines beside the model, which learn without noise, and whether a bundle passes them (gates.must_beat); how "
+                "popular an evaluation finds what is answered, and whether anybody met its targets; totals of events and rows",
+                "digests of the data, by which whoever knows all events but one user's can tell whether the user is there",
                 "figures of an audit, whose trainings are thrown away",
                 "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
             ],
-            "randomness": "seeded by the operating system; the generators are not cryptographic",
+            "randomness": "generators seeded with 128 bits by the operating system, for noise on a GPU with 64; they are not cryptographic",
         }
 
 

@@ -13,7 +13,9 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from opacus.grad_sample import register_grad_sampler, register_norm_sampler
@@ -55,6 +57,28 @@ class _Hooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
             yield from super().iterate_submodules(module)
 
 
+class _Alone(DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """Noise on a CPU comes from numpy, whose generator takes 128 bits of the system's randomness once; torch's takes 32, so that of
+    many steps two might have the same noise. A GPU's takes 64, and is seeded for each step."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.random = np.random.default_rng()
+
+    def add_noise(self) -> None:
+        if self.generator is not None:
+            self.generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+            super().add_noise()
+            return
+        for parameter in self.params:
+            noise = torch.from_numpy(self.random.standard_normal(tuple(parameter.shape), np.float32))
+            parameter.grad = parameter.summed_grad + self.noise_multiplier * self.max_grad_norm * noise
+
+
+class _Together(DistributedDPOptimizerFastGradientClipping, _Alone):  # type: ignore[misc]
+    """Rank 0 adds the noise, as `_Alone` does, for all."""
+
+
 class PrivateStep:
     """Steps of differentially private training of one model, on one rank or several that share a process group.
 
@@ -63,8 +87,6 @@ class PrivateStep:
     clipping_norm : C, what one user's gradient is shortened to
     noise_multiplier : σ; the sum over the users gets Gaussian noise of standard deviation σ C, once over all ranks
     expected_users : users of a step over all ranks, on average; the noised sum is divided by it
-    generator : draws the noise; None: one that is seeded by the system's randomness anew for each step, since a CPU's takes only
-        32 bits of a seed
 
     Raises SettingsError for a model with a part whose norm is not known exactly.
     """
@@ -77,7 +99,6 @@ class PrivateStep:
         clipping_norm: float,
         noise_multiplier: float,
         expected_users: float,
-        generator: torch.Generator | None = None,
     ) -> None:
         self.model, self.clipping_norm = model, clipping_norm
         self.device = next(model.parameters()).device
@@ -87,15 +108,13 @@ class PrivateStep:
         self.hooks = _Hooks(model, clipping_norm)
         self.roots = [parameter for name, parameter in model.named_parameters() if name.endswith(BIASES)]  # no way back to x leads by them
         world = dist.get_world_size() if dist.is_initialized() else 1
-        wrapper = DistributedDPOptimizerFastGradientClipping if dist.is_initialized() else DPOptimizerFastGradientClipping
-        self.optimizer = wrapper(
+        self.optimizer = (_Together if dist.is_initialized() else _Alone)(
             optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=clipping_norm,
             expected_batch_size=expected_users / world,
-            generator=generator or torch.Generator(self.device),
+            generator=None if self.device.type == "cpu" else torch.Generator(self.device),
         )
-        self._reseeds = generator is None
         self.canaries: Canaries | None = None
         """Planted by an audit, which looks at every step; None: there is none."""
         self.optimizer.attach_step_hook(self._observe)
@@ -109,8 +128,6 @@ class PrivateStep:
             self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
         if self.canaries is not None:
             self.canaries.plant([_grad(parameter) for parameter in self.optimizer.params])
-        if self._reseeds:
-            self.optimizer.generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
         self.optimizer.step()
         if self.model.items.ids is not None:
             with torch.no_grad():

@@ -140,7 +140,7 @@ class Ledger:
         with; how many steps were added. Refused, it leaves nothing behind.
 
         Raises PrivacySpentError, with what would fit, if all steps of the population together would pass ε `cap`; RefusedError if
-        the run was begun with another mechanism, or has ended, or one of the users belongs to another population.
+        the run was begun with another mechanism, or in another ledger, or has ended, or one of the users belongs to another population.
         """
         with self._alone() as connection:
             self._admit(connection, user_ids)
@@ -150,6 +150,11 @@ class Ledger:
                 raise RefusedError(
                     f"training {run_key} was begun with {mine.mechanism}, not with {mechanism}",
                     "go on as it was begun; other settings make another training",
+                )
+            if mine is None and done:
+                raise RefusedError(
+                    f"training {run_key} has taken {done} steps that this ledger does not know",
+                    "name the ledger that it was begun with (privacy.ledger, privacy.population), or begin another training with another train.seed",
                 )
             if mine is not None and mine.committed:
                 raise RefusedError(
@@ -350,7 +355,7 @@ def _durable(engine: Engine) -> None:
         connection.isolation_level = None  # transactions are begun below
         connection.execute("PRAGMA busy_timeout=30000")
         connection.execute("PRAGMA journal_mode=DELETE")  # a write-ahead log would need the memory of one machine
-        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA synchronous=EXTRA")  # the folder too: a journal that comes back would undo what was noted
 
     @sa.event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:

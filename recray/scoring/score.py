@@ -71,6 +71,7 @@ def write_night(
                 "rules": options.rules(),
                 "batch_users": options.batch_users,
                 "precision": options.precision,
+                "private": bool(bundle.privacy["differential_privacy"]),
             }
             fields.update(_summary(each(arguments, dataset.n_shards), len(bundle.item_ids) + len(bundle.newcomers(dataset))))
     manifest = open_sealed(path, KIND, verify=False)
@@ -100,7 +101,10 @@ def _on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) ->
 
 
 class ScoreBucket:
-    """Actor that scores one bucket (= dataset shard) a call and writes its part."""
+    """Actor that scores one bucket (= dataset shard) a call and writes its part.
+
+    What it tells of lists is of all users, of a private bundle's of those alone of whom nothing was learned.
+    """
 
     def __init__(
         self,
@@ -115,6 +119,7 @@ class ScoreBucket:
         batch_users: int,
         threads: int,
         precision: str = "float32",
+        private: bool = False,
         gpu: bool = False,
     ) -> None:
         import torch
@@ -125,6 +130,7 @@ class ScoreBucket:
         place = device("score.gpus_per_actor", gpu=gpu)
         self.predictor = Predictor.load(bundle, policy, dataset=self.dataset, device=place, half=precision == "bfloat16")
         self.translation = self.predictor.translation(self.dataset)
+        self.private = private
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
         self.filters = Filters(new_only=new_only)
         self.rules = Rules.declared(rules, self.dataset, self.translation.to_bundle, self.predictor.unseen)
@@ -158,13 +164,14 @@ class ScoreBucket:
         offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(1))]), pa.int32())
         item_ids = self.predictor.item_ids.take(pa.array(item_index[real] - 1))
         write_part(self.folder, bucket, shard.user_ids, item_ids, offsets, pa.array(score_values[real]), sources, np.concatenate(states))
+        told = shard.asked if self.private else np.ones(len(shard), bool)
         by_model = np.array([source == "model" for source in sources], bool)
-        best = score_values[by_model, 0] if len(by_model) else np.zeros(0)
+        best = score_values[by_model & told, 0] if len(by_model) else np.zeros(0)
         best = best[np.isfinite(best)]
         return {
             "users": len(shard),
-            "popular_users": int((~by_model).sum()),
-            "top_items": np.unique(item_index[:, :10]),
+            "popular_users": int((~by_model & told).sum()),
+            "top_items": np.unique(item_index[told, :10]),
             "scored": len(best),
             "best": np.quantile(best, QUANTILES) if len(best) else np.zeros(len(QUANTILES)),
         }

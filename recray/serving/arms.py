@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from recray.config import ScoreSettings
+from recray.dataset.reader import nothing_learned_of
 from recray.errors import ArtifactError, DamagedArtifactError, RefusedError, StateError
 from recray.inference.policy import Policy
 from recray.promotion import adopt_policy, end_trial
@@ -134,7 +137,8 @@ class Arms:
         challenger = kept_private(night.with_bundle(opened, wanted.policy), private=self._private)
         trial = self.trial
         if trial is None or (trial.challenger, trial.share, trial.shadow, trial.since_s) != (name, release.share, release.shadow, release.since_s):
-            trial = Trial(name, release.share, release.shadow, release.since_s)
+            splits = [member.open(self.storage).settings["split"] for member in (wanted, champion) if member is not None and self._private]
+            trial = Trial(name, release.share, release.shadow, release.since_s, lambda user: _nothing_learned_of(user, splits))
             begun_before = log is None or time.time() > release.since_s + JUST_S
             self._read = 0 if log is None or begun_before else log.last()  # a replica that is started anew learns what came before
         return trial, challenger
@@ -159,6 +163,11 @@ class Arms:
         elif trial.won() and self.challenger is not None and self.challenger.bundle_digest == self.night.bundle_digest:
             self._log.warning("the policy of %s was better on trial: it decides for everybody", trial.challenger)
             adopt_policy(self.storage, trial.challenger, trial.since_s)  # which the next look takes up
+
+
+def _nothing_learned_of(user: str, splits: Sequence[dict[str, Any]]) -> bool:
+    """Whether no bundle of these splits learned of the user, who is none that privacy was promised to."""
+    return all(nothing_learned_of(pa.array([user]), split)[0] for split in splits)
 
 
 def _content(path: Path) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,18 +61,20 @@ class Trial:
     """The trial of a challenger (its run key) at a share of the users, or as a shadow, whose answers nobody sees.
 
     since_s : when it began; decisions of before are of another trial
+    counted : whose outcomes it is judged by
     """
 
     challenger: str
     share: float
     shadow: bool
     since_s: float = 0.0
+    counted: Callable[[str], bool] = lambda user: True
     champion_side: Side = field(default_factory=Side)
     challenger_side: Side = field(default_factory=Side)
     outcomes: Outcomes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.outcomes = Outcomes(self.challenger, self.share, self.since_s)
+        self.outcomes = Outcomes(self.challenger, self.share, self.since_s, self.counted)
 
     def answers(self, user: str | None) -> bool:
         """Whether the challenger answers this user."""
@@ -107,8 +110,8 @@ class Outcomes:
     have, since a side of few users may have none to show yet.
     """
 
-    def __init__(self, challenger: str, share: float, since_s: float = 0.0) -> None:
-        self.challenger, self.share, self.since_s = challenger, share, since_s
+    def __init__(self, challenger: str, share: float, since_s: float = 0.0, counted: Callable[[str], bool] = lambda user: True) -> None:
+        self.challenger, self.share, self.since_s, self.counted = challenger, share, since_s, counted
         self.users = {True: 0, False: 0}  # of the challenger, of the champion
         self._total: dict[str, float] = {}  # by user
         self._whose: dict[str, tuple[str, bool]] = {}  # by request: the user, and whether the challenger answered
@@ -120,7 +123,7 @@ class Outcomes:
         """Take in an entry of the log."""
         body = entry.body
         if entry.kind == "decision" and entry.user is not None and (body.get("trial"), body.get("share")) == (self.challenger, self.share):
-            if body["arm"] not in ("challenger", "champion") or entry.at_s < self.since_s:
+            if body["arm"] not in ("challenger", "champion") or entry.at_s < self.since_s or not self.counted(entry.user):
                 return
             mine = body["arm"] == "challenger"
             if entry.user not in self._total:

@@ -60,6 +60,13 @@ def test_steps_that_a_crash_took_are_counted_and_taken_again(url):
         ledger.reserve("a", ONE, None, done=100)
 
 
+def test_a_checkpoint_of_another_ledger_is_refused_and_leaves_nothing(url):
+    ledger = Ledger.open(url, "shop")
+    with pytest.raises(RefusedError, match="has taken 40 steps that this ledger does not know"):
+        ledger.reserve("a", ONE, None, done=40)
+    assert ledger.runs() == [] and ledger.reserve("a", ONE, None) == 100
+
+
 def test_counts_are_reserved_with_the_steps_and_counted_as_often_as_they_were_drawn(url):
     counted = dataclasses.replace(ONE, counts_sigma=5.0)
     ledger = Ledger.open(url, "shop")

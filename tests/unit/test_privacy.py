@@ -163,6 +163,21 @@ def test_noise_has_the_stated_deviation_also_in_an_empty_step():
     assert abs(moved.mean().item()) < 4 * sigma * clipping_norm / users / math.sqrt(len(moved))
 
 
+def test_noise_is_another_in_every_step_and_training_whatever_torch_is_seeded_with():
+    moved = []
+    for _ in range(2):
+        model = make("dp")
+        step = private(model, 1.0, noise=1.0)
+        for _ in range(2):
+            before = model.items.ids.weight.detach().clone()
+            torch.manual_seed(0)
+            step.step([])
+            moved.append((model.items.ids.weight.detach() - before)[1:].flatten())
+    together = np.corrcoef(torch.stack(moved).numpy()) - np.eye(4)
+    assert np.abs(together).max() < 5 / math.sqrt(len(moved[0]))
+    assert step.optimizer.generator is None and step.optimizer.random.bit_generator.seed_seq.entropy.bit_length() > 96
+
+
 @pytest.mark.parametrize(
     ("more", "part"),
     [

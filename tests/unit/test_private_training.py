@@ -18,8 +18,10 @@ from recray.dataset.reader import History
 from recray.errors import DataError, SettingsError, TrainingError
 from recray.evaluation.protocol import Questions
 from recray.inference import Predictor
+from recray.model.recommender import PRESETS, Recommender, Shape
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of, sigma_for
 from recray.privacy.counts import log_counts, weighted_counts
+from recray.privacy.engine import PrivateStep
 from recray.privacy.ledger import Ledger
 from recray.privacy.sampling import PoissonUsers
 from recray.training.batches import TrainingBatches, users_learned
@@ -290,6 +292,26 @@ def test_ranks_draw_apart_and_stay_equal_to_the_bit(settings, dataset, tmp_path)
     assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
     assert not {user for step in one["drawn"] for user in step} & {user for step in two["drawn"] for user in step}
     assert one["drawn"] != [[user - 1 for user in step] for step in two["drawn"]]
+
+
+def _noisy_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)  # of the weights, which are alike
+    off = {"time_bias": False, "repeat": False, "prior": False}
+    model = Recommender(Shape(**PRESETS["dp"], **off, event_types=1, dim=64, history=8), np.arange(1001) > 0, {})
+    before = model.items.ids.weight.detach().clone()
+    sgd = torch.optim.SGD([parameter for name, parameter in model.named_parameters() if name != "temperature"], lr=1.0)
+    PrivateStep(model, sgd, clipping_norm=0.3, noise_multiplier=1.7, expected_users=20.0).step([])
+    torch.save((model.items.ids.weight.detach() - before)[1:], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_add_the_noise_once(tmp_path):
+    processes.spawn(_noisy_rank, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(one, two)
+    np.testing.assert_allclose(one.std().item(), 1.7 * 0.3 / 20.0, rtol=0.02)
 
 
 def test_each_user_is_drawn_with_the_chance_that_is_accounted():

@@ -5,7 +5,9 @@ import math
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from conftest import prepare_here, private_overrides
 
 from recray import pipeline, promotion
 from recray.benchmark.nights import publish_untrained, untrained
@@ -212,6 +214,25 @@ def test_worse_challengers_are_found_and_better_ones_are_not_ended():
     trial, over = simulated(1, 3000, 0.3, 0.1, 0.3)
     difference, bound = trial.outcomes.difference()
     assert not over and difference == pytest.approx(0.6, abs=bound) and 0 < bound < 0.6
+
+
+def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder, tmp_path):
+    settings = load_settings(None, private_overrides(world_folder, tmp_path))
+    dataset, said = prepare_here(settings), {"differential_privacy": True, "population": "users"}
+    storage = publish_untrained(settings, dataset, settings.root(), said)
+    promotion.begin_trial(storage, untrained(settings, dataset, storage.bundle("other"), "other", said), 0.5)
+    found = {}
+    for private in (False, True):
+        made = Handler(storage, ServeSettings(timeout_s=5.0), settings.score, private=private)
+        for user in range(200):
+            ask(made, user, mode="realtime")
+        asyncio.run(made.journal.writer.append([]))
+        made.look()
+        found[private] = sum(made.arms.trial.outcomes.users.values())
+        counted = {user for user in range(200) if made.arms.trial.counted(str(user))}
+        made.close()
+    held_out = {user for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.held_out)).to_pylist()}
+    assert found == {False: 200, True: len(held_out & set(range(200)))} and counted == held_out & set(range(200)) and 20 < len(counted) < 80
 
 
 def test_outcomes_that_come_in_parts_count_as_their_sum_and_other_trials_not_at_all():
