@@ -41,6 +41,7 @@ JUDGED = 20_000  # fresh users that every way is measured on
 TWINS, TWIN_DECISIONS, LOGS = 10, 20_000, 20  # policies, what each is learned from, and logs that each is judged on
 LOGGED, SIGMA = 10_000, 0.5  # decisions of a log, and how it explored
 WORSE, SHARE, MOST_CANARY, WORSE_RUNS = 0.9, 0.2, 5_000, 50
+VISITS = 3  # of a user on the average, where users come back
 POLLUTED = (0.0, 0.1, 0.3)  # noise events, as shares of a history
 ACTIONS = ("temperature", "recency")  # on real data
 REAL_DECISIONS, REAL_SIGMA = 40_000, 0.3
@@ -190,7 +191,7 @@ def _worse(say: Say) -> dict[str, Any]:
     action = min(losses, key=lambda a: abs(losses[a] - WORSE * losses[0.0]))
     bad = _Constant(action, Frozen.of(observation))
     verdicts = [gate.judge(_logged(world, LOGGED, SIGMA, random), bad) for _ in range(WORSE_RUNS)]
-    asked = [_canary(world, bad.act, np.random.default_rng([500, seed])) for seed in range(WORSE_RUNS)]
+    asked, again = ([_canary(world, bad.act, np.random.default_rng([500, seed]), visits) for seed in range(WORSE_RUNS)] for visits in (1, VISITS))
     ended = [requests for requests in asked if requests is not None]
     metrics = {
         "worse_runs": WORSE_RUNS,
@@ -198,26 +199,30 @@ def _worse(say: Say) -> dict[str, Any]:
         "worse_refused": sum(not verdict.passed for verdict in verdicts) / len(verdicts),
         "worse_returned_within": max(ended) if len(ended) == len(asked) else None,
         "worse_returned": len(ended) / len(asked),
+        "worse_returned_where_users_come_back": sum(requests is not None for requests in again) / len(again),
     }
     told = f"refused {metrics['worse_refused']:.0%}, returned within {metrics['worse_returned_within']} requests"
+    told += f", {metrics['worse_returned_where_users_come_back']:.0%} where users come {VISITS} times on the average"
     say(f"a policy of {metrics['worse_reward']:.1%}: {told}")
     return metrics
 
 
-def _canary(world: Planted, act: Act, random: np.random.Generator) -> int | None:
-    """Requests that a challenger answered until its trial ended; None if it went on."""
+def _canary(world: Planted, act: Act, random: np.random.Generator, visits: float) -> int | None:
+    """Requests that a challenger answered until its trial ended, of users who come so many times on the average; None if it went on."""
     trial, mine, number = Trial("worse", SHARE, shadow=False), 0, 0
     while mine < MOST_CANARY:
         observation, cases = world.draw(500, random)
         better, worse = world.pay(cases, np.zeros((500, 1))), world.pay(cases, act(observation))
         for row in range(500):
-            number += 1
-            theirs = answers(f"{random.integers(1 << 40)}", "worse", SHARE)
-            mine += theirs
+            user = f"{random.integers(1 << 40)}"
+            theirs = answers(user, "worse", SHARE)
             body = {"trial": "worse", "share": SHARE, "arm": "challenger" if theirs else "champion"}
-            trial.outcomes.read(Entry("decision", str(number), str(number), 0.0, body))
-            if random.random() < (worse if theirs else better)[row]:
-                trial.outcomes.read(Entry("outcome", f"o{number}", None, 0.0, {"request_id": str(number), "value": 1.0}))
+            for _ in range(random.geometric(1 / visits)):
+                number += 1
+                mine += theirs
+                trial.outcomes.read(Entry("decision", str(number), user, 0.0, body))
+                if random.random() < (worse if theirs else better)[row]:
+                    trial.outcomes.read(Entry("outcome", f"o{number}", None, 0.0, {"request_id": str(number), "value": 1.0}))
         if trial.ended():
             return mine
     return None

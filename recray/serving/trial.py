@@ -26,7 +26,7 @@ SLOWER = 3.0  # times the champion's 95th percentile
 LEAST_USERS = 100  # of the challenger, before outcomes are judged
 ALPHA = 0.05  # of ending, and as much of winning, by outcomes, over the whole trial; half of each for each of two bounds
 RHO = 0.1  # where the first is tightest: after about 2 log(1 / ALPHA) / RHO² users
-PLANNED = 5_000  # users of the challenger until which the second has to tell
+PLANNED = 5_000  # answers of the challenger until which the second has to tell
 SECOND = float(ndtri(1.0 - ALPHA / 4))  # standard errors at the end of the plan
 REMEMBERED = 200_000  # decisions that outcomes may still come for
 
@@ -89,7 +89,7 @@ class Trial:
             return f"its 95th percentile is {1000 * mine.p95_s:.0f} ms, the champion's {1000 * theirs.p95_s:.0f} ms"
         difference, bound = self.outcomes.difference()
         if self.outcomes.users[True] >= LEAST_USERS and difference + bound < 0:
-            return f"its outcomes are worth {difference:+.4f} a user against the champion's, at most {difference + bound:+.4f}"
+            return f"its outcomes are worth {difference:+.4f} an answer against the champion's, at most {difference + bound:+.4f}"
         return None
 
     def won(self) -> bool:
@@ -101,23 +101,23 @@ class Trial:
 class Outcomes:
     """Outcomes of both sides, read from the log, and the anytime-valid bound of their difference.
 
-    Users are drawn, so users are counted: each has the sum of its decisions' outcomes, less the mean of all, over the probability of its
-    side, negative for the champion; the mean of these is the difference of the sides' means (Horvitz and Thompson). Two bounds of it may be
-    looked at after every decision, and the closer one counts: the asymptotic confidence sequence of Waudby-Smith et al. (arXiv 2103.06476,
-    equation 4), which finds what is much worse early and has no end, and, for `PLANNED` users of the challenger, one that the sum of all
-    differences passes wrongly as often as twice its end does (the reflection principle of Brownian motion), which finds a tenth. Together they are
-    passed wrongly on a given side, in the whole trial, with probability `ALPHA` at most. The variance is at least the one that equal sides would
-    have, since a side of few users may have none to show yet.
+    Users are drawn, so users are counted: each has the sum over its answers of outcomes less the mean of all answers, over the probability of
+    its side, negative for the champion; their sum over all answers is the difference of the sides' means an answer (Horvitz and Thompson, and
+    the linearised ratio), whose spread knows nothing of how often users come. Two bounds of it may be looked at after every answer, and the
+    closer one counts: the asymptotic confidence sequence of Waudby-Smith et al. (arXiv 2103.06476, equation 4), which finds what is much worse
+    early and has no end, and, for `PLANNED` answers of the challenger, one that the sum of all differences passes wrongly as often as twice its
+    end does (the reflection principle of Brownian motion), which finds a tenth. Together they are passed wrongly on a given side, in the whole
+    trial, with probability `ALPHA` at most. The variance is at least the one that equal sides would have, since a side of few users may have
+    none to show yet.
     """
 
     def __init__(self, challenger: str, share: float, since_s: float = 0.0, counted: Callable[[str], bool] = lambda user: True) -> None:
         self.challenger, self.share, self.since_s, self.counted = challenger, share, since_s, counted
         self.users = {True: 0, False: 0}  # of the challenger, of the champion
-        self._total: dict[str, float] = {}  # by user
+        self._users: dict[str, tuple[int, float]] = {}  # answers and outcomes of each
         self._whose: dict[str, tuple[str, bool]] = {}  # by request: the user, and whether the challenger answered
         self._early: set[str] = set()
-        self._sum = {True: 0.0, False: 0.0}
-        self._squares = {True: 0.0, False: 0.0}
+        self._sums = {side: np.zeros(5) for side in (True, False)}  # over a side's users: answers n, outcomes y, nn, ny, yy
 
     def read(self, entry: Entry) -> None:
         """Take in an entry of the log."""
@@ -126,34 +126,43 @@ class Outcomes:
             if body["arm"] not in ("challenger", "champion") or entry.at_s < self.since_s or not self.counted(entry.user):
                 return
             mine = body["arm"] == "challenger"
-            if entry.user not in self._total:
-                self._total[entry.user] = 0.0
+            if entry.user not in self._users:
+                self._users[entry.user] = 0, 0.0
                 self.users[mine] += 1
+            self._add(entry.user, mine, 1, 0.0)
             self._whose[entry.key] = (entry.user, mine)
             if len(self._whose) > REMEMBERED:
                 del self._whose[next(iter(self._whose))]
         elif entry.kind in ("outcome", "set_aside") and body["request_id"] in self._whose and entry.key not in self._early:
             if entry.kind == "set_aside":  # by a replica that did not know its decision yet; it may be told again
                 self._early.add(entry.key)
-            user, mine = self._whose[body["request_id"]]
-            before = self._total[user]
-            after = self._total[user] = before + float(body["value"])
-            self._sum[mine] += after - before
-            self._squares[mine] += after * after - before * before
+            self._add(*self._whose[body["request_id"]], 0, float(body["value"]))
+
+    def _add(self, user: str, mine: bool, answers: int, value: float) -> None:
+        n, y = self._users[user]
+        self._users[user] = n + answers, y + value
+        self._sums[mine] += _products(n + answers, y + value) - _products(n, y)
 
     def difference(self) -> tuple[float, float]:
-        """The challenger's mean outcome a user less the champion's, and how far the truth may be from it."""
+        """The challenger's mean outcome an answer less the champion's, and how far the truth may be from it."""
         n = sum(self.users.values())
         if not 0 < self.share < 1 or n < 2:
             return 0.0, math.inf
-        middle = sum(self._sum.values()) / n  # taken from all: it changes no difference, and its spread is not waited for
-        sums = {side: self._sum[side] - middle * self.users[side] for side in (True, False)}
-        squares = {side: self._squares[side] - 2 * middle * self._sum[side] + middle**2 * self.users[side] for side in (True, False)}
-        p, q = self.share, 1.0 - self.share
+        answers, outcomes = (self._sums[True] + self._sums[False])[:2]
+        middle = outcomes / answers
+        sums = {side: found[1] - middle * found[0] for side, found in self._sums.items()}
+        squares = {side: found[4] - 2 * middle * found[3] + middle**2 * found[2] for side, found in self._sums.items()}
+        p, q, often = self.share, 1.0 - self.share, answers / n
         mean = (sums[True] / p - sums[False] / q) / n
         seen = (squares[True] / p**2 + squares[False] / q**2) / n - mean * mean
         alike = (squares[True] + squares[False]) / n * (1 / p + 1 / q)
         variance = max(seen, alike)
-        inside, planned = n * RHO * RHO + 1.0, PLANNED / p
+        inside, planned = n * RHO * RHO + 1.0, PLANNED / p / often  # users by then, who come as often
         bound = math.sqrt(variance * 2.0 * inside / (n * n * RHO * RHO) * math.log(math.sqrt(inside) / ALPHA))
-        return mean, min(bound, SECOND * math.sqrt(variance * planned) / n) if n <= planned else bound
+        if n <= planned:
+            bound = min(bound, SECOND * math.sqrt(variance * planned) / n)
+        return float(mean / often), float(bound / often)
+
+
+def _products(n: int, y: float) -> np.ndarray:
+    return np.array([n, y, n * n, n * y, y * y])

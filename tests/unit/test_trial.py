@@ -185,13 +185,13 @@ def test_a_challenger_whose_outcomes_are_worse_is_sent_home(shop, handler):
     assert handler.arms.trial is None and "outcomes are worth -" in Release.read(storage).ended
 
 
-def simulated(seed, users, share, champion, challenger, visits=3.0):
+def simulated(seed, users, share, champion, challenger, visits=3.0, spread=0.5):
     """The trial's reading of users who come more or less often, with rates of their own around the side's; also whether it ended."""
     random = np.random.default_rng(seed)
     trial, requests = Trial("c", share, shadow=False), 0
     for user in range(users):
         mine = random.random() < share
-        rate = (challenger if mine else champion) * random.gamma(2.0, 0.5)
+        rate = (challenger if mine else champion) * (random.gamma(1 / spread, spread) if spread else 1.0)
         for _ in range(random.geometric(1 / visits)):
             requests += 1
             body = {"trial": "c", "share": share, "arm": "challenger" if mine else "champion"}
@@ -213,7 +213,14 @@ def test_worse_challengers_are_found_and_better_ones_are_not_ended():
     assert all(simulated(seed, 4000, 0.3, 0.3, 0.1)[1] for seed in range(5))
     trial, over = simulated(1, 3000, 0.3, 0.1, 0.3)
     difference, bound = trial.outcomes.difference()
-    assert not over and difference == pytest.approx(0.6, abs=bound) and 0 < bound < 0.6
+    assert not over and difference == pytest.approx(0.2, abs=bound) and 0 < bound < 0.2
+
+
+@pytest.mark.parametrize("visits", [1.0, 3.0, 10.0])
+def test_a_tenth_less_is_found_however_often_users_come(visits):
+    """Within the answers of its own that are planned with."""
+    users = int(trials.PLANNED / 0.2 / visits)
+    assert sum(simulated(seed, users, 0.2, 0.5, 0.45, visits, spread=0.0)[1] for seed in range(10)) >= 8
 
 
 def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder, tmp_path):
