@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from recray.errors import DataError, RefusedError
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Policy, explore
 from recray.release import Release
+from recray.snapshot.reader import Snapshot
 from recray.stages import published_dataset
 from recray.storage import Storage
 from recray.tracking.runs import Tracking
@@ -85,6 +87,32 @@ def test_what_passes_goes_on_trial_and_what_is_refused_is_not_adopted(settings, 
     again = pipeline.run_tune(settings.model_copy(update={"policy": settings.policy.model_copy(update={"decisions": 600})}), None)
     assert again.status == "skipped" and again.run_key == result.run_key, "what it made itself is not what it is judged against"
     storage.release.write_bytes(before)
+
+
+def test_a_night_makes_a_policy_for_its_new_bundle_and_scores_with_it(settings, monkeypatch, tmp_path):
+    changes = {
+        "storage": {"root": str(tmp_path)},
+        "policy": {"enabled": True, "share": 1.0, "decisions": 600},
+        "train": {"epochs": 1},
+        "gates": {"must_beat": (), "margin": 1.0},
+    }
+    nightly = settings.model_copy(update={name: getattr(settings, name).model_copy(update=values) for name, values in changes.items()})
+    storage, decided = Storage(tmp_path), []
+
+    def judge(*_):
+        decided.append(Release.read(storage).champion)
+        return gate.Verdict([gate.Check("gain", True, "gains")], {"gain": 1.0})
+
+    monkeypatch.setattr(tuning, "judge", judge)
+    found = []
+    for as_of in (dt.datetime(2024, 4, 10, tzinfo=dt.UTC), None):
+        assert pipeline.run_nightly(nightly, as_of).status == "ok"
+        champion = Release.read(storage).champion
+        policy = Policy.load(storage.policy(champion.policy), champion.digest)
+        assert policy.about["bundle"] == champion.run_key and Snapshot.latest(storage).manifest["policy"] == champion.policy
+        found.append((champion.run_key, policy.about["key"]))
+    assert [member.policy for member in decided] == [None, None], "a new bundle begins without one"
+    assert found[0][0] != found[1][0] and [member.run_key for member in decided] == [key for key, _ in found]
 
 
 def test_a_policy_has_to_be_better_than_the_one_that_decides(settings, storage):
