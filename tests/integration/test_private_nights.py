@@ -1,4 +1,4 @@
-"""Private nights on real Ray and MLflow: fixed features, a warm start from the private champion, and the audit."""
+"""Private nights on real Ray and MLflow: two workers, fixed features, a warm start from the private champion, and the audit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="module")
 def overrides(world_folder, tmp_path_factory):
     fixed = ["model.items=features", "data.features={category: categorical, brand: categorical, tags: multi, title: text}"]
-    more = ["train.warm_start=true", "gates.margin=1", "privacy.audit_canaries=1000", "privacy.audit_claims=[2]"]
+    more = ["train.warm_start=true", "gates.margin=1", "privacy.audit_canaries=1000", "privacy.audit_claims=[2]", "train.workers=2", "train.cpus_per_worker=0.5"]
     return [*private_overrides(world_folder, tmp_path_factory.mktemp("private")), *fixed, *more]
 
 
@@ -45,6 +45,7 @@ def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(se
     assert first.privacy["began_with"] == "random weights" and first.digest in second.privacy["began_with"]
     ledger = Ledger.read(settings.ledger_url(), settings.privacy.population)
     assert [run.committed for run in ledger.runs()] == [True, True] and [run.counts_taken for run in ledger.runs()] == [1, 1]
+    assert [run.taken for run in ledger.runs()] == [12, 12], "two workers take each step together"
     assert second.privacy["epsilon_of_all_trainings"] > first.privacy["epsilon_of_all_trainings"] == pytest.approx(first.privacy["epsilon"], abs=0.02)
     model = Bundle.open(second.path).model()
     assert model.items.ids is None and model.items.adapter is not None
