@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="module")
 def overrides(world_folder, tmp_path_factory):
     fixed = ["model.items=features", "data.features={category: categorical, brand: categorical, tags: multi, title: text}"]
-    more = ["train.warm_start=true", "gates.margin=1", "privacy.audit_canaries=1000", "privacy.audit_claims=[2]", "train.workers=2", "train.cpus_per_worker=0.5"]
+    more = ["train.warm_start=true", "gates.margin=1", "privacy.audit_canaries=1000", "privacy.audit_claims=[2]"]
+    more += ["train.workers=2", "train.cpus_per_worker=0.5"]
     return [*private_overrides(world_folder, tmp_path_factory.mktemp("private")), *fixed, *more]
 
 
