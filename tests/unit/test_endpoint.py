@@ -429,8 +429,9 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
         all_asked.clear()
         requests = [RecommendRequest(user_id=user, k=5 + user, mode="realtime") for user in range(8)]
         tasks = [asyncio.create_task(handler.recommend(request)) for request in requests]
-        while sum(sizes[8:]) + handler._batcher.waiting < 8:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            while sum(sizes[8:]) + handler._batcher.waiting < 8:
+                await asyncio.sleep(0.001)
         all_asked.set()
         return await asyncio.gather(*tasks)
 
