@@ -18,10 +18,12 @@ import pyarrow as pa
 import torch
 
 from recray.bundle import Bundle
-from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity, dated
+from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity
 from recray.dataset.reader import Dataset, History, released_day
 from recray.errors import RequestError
+from recray.inference.filters import ANY_ITEM, Barred, Filters
 from recray.inference.graphs import Graphs
+from recray.inference.inputs import Inputs, make_room
 from recray.inference.policy import Policy, dials, observe, popularity_rank, turn
 from recray.inference.rules import Rules
 from recray.inference.topk import merge, top_k
@@ -33,21 +35,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POPULAR_DAYS = 7
-CACHED_DAYS = 64
 POSITIONS = 1 << 14  # history positions of one forward pass, padding included
 ROWS = 512  # histories of one, at most
 ITEM_BLOCK = 1 << 16  # items scored at once
 
 _Score = Callable[[int], "Tensor"]
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Which items may be answered. `new_only` leaves out the whole history; `allow` and `deny` hold item indices."""
-
-    new_only: bool = False
-    allow: np.ndarray | None = None
-    deny: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -135,17 +127,20 @@ class Predictor:
         self.item_ids = item_ids
         self.event_types = event_types
         self.popularity = popularity
-        self.prior_days = prior_days
         self.has_time = has_time
         self.context = list(context)
-        self.released_day = released_day
         self.device = next(model.parameters()).device
         self.retired = torch.from_numpy(np.zeros(0, np.int64) if retired is None else np.asarray(retired, np.int64)).to(self.device)
         self.policy, self.half = policy, half
         if policy is not None:
             dials(policy.actions, model, event_types)  # says now what it does not have
+        self._inputs = Inputs(
+            popularity,
+            prior_days=0 if model.prior_scale is None else prior_days,
+            has_time=has_time,
+            released_day=released_day if model.shape.fresh else None,
+        )
         self._index: dict[Any, int] | None = None
-        self._dated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._populars: dict[int, Tensor] = {}
         self._graphs: Graphs | None = None
         self.refresh()
@@ -226,7 +221,7 @@ class Predictor:
         if self.device.type != "cuda":
             return
         one, moment = History(*(np.ones(1, kind) for kind in (np.int64, np.int64, np.int64, np.float32))), np.zeros(1, np.int64)
-        batch = self._batch([one], moment, np.zeros((1, self.model.shape.context), np.int64)).to(self.device)
+        batch = self._inputs.batch([one], moment, np.zeros((1, self.model.shape.context), np.int64)).to(self.device)
         turned: list[Controls | None] = [None]
         if self.policy is not None and (controls := self.turned([dict.fromkeys(self.policy.actions, 0.0)])) is not None:
             turned.append(Controls(*(None if part is None else part.to(self.device) for part in controls)))
@@ -343,7 +338,7 @@ class Predictor:
         k: int,
         *,
         now: int | Sequence[int],
-        filters: Filters | Sequence[Filters] = Filters(),
+        filters: Filters | Sequence[Filters] = ANY_ITEM,
         controls: Controls | None = None,
         rules: Rules | None = None,
         context: Sequence[np.ndarray] | None = None,
@@ -366,7 +361,7 @@ class Predictor:
         controls = self._decided(histories, now, state) if controls is None else controls
         seen = np.full((len(histories), 2), np.nan, np.float32)
         for rows, score, entropy in self._chunks(known, now, controls, context, watched=watched):
-            barred = _Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
+            barred = Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
             *best, margin = self._best(score, barred, k, rules)
             item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
             if entropy is not None:
@@ -374,7 +369,7 @@ class Predictor:
         source = ["model" if len(history.item_index) else "popular" for history in known]
         return Recommendations(item_index, scores, source, seen if watched else None)
 
-    def _best(self, score: _Score, barred: _Barred, k: int, rules: Rules | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(self, score: _Score, barred: Barred, k: int, rules: Rules | None) -> tuple[Tensor, Tensor, Tensor]:
         """Items and scores [rows, k] of a chunk, and how much the best one that may be answered is above the second [rows]."""
         pool = max(k, 2) if rules is None else min(rules.pool(max(k, 2)), self.n_items + 1)
         while True:
@@ -455,7 +450,7 @@ class Predictor:
         if not len(kept):
             return Explanation(kept, np.zeros(0, np.float32), np.zeros((len(items), 0), np.float32))
         fields = np.zeros(self.model.shape.context, np.int64) if context is None else context
-        batch = self._batch([known], np.array([now], np.int64), fields[None]).to(self.device)
+        batch = self._inputs.batch([known], np.array([now], np.int64), fields[None]).to(self.device)
         was_training = self.model.training
         self.model.eval()
         reach = self.model.roll_out(self.model.embed(batch, self._table_VD), batch)[0].cpu().numpy()
@@ -495,7 +490,7 @@ class Predictor:
         while start < len(order):
             rows = order[start : start + max(min(POSITIONS // int(length[order[start]]), ROWS), 1)]
             start += len(rows)
-            batch = self._batch([known[row] for row in rows], moments[rows], context_BC[rows]).to(self.device)
+            batch = self._inputs.batch([known[row] for row in rows], moments[rows], context_BC[rows]).to(self.device)
             chosen = None if controls is None else Controls(*(None if t is None else t[rows].to(self.device) for t in controls))
             was_training = self.model.training
             if was_training:  # turning every module takes as long as a block of one history
@@ -540,88 +535,16 @@ class Predictor:
             history = History(*(np.asarray(a)[keep] for a in history))
         return history.last(self.model.shape.history)
 
-    def _batch(self, histories: list[History], moment: np.ndarray, context_BC: np.ndarray) -> Batch:
-        length = np.array([len(history.item_index) for history in histories])
-        B, T = len(histories), int(length.max())
-        item, event, time = np.zeros((3, B, T), np.int64)
-        value = np.zeros((B, T), np.float32)
-        for row, history in enumerate(histories):
-            item[row, : length[row]] = history.item_index
-            event[row, : length[row]] = history.event_index
-            time[row, : length[row]] = history.timestamp_s
-            value[row, : length[row]] = history.value
-        # inside the history a position is asked when the next basket came, the last one (and its basket) at `now`
-        asked = _next_times(time, length, moment) if self.has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
-        days, day = np.unique(moment // DAY_S, return_inverse=True)
-        known = [self._on(int(d)) for d in days]
-        prior, fresh = np.concatenate([rows[0] for rows in known]), np.concatenate([rows[1] for rows in known])
-        arrays = (item, event, value, time, asked, np.arange(B), length - 1, prior, fresh, day, context_BC)
-        return Batch._make((*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays), None))
-
-    def _on(self, day: int) -> tuple[np.ndarray, np.ndarray]:
-        """On a day log(1 + recent count) and the bucket of freshness of every item [1, V]; [1, 1] of what the model does not ask for."""
-        if day not in self._dated:
-            _make_room(self._dated)
-            prior_days = 0 if self.model.prior_scale is None else self.prior_days
-            self._dated[day] = dated(np.array([day]), self.popularity, prior_days, self.released_day if self.model.shape.fresh else None)
-        return self._dated[day]
-
     def _popular(self, now_s: int) -> Tensor:
         """Scores of the popular list [V]."""
         own = self.model.offset_V
         day = now_s // DAY_S if self.has_time and own is None else 0
         if day not in self._populars:
-            _make_room(self._populars)
+            make_room(self._populars)
             counts = self.popularity.popular(now_s if self.has_time else None, POPULAR_DAYS) if own is None else own.cpu().numpy().copy()
             counts[0] = -np.inf
             self._populars[day] = torch.from_numpy(counts).to(self.device)
         return self._populars[day]
-
-
-class _Barred:
-    """What may not be answered to some histories, as places of the score matrix: row and item."""
-
-    def __init__(self, wanted: list[tuple[np.ndarray, Filters]], device: torch.device) -> None:
-        barred = [
-            (row, items)
-            for row, (history, filters) in enumerate(wanted)
-            for items in (history if filters.new_only else None, filters.deny)
-            if items is not None and len(items)
-        ]
-        rows = np.repeat([row for row, _ in barred], [len(items) for _, items in barred]).astype(np.int64)
-        self._rows = torch.from_numpy(rows).to(device)
-        items = np.concatenate([items for _, items in barred]) if barred else np.zeros(0)
-        self._items = torch.from_numpy(items.astype(np.int64)).to(device)
-        self._allowed = {row: torch.from_numpy(f.allow.astype(np.int64)).to(device) for row, (_, f) in enumerate(wanted) if f.allow is not None}
-
-    def apply(self, scores: Tensor, first: int) -> Tensor:
-        """Scores [rows, n] of the items from `first` on, -inf where an item is barred."""
-        inside = (self._items >= first) & (self._items < first + scores.shape[1])
-        scores[self._rows[inside], self._items[inside] - first] = -torch.inf
-        for row, items in self._allowed.items():
-            keep = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
-            keep[items[(items >= first) & (items < first + scores.shape[1])] - first] = True
-            scores[row, ~keep] = -torch.inf
-        return scores
-
-
-def _next_times(time_BT: np.ndarray, length: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """The time of the first later event of another time for each position; `now` for the last basket and the padding."""
-    T = time_BT.shape[1]
-    place = np.arange(T)
-    ends = np.empty(time_BT.shape, bool)  # a position after which another time begins
-    ends[:, :-1] = (time_BT[:, :-1] != time_BT[:, 1:]) & (place[1:] < length[:, None])
-    ends[:, -1] = False
-    end = np.minimum.accumulate(np.where(ends, place, T)[:, ::-1], 1)[:, ::-1]
-    following = np.take_along_axis(time_BT, np.minimum(end + 1, T - 1), 1)
-    found: np.ndarray = np.where(end < T, following, now[:, None])
-    return found
-
-
-def _make_room(days: dict[int, Any]) -> None:
-    """Drop the oldest entry of a cache by day that is full; a request may name any day."""
-    if len(days) >= CACHED_DAYS:
-        del days[next(iter(days))]
 
 
 def _as_id(value: Any, integral: bool) -> Any:

@@ -42,7 +42,8 @@ from recray.serving.api import (
 from recray.serving.arms import Arms
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.journal import Journal
-from recray.serving.night import Decision, Explore, Found, Night, Question, items_of
+from recray.serving.night import Night
+from recray.serving.question import Decision, Explore, Found, Question, items_of
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, provider, tracer
 from recray.serving.trial import Side, Trial, answers

@@ -37,8 +37,8 @@ from recray.serving.api import (
 )
 from recray.serving.guard import RIGHTS, Guard
 from recray.serving.handler import Handler
-from recray.serving.night import UnknownItemError
 from recray.serving.problems import MEDIA_TYPE, FieldError, field_errors, problem
+from recray.serving.question import UnknownItemError
 from recray.serving.traces import traced
 
 RETRY_AFTER = {"Retry-After": "1"}

@@ -3,7 +3,7 @@ import pytest
 from conftest import prepare_here, world_overrides
 
 from recray.config import load_settings
-from recray.inference.predictor import _next_times
+from recray.inference.inputs import next_times
 from recray.training.batches import TrainingBatches
 
 
@@ -110,5 +110,5 @@ def test_training_asks_as_the_predictor_asks(world_dataset):
         for user, position in zip(batch.user_N.tolist(), batch.position_N.tolist(), strict=True):
             times = batch.time_BT[user : user + 1, : position + 1].numpy()
             now = batch.now_BT[user, position].numpy()[None]
-            expected = _next_times(times, np.array([position + 1]), now)
+            expected = next_times(times, np.array([position + 1]), now)
             assert batch.now_BT[user, : position + 1].tolist() == expected[0].tolist()

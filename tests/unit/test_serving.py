@@ -19,7 +19,8 @@ from recray.errors import DamagedArtifactError, MissingArtifactError, RequestErr
 from recray.inference import Predictor
 from recray.scoring.score import ScoreBucket
 from recray.serving.api import RecommendRequest
-from recray.serving.night import Night, items_of
+from recray.serving.night import Night
+from recray.serving.question import items_of
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import write_part
 from recray.storage import Storage

@@ -1,92 +1,25 @@
-"""The stages of a night: what each reads, which key names its result, when it is skipped, and what it tells MLflow.
-
-A stage is safe to repeat: its run key names its output, and an output that is there is not made again. MLflow is told
-through an outbox, so that no stage needs it.
-
-What needs torch or MLflow is imported by the stage that uses it: the driver of prepare stays small.
-"""
+"""The stages from events to published lists, in the order of a night, and the audit of a private training."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from recray import __version__, cluster, lease
+from recray import cluster, lease
 from recray.config import Settings
 from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset
-from recray.errors import ArtifactError, MissingArtifactError, RefusedError, TrackingError
+from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.prepare import prepare as preparation
-from recray.storage import Storage, is_sealed, key_of, manifest_digest, read_json, write_json
+from recray.stages.work import AsOf, JobResult, Work, date_of, day_of, deliver, result_of, run_name, sound_policy, tell, under
+from recray.storage import Storage, is_sealed, manifest_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle
-    from recray.inference.policy import Policy
-    from recray.tracking.outbox import Entry, Outbox
-
-AsOf = dt.datetime | None
-
-
-class Say(Protocol):
-    """Takes what a person or a log is told; `fields` (stage, level) are for the log."""
-
-    def __call__(self, message: str, **fields: Any) -> None: ...
-
-
-@dataclass
-class JobResult:
-    """How a job ended. `status`: ok | skipped | refused | failed; `seconds` of wall time.
-
-    `reason` says why a gate refused or an error ended the job; `warnings` name what a person should look at although
-    the job ended well.
-    """
-
-    job: str
-    status: str
-    run_key: str = ""
-    outputs: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    reason: str = ""
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        return {"ok": 0, "skipped": 0, "refused": RefusedError.exit_code}.get(self.status, 1)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-
-@dataclass
-class Work:
-    """What the stages of one job share."""
-
-    settings: Settings
-    storage: Storage
-    say: Say
-    warnings: list[str] = field(default_factory=list)
-    _outbox: Outbox | None = None
-
-    @property
-    def outbox(self) -> Outbox:
-        if self._outbox is None:
-            from recray.tracking.outbox import Outbox
-            from recray.tracking.runs import Tracking
-
-            self._outbox = Outbox(self.storage, Tracking(self.settings.tracking, self.storage))
-        return self._outbox
-
-    def warn(self, text: str) -> None:
-        if text not in self.warnings:
-            self.warnings.append(text)
-            self.say(f"warning: {text}", level="warning")
+    from recray.tracking.outbox import Entry
 
 
 def collect(work: Work) -> JobResult:
@@ -148,7 +81,7 @@ def train(work: Work, dataset: Dataset) -> JobResult:
     path = work.storage.bundle(key)
     skipped = is_sealed(path, KIND, key)
     if not skipped:
-        live = _Live(work, key, _run_name(dataset.as_of_s))
+        live = _Live(work, key, run_name(dataset.as_of_s))
         cluster.start()
         stops = f"stops {settings.train.patience} epochs after the best"
         if settings.privacy.enabled:
@@ -172,11 +105,11 @@ def train(work: Work, dataset: Dataset) -> JobResult:
     told: Entry = {
         "settings": trainer.bundle_settings(settings),
         "curve": bundle.metrics["curve"],
-        "folders": {"bundle": _under(work, str(path))},
+        "folders": {"bundle": under(work, str(path))},
         "register": tags,
         "finished": True,
     }
-    _tell(work, key, bundle, 0, bundle.as_of_s, told)
+    tell(work, key, bundle, 0, bundle.as_of_s, told)
     metrics = {"validation_ndcg": bundle.metrics["best_ndcg"], "epochs": bundle.metrics["epoch"], "best_epoch": bundle.metrics["best_epoch"]}
     say(f"bundle {key}: best epoch {metrics['best_epoch']}, validation ndcg {metrics['validation_ndcg']:.4f}")
     return result_of("train", skipped, key, {"bundle": str(path)}, metrics, started, work)
@@ -224,10 +157,10 @@ def evaluate(work: Work, dataset: Dataset) -> JobResult:
     path = work.storage.evaluation(key)
     skipped = is_sealed(path, evaluation.KIND, key)
     table = evaluation.evaluate(settings, key, dataset, bundle)
-    metrics = headline(table, settings)
+    metrics = _headline(table, settings)
     documents = {f"evaluation/{date_of(dataset.as_of_s)}-{key}.json": table}
     values = {"values": metrics, "step": day_of(dataset.as_of_s)}
-    _tell(work, key, bundle, 1, dataset.as_of_s, {"metrics": values, "documents": documents})
+    tell(work, key, bundle, 1, dataset.as_of_s, {"metrics": values, "documents": documents})
     headline_ndcg = f"ndcg@{settings.evaluate.k[0]}"
     for setting, rows in table.items():
         if "skipped" in rows[evaluation.MODEL]:
@@ -261,7 +194,7 @@ def promote(work: Work, dataset: Dataset, bundle: Bundle | None = None) -> JobRe
         metrics.update(champion_difference=decision["comparison"]["difference"], champion_difference_low=decision["comparison"]["low"])
     if key:
         path = f"promotions/{date_of(dataset.as_of_s)}-{key}.json"
-        _tell(work, key, bundle, 2, dataset.as_of_s, {"metrics": {"values": metrics, "step": day_of(dataset.as_of_s)}, "documents": {path: decision}})
+        tell(work, key, bundle, 2, dataset.as_of_s, {"metrics": {"values": metrics, "step": day_of(dataset.as_of_s)}, "documents": {path: decision}})
     elif changed:
         deliver(work)
     work.say(f"bundle {bundle.key} {'is the champion' if decision['promoted'] else 'is not promoted: ' + decision['reason']}")
@@ -285,178 +218,6 @@ def _not_promoted(work: Work, reason: str, started: float) -> JobResult:
     result = result_of("promote", False, "", {"release": str(work.storage.release)}, {"promoted": 0}, started, work)
     result.reason = reason
     return result
-
-
-def tune(work: Work, dataset: Dataset) -> JobResult:
-    """An attention policy for the champion, learned from held-out users; where the gate lets it pass it goes on trial, or live."""
-    from policies.tune import tune as learn_policy
-    from recray.evaluation.gates import incomparable
-    from recray.inference.policy import KIND
-    from recray.promotion import champion_of, keep_private, policy_of
-
-    started = time.monotonic()
-    storage, settings = work.storage, work.settings
-    bundle = champion_of(storage)
-    keep_private(settings, bundle)
-    private = settings.privacy.enabled
-    live = sound_policy(work, bundle, policy_of(storage))
-    if why := incomparable(dataset, bundle):
-        raise RefusedError(f"bundle {bundle.key} {why}", "tune on the data of its night")
-    chosen = settings.result_settings("policy", "evaluate", "privacy", "split", "score")
-    asked = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, __version__)
-    if live is not None and live.about.get("asked") == asked:  # this job made it, before
-        live = sound_policy(work, bundle, live.about["against"])
-    start = live if live is not None and live.actions == settings.policy.actions else _policy_before(work, bundle)
-    before, against = (policy and policy.about.get("key") for policy in (start, live))
-    key = key_of(asked, before, against)
-    path = storage.policy(key)
-    skipped = is_sealed(path, KIND, key)
-    if not skipped:
-        cluster.start()
-        work.say(f"a policy for bundle {bundle.key}" + (f", which begins as {before}" if start else ""))
-
-        def told(decisions: int, metrics: dict[str, float]) -> None:
-            gain = f"{settings.policy.metric} {metrics['reward']:+.4f} to the trained model's"
-            work.say(f"{decisions:,} decisions, {gain}", level="debug", decisions=decisions, **metrics)
-
-        with lease.commit():
-            storage.staging.mkdir(parents=True, exist_ok=True)
-        checkpoint = storage.staging / f"{key}.safetensors"
-        policy, _ = learn_policy(settings, dataset, bundle, start=start, live=live, checkpoint=checkpoint, on_metrics=told)
-        policy.about |= {"key": key, "asked": asked, "against": against, "private": private}
-        policy.save(path, key)
-        checkpoint.unlink(missing_ok=True)
-    return _released(work, "tune", key, bundle, dataset.as_of_s, started, skipped=skipped)
-
-
-def adapt(work: Work) -> JobResult:
-    """The champion's next attention policy from what answers that explored were worth; the gate decides as for `tune`.
-
-    Collects first. Raises RefusedError where there is too little to learn from.
-    """
-    from policies.adapt import adapt as learn_policy
-    from policies.logs import matured
-    from recray.inference.policy import KIND
-    from recray.promotion import champion_of, keep_private, policy_of
-
-    started = time.monotonic()
-    storage, settings = work.storage, work.settings
-    bundle = champion_of(storage)
-    keep_private(settings, bundle)
-    private, name, last = settings.privacy.enabled, policy_of(storage), _last_adapted(storage, bundle)
-    as_then = last is not None and name in (last["key"], last["against"])
-    if last is not None and time.time() < last["made_s"] + 3600 * settings.policy.every_hours:
-        work.say(f"policy {last['key']} is not {settings.policy.every_hours:g} hours old")
-        if as_then:  # an attempt may have ended before it was released
-            return _released(work, "adapt", last["key"], bundle, int(last["made_s"]), started, skipped=True)
-        return result_of("adapt", True, last["key"], {"policy": str(storage.policy(last["key"]))}, {}, started, work)
-    collect(work)
-    live = sound_policy(work, bundle, name)
-    told = [folder for folder in storage.collected.glob("[!.]*") if any((folder / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
-    folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
-    folders, dataset, now_s = folders[-settings.policy.rounds :], published_dataset(storage), time.time()
-    chosen = settings.result_settings("policy", "privacy", "split", "score", "evaluate")
-    ripe = matured(folders, now_s - settings.policy.wait_s)
-    asked = key_of("adapt", chosen, dataset.digest, bundle.digest, [folder.name for folder in folders], ripe, __version__)
-    key = key_of(asked, name)
-    if last is not None and as_then and last["asked"] == asked:
-        key = last["key"]
-    path = storage.policy(key)
-    skipped = is_sealed(path, KIND, key)
-    if not skipped:
-        known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
-        if settings.policy.learner == "ppo":
-            cluster.start()
-        policy, _, aside = learn_policy(settings, folders, dataset, bundle, live, known, now_s)
-        for reason, count in aside.items():
-            work.warn(f"{count} decisions were set aside: {reason}")
-        policy.about |= {"key": key, "asked": asked, "against": name, "made_s": now_s, "private": private}
-        policy.save(path, key)
-    return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
-
-
-def _last_adapted(storage: Storage, bundle: Bundle) -> dict[str, Any] | None:
-    """What is known of the last policy that `adapt` made for a bundle, among those that can be read."""
-    made = []
-    for path in storage.policy("").glob("[!.]*"):
-        with contextlib.suppress(ArtifactError, OSError, KeyError, ValueError):
-            about = read_json(path / "policy.json")["about"]
-            if "made_s" in about and about["bundle"] == bundle.key:
-                made.append(about)
-    return max(made, key=lambda about: float(about["made_s"]), default=None)
-
-
-def published_dataset(storage: Storage) -> Dataset:
-    """What the published night was scored from. Raises MissingArtifactError, DamagedArtifactError."""
-    published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-    return Dataset.open(storage.root / published["dataset"], verify=True)
-
-
-def sound_policy(work: Work, bundle: Bundle, name: str | None) -> Policy | None:
-    """The policy of that run key; a warning and None for one that does not decide, see `Policy.sound`."""
-    from recray.inference.policy import Policy
-
-    if name is None:
-        return None
-    settings = work.settings
-    found, why = Policy.sound(work.storage.policy(name), bundle.digest, private=settings.privacy.enabled, bound=settings.policy.bound)
-    if why:
-        work.warn(f"policy {name} does not decide, the trained model does as it is: {why}")
-    return found
-
-
-def keep_policy(settings: Settings, policy: Policy, key: str) -> None:
-    """Raises RefusedError for a policy that its gate refused, or that was learned from users who were promised privacy."""
-    if not policy.about["promoted"]:
-        raise RefusedError(f"policy {key}: {policy.about['reason']}", "recray tune makes another one")
-    if settings.privacy.enabled and not policy.about.get("private"):
-        raise RefusedError(f"privacy.enabled, but policy {key} was learned from all users", "recray tune with privacy.enabled makes another one")
-
-
-def _released(work: Work, job: str, key: str, bundle: Bundle, as_of_s: int, started: float, *, skipped: bool) -> JobResult:
-    """Say what the gate said of a policy, let it go where it may, and tell MLflow."""
-    from recray.inference.policy import Policy
-    from recray.promotion import release_policy
-    from recray.release import Release
-
-    storage, settings = work.storage, work.settings
-    about = Policy.load(storage.policy(key), bundle.digest).about
-    for check in about["checks"]:
-        work.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
-    reason, before = about["reason"], Release.read(storage)
-    release = before
-    if about["promoted"]:
-        release, reason = release_policy(storage, bundle, key, settings.policy.share, trial_s=settings.policy.trial_days * 86_400)
-    live = "decides for everybody" if release.champion and release.champion.policy == key else f"answers {release.share:.0%} of the users"
-    work.say(f"policy {key} {'does not go live: ' + reason if reason else live}")
-    metrics: dict[str, Any] = {**about["figures"], "promoted": int(about["promoted"])}
-    values = {f"policy_{name}": value for name, value in metrics.items()}
-    document = {f"policies/{date_of(as_of_s)}-{key}.json": about}
-    _tell(work, key, bundle, 3, as_of_s, {"metrics": {"values": values, "step": day_of(as_of_s)}, "documents": document})
-    outputs = {"policy": str(storage.policy(key)), "release": str(storage.release)}
-    result = result_of(job, skipped and release == before, key, outputs, metrics, started, work)
-    result.reason = reason
-    return result
-
-
-def _policy_before(work: Work, bundle: Bundle) -> Policy | None:
-    """A policy of another bundle that turns the same controls and can be begun with: the champion's before this one, or one on trial that
-    did not lose."""
-    from recray.inference.policy import Policy
-    from recray.release import Release
-
-    release = Release.read(work.storage)
-    for member in (release.previous, release.challenger):
-        lost = member is not None and member.name in release.rolled_back
-        if member is not None and not lost and member.policy is not None and member.digest != bundle.digest:
-            try:
-                found = Policy.load(work.storage.policy(member.policy), member.digest)
-            except ArtifactError as error:
-                work.warn(error.what)
-                continue
-            if found.actions == work.settings.policy.actions and (found.about.get("private") or not work.settings.privacy.enabled):
-                return found
-    return None
 
 
 def score(work: Work, dataset: Dataset) -> JobResult:
@@ -497,7 +258,7 @@ def score(work: Work, dataset: Dataset) -> JobResult:
         "documents": {f"snapshots/{date_of(dataset.as_of_s)}-{key}.json": document},
         "metrics": {"values": values, "step": day_of(dataset.as_of_s)},
     }
-    _tell(work, key, bundle, 4, dataset.as_of_s, told)
+    tell(work, key, bundle, 4, dataset.as_of_s, told)
     published = "published" if changed else "was published"
     work.say(f"snapshot {key} by bundle {bundle.key}: {manifest['users']} users, {manifest['popular_users']} with the popular list; {published}")
     outputs = {"snapshot": str(path), "latest": str(storage.latest)}
@@ -510,8 +271,8 @@ def report(work: Work, dataset: Dataset) -> JobResult:
 
     started = time.monotonic()
     key, path, skipped = report.write(work.settings, dataset, current_bundle(work.settings, dataset))
-    told: Entry = {"folders": {f"reports/{date_of(dataset.as_of_s)}-{key}": _under(work, str(path))}}
-    _tell(work, key, current_bundle(work.settings, dataset), 5, dataset.as_of_s, told)
+    told: Entry = {"folders": {f"reports/{date_of(dataset.as_of_s)}-{key}": under(work, str(path))}}
+    tell(work, key, current_bundle(work.settings, dataset), 5, dataset.as_of_s, told)
     work.say(f"report: {path / report.PAGE}")
     return result_of("report", skipped, key, {"report": str(path / report.PAGE)}, {}, started, work)
 
@@ -542,7 +303,7 @@ def audit(work: Work, dataset: Dataset) -> tuple[dict[str, Any], Path]:
     return known, file
 
 
-def headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:
+def _headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:
     """The model's figures at the first k of `evaluate.k`, by setting: `repeats_ndcg@10`, …; none for a skipped setting."""
     from recray.evaluation.evaluate import MODEL
 
@@ -565,45 +326,3 @@ def current_bundle(settings: Settings, dataset: Dataset) -> Bundle:
     if found is None or incomparable(dataset, found):
         raise MissingArtifactError(f"no bundle of these settings in {storage.root / 'bundles'}", "run `recray train` first")
     return found
-
-
-def _tell(work: Work, key: str, bundle: Bundle, stage: int, as_of_s: int, entry: Entry) -> None:
-    """Spool what the job `key` has to tell of a bundle's run, and try to deliver it."""
-    named = {"run_key": bundle.key, "run_name": _run_name(bundle.as_of_s), "order": [as_of_s, stage]}
-    work.outbox.put(key, {**named, **entry})
-    deliver(work)
-
-
-def deliver(work: Work) -> None:
-    """Tell MLflow what is pending; if it cannot be told, a warning."""
-    try:
-        work.outbox.deliver()
-    except TrackingError as error:
-        work.warn(f"{error.what}; what it is to be told is spooled in {work.storage.outbox}")
-
-
-def _under(work: Work, path: str) -> str:
-    """A path relative to the root."""
-    return path.removeprefix(f"{work.storage.root}/")
-
-
-def _run_name(as_of_s: int) -> str:
-    return f"train {date_of(as_of_s)}"
-
-
-def result_of(
-    job: str, skipped: bool, key: str, outputs: dict[str, str], metrics: dict[str, Any], started: float, work: Work | None = None
-) -> JobResult:
-    """The result of a stage or a job that began at `started` (time.monotonic)."""
-    status, seconds = "skipped" if skipped else "ok", round(time.monotonic() - started, 2)
-    return JobResult(job, status, key, outputs, metrics, seconds, warnings=work.warnings if work else [])
-
-
-def day_of(as_of_s: int) -> int:
-    """Days since 1970: the step of a night's metrics."""
-    return as_of_s // 86_400
-
-
-def date_of(as_of_s: int) -> str:
-    """The UTC date of a moment."""
-    return str(dt.datetime.fromtimestamp(as_of_s, dt.UTC).date())
