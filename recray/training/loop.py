@@ -104,7 +104,7 @@ class Loop:
             yield {**line, "seconds": time.monotonic() - started}
 
     def train_epoch(self, epoch: int) -> float:
-        """One pass over the training histories; the mean loss of a query. Raises TrainingError if it is not finite."""
+        """One pass over the training histories; the mean loss of a query. Raises TrainingError if it, or a weight after it, is not finite."""
         seed = np.random.SeedSequence([self.settings.seed, epoch, self.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         self.model.train()
@@ -117,6 +117,8 @@ class Loop:
         loss = float(total / queries.clamp(min=1))
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {epoch + 1} is {loss}", "lower train.learning_rate; the last good checkpoint is kept")
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():  # the last step shows in no loss
+            raise TrainingError(f"after epoch {epoch + 1} a weight is not finite", "lower train.learning_rate; the last good checkpoint is kept")
         return loss
 
     def _batches(self, epoch: int) -> Iterator[tuple[Batch, Targets, int]]:

@@ -9,7 +9,7 @@ from recray.errors import DamagedArtifactError, TrainingError
 from recray.inference import Predictor
 from recray.training.batches import TrainingBatches
 from recray.training.trainer import bundle_settings, train_key
-from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
+from recray.training.worker import build_loop, last_checkpoint, load_checkpoint, save_checkpoint
 
 
 def loop(settings, dataset, **train):
@@ -119,6 +119,31 @@ def test_a_loss_that_is_not_finite_stops_training(world_settings, world_dataset)
         run.model.items.ids.weight[3] = torch.nan
     with pytest.raises(TrainingError, match="loss of epoch 1 is nan"):
         next(run.run())
+
+
+@pytest.mark.parametrize(("breaks", "message"), [("first", "loss of epoch 2 is nan"), ("last", "after epoch 2 a weight is not finite")])
+def test_what_broke_in_a_later_epoch_leaves_the_checkpoint_before_it(breaks, message, world_settings, world_dataset, tmp_path):
+    run = loop(world_settings, world_dataset)
+    epochs, folder = run.run(), tmp_path / "attempt" / "checkpoint_1"
+    next(epochs)
+    folder.mkdir(parents=True)
+    save_checkpoint(run, folder)
+    steps, step = sum(1 for _ in run.batches.epoch(1)), run.train_step
+    breaks_at = run.progress.step + (1 if breaks == "first" else steps)
+
+    def broken(*args):
+        loss = step(*args)
+        if run.progress.step == breaks_at:
+            with torch.no_grad():
+                run.model.items.ids.weight[3] = torch.nan
+        return loss
+
+    run.train_step = broken
+    with pytest.raises(TrainingError, match=message):
+        next(epochs)
+    again = loop(world_settings, world_dataset)
+    load_checkpoint(again, last_checkpoint(tmp_path))
+    assert again.progress.epoch == 1 and next(again.run())["epoch"] == 2
 
 
 def test_the_average_follows_the_weights(world_settings, world_dataset):
