@@ -3,7 +3,8 @@
 A tenth of the items, drawn by a hash of their ids, is taken out of all that comes before the test. A model of ids alone, one with
 each column, and one with all of them are trained alike and asked for the targets of the test: those that training saw and
 those that it did not, the latter in the whole catalogue and among the unseen alone. The model of all columns is asked again with
-each turn of the dial `score.unseen`, which shows what unseen items cost the seen ones.
+each turn of the dial `score.unseen`, which shows what unseen items cost the seen ones. The figures of the run are those of the
+last turn that costs the validation users, whose targets are all seen, at most `BUDGET` of their NDCG: no target of the test has a say in it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ K = 10
 BATCH = 256
 ONE_IN = 10  # items that are held out
 DIAL = (0.0, 3.0, 3.5, 4.0, 4.5)  # of score.unseen
+BUDGET = 0.05  # share of the validation NDCG that unseen items may cost
+RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
 def measure_features(folder: Path, data: str, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By variant: HR@10 and NDCG@10 of targets that training saw, HR@10 of the others (cold), and that over chance."""
+    """By variant: HR@10 and NDCG@10 of targets that training saw, HR@10 of the others (cold), and that over chance, with its interval over users."""
     config = CONFIGS.get(Path(data).name)
     settings, whole = prepared(data, folder / "whole", overrides, config)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -59,7 +62,12 @@ def measure_features(folder: Path, data: str, overrides: list[str], say: Say) ->
     metrics["unseen_dial"] = dial
     best = metrics["variants"]["all"]
     metrics |= {f"{what}_gain": round(best[what] - metrics["variants"]["ids"][what], 4) for what in ("hr@10", "ndcg@10")}
-    metrics |= {name: best[name] for name in ("hr@10", "ndcg@10", "cold_hr@10", "cold_lift")}
+    chosen_turn = [line for line in dial if line["validation_ndcg"] >= (1 - BUDGET) * dial[0]["validation_ndcg"]][-1]
+    metrics |= {
+        name: chosen_turn[name]
+        for name in ("unseen", "hr@10", "ndcg@10", "cold_hr@10", "cold_lift", "cold_lift_low", "cold_lift_high")
+        if name in chosen_turn
+    }
     return bundle_settings(settings), metrics
 
 
@@ -102,15 +110,19 @@ def _variant(dataset: Dataset, chosen: dict[str, Any], dial: tuple[float, ...]) 
     predictor = Predictor.of(loop.average.eval(), dataset, chosen["model"]["prior_days"])
     cold = np.array([False, *(is_cold(item) for item in dataset.items["item_id"].to_pylist())])
     new_only = chosen["evaluate"]["primary_setting"] == "new_only"
-    answers = [_answers(predictor, dataset, cold, new_only, turn) for turn in dial]
+    known = Questions(dataset, "validation", max_users=chosen["train"]["validation_users"], seed=chosen["split"]["seed"])
+    answers = []
+    for turn in dial:
+        found = _answers(predictor, Questions(dataset, "test"), cold, new_only, turn)
+        answers.append(found | {"validation_ndcg": _answers(predictor, known, cold, new_only, turn)["ndcg@10"]})
     ends = {"best_epoch": loop.progress.best_epoch, "epochs": int(epochs[-1])}
     return answers[0] | ends, [{"unseen": turn} | answer for turn, answer in zip(dial, answers, strict=True)]
 
 
-def _answers(predictor: Predictor, dataset: Dataset, cold: np.ndarray, new_only: bool, turn: float) -> dict[str, Any]:
-    rules = Rules.declared(ScoreSettings(unseen=turn).rules(), dataset, np.arange(len(cold)), predictor.unseen)
-    warm_hits, warm_ndcg, cold_hits, among, places = [], [], [], [], []
-    for batch in Questions(dataset, "test").batches(BATCH):
+def _answers(predictor: Predictor, questions: Questions, cold: np.ndarray, new_only: bool, turn: float) -> dict[str, Any]:
+    rules = Rules.declared(ScoreSettings(unseen=turn).rules(), questions.dataset, np.arange(len(cold)), predictor.unseen)
+    warm_hits, warm_ndcg, cold_hits, among, places, chance = [], [], [], [], [], []
+    for batch in questions.batches(BATCH):
         lists = _ask(predictor, batch, Filters(new_only=new_only), rules)
         unseen = _ask(predictor, batch, Filters(new_only=new_only, allow=np.flatnonzero(cold)), rules)
         places += cold[lists].sum(1).tolist()
@@ -122,11 +134,19 @@ def _answers(predictor: Predictor, dataset: Dataset, cold: np.ndarray, new_only:
                 warm_hits.append(found["hr"][0])
                 warm_ndcg.append(found["ndcg"][0])
             if len(unknown):
+                chance.append(1.0 - (1.0 - K / predictor.n_items) ** len(unknown))
                 cold_hits.append(m.per_user(lists[row : row + 1], [unknown], K)["hr"][0])
                 among.append(m.per_user(unseen[row : row + 1], [unknown], K)["hr"][0])
     means = {"hr@10": warm_hits, "ndcg@10": warm_ndcg, "cold_hr@10": cold_hits, "cold_hr@10_among_cold": among, "cold_places": places}
-    result: dict[str, Any] = {name: round(float(np.mean(values)), 4) for name, values in means.items()}
-    result["cold_lift"] = round(float(np.mean(cold_hits)) / (K / dataset.n_items), 2)
+    result: dict[str, Any] = {name: round(float(np.mean(values)), 4) for name, values in means.items() if values}
+    if cold_hits:
+        drawn = m.bootstrap_means(np.array([cold_hits, chance]).T, RESAMPLES, 0)
+        low, high = m.interval(drawn[:, 0] / drawn[:, 1], CONFIDENCE)
+        result |= {
+            "cold_lift": round(float(np.mean(cold_hits) / np.mean(chance)), 2),
+            "cold_lift_low": round(low, 2),
+            "cold_lift_high": round(high, 2),
+        }
     return result | {"warm_users": len(warm_hits), "cold_users": len(cold_hits)}
 
 

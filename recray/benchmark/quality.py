@@ -33,6 +33,7 @@ K = 10
 BATCH = 256
 PEER_BATCH_USERS = 64  # half of its default: as good in fewer epochs, and these are what costs its time
 PEER_PATIENCE = 8
+PACE_EPOCHS = 2
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
@@ -76,6 +77,9 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
         ranks[str(against)] = np.array([theirs["ranks"].get(str(user), 0) for user in users])
         curves += [{"who": against, **line} for line in theirs["curve"]]
         metrics |= _beside(ours, ranks[str(against)], curves, str(against)) | {"peer_taken_from": theirs.get("taken_from")}
+        metrics |= _time_to_peer(curves, str(against), theirs["pace"] if _selects_as_peers_do(chosen) else None)
+        if not _selects_as_peers_do(chosen):
+            say(f"no time to {against}: it selects by one new item of each user, and these settings by something else")
         say(f"lead over {against} {metrics['ndcg_lead']:+.4f} [{metrics['ndcg_lead_low']:+.4f}, {metrics['ndcg_lead_high']:+.4f}]")
     pq.write_table(pa.table(ranks), keep / "ranks.parquet")
     pq.write_table(pa.Table.from_pylist(curves), keep / "curves.parquet")
@@ -97,15 +101,33 @@ def _beside(ours: list[np.ndarray], theirs: np.ndarray, curves: list[dict[str, A
     low, high = m.interval(m.bootstrap_means(lead[:, None], RESAMPLES, 0)[:, 0], CONFIDENCE)
     found = {"peer": peer, "peer_hr@10": round(float(hr(theirs).mean()), 4), "peer_ndcg@10": round(float(ndcg(theirs).mean()), 4)}
     found |= {"ndcg_lead": round(float(lead.mean()), 4), "ndcg_lead_low": round(low, 4), "ndcg_lead_high": round(high, 4)}
+    return found
+
+
+def _selects_as_peers_do(chosen: dict[str, Any]) -> bool:
+    """Whether our validation NDCG means what the peers' does: of one new item for each user."""
+    return bool(
+        chosen["evaluate"]["primary_setting"] == "new_only"
+        and chosen["train"]["select_by"] == "primary"
+        and chosen["evaluate"]["k"][0] == K
+        and chosen["split"]["kind"] == "leave_one_out"
+    )
+
+
+def _time_to_peer(curves: list[dict[str, Any]], peer: str, pace: dict[str, float] | None) -> dict[str, Any]:
+    """Seconds to the peer's best validation NDCG, over its own.
+
+    pace : what the peer's seconds, by clock, are to be multiplied by, so that they are those of this machine and hour; None: no ratio
+    """
     best = max((line for line in curves if line["who"] == peer), key=lambda line: line["validation_ndcg"])
-    found |= {"peer_validation_ndcg": round(best["validation_ndcg"], 4), "peer_epochs": best["epoch"]}
+    found: dict[str, Any] = {"peer_validation_ndcg": round(best["validation_ndcg"], 4), "peer_epochs": best["epoch"], "peer_pace": pace}
     for clock in ("seconds", "cpu_seconds"):
         reached: list[Any] = []
         for seed in SEEDS:
             mine = [line for line in curves if line["who"] == f"recray_{seed}" and line["validation_ndcg"] >= best["validation_ndcg"]]
             reached.append(round(mine[0][clock], 1) if mine else None)
         found[f"{clock}_to_peer"], found[f"peer_{clock}"] = reached, round(best[clock], 1)
-        ratio = None if None in reached else round(sum(reached) / len(reached) / best[clock], 4)
+        ratio = None if pace is None or None in reached else round(sum(reached) / len(reached) / (pace[clock] * best[clock]), 4)
         found["time_to_peer_ratio" if clock == "seconds" else "cpu_time_to_peer_ratio"] = ratio
     return found
 
@@ -148,7 +170,10 @@ def ranks_of(model: Recommender, dataset: Dataset, chosen: dict[str, Any], asked
 
 
 def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, threads: int, say: Say, out: Path) -> dict[str, Any]:
-    """Train a peer to its own early stop. It goes on where an earlier run with the same question was stopped."""
+    """Train a peer to its own early stop. It goes on where an earlier run with the same question was stopped.
+
+    An answer that lies in `out` comes with its `pace`: what its first epochs take now, over what they took then.
+    """
     events = folder / "events.parquet"
     write_for_peers(dataset, events)
     number = _numbers(dataset)
@@ -160,13 +185,17 @@ def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, thr
     for answered in sorted(out.glob(f"*.{peer}-{key}.json")):
         say(f"{peer} has trained to its early stop before: {answered}")
         found: dict[str, Any] = json.loads(answered.read_text())
-        return found | {"taken_from": answered.name}
+        now = peers.ask(peer, question | {"keep": str(folder), "epochs_at_most": PACE_EPOCHS}, folder, say)["curve"]
+        then = found["curve"][len(now) - 1]
+        pace = {clock: round(now[-1][clock] / then[clock], 4) for clock in ("seconds", "cpu_seconds")}
+        say(f"{peer}: its first epochs take {pace['seconds']:.2f} of the seconds that they took then")
+        return found | {"taken_from": answered.name, "pace": pace}
     keep = peers.cache() / "runs" / key
     keep.mkdir(parents=True, exist_ok=True)
     say(f"{peer} trains to its early stop; where it stands is kept in {keep}")
     found = peers.ask(peer, question | {"keep": str(keep)}, folder, say)
     (folder / "keep" / f"{peer}-{key}.json").write_text(json.dumps(found) + "\n")
-    return found
+    return found | {"pace": {"seconds": 1.0, "cpu_seconds": 1.0}}
 
 
 def _numbers(dataset: Dataset) -> np.ndarray:

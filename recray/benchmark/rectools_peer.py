@@ -3,11 +3,13 @@
 The question names `events` (Parquet: user, item, order, part), the shape of the network, and what is asked for: `epochs` to
 train and time, `recommend` rounds of top 10 for all users to time; or, with `patience`, training until the NDCG of
 `validation_users` did not grow for so many epochs, then the rank of every user's test item. That takes hours, so the folder
-`keep` holds where it stands after each epoch, and the same question goes on from there. The answer is one JSON line.
+`keep` holds where it stands after each epoch, and the same question goes on from there; `epochs_at_most` asks for the beginning of the
+curve alone. The answer is one JSON line.
 """
 
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -108,7 +110,8 @@ def _until_it_stops(model: SASRecModel, events: pd.DataFrame, question: dict[str
     best: dict[str, Any] = {}
     if kept.exists():
         curve, best = _restore(model, trained, kept)
-    while len(curve) - _best_epoch(curve) < question["patience"]:
+    most = question.get("epochs_at_most", math.inf)
+    while len(curve) - _best_epoch(curve) < question["patience"] and len(curve) < most:
         epoch = len(curve) + 1
         torch.manual_seed(question["seed"] * 10_000 + epoch)
         wall, cpu = time.monotonic(), time.process_time()
@@ -122,6 +125,8 @@ def _until_it_stops(model: SASRecModel, events: pd.DataFrame, question: dict[str
             best = copy.deepcopy(model.torch_model.state_dict())
         _save(model, curve, best, kept)
         print(json.dumps(line), file=sys.stderr, flush=True)
+    if len(curve) >= most:
+        return {"curve": curve}
     model.torch_model.load_state_dict(best)
     ranks = _ranks(model, _dataset(events[events.part < TEST]), events[events.part == TEST])
     return {"curve": curve, "best_epoch": _best_epoch(curve), "ranks": ranks}

@@ -88,13 +88,19 @@ def _tokens(column: pa.ChunkedArray, kind: str, known: pa.ChunkedArray | None) -
         return ([] if value is None else _text(value) for value in values)
     if kind == "multi":
         return (elements(value) for value in values)
-    return ([] if value is None or value == "" else [str(value)] for value in values)
+    return (_said([value]) for value in values)
 
 
 def elements(value: Any) -> list[str]:
     """The values of a `multi` column in one item: a list, or text with `|` between them; what is empty is none."""
     parts = [] if value is None else value.split("|") if isinstance(value, str) else value
-    return [str(part) for part in parts if part is not None and part != ""]
+    return _said(parts)
+
+
+def _said(values: Iterable[Any]) -> list[str]:
+    """Values as text, without those that are empty; 5.0 is 5, since a column of whole numbers is one of floats as soon as one is missing."""
+    real = [value for value in values if value is not None and value != "" and value == value]
+    return [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in real]
 
 
 def _numeric(values: list[Any], others: list[Any]) -> Iterable[list[str]]:

@@ -9,6 +9,7 @@ import torch
 
 from recray.dataset.popularity import DAY_S, Popularity, dated
 from recray.dataset.reader import History
+from recray.errors import RequestError
 from recray.model.recommender import Batch
 
 CACHED_DAYS = 64
@@ -21,15 +22,20 @@ class Inputs:
     ----------
     prior_days : days of the popularity prior, 0 for none
     has_time : whether `timestamp_s` is a time
+    event_types : how many the model knows
     released_day : since when each item can be met, as `Dataset.released_day`; None where the model does not ask how fresh an item is
     """
 
-    def __init__(self, popularity: Popularity, *, prior_days: int, has_time: bool, released_day: np.ndarray | None) -> None:
+    def __init__(self, popularity: Popularity, *, prior_days: int, has_time: bool, event_types: int, released_day: np.ndarray | None) -> None:
         self._popularity, self._prior_days, self._has_time, self._released_day = popularity, prior_days, has_time, released_day
+        self._event_types = event_types
         self._dated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def batch(self, histories: list[History], moment: np.ndarray, context_BC: np.ndarray) -> Batch:
-        """Histories that are asked at moments [B] in contexts [B, C]."""
+        """Histories that are asked at moments [B] in contexts [B, C].
+
+        Raises RequestError for an event type that the model does not know, and for a value that is not finite.
+        """
         length = np.array([len(history.item_index) for history in histories])
         B, T = len(histories), int(length.max())
         item, event, time = np.zeros((3, B, T), np.int64)
@@ -39,6 +45,10 @@ class Inputs:
             event[row, : length[row]] = history.event_index
             time[row, : length[row]] = history.timestamp_s
             value[row, : length[row]] = history.value
+        if event.min() < 0 or event.max() >= self._event_types:
+            raise RequestError(f"event index {event.min()} or {event.max()} lies outside 0 to {self._event_types - 1}", "use Predictor.event_types")
+        if not np.isfinite(value).all():
+            raise RequestError("history: a value is not finite", "leave it out, or send a number")
         # inside the history a position is asked when the next basket came, the last one (and its basket) at `now`
         asked = next_times(time, length, moment) if self._has_time else np.broadcast_to(moment[:, None], (B, T)).copy()
         days, day = np.unique(moment // DAY_S, return_inverse=True)

@@ -138,6 +138,7 @@ class Predictor:
             popularity,
             prior_days=0 if model.prior_scale is None else prior_days,
             has_time=has_time,
+            event_types=model.shape.event_types,
             released_day=released_day if model.shape.fresh else None,
         )
         self._index: dict[Any, int] | None = None
@@ -206,10 +207,13 @@ class Predictor:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the model's current weights."""
+        """Take over the model's current weights, as they answer: nothing is dropped, whatever mode the model is in."""
+        was_training = self.model.training
+        self.model.eval()
         self._parts_MVD = self.model.items.parts()
         self._table_VD = self.model.items()
         self._output_VD = self.model.output(self._table_VD)
+        self.model.train(was_training)
         self._populars.clear()
         self._graphs = None  # they read the item vectors where they were
 
@@ -402,7 +406,12 @@ class Predictor:
         controls: Controls | None = None,
         context: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """Scores float32 of given item indices, one array a history."""
+        """Scores float32 of given item indices, one array a history; 0 is an item that is not known, whose score says nothing.
+
+        Raises RequestError for an index outside the vocabulary.
+        """
+        for index in candidates:
+            self._inside(np.asarray(index))
         found = [np.zeros(len(items), np.float32) for items in candidates]
         controls = self._decided(histories, now) if controls is None else controls
         for rows, score, _ in self._chunks([self._known(history) for history in histories], now, controls, context):
@@ -443,7 +452,8 @@ class Predictor:
     ) -> Explanation:
         """Which events of a history carried the scores of some items (indices).
 
-        The attention says which `events` are looked at more closely; each of these is then left out, and the items scored again.
+        The attention says which `events` are looked at more closely; each of these is then left out, and the items scored again. Without its
+        only event a history has no score: the drop is then what an item's score is above the mean of all.
         """
         kept = np.flatnonzero(np.asarray(history.item_index) > 0)[-self.model.shape.history :]
         known = self._known(history)
@@ -455,11 +465,14 @@ class Predictor:
         self.model.eval()
         reach = self.model.roll_out(self.model.embed(batch, self._table_VD), batch)[0].cpu().numpy()
         self.model.train(was_training)
+        controls = self._decided([history], now) if controls is None else controls  # one decision, that of the whole history
         again = np.isin(known.item_index, items)  # what the copy term reads without any attention
         looked_at = np.sort(np.lexsort((reach, again))[-events:])
+        if len(kept) == 1:
+            every = self.score([known], [np.arange(self.n_items + 1)], now=now, controls=controls, context=None if context is None else [context])[0]
+            return Explanation(kept, reach, (every[items] - every[1:].mean())[:, None])
         without = [History(*(np.delete(values, place) for values in known)) for place in looked_at]
         asked = [known, *without]
-        controls = self._decided([history], now) if controls is None else controls  # one decision, that of the whole history
         each = None if controls is None else Controls(*(None if t is None else t.expand(len(asked), *t.shape[1:]) for t in controls))
         told = None if context is None else [context] * len(asked)
         scores = np.stack(self.score(asked, [items] * len(asked), now=now, controls=each, context=told))
@@ -528,12 +541,15 @@ class Predictor:
     def _known(self, history: History) -> History:
         """The last events of items that the bundle knows."""
         index = np.asarray(history.item_index)
-        if len(index) and (index.min() < 0 or index.max() > self.n_items):
-            raise RequestError(f"item index {index.min()} or {index.max()} lies outside 0 to {self.n_items}", "use Predictor.index_of")
+        self._inside(index)
         if not index.all():
             keep = index > 0
             history = History(*(np.asarray(a)[keep] for a in history))
         return history.last(self.model.shape.history)
+
+    def _inside(self, index: np.ndarray) -> None:
+        if len(index) and (index.min() < 0 or index.max() > self.n_items):
+            raise RequestError(f"item index {index.min()} or {index.max()} lies outside 0 to {self.n_items}", "use Predictor.index_of")
 
     def _popular(self, now_s: int) -> Tensor:
         """Scores of the popular list [V]."""

@@ -143,7 +143,9 @@ def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
             return here is not None and str(here).lower() in {text.lower() for text in texts}
         if isinstance(here, int | float):
             return here in numbers
-        return not texts.isdisjoint(elements(here)) if multi else str(here) in texts
+        if multi:
+            return any(part in texts or _number(part) in numbers for part in elements(here))
+        return str(here) in texts
 
     if pa.types.is_nested(found.type):
         return np.fromiter((has(here) for here in found.to_pylist()), bool, len(found))

@@ -23,7 +23,7 @@ class Linear(nn.Linear):
         if not (self.halved and self.training and x.device.type == "cpu" and x.dtype == torch.float32):
             return F.linear(x, self.weight, self.bias)
         found: Tensor = _HalvedLinear.apply(x.flatten(0, -2), self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return found.view(*x.shape[:-1], -1)
+        return found.view(*x.shape[:-1], self.out_features)
 
 
 class _HalvedLinear(torch.autograd.Function):

@@ -40,10 +40,20 @@ def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
         ]
     ours, theirs = np.array([1, 2, 3, 1, 0]), np.array([2, 4, 11, 1, 5])
     found = quality._beside([ours] * 3, theirs, curves, "peer")
-    assert found["peer_epochs"] == 2 and found["peer_seconds"] == 200.0
-    assert found["time_to_peer_ratio"] == pytest.approx(30 / 200) and found["cpu_time_to_peer_ratio"] == pytest.approx(60 / 400)
+    times = quality._time_to_peer(curves, "peer", {"seconds": 1.0, "cpu_seconds": 0.5})
+    assert times["peer_epochs"] == 2 and times["peer_seconds"] == 200.0
+    assert times["time_to_peer_ratio"] == pytest.approx(30 / 200) and times["cpu_time_to_peer_ratio"] == pytest.approx(60 / 200)
+    untold = quality._time_to_peer(curves, "peer", None)
+    assert untold["seconds_to_peer"] == times["seconds_to_peer"] and untold["time_to_peer_ratio"] is None
     assert found["ndcg_lead"] == pytest.approx((quality.ndcg(ours) - quality.ndcg(theirs)).mean(), abs=1e-4)
     assert found["ndcg_lead_low"] < found["ndcg_lead"] < found["ndcg_lead_high"]
+
+
+def test_the_time_to_a_peer_is_told_where_both_select_alike():
+    alike = {"evaluate": {"primary_setting": "new_only", "k": (10, 20)}, "train": {"select_by": "primary"}, "split": {"kind": "leave_one_out"}}
+    assert quality._selects_as_peers_do(alike)
+    for section, other in (("evaluate", {"primary_setting": "repeats"}), ("train", {"select_by": "both"}), ("split", {"kind": "time"})):
+        assert not quality._selects_as_peers_do({**alike, section: {**alike[section], **other}})
 
 
 def test_held_out_items_are_nowhere_before_the_test(world_dataset, tmp_path):

@@ -54,6 +54,15 @@ def test_empty_values_are_no_values():
         assert np.diff([*offsets, len(tokens)]).tolist() == [0, *sizes], name
 
 
+def test_a_whole_number_is_the_same_value_in_a_column_of_floats():
+    whole = pa.table({"maker": [5, 7, 9], "tags": [[1, 2], [3], []]})
+    floats = pa.table({"maker": [5.0, None, float("nan")], "tags": [[1.0, 2.0], [None], [float("nan"), 2.5]]})
+    for name, kind, sizes in (("maker", "categorical", [0, 1, 0, 0]), ("tags", "multi", [0, 2, 0, 1])):
+        as_whole, (tokens, offsets) = (encode(items, {name: kind}, 1000)[name] for items in (whole, floats))
+        assert np.diff([*offsets, len(tokens)]).tolist() == sizes
+        assert tokens[: offsets[2]].tolist() == as_whole[0][: as_whole[1][2]].tolist()
+
+
 def test_vectors_of_two_lengths_are_named():
     with pytest.raises(DataError, match="feature image: vectors of 1 and of 2 numbers"):
         vectors([1.0], [1.0, 2.0])

@@ -113,6 +113,14 @@ def test_bfloat16_learns_what_float32_learns(world_settings, world_dataset):
     np.testing.assert_allclose(half["loss"], full["loss"], rtol=0.01)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_rank_that_gets_no_window_of_a_batch_takes_part(precision, world_settings, world_dataset):
+    run = loop(world_settings, world_dataset, precision=precision)
+    batch, targets, count = next(run.batches.epoch(0, 9_999, 10_000))
+    assert len(batch.item_BT) == 0 < count
+    assert float(run.train_step(run.criterion.complete(batch), targets, count)) == 0
+
+
 def test_a_loss_that_is_not_finite_stops_training(world_settings, world_dataset):
     run = loop(world_settings, world_dataset)
     with torch.no_grad():

@@ -64,6 +64,18 @@ def test_in_half_the_bits_answers_differ_a_little(parts):
     assert half.recommend(histories, 5, now=NOW).scores.dtype == np.float32
 
 
+def test_a_model_in_training_is_asked_as_it_will_answer():
+    torch.manual_seed(0)
+    brand = (np.arange(V, dtype=np.int64), np.maximum(np.arange(V + 1) - 1, 0))
+    model = Recommender(Shape(event_types=2, dim=16, history=12, id_dropout=0.5), np.arange(V + 1) > 0, {"brand": brand}).eval()
+    parts = [model, pa.array(np.arange(V)), ["buy", "view"], Popularity.count_events(np.zeros(0, np.int64), None, V)]
+    predictor = Predictor(*parts, prior_days=0, has_time=True)
+    answer = predictor.recommend([history(5)], 10, now=NOW)
+    model.train()
+    predictor.refresh()
+    assert model.training and (predictor.recommend([history(5)], 10, now=NOW).scores == answer.scores).all()
+
+
 def test_scores_are_the_recommended_scores(predictor):
     answer = predictor.recommend([history(5), history(9)], 10, now=[NOW, NOW - DAY])
     scores = predictor.score([history(5), history(9)], list(answer.item_index), now=[NOW, NOW - DAY])
@@ -81,6 +93,16 @@ def test_an_explanation_is_what_leaving_each_event_out_costs(predictor):
     for place in range(9):
         (less,) = predictor.score([History(*(np.delete(values, place) for values in known))], [items], now=NOW)
         np.testing.assert_allclose(told.drop[:, place], whole - less, atol=1e-5)
+
+
+def test_the_only_event_carries_what_is_above_the_mean(predictor):
+    one = history(1)
+    items = predictor.recommend([one], 3, now=NOW).item_index[0]
+    told = predictor.explain(History(*(np.insert(values, 0, 0) for values in one)), items, now=NOW)
+    (every,) = predictor.score([one], [np.arange(1, V + 1)], now=NOW)
+    assert told.position.tolist() == [1] and told.attention.tolist() == [1.0]
+    np.testing.assert_allclose(told.drop, (every[items - 1] - every.mean())[:, None], atol=1e-5)
+    assert (told.drop > 0).all()
 
 
 def test_a_long_history_is_explained_by_what_the_attention_saw_most(predictor):
@@ -142,6 +164,12 @@ def test_questions_that_make_no_sense_are_refused(predictor):
         predictor.recommend([history(3)], 0, now=NOW)
     with pytest.raises(RequestError, match="outside 0 to 40"):
         predictor.recommend([history(3)._replace(item_index=np.array([1, 2, 99]))], 5, now=NOW)
+    with pytest.raises(RequestError, match="item index -3 or 99 lies outside 0 to 40"):
+        predictor.score([history(3)], [np.array([5, 99, -3])], now=NOW)
+    with pytest.raises(RequestError, match="event index 0 or 2 lies outside 0 to 1"):
+        predictor.recommend([history(3)._replace(event_index=np.array([0, 2, 1]))], 5, now=NOW)
+    with pytest.raises(RequestError, match="value is not finite"):
+        predictor.recommend([history(3)._replace(value=np.array([1.0, np.nan, 1.0]))], 5, now=NOW)
 
 
 @pytest.mark.parametrize("block", [1, 7, 40])

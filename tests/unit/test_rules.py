@@ -18,10 +18,11 @@ ITEMS = pa.table(
         "tags": [["new"], [], None, ["old", "new"], ["old"], []],
         "genres": ["Action|Comedy", "Action", "Drama", "", None, "Comedy"],
         "price": [3.0, 3.0, 4.5, None, float("nan"), 1.0],
+        "codes": [[1.0, 2.0], [2.5], None, [], [1.0], [3.0]],
         "used": [True, False, None, True, False, False],
     }
 )
-KINDS = {"brand": "categorical", "tags": "multi", "genres": "multi", "price": "numeric", "used": "categorical"}
+KINDS = {"brand": "categorical", "tags": "multi", "genres": "multi", "codes": "multi", "price": "numeric", "used": "categorical"}
 DATA = SimpleNamespace(key="d", items=ITEMS, manifest={"settings": {"data": {"features": KINDS}}})
 NONE = ScoreSettings().rules()
 NO = np.zeros(7, bool)
@@ -56,6 +57,7 @@ def test_boosts_and_exclusions_find_their_items():
     [
         ("genres=Comedy", [1, 6]), ("genres=Action", [1, 2]), ("genres=Action|Comedy", []), ("price=3", [1, 2]), ("price=4.50", [3]),
         ("price=nan", []), ("price=cheap", []), ("used=true", [1, 4]), ("brand=None", []), ("tags=old", [4, 5]), ("brand=bol", []),
+        ("codes=1", [1, 5]), ("codes=1.0", [1, 5]), ("codes=2.5", [2]),
     ],
 )  # fmt: skip
 def test_a_rule_finds_the_items_that_have_its_value(rule, items):
