@@ -12,11 +12,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from recray.dataset.popularity import DAY_S
 from recray.dataset.reader import Dataset
 from recray.evaluation.protocol import Question, Questions
 from recray.inference.topk import top_k
 
-RECENT_S = 7 * 86_400
+RECENT_S = 7 * DAY_S
 NEIGHBOURS = 100  # of each item, where all of them do not fit
 
 Score = Callable[[list[Question]], np.ndarray]
@@ -46,7 +47,10 @@ def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ea
     yield "most popular", Baseline(lambda asked: np.tile(popular_V, (len(asked), 1)))
     recent_V = np.zeros_like(popular_V)
     cut_s = dataset.cut_s(questions.part)
-    if cut_s is not None:
+    if cut_s is not None and dataset.asked_at == "target":  # the model knows what was popular until the day of each question, so these do
+        yield "popular, last 7 days", Baseline(lambda asked: _recent(dataset, asked, RECENT_S // DAY_S))
+        yield "popular, last day", Baseline(lambda asked: _recent(dataset, asked, 1))
+    elif cut_s is not None:
         recent = [items[times >= cut_s - RECENT_S] for items, times in histories]
         recent_V = np.asarray(_matrix([(items, items) for items in recent], dataset.n_items).sum(0)).ravel()
         yield "popular, last 7 days", Baseline(lambda asked: np.tile(recent_V, (len(asked), 1)))
@@ -84,6 +88,13 @@ def _matrix(histories: list[tuple[np.ndarray, np.ndarray]], n_items: int) -> sp.
     matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix
+
+
+def _recent(dataset: Dataset, asked: list[Question], days: int) -> np.ndarray:
+    """Events of each item in the complete days before the day of each question [Q, V]."""
+    day, place = np.unique([question.now // DAY_S for question in asked], return_inverse=True)
+    found: np.ndarray = dataset.popularity.windows(day, days)[place]
+    return found
 
 
 def _counts(asked: list[Question], n_items: int) -> np.ndarray:

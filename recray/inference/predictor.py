@@ -376,25 +376,35 @@ class Predictor:
     def _best(self, score: _Score, barred: Barred, k: int, rules: Rules | None) -> tuple[Tensor, Tensor, Tensor]:
         """Items and scores [rows, k] of a chunk, and how much the best one that may be answered is above the second [rows]."""
         pool = max(k, 2) if rules is None else min(rules.pool(max(k, 2)), self.n_items + 1)
-        while True:
-            best: tuple[Tensor, Tensor] | None = None
-            for first in range(0, self.n_items + 1, ITEM_BLOCK):
-                found = score(first)
-                if rules is not None:
-                    found = found + rules.boost_V[first : first + ITEM_BLOCK].to(self.device)
-                gone = self.retired[(self.retired >= first) & (self.retired < first + ITEM_BLOCK)] - first
-                if len(gone):
-                    found = found.index_fill(1, gone, -torch.inf)
-                index, values = top_k(barred.apply(found, first), pool)
-                best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), pool)
-            assert best is not None
-            margin = torch.nan_to_num(best[1][:, 0] - best[1][:, 1], nan=0.0, posinf=0.0)  # nothing else, or nothing at all
-            if rules is None:
-                return best[0][:, :k], best[1][:, :k], margin
-            chosen = rules.choose(*best, self._table_VD, k)
-            if pool > self.n_items or not (rules.caps and ((chosen[0] == 0) & (best[0][:, -1:] > 0)).any()):
-                return *chosen, margin
-            pool = min(4 * pool, self.n_items + 1)  # caps left places empty although there is more to choose from
+        index, values = self._first(score, barred, pool, rules)
+        margin = torch.nan_to_num(values[:, 0] - values[:, 1], nan=0.0, posinf=0.0)  # nothing else, or nothing at all
+        if rules is None:
+            return index[:, :k], values[:, :k], margin
+        chosen, scores = rules.choose(index, values, self._table_VD, k)
+        filled = min(k, rules.room)
+        short = ((chosen[:, filled - 1] == 0) & (index[:, -1] > 0)).nonzero()[:, 0] if filled else index.new_zeros(0)
+        while len(short) and pool <= self.n_items:  # caps left places empty although there is more to choose from
+            pool = min(4 * pool, self.n_items + 1)
+            index, values = self._first(score, barred, pool, rules, short)
+            chosen[short], scores[short] = rules.choose(index, values, self._table_VD, k)
+            short = short[(chosen[short, filled - 1] == 0) & (index[:, -1] > 0)]
+        return chosen, scores, margin
+
+    def _first(self, score: _Score, barred: Barred, n: int, rules: Rules | None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The n best items that may be answered, and their scores, of a chunk or of some of its rows; 0 and -inf where there are fewer."""
+        best: tuple[Tensor, Tensor] | None = None
+        for first in range(0, self.n_items + 1, ITEM_BLOCK):
+            found = score(first)
+            if rules is not None:
+                found = found + rules.boost_V[first : first + ITEM_BLOCK].to(self.device)
+            gone = self.retired[(self.retired >= first) & (self.retired < first + ITEM_BLOCK)] - first
+            if len(gone):
+                found = found.index_fill(1, gone, -torch.inf)
+            found = barred.apply(found, first)
+            index, values = top_k(found if rows is None else found[rows], n)
+            best = merge(best, (torch.where(values == -torch.inf, 0, index + first), values), n)
+        assert best is not None
+        return best
 
     @torch.no_grad()
     def score(

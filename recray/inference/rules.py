@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,7 @@ from recray.dataset.features import elements
 from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
 
-POOL = 500  # candidates, at least: the same for every short list, so that a longer one begins like a shorter one
-POOL_EACH = 5  # candidates for each place
+POOL = 500  # candidates that lists are made diverse of, always as many, so that no list depends on how long another is; then by score
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,17 @@ class Rules:
 
     def pool(self, k: int) -> int:
         """How many of the best items to choose k from."""
-        return max(POOL_EACH * k, POOL) if self.diversity or self.caps else k
+        return max(k, POOL) if self.diversity or self.caps else k
+
+    @cached_property
+    def room(self) -> int:
+        """How many places a list can have: more than the caps leave are never filled."""
+        allowed = self.boost_V[1:] > -torch.inf
+        found = [int(allowed.sum())]
+        for group_V, limit in self.caps:
+            group = group_V[1:][allowed]
+            found.append(int((group < 0).sum() + group[group >= 0].bincount().clamp(max=limit).sum()))
+        return min(found)
 
     def choose(self, index_BP: Tensor, scores_BP: Tensor, vectors_VD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """k of P items in a new order, and their scores [B, k]; index 0 and -inf where a cap leaves a place empty.
@@ -75,18 +85,21 @@ class Rules:
         free = scores_BP > -torch.inf
         worth, unit_BPD = scores_BP, None
         if self.diversity:
-            relevance = _relevance(scores_BP, free)
-            unit_BPD = torch.nn.functional.normalize(vectors_VD[index_BP], dim=-1)
+            first = min(POOL, index_BP.shape[1])
+            relevance = _relevance(scores_BP[:, :first], free[:, :first])
+            unit_BPD = torch.nn.functional.normalize(vectors_VD[index_BP[:, :first]], dim=-1)
             likeness = torch.zeros_like(relevance)
+            behind = -2.0 - torch.arange(index_BP.shape[1] - first, device=index_BP.device) / index_BP.shape[1]  # below every other, in their order
+            worth = torch.cat([relevance, behind.expand(len(index_BP), -1)], 1)
         values = [group_V.to(index_BP.device)[index_BP] for group_V, _ in self.caps]
         picks: list[Tensor] = []
         for _ in range(min(k, index_BP.shape[1])):
             if unit_BPD is not None:
-                worth = (1 - self.diversity) * relevance - self.diversity * likeness
+                worth[:, :first] = (1 - self.diversity) * relevance - self.diversity * likeness
             pick = worth.masked_fill(~free, -torch.inf).argmax(1)
             picks.append(torch.where(free.any(1), pick, -1))
             if unit_BPD is not None:
-                likeness = torch.maximum(likeness, (unit_BPD @ unit_BPD[rows, pick][:, :, None]).squeeze(2))
+                likeness = torch.maximum(likeness, (unit_BPD @ unit_BPD[rows, pick.clamp(max=first - 1)][:, :, None]).squeeze(2))
             free[rows, pick] = False
             chosen = torch.stack(picks, 1)
             for (_, limit), value_BP in zip(self.caps, values, strict=True):
@@ -108,9 +121,8 @@ def unmatched(declared: dict[str, Any], dataset: Dataset) -> list[str]:
 
 
 def _relevance(scores_BP: Tensor, free: Tensor) -> Tensor:
-    """Scores from 1 (the best) to 0 (the last of the first `POOL`), lower ones below 0."""
-    first = slice(0, POOL)
-    worst = torch.where(free[:, first], scores_BP[:, first], torch.inf).amin(1, keepdim=True)
+    """Scores from 1 (the best) to 0 (the last that is free)."""
+    worst = torch.where(free, scores_BP, torch.inf).amin(1, keepdim=True)
     span = (scores_BP[:, :1] - worst).clamp(min=1e-9)
     return torch.where(free, (scores_BP - worst) / span, 0.0)
 
@@ -138,14 +150,14 @@ def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
     texts = {str(value).lower() if isinstance(value, bool) else str(value) for value in values}
     numbers = {number for text in texts if (number := _number(text)) is not None}
 
-    def has(here: Any) -> bool:
+    def is_one(here: Any) -> bool:
         if here is None or isinstance(here, bool):
             return here is not None and str(here).lower() in {text.lower() for text in texts}
-        if isinstance(here, int | float):
-            return here in numbers
-        if multi:
-            return any(part in texts or _number(part) in numbers for part in elements(here))
-        return str(here) in texts
+        return here in numbers if isinstance(here, int | float) else str(here) in texts
+
+    def has(here: Any) -> bool:
+        parts = here.split("|") if multi and isinstance(here, str) else here
+        return any(is_one(part) for part in parts if part != "") if multi and isinstance(parts, list) else is_one(here)
 
     if pa.types.is_nested(found.type):
         return np.fromiter((has(here) for here in found.to_pylist()), bool, len(found))
@@ -163,11 +175,12 @@ def _number(text: str) -> float | None:
 
 
 def _groups(dataset: Dataset, column: str, to: Tensor, n_items: int) -> Tensor:
-    """Number of each of the bundle's items' value, int64 [V]; -1 for none."""
+    """Number of each of the bundle's items' value, int64 [V]; -1 for none, which an empty one is."""
     encoded = _column(dataset, column).combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
     found = torch.full((n_items + 1,), -1)
-    found[to[1:]] = torch.from_numpy(pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy().copy())
+    number = np.array([*(place if elements([value]) else -1 for place, value in enumerate(encoded.dictionary.to_pylist())), -1])
+    found[to[1:]] = torch.from_numpy(number[pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy()])
     found[0] = -1
     return found

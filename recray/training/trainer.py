@@ -19,7 +19,7 @@ from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, require, unwrapped
 from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.errors import ClusterError, DataError, MissingArtifactError, RefusedError, SettingsError, TrainingError
+from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
 from recray.model.recommender import Shape
 from recray.privacy.accounting import Mechanism, mechanism_of
@@ -79,7 +79,7 @@ def _champion_of(settings: Settings, dataset: Dataset) -> Bundle | None:
     storage = Storage(settings.root())
     champion = Release.read(storage).champion
     bundle = None if champion is None else champion.open(storage)
-    while bundle is not None and bundle.as_of_s >= dataset.as_of_s:
+    while bundle is not None and _is_of(dataset, bundle):
         before = bundle.manifest.get("parent")
         path = before and storage.bundle(before)
         bundle = Bundle.open(path) if path and path.exists() else None
@@ -90,6 +90,13 @@ def _champion_of(settings: Settings, dataset: Dataset) -> Bundle | None:
     if settings.privacy.enabled and not _accounted(settings, bundle):
         return None
     return bundle if _same_network(settings, dataset, bundle) else None
+
+
+def _is_of(dataset: Dataset, bundle: Bundle) -> bool:
+    """Whether a bundle is of this night, or of a later one. Where no time is known, nights may differ by their data alone."""
+    if dataset.clock == "timestamp" or bundle.as_of_s != dataset.as_of_s:
+        return bundle.as_of_s >= dataset.as_of_s
+    return bool(bundle.manifest["dataset_digest"] == dataset.digest)
 
 
 def _accounted(settings: Settings, bundle: Bundle) -> bool:
@@ -276,7 +283,7 @@ def _told(error: Exception, restarts: int) -> Exception | None:
     if failed := getattr(error, "worker_failures", None):
         first = next(iter(failed.values()))
         first = getattr(first, "_base_exc", first)
-        if isinstance(first, RefusedError):
+        if isinstance(first, RecrayError):
             return first
         if (number := no_room(first)) is not None:
             return OSError(number, os.strerror(number), blamed(first))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from recray.bundle import Bundle
 from recray.dataset.features import encode
 from recray.dataset.reader import Dataset
+from recray.errors import DataError
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import SETTINGS, Questions, wanted
 from recray.inference import Filters, Predictor
@@ -190,6 +191,12 @@ def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) 
 
     whole = [question for batch in questions.batches(VALIDATION_BATCH) for question in batch]
     users = {setting: sum(len(wanted(question, new_only=setting == "new_only")) > 0 for question in whole) for setting in selecting}
+    for setting in selecting:
+        if not users[setting]:
+            raise DataError(
+                f"no validation user has a target that {setting} asks for: there is nothing to select by",
+                "raise split.validation_users or train.validation_users, or choose another evaluate.primary_setting",
+            )
 
     def validate(candidate: Recommender, rank: int, world: int) -> tuple[float, float]:
         predictor.model = candidate

@@ -3,7 +3,9 @@ from conftest import prepare_here, world_overrides
 
 from recray.benchmark.nights import untrained
 from recray.config import load_settings
+from recray.evaluation.baselines import baselines
 from recray.evaluation.evaluate import MODEL, compare, evaluate, evaluate_key
+from recray.evaluation.protocol import Questions
 from recray.evaluation.table import render
 from recray.inference import Predictor
 
@@ -26,6 +28,22 @@ def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dat
                 lead = rows[MODEL]["ndcg@10"] - row["ndcg@10"]
                 np.testing.assert_allclose(row["model_lead"], lead, atol=1e-9)
                 assert row["model_lead_low"] <= lead <= row["model_lead_high"]
+
+
+def test_users_who_are_asked_live_are_answered_by_what_is_popular_then(world_folder, tmp_path):
+    settings = load_settings(None, [*world_overrides(world_folder, tmp_path), "split.asked_at=target"])
+    data = prepare_here(settings)
+    questions = Questions(data, "test")
+    rankers = dict(baselines(data, questions, ease_max_items=10_000, ease_l2=500.0))
+    assert list(rankers)[1:3] == ["popular, last 7 days", "popular, last day"]
+    asked = [question for batch in questions.batches(50) for question in batch]
+    days = {question.now // 86_400 for question in asked}
+    assert len(days) > 1
+    for name, length in (("popular, last 7 days", 7), ("popular, last day", 1)):
+        lists = rankers[name](asked, 5, new_only=False)
+        for row, question in enumerate(asked):
+            counts = data.popularity.window(question.now, length)
+            assert (counts[lists[row]] == np.sort(counts[1:])[::-1][:5]).all()
 
 
 def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, world_folder):

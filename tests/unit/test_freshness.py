@@ -7,6 +7,7 @@ import torch
 from conftest import prepare_here, world_overrides
 
 from recray.benchmark.nights import untrained
+from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, NEVER_SAID, freshness
 from recray.dataset.worlds import News
@@ -92,7 +93,8 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
 
 def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
     bundle = untrained(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
-    assert (Predictor.load(bundle.path).released_day == dataset.released_day).all()
+    assert (Bundle.open(bundle.path).released_day == dataset.released_day).all()
+    assert (Predictor.load(bundle.path)._inputs._released_day == dataset.released_day).all()
 
 
 def test_the_news_site_is_drawn_from_its_seed_and_fades(site):

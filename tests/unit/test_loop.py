@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from recray.benchmark.nights import untrained
 from recray.bundle import LATER, Bundle, latest_bundle, settings_key
-from recray.errors import DamagedArtifactError, TrainingError
+from recray.errors import DamagedArtifactError, DataError, TrainingError
 from recray.inference import Predictor
 from recray.training.batches import TrainingBatches
 from recray.training.trainer import bundle_settings, train_key
@@ -119,6 +119,12 @@ def test_a_rank_that_gets_no_window_of_a_batch_takes_part(precision, world_setti
     batch, targets, count = next(run.batches.epoch(0, 9_999, 10_000))
     assert len(batch.item_BT) == 0 < count
     assert float(run.train_step(run.criterion.complete(batch), targets, count)) == 0
+
+
+def test_validation_users_without_a_target_that_counts_are_named(world_settings, world_dataset, monkeypatch):
+    monkeypatch.setattr("recray.training.worker.wanted", lambda question, new_only: question.target[:0])
+    with pytest.raises(DataError, match="no validation user has a target that repeats asks for"):
+        loop(world_settings, world_dataset)
 
 
 def test_a_loss_that_is_not_finite_stops_training(world_settings, world_dataset):

@@ -210,9 +210,38 @@ def test_a_longer_diverse_list_begins_like_a_shorter_one(predictor, monkeypatch)
     assert short.tolist() == long[:2].tolist() != predictor.recommend([history(5)], 2, now=NOW).item_index[0].tolist()
 
 
+def test_a_list_under_rules_depends_on_nobody_beside_it(predictor, monkeypatch):
+    monkeypatch.setattr("recray.inference.rules.POOL", 8)
+    mine, theirs = history(5), history(9, 3)
+    group = torch.full((V + 1,), -1)
+    group[torch.from_numpy(predictor.recommend([theirs], 16, now=NOW).item_index[0])] = 0
+    for caps in ((), ((group, 2),)):
+        rules = Rules(0.8, torch.zeros(V + 1), caps)
+        alone = predictor.recommend([mine], 6, now=NOW, rules=rules).item_index[0]
+        assert alone.tolist() == predictor.recommend([mine, theirs], 6, now=NOW, rules=rules).item_index[0].tolist()
+        long = predictor.recommend([mine, theirs], 30, now=NOW, rules=rules)
+        assert alone.tolist() == long.item_index[0, :6].tolist()
+        if not caps:
+            assert (np.diff(long.scores[0, 8:]) <= 0).all() and len(set(long.item_index[0].tolist())) == 30
+        else:
+            assert (long.item_index[1, :20] > 0).all(), "the first eight leave two places, what is behind them the rest"
+
+
+def test_places_that_no_cap_leaves_are_not_looked_for(predictor, monkeypatch):
+    looked: list[int] = []
+    choose = Rules.choose
+    monkeypatch.setattr(Rules, "choose", lambda *args: looked.append(args[1].shape[1]) or choose(*args))
+    monkeypatch.setattr("recray.inference.rules.POOL", 20)
+    group = torch.arange(V + 1) % 3
+    boost = torch.zeros(V + 1)
+    boost[group == 0] = -torch.inf
+    rules = Rules(0.0, boost, ((group, 2),))
+    answer = predictor.recommend([history(5)], 10, now=NOW, rules=rules).item_index[0]
+    assert rules.room == 4 and (answer > 0).sum() == 4 and looked == [20]
+
+
 def test_a_cap_looks_as_far_as_it_must(predictor, monkeypatch):
     monkeypatch.setattr("recray.inference.rules.POOL", 5)
-    monkeypatch.setattr("recray.inference.rules.POOL_EACH", 1)
     best = predictor.recommend([history(5)], V, now=NOW).item_index[0]
     group = torch.full((V + 1,), -1)
     group[torch.from_numpy(best[:20].copy())] = 0

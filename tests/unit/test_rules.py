@@ -19,10 +19,11 @@ ITEMS = pa.table(
         "genres": ["Action|Comedy", "Action", "Drama", "", None, "Comedy"],
         "price": [3.0, 3.0, 4.5, None, float("nan"), 1.0],
         "codes": [[1.0, 2.0], [2.5], None, [], [1.0], [3.0]],
+        "marks": [["007"], ["7"], ["1e1"], None, [], [""]],
         "used": [True, False, None, True, False, False],
     }
 )
-KINDS = {"brand": "categorical", "tags": "multi", "genres": "multi", "codes": "multi", "price": "numeric", "used": "categorical"}
+KINDS = {"brand": "categorical", "tags": "multi", "genres": "multi", "codes": "multi", "marks": "multi", "price": "numeric", "used": "categorical"}
 DATA = SimpleNamespace(key="d", items=ITEMS, manifest={"settings": {"data": {"features": KINDS}}})
 NONE = ScoreSettings().rules()
 NO = np.zeros(7, bool)
@@ -57,7 +58,7 @@ def test_boosts_and_exclusions_find_their_items():
     [
         ("genres=Comedy", [1, 6]), ("genres=Action", [1, 2]), ("genres=Action|Comedy", []), ("price=3", [1, 2]), ("price=4.50", [3]),
         ("price=nan", []), ("price=cheap", []), ("used=true", [1, 4]), ("brand=None", []), ("tags=old", [4, 5]), ("brand=bol", []),
-        ("codes=1", [1, 5]), ("codes=1.0", [1, 5]), ("codes=2.5", [2]),
+        ("codes=1", [1, 5]), ("codes=1.0", [1, 5]), ("codes=2.5", [2]), ("marks=7", [2]), ("marks=007", [1]),
     ],
 )  # fmt: skip
 def test_a_rule_finds_the_items_that_have_its_value(rule, items):
@@ -85,6 +86,15 @@ def test_caps_leave_room_for_others_and_items_without_a_value_are_free():
     assert index.tolist() == [[1, 4, 5, 0]] and scores.tolist() == [[6.0, 3.0, 2.0, -np.inf]]
     index, _ = declared(caps={"brand": 2}).choose(INDEX, SCORES, VECTORS, 4)
     assert index.tolist() == [[1, 2, 4, 5]]
+
+
+def test_a_cap_takes_empty_values_for_none():
+    items = ITEMS.set_column(1, "brand", pa.array(["", "", "x", "x", None, ""])).set_column(
+        4, "price", pa.array([float("nan")] * 3 + [1.0, 1.0, None])
+    )
+    data = SimpleNamespace(key="d", items=items, manifest=DATA.manifest)
+    found = Rules.declared({**NONE, "caps": {"brand": 1, "price": 1}}, data, np.arange(7), NO)
+    assert [group_V.tolist()[1:] for group_V, _ in found.caps] == [[-1, -1, 1, 1, -1, -1], [-1, -1, -1, 1, 1, -1]]
 
 
 def test_more_diversity_means_less_likeness_and_none_changes_nothing():

@@ -1,5 +1,7 @@
 import datetime as dt
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import prepare_here, private_overrides, world_overrides
@@ -77,6 +79,32 @@ def test_the_parent_is_the_champion_of_before_also_when_the_night_is_repeated(wo
 def held_out(dataset):
     shards = list(dataset.shards())
     return {shard.user_ids[i].as_py() for shard in shards for i in range(len(shard)) if shard.split[i, 0] < shard.split[i, 2]}
+
+
+def test_where_no_time_is_known_a_night_is_another_by_its_data(world_folder, tmp_path):
+    nights = []
+    for night, length in enumerate((8, 9)):
+        rows = [(f"u{user}", f"i{(user + place) % 7}", place) for user in range(30) for place in range(length)]
+        pq.write_table(
+            pa.table(dict(zip(("user_id", "item_id", "position"), map(list, zip(*rows, strict=True)), strict=True))), tmp_path / f"{night}.parquet"
+        )
+        told = [
+            "data.items=null",
+            "data.features={}",
+            "data.context=[]",
+            "data.columns={event: null}",
+            "split.kind=leave_one_out",
+            f"data.events={tmp_path / f'{night}.parquet'}",
+        ]
+        settings = settings_in(world_folder, tmp_path / "root", *told)
+        nights.append((settings, prepare_here(settings)))
+    (first, before), (second, after) = nights
+    assert before.clock == "position" and before.as_of_s == after.as_of_s and before.digest != after.digest
+    storage = Storage(first.root())
+    champion = untrained(first, before, storage.bundle("before"), "before")
+    Release(champion=Member.of(champion)).write(storage)
+    assert parent_of(first, before) is None, "its own night's"
+    assert parent_of(second, after).key == "before"
 
 
 def test_who_is_held_out_stays_held_out_as_the_log_grows(world_folder, tmp_path):
