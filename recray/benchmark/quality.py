@@ -77,8 +77,9 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
         ranks[str(against)] = np.array([theirs["ranks"].get(str(user), 0) for user in users])
         curves += [{"who": against, **line} for line in theirs["curve"]]
         metrics |= _beside(ours, ranks[str(against)], curves, str(against)) | {"peer_taken_from": theirs.get("taken_from")}
-        metrics |= _time_to_peer(curves, str(against), theirs["pace"] if _selects_as_peers_do(chosen) else None)
-        if not _selects_as_peers_do(chosen):
+        alike = _selects_as_peers_do(chosen)
+        metrics |= _time_to_peer(curves, str(against), theirs["pace"] if alike else None)
+        if not alike:
             say(f"no time to {against}: it selects by one new item of each user, and these settings by something else")
         say(f"lead over {against} {metrics['ndcg_lead']:+.4f} [{metrics['ndcg_lead_low']:+.4f}, {metrics['ndcg_lead_high']:+.4f}]")
     pq.write_table(pa.table(ranks), keep / "ranks.parquet")
