@@ -32,10 +32,7 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
 
     address = app.start(settings)
     metrics = cluster.metrics_address()
-    reporter.say(f"serving on {address} (API page: {address}/docs; metrics: {metrics}); Ctrl-C ends it")
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(3600)
+    until_stopped(lambda: reporter.say(f"serving on {address} (API page: {address}/docs; metrics: {metrics}); Ctrl-C ends it"))
     app.stop()
     return JobResult("serve", "ok", outputs={"address": address, "metrics": metrics}, seconds=round(time.monotonic() - started, 2))
 
@@ -129,13 +126,21 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, kee
     metrics = {**result.metrics, "address": address}
     done = JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
     if keep_serving is not None:
-        reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it")
-        keep_serving(done.to_json())
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+        until_stopped(
+            lambda: reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it"),
+            lambda: keep_serving(done.to_json()),
+        )
     app.stop()
     return done
+
+
+def until_stopped(*told: Callable[[], None]) -> None:
+    """Say that the endpoint is up, then wait for the signal that ends it; who is told may send it before the saying is over."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for tell in told:
+            tell()
+        while True:
+            time.sleep(3600)
 
 
 def with_port(settings: Settings) -> Settings:

@@ -289,7 +289,7 @@ def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(ow
     ask(f"{again.address}/v1/events", {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]})
     assert any("serving on" in line for line in again.process.stderr)
     ended = again.stop(signal.SIGTERM)  # as systemd, Docker and Kubernetes end a service
-    assert ended["status"] == "ok", ended
+    assert ended["status"] == "ok", ended["reason"]
     pipeline.run_collect(settings, None)
     found = _collected(storage.root)
     assert set(acknowledged) <= set(found) and max(found.values()) == 1

@@ -1,11 +1,12 @@
 """What a person or a scheduler meets: exit codes, the last line, errors that name the thing and the fix."""
 
 import json
+import signal
 
 import pytest
 from conftest import prepare_here, world_overrides
 
-from recray import cli
+from recray import cli, demo
 from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
@@ -171,3 +172,14 @@ def test_models_of_an_empty_root(capsys, tmp_path):
 def test_options_and_overrides_may_stand_in_any_order(capsys, tmp_path):
     code, _, said = call(capsys, "promote", f"storage.root={tmp_path}", "0123456789abcdef", "--as-of", "2011-12-01", "train.epochs=1")
     assert code == 1 and "recray prepare" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_hears_that_the_endpoint_is_up_may_end_it_at_once(number):
+    before, said = {asks: signal.signal(asks, cli._interrupt) for asks in (signal.SIGINT, signal.SIGTERM)}, []
+    try:
+        demo.until_stopped(lambda: said.append("serving"), lambda: signal.raise_signal(number), lambda: said.append("told after the end"))
+    finally:
+        for asks, handler in before.items():
+            signal.signal(asks, handler)
+    assert said == ["serving"]
