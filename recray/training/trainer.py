@@ -244,7 +244,7 @@ def _fit(
     resume = last_checkpoint(run)
     resources = {"CPU": options.cpus_per_worker, **({"GPU": 1} if options.use_gpu else {})}
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # Ray's types do not know that it may return something
         train_loop_config={
             "dataset": str(dataset.path),
             "settings": chosen,
@@ -264,11 +264,13 @@ def _fit(
     )
     try:
         with unwrapped():
-            result = trainer.fit()
+            result: Any = trainer.fit()
     except Exception as error:
         if (told := _told(error, options.max_failures)) is None:
             raise
         raise told from error
+    if result.return_value is not None:
+        raise result.return_value
     if result.checkpoint is None and resume is not None:
         return resume  # an earlier attempt had trained to the end
     if result.checkpoint is None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from recray.bundle import Bundle
 from recray.dataset.features import encode
 from recray.dataset.reader import Dataset
-from recray.errors import DataError
+from recray.errors import DataError, RecrayError, TrainingError
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import SETTINGS, Questions, wanted
 from recray.inference import Filters, Predictor
@@ -59,10 +59,21 @@ def shape_of(model: dict[str, Any], dataset: Dataset, *, counts: bool = False) -
     )
 
 
-def train_worker(config: dict[str, Any]) -> None:
+def train_worker(config: dict[str, Any]) -> RecrayError | None:
     """The function that Ray Train runs on every worker. `config`: dataset, settings, threads, progress, in `resume` the
     checkpoint of an earlier attempt or None, in `parent` the bundle to begin with or None, and in `private` the mechanism of a
-    private training with ledger, population, run_key and cap of its reservation, or None."""
+    private training with ledger, population, run_key and cap of its reservation, or None.
+
+    Returns what would fail again however often Ray Train began anew: every rank meets it, and a private training would pay each time.
+    """
+    try:
+        _train(config)
+    except (DataError, TrainingError) as error:
+        return error
+    return None
+
+
+def _train(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 

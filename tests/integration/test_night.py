@@ -224,7 +224,7 @@ def test_errors_inside_ray_are_recrays_own(settings, tmp_path):
     file = next(folder.glob("*.parquet"))
     content = file.read_bytes()
     file.write_bytes(content[:8] + bytes(400) + content[408:])
-    overrides = [*world_overrides(source.parent, tmp_path / "root"), "train.learning_rate=1e30", "train.warmup_steps=0", "train.max_failures=0"]
+    overrides = [*world_overrides(source.parent, tmp_path / "root"), "train.learning_rate=1e30", "train.warmup_steps=0"]
     with pytest.raises(DataError, match="cannot be read"):
         pipeline.run_prepare(load_settings(None, [*overrides, f"data.events=[{folder}]"]), None)
     assert not list((tmp_path / "root" / "datasets").glob("*"))

@@ -14,6 +14,7 @@ from recray import pipeline
 from recray.bundle import Bundle
 from recray.cli import main
 from recray.config import load_settings
+from recray.errors import TrainingError
 from recray.privacy.ledger import Ledger
 from recray.release import Release
 from recray.storage import Storage
@@ -51,6 +52,17 @@ def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(se
     model = Bundle.open(second.path).model()
     assert model.items.ids is None and model.items.adapter is not None
     assert model.offset_V.min() < model.offset_V.max() == 0
+
+
+def test_a_training_that_diverges_pays_for_its_steps_once(world_folder, tmp_path):
+    more = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.workers=2", "train.cpus_per_worker=0.5", "train.max_failures=2"]
+    settings = load_settings(None, [*private_overrides(world_folder, tmp_path), *more])
+    pipeline.run_prepare(settings, FIRST)
+    with pytest.raises(TrainingError, match=r"after step 5 a weight is not finite") as raised:
+        pipeline.run_train(settings, FIRST)
+    (run,) = Ledger.read(settings.ledger_url(), settings.privacy.population).runs()
+    assert (run.taken, run.committed) == (5, False), "it did not begin anew to fail in the same way"
+    assert "train.learning_rate" in raised.value.fix
 
 
 def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys):
