@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -242,13 +242,16 @@ class EvaluateSettings(Section):
     max_users: int | None = Field(None, ge=1, description="evaluate a fixed random sample of so many users; null: all")
 
 
+Popular = Literal["most popular", "popular, last 7 days", "popular, last day"]
+
+
 class GatesSettings(Section):
     margin: float = Field(
         0.01,
         ge=0,
         description="NDCG that a challenger may lose on the champion: the interval of their paired difference must lie above -margin",
     )
-    must_beat: tuple[Literal["most popular", "popular, last 7 days", "personal frequency", "item-kNN", "EASE"], ...] = Field(
+    must_beat: tuple[Popular | Literal["personal frequency", "item-kNN", "EASE"], ...] = Field(
         ("most popular",), description="baselines whose NDCG a challenger must exceed"
     )
     parity_users: int = Field(256, ge=1, description="users whose answers alone and in a batch are compared before a promotion")
@@ -371,6 +374,12 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _last_day(self) -> Settings:
+        if "popular, last day" in self.gates.must_beat and (self.split.kind, self.split.asked_at) != ("time", "target"):
+            raise ValueError("gates.must_beat: 'popular, last day' needs split.kind=time and split.asked_at=target; else name 'popular, last 7 days'")
+        return self
+
+    @model_validator(mode="after")
     def _half_on_cpus(self) -> Settings:
         if self.score.precision == "bfloat16" and self.score.gpus_per_actor:
             raise ValueError("score.precision: bfloat16 is for CPUs; set it to float32, or score.gpus_per_actor to 0")
@@ -405,7 +414,7 @@ class Settings(Section):
             "train.loss": self.train.loss not in ("auto", "softmax"),
             "train.temperature_jitter": self.train.temperature_jitter > 0,
             "train.horizon": self.train.horizon > 1,
-            "gates.must_beat": not set(self.gates.must_beat) <= {"most popular", "popular, last 7 days"},
+            "gates.must_beat": not set(self.gates.must_beat) <= set(get_args(Popular)),
         }
         wrong = [name for name, found in refused.items() if found]
         if wrong:

@@ -17,6 +17,7 @@ from recray.errors import SettingsError
         ("train.epochs", "section.field=value"),
         ("split.test_fraction=0.9", "split.test_fraction"),
         ("data.features={price: colour}", "data.features.price"),
+        ("gates.must_beat=['popular, last day']", "asked_at=target"),
     ],
 )
 def test_unusable_settings_are_named_with_a_fix(override, named):
