@@ -27,7 +27,7 @@ from recray.prepare.sources import RowGroup, microseconds, open_parquet
 from recray.storage import read_json, write_json
 
 BATCH_ROWS = 131_072
-LIVE_POSITION = 1 << 40  # where an order is all that is known, live events come after everything that the owner has
+LIVE_POSITION = 1 << 62  # where an order is all that is known, live events come after everything that the owner has
 _MIN_US, _MAX_US = 0, 4_102_444_800_000_000  # 1970 to 2100: outside lies a wrong unit
 
 
@@ -82,7 +82,7 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     counts: list[pa.Table] = []
     bad: list[pa.Table] = []
     for table in _read(plan, group):
-        good, rejected = _check(table)
+        good, rejected = _check(table, plan.clock)
         stats.rows += len(table)
         bad.append(rejected)
         if plan.as_of_us is not None:
@@ -212,7 +212,7 @@ def _stage(plan: PartitionPlan, rows: int, column: Callable[[str], pa.ChunkedArr
     return pa.table(staged)
 
 
-def _check(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+def _check(table: pa.Table, clock: str) -> tuple[pa.Table, pa.Table]:
     """Good rows, and bad rows with the column `reason` (the first that applies)."""
     t = table["t"]
     # a value that is missing stands for 1; one that is not a number is an error
@@ -222,9 +222,10 @@ def _check(table: pa.Table) -> tuple[pa.Table, pa.Table]:
         "user_id is null": pc.is_null(table[schema.USER_ID]),
         "item_id is null": pc.is_null(table[schema.ITEM_ID]),
         "time is null": pc.is_null(t),
-        "time is outside 1970 to 2100": pc.fill_null(pc.or_(pc.less(t, _MIN_US), pc.greater(t, _MAX_US)), False),
         "value is not finite": broken,
     }
+    if clock == schema.TIMESTAMP:
+        checks["time is outside 1970 to 2100"] = pc.fill_null(pc.or_(pc.less(t, _MIN_US), pc.greater(t, _MAX_US)), False)
     reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
     for text, failed in reversed(checks.items()):
         reason = pc.if_else(failed, text, reason)

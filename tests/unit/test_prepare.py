@@ -10,6 +10,7 @@ from recray.config import load_settings
 from recray.dataset.reader import Dataset, bucket_of
 from recray.errors import DamagedArtifactError, DataError, OutputExistsError, TooManyBadRowsError
 from recray.evaluation.protocol import Questions
+from recray.prepare.partition import LIVE_POSITION
 from recray.prepare.prepare import prepare_key
 from recray.prepare.sources import _below
 from recray.prepare.split import quantile
@@ -136,6 +137,14 @@ def test_bad_rows_go_to_quarantine_with_a_reason(tmp_path):
     assert (data.manifest["bad_rows"], data.n_events) == (5, 95)
     reasons = pq.read_table(tmp_path / "root" / "quarantine" / data.key)["reason"].to_pylist()
     assert sorted(reasons) == sorted(["user_id is null", "item_id is null", "time is null", "time is outside 1970 to 2100", "value is not finite"])
+
+
+def test_a_position_is_any_whole_number(tmp_path):
+    now = 1_700_000_000_000_000_000  # nanoseconds of a clock, say
+    rows = [(1, "i1", now + 1), (1, "i2", -5), (1, "i3", 0), (1, "i4", now)]
+    data = dataset(tmp_path, rows, ["data.columns={timestamp: null, position: timestamp}", "split.kind=leave_one_out"])
+    assert everything(data) == {1: [("i2", -5), ("i3", 0), ("i4", now), ("i1", now + 1)]}
+    assert now < LIVE_POSITION, "what the endpoint was told comes later"
 
 
 def test_nothing_after_as_of_is_read(tmp_path):
