@@ -7,6 +7,7 @@ and padding, Q questions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,24 +20,31 @@ from recray.inference.topk import top_k
 
 RECENT_S = 7 * DAY_S
 NEIGHBOURS = 100  # of each item, where all of them do not fit
+ROWS = 512  # items whose neighbours are looked for at once
+CELLS = 1 << 25  # questions x items that are scored at once
 
 Score = Callable[[list[Question]], np.ndarray]
 """Scores float [Q, V] of questions; column 0 is padding."""
 
 
 class Baseline:
-    """A scoring function as a `Ranker`; ties are broken by ascending item index."""
+    """A function that scores `n_items` and padding as a `Ranker`; ties are broken by ascending item index."""
 
-    def __init__(self, score: Score) -> None:
-        self._score = score
+    def __init__(self, n_items: int, score: Score) -> None:
+        self._n_items, self._score = n_items, score
 
     def __call__(self, questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
+        step = max(CELLS // (self._n_items + 1), 1)
+        return np.concatenate([self._best(questions[first : first + step], k, new_only) for first in range(0, len(questions), step)])
+
+    def _best(self, questions: list[Question], k: int, new_only: bool) -> np.ndarray:
         scores = torch.from_numpy(np.ascontiguousarray(self._score(questions), np.float32))
         if new_only:
             for row, question in enumerate(questions):
                 scores[row, torch.as_tensor(np.asarray(question.history.item_index, np.int64))] = -torch.inf
         scores[:, 0] = -torch.inf
-        return top_k(scores, k)[0].numpy()
+        found: np.ndarray = top_k(scores, k)[0].numpy()
+        return found
 
 
 def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ease_l2: float) -> Iterator[tuple[str, Baseline | str]]:
@@ -44,19 +52,22 @@ def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ea
     histories = _histories(dataset, questions.part)
     seen_UV = _matrix(histories, dataset.n_items)
     popular_V = np.asarray(seen_UV.sum(0)).ravel()
-    yield "most popular", Baseline(lambda asked: np.tile(popular_V, (len(asked), 1)))
-    recent_V = np.zeros_like(popular_V)
+    baseline = partial(Baseline, dataset.n_items)
+    recent: Score = partial(_alike, popular_V)  # for what breaks ties where no time is known
+    yield "most popular", baseline(recent)
     cut_s = dataset.cut_s(questions.part)
     if cut_s is not None and dataset.asked_at == "target":  # the model knows what was popular until the day of each question, so these do
-        yield "popular, last 7 days", Baseline(lambda asked: _recent(dataset, asked, RECENT_S // DAY_S))
-        yield "popular, last day", Baseline(lambda asked: _recent(dataset, asked, 1))
+        recent = partial(_recent, dataset, RECENT_S // DAY_S)
+        yield "popular, last 7 days", baseline(recent)
+        yield "popular, last day", baseline(partial(_recent, dataset, 1))
     elif cut_s is not None:
-        recent = [items[times >= cut_s - RECENT_S] for items, times in histories]
-        recent_V = np.asarray(_matrix([(items, items) for items in recent], dataset.n_items).sum(0)).ravel()
-        yield "popular, last 7 days", Baseline(lambda asked: np.tile(recent_V, (len(asked), 1)))
+        since = [items[times >= cut_s - RECENT_S] for items, times in histories]
+        recent_V = np.asarray(_matrix([(items, items) for items in since], dataset.n_items).sum(0)).ravel()
+        recent = partial(_alike, recent_V)
+        yield "popular, last 7 days", baseline(recent)
     else:
         yield "popular, last 7 days", "only under a time split"
-    yield "personal frequency", Baseline(lambda asked: _counts(asked, dataset.n_items) + recent_V * 1e-4)
+    yield "personal frequency", baseline(lambda asked: _counts(asked, dataset.n_items) + _below_one(recent(asked)))
     yield "item-kNN", _linear(_cosine(seen_UV, dense=dataset.n_items <= ease_max_items))
     if dataset.n_items > ease_max_items:
         yield "EASE", f"more than {ease_max_items} items"
@@ -66,7 +77,7 @@ def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ea
 
 def _linear(weights: np.ndarray | sp.csr_matrix) -> Baseline:
     """What the user met, times an items x items matrix."""
-    return Baseline(lambda asked: _product(asked, weights))
+    return Baseline(weights.shape[0] - 1, lambda asked: _product(asked, weights))
 
 
 def _histories(dataset: Dataset, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -90,10 +101,20 @@ def _matrix(histories: list[tuple[np.ndarray, np.ndarray]], n_items: int) -> sp.
     return matrix
 
 
-def _recent(dataset: Dataset, asked: list[Question], days: int) -> np.ndarray:
+def _alike(scores_V: np.ndarray, asked: list[Question]) -> np.ndarray:
+    return np.tile(scores_V, (len(asked), 1))
+
+
+def _recent(dataset: Dataset, days: int, asked: list[Question]) -> np.ndarray:
     """Events of each item in the complete days before the day of each question [Q, V]."""
     day, place = np.unique([question.now // DAY_S for question in asked], return_inverse=True)
     found: np.ndarray = dataset.popularity.windows(day, days)[place]
+    return found
+
+
+def _below_one(counts: np.ndarray) -> np.ndarray:
+    """Counts [Q, V] as what breaks ties of whole numbers, in [0, 1)."""
+    found: np.ndarray = counts / (counts.max(1, keepdims=True) + 1.0)
     return found
 
 
@@ -116,16 +137,20 @@ def _cosine(seen_UV: sp.csr_matrix, *, dense: bool) -> np.ndarray | sp.csr_matri
         similarity = (unit.T @ unit).toarray()
         np.fill_diagonal(similarity, 0.0)
         return similarity
-    transposed, blocks = unit.T.tocsr(), []
-    kept_count = min(NEIGHBOURS, unit.shape[1])
-    for start in range(0, transposed.shape[0], 512):
-        block = (transposed[start : start + 512] @ unit).toarray()
-        block[np.arange(len(block)), start + np.arange(len(block))] = 0.0
-        kept = np.argpartition(-block, kept_count - 1, axis=1)[:, :kept_count]
-        values = np.take_along_axis(block, kept, 1)
-        rows = np.repeat(np.arange(len(block)), kept_count)
-        blocks.append(sp.csr_matrix((values.ravel(), (rows, kept.ravel())), shape=block.shape))
-    return sp.vstack(blocks).T.tocsr()
+    transposed = unit.T.tocsr()
+    return sp.vstack([_nearest(transposed[first : first + ROWS] @ unit, first) for first in range(0, transposed.shape[0], ROWS)]).T.tocsr()
+
+
+def _nearest(similarity: sp.csr_matrix, first: int) -> sp.csr_matrix:
+    """The `NEIGHBOURS` highest of each row but that of the item itself; the rows are those of the items first, first + 1, …"""
+    found = similarity.tocoo()
+    others = found.col != found.row + first
+    row, col, value = found.row[others], found.col[others], found.data[others]
+    order = np.lexsort((col, -value, row))
+    row, col, value = row[order], col[order], value[order]
+    place = np.arange(len(row)) - np.searchsorted(row, row)
+    near = place < NEIGHBOURS
+    return sp.csr_matrix((value[near], (row[near], col[near])), shape=similarity.shape)
 
 
 def _ease(seen_UV: sp.csr_matrix, l2: float) -> np.ndarray:

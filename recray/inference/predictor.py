@@ -39,7 +39,7 @@ POSITIONS = 1 << 14  # history positions of one forward pass, padding included
 ROWS = 512  # histories of one, at most
 ITEM_BLOCK = 1 << 16  # items scored at once
 
-_Score = Callable[[int], "Tensor"]
+_Score = Callable[[int, Rules | None], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Predictor:
     prior_days : days of the popularity prior, 0 for none
     has_time : whether `timestamp_s` is a time
     context : names of the fields of the request context
-    released_day : since when each item can be met, as `Dataset.released_day`
+    released_day : since when each item can be met, as `Dataset.released_day`; before that day it is not answered, unless it was met before
     retired : indices of items that are never answered
     policy : decides how the attention is turned for each request, unless `controls` say so; None: the trained model as it is
     half : a CPU's products of the histories in bfloat16, those with the items in float32; answers agree to some 1e-2 of their scale alone
@@ -134,6 +134,7 @@ class Predictor:
         self.policy, self.half = policy, half
         if policy is not None:
             dials(policy.actions, model, event_types)  # says now what it does not have
+        self._released_V = None if released_day is None or not has_time else torch.from_numpy(self._first_days(released_day)).to(self.device)
         self._inputs = Inputs(
             popularity,
             prior_days=0 if model.prior_scale is None else prior_days,
@@ -213,6 +214,10 @@ class Predictor:
         self._parts_MVD = self.model.items.parts()
         self._table_VD = self.model.items()
         self._output_VD = self.model.output(self._table_VD)
+        known_V = self.model.items.present().any(0)
+        self._nothing = (~known_V[1:]).nonzero()[:, 0] + 1
+        if len(self._nothing) and known_V.any():  # neither learned nor told: such an item scores as all others do on average
+            self._output_VD = self._output_VD.index_copy(0, self._nothing, self._output_VD[known_V].mean(0).expand(len(self._nothing), -1))
         self.model.train(was_training)
         self._populars.clear()
         self._graphs = None  # they read the item vectors where they were
@@ -271,20 +276,30 @@ class Predictor:
         found: list[Any] = self.item_ids.to_pylist()
         return found
 
+    def _first_days(self, released_day: np.ndarray) -> np.ndarray:
+        """Day since which each item can be met, whatever is said of one that was met before, int64 [n_items + 1]."""
+        found = released_day.astype(np.int64)
+        np.minimum.at(found, self.popularity.item_index, self.popularity.day)
+        return found
+
     @torch.no_grad()
-    def similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def similar(self, item: int, k: int, now: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The items whose vectors are most like that of an item, int64 [up to k], and their cosines, float32 [up to k].
 
+        An item of which nothing is known is like no other. With `now`, what cannot be met at that moment (seconds) is left out.
         Raises RequestError for an index outside the vocabulary.
         """
         if not 0 < item <= self.n_items:
             raise RequestError(f"item index {item} lies outside 1 to {self.n_items}", "use Predictor.index_of")
         wanted = torch.nn.functional.normalize(self._table_VD[item], dim=0)
         best: tuple[Tensor, Tensor] | None = None
+        barred = torch.cat([self.retired, self._nothing, torch.tensor([0, item], device=self.device)])
+        if self._released_V is not None and now is not None:
+            barred = torch.cat([barred, (self._released_V > now // DAY_S).nonzero()[:, 0]])
         for first in range(0, self.n_items + 1, ITEM_BLOCK):
             found = torch.nn.functional.normalize(self._table_VD[first : first + ITEM_BLOCK], dim=1) @ wanted
             index = torch.arange(first, first + len(found), device=found.device)
-            found[(index == 0) | (index == item) | torch.isin(index, self.retired)] = -torch.inf
+            found[torch.isin(index, barred) | bool(torch.isin(item, self._nothing))] = -torch.inf
             places, values = top_k(found[None], min(k, self.n_items))
             best = merge(best, (places + first, values), k)
         assert best is not None
@@ -364,8 +379,9 @@ class Predictor:
         known = [self._known(history) for history in histories]
         controls = self._decided(histories, now, state) if controls is None else controls
         seen = np.full((len(histories), 2), np.nan, np.float32)
+        days = np.broadcast_to(np.asarray(now, np.int64), len(histories)) // DAY_S
         for rows, score, entropy in self._chunks(known, now, controls, context, watched=watched):
-            barred = Barred([(histories[row].item_index, each[row]) for row in rows], self.device)
+            barred = Barred([(histories[row].item_index, each[row]) for row in rows], self.device, self._released_V, days[rows])
             *best, margin = self._best(score, barred, k, rules)
             item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
             if entropy is not None:
@@ -394,9 +410,7 @@ class Predictor:
         """The n best items that may be answered, and their scores, of a chunk or of some of its rows; 0 and -inf where there are fewer."""
         best: tuple[Tensor, Tensor] | None = None
         for first in range(0, self.n_items + 1, ITEM_BLOCK):
-            found = score(first)
-            if rules is not None:
-                found = found + rules.boost_V[first : first + ITEM_BLOCK].to(self.device)
+            found = score(first, rules)
             gone = self.retired[(self.retired >= first) & (self.retired < first + ITEM_BLOCK)] - first
             if len(gone):
                 found = found.index_fill(1, gone, -torch.inf)
@@ -426,7 +440,7 @@ class Predictor:
         controls = self._decided(histories, now) if controls is None else controls
         for rows, score, _ in self._chunks([self._known(history) for history in histories], now, controls, context):
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
-                scores = score(first).cpu().numpy()
+                scores = score(first, None).cpu().numpy()
                 for place, row in enumerate(rows):
                     inside = np.asarray(candidates[row]) - first
                     chosen = (inside >= 0) & (inside < scores.shape[1])
@@ -445,7 +459,7 @@ class Predictor:
         """Mean log-probability of each history's targets (item indices) under a softmax over all items [B], with the controls' gradient."""
         found: list[tuple[int, Tensor]] = []
         for rows, score, _ in self._chunks([self._known(history) for history in histories], now, controls, context):
-            log_share = torch.cat([score(first) for first in range(0, self.n_items + 1, ITEM_BLOCK)], 1).log_softmax(1)
+            log_share = torch.cat([score(first, None) for first in range(0, self.n_items + 1, ITEM_BLOCK)], 1).log_softmax(1)
             found += [(int(row), log_share[place, torch.from_numpy(targets[row])].mean()) for place, row in enumerate(rows)]
         return torch.stack([value for _, value in sorted(found, key=lambda pair: pair[0])])
 
@@ -542,11 +556,15 @@ class Predictor:
     def _products(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.half and self.device.type == "cpu")
 
-    def _model_scores(self, hidden: Tensor, batch: Batch, first: int) -> Tensor:
-        return self.model.scores(hidden, self._output_VD[first : first + ITEM_BLOCK], batch, first=first)
+    def _model_scores(self, hidden: Tensor, batch: Batch, first: int, rules: Rules | None) -> Tensor:
+        found = self.model.scores(hidden, self._output_VD[first : first + ITEM_BLOCK], batch, first=first)
+        return found if rules is None else rules.of_scores(found, first)
 
-    def _popular_scores(self, moments: np.ndarray, first: int) -> Tensor:
-        return torch.stack([self._popular(int(moment))[first : first + ITEM_BLOCK] for moment in moments])
+    def _popular_scores(self, moments: np.ndarray, first: int, rules: Rules | None) -> Tensor:
+        found = torch.stack([self._popular(int(moment))[first : first + ITEM_BLOCK] for moment in moments])
+        if rules is None:
+            return found
+        return rules.of_counts(found, first) if self.model.offset_V is None else rules.of_scores(found, first)
 
     def _known(self, history: History) -> History:
         """The last events of items that the bundle knows."""

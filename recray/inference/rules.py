@@ -23,6 +23,7 @@ from recray.dataset.features import elements
 from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
 
+MOST = 60.0  # boost of a count; e to it, times any count, is a number still
 POOL = 500  # candidates that lists are made diverse of, always as many, so that no list depends on how long another is; then by score
 
 
@@ -33,11 +34,13 @@ class Rules:
     diversity : 0 (by score alone) to 1 (as unlike one another as can be)
     boost_V : float32 [V], added to scores; -inf for what is never answered
     caps : for each capped column the number of an item's value, int64 [V] (-1: it has none), and how many of one value a list may hold
+    unseen_V : float32 [V], added to what the model finds alone: how popular an item is that nobody met is no matter of features
     """
 
     diversity: float
     boost_V: Tensor
     caps: tuple[tuple[Tensor, int], ...]
+    unseen_V: Tensor | None = None
 
     @classmethod
     def declared(cls, declared: dict[str, Any], dataset: Dataset, to_bundle: np.ndarray, unseen: np.ndarray) -> Rules | None:
@@ -47,7 +50,8 @@ class Rules:
         unseen : bool [V], which of the bundle's items the dial of that name lifts (`Predictor.unseen`)
         Raises RefusedError for a column that the dataset does not have.
         """
-        boost = declared.get("unseen", 0.0) * torch.from_numpy(unseen).float()  # snapshots of before the dial have none
+        lifted = declared.get("unseen", 0.0) * torch.from_numpy(unseen).float()  # snapshots of before the dial have none
+        boost = torch.zeros(len(unseen))
         to = torch.from_numpy(to_bundle)
         for name, value in declared["boosts"].items():
             boost[to[1:][_matches(dataset, name)]] += value
@@ -55,9 +59,21 @@ class Rules:
             boost[to[1:][_matches(dataset, name)]] = -torch.inf
         boost[0] = 0.0
         caps = tuple((_groups(dataset, column, to, len(unseen) - 1), limit) for column, limit in declared["caps"].items())
-        if not (declared["diversity"] or boost.any() or caps):
+        if not (declared["diversity"] or boost.any() or lifted.any() or caps):
             return None
-        return cls(declared["diversity"], boost, caps)
+        return cls(declared["diversity"], boost, caps, lifted if lifted.any() else None)
+
+    def of_scores(self, scores: Tensor, first: int) -> Tensor:
+        """What a model finds [..., n] of the items from `first` on, with boosts."""
+        some = slice(first, first + scores.shape[-1])
+        scores = scores + self.boost_V[some].to(scores.device)
+        return scores if self.unseen_V is None else scores + self.unseen_V[some].to(scores.device)
+
+    def of_counts(self, counts: Tensor, first: int) -> Tensor:
+        """Counts [..., n] of the items from `first` on, boosted as if their score were log(1 + count)."""
+        boost = self.boost_V[first : first + counts.shape[-1]].to(counts.device)
+        most = boost.clamp(-MOST, MOST)
+        return (counts * most.exp() + most.expm1()).masked_fill(boost == -torch.inf, -torch.inf)
 
     def pool(self, k: int) -> int:
         """How many of the best items to choose k from."""

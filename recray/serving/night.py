@@ -322,7 +322,7 @@ class Night:
         item = int(self.predictor.index_of([item_id])[0])
         if not item:
             raise UnknownItemError(f"item_id: no item {item_id!r}", "ask for one of the item table")
-        index, cosines = self.predictor.similar(item, k)
+        index, cosines = self.predictor.similar(item, k, int(time.time()))
         return list(zip(self.predictor.ids_of(index), cosines.tolist(), strict=True))
 
     def known(self, user_id: Any, fresh: Sequence[Entry], last: int) -> list[KnownEvent]:

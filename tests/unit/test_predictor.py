@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.dataset.popularity import Popularity
+from recray.dataset.popularity import NEVER_SAID, Popularity
 from recray.dataset.reader import History
 from recray.errors import RequestError
 from recray.inference import Filters, Predictor, Rules
@@ -201,6 +201,59 @@ def test_rules_apply_to_answers_of_model_and_popularity_alike(predictor):
     plain = predictor.recommend([history(5)], 40, now=NOW)
     scores = dict(zip(plain.item_index[0].tolist(), plain.scores[0].tolist(), strict=True))
     np.testing.assert_allclose(answer.scores[1, 1:], [scores[item] for item in answer.item_index[1, 1:].tolist()], atol=1e-5)
+
+
+def test_what_the_popular_list_is_made_of_is_counts_with_boosts(predictor):
+    """A dial for what features say is none of counts: nobody met is not popular."""
+    empty = History(*(np.zeros(0, np.int64) for _ in range(4)))
+    boost, unseen = torch.zeros(V + 1), torch.zeros(V + 1)
+    boost[7], boost[8], unseen[9] = 1.0, -torch.inf, 1000.0
+    plain = predictor.recommend([empty], V, now=NOW)
+    scores = dict(zip(plain.item_index[0].tolist(), plain.scores[0].tolist(), strict=True))
+    answer = predictor.recommend([empty, history(5)], V, now=NOW, rules=Rules(0.0, boost, (), unseen))
+    found = dict(zip(answer.item_index[0].tolist(), answer.scores[0].tolist(), strict=True))
+    assert answer.item_index[1, 0] == 9 and 8 not in answer.item_index
+    for one in (found, scores):
+        for item in (0, 8):
+            one.pop(item, None)
+    np.testing.assert_allclose(np.log1p(found.pop(7)), np.log1p(scores.pop(7)) + 1.0, rtol=1e-6)
+    assert found == scores
+
+
+def test_an_item_of_which_nothing_is_known_is_as_good_as_any_on_average():
+    torch.manual_seed(0)
+    seen = np.arange(V + 1) > 0
+    seen[[4, 9]] = False
+    model = Recommender(Shape(event_types=1, dim=16, history=12, repeat=False, prior=False), seen, {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    popularity = Popularity.count_events(np.arange(1, V + 1), np.full(V, 290 * DAY), V)
+    predictor = Predictor(model, pa.array(range(V)), ["buy"], popularity, prior_days=0, has_time=True)
+    h = History(np.array([1, 2, 3]), np.zeros(3, np.int64), np.array([1, 2, 3]) * DAY, np.ones(3, np.float32))
+    (scores,) = predictor.score([h], [np.arange(1, V + 1)], now=NOW)
+    others = np.delete(scores, [3, 8])
+    np.testing.assert_allclose(scores[[3, 8]], others.mean(), atol=1e-4)
+    assert np.abs(others.mean()) > 0.01, "which is not zero"
+    assert not np.isin([4, 9], predictor.similar(1, V)[0]).any() and len(predictor.similar(4, V)[0]) == 0
+
+
+def test_what_is_not_released_is_not_answered():
+    torch.manual_seed(0)
+    model = Recommender(Shape(event_types=1, dim=16, history=12), np.arange(V + 1) > 0, {})
+    released = np.full(V + 1, NEVER_SAID)
+    released[[5, 6, 7]] = 301, 300, 400
+    popularity = Popularity.count_events(np.array([1, 7]), np.array([290, 299]) * DAY, V)
+    predictor = Predictor(model, pa.array(range(V)), ["buy"], popularity, prior_days=7, has_time=True, released_day=released)
+    empty = History(*(np.zeros(0, np.int64) for _ in range(4)))
+    one = History(np.array([1]), np.zeros(1, np.int64), np.array([290 * DAY]), np.ones(1, np.float32))
+    for rows, moments in (([one, empty], NOW), ([one, empty], [NOW, NOW + DAY]), ([empty, one], [NOW + DAY, NOW + 5 * DAY])):
+        answer = predictor.recommend(rows, V, now=moments)
+        for row, moment in enumerate(np.broadcast_to(moments, 2)):
+            there = set(answer.item_index[row].tolist())
+            assert (5 in there) == (moment >= NOW + DAY) and 6 in there
+            assert 7 in there, "it was met before the day that is said"
+    assert 5 not in predictor.similar(1, V, NOW)[0] and 5 in predictor.similar(1, V, NOW + DAY)[0]
 
 
 def test_a_longer_diverse_list_begins_like_a_shorter_one(predictor, monkeypatch):

@@ -44,7 +44,12 @@ def test_nothing_declared_is_no_rule():
 
 def test_what_training_never_saw_is_lifted_by_the_dial():
     rules = declared(unseen=np.array([0, 0, 1, 0, 0, 0, 1], bool), dial=2.0, boosts={"brand=acme": 0.5}, exclude=["tags=old"])
-    assert rules.boost_V.tolist() == [0, 0.5, 2.5, 0.5, -np.inf, -np.inf, 2.0]
+    assert rules.boost_V.tolist() == [0, 0.5, 0.5, 0.5, -np.inf, -np.inf, 0]
+    assert rules.of_scores(torch.zeros(1, 7), 0).tolist() == [[0, 0.5, 2.5, 0.5, -np.inf, -np.inf, 2.0]]
+    assert rules.of_scores(torch.zeros(1, 2), 2).tolist() == [[2.5, 0.5]]
+    counts = rules.of_counts(torch.tensor([[-torch.inf, 9.0, 0.0, 4.0, 9.0, 9.0, 1.25]]), 0)[0]
+    assert counts[[0, 4, 5, 6]].tolist() == [-np.inf, -np.inf, -np.inf, 1.25], "nobody met it, so it is not popular"
+    np.testing.assert_allclose(np.log1p(counts[1:4]), np.log1p([9.0, 0.0, 4.0]) + 0.5, rtol=1e-6)
 
 
 def test_boosts_and_exclusions_find_their_items():
