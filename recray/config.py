@@ -230,7 +230,9 @@ class PrivacySettings(Section):
 
 
 class EvaluateSettings(Section):
-    k: tuple[int, ...] = Field((10, 20), min_length=1, description="list lengths of the metrics; the first one is the headline")
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (10, 20), min_length=1, description="list lengths of the metrics; the first one is the headline"
+    )
     primary_setting: Literal["repeats", "new_only"] = Field(
         "repeats", description="what selection looks at: repeats allowed, or only items that are new to the user"
     )

@@ -68,7 +68,7 @@ def run_collect(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult
 def run_prepare(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
     """Events to dataset."""
     with _at_work("prepare", settings, say) as work:
-        return stages.prepare(work, as_of, preparation.prepare_key(settings, as_of))
+        return stages.prepare(work, as_of, preparation.find_input(settings))
 
 
 def run_train(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
@@ -209,15 +209,15 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: 
     """
     started = time.monotonic()
     with _at_work("nightly", settings, say) as work:
-        digests = preparation.input_digests(settings)
-        journal = work.storage.night(key_of("night", as_of, digests))
+        given = preparation.find_input(settings)
+        journal = work.storage.night(key_of("night", as_of, given.digests))
         if not journal.exists() or read_json(journal)["ended"]:  # a night that was begun goes on with the data that it began with
             _collect(work)
-            digests = preparation.input_digests(settings)
-            journal = work.storage.night(key_of("night", as_of, digests))
+            given = preparation.find_input(settings)
+            journal = work.storage.night(key_of("night", as_of, given.digests))
         _begin(journal, settings, as_of, restart=restart)
         with _ending(journal):
-            results = _stages(work, as_of, digests)
+            results = _stages(work, as_of, given)
     outputs = {name: path for result in results for name, path in result.outputs.items()}
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     reasons = [result.reason for result in results if result.reason]
@@ -238,11 +238,11 @@ def _collect(work: Work) -> None:
         work.warn(f"what users did since the last night is not in this one: {error.what}")
 
 
-def _stages(work: Work, as_of: AsOf, digests: preparation.Digests) -> list[JobResult]:
+def _stages(work: Work, as_of: AsOf, given: preparation.Input) -> list[JobResult]:
     """The stages of a night, one after the other. Raises RefusedError if there is no champion after promote."""
     settings, say = work.settings, work.say
     say("── prepare", stage="prepare")
-    results = [stages.prepare(work, as_of, preparation.prepare_key(settings, as_of, digests))]
+    results = [stages.prepare(work, as_of, given)]
     dataset = Dataset.open(results[0].outputs["dataset"], verify=True)
     _in_order(work.storage, dataset)
     tune = (stages.tune,) if settings.policy.enabled else ()

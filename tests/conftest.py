@@ -25,9 +25,9 @@ SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] 
 
 def prepare_here(settings: Settings, as_of=None) -> Dataset:
     from recray.benchmark.data import one_by_one
-    from recray.prepare.prepare import prepare, prepare_key
+    from recray.prepare.prepare import prepare
 
-    return prepare(settings, prepare_key(settings, as_of), as_of, one_by_one)
+    return prepare(settings, as_of, each=one_by_one)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
 from recray.inference import Predictor
-from recray.prepare.prepare import prepare, prepare_key
+from recray.prepare.prepare import prepare
 from recray.stages import Say
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
@@ -67,7 +67,7 @@ def find_data(data: str) -> Path:
 
 def prepare_alone(settings: Settings) -> Dataset:
     """The dataset of the settings, made in this process without Ray."""
-    return prepare(settings, prepare_key(settings, None), None, one_by_one)
+    return prepare(settings, None, each=one_by_one)
 
 
 def one_by_one(task: Callable[[int], None], count: int) -> None:

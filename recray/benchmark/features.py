@@ -134,7 +134,8 @@ def _answers(predictor: Predictor, questions: Questions, cold: np.ndarray, new_o
                 warm_hits.append(found["hr"][0])
                 warm_ndcg.append(found["ndcg"][0])
             if len(unknown):
-                chance.append(1.0 - (1.0 - K / predictor.n_items) ** len(unknown))
+                free = predictor.n_items - (len(np.unique(question.history.item_index)) if new_only else 0)
+                chance.append(1.0 - (1.0 - K / free) ** len(unknown))
                 cold_hits.append(m.per_user(lists[row : row + 1], [unknown], K)["hr"][0])
                 among.append(m.per_user(unseen[row : row + 1], [unknown], K)["hr"][0])
     means = {"hr@10": warm_hits, "ndcg@10": warm_ndcg, "cold_hr@10": cold_hits, "cold_hr@10_among_cold": among, "cold_places": places}

@@ -10,7 +10,7 @@ from pathlib import Path
 from recray import cluster
 from recray.config import load_settings
 from recray.dataset.worlds import World
-from recray.prepare.prepare import prepare, prepare_key
+from recray.prepare.prepare import prepare
 from recray.stages import Say
 
 MILLIONS = (1, 10)
@@ -71,7 +71,7 @@ def _measure(folder: Path, millions: int, say: Say) -> dict[str, float]:
     with MemoryPeak() as memory:
         begun = time.monotonic()
         cluster.start()
-        dataset = prepare(settings, prepare_key(settings, None), None)
+        dataset = prepare(settings, None)
         seconds = time.monotonic() - begun
         ray.shutdown()
     bound = BASE_BYTES + 100 * dataset.n_events

@@ -21,7 +21,7 @@ import xxhash
 from recray.errors import DataError
 
 NUMERIC_BINS = 20
-LARGEST = 1e100  # of a number in a vector; a larger one, or one that is not finite, is an error of whoever made it
+ROWS = 1 << 14  # vectors that are brought to length one at once
 VECTORS = ("vector", "sentence")  # kinds that a dataset keeps as one vector an item
 MANY_MISSING = 0.5  # of the items, to be worth a note
 _WORD = re.compile(r"\w+")
@@ -127,30 +127,30 @@ def _bags(items: Iterable[list[str]], name: str, buckets: int) -> Encoded:
 
 def _vectors(column: pa.ChunkedArray, name: str, known: pa.ChunkedArray | None) -> Encoded:
     found, present = _read_vectors(column, name)
-    centre = found[present].mean(0) if present.sum() > 1 else np.zeros(found.shape[1])
-    if known is not None:
-        others, there = _read_vectors(known, name)
-        centre = others[there].mean(0) if there.sum() > 1 else np.zeros(others.shape[1])
-        if found.shape[1] != len(centre):  # from another encoder: of no use to this model
-            found, present = np.zeros((len(found), len(centre))), np.zeros(len(found), bool)
-    found[present] -= centre
-    length = np.linalg.norm(found, axis=1, keepdims=True)
-    present &= (length > 0).squeeze(1)
-    return np.where(present[:, None], found / np.maximum(length, 1e-300), 0.0).astype(np.float32), present
+    others, there = (found, present) if known is None else _read_vectors(known, name)
+    centre = others.sum(0, dtype=np.float64) / there.sum() if there.sum() > 1 else np.zeros(others.shape[1])
+    if found.shape[1] != len(centre):  # from another encoder: of no use to this model
+        found, present = np.zeros((len(found), len(centre)), np.float32), np.zeros(len(found), bool)
+    for some in (slice(first, first + ROWS) for first in range(0, len(found), ROWS)):
+        centred = found[some] - centre
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+        present[some] &= (length > 0).squeeze(1)
+        found[some] = np.where(present[some, None], centred / np.maximum(length, 1e-300), 0.0)
+    return found, present
 
 
 def _read_vectors(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors as they are [V, C], and which items have one that can be used [V]; padding first."""
+    """Vectors as they are, float32 [V, C], and which items have one that can be used [V]; padding first, zeros where there is none."""
     values = column.combine_chunks()
-    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     there = values.is_valid().to_numpy(zero_copy_only=False)
     size = np.where(there, pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False), 0)
     sizes = np.unique(size[size > 0])
     if len(sizes) > 1:
         raise DataError(f"feature {name}: vectors of {sizes[0]} and of {sizes[-1]} numbers", "write vectors of one length")
-    found = np.zeros((len(values) + 1, int(sizes[0]) if len(sizes) else 1))
+    found = np.zeros((len(values) + 1, int(sizes[0]) if len(sizes) else 1), np.float32)
     present = np.concatenate([[False], size > 0])
     found[present] = flat.reshape(-1, found.shape[1]) if len(sizes) else 0.0
-    present &= (np.abs(found) < LARGEST).all(1)
+    present &= np.isfinite(found).all(1)
     found[~present] = 0.0
     return found, present

@@ -23,7 +23,7 @@ from recray import schema
 from recray.dataset.context import codes
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError
-from recray.prepare.sources import RowGroup, microseconds, open_parquet
+from recray.prepare.sources import RowGroup, as_id, microseconds, open_parquet
 from recray.storage import read_json, write_json
 
 BATCH_ROWS = 131_072
@@ -81,11 +81,12 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
     counts: list[pa.Table] = []
     bad: list[pa.Table] = []
-    for table in _read(plan, group):
+    for table, late in _read(plan, group):
         good, rejected = _check(table, plan.clock)
-        stats.rows += len(table)
+        stats.rows += len(table) + late
+        stats.late += late
         bad.append(rejected)
-        if plan.as_of_us is not None:
+        if plan.as_of_us is not None and plan.clock == schema.TIMESTAMP:
             kept = good.filter(pc.less_equal(good["t"], plan.as_of_us))
             stats.late += len(good) - len(kept)
             good = kept
@@ -148,14 +149,20 @@ def staged_schema(plan: PartitionPlan) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[pa.Table]:
-    """Batches of one row group in the staged columns; `t` is microseconds, a position, or 0."""
+def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[tuple[pa.Table, int]]:
+    """Batches of one row group in the staged columns (`t` is microseconds, a position, or 0), and how many rows were left out of each.
+
+    What was collected has a time, whatever the owner's events have: here the as-of cuts it where `t` is none.
+    """
     with open_parquet(group.uri) as file:
         try:
             columns = None if group.live else list(dict.fromkeys(plan.columns.values()))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.row_group], columns=columns):
-                table = pa.table(batch)
-                yield _stage(plan, len(table), partial(_live, plan, table) if group.live else partial(_owned, plan, table))
+                table, rows = pa.table(batch), len(batch)
+                if group.live and plan.as_of_us is not None and plan.clock != schema.TIMESTAMP:
+                    table = table.filter(pc.less_equal(microseconds(table[schema.TIMESTAMP]), plan.as_of_us))
+                staged = _stage(plan, len(table), partial(_live, plan, table) if group.live else partial(_owned, plan, table))
+                yield staged, rows - len(table)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{group.uri}: row group {group.row_group} cannot be read: {error}", "write the file again") from None
 
@@ -167,6 +174,8 @@ def _owned(plan: PartitionPlan, batch: pa.Table, name: str) -> pa.ChunkedArray:
         found = pc.cast(found, found.type.value_type)
     if name == schema.TIMESTAMP:
         return microseconds(found)
+    if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET):
+        return as_id(found, plan.types[name], f"column {plan.columns[name]}")
     return found.cast(plan.types[name], safe=name != schema.VALUE)
 
 

@@ -6,6 +6,7 @@ import datetime as dt
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,34 @@ from recray.prepare.split import cut_dates, held_out, split_shard
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 
 EVENTS_PER_SHARD = 500_000
+MOST_EVENT_TYPES = 1 << 15  # an index of one has 16 bits
 TASK_RETRIES = 3  # of a task whose worker was lost
 AHEAD = dt.timedelta(hours=36)  # what a time zone taken for UTC, or a date that means its end, may be ahead
 
 
-Digests = list[list[str]]
+@dataclass(frozen=True)
+class Input:
+    """The files that a dataset is made of, and the sha256 of their contents: of the events, the items and the sentence encoder.
+
+    What comes into a folder later is the next night's.
+    """
+
+    events: tuple[str, ...]
+    collected: tuple[str, ...]
+    items: tuple[str, ...]
+    digests: list[list[str]]
+
+    def check(self) -> None:
+        """Raises DataError if a file is another than it was."""
+        files, before = (*self.events, *self.collected, *self.items), [*self.digests[0], *self.digests[1]]
+        for uri, digest, now in zip(files, before, digest_files(files), strict=True):
+            if digest != now:
+                raise DataError(f"{uri} was written to while it was read", "repeat the job when it is complete")
 
 
-def prepare_key(settings: Settings, as_of: dt.datetime | None, digests: Digests | None = None) -> str:
-    """Run key of prepare: settings, the content of the input files (`input_digests`, if they are known), as-of and version."""
-    return key_of("prepare", settings.result_settings("data", "split"), digests or input_digests(settings), as_of, __version__)
+def prepare_key(settings: Settings, as_of: dt.datetime | None, given: Input | None = None) -> str:
+    """Run key of prepare: settings, the content of the input files (`find_input`, unless they are given), as-of and version."""
+    return key_of("prepare", settings.result_settings("data", "split"), (given or find_input(settings)).digests, as_of, __version__)
 
 
 def _encoder(settings: Settings) -> Path | None:
@@ -46,12 +65,17 @@ def _encoder(settings: Settings) -> Path | None:
     return find_encoder(settings.data.text_encoder) if "sentence" in settings.data.features.values() else None
 
 
-def input_digests(settings: Settings) -> Digests:
-    """Digests of the event files, of the item files and of the sentence encoder. Raises DataError, SettingsError for what is not there."""
-    files = list_files(settings.data.events) + collected_files(settings.root())
-    items = list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ()
+def find_input(settings: Settings) -> Input:
+    """What there is now. Raises DataError, SettingsError for what is not there."""
+    events, collected, items = _files(settings)
     encoder = _encoder(settings)
-    return [digest_files(files), digest_files(items), *([[digest_encoder(encoder)]] if encoder else [])]
+    digests = [digest_files(events + collected), digest_files(items), *([[digest_encoder(encoder)]] if encoder else [])]
+    return Input(events, collected, items, digests)
+
+
+def _files(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    items = list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ()
+    return list_files(settings.data.events), collected_files(settings.root()), items
 
 
 def on_ray_data(task: Callable[[int], None], count: int) -> None:
@@ -68,10 +92,10 @@ def on_ray_data(task: Callable[[int], None], count: int) -> None:
         ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1, ray_remote_args_fn=_retries).materialize()
 
 
-def _collected(root: Path) -> dict[str, int]:
+def _collected(files: tuple[str, ...]) -> dict[str, int]:
     """The last number of the endpoint's log that is in the data, by the identity of the log."""
     found: dict[str, int] = {}
-    for file in collected_files(root):
+    for file in files:
         manifest = read_json(Path(file).parent / "manifest.json")
         found[manifest["log"]] = max(found.get(manifest["log"], 0), manifest["last"])
     return found
@@ -85,11 +109,12 @@ Each = Callable[[Callable[[int], None], int], None]
 """Runs a task for each number below a count, in any order and in any process."""
 
 
-def inspect(settings: Settings) -> tuple[EventSource, pa.Table | None]:
+def inspect(settings: Settings, given: Input | None = None) -> tuple[EventSource, pa.Table | None]:
     """What the input consists of, from its footers, and the item table. Raises DataError, SettingsError for what cannot be prepared."""
     _encoder(settings)
-    source = inspect_events(settings.data, list_files(settings.data.events), collected_files(settings.root()))
-    items = read_items(settings.data)
+    events, collected, files = _files(settings) if given is None else (given.events, given.collected, given.items)
+    source = inspect_events(settings.data, events, collected)
+    items = read_items(settings.data, files)
     if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
         raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
     if source.clock != schema.TIMESTAMP and (read_off := [name for name in settings.data.context if name in CLOCK]):
@@ -99,23 +124,24 @@ def inspect(settings: Settings) -> tuple[EventSource, pa.Table | None]:
     return source, items
 
 
-def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each = on_ray_data) -> Dataset:
-    """Write the dataset `key`, or open it if it is there. `each` runs the tasks.
+def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None = None, each: Each = on_ray_data) -> Dataset:
+    """Write the dataset of an input (None: what there is now), or open it if it is there. `each` runs the tasks.
 
     Raises DataError and its kinds, OutputExistsError, RefusedError for events of the future.
     """
-    storage = Storage(settings.root())
+    given = given or find_input(settings)
+    storage, key = Storage(settings.root()), prepare_key(settings, as_of, given)
     final = storage.dataset(key)
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
-    source, items = inspect(settings)
+    source, items = inspect(settings, given)
     with lease.commit():
         shutil.rmtree(storage.staging, ignore_errors=True)  # left by an attempt that was killed
     plan = PartitionPlan(
         columns=source.columns,
         types=source.types,
         clock=source.clock,
-        as_of_us=_microseconds(as_of) if as_of and source.clock == schema.TIMESTAMP else None,
+        as_of_us=_microseconds(as_of) if as_of else None,
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
         quarantine=storage.quarantine(key),
@@ -136,7 +162,7 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
             "event_types": sorted(totals.event_types, key=lambda name: (-totals.event_types[name], name)),
             "rows": totals.rows,
             "bad_rows": totals.bad,
-            "collected": _collected(settings.root()),
+            "collected": _collected(given.collected),
             "text_encoder": None if encoder is None else digest_encoder(encoder),
         }
         with sealed_directory(final, KIND, key, fields) as folder:
@@ -148,6 +174,7 @@ def prepare(settings: Settings, key: str, as_of: dt.datetime | None, each: Each 
             each(partial(build_shard, shard_plan), plan.shards)
             pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
             _finish(folder, fields, settings)
+            given.check()
     finally:
         shutil.rmtree(plan.staging, ignore_errors=True)
     return Dataset.open(final)
@@ -177,6 +204,8 @@ def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of:
             f"{totals.bad} of {totals.rows} rows are bad ({reasons}); they are in {plan.quarantine}",
             "mend the input, or allow more with data.max_bad_fraction",
         )
+    if len(totals.event_types) > MOST_EVENT_TYPES:
+        raise DataError(f"data.events has {len(totals.event_types)} types of events", "name the column of the types: data.columns.event=YOUR_COLUMN")
     if not totals.events:
         raise DataError(f"no event at or before as-of {as_of}: {totals.late} come later", "choose a later --as-of")
     if as_of is None and plan.clock == schema.TIMESTAMP and (totals.last_us or 0) > _microseconds(dt.datetime.now(dt.UTC) + AHEAD):

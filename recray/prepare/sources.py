@@ -18,6 +18,8 @@ from recray.dataset.context import CLOCK
 from recray.errors import DataError
 from recray.storage import Storage
 
+LATEST_S = 200 * 365 * 86_400  # what lies further from 1970 is no number of seconds
+YEAR_S = 365 * 86_400  # a catalogue of 1970 alone is one of years, or of dates as numbers
 _SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retail"
 
 
@@ -212,13 +214,12 @@ def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
     )
 
 
-def read_items(data: DataSettings) -> pa.Table | None:
-    """The item table: `item_id` first, then the feature columns. None if none is configured. Raises DataError."""
+def read_items(data: DataSettings, files: tuple[str, ...]) -> pa.Table | None:
+    """The item table of its files: `item_id` first, then the feature columns. None if none is configured. Raises DataError."""
     if data.items is None:
         if named := [*data.features, *([data.released] if data.released else [])]:
             raise DataError(f"data.features or data.released names {', '.join(named)}, but data.items is null", "name the item table in data.items")
         return None
-    files = list_files((data.items,), sample="items.parquet")
     id_column = data.columns.get("item_id") or schema.ITEM_ID
     tables = []
     for uri in files:
@@ -234,9 +235,12 @@ def read_items(data: DataSettings) -> pa.Table | None:
             item_type = _kind(file.schema_arrow.field(item_column).type, schema.ITEM_ID, uri)
             table = file.read(columns=[item_column, *data.features]).select([item_column, *data.features])
             table = table.rename_columns([schema.ITEM_ID, *data.features])
-            table = table.set_column(0, schema.ITEM_ID, table[0].cast(item_type))
+            table = table.set_column(0, schema.ITEM_ID, as_id(table[0], item_type, uri))
             tables.append(table if data.released is None else table.append_column(schema.RELEASED, _released(file, data.released, uri)))
-    table = pa.concat_tables(tables, promote_options="permissive")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"{files[0]} and the other item files differ: {error}", "write all files alike") from None
     if table[0].null_count:
         raise DataError(f"{files[0]}: {table[0].null_count} items have no item_id", "fill or drop them")
     if len(table[0].unique()) < len(table):
@@ -249,9 +253,16 @@ def read_items(data: DataSettings) -> pa.Table | None:
 def _released(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
     """The release of each item in seconds, null where it is not known. Raises DataError for a column that holds no times."""
     column = file.read(columns=[name])[name]
-    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type) or pa.types.is_integer(column.type)):
+    is_integer = pa.types.is_integer(column.type)
+    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type) or is_integer):
         raise DataError(f"{uri}: data.released {name} has type {column.type}, not a timestamp, a date or integer seconds", "cast it")
-    return pc.divide(microseconds(column), 1_000_000)
+    if is_integer and len(column.drop_null()):
+        low, high = pc.min_max(column).as_py().values()
+        if not (low > -LATEST_S and high < LATEST_S and (low < 0 or high >= YEAR_S)):
+            said = f"integers from {low} to {high}, which are not seconds since 1970"
+            raise DataError(f"{uri}: data.released {name} holds {said}", "cast it to a timestamp or a date; milliseconds and years are neither")
+    found = microseconds(column)
+    return pc.divide(pc.subtract(found, pc.if_else(pc.less(found, 0), 999_999, 0)), 1_000_000)  # floor
 
 
 def microseconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -261,6 +272,14 @@ def microseconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_date(column.type):
         column = column.cast(pa.timestamp("s"))
     return column.cast(pa.timestamp("us", tz=getattr(column.type, "tz", None)), safe=False).cast(pa.int64())
+
+
+def as_id(column: pa.ChunkedArray, kind: pa.DataType, uri: str) -> pa.ChunkedArray:
+    """A column of ids in the staged type. Raises DataError for numbers that 63 bits do not hold."""
+    try:
+        return column.cast(kind)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{uri}: an id does not fit into 64 bits with a sign: {error}", "write such ids as text") from None
 
 
 def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None:

@@ -57,14 +57,17 @@ def _published_through(storage: Storage, identity: str) -> int:
     return found.get(identity, 0)
 
 
-def prepare(work: Work, as_of: AsOf, key: str) -> JobResult:
-    """Events to the dataset `key`."""
+def prepare(work: Work, as_of: AsOf, given: preparation.Input) -> JobResult:
+    """Events to dataset."""
     started = time.monotonic()
+    key = preparation.prepare_key(work.settings, as_of, given)
     path = work.storage.dataset(key)
     skipped = is_sealed(path, DATASET, key)
-    dataset = preparation.prepare(work.settings, key, as_of)
+    dataset = preparation.prepare(work.settings, as_of, given)
     manifest = dataset.manifest
     metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}
+    if as_of and dataset.clock != "timestamp":
+        work.say("the events have no times: --as-of dates the night and cuts what the endpoint was told, but no rows of data.events")
     work.say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows")
     return result_of("prepare", skipped, key, {"dataset": str(path)}, metrics, started)
 

@@ -186,6 +186,11 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     assert [row["t"] for row in rows[1:3]] == [LIVE_POSITION + 1, LIVE_POSITION + 2] and rows[1]["basket"] == 100_250_000
     assert [row["value"] for row in rows[:3]] == [9.0, 1.0, 2.5] and rows[1]["context_page"] != rows[2]["context_page"]
     assert [reason for stats, _ in read_stats(plan, 2) for reason in stats.reasons] == bad
+    before = PartitionPlan(columns, types, "position", 100_000_000, 1, tmp_path / "before", tmp_path / "quarantine")
+    for group in source.row_groups:
+        partition_row_group(before, group)
+    assert [row["user_id"] for row in read_partition(before, 2, 0).to_pylist()] == ["9" if ids == pa.string() else 9]
+    assert [(stats.rows, stats.late) for stats, _ in read_stats(before, 2)] == [(1, 0), (5, 5)], "what was told has a time, and came later"
 
 
 def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(world_folder, tmp_path):

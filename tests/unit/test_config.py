@@ -17,6 +17,7 @@ from recray.errors import SettingsError
         ("train.epochs", "section.field=value"),
         ("split.test_fraction=0.9", "split.test_fraction"),
         ("data.features={price: colour}", "data.features.price"),
+        ("evaluate.k=[10, 0]", "evaluate.k"),
         ("gates.must_beat=['popular, last day']", "asked_at=target"),
     ],
 )

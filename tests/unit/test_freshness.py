@@ -63,6 +63,11 @@ def test_release_days_are_read_and_bad_ones_named(dataset, site, world_folder, t
     assert ((some.released_day[1:] == NEVER_SAID) == nothing).all() and nothing.any()
     with pytest.raises(DataError, match="data.released title has type string"):
         prepare_here(settings_of(site, tmp_path, "data.released=title"))
+    for wrong in (1_700_000_000_000, 1_999, 19_700_101):  # milliseconds, a year, a date as a number
+        numbers = table.set_column(3, "published", pa.array([wrong + n for n in range(len(table))]))
+        pq.write_table(numbers, tmp_path / "numbers.parquet")
+        with pytest.raises(DataError, match=rf"data.released published holds integers from {wrong} to .* not seconds"):
+            prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / 'numbers.parquet'}"))
     with pytest.raises(DataError, match="no column 'born'"):
         prepare_here(settings_of(site, tmp_path, "data.released=born"))
     with pytest.raises(DataError, match="data.released names born, but data.items is null"):

@@ -6,12 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import prepare_here, world_overrides
 
+from recray.benchmark.data import one_by_one
 from recray.config import load_settings
 from recray.dataset.reader import Dataset, bucket_of
 from recray.errors import DamagedArtifactError, DataError, OutputExistsError, TooManyBadRowsError
 from recray.evaluation.protocol import Questions
 from recray.prepare.partition import LIVE_POSITION
-from recray.prepare.prepare import prepare_key
+from recray.prepare.prepare import prepare, prepare_key
 from recray.prepare.sources import _below
 from recray.prepare.split import quantile
 
@@ -270,6 +271,49 @@ def test_preparing_twice_is_a_no_op_and_the_key_ignores_places(tmp_path, world_f
     assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == stamps
     other = prepare_here(load_settings(None, world_overrides(world_folder, tmp_path / "b")))
     assert (first.path / "manifest.json").read_bytes() == (other.path / "manifest.json").read_bytes()
+
+
+def test_a_file_that_comes_while_the_input_is_read_is_the_next_nights_and_one_that_changes_is_an_error(tmp_path):
+    folder = tmp_path / "events"
+    folder.mkdir()
+    pq.write_table(table(ROWS), folder / "a.parquet")
+    settings = load_settings(None, [f"data.events={folder}", f"storage.root={tmp_path / 'root'}"])
+    key = prepare_key(settings, None)
+
+    def meanwhile(rows, name):
+        def each(task, count):
+            pq.write_table(table(rows), folder / name)
+            one_by_one(task, count)
+
+        return each
+
+    with pytest.raises(DataError, match=r"a\.parquet was written to while it was read"):
+        prepare(settings, None, each=meanwhile(ROWS[::-1], "a.parquet"))
+    assert not list((tmp_path / "root" / "datasets").glob("*"))
+    pq.write_table(table(ROWS), folder / "a.parquet")
+    made = prepare(settings, None, each=meanwhile([(99, "i1", 1_600_000_000)], "b.parquet"))
+    assert made.key == key and made.n_events == len(ROWS)
+    assert prepare_key(settings, None) != key
+
+
+def test_what_does_not_fit_the_types_is_named(tmp_path):
+    large = pa.array([2**64 - 1, *range(1, len(ROWS))], pa.uint64())
+    source = table(ROWS).set_column(1, "item_id", large)
+    with pytest.raises(DataError, match="column item_id: an id does not fit"):
+        dataset(tmp_path, source=source)
+    types = [f"type {n}" for n in range(1 << 15)] + ["one too many"]
+    rows = pa.table({"user_id": [1] * len(types), "item_id": ["i"] * len(types), "timestamp": [1_600_000_000] * len(types), "event": types})
+    with pytest.raises(DataError, match=r"32769 types of events.*\n.*data.columns.event"):
+        dataset(tmp_path, source=rows)
+    items = tmp_path / "items"
+    items.mkdir()
+    pq.write_table(pa.table({"item_id": ["i1"], "brand": ["a"]}), items / "a.parquet")
+    pq.write_table(pa.table({"item_id": ["i2"], "brand": [["a"]]}), items / "b.parquet")
+    with pytest.raises(DataError, match="the other item files differ"):
+        dataset(tmp_path, overrides=[f"data.items={items}", "data.features={brand: multi}"])
+    pq.write_table(pa.table({"item_id": large}), items / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: an id does not fit"):
+        dataset(tmp_path, overrides=[f"data.items={items / 'a.parquet'}"])
 
 
 def test_damage_and_foreign_output_are_refused(tmp_path, world_folder):
