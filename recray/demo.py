@@ -21,19 +21,24 @@ from recray.stages import JobResult
 from recray.storage import Storage, read_json
 from recray.terminal import Reporter
 
+LOOK_S = 10.0  # between two looks whether the endpoint is alive
+PATIENCE_S = 120.0  # Serve brings back replicas, and itself
+
 
 def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     """Serve the published night until interrupted."""
     started = time.monotonic()
     settings = with_port(settings)
     _can_serve(settings)
-    cluster.start(places=settings.serve.places)
+    cluster.start(places=settings.serve.places, port=settings.serve.port)
     from recray.serving import app  # Serve reads its environment when it is imported
 
     address = app.start(settings)
-    metrics = cluster.metrics_address()
-    until_stopped(lambda: reporter.say(f"serving on {address} (API page: {address}/docs; metrics: {metrics}); Ctrl-C ends it"))
-    app.stop()
+    try:
+        metrics = cluster.metrics_address()
+        until_stopped(app.alive, lambda: reporter.say(f"serving on {address} (API page: {address}/docs; metrics: {metrics}); Ctrl-C ends it"))
+    finally:
+        app.stop()
     return JobResult("serve", "ok", outputs={"address": address, "metrics": metrics}, seconds=round(time.monotonic() - started, 2))
 
 
@@ -111,36 +116,44 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, kee
         raise SettingsError(f"{where} is not empty", "the demo computes its night anew: name a fresh --root")
     config = str(resources.files("jobs") / "configs" / "demo.yaml")
     settings = with_port(load_settings(config, [f"storage.root={where.absolute()}", *overrides]))
-    cluster.start(places=settings.serve.places)
+    cluster.start(places=settings.serve.places, port=settings.serve.port)
     result = pipeline.run_nightly(settings, None, reporter.say)
     reporter.show_evaluation(result.outputs["evaluation"], settings)
     from recray.serving import app
 
     address = app.start(settings)
-    _ask(address, settings, reporter)
-    reporter.say("written:")
-    for name, path in result.outputs.items():
-        reporter.say(f"  {name:<11} {path}")
-    reporter.say(f"  {'mlflow':<11} mlflow ui --backend-store-uri sqlite:///{Storage(settings.root()).tracking / 'mlflow.db'}")
-    reporter.say(f"go on: recray serve storage.root={settings.root()}   ·   your own data: recray init, then recray nightly --config recray.yaml")
-    metrics = {**result.metrics, "address": address}
-    done = JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
-    if keep_serving is not None:
-        until_stopped(
-            lambda: reporter.say(f"serving on {address} (API page: {address}/docs); Ctrl-C ends it"),
-            lambda: keep_serving(done.to_json()),
-        )
-    app.stop()
+    try:
+        _ask(address, settings, reporter)
+        reporter.say("written:")
+        for name, path in result.outputs.items():
+            reporter.say(f"  {name:<11} {path}")
+        reporter.say(f"  {'mlflow':<11} mlflow ui --backend-store-uri sqlite:///{Storage(settings.root()).tracking / 'mlflow.db'}")
+        reporter.say(f"go on: recray serve storage.root={settings.root()}   ·   your own data: recray init, then recray nightly --config recray.yaml")
+        metrics = {**result.metrics, "address": address}
+        done = JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
+        if keep_serving is not None:
+            says = f"serving on {address} (API page: {address}/docs); Ctrl-C ends it"
+            until_stopped(app.alive, lambda: reporter.say(says), lambda: keep_serving(done.to_json()))
+    finally:
+        app.stop()
     return done
 
 
-def until_stopped(*told: Callable[[], None]) -> None:
-    """Say that the endpoint is up, then wait for the signal that ends it; who is told may send it before the saying is over."""
+def until_stopped(alive: Callable[[], bool], *told: Callable[[], None]) -> None:
+    """Say that the endpoint is up, then wait for the signal that ends it; who is told may send it before the saying is over.
+
+    Raises ClusterError when the endpoint was not alive for `PATIENCE_S`, so that what supervises this process starts it anew.
+    """
     with contextlib.suppress(KeyboardInterrupt):
         for tell in told:
             tell()
+        well = time.monotonic()
         while True:
-            time.sleep(3600)
+            time.sleep(LOOK_S)
+            if alive():
+                well = time.monotonic()
+            elif time.monotonic() - well > PATIENCE_S:
+                raise ClusterError("the endpoint does not run any more, and Ray Serve does not bring it back", "look at its log, and start it again")
 
 
 def with_port(settings: Settings) -> Settings:

@@ -114,7 +114,8 @@ def holder(root: Path) -> str | None:
 def _acquire(root: Path, lease_s: float) -> Iterator[IO[str]]:
     """The locked lock file, after the one who held it died or did not stir for `lease_s`."""
     path = root / LOCK
-    seen, since = None, time.monotonic()
+    seen, silent, poll = None, 0.0, min(lease_s / BEATS, 0.2)
+    looked = time.monotonic()
     while True:
         file: IO[str] = open(path, "a+")  # noqa: SIM115 - entered below
         try:
@@ -124,15 +125,17 @@ def _acquire(root: Path, lease_s: float) -> Iterator[IO[str]]:
             file.close()
             if seen is not None and found != seen:
                 raise RefusedError(f"{_described(_holder(root))} is at work in {root}", "wait until it ends, or use another storage.root") from None
-            seen = found
-            if time.monotonic() - since > lease_s:
+            seen, now = found, time.monotonic()
+            silent += min(now - looked, 2 * poll)  # what was longer we slept through, as the holder may have
+            looked = now
+            if silent > lease_s:
                 replacement = _replace(root, lease_s, found)
                 if replacement is not None:
                     file = replacement
                     break
-                seen, since = None, time.monotonic()  # another newcomer was faster
+                seen, silent = None, 0.0  # another newcomer was faster
                 continue
-            time.sleep(min(lease_s / BEATS, 0.2))
+            time.sleep(poll)
         else:
             if path.exists() and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break

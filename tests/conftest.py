@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from recray.cluster import free_ports
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
@@ -177,15 +178,13 @@ def postgres() -> Iterator[str]:
         pytest.skip("PostgreSQL is not installed (Debian's package postgresql, or its bin folder in PATH)")
     binaries = found[-1].resolve().parent
     user = "nobody" if os.getuid() == 0 else None  # it does not run as root
-    with tempfile.TemporaryDirectory(prefix="recray-postgres-") as folder, socket.socket() as free:
+    with tempfile.TemporaryDirectory(prefix="recray-postgres-") as folder:
         if user:
             shutil.chown(folder, user)
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        port = str(free_ports(1)[0])
         data, log = f"{folder}/data", Path(folder, "log")
         made = [binaries / "initdb", "-D", data, "-U", "recray", "--auth=trust", "--no-sync"]
         subprocess.run(made, check=True, capture_output=True, user=user, cwd=folder)
-        free.close()
         with open(log, "w") as file:
             serve = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", port, "-k", folder]
             server = subprocess.Popen(serve, stdout=file, stderr=file, user=user, cwd=folder)
@@ -206,9 +205,7 @@ def redis_server() -> Iterator[str]:
     if binary is None:
         pytest.skip("Redis is not installed (Debian's package redis-server)")
     with tempfile.TemporaryDirectory(prefix="recray-redis-") as folder:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         server = start_redis(binary, folder, port)
         yield f"redis://127.0.0.1:{port}/0"
         server.terminate()

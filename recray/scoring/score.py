@@ -91,7 +91,7 @@ def _on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) ->
     with unwrapped():
         scored = ray.data.from_items(list(range(buckets)), override_num_blocks=buckets).map(
             ScoreBucket,  # type: ignore[arg-type]
-            fn_constructor_kwargs={**arguments, "threads": max(1, (os.cpu_count() or 1) // actors), "gpu": options.gpus_per_actor > 0},
+            fn_constructor_kwargs={**arguments, "threads": max(1, len(os.sched_getaffinity(0)) // actors), "gpu": options.gpus_per_actor > 0},
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=options.cpus_per_actor,
             num_gpus=options.gpus_per_actor or None,

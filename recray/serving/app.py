@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.schema import ApplicationStatus
 
 from recray.config import Settings, load_settings
 from recray.errors import ClusterError, SettingsError
@@ -116,14 +118,32 @@ def start(settings: Settings) -> str:
     if not _ready(settings).wanted and options.host not in LOOPBACK:
         log.warning("serve.host is %s and no keys are named: whoever reaches it may ask and tell what they like", options.host)
     log.setLevel(logging.WARNING)
+    mine = False
     try:
         serve.start(http_options={"host": options.host, "port": options.port, "access_log": False})
+        mine = NAME not in serve.status().applications
         serve.run(build(settings), name=NAME, route_prefix="/")
-    except (RuntimeError, ValueError) as error:
+    except BaseException as error:  # a signal too: nothing half-started stays on the cluster
+        if mine:
+            stop()
+        if not isinstance(error, RuntimeError | ValueError):
+            raise
         raise ClusterError(f"the endpoint did not start: {error}", f"is port {options.port} free? else set serve.port") from error
     return f"http://{options.host}:{options.port}"
 
 
 def stop() -> None:
-    """Take the endpoint down; other applications of the cluster stay."""
-    serve.delete(NAME)
+    """Take the endpoint down; other applications of the cluster stay. Raises ClusterError."""
+    try:
+        serve.delete(NAME)
+    except (TimeoutError, RayError) as error:
+        raise ClusterError(f"Ray Serve did not take the endpoint down: {error}", "look with: serve status") from error
+
+
+def alive() -> bool:
+    """Whether Ray Serve says that the endpoint runs, or is being deployed."""
+    try:
+        found = serve.status().applications.get(NAME)
+    except (RuntimeError, TimeoutError, RayError):
+        return False
+    return found is not None and found.status in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING)

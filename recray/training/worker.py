@@ -78,7 +78,7 @@ def _train(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     context = ray.train.get_context()
-    threads = config["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    threads = config["threads"] or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
     torch.set_num_threads(threads)
     device = ray.train.torch.get_device()
     if device.type == "cpu":  # what a GPU sums up is not summed in the same order twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import world_overrides
 from harness import ARTIFACTS, AS_OF, STAGES, Night, assert_right, content
+
+from recray import lease
 
 DISK = "96m"
 
@@ -120,7 +123,7 @@ def test_a_frozen_attempt_is_replaced_and_fenced_off(head, reference, world_fold
     frozen = Night(world_folder, tmp_path, head.environment)
     assert frozen.reaches("score")
     time.sleep(0.3)
-    os.kill(frozen.job, signal.SIGSTOP)
+    _stop_outside_of_a_commit(frozen.job, tmp_path)
     second = Night(world_folder, tmp_path, head.environment)
     code, result = second.end()
     assert code == 0, result
@@ -131,6 +134,20 @@ def test_a_frozen_attempt_is_replaced_and_fenced_off(head, reference, world_fold
     assert "fenced off" in result["reason"] and "attempt 2" in result["reason"]
     assert content(tmp_path) == before
     assert_right(tmp_path, reference)
+
+
+def _stop_outside_of_a_commit(job: int | None, root: Path) -> None:
+    """One that is stopped while it publishes keeps all others out, and rightly so."""
+    assert job is not None, "the night ended before it could be stopped"
+    while True:
+        os.kill(job, signal.SIGSTOP)
+        with open(root / lease.COMMIT, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                os.kill(job, signal.SIGCONT)
+        time.sleep(0.01)
 
 
 def test_of_two_nights_at_once_the_second_is_refused_by_name(head, world_folder, tmp_path):

@@ -20,7 +20,7 @@ from recray.cluster import free_ports
 
 FIRST = dt.date(2024, 4, 20)
 IN_CI = ("train", "promote")
-CHALLENGE = ("gates.margin=1", "tracking.timeout_s=2", "tracking.retries=0")
+CHALLENGE = ("gates.margin=1", "tracking.timeout_s=30", "tracking.retries=0")
 
 
 class Server:
@@ -98,7 +98,8 @@ def test_a_night_without_mlflow_is_scored_by_the_champion_and_told_later(shop, s
     server.stop()
     try:
         code, result = night.end()
-        late = STAGES.index(stage) > STAGES.index("promote")  # the gate had answered when MLflow went away
+        # the gate had answered when MLflow went away
+        late = STAGES.index(stage) > STAGES.index("promote") or (stage == "promote" and result["metrics"].get("promoted") == 1)
         assert (code, result["status"]) == (0, "ok"), result
         assert any("MLflow" in warning for warning in result["warnings"]) and shop.pending()
         champion = shop.release()["champion"]["run_key"]

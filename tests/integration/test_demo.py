@@ -12,7 +12,7 @@ import pytest
 def demo(own_home, tmp_path_factory):
     root = tmp_path_factory.mktemp("demo") / "root"
     recray = Path(sys.executable).with_name("recray")
-    done = subprocess.run([str(recray), "demo", "--root", str(root)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([str(recray), "demo", "--root", str(root), "serve.timeout_s=30"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("night")
     World(users=300, items=120, events_per_user=15, seed=1).write(folder)
-    overrides = [*world_overrides(folder, folder / "root"), "serve.port=0", "serve.poll_s=0.2", "train.every_days=3"]
+    overrides = [*world_overrides(folder, folder / "root"), "serve.port=0", "serve.poll_s=0.2", "serve.timeout_s=30", "train.every_days=3"]
     return with_port(load_settings(None, overrides))
 
 

@@ -10,7 +10,7 @@ from recray import cli, demo
 from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
-from recray.errors import DamagedArtifactError, RefusedError
+from recray.errors import ClusterError, DamagedArtifactError, RefusedError
 
 
 def call(capsys, *arguments):
@@ -178,8 +178,23 @@ def test_options_and_overrides_may_stand_in_any_order(capsys, tmp_path):
 def test_who_hears_that_the_endpoint_is_up_may_end_it_at_once(number):
     before, said = {asks: signal.signal(asks, cli._interrupt) for asks in (signal.SIGINT, signal.SIGTERM)}, []
     try:
-        demo.until_stopped(lambda: said.append("serving"), lambda: signal.raise_signal(number), lambda: said.append("told after the end"))
+        demo.until_stopped(bool, lambda: said.append("serving"), lambda: signal.raise_signal(number), lambda: said.append("told after the end"))
     finally:
         for asks, handler in before.items():
             signal.signal(asks, handler)
     assert said == ["serving"]
+
+
+def test_an_endpoint_that_does_not_come_back_ends_the_job(monkeypatch):
+    monkeypatch.setattr(demo, "LOOK_S", 0.01)
+    monkeypatch.setattr(demo, "PATIENCE_S", 0.2)
+    looks = iter([True, False, False, True])
+    found = []
+
+    def alive():
+        found.append(next(looks, False))
+        return found[-1]
+
+    with pytest.raises(ClusterError, match="does not run any more"):
+        demo.until_stopped(alive)
+    assert found[:4] == [True, False, False, True] and len(found) > 6

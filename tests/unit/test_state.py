@@ -180,7 +180,8 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
     assert writer.set_aside == 1 and writer.lost == 0
 
 
-def test_an_outcome_waits_for_a_decision_of_another_replica(log):
+def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
+    monkeypatch.setattr("recray.state.writer.ELSEWHERE_S", 20.0)  # however slow this disk is
     here, there = Writer(log), Writer(log)
     threading.Timer(0.1, lambda: there.later(Entry("decision", "far", "u", 1.0, {}))).start()
     assert asyncio.run(here.outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
