@@ -58,7 +58,7 @@ class DataSettings(Section):
     )
     released: str | None = Field(
         None,
-        description="column of the item table that says since when an item can be met (published, released): scores learn its age; null: not known",
+        description="since when an item can be met, a column of the item table; it is not answered before, and scores learn its age; null: not known",
     )
     context: tuple[str, ...] = Field(
         (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"

@@ -15,7 +15,7 @@ import torch
 
 from recray.benchmark import peers
 from recray.benchmark.data import prepared, write_for_peers
-from recray.benchmark.train import peer_question
+from recray.benchmark.train import peer_question, precision_of
 from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
 from recray.evaluation import metrics as m
@@ -61,7 +61,7 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
     theirs = _peer(against, chosen, dataset, folder, threads, say, out) if against else None
     for seed in SEEDS:
         settings_of = {**chosen, "train": {**chosen["train"], "seed": seed}}
-        curve, model = _train(dataset, settings_of, say, seed)
+        curve, model, precision = _train(dataset, settings_of, say, seed)
         for name, halved in [(f"recray_{seed}", False), (f"bfloat16_{seed}", True)][: 1 + half]:
             ranks[name] = found = ranks_of(model, dataset, chosen, asked, half=halved)
             say(f"{name}: HR@10 {hr(found).mean():.4f}, NDCG@10 {ndcg(found).mean():.4f}")
@@ -69,7 +69,7 @@ def measure_quality(folder: Path, data: str, against: str | None, overrides: lis
     ours = [ranks[f"recray_{seed}"] for seed in SEEDS]
     each = {"hr@10": [float(hr(r).mean()) for r in ours], "ndcg@10": [float(ndcg(r).mean()) for r in ours]}
     metrics: dict[str, Any] = {"users": len(asked), "items": dataset.n_items, "seeds": {name: _rounded(found) for name, found in each.items()}}
-    metrics |= {name: round(float(np.mean(found)), 4) for name, found in each.items()}
+    metrics |= {name: round(float(np.mean(found)), 4) for name, found in each.items()} | {"train_precision": precision}
     if half:
         lists = [float(ndcg(ranks[f"bfloat16_{seed}"]).mean()) for seed in SEEDS]
         metrics |= {"ndcg@10_bfloat16": round(float(np.mean(lists)), 4), "bfloat16_over_float32": round(sum(lists) / sum(each["ndcg@10"]), 5)}
@@ -133,8 +133,8 @@ def _time_to_peer(curves: list[dict[str, Any]], peer: str, pace: dict[str, float
     return found
 
 
-def _train(dataset: Dataset, chosen: dict[str, Any], say: Say, seed: int) -> tuple[list[dict[str, float]], Recommender]:
-    """Train to the early stop; the learning curve with its clocks (validation left out), and the model."""
+def _train(dataset: Dataset, chosen: dict[str, Any], say: Say, seed: int) -> tuple[list[dict[str, float]], Recommender, str]:
+    """Train to the early stop; the learning curve with its clocks (validation left out), the model, and what its products were computed in."""
     loop = build_loop(str(dataset.path), chosen, device("train.use_gpu", gpu=chosen["train"]["use_gpu"]))
     spent, validate = {"wall": 0.0, "cpu": 0.0}, loop.validate
 
@@ -155,7 +155,7 @@ def _train(dataset: Dataset, chosen: dict[str, Any], say: Say, seed: int) -> tup
         say(f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, validation NDCG@10 {line['validation_ndcg']:.4f}")
     loop.average.load_state_dict(loop.best)
     say(f"seed {seed}: epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
-    return curve, loop.average.eval()
+    return curve, loop.average.eval(), precision_of(loop)
 
 
 def ranks_of(model: Recommender, dataset: Dataset, chosen: dict[str, Any], asked: list[Question], *, half: bool = False) -> np.ndarray:

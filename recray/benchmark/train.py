@@ -14,6 +14,7 @@ from recray.benchmark import peers
 from recray.benchmark.data import prepared, write_for_peers
 from recray.model.device import device
 from recray.stages import Say
+from recray.training.loop import Loop
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -46,7 +47,7 @@ def measure_train(folder: Path, data: str, against: str | None, overrides: list[
             say(f"recray: epoch in {seconds[-1]:.2f} s")
 
     epochs(0)
-    metrics: dict[str, Any] = {"positions": positions, "padding": round(loop.batches.padding(), 4)}
+    metrics: dict[str, Any] = {"positions": positions, "padding": round(loop.batches.padding(), 4), "precision": precision_of(loop)}
     if against:
         write_for_peers(dataset, folder / "events.parquet")
         question = peer_question(chosen, folder, threads) | {"epochs": PEER_EPOCHS}
@@ -58,6 +59,11 @@ def measure_train(folder: Path, data: str, against: str | None, overrides: list[
         say(f"epoch ratio {metrics['epoch_ratio']}: 1/{1 / metrics['epoch_ratio']:.1f}")
     metrics |= {"epoch_s": round(statistics.median(seconds), 3), "first_epoch_s": round(seconds[0], 2)}
     return chosen, metrics
+
+
+def precision_of(loop: Loop) -> str:
+    """Of the products of a training: what `train.precision` auto came to here. The peers' is float32."""
+    return "bfloat16" if loop.criterion.half else "float32"
 
 
 def peer_question(chosen: dict[str, Any], folder: Path, threads: int) -> dict[str, Any]:
