@@ -147,7 +147,7 @@ class Recommender(nn.Module):
     @property
     def scale(self) -> float:
         """Size of one unit of similarity in the scores: 1, for cosine scores 1 / temperature."""
-        return 1.0 if self.temperature is None else 1.0 / float(self.temperature.clamp(COLDEST, HOTTEST))
+        return 1.0 if self.temperature is None else 1.0 / float(self.temperature.detach().clamp(COLDEST, HOTTEST))
 
     def hidden(self, batch: Batch, table_VD: Tensor, parts_MVD: Tensor | None, controls: Controls | None = None, *, masked: bool = False) -> Tensor:
         """Hidden states of the queries [N, D]; `parts_MVD` are needed where the controls weigh modalities.
