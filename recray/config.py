@@ -292,7 +292,8 @@ class ScoreSettings(Section):
     new_only: bool = Field(False, description="leave out what the user already met")
     diversity: float = Field(0.0, ge=0, le=1, description="0: by score alone, 1: lists as varied as can be (maximal marginal relevance)")
     boosts: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
-        default_factory=dict, description="feature=value: added to the scores of its items, for example brand=Acme: 0.5"
+        default_factory=dict,
+        description="feature=value: added to the scores of its items (popular lists: to log(1 + count)), for example brand=Acme: 0.5",
     )
     exclude: tuple[str, ...] = Field((), description="feature=value: items that are never answered")
     caps: dict[str, Annotated[int, Field(ge=1)]] = Field(

@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import os
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -33,12 +34,9 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     cluster.start(places=settings.serve.places, port=settings.serve.port)
     from recray.serving import app  # Serve reads its environment when it is imported
 
-    address = app.start(settings)
-    try:
+    with app.running(settings) as address:
         metrics = cluster.metrics_address()
         until_stopped(app.alive, lambda: reporter.say(f"serving on {address} (API page: {address}/docs; metrics: {metrics}); Ctrl-C ends it"))
-    finally:
-        app.stop()
     return JobResult("serve", "ok", outputs={"address": address, "metrics": metrics}, seconds=round(time.monotonic() - started, 2))
 
 
@@ -121,8 +119,7 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, kee
     reporter.show_evaluation(result.outputs["evaluation"], settings)
     from recray.serving import app
 
-    address = app.start(settings)
-    try:
+    with app.running(settings) as address:
         _ask(address, settings, reporter)
         reporter.say("written:")
         for name, path in result.outputs.items():
@@ -134,8 +131,6 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, kee
         if keep_serving is not None:
             says = f"serving on {address} (API page: {address}/docs); Ctrl-C ends it"
             until_stopped(app.alive, lambda: reporter.say(says), lambda: keep_serving(done.to_json()))
-    finally:
-        app.stop()
     return done
 
 
@@ -144,16 +139,21 @@ def until_stopped(alive: Callable[[], bool], *told: Callable[[], None]) -> None:
 
     Raises ClusterError when the endpoint was not alive for `PATIENCE_S`, so that what supervises this process starts it anew.
     """
+    well, ended = [time.monotonic()], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(LOOK_S):
+            if alive():
+                well[0] = time.monotonic()
+
     with contextlib.suppress(KeyboardInterrupt):
         for tell in told:
             tell()
-        well = time.monotonic()
-        while True:
+        threading.Thread(target=look, daemon=True).start()  # on its own: it may be kept waiting
+        while time.monotonic() - well[0] <= PATIENCE_S:
             time.sleep(LOOK_S)
-            if alive():
-                well = time.monotonic()
-            elif time.monotonic() - well > PATIENCE_S:
-                raise ClusterError("the endpoint does not run any more, and Ray Serve does not bring it back", "look at its log, and start it again")
+        raise ClusterError("no replica of the endpoint runs any more, and Ray Serve brings none back", "look at its log, and start it again")
+    ended.set()
 
 
 def with_port(settings: Settings) -> Settings:

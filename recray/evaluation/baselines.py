@@ -21,6 +21,7 @@ from recray.inference.topk import top_k
 RECENT_S = 7 * DAY_S
 NEIGHBOURS = 100  # of each item, where all of them do not fit
 ROWS = 512  # items whose neighbours are looked for at once
+DENSE = 0.02  # share of items that are neighbours from which on a whole row is looked through, not sorted
 CELLS = 1 << 25  # questions x items that are scored at once
 
 Score = Callable[[list[Question]], np.ndarray]
@@ -143,6 +144,14 @@ def _cosine(seen_UV: sp.csr_matrix, *, dense: bool) -> np.ndarray | sp.csr_matri
 
 def _nearest(similarity: sp.csr_matrix, first: int) -> sp.csr_matrix:
     """The `NEIGHBOURS` highest of each row but that of the item itself; the rows are those of the items first, first + 1, …"""
+    if similarity.nnz > DENSE * np.prod(similarity.shape) and np.prod(similarity.shape) <= CELLS:
+        block = similarity.toarray()
+        block[np.arange(len(block)), first + np.arange(len(block))] = 0.0
+        kept = np.argpartition(-block, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS] if block.shape[1] > NEIGHBOURS else np.argsort(-block, axis=1)
+        rows = np.repeat(np.arange(len(block)), kept.shape[1])
+        nearest = sp.csr_matrix((np.take_along_axis(block, kept, 1).ravel(), (rows, kept.ravel())), shape=block.shape)
+        nearest.eliminate_zeros()
+        return nearest
     found = similarity.tocoo()
     others = found.col != found.row + first
     row, col, value = found.row[others], found.col[others], found.data[others]

@@ -19,9 +19,9 @@ import torch
 
 from recray.bundle import Bundle
 from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity
-from recray.dataset.reader import Dataset, History, released_day
+from recray.dataset.reader import Dataset, History
 from recray.errors import RequestError
-from recray.inference.filters import ANY_ITEM, Barred, Filters
+from recray.inference.filters import ANY_ITEM, Barred, Filters, Later
 from recray.inference.graphs import Graphs
 from recray.inference.inputs import Inputs, make_room
 from recray.inference.policy import Policy, dials, observe, popularity_rank, turn
@@ -102,7 +102,8 @@ class Predictor:
     prior_days : days of the popularity prior, 0 for none
     has_time : whether `timestamp_s` is a time
     context : names of the fields of the request context
-    released_day : since when each item can be met, as `Dataset.released_day`; before that day it is not answered, unless it was met before
+    released_day : since when each item can be met, as `Dataset.released_day`, from which the model is told how fresh it is
+    barred_until : the same, for what is not answered before that day, unless it was met before; None: nothing is
     retired : indices of items that are never answered
     policy : decides how the attention is turned for each request, unless `controls` say so; None: the trained model as it is
     half : a CPU's products of the histories in bfloat16, those with the items in float32; answers agree to some 1e-2 of their scale alone
@@ -119,6 +120,7 @@ class Predictor:
         has_time: bool,
         context: Sequence[str] = (),
         released_day: np.ndarray | None = None,
+        barred_until: np.ndarray | None = None,
         retired: np.ndarray | None = None,
         policy: Policy | None = None,
         half: bool = False,
@@ -134,7 +136,7 @@ class Predictor:
         self.policy, self.half = policy, half
         if policy is not None:
             dials(policy.actions, model, event_types)  # says now what it does not have
-        self._released_V = None if released_day is None or not has_time else torch.from_numpy(self._first_days(released_day)).to(self.device)
+        self._later = Later.of(barred_until, popularity, self.device) if barred_until is not None and has_time else None
         self._inputs = Inputs(
             popularity,
             prior_days=0 if model.prior_scale is None else prior_days,
@@ -159,22 +161,24 @@ class Predictor:
     ) -> Predictor:
         """Predictor of a bundle, and of an attention policy that was loaded for it or lies in a folder, after their digests were verified.
 
-        With `dataset`, recent popularity comes from there instead of from the night the bundle was trained in; items that came
+        With `dataset`, recent popularity and release days come from there instead of from the night the bundle was trained in; items that came
         since are scored by their features, and those that are gone are not answered. Raises MissingArtifactError, DamagedArtifactError.
         """
         opened = Bundle.open(bundle)
         newcomers = None if dataset is None else opened.newcomers(dataset)
-        item_ids, released = opened.item_ids, opened.released_day
+        item_ids, released, retired = opened.item_ids, opened.released_day, None
         if newcomers is not None and len(newcomers):
             item_ids = pa.concat_arrays([item_ids, newcomers[ITEM_ID].combine_chunks()])
-            if released is not None:
-                theirs = released_day(newcomers)
-                released = np.concatenate([released, np.full(len(newcomers), NEVER_SAID) if theirs is None else theirs[1:]])
-        retired = None
+            released = None if released is None else np.concatenate([released, np.full(len(newcomers), NEVER_SAID)])
         if dataset is None:
-            popularity = Popularity.load(opened.path / "popularity.parquet", len(item_ids))
+            popularity, barred_until = Popularity.load(opened.path / "popularity.parquet", len(item_ids)), released
         else:
-            place = dataset.translate(item_ids)
+            place, barred_until = dataset.translate(item_ids), None
+            if (tonight := dataset.released_day) is not None:
+                barred_until = np.full(len(item_ids) + 1, NEVER_SAID) if released is None else released.copy()
+                barred_until[place] = tonight
+                barred_until[0] = NEVER_SAID
+                released = None if released is None else barred_until
             popularity = dataset.popularity.remap(place, len(item_ids))
             retired = np.setdiff1d(np.arange(1, len(item_ids) + 1), place)
         return cls(
@@ -186,6 +190,7 @@ class Predictor:
             has_time=opened.manifest["has_time"],
             context=opened.manifest.get("context", []),
             released_day=released,
+            barred_until=barred_until,
             retired=retired,
             policy=Policy.load(Path(policy), opened.digest) if isinstance(policy, str | Path) else policy,
             half=half,
@@ -203,6 +208,7 @@ class Predictor:
             has_time=dataset.has_time,
             context=dataset.context,
             released_day=dataset.released_day,
+            barred_until=dataset.released_day,
             half=half,
         )
 
@@ -276,12 +282,6 @@ class Predictor:
         found: list[Any] = self.item_ids.to_pylist()
         return found
 
-    def _first_days(self, released_day: np.ndarray) -> np.ndarray:
-        """Day since which each item can be met, whatever is said of one that was met before, int64 [n_items + 1]."""
-        found = released_day.astype(np.int64)
-        np.minimum.at(found, self.popularity.item_index, self.popularity.day)
-        return found
-
     @torch.no_grad()
     def similar(self, item: int, k: int, now: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The items whose vectors are most like that of an item, int64 [up to k], and their cosines, float32 [up to k].
@@ -294,8 +294,8 @@ class Predictor:
         wanted = torch.nn.functional.normalize(self._table_VD[item], dim=0)
         best: tuple[Tensor, Tensor] | None = None
         barred = torch.cat([self.retired, self._nothing, torch.tensor([0, item], device=self.device)])
-        if self._released_V is not None and now is not None:
-            barred = torch.cat([barred, (self._released_V > now // DAY_S).nonzero()[:, 0]])
+        if self._later is not None and now is not None:
+            barred = torch.cat([barred, self._later.than(now // DAY_S).items])
         for first in range(0, self.n_items + 1, ITEM_BLOCK):
             found = torch.nn.functional.normalize(self._table_VD[first : first + ITEM_BLOCK], dim=1) @ wanted
             index = torch.arange(first, first + len(found), device=found.device)
@@ -381,7 +381,7 @@ class Predictor:
         seen = np.full((len(histories), 2), np.nan, np.float32)
         days = np.broadcast_to(np.asarray(now, np.int64), len(histories)) // DAY_S
         for rows, score, entropy in self._chunks(known, now, controls, context, watched=watched):
-            barred = Barred([(histories[row].item_index, each[row]) for row in rows], self.device, self._released_V, days[rows])
+            barred = Barred([(histories[row].item_index, each[row]) for row in rows], self.device, self._later, days[rows])
             *best, margin = self._best(score, barred, k, rules)
             item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)
             if entropy is not None:
@@ -564,7 +564,7 @@ class Predictor:
         found = torch.stack([self._popular(int(moment))[first : first + ITEM_BLOCK] for moment in moments])
         if rules is None:
             return found
-        return rules.of_counts(found, first) if self.model.offset_V is None else rules.of_scores(found, first)
+        return rules.of_counts(found, first) if self.model.offset_V is None else rules.boosted(found, first)
 
     def _known(self, history: History) -> History:
         """The last events of items that the bundle knows."""

@@ -63,17 +63,20 @@ class Rules:
             return None
         return cls(declared["diversity"], boost, caps, lifted if lifted.any() else None)
 
+    def boosted(self, scores: Tensor, first: int) -> Tensor:
+        """Scores [..., n] of the items from `first` on, with boosts."""
+        return scores + self.boost_V[first : first + scores.shape[-1]].to(scores.device)
+
     def of_scores(self, scores: Tensor, first: int) -> Tensor:
-        """What a model finds [..., n] of the items from `first` on, with boosts."""
-        some = slice(first, first + scores.shape[-1])
-        scores = scores + self.boost_V[some].to(scores.device)
-        return scores if self.unseen_V is None else scores + self.unseen_V[some].to(scores.device)
+        """What a model finds [..., n] of the items from `first` on, with boosts and the dial."""
+        found = self.boosted(scores, first)
+        return found if self.unseen_V is None else found + self.unseen_V[first : first + scores.shape[-1]].to(scores.device)
 
     def of_counts(self, counts: Tensor, first: int) -> Tensor:
-        """Counts [..., n] of the items from `first` on, boosted as if their score were log(1 + count)."""
+        """Counts [..., n] of the items from `first` on, boosted as if their score were log(1 + count), which they become below zero."""
         boost = self.boost_V[first : first + counts.shape[-1]].to(counts.device)
-        most = boost.clamp(-MOST, MOST)
-        return (counts * most.exp() + most.expm1()).masked_fill(boost == -torch.inf, -torch.inf)
+        score, most = counts.log1p() + boost, boost.clamp(max=MOST)
+        return torch.where(score < 0, score, counts * most.exp() + most.expm1())
 
     def pool(self, k: int) -> int:
         """How many of the best items to choose k from."""

@@ -18,7 +18,7 @@ from recray.dataset.context import CLOCK
 from recray.errors import DataError
 from recray.storage import Storage
 
-LATEST_S = 200 * 365 * 86_400  # what lies further from 1970 is no number of seconds
+LATEST_S = 253_402_300_800  # the end of the year 9999: what lies further from 1970 is no number of seconds
 YEAR_S = 365 * 86_400  # a catalogue of 1970 alone is one of years, or of dates as numbers
 _SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retail"
 
@@ -256,11 +256,11 @@ def _released(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
     is_integer = pa.types.is_integer(column.type)
     if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type) or is_integer):
         raise DataError(f"{uri}: data.released {name} has type {column.type}, not a timestamp, a date or integer seconds", "cast it")
-    if is_integer and len(column.drop_null()):
-        low, high = pc.min_max(column).as_py().values()
+    if is_integer and len(said := column.filter(pc.fill_null(pc.not_equal(column, 0), False))):
+        low, high = pc.min_max(said).as_py().values()
         if not (low > -LATEST_S and high < LATEST_S and (low < 0 or high >= YEAR_S)):
-            said = f"integers from {low} to {high}, which are not seconds since 1970"
-            raise DataError(f"{uri}: data.released {name} holds {said}", "cast it to a timestamp or a date; milliseconds and years are neither")
+            wrong = f"integers from {low} to {high}, which are not seconds since 1970"
+            raise DataError(f"{uri}: data.released {name} holds {wrong}", "cast it to a timestamp or a date; milliseconds and years are neither")
     found = microseconds(column)
     return pc.divide(pc.subtract(found, pc.if_else(pc.less(found, 0), 999_999, 0)), 1_000_000)  # floor
 

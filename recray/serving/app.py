@@ -1,9 +1,11 @@
 """The Ray Serve application: replicas around `http.create_app`, and the watch for the next night."""
 
+import contextlib
 import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -25,6 +27,7 @@ from recray.storage import Storage
 
 NAME = "recray"
 SWITCH_S = 0.0005  # the model's thread asks for the interpreter between all its operations; at 5 ms it waits for requests that are refused
+STOP_S = 90.0  # Serve itself gives its replicas a minute
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -125,7 +128,8 @@ def start(settings: Settings) -> str:
         serve.run(build(settings), name=NAME, route_prefix="/")
     except BaseException as error:  # a signal too: nothing half-started stays on the cluster
         if mine:
-            stop()
+            with contextlib.suppress(ClusterError):
+                stop()
         if not isinstance(error, RuntimeError | ValueError):
             raise
         raise ClusterError(f"the endpoint did not start: {error}", f"is port {options.port} free? else set serve.port") from error
@@ -134,16 +138,42 @@ def start(settings: Settings) -> str:
 
 def stop() -> None:
     """Take the endpoint down; other applications of the cluster stay. Raises ClusterError."""
+    failed: list[BaseException] = []
+
+    def delete() -> None:
+        try:
+            serve.delete(NAME)
+        except Exception as error:  # whatever it is, it is told
+            failed.append(error)
+
+    deleting = threading.Thread(target=delete, daemon=True)  # a controller that is away keeps whoever asks it waiting for ever
+    deleting.start()
+    deleting.join(STOP_S)
+    if deleting.is_alive() or failed:
+        why = str(failed[0]) if failed else f"no answer within {STOP_S:.0f} s"
+        raise ClusterError(f"Ray Serve did not take the endpoint down: {why}", "look with: serve status")
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[str]:
+    """The endpoint's address while it is up; afterwards it is down. Raises as `start` and `stop`."""
+    address = start(settings)
     try:
-        serve.delete(NAME)
-    except (TimeoutError, RayError) as error:
-        raise ClusterError(f"Ray Serve did not take the endpoint down: {error}", "look with: serve status") from error
+        yield address
+    except BaseException:
+        with contextlib.suppress(ClusterError):  # what went wrong before is what is told
+            stop()
+        raise
+    stop()
 
 
 def alive() -> bool:
-    """Whether Ray Serve says that the endpoint runs, or is being deployed."""
+    """Whether a replica of the endpoint runs, or it is being deployed; it may take long where Serve's controller is away."""
     try:
         found = serve.status().applications.get(NAME)
     except (RuntimeError, TimeoutError, RayError):
         return False
-    return found is not None and found.status in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING)
+    if found is None:
+        return False
+    running = any(state == "RUNNING" and count for deployment in found.deployments.values() for state, count in deployment.replica_states.items())
+    return running or found.status == ApplicationStatus.DEPLOYING

@@ -152,8 +152,8 @@ class Night:
 
     @property
     def begins_s(self) -> float:
-        """From when on an event is none of this night's, whatever was collected; infinity where no time is known."""
-        return self.dataset.as_of_s + 1 if self.dataset.clock == "timestamp" else math.inf
+        """From when on an event is none of this night's, whatever was collected; infinity where neither times nor an as-of are known."""
+        return self.dataset.as_of_s + 1 if self.dataset.clock == "timestamp" or self.dataset.as_of_s else math.inf
 
     def describe(self) -> ModelsResponse:
         manifest = self.snapshot.manifest

@@ -51,6 +51,7 @@ def test_a_killed_private_night_repeated_accounts_for_every_step(head, world_fol
     while not MOMENTS[moment](root):
         assert night.process.poll() is None, night.said[-2000:]
         time.sleep(0.01)
+    taken = kinds(root).count("take")
     kill(*(titled(head.home, "RayTrainWorker") if victim == "worker" else [night.job]))
     code, result = night.end()
     for _ in range(3):
@@ -63,7 +64,7 @@ def test_a_killed_private_night_repeated_accounts_for_every_step(head, world_fol
     assert run.committed and run.reserved >= run.taken
     redone = run.taken - STEPS
     # what a kill undid is counted once more, and nothing else: the piece it hit, and those whose checkpoints Ray had not taken over yet
-    assert redone in (0, EVERY, 2 * EVERY, *((3 * EVERY,) if victim == "worker" else ()))
+    assert redone in (0, EVERY, 2 * EVERY, *((3 * EVERY,) if victim == "worker" and taken > 3 else ()))
     if moment == "train":
         assert redone or kinds(root).count("take") == 1 + STEPS // EVERY
     assert 1 <= run.counts_taken <= run.counts_reserved <= 2  # drawn again where no checkpoint was left

@@ -47,8 +47,9 @@ def night(settings):
 
 @pytest.fixture(scope="module")
 def address(settings, night):
-    yield app.start(settings)
-    app.stop()
+    with app.running(settings) as address:
+        yield address
+    assert not app.alive()
 
 
 def test_a_night_writes_its_outputs(night, settings):
@@ -143,7 +144,7 @@ def test_the_endpoint_says_what_it_serves(night, address):
         with urllib.request.urlopen(f"{address}{path}", timeout=30) as response:
             return json.load(response)
 
-    assert get("/healthz") == {"status": "ok", "night": "2024-04-20"}
+    assert get("/healthz") == {"status": "ok", "night": "2024-04-20"} and app.alive()
     assert get("/v1/models")["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
     schema = get("/openapi.json")
     assert {"/v1/recommend", "/v1/models", "/healthz"} <= set(schema["paths"])

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 from conftest import prepare_here, world_overrides
@@ -188,13 +189,14 @@ def test_who_hears_that_the_endpoint_is_up_may_end_it_at_once(number):
 def test_an_endpoint_that_does_not_come_back_ends_the_job(monkeypatch):
     monkeypatch.setattr(demo, "LOOK_S", 0.01)
     monkeypatch.setattr(demo, "PATIENCE_S", 0.2)
-    looks = iter([True, False, False, True])
-    found = []
+    looks, found = iter([True, False, False, True]), []
 
     def alive():
         found.append(next(looks, False))
         return found[-1]
 
-    with pytest.raises(ClusterError, match="does not run any more"):
+    with pytest.raises(ClusterError, match="no replica of the endpoint runs any more"):
         demo.until_stopped(alive)
     assert found[:4] == [True, False, False, True] and len(found) > 6
+    with pytest.raises(ClusterError, match="no replica of the endpoint runs any more"):
+        demo.until_stopped(lambda: time.sleep(60))

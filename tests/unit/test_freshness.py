@@ -102,6 +102,31 @@ def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
     assert (Predictor.load(bundle.path)._inputs._released_day == dataset.released_day).all()
 
 
+def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
+    """Not those of the night in which the bundle was trained."""
+    bundle = untrained(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
+    table = pq.read_table(site / "items.parquet")
+    never_met = np.setdiff1d(np.arange(1, dataset.n_items + 1), dataset.popularity.item_index)
+    assert len(never_met) > 2
+    sooner, later = dataset.items["item_id"].take(pa.array(never_met[:2] - 1)).to_pylist()
+    at = np.array(table["published"].cast("int64").to_numpy())
+    place = {item: n for n, item in enumerate(table["item_id"].to_pylist())}
+    far = (dataset.now_s // DAY_S + 400) * DAY_S * 1_000_000
+    for first, second, answered in ((far, at[place[sooner]], sooner), (at[place[sooner]], far, None)):
+        for folder, moment in (("then", first), ("tonight", second)):
+            days = at.copy()
+            days[place[sooner]], days[place[later]] = moment, far
+            changed = table.set_column(3, "published", pa.array(days).cast(table["published"].type))
+            pq.write_table(changed, tmp_path / f"{folder}.parquet")
+        then, tonight = (prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / name}.parquet")) for name in ("then", "tonight"))
+        bundle = untrained(settings_of(site, tmp_path), then, tmp_path / f"b{first}", "b")
+        predictor = Predictor.load(bundle.path, dataset=tonight)
+        h = next(Questions(tonight, "test").batches(1))[0].history
+        shown = predictor.recommend([h], tonight.n_items, now=tonight.now_s).item_index[0]
+        shown = set(predictor.ids_of(shown[shown > 0]))
+        assert (sooner in shown) == (answered == sooner) and later not in shown
+
+
 def test_the_news_site_is_drawn_from_its_seed_and_fades(site):
     again = News(users=400, articles=600, events_per_user=12, days=20)
     events, items = pq.read_table(site / "events.parquet"), pq.read_table(site / "items.parquet")

@@ -244,7 +244,7 @@ def test_what_is_not_released_is_not_answered():
     released = np.full(V + 1, NEVER_SAID)
     released[[5, 6, 7]] = 301, 300, 400
     popularity = Popularity.count_events(np.array([1, 7]), np.array([290, 299]) * DAY, V)
-    predictor = Predictor(model, pa.array(range(V)), ["buy"], popularity, prior_days=7, has_time=True, released_day=released)
+    predictor = Predictor(model, pa.array(range(V)), ["buy"], popularity, prior_days=7, has_time=True, barred_until=released)
     empty = History(*(np.zeros(0, np.int64) for _ in range(4)))
     one = History(np.array([1]), np.zeros(1, np.int64), np.array([290 * DAY]), np.ones(1, np.float32))
     for rows, moments in (([one, empty], NOW), ([one, empty], [NOW, NOW + DAY]), ([empty, one], [NOW + DAY, NOW + 5 * DAY])):

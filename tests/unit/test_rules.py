@@ -50,6 +50,13 @@ def test_what_training_never_saw_is_lifted_by_the_dial():
     counts = rules.of_counts(torch.tensor([[-torch.inf, 9.0, 0.0, 4.0, 9.0, 9.0, 1.25]]), 0)[0]
     assert counts[[0, 4, 5, 6]].tolist() == [-np.inf, -np.inf, -np.inf, 1.25], "nobody met it, so it is not popular"
     np.testing.assert_allclose(np.log1p(counts[1:4]), np.log1p([9.0, 0.0, 4.0]) + 0.5, rtol=1e-6)
+    assert (rules.boosted(torch.zeros(1, 7), 0)[0] == rules.boost_V).all()
+
+
+def test_what_is_pushed_back_in_popular_lists_keeps_its_order():
+    rules = declared(boosts={"brand=acme": -20.0})
+    counts = rules.of_counts(torch.tensor([[-torch.inf, 5.0, 500.0, 1.0, 0.0, 3.0, 2.5]]), 0)[0]
+    assert counts.argsort(descending=True).tolist() == [5, 6, 4, 2, 1, 3, 0] and counts[[4, 5, 6]].tolist() == [0, 3, 2.5]
 
 
 def test_boosts_and_exclusions_find_their_items():

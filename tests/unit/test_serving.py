@@ -1,6 +1,7 @@
 """The handler without HTTP: snapshot look-up, real time, unknown users."""
 
 import datetime as dt
+import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -223,3 +224,10 @@ def test_a_night_in_half_the_bits_is_nearly_the_same(world_settings, world_datas
 def _met(data, user_id) -> set:
     ids = data.items["item_id"].to_pylist()
     return {ids[index - 1] for index in data.user_history(user_id).item_index}
+
+
+@pytest.mark.parametrize(("clock", "as_of_s", "begins_s"), [("timestamp", 99, 100), ("position", 99, 100), ("position", 0, math.inf)])
+def test_what_comes_after_the_as_of_is_none_of_the_nights(clock, as_of_s, begins_s):
+    """Also where the owner's events have no times: what was told has one, and was cut by it."""
+    night = SimpleNamespace(dataset=SimpleNamespace(clock=clock, as_of_s=as_of_s))
+    assert Night.begins_s.fget(night) == begins_s
