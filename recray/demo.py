@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import json
 import os
@@ -146,14 +145,17 @@ def until_stopped(alive: Callable[[], bool], *told: Callable[[], None]) -> None:
             if alive():
                 well[0] = time.monotonic()
 
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         for tell in told:
             tell()
         threading.Thread(target=look, daemon=True).start()  # on its own: it may be kept waiting
         while time.monotonic() - well[0] <= PATIENCE_S:
             time.sleep(LOOK_S)
         raise ClusterError("no replica of the endpoint runs any more, and Ray Serve brings none back", "look at its log, and start it again")
-    ended.set()
+    except KeyboardInterrupt:
+        return
+    finally:
+        ended.set()
 
 
 def with_port(settings: Settings) -> Settings:

@@ -292,6 +292,8 @@ class Predictor:
         if not 0 < item <= self.n_items:
             raise RequestError(f"item index {item} lies outside 1 to {self.n_items}", "use Predictor.index_of")
         wanted = torch.nn.functional.normalize(self._table_VD[item], dim=0)
+        if torch.isin(item, self._nothing):
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
         best: tuple[Tensor, Tensor] | None = None
         barred = torch.cat([self.retired, self._nothing, torch.tensor([0, item], device=self.device)])
         if self._later is not None and now is not None:
@@ -299,7 +301,7 @@ class Predictor:
         for first in range(0, self.n_items + 1, ITEM_BLOCK):
             found = torch.nn.functional.normalize(self._table_VD[first : first + ITEM_BLOCK], dim=1) @ wanted
             index = torch.arange(first, first + len(found), device=found.device)
-            found[torch.isin(index, barred) | bool(torch.isin(item, self._nothing))] = -torch.inf
+            found[torch.isin(index, barred)] = -torch.inf
             places, values = top_k(found[None], min(k, self.n_items))
             best = merge(best, (places + first, values), k)
         assert best is not None

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import scipy.sparse as sp
 from conftest import prepare_here, world_overrides
 
@@ -47,13 +48,18 @@ def test_users_who_are_asked_live_are_answered_by_what_is_popular_then(world_fol
             assert (counts[lists[row]] == np.sort(counts[1:])[::-1][:5]).all()
 
 
-def test_neighbours_are_the_nearest_and_what_breaks_ties_is_below_one_purchase():
+@pytest.mark.parametrize("dense", [0.0, 2.0])  # whole rows are looked through, or only what is there is sorted
+def test_neighbours_are_the_nearest(dense, monkeypatch):
+    monkeypatch.setattr("recray.evaluation.baselines.DENSE", dense)
     seen = sp.random(300, 700, 0.05, "csr", np.float32, rng=np.random.default_rng(0)).sign()
     whole, near = (_cosine(seen, dense=dense) for dense in (True, False))
     assert near.nnz == (near > 0).nnz and np.diff(near.tocsc().indptr).max() == NEIGHBOURS
     for item in (0, 511, 512, 699):
         column = np.sort(whole[:, item])[::-1]
         np.testing.assert_allclose(np.sort(near[:, [item]].toarray().ravel())[::-1][:NEIGHBOURS], column[:NEIGHBOURS], atol=1e-6)
+
+
+def test_what_breaks_ties_is_below_one_purchase():
     found = _below_one(np.array([[0.0, 32_500.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]))
     assert found.max() < 1 and (np.diff(found[0, [0, 3, 2, 1]]) > 0).all() and not found[1].any()
 
