@@ -1,23 +1,74 @@
 #!/usr/bin/env bash
-# Lint, types and tests. --setup-only: stop after the set-up. --full: the slow tests too. Other arguments go to pytest.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-setup
-marks=(-m "not slow")
+# Lint, types and tests. --setup-only: stop after the set-up. --full: the slow tests too. Other arguments go to pytest, which then
+# runs alone; without them there are two lanes side by side: what needs no Ray (with lint and types), and what does.
+marks="not slow"
+only_setup=
 rest=()
 for argument in "$@"; do
     case $argument in
-    --setup-only) exit 0 ;;
-    --full) marks=() ;;
+    --setup-only) only_setup=yes ;;
+    --full) marks="" ;;
     *) rest+=("$argument") ;;
     esac
 done
-# servers that tests start; where one cannot be had, its tests are skipped with a reason
-missing=()
-compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || missing+=(postgresql)
-command -v redis-server >/dev/null || missing+=(redis-server)
-command -v chromium >/dev/null || missing+=(chromium)
-if [[ ${#missing[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-    apt-get -qq update && apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null || true
+missing() { # Debian's packages of the servers that tests start and this machine has not
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || echo postgresql
+    command -v redis-server >/dev/null || echo redis-server
+    command -v chromium >/dev/null || echo chromium
+}
+install_servers() {
+    [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 0
+    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(missing) >/dev/null
+}
+servers=
+if [[ -z $only_setup && -n $(missing) ]]; then
+    install_servers & # while the virtual environment is made
+    servers=$!
 fi
-bash infra/lint.sh
-exec .venv/bin/python -m pytest "${marks[@]}" "${rest[@]}"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+setup
+[[ -z $only_setup ]] || exit 0
+[[ -z $servers ]] || wait "$servers" || true
+if [[ -n $(missing) ]]; then
+    echo "test.sh: not installed, and not to be had here: $(missing | xargs); their tests are $([[ -n ${CI:-} ]] && echo "not to be left out in CI" || echo skipped)" >&2
+    [[ -z ${CI:-} ]] || exit 1
+fi
+
+if [[ ${#rest[@]} -gt 0 ]]; then
+    bash infra/lint.sh
+    exec .venv/bin/python -m pytest -m "$marks" "${rest[@]}"
+fi
+
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 # two lanes on two cores: threads that wait for each other would take turns
+tests() { # tests with a marker expression
+    .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
+}
+plain() { bash infra/lint.sh && tests "not ray"; }
+ray() {
+    local failed=0
+    tests "ray and not alone" || failed=1
+    tests "alone" || failed=1 # in a process of its own
+    return $failed
+}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+set -m # lanes are process groups, which an interrupt ends as a whole
+plain >"$folder/plain" 2>&1 &
+plain=$!
+ray >"$folder/ray" 2>&1 &
+ray=$!
+trap 'kill -INT -- "-$plain" "-$ray" 2>/dev/null; wait; exit 130' INT TERM
+echo "two lanes run; to watch them: tail -f $folder/plain $folder/ray"
+failed=()
+for lane in plain ray; do
+    code=0
+    wait "${!lane}" || code=$?
+    printf '\n════ lane %s, exit code %s, after %s s ════\n' "$lane" "$code" "$SECONDS"
+    cat "$folder/$lane"
+    [[ $code == 0 ]] || failed+=("$lane")
+done
+count() { cat "$folder/plain" "$folder/ray" | grep -E '^[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
+printf '\n════ both lanes, %s s ════\n' "$SECONDS"
+[[ ${#failed[@]} == 0 ]] || { grep -hE '^(FAILED|ERROR) ' "$folder/plain" "$folder/ray"; echo "failed: ${failed[*]}"; }
+echo "$(count passed) passed, $(($(count failed) + $(count error))) failed, $(count skipped) skipped"
+exit ${#failed[@]}

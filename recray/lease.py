@@ -15,6 +15,7 @@ import datetime as dt
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ from recray.errors import RefusedError, StorageError
 LOCK = ".lock"
 COMMIT = ".commit.lock"
 BEATS = 10  # touches in a lease
+FAULT = "RECRAY_FAULT"
 
 _held: Lease | None = None
 
@@ -73,6 +75,7 @@ def hold(root: Path, job: str, lease_s: float) -> Iterator[Lease]:
         beat = threading.Thread(target=_beat, args=(file.fileno(), ended, lease_s / BEATS), daemon=True)
         beat.start()
         _held = lease
+        commit_point("lease:held")
         try:
             yield lease
         finally:
@@ -95,6 +98,13 @@ def commit(root: Path | None = None) -> Iterator[None]:
         if _held is not None and _held.root == root:
             _held.check()
         yield
+
+
+def commit_point(name: str) -> None:
+    """A moment between two durable steps: `RECRAY_FAULT=KILL@<name>` ends this process here as a crash would, `STOP@<name>` halts it."""
+    fault, _, point = os.environ.get(FAULT, "").partition("@")
+    if point == name:
+        os.kill(os.getpid(), signal.Signals[f"SIG{fault}"])
 
 
 def holder(root: Path) -> str | None:

@@ -3,6 +3,10 @@
 A sealed directory is immutable. It is written beside its final place, every file is fsynced, `manifest.json` (format
 version, kind, sha256 of every file, and the writer's fields) comes last, and one rename makes it visible. A reader
 therefore sees all of it or nothing, whatever was killed when. Files that change (`LATEST.json`) are replaced by rename.
+
+Between two durable steps lies a commit point (`recray.lease.commit_point`), where a test can end the process: `bundle:written`
+(the files are there), `bundle:sealed` (so is the manifest) and `bundle:visible` (renamed) of each kind of directory;
+`written` and `visible` of `RELEASE.json`, of `LATEST.json`, and of the files of a folder (`nights:written`).
 """
 
 from __future__ import annotations
@@ -176,10 +180,12 @@ def write_json(path: Path, content: Any) -> None:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+        _file_point(path, "written")
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+    _file_point(path, "visible")
     _fsync_directory(path.parent)
 
 
@@ -210,13 +216,16 @@ def sealed_directory(path: Path, kind: str, run_key: str, fields: dict[str, Any]
     scratch.mkdir()
     try:
         yield scratch
+        lease.commit_point(f"{kind}:written")
         _seal(scratch, kind, run_key, fields)
+        lease.commit_point(f"{kind}:sealed")
         with lease.commit():
             try:
                 os.rename(scratch, path)
             except OSError:
                 if not is_sealed(path, kind, run_key):
                     raise
+        lease.commit_point(f"{kind}:visible")
         _fsync_directory(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -280,6 +289,11 @@ def _seal(directory: Path, kind: str, run_key: str, fields: dict[str, Any]) -> N
         files[file.relative_to(directory).as_posix()] = {"sha256": digest, "bytes": file.stat().st_size}
     content = {**fields, "format_version": FORMAT_VERSION, "kind": kind, "run_key": run_key, "files": files}
     write_json(directory / MANIFEST, {**content, "sha256": _content_digest(content)})
+
+
+def _file_point(path: Path, state: str) -> None:
+    """Commit point of a file: named by itself if it is a pointer, else by its folder."""
+    lease.commit_point(f"{path.name if path.stem.isupper() else path.parent.name}:{state}")
 
 
 def _content_digest(manifest: dict[str, Any]) -> str:

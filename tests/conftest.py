@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
+from preflight import absent, problems
 
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
@@ -53,6 +56,7 @@ def world_overrides(folder: Path, root: Path) -> list[str]:
         "train.warmup_steps=5",
         "evaluate.bootstrap=100",
         "score.k=20",
+        "score.actors=1",
         "split.validation_users=0.5",
     ]
 
@@ -97,44 +101,106 @@ def shared_data() -> Path:
     return SHARED
 
 
+def pytest_sessionstart() -> None:
+    """Say at once what would make tests fail for no fault of the code."""
+    if found := problems():
+        pytest.exit("the tests cannot run here:\n  " + "\n  ".join(found), returncode=1)
+
+
+RAY = {"head", "own_home", "ray_session", "two_nodes"}
+"""Fixtures that make a test one of those that run Ray (marker `ray`)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs Ray, and let what must meet it first in a process (marker `alone`) do so."""
+    for item in items:
+        if RAY & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+
+
 @pytest.fixture(scope="module")
 def own_home(tmp_path_factory) -> Iterator[Path]:
     """A home (and so a Ray token) of the module's own; afterwards no process that was started with it may be left."""
     home = tmp_path_factory.mktemp("home")
     resource_tracker.ensure_running()  # it is the whole session's, with the session's home
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"):
-            patch.delenv(name, raising=False)
+        _at_home(patch, home)
         yield home
-    deadline = time.monotonic() + 30
-    while (left := _processes(home)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left, f"processes left behind: {sorted(left)}"
+    assert_nothing_left(home)
 
 
 @pytest.fixture(scope="session")
-def ray_token() -> str:
-    """The token of every Ray that this process starts: it keeps the first one that it saw, whatever lies in a later home."""
-    return secrets.token_hex(32)
-
-
-@pytest.fixture(scope="module")
-def ray_session(own_home, ray_token) -> Iterator[None]:
+def _session_home(tmp_path_factory) -> Iterator[Path]:
+    """The home of the Ray that this process keeps; afterwards nothing of it may be left."""
     import ray
 
     from recray import cluster
 
-    (own_home / ".ray").mkdir()
-    (own_home / ".ray" / "auth_token").write_text(ray_token)
-    cluster.start(2)
-    yield
-    ray.shutdown()
+    home = tmp_path_factory.mktemp("home")
+    resource_tracker.ensure_running()
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        _at_home(patch, home)
+        cluster.start(2)
+        yield home
+        ray.shutdown()
+    assert_nothing_left(home)
 
 
-def _processes(home: Path) -> list[str]:
-    """Processes other than this one that have this home."""
-    found = []
+@pytest.fixture(scope="module")
+def ray_session(_session_home) -> Iterator[None]:
+    """A local Ray of two CPUs, for all modules that ask for one; a module leaves nothing running in it."""
+    before = _processes(_session_home)
+    with pytest.MonkeyPatch.context() as patch:
+        _at_home(patch, _session_home)
+        yield
+    assert_nothing_left(_session_home, before)
+
+
+RAYS_OWN = (
+    "ray::ActorLocationTracker",
+    "ray::IDLE",
+    "ray::_AutoscalingCoordinatorActor",
+    "ray::_StatsActor",
+    "_private/workers/default_worker.py",
+    "_private/workers/setup_worker.py",
+)
+"""Workers that Ray keeps for the next task, and actors of Ray Data's that live as long as Ray."""
+
+
+QUICK_RAY = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Ray Train looks every two seconds whether a worker has something to say, and watches for machines that are taken away: here, not."""
+
+
+def _at_home(patch: pytest.MonkeyPatch, home: Path) -> None:
+    for name, value in QUICK_RAY.items():
+        patch.setenv(name, value)
+    patch.setenv("HOME", str(home))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"):
+        patch.delenv(name, raising=False)
+
+
+def assert_nothing_left(home: Path, before: dict[int, str] | None = None) -> None:
+    """No process of a home is left; with `before`, none but those, and what Ray keeps for the next one."""
+    from harness import wait_for
+
+    def left() -> list[str]:
+        gc.collect()  # an actor lives as long as somebody has its handle, and the errors of a test are cycles that hold some
+        found = {
+            pid: title
+            for pid, title in _processes(home).items()
+            if before is None or (pid not in before and not any(own in title for own in RAYS_OWN))
+        }
+        return sorted(f"{pid} {title}" for pid, title in found.items())
+
+    wait_for("the processes that a module started to end", lambda: not left(), saw=left)
+
+
+def _processes(home: Path) -> dict[int, str]:
+    """Processes other than this one that have this home, with the beginning of their titles."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
@@ -143,39 +209,46 @@ def _processes(home: Path) -> list[str]:
             except OSError:
                 continue
             if f"HOME={home}".encode() in environment and command:
-                found.append(f"{entry.name} {command[:80]}")
+                found[int(entry.name)] = command[:160]
     return found
 
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory):
-    """A real cluster for the nights of the chaos tests; its drivers give up a lost head after 10 s instead of 60."""
-    from recray.benchmark.submit import Head
+    """A real cluster for the jobs of many modules; its drivers give up a lost head after 10 s instead of 60."""
+    from forked import begin_forks
+    from harness import Cluster
 
-    with Head(tmp_path_factory.mktemp("home")) as head:
-        head.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"
+    with Cluster(tmp_path_factory.mktemp("home")) as head:
+        head.environment.update(QUICK_RAY, RAY_gcs_rpc_server_reconnect_timeout_s="10")
+        begin_forks(head.environment)
         yield head
 
 
 @pytest.fixture(scope="session")
-def reference(head, world_folder, tmp_path_factory) -> dict[str, bytes]:
-    """Every file of a night that nothing disturbed."""
-    from harness import Night, assert_right, content
+def workspace(head, world_folder, tmp_path_factory):
+    """A workspace where a nightly run ended, to be cut back to before any stage of it."""
+    from harness import Workspace
 
-    root = tmp_path_factory.mktemp("reference")
-    code, result = Night(world_folder, root, head.environment).end()
-    assert (code, result["status"]) == (0, "ok"), result
-    found = content(root)
-    assert_right(root, found)
-    return found
+    return Workspace(tmp_path_factory.mktemp("workspace"), world_folder, head.environment)
+
+
+@pytest.fixture(autouse=True)
+def _no_job_goes_on() -> Iterator[None]:
+    """A test that fails leaves no job behind, which would hold the next one up."""
+    yield
+    if "harness" in sys.modules:
+        sys.modules["harness"].Job.end_all()
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     """URL of a PostgreSQL server of our own, without a database."""
+    from harness import wait_for
+
     found = [*sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")), *(Path(path) for path in [shutil.which("initdb")] if path)]
     if not found:
-        pytest.skip("PostgreSQL is not installed (Debian's package postgresql, or its bin folder in PATH)")
+        absent("PostgreSQL is not installed (Debian's package postgresql, or its bin folder in PATH)")
     binaries = found[-1].resolve().parent
     user = "nobody" if os.getuid() == 0 else None  # it does not run as root
     with tempfile.TemporaryDirectory(prefix="recray-postgres-") as folder:
@@ -189,9 +262,8 @@ def postgres() -> Iterator[str]:
             serve = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", port, "-k", folder]
             server = subprocess.Popen(serve, stdout=file, stderr=file, user=user, cwd=folder)
         try:
-            while subprocess.run([binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", port]).returncode:
-                assert server.poll() is None, log.read_text()
-                time.sleep(0.1)
+            ready = [binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", port]
+            wait_for("PostgreSQL", lambda: not subprocess.run(ready).returncode, saw=log.read_text, ended=server.poll)
             yield f"postgresql://recray@127.0.0.1:{port}"
         finally:
             server.send_signal(signal.SIGINT)  # it ends the connections, then stops
@@ -203,7 +275,7 @@ def redis_server() -> Iterator[str]:
     """URL of a Redis server of our own that acknowledges what is on disk."""
     binary = shutil.which("redis-server")
     if binary is None:
-        pytest.skip("Redis is not installed (Debian's package redis-server)")
+        absent("Redis is not installed (Debian's package redis-server)")
     with tempfile.TemporaryDirectory(prefix="recray-redis-") as folder:
         (port,) = free_ports(1)
         server = start_redis(binary, folder, port)
@@ -214,16 +286,12 @@ def redis_server() -> Iterator[str]:
 
 def start_redis(binary: str, folder: str, port: int) -> subprocess.Popen:
     """A Redis server with its files in a folder, once it takes connections."""
+    from harness import wait_for
+
     options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
     server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while True:
-        assert server.poll() is None and time.monotonic() < deadline
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return server
-        except OSError:
-            time.sleep(0.05)
+    with contextlib.closing(wait_for("Redis", lambda: socket.create_connection(("127.0.0.1", port), timeout=1), ended=server.poll)):
+        return server
 
 
 @pytest.fixture(params=["sqlite", "redis"])

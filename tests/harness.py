@@ -1,73 +1,221 @@
-"""A night as an operator runs it, in a process of its own, that can be hit at a known moment; and what a right night is."""
+"""Jobs as an operator runs them, in processes that can be hit at a known moment; what a right nightly run leaves; and waiting for events."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+from unittest import mock
 
 import pyarrow.parquet as pq
 from conftest import world_overrides
+from forked import FORKS, run_job
+
+from recray.benchmark.submit import Head
+from recray.lease import FAULT
 
 STAGES = ("prepare", "train", "evaluate", "promote", "score", "report")
 ARTIFACTS = ("datasets", "bundles", "evaluations", "promotions", "scores", "reports")
+WRITES = {"prepare": ("datasets",), "train": ("bundles", "training")}
 AS_OF = "2024-04-20"
 QUICK = ("train.epochs=3", "train.patience=3", "train.timeout_s=30", "storage.lease_s=5")
+DEADLINE_S = 240.0  # of any wait: far above what a busy machine needs
+
+Value = TypeVar("Value")
 
 
-class Night:
-    """`python -m jobs.nightly` for the small world under `root`. Its log is read as it comes."""
+def wait_for(
+    what: str, condition: Callable[[], Value], *, saw: Callable[[], Any] | None = None, ended: Callable[[], Any] | None = None, every_s: float = 0.05
+) -> Value:
+    """The first true value of a condition; an OSError or ValueError in it counts as not yet.
 
-    def __init__(self, folder: Path, root: Path, environment: dict[str, str], *more: str, as_of: str = AS_OF) -> None:
-        command = [sys.executable, "-m", "jobs.nightly", "--as-of", as_of, *world_overrides(folder, root), *QUICK, *more]
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        self.stages: list[str] = []
-        self._news = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+    saw : what to show if it never came (default: what the condition gave last)
+    ended : true once it cannot come any more, for instance `process.poll` or `lambda: not job.alive()`
 
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            stage = json.loads(line)["stage"] if line.startswith('{"time"') else ""
-            with self._news:
-                self.lines.append(line)
-                if stage and stage not in self.stages:
-                    self.stages.append(stage)
-                self._news.notify_all()
-        with self._news:
-            self.stages.append("end")
-            self._news.notify_all()
+    Raises AssertionError naming what was waited for and what was seen last.
+    """
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        last: Any = None
+        over = ended is not None and _is_over(ended())  # looked at first: what came just before the end counts
+        try:
+            last = value = condition()
+            if value:
+                return value
+        except (OSError, ValueError) as error:
+            last = error
+        if over or time.monotonic() > deadline:
+            why = "it ended" if over else f"{DEADLINE_S:.0f} s went by"
+            raise AssertionError(f"waited for {what}, but {why}; last seen: {last if saw is None else saw()!s}")
+        time.sleep(every_s)
 
-    def reaches(self, stage: str, timeout_s: float = 200) -> bool:
-        """Wait until a stage begins; False if the night ended before."""
-        with self._news:
-            assert self._news.wait_for(lambda: {stage, "end"} & set(self.stages), timeout_s), "".join(self.lines[-20:])
-            return stage in self.stages
+
+def _is_over(state: Any) -> bool:
+    """Of `Popen.poll`, for which 0 is an end, or of a predicate."""
+    return state is not None and state is not False
+
+
+class Job:
+    """`python -m jobs.<name>` for the small data set under `root`, in a process of its own.
+
+    fault : commit point where the job kills or stops itself, as in `recray.lease.commit_point`
+    fork : False for a process that begins with nothing, as an operator's does
+    """
+
+    _begun: list[Job] = []
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        root: Path,
+        environment: dict[str, str],
+        *more: str,
+        as_of: str = AS_OF,
+        fault: str | None = None,
+        fork: bool = True,
+    ) -> None:
+        words = ["--as-of", as_of, *world_overrides(folder, root), *QUICK, *more]
+        environment = environment if fault is None else {**environment, FAULT: fault}
+        Job._begun.append(self)
+        self._folder = Path(tempfile.mkdtemp(prefix="recray-job-"))
+        self.out, self.log = self._folder / "out", self._folder / "log"
+        if fork:
+            self._process: Any = FORKS.Process(target=run_job, args=(name, words, environment, self.out, self.log))
+            self._process.start()
+        else:
+            with open(self.out, "w") as out, open(self.log, "w") as log:
+                self._process = subprocess.Popen([sys.executable, "-m", f"jobs.{name}", *words], env=environment, stdout=out, stderr=log)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Kill what still runs, and forget all."""
+        for job in cls._begun:
+            if job.alive():
+                kill(job.worker, job.pid)
+            shutil.rmtree(job._folder, ignore_errors=True)
+        cls._begun.clear()
 
     @property
-    def job(self) -> int | None:
+    def pid(self) -> int:
+        """The small process that waits for the job and reports."""
+        return int(self._process.pid)
+
+    @property
+    def worker(self) -> int | None:
         """The process that does the work: the child of the one we started."""
-        children = [pid for pid, parent in parents().items() if parent == self.process.pid]
+        children = [pid for pid, parent in parents().items() if parent == self.pid]
         return children[0] if children else None
 
-    def end(self, timeout_s: float = 240) -> tuple[int, dict]:
-        """Exit code and last line, {} if there is none."""
-        code = self.process.wait(timeout_s)
-        self._reader.join(10)
-        out = self.process.stdout.read().splitlines()
-        return code, json.loads(out[-1]) if out else {}
+    def alive(self) -> bool:
+        return self._process.poll() is None if isinstance(self._process, subprocess.Popen) else self._process.exitcode is None
 
     @property
     def said(self) -> str:
-        return "".join(self.lines)
+        return self.log.read_text() if self.log.exists() else ""
+
+    def waits_for(self, what: str, condition: Callable[[], Value]) -> Value:
+        """Wait for something that comes while the job runs."""
+        return wait_for(what, condition, saw=lambda: f"\n{self.said[-2000:]}", ended=lambda: not self.alive())
+
+    def logs(self, **fields: Any) -> dict[str, Any]:
+        """Wait for a line of its log with these fields."""
+
+        def line() -> dict[str, Any] | None:
+            lines = [json.loads(text) for text in self.said.split("\n")[:-1] if text.startswith('{"time"')]
+            return next((line for line in lines if fields.items() <= line.items()), None)
+
+        return self.waits_for(f"a line of its log with {fields}", line)
+
+    def stops(self) -> int:
+        """Wait until it stopped at its `fault`; the process that did."""
+        return self.waits_for("the job to stop itself", lambda: self.worker if state_of(self.worker) == "T" else None)
+
+    def end(self) -> tuple[int, dict[str, Any]]:
+        """Exit code and last line, {} if there is none."""
+        wait_for("the job to end", lambda: not self.alive(), saw=lambda: f"\n{self.said[-2000:]}")
+        code = self._process.returncode if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+        lines = self.out.read_text().splitlines() if self.out.exists() else []
+        return code, json.loads(lines[-1]) if lines else {}
+
+    def ends_ok(self) -> dict[str, Any]:
+        """Its last line, after it ended well."""
+        code, result = self.end()
+        assert code == 0, result or self.said[-2000:]
+        return result
+
+    def is_killed(self) -> None:
+        """Wait until it ended itself at its `fault`."""
+        code, result = self.end()
+        assert (code, result.get("status")) == (1, "failed") and "signal 9" in result["reason"], (result, self.said[-2000:])
+
+
+class Workspace:
+    """A workspace of the small data set where a nightly run ended, and how it was before each stage of it.
+
+    All jobs run at the path where that run was, since MLflow's store names it. `reference` has every file that the run
+    promises to write alike.
+    """
+
+    def __init__(self, folder: Path, world: Path, environment: dict[str, str]) -> None:
+        self.root, self._cuts, self.world, self.environment = folder / "root", folder / "cuts", world, environment
+        self._cuts.mkdir()
+        words = [sys.executable, str(Path(__file__).with_name("cutting.py")), str(self._cuts), *world_overrides(world, self.root), *QUICK]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        self.reference = content(self.root)
+        assert_right(self.root, self.reference)
+
+    def cut(self, stage: str) -> Path:
+        """The root as it was when a stage began; at "end", as the run left it."""
+        for path in self.root.iterdir() if self.root.exists() else ():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return Path(shutil.copytree(self._cuts / stage, self.root, dirs_exist_ok=True))
+
+    def cut_out(self, stage: str) -> Path:
+        """The root as the run left it, but for what a stage wrote."""
+        root = self.cut("end")
+        for name in WRITES[stage]:
+            for key in (path.name for path in (root / name).iterdir()):
+                (root / "tracked" / f"{key}.json").unlink(missing_ok=True)
+            shutil.rmtree(root / name)
+        return root
+
+    def job(self, name: str, *more: str, **options: Any) -> Job:
+        return Job(name, self.world, self.root, self.environment, *more, **options)
+
+    def assert_right(self) -> None:
+        assert_right(self.root, self.reference)
+
+    def nightly_finds_the_rest_right(self, *more: str) -> None:
+        """One nightly run, after which everything is as if nothing had happened."""
+        self.job("nightly", *more).ends_ok()
+        self.assert_right()
+
+
+class Cluster(Head):
+    """A cluster of one node that can be lost and come again."""
+
+    def kill(self) -> None:
+        """End the head node at once; what it had started may live on until `start`."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def start(self) -> None:
+        kill(*titled(self.home, "raylet", "gcs_server", "ray::", "dashboard", "ray/_private"))
+        super().start()
 
 
 def parents() -> dict[int, int]:
+    """The parent of every process."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -76,6 +224,14 @@ def parents() -> dict[int, int]:
             except OSError:
                 continue
     return found
+
+
+def state_of(pid: int | None) -> str | None:
+    """The kernel's letter for what a process does: R, S, T (stopped), Z, …; None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return None
 
 
 def titled(home: Path, *words: str) -> list[int]:
@@ -92,6 +248,15 @@ def titled(home: Path, *words: str) -> list[int]:
     return found
 
 
+def replica_logs(home: Path) -> list[str]:
+    """What each replica of the endpoints of a home has written into its log."""
+    logs = []
+    for pid in titled(home, "ray::ServeReplica"):
+        paths = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
+        logs.append("".join(Path(path).read_text() for path in sorted(paths) if "/logs/serve/replica" in path))
+    return logs
+
+
 def kill(*pids: int | None) -> None:
     for pid in pids:
         if pid is not None:
@@ -102,13 +267,13 @@ def kill(*pids: int | None) -> None:
 
 
 def content(root: Path) -> dict[str, bytes]:
-    """Every file that a night promises to write alike, by its name under the root."""
+    """Every file that a nightly run promises to write alike, by its name under the root."""
     found = {str(p.relative_to(root)): p.read_bytes() for name in ARTIFACTS for p in sorted((root / name).rglob("*")) if p.is_file()}
     return found | {name: (root / name).read_bytes() for name in ("LATEST.json", "RELEASE.json")}
 
 
 def assert_right(root: Path, reference: dict[str, bytes]) -> None:
-    """The night's files are those of the undisturbed one, nothing else lies there, one row a user, and MLflow has one of each."""
+    """The files are those of an undisturbed run, nothing else lies there, one row a user, and MLflow has one of each."""
     mine = content(root)
     assert sorted(mine) == sorted(reference)
     assert [name for name in mine if mine[name] != reference[name]] == []
@@ -119,8 +284,23 @@ def assert_right(root: Path, reference: dict[str, bytes]) -> None:
     assert_tracked(root, f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")
 
 
-def assert_tracked(root: Path, uri: str, nights: int = 1) -> None:
+def assert_nothing_half_written(root: Path, reference: dict[str, bytes]) -> None:
+    """What is visible is as an undisturbed run has it."""
+    for name in ARTIFACTS:
+        for path in (root / name).rglob("*"):
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
+                assert reference[str(path.relative_to(root))] == path.read_bytes(), path
+    for name in ("LATEST.json", "RELEASE.json"):
+        assert not (root / name).exists() or (root / name).read_bytes() == reference[name]
+
+
+def assert_tracked(root: Path, uri: str) -> None:
     """One MLflow run and one version a bundle, no value twice, the alias where RELEASE.json has the champion, nothing spooled."""
+    with mock.patch.dict(os.environ, MLFLOW_SQLALCHEMYSTORE_POOLCLASS="NullPool"):  # else it goes on with a file that was replaced
+        _assert_tracked(root, uri)
+
+
+def _assert_tracked(root: Path, uri: str) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(uri, uri)

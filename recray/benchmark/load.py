@@ -67,7 +67,7 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float, *, 
 
 def _child(pipe: Any, *arguments: Any) -> None:
     try:
-        pipe.send(_Driver(*arguments).drive())
+        pipe.send(Driver(*arguments).drive())
     except Exception as error:
         pipe.send(error)
 
@@ -98,7 +98,9 @@ class _Connection:
         return (int(head[9:12]), lower, body) if whole else None
 
 
-class _Driver:
+class Driver:
+    """A load that this thread drives, with the arguments of `load`."""
+
     def __init__(self, port: int, requests: list[bytes], clients: int, seconds: float, rate: float | None, keep: bool) -> None:
         self.port, self.requests, self.clients, self.seconds, self.rate, self.keep = port, requests, clients, seconds, rate, keep
         self.selector = selectors.DefaultSelector()
@@ -109,6 +111,7 @@ class _Driver:
         self.found = Load(0.0, np.zeros(0), np.zeros(0))
 
     def drive(self) -> Load:
+        """Ask for as long as was said."""
         begun = time.perf_counter()
         until = begun + self.seconds
         for _ in range(self.clients):

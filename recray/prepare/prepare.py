@@ -132,11 +132,11 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
     given = given or find_input(settings)
     storage, key = Storage(settings.root()), prepare_key(settings, as_of, given)
     final = storage.dataset(key)
+    with lease.commit():
+        shutil.rmtree(storage.staging, ignore_errors=True)  # left by an attempt that was killed, maybe when it had all but this to do
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
     source, items = inspect(settings, given)
-    with lease.commit():
-        shutil.rmtree(storage.staging, ignore_errors=True)  # left by an attempt that was killed
     plan = PartitionPlan(
         columns=source.columns,
         types=source.types,

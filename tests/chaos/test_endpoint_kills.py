@@ -12,19 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import start_redis, world_overrides
-from harness import kill, titled
+from harness import DEADLINE_S, kill, replica_logs, titled, wait_for
+from preflight import absent
 
 from recray import pipeline
-from recray.benchmark.load import load, post
+from recray.benchmark.load import Driver, post
 from recray.benchmark.nights import each_bucket, publish_untrained, untrained
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
@@ -60,18 +59,11 @@ class Served:
         words = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={root}", f"serve.port={self.port}"]
         words += ["serve.poll_s=0.2", "serve.timeout_s=30", *overrides]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while not self.answers():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                raise AssertionError(self.process.communicate()[1][-2000:])
-            time.sleep(0.2)
-
-    def answers(self) -> bool:
         try:
-            return self.get("/healthz")["status"] == "ok"
-        except (OSError, urllib.error.URLError):
-            return False
+            wait_for("the endpoint's first answer", lambda: self.get("/healthz")["status"] == "ok", ended=self.process.poll)
+        except AssertionError as error:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(self.process.communicate()[1][-2000:]) from error
 
     def get(self, path: str) -> dict:
         with urllib.request.urlopen(f"{self.address}{path}", timeout=5) as response:
@@ -82,16 +74,12 @@ class Served:
 
     def becomes(self, snapshot: str) -> None:
         """Wait until every replica serves a snapshot."""
-        deadline, agreed = time.monotonic() + 30, 0
-        while agreed < 20:
-            agreed = agreed + 1 if self.night() == snapshot else 0
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(f"20 answers of {snapshot} one after the other", lambda: {self.night() for _ in range(20)} == {snapshot}, saw=self.night)
 
     def stop(self, number: int = signal.SIGINT) -> dict:
         """End it by a signal; its last line."""
         self.process.send_signal(number)
-        out, _ = self.process.communicate(timeout=150)  # Serve itself waits a minute for its replicas
+        out, _ = self.process.communicate(timeout=DEADLINE_S)  # Serve itself waits a minute for its replicas
         return json.loads((out.splitlines() or ["{}"])[-1])  # nothing of one that was killed
 
 
@@ -99,10 +87,7 @@ class Served:
 def served(own_home, shop):
     _, storage, _ = shop
     endpoint = Served(storage.root, "serve.replicas=2")
-    deadline = time.monotonic() + 60
-    while len(titled(own_home, "ray::ServeReplica")) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for("two replicas", lambda: len(titled(own_home, "ray::ServeReplica")) == 2)
     yield endpoint
     endpoint.stop()
 
@@ -123,18 +108,15 @@ def test_requests_that_never_end_make_nobody_wait(served):
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(200)]
         for client in slow:
             client.sendall(begun)
-        time.sleep(1)
         for user in range(50):
             assert ask(f"{served.address}/v1/recommend", {"user_id": user})["items"]
-        slow[0].settimeout(20)
+        slow[0].settimeout(DEADLINE_S)
         assert b" 408 " in slow[0].recv(1000)
 
 
 def test_a_burst_is_answered_and_what_is_more_than_there_are_places_is_told_to_come_again(served):
-    places, deadline = 2 * Settings().serve.places, time.monotonic() + 30
-    while {status for status, _ in _burst(served.port, places)} != {200}:  # until HAProxy knows of both replicas
-        assert time.monotonic() < deadline
-        time.sleep(1)
+    places = 2 * Settings().serve.places
+    wait_for("HAProxy to know of both replicas", lambda: {status for status, _ in _burst(served.port, places)} == {200})
     found = _burst(served.port, 4 * places)
     refused = [head for status, head in found if status == 503]
     assert Counter(status for status, _ in found)[200] == len(found) - len(refused) >= places and refused
@@ -168,14 +150,14 @@ def test_an_event_is_heard_by_every_replica(served, shop):
     assert {ask(f"{served.address}/v1/recommend", {"user_id": 7})["source"] for _ in range(20)} == {"realtime"}
 
 
-def test_no_answer_is_wrong_while_nights_come_and_go(served, shop, world_dataset):
+def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, world_dataset):
     """A good night, a damaged one and `recray rollback`, under a load of nightly lists and of the model's answers."""
     settings, storage, other = shop
     first = Snapshot.latest(storage)
     known = {"untrained": _answers(storage)}
     requests = [post("/v1/recommend", {"user_id": user, "k": 5, "mode": "realtime" if user % 3 == 0 else "batch"}) for user in range(10, USERS)]
     with Continuous(served.port, requests) as running:
-        time.sleep(1)
+        running.has_seen_more()
         second_path, _, _ = write_night(storage, "second", world_dataset, other, settings.score, each_bucket)
         Release(champion=Member.of(other), previous=Release.read(storage).champion).write(storage)
         published = storage.latest.read_bytes()
@@ -185,12 +167,12 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, shop, world_dataset
         index = next(broken.glob("index-*.arrow"))
         index.write_bytes(index.read_bytes()[:-9] + b"123456789")
         write_json(storage.latest, {**json.loads(published), "snapshot": broken.relative_to(storage.root).as_posix()})
-        time.sleep(1.5)
+        wait_for("both replicas to refuse it", lambda: len(told := replica_logs(own_home)) == 2 and all("the old one stays" in log for log in told))
         assert served.night() == manifest_digest(second_path), "a damaged night is refused and the old one stays"
         storage.latest.write_bytes(published)
         known["other"] = _answers(storage)
         words = [sys.executable, "-m", "recray.cli", "rollback", f"storage.root={storage.root}", "score.k=20"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         back = Snapshot.latest(storage)
         served.becomes(manifest_digest(back.path))
@@ -205,15 +187,20 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, shop, world_dataset
 
 
 class Continuous(threading.Thread):
-    """A load without an end, until it is left."""
+    """A load without an end, until it is left; what it saw, a second at a time."""
 
-    def __init__(self, port: int, requests: list[bytes], rate: float = 200.0) -> None:
+    def __init__(self, port: int, requests: list[bytes], rate: float | None = 200.0) -> None:
         super().__init__()
         self.port, self.requests, self.rate, self.seen, self.stopped = port, requests, rate, [], threading.Event()
 
     def run(self) -> None:
         while not self.stopped.is_set():
-            self.seen.append(load(self.port, self.requests, CLIENTS, 5.0, rate=self.rate, keep=True))
+            self.seen.append(Driver(self.port, self.requests, CLIENTS, 1.0, self.rate, True).drive())
+
+    def has_seen_more(self) -> None:
+        """Wait until more was answered."""
+        before = len(self.seen)
+        wait_for("more answers", lambda: any(len(seen.latency_s) for seen in self.seen[before:]), saw=lambda: self.seen[before:])
 
     def __enter__(self) -> Continuous:
         self.start()
@@ -237,17 +224,14 @@ def _answers(storage: Storage) -> dict[str, set[tuple[str, ...]]]:
 def test_a_killed_replica_costs_at_most_the_answer_that_it_was_writing(served, own_home):
     requests = [post("/v1/recommend", {"user_id": user, "k": 5}) for user in range(USERS)]
     before = titled(own_home, "ray::ServeReplica")
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(load, served.port, requests, CLIENTS, 12.0)
-        time.sleep(2)
+    with Continuous(served.port, requests, rate=None) as running:
+        running.has_seen_more()
         kill(before[0])
-        seen = running.result()
-    assert seen.others in ({}, {0: 1}) and len(seen.refused_s) == 0, "what it was at is asked again of the other one"
-    assert len(seen.latency_s) > 500
-    deadline = time.monotonic() + 60
-    while len(now := titled(own_home, "ray::ServeReplica")) < 2 or before[0] in now:
-        assert time.monotonic() < deadline, "no other replica was started"
-        time.sleep(0.5)
+        wait_for("another replica", lambda: len(now := titled(own_home, "ray::ServeReplica")) == 2 and before[0] not in now)
+        running.has_seen_more()
+    others = sum((Counter(seen.others) for seen in running.seen), Counter())
+    assert others in ({}, {0: 1}), "what it is at is asked again of the other one"
+    assert sum(len(seen.refused_s) for seen in running.seen) == 0
 
 
 class Teller(threading.Thread):
@@ -273,14 +257,12 @@ def _told(address: str, then) -> list[int]:
     tellers = [Teller(address, 1_000_000 * (n + 1)) for n in range(4)]
     for teller in tellers:
         teller.start()
-    deadline = time.monotonic() + 60
-    while sum(len(teller.acknowledged) for teller in tellers) < 60:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for("60 acknowledged events", lambda: sum(len(teller.acknowledged) for teller in tellers) >= 60)
     then(tellers)
     for teller in tellers:
         teller.stopped.set()
-        teller.join(40)
+        teller.join(DEADLINE_S)
+        assert not teller.is_alive()
     return [user for teller in tellers for user in teller.acknowledged]
 
 
@@ -309,7 +291,7 @@ def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(ow
 def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_path, world_dataset):
     binary = shutil.which("redis-server")
     if binary is None:
-        pytest.skip("Redis is not installed (Debian's package redis-server)")
+        absent("Redis is not installed (Debian's package redis-server)")
     settings, _, _ = shop
     storage = publish_untrained(settings, world_dataset, tmp_path / "root")
     (port,) = free_ports(1)
@@ -326,10 +308,7 @@ def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_p
         assert answer["source"] == "snapshot" and answer["degraded"] == ["state"]
         server = start_redis(binary, str(tmp_path / "redis"), port)
         heard = len(tellers[0].acknowledged)
-        deadline = time.monotonic() + 30
-        while len(tellers[0].acknowledged) < heard + 5:
-            assert time.monotonic() < deadline, "the endpoint does not find its log again"
-            time.sleep(0.1)
+        wait_for("the endpoint to find its log again", lambda: len(tellers[0].acknowledged) >= heard + 5)
 
     acknowledged = _told(endpoint.address, restart)
     endpoint.stop()

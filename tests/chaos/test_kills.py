@@ -1,16 +1,27 @@
-"""SIGKILL of a worker, an actor, the driver or the Ray head at seeded moments of every stage: the night, repeated, is right."""
+"""SIGKILL of a job at each of its commit points, of its workers and of the Ray head: the nightly run, repeated, is right.
+
+A stage is tried alone, on a copy of a finished workspace from before it (or, where all that follows would have to be done again,
+without what it wrote). Random moments of whole nightly runs are in `--full`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import signal
 import time
 
 import pytest
-from harness import Night, assert_right, kill, titled
+from harness import WRITES, Job, assert_nothing_half_written, assert_right, kill, titled
+
+POINTS = {
+    "prepare": ("dataset:written", "dataset:sealed", "dataset:visible"),
+    "train": ("bundle:sealed", "bundle:visible", "tracked:written"),
+    "evaluate": ("evaluation:written", "evaluation:sealed", "evaluation:visible", "tracked:visible"),
+    "promote": ("promotion:sealed", "promotion:visible", "RELEASE.json:written", "RELEASE.json:visible", "tracked:written"),
+    "score": ("snapshot:sealed", "snapshot:visible", "LATEST.json:written", "LATEST.json:visible"),
+    "report": ("report:written", "report:sealed", "report:visible"),
+}
+"""The commit points of each stage, in the order in which a job that is repeated comes to them."""
 
 PLANS = [
     (stage, victim)
@@ -24,53 +35,90 @@ PLANS = [
     }.items()
     for victim in victims
 ]  # 20: driver is the job's process, launcher the small one that waits for it and reports
-IN_CI = {("prepare", "launcher"), ("train", "worker"), ("train", "head"), ("promote", "driver"), ("score", "worker")}
 WORKERS = {"prepare": "ray::Map", "train": "RayTrainWorker", "score": "MapWorker"}
 LASTS_S = {"prepare": 3.0, "train": 14.0, "evaluate": 0.6, "promote": 0.6, "score": 4.0, "report": 1.5}
 
 
-def cases():
-    seen = set()
-    for seed, plan in enumerate(PLANS):
-        marks = [] if plan in IN_CI - seen else [pytest.mark.slow]
-        seen.add(plan)
-        yield pytest.param(seed, *plan, marks=marks)
+@pytest.mark.parametrize("stage", POINTS)
+def test_a_job_killed_at_a_commit_point_is_repeated(workspace, stage):
+    root = workspace.cut_out(stage) if stage in WRITES else workspace.cut(stage)
+    for point in POINTS[stage]:
+        workspace.job(stage, fault=f"KILL@{point}").is_killed()
+        assert_nothing_half_written(root, workspace.reference)
+    workspace.nightly_finds_the_rest_right()
 
 
-@pytest.mark.parametrize(("seed", "stage", "victim"), cases())
-def test_a_killed_night_repeated_is_right(head, reference, world_folder, tmp_path, seed, stage, victim):
-    delay = random.Random(seed).uniform(0, LASTS_S[stage])
-    root = tmp_path / "root"
-    night = Night(world_folder, root, head.environment)
-    assert night.reaches(stage)
+def test_a_nightly_run_killed_before_its_first_stage_is_begun_anew(workspace):
+    root = workspace.cut("report")
+    (journal,) = (root / "nights").iterdir()
+    journal.unlink()
+    for point in ("lease:held", "nights:written", "nights:visible"):
+        workspace.job("nightly", fault=f"KILL@{point}").is_killed()
+        assert journal.exists() == (point == "nights:visible")
+    workspace.nightly_finds_the_rest_right()
+
+
+@pytest.mark.parametrize(("stage", "victim"), [("prepare", "launcher"), ("train", "worker"), ("train", "head"), ("score", "worker")])
+def test_a_job_that_lost_a_process_is_repeated(head, workspace, stage, victim):
+    if stage in WRITES:
+        workspace.cut_out(stage)
+    else:
+        workspace.cut(stage)
+    job = workspace.job(stage)
+    if stage == "train":
+        job.logs(epoch=1)  # so there is a checkpoint
     if victim == "worker":
-        while not (found := titled(head.home, WORKERS[stage])):
-            assert night.process.poll() is None, "the night ended before it had workers"
-            time.sleep(0.02)
-        time.sleep(min(delay, 1.0) if stage == "train" else 0)
-        kill(*found)
-    time.sleep(0 if victim == "worker" else delay)
-    if victim == "driver":
-        kill(night.job)
-    elif victim == "launcher":
-        kill(night.process.pid)
+        kill(*job.waits_for("a worker", lambda: titled(head.home, WORKERS[stage])))
+        job.ends_ok()  # another one takes its place
     elif victim == "head":
-        os.killpg(head.process.pid, signal.SIGKILL)
-        head.process.wait()
+        head.kill()
+        code, result = job.end()
+        head.start()
+        assert (code, result["status"]) == (1, "failed") and "repeat the job" in result["reason"], result
+    else:
+        job.waits_for("the job's process", lambda: job.worker)
+        kill(job.pid)
+        assert job.end() == (-9, {}), "nobody is left to say something"
+    workspace.nightly_finds_the_rest_right()
+    if stage == "train":
+        _goes_on_from_its_checkpoint(workspace.root)
+
+
+def _goes_on_from_its_checkpoint(root) -> None:
+    epochs = [json.loads(line)["epoch"] for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()]
+    assert max(epochs) == 3 and len(epochs) <= 4, "the repeated job goes on from the checkpoint"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "stage", "victim"), [(seed, *plan) for seed, plan in enumerate(PLANS)])
+def test_a_nightly_run_killed_at_any_moment_is_repeated(head, workspace, world_folder, tmp_path, seed, stage, victim):
+    delay_s = random.Random(seed).uniform(0, LASTS_S[stage])
+    root = tmp_path / "root"
+    night = Job("nightly", world_folder, root, head.environment, fork=False)
+    night.logs(stage=stage)
+    if victim == "worker":
+        workers = night.waits_for("a worker", lambda: titled(head.home, WORKERS[stage]))
+        time.sleep(min(delay_s, 1.0) if stage == "train" else 0)
+        kill(*workers)
+    else:
+        time.sleep(delay_s)
+    if victim == "driver":
+        kill(night.worker)
+    elif victim == "launcher":
+        kill(night.pid)
+    elif victim == "head":
+        head.kill()
     code, result = night.end()
     if victim == "head":
-        kill(*titled(head.home, "raylet", "gcs_server", "ray::", "dashboard", "ray/_private"))
         head.start()
     if code == 0:
-        assert victim == "worker" or night.said.count('"stage": "report"'), f"{stage} {victim}: nobody was hit"
+        assert victim == "worker" or '"stage": "report"' in night.said, f"{stage} {victim}: nobody was hit"
     elif victim != "launcher":
         assert code == 1 and result["status"] == "failed" and result["reason"], result
     for _ in range(3):
         if code == 0:
             break
-        code, result = Night(world_folder, root, head.environment).end()
+        code, result = Job("nightly", world_folder, root, head.environment, fork=False).end()
     assert code == 0, result
-    assert_right(root, reference)
-    epochs = [json.loads(line)["epoch"] for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()]
-    assert max(epochs) == 3 and len(epochs) <= 4, "the repeated night goes on from the checkpoint"
-    shutil.rmtree(root)
+    assert_right(root, workspace.reference)
+    _goes_on_from_its_checkpoint(root)

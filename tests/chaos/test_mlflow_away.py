@@ -5,22 +5,31 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-from harness import STAGES, Night, assert_tracked
+from harness import Job, Workspace, assert_tracked, wait_for
 
-from recray.benchmark.submit import Head
 from recray.cluster import free_ports
 
 FIRST = dt.date(2024, 4, 20)
-IN_CI = ("train", "promote")
 CHALLENGE = ("gates.margin=1", "tracking.timeout_s=30", "tracking.retries=0")
+BEFORE = {
+    "prepare": "lease:held",
+    "train": "dataset:visible",
+    "evaluate": "bundle:visible",
+    "promote": "evaluation:visible",
+    "flip": "promotion:visible",  # the gate has answered
+    "score": "RELEASE.json:visible",
+    "report": "LATEST.json:visible",
+}
+"""The commit point after which a nightly run comes to a stage."""
+IN_CI = ("train", "flip")
 
 
 class Server:
@@ -35,14 +44,11 @@ class Server:
         words += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         with open(self.folder / "server.log", "a") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *words], stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-                return
-            except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()[-2000:]
-                time.sleep(0.3)
+        health = f"{self.uri}/health"
+        wait_for("MLflow's server", lambda: urllib.request.urlopen(health, timeout=2).read(), saw=self.said, ended=self.process.poll)
+
+    def said(self) -> str:
+        return (self.folder / "server.log").read_text()[-2000:]
 
     def stop(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -58,19 +64,25 @@ def server(own_home, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shop(head, server, world_folder, tmp_path_factory):
-    """Runs the nights of one root, one day after the other."""
-    return Shop(tmp_path_factory.mktemp("shop"), world_folder, head, server)
+def shop(workspace, server, world_folder, tmp_path_factory):
+    """The nightly runs of one root, one day after the other; the first one, whose bundle was trained before, has ended."""
+    root = shutil.copytree(workspace.cut("evaluate"), tmp_path_factory.mktemp("shop") / "root")
+    for told in ("mlflow", "tracked"):
+        shutil.rmtree(root / told)
+    shop = Shop(root, world_folder, workspace.environment, server)
+    shop.first = shop.night().ends_ok()
+    return shop
 
 
 class Shop:
-    def __init__(self, root: Path, folder: Path, head: Head, server: Server) -> None:
-        self.root, self.folder, self.head, self.server, self.day = root, folder, head, server, -1
+    def __init__(self, root: Path, folder: Path, environment: dict[str, str], server: Server) -> None:
+        self.root, self.folder, self.environment, self.server, self.day = root, folder, environment, server, -1
 
-    def night(self, *, again: bool = False) -> Night:
+    def night(self, *, again: bool = False, fault: str | None = None) -> Job:
         self.day += 0 if again else 1
         as_of = str(FIRST + dt.timedelta(days=self.day))
-        return Night(self.folder, self.root, self.head.environment, f"tracking.uri={self.server.uri}", *CHALLENGE, as_of=as_of)
+        more = (f"tracking.uri={self.server.uri}", *CHALLENGE)
+        return Job("nightly", self.folder, self.root, self.environment, *more, as_of=as_of, fault=fault)
 
     def release(self) -> dict:
         return json.loads((self.root / "RELEASE.json").read_text())
@@ -80,53 +92,48 @@ class Shop:
 
 
 def test_a_server_works_as_the_local_store_does(shop, server):
-    code, result = shop.night().end()
-    assert (code, result["status"], result["warnings"]) == (0, "ok", []), result
-    assert result["metrics"]["promoted"] == 1
+    assert (shop.first["status"], shop.first["warnings"], shop.first["metrics"]["promoted"]) == ("ok", [], 1), shop.first
     assert_tracked(shop.root, server.uri)
-    code, result = shop.night(again=True).end()
-    assert (code, result["status"]) == (0, "skipped")
+    assert shop.night(again=True).ends_ok()["status"] == "skipped"
 
 
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[] if stage in IN_CI else [pytest.mark.slow]) for stage in STAGES])
-def test_a_night_without_mlflow_is_scored_by_the_champion_and_told_later(shop, server, stage):
-    if shop.day < 0:
-        assert shop.night().end()[0] == 0
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[] if stage in IN_CI else [pytest.mark.slow]) for stage in BEFORE])
+def test_a_nightly_run_without_mlflow_is_scored_by_the_champion_and_told_later(shop, server, stage):
     before = shop.release()["champion"]["run_key"]
-    night = shop.night()
-    assert night.reaches(stage)
+    night = shop.night(fault=f"STOP@{BEFORE[stage]}")
+    stopped = night.stops()
     server.stop()
     try:
-        code, result = night.end()
-        # the gate had answered when MLflow went away
-        late = STAGES.index(stage) > STAGES.index("promote") or (stage == "promote" and result["metrics"].get("promoted") == 1)
-        assert (code, result["status"]) == (0, "ok"), result
-        assert any("MLflow" in warning for warning in result["warnings"]) and shop.pending()
+        os.kill(stopped, signal.SIGCONT)
+        result = night.ends_ok()
+        assert result["status"] == "ok" and any("MLflow" in warning for warning in result["warnings"]) and shop.pending()
         champion = shop.release()["champion"]["run_key"]
-        if not late:
+        if stage in ("flip", "score", "report"):
+            assert champion != before and result["metrics"]["promoted"] == 1
+        else:
             assert champion == before and result["metrics"]["promoted"] == 0 and "waits for the next run" in result["reason"]
         latest = json.loads((shop.root / "LATEST.json").read_text())
         scored = json.loads((shop.root / latest["snapshot"] / "manifest.json").read_text())
         assert scored["bundle"] == f"bundles/{champion}" and str(FIRST + dt.timedelta(days=shop.day)) in latest["snapshot"]
     finally:
         server.start()
-    code, result = shop.night(again=True).end()
-    assert (code, result["warnings"]) == (0, []), result
-    assert not shop.pending()
-    assert result["metrics"]["promoted"] == 1
+    result = shop.night(again=True).ends_ok()
+    assert result["warnings"] == [] and not shop.pending() and result["metrics"]["promoted"] == 1, result
     assert_tracked(shop.root, server.uri)
 
 
-def test_the_first_night_needs_no_mlflow(shop, world_folder, tmp_path):
+def test_the_first_nightly_run_needs_no_mlflow(workspace: Workspace):
+    workspace.cut("promote")
     uri = f"tracking.uri=http://127.0.0.1:{free_ports(1)[0]}"
-    code, result = Night(world_folder, tmp_path, shop.head.environment, uri, *CHALLENGE).end()
-    assert (code, result["metrics"]["promoted"]) == (0, 1) and any("does not answer" in w for w in result["warnings"])
+    result = workspace.job("nightly", uri, "tracking.timeout_s=30", "tracking.retries=0").ends_ok()
+    assert result["metrics"]["promoted"] == 1 and any("does not answer" in warning for warning in result["warnings"])
 
 
-def test_another_storage_under_the_same_name_is_refused(shop, server, world_folder, tmp_path):
-    if shop.day < 0:
-        assert shop.night().end()[0] == 0
-    code, result = Night(world_folder, tmp_path, shop.head.environment, f"tracking.uri={server.uri}", *CHALLENGE, "train.seed=5").end()
+def test_another_storage_under_the_same_name_is_refused(shop, server, workspace):
+    if shop.day == 0:
+        shop.night().ends_ok()  # its champion is one that the workspace does not have
+    root = workspace.cut("promote")
+    code, result = workspace.job("nightly", f"tracking.uri={server.uri}").end()
     assert (code, result["status"]) == (3, "refused"), result
     assert "another storage uses this name" in result["reason"] and "tracking.model" in result["reason"]
-    assert not (tmp_path / "LATEST.json").exists() and not (tmp_path / "RELEASE.json").exists()
+    assert not (root / "LATEST.json").exists() and not (root / "RELEASE.json").exists()

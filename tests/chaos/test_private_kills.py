@@ -1,15 +1,16 @@
-"""SIGKILL of a private night while it reserves, trains and commits: no step is lost from the ledger, none is counted twice."""
+"""SIGKILL of a private training while it reserves, trains and commits: no step is lost from the ledger, none is counted twice."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
-import time
 
 import pytest
-from conftest import private_overrides
-from harness import Night, kill, titled
+from conftest import prepare_here, private_overrides
+from harness import AS_OF, QUICK, Job, kill, titled
 
+from recray.config import load_settings, parse_as_of
 from recray.privacy.accounting import epsilon_of
 from recray.privacy.ledger import Ledger
 
@@ -17,8 +18,23 @@ STEPS, EVERY = 60, 20
 MORE = (f"privacy.steps={STEPS}", f"privacy.report_every={EVERY}")
 
 
-def private_night(folder, root, environment, *more):
-    return Night(folder, root, environment, *private_overrides(folder, root), *MORE, *more)
+@pytest.fixture(scope="module")
+def prepared(world_folder, tmp_path_factory):
+    """A root whose dataset is prepared."""
+    root = tmp_path_factory.mktemp("private")
+    prepare_here(load_settings(None, [*private_overrides(world_folder, root), *QUICK, *MORE]), parse_as_of(AS_OF))
+    return root
+
+
+@pytest.fixture
+def job(head, world_folder, prepared, tmp_path):
+    """Starts a job on a copy of the prepared root."""
+    root = shutil.copytree(prepared, tmp_path / "root")
+
+    def start(name: str, *more: str, **options) -> Job:
+        return Job(name, world_folder, root, head.environment, *private_overrides(world_folder, root), *MORE, *more, **options)
+
+    return start
 
 
 def kinds(root) -> list[str]:
@@ -36,29 +52,24 @@ def kinds(root) -> list[str]:
 MOMENTS = {
     "reserve": lambda root: kinds(root) == ["reserve"],
     "train": lambda root: kinds(root).count("take") >= 3,  # the counts, the first piece, the second one
-    "bundle": lambda root: any((root / "bundles").glob("[!.]*")),
 }
 
 
-@pytest.mark.parametrize("victim", ["driver", "worker"])
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_private_night_repeated_accounts_for_every_step(head, world_folder, tmp_path, moment, victim):
-    if victim == "worker" and moment != "train":
-        pytest.skip("there is no worker then")
+@pytest.mark.parametrize(("moment", "victim"), [("reserve", "driver"), ("train", "driver"), ("train", "worker"), ("commit", "driver")])
+def test_a_killed_private_training_repeated_accounts_for_every_step(head, job, tmp_path, moment, victim):
     root = tmp_path / "root"
-    night = private_night(world_folder, root, head.environment)
-    assert night.reaches("train")
-    while not MOMENTS[moment](root):
-        assert night.process.poll() is None, night.said[-2000:]
-        time.sleep(0.01)
-    taken = kinds(root).count("take")
-    kill(*(titled(head.home, "RayTrainWorker") if victim == "worker" else [night.job]))
-    code, result = night.end()
-    for _ in range(3):
-        if code == 0:
-            break
-        code, result = private_night(world_folder, root, head.environment).end()
-    assert code == 0, result
+    if moment == "commit":  # the bundle is there, the ledger does not know
+        job("train", fault="KILL@bundle:visible").is_killed()
+        taken = kinds(root).count("take")
+    else:
+        training = job("train")
+        training.waits_for(f"the moment to {moment} in the ledger", lambda: MOMENTS[moment](root))
+        taken = kinds(root).count("take")
+        kill(*(titled(head.home, "RayTrainWorker") if victim == "worker" else [training.worker]))
+        code, _ = training.end()
+        assert (code == 0) == (victim == "worker"), "another worker takes its place"
+    again = "nightly" if moment == "commit" else "train"
+    job(again).ends_ok()
     ledger = Ledger.read(f"sqlite:///{root / 'privacy.sqlite'}", "users")
     (run,) = ledger.runs()
     assert run.committed and run.reserved >= run.taken
@@ -73,14 +84,13 @@ def test_a_killed_private_night_repeated_accounts_for_every_step(head, world_fol
     (statement,) = (json.loads(path.read_text()) for path in (root / "bundles").glob("*/privacy.json"))
     assert statement["steps"] == STEPS
     assert statement["epsilon_of_all_trainings"] == pytest.approx(epsilon_of(ledger.spent(), statement["delta"]), abs=1e-3)
-    again = private_night(world_folder, root, head.environment)
-    assert again.end()[1]["status"] == "skipped"
+    assert job(again).ends_ok()["status"] == "skipped"
     assert kinds(root).count("commit") == 1 and len(ledger.runs()) == 1
 
 
-def test_a_night_over_the_cap_is_refused_before_its_first_step(head, world_folder, tmp_path):
+def test_a_training_over_the_cap_is_refused_before_its_first_step(job, tmp_path):
     root = tmp_path / "root"
     for share, words in ((0.0, "what would fit"), (0.1, "item counts alone do not fit")):
-        code, result = private_night(world_folder, root, head.environment, "privacy.cap=0.5", f"privacy.counts_share={share}").end()
+        code, result = job("train", "privacy.cap=0.5", f"privacy.counts_share={share}").end()
         assert (code, result["status"]) == (3, "refused") and words in result["reason"]
         assert kinds(root) == [] and not list(root.glob("bundles/*"))

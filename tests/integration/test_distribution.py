@@ -1,7 +1,7 @@
 """Two workers on two nodes learn what one worker learns.
 
-This module must meet Ray first in its process: after another session of the same process, Ray (2.60) cancels new actors of
-a `cluster_utils` cluster before they start. Pytest's order (by name) sees to it.
+This module must meet Ray first in its process (marker `alone`): after another session of the same process, Ray (2.60) cancels
+new actors of a `cluster_utils` cluster before they start.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from recray.training.trainer import bundle_settings, train_key
 from recray.training.worker import build_loop
 
 STEPS = 20
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")

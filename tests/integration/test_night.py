@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import world_overrides
+from harness import replica_logs, wait_for
 
 from recray import pipeline
 from recray.config import load_settings
@@ -47,9 +47,12 @@ def night(settings):
 
 @pytest.fixture(scope="module")
 def address(settings, night):
+    from ray import serve
+
     with app.running(settings) as address:
         yield address
     assert not app.alive()
+    serve.shutdown()
 
 
 def test_a_night_writes_its_outputs(night, settings):
@@ -175,13 +178,12 @@ def test_the_next_night_keeps_the_bundle_and_the_endpoint_swaps(night, settings,
     second = pipeline.run_nightly(settings, SECOND)
     assert second.status == "ok" and second.outputs["dataset"] != night.outputs["dataset"]
     assert "bundle" not in second.outputs, "train.every_days=3 have not passed"
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        answer = post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
-        if answer["night"] == "2024-04-21":
-            break
-        time.sleep(0.2)
-    assert answer["night"] == "2024-04-21"
+
+    def answer() -> dict:
+        return post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
+
+    wait_for("the endpoint to swap", lambda: answer()["night"] == "2024-04-21", saw=answer)
+    answer = answer()
     assert answer["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
 
 
@@ -191,15 +193,13 @@ def test_the_endpoint_counts_on_rays_metrics_port(settings, address):
     post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
     (node,) = ray.nodes()
     wanted = {"recray_answers_total", "recray_latency_ms", "recray_night_age_s", "recray_serving", "recray_coverage"}
-    deadline = time.monotonic() + 60
-    while True:
+
+    def metrics() -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as response:
-            text = response.read().decode()
-        if all(f"ray_{name}" in text for name in wanted):
-            break
-        assert time.monotonic() < deadline, [name for name in wanted if f"ray_{name}" not in text]
-        time.sleep(1)
-    assert 'source="snapshot"' in text
+            return response.read().decode()
+
+    wait_for("the endpoint's counts", lambda: all(f"ray_{name}" in metrics() for name in wanted), saw=metrics)
+    assert 'source="snapshot"' in metrics()
 
 
 def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
@@ -211,7 +211,7 @@ def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
     part = next(broken.glob("index-*.arrow"))
     part.write_bytes(part.read_bytes()[:-1])
     storage.latest.write_text(json.dumps({**json.loads(good), "snapshot": broken.relative_to(storage.root).as_posix()}))
-    time.sleep(2)
+    wait_for("the replica to refuse it", lambda: all("the old one stays" in log for log in replica_logs(Path.home())), saw=lambda: "not refused")
     assert post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["night"] == "2024-04-21"
     storage.latest.write_bytes(good)
     shutil.rmtree(broken)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import world_overrides
+from harness import wait_for
 
 from recray.benchmark.nights import publish_untrained
 from recray.benchmark.submit import Head
@@ -38,16 +38,12 @@ def test_the_file_that_ships_is_deployed_and_answers(own_home, storage, tmp_path
     edited.write_text(yaml.safe_dump(content))
     with Head(own_home) as head:
         words = [Path(sys.executable).with_name("serve"), "deploy", "--address", f"http://127.0.0.1:{head.dashboard}", edited]
-        done = subprocess.run(words, env=head.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, env=head.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                answer = post(f"http://127.0.0.1:{port}/v1/recommend", {"user_id": 7, "k": 3})
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (own_home / "head.log").read_text()[-1000:]
-                time.sleep(0.5)
+        ask = {"user_id": 7, "k": 3}
+        answer = wait_for(
+            "an answer", lambda: post(f"http://127.0.0.1:{port}/v1/recommend", ask), saw=(own_home / "head.log").read_text, ended=head.process.poll
+        )
         assert answer["source"] == "snapshot" and len(answer["items"]) == 3 and answer["degraded"] == []
 
 

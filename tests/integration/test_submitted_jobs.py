@@ -7,26 +7,20 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 import venv
 from pathlib import Path
 
 import pytest
 from conftest import world_overrides
+from harness import wait_for
 
-from recray.benchmark.submit import Head
+from recray import lease
 from recray.cluster import free_ports
 from recray.demo import post
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "2024-04-20", "2024-04-21"
-
-
-@pytest.fixture(scope="module")
-def head(own_home):
-    with Head(own_home) as head:
-        yield head
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +30,7 @@ def root(tmp_path_factory):
 
 def submit(head, *words, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "recray.cli", "submit", *map(str, words)]
-    return subprocess.run(command, env={**head.environment, **environment}, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env={**head.environment, **environment}, cwd=REPOSITORY, capture_output=True, text=True)
 
 
 def last(done: subprocess.CompletedProcess) -> dict:
@@ -87,12 +81,10 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
         results: list[subprocess.CompletedProcess] = []
         one = threading.Thread(target=lambda: results.append(submit(head, *words)))
         one.start()
-        time.sleep(6)
+        wait_for("the job to run", lambda: lease.holder(root))
         other = submit(head, *words)
         one.join()
-        deadline = time.monotonic() + 30
-        while SECOND not in nights and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_for("an answer of the second night", lambda: SECOND in nights, saw=lambda: nights)
         stop.set()
         asking.join()
         assert nights == {FIRST, SECOND}
@@ -102,20 +94,19 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
         assert last(other)["status"] == "ok"
     finally:
         endpoint.terminate()
-        endpoint.wait(150)
+        endpoint.wait()
 
 
 def _night(address: str, endpoint: subprocess.Popen) -> str:
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            with urllib.request.urlopen(f"{address}/healthz", timeout=5) as response:
-                return json.load(response)["night"]
-        except OSError:
-            if endpoint.poll() is not None or time.monotonic() > deadline:
-                endpoint.kill()
-                raise AssertionError(endpoint.communicate()[1][-2000:]) from None
-            time.sleep(0.3)
+    def night() -> str:
+        with urllib.request.urlopen(f"{address}/healthz", timeout=5) as response:
+            return json.load(response)["night"]
+
+    try:
+        return wait_for("the endpoint", night, ended=endpoint.poll)
+    except AssertionError as error:
+        endpoint.kill()
+        raise AssertionError(endpoint.communicate()[1][-2000:]) from error
 
 
 def test_the_exit_code_is_the_jobs_and_an_older_night_is_refused(head, root, world_folder, first_night):
@@ -132,7 +123,7 @@ def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head,
     words = ["--working-dir", ".", "--", "python", "-m", "jobs.nightly", "--config", "jobs/configs/demo.yaml"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     overrides = [f"storage.root={tmp_path}", "train.epochs=1", "evaluate.ease_max_items=1", "evaluate.max_users=200"]
-    done = subprocess.run([*ray, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([*ray, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert '"job": "nightly", "status": "ok"' in done.stdout and "succeeded" in done.stdout
     sent = max(Path("/tmp/ray").glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*"), key=lambda p: p.stat().st_mtime)
@@ -185,6 +176,6 @@ def test_an_environment_that_has_only_ray_can_submit(head, tmp_path):
     words = ["--working-dir", ".", "--", "python", "-m", "jobs.nightly", "--config", "jobs/configs/demo.yaml"]
     overrides = [f"storage.root={tmp_path / 'root'}", "train.epochs=1", "evaluate.ease_max_items=1", "evaluate.max_users=200"]
     client = [str(python.with_name("ray")), "job", "submit"]
-    done = subprocess.run([*client, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([*client, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert '"job": "nightly", "status": "ok"' in done.stdout

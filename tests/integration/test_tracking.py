@@ -6,10 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import prepare_here, world_overrides
+from harness import wait_for
 
 from recray import stages
 from recray.benchmark.nights import untrained
@@ -117,17 +117,21 @@ def test_an_entry_that_mlflow_does_not_take_does_not_hold_up_the_others(shop):
     assert [key for key, _ in outbox.pending()] == ["bad"]
 
 
-def test_a_kill_while_the_database_is_made_does_no_lasting_harm(tmp_path, own_home):
+@pytest.mark.parametrize("size", [1, 200_000])  # of the database so far, of about 950,000 bytes
+def test_a_kill_while_the_database_is_made_does_no_lasting_harm(tmp_path, own_home, size):
     settings = load_settings(None, [f"storage.root={tmp_path}"])
-    code = "import sys; from recray.config import *; from recray.storage import Storage; from recray.tracking.runs import Tracking\n"
-    code += "from pathlib import Path; s = load_settings(None, [f'storage.root={sys.argv[1]}']); print('go', flush=True)\n"
-    code += "Tracking(s.tracking, Storage(Path(sys.argv[1]))).ping()"
-    for delay in (0.9, 1.5, 2.1):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        process.stdout.readline()
-        time.sleep(delay)
-        process.kill()
-        process.wait()
+    code = "import sys; from pathlib import Path; from recray.config import *; from recray.storage import Storage\n"
+    code += "from recray.tracking.runs import Tracking\n"
+    code += "Tracking(load_settings(None, [f'storage.root={sys.argv[1]}']).tracking, Storage(Path(sys.argv[1]))).ping()"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
+
+    def in_the_making() -> bool:
+        return any(path.stat().st_size >= size for path in (tmp_path / "mlflow").glob(".making-*.db"))
+
+    wait_for("a database in the making", in_the_making, every_s=0.001, ended=process.poll)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "mlflow" / "mlflow.db").exists()
     Tracking(settings.tracking, Storage(tmp_path)).ping()
     assert {p.name for p in (tmp_path / "mlflow").iterdir()} == {"mlflow.db"}
 

@@ -146,12 +146,13 @@ def test_the_exponent_of_linear_growth_is_one():
     assert scale._exponent([(10, 2.0), (20, 8.0), (40, 32.0)]) == pytest.approx(2.0)
 
 
-def test_variants_are_held_against_the_default(tmp_path, monkeypatch):
+def test_variants_are_held_against_the_default(world_folder, tmp_path, monkeypatch):
     variants = {"default": [], "the same": ["train.loss=softmax"], "again": ["train.temperature_jitter=1e-9"], "sampled": ["train.loss=sampled"]}
     monkeypatch.setattr(ablations, "VARIANTS", variants)
     said: list[str] = []
-    small = ["train.epochs=1", "train.batch_positions=20000", "model.dim=8", "model.blocks=1", "model.dropout=0"]
-    small += ["evaluate.max_users=50", "evaluate.bootstrap=100"]
+    small = [f"data.events=[{world_folder / 'events'}]", f"data.items={world_folder / 'items.parquet'}"]
+    small += ["train.epochs=1", "train.batch_positions=2000", "model.dim=8", "model.blocks=1", "model.dropout=0", "evaluate.max_users=50"]
+    small += ["evaluate.bootstrap=100", "score.caps={}"]
     chosen, metrics = ablations.measure_ablations(tmp_path, None, small, said.append)
     assert chosen["train"]["loss"] == "auto" and metrics["users"] == 50
     assert said[1] == "the same: left out, it is the default here" and list(metrics["variants"]) == ["default", "again", "sampled"]

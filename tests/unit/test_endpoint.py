@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,7 +20,9 @@ from types import SimpleNamespace
 
 import pytest
 import uvicorn
+from harness import DEADLINE_S, wait_for
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+from preflight import absent
 from starlette.testclient import TestClient
 
 from recray.benchmark.nights import publish_untrained
@@ -63,8 +64,7 @@ def address(handler):
     server = uvicorn.Server(uvicorn.Config(create_app(handler), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_for("the server", lambda: server.started, every_s=0.01, ended=lambda: not thread.is_alive())
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
@@ -220,7 +220,7 @@ def test_a_history_is_what_answers_are_read_from(address, handler, world_dataset
 def test_the_console_shows_history_answers_and_why_in_a_browser(address):
     browser = shutil.which("chromium")
     if browser is None:
-        pytest.skip("Chromium is not installed (Debian's package chromium)")
+        absent("Chromium is not installed (Debian's package chromium)")
     good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000009", "event": "purchase"}]})
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
     shown = {}
@@ -364,8 +364,7 @@ def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypa
         status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
         assert status == 503 and content["retry_after"] == "1" and "nothing is known to be kept" in content["detail"]
         assert ask(address, "/readyz")[0] == 503 and ask(address, "/healthz")[0] == 200
-    time.sleep(1.1)
-    assert good(address, "/v1/recommend", USER)["degraded"] == []
+    wait_for("the log to be asked again", lambda: good(address, "/v1/recommend", USER)["degraded"] == [])
     assert ask(address, "/readyz")[0] == 200
 
 
@@ -384,8 +383,10 @@ def test_a_model_that_fails_is_said_and_the_nightly_list_answers(address, monkey
 
 def test_a_model_that_takes_too_long_is_not_waited_for(handler, monkeypatch):
     handler.options = handler.options.model_copy(update={"timeout_s": 0.05})
-    monkeypatch.setattr(Predictor, "recommend", lambda *_, **__: time.sleep(0.5))
+    answered = threading.Event()
+    monkeypatch.setattr(Predictor, "recommend", lambda *_, **__: answered.wait(DEADLINE_S))
     answer = asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3, mode="realtime")))
+    answered.set()
     assert answer.degraded == ["model"] and answer.source == "snapshot"
 
 
@@ -417,7 +418,7 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
 
     def held(questions):
         sizes.append(len(questions))
-        assert all_asked.wait(30)
+        assert all_asked.wait(DEADLINE_S)
         return inner(questions)
 
     handler._batcher._run = held
@@ -429,7 +430,7 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
         all_asked.clear()
         requests = [RecommendRequest(user_id=user, k=5 + user, mode="realtime") for user in range(8)]
         tasks = [asyncio.create_task(handler.recommend(request)) for request in requests]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             while sum(sizes[8:]) + handler._batcher.waiting < 8:
                 await asyncio.sleep(0.001)
         all_asked.set()

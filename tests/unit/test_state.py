@@ -5,14 +5,14 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 
 import pytest
+from harness import DEADLINE_S, wait_for
 
 from recray.errors import SettingsError, StateError
 from recray.state.log import RECENT, Entry, open_log
 from recray.state.sqlite import SqliteLog
-from recray.state.writer import Writer
+from recray.state.writer import PATIENT, Writer
 
 
 def event(n, user="u", key=None, at_s=None):
@@ -154,12 +154,14 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
     commits = []
     inner = log.append
 
-    def slow(entries):
+    def held(entries):
+        """The first commit goes on when as many wait as will."""
         commits.append(len(entries))
-        time.sleep(0.05)
+        if len(commits) == 1:
+            wait_for("the others", lambda: commits[0] + 2 * writer._waiting.qsize() >= 101)
         return inner(entries)
 
-    log.append = slow
+    log.append = held
     writer = Writer(log)
 
     async def talk():
@@ -181,7 +183,7 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
 
 
 def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
-    monkeypatch.setattr("recray.state.writer.ELSEWHERE_S", 20.0)  # however slow this disk is
+    monkeypatch.setattr("recray.state.writer.ELSEWHERE_S", DEADLINE_S)  # however slow this disk is
     here, there = Writer(log), Writer(log)
     threading.Timer(0.1, lambda: there.later(Entry("decision", "far", "u", 1.0, {}))).start()
     assert asyncio.run(here.outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
@@ -189,14 +191,20 @@ def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
 
 
 def test_outcomes_of_made_up_requests_do_not_make_others_wait(log):
-    writer, begun = Writer(log), time.monotonic()
+    writer, patient, has = Writer(log), [], log.has
+
+    def look(kind, key):
+        patient.append(writer._patient)
+        return has(kind, key)
+
+    log.has = look
 
     async def many():
         return await asyncio.gather(*(writer.outcome(Entry("outcome", f"o{n}", "u", 2.0, {}), f"made up {n}") for n in range(40)))
 
     assert asyncio.run(many()) == [(True, False)] * 40 and writer._patient == 0
     kept = [entry.kind for _, entry in log.read(0, 100)]
-    assert kept == ["set_aside"] * 40 and time.monotonic() - begun < 20
+    assert kept == ["set_aside"] * 40 and 0 < max(patient) <= PATIENT
     writer.close()
 
 
@@ -226,20 +234,24 @@ def test_a_log_that_fails_is_heard_of_and_the_writer_lives_on(log):
 def test_who_goes_away_while_it_waits_takes_nobody_along(log):
     inner = log.append
 
-    def slow(entries):
-        time.sleep(0.2)
+    taken, go_on = threading.Event(), threading.Event()
+
+    def held(entries):
+        taken.set()
+        assert go_on.wait(DEADLINE_S)
         return inner(entries)
 
-    log.append = slow
+    log.append = held
     writer = Writer(log)
 
     async def talk():
         gone = asyncio.create_task(writer.append([event(1)]))
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(taken.wait)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
-        return await asyncio.wait_for(writer.append([event(2)]), 5)
+        go_on.set()
+        return await asyncio.wait_for(writer.append([event(2)]), DEADLINE_S)
 
     assert asyncio.run(talk())[0] > 0 and log.has("event", "u-1")
     writer.close()

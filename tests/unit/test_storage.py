@@ -1,10 +1,14 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from recray.errors import DamagedArtifactError, MissingArtifactError, OutputExistsError, RefusedError
+from recray.lease import FAULT
 from recray.snapshot.writer import publish
 from recray.storage import Storage, is_sealed, open_sealed, sealed_directory, storage_error, write_json
 
@@ -81,6 +85,43 @@ def test_a_disk_that_takes_nothing_is_named_however_deep(tmp_path, number):
     assert storage_error(RuntimeError(f"native: {os.strerror(number)} (os error {number})"), tmp_path)
     assert storage_error(RuntimeError("something else"), tmp_path) is None
     assert storage_error(None, tmp_path) is None
+
+
+COMMIT = """
+import sys
+from pathlib import Path
+from recray.storage import sealed_directory, write_json
+root = Path(sys.argv[1])
+with sealed_directory(root / "x", "thing", "k", {}) as folder:
+    (folder / "a.bin").write_bytes(b"content")
+write_json(root / "LATEST.json", {"new": 1})
+write_json(root / "nights" / "k.json", {"new": 1})
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "directory", "pointer", "file"),
+    [
+        ("thing:written", False, False, False),
+        ("thing:sealed", False, False, False),
+        ("thing:visible", True, False, False),
+        ("LATEST.json:written", True, False, False),
+        ("LATEST.json:visible", True, True, False),
+        ("nights:written", True, True, False),
+        ("nights:visible", True, True, True),
+        ("nothing:visible", True, True, True),
+    ],
+)
+def test_who_is_killed_at_a_commit_point_leaves_all_or_nothing(tmp_path, point, directory, pointer, file):
+    paths = (tmp_path / "x", tmp_path / "LATEST.json", tmp_path / "nights" / "k.json")
+    write = [sys.executable, "-c", COMMIT, str(tmp_path)]
+    done = subprocess.run(write, env={**os.environ, FAULT: f"KILL@{point}"})
+    assert done.returncode == (0 if point.startswith("nothing") else -signal.SIGKILL)
+    assert tuple(path.exists() for path in paths) == (directory, pointer, file)
+    assert subprocess.run(write).returncode == 0
+    assert open_sealed(paths[0], "thing")["files"].keys() == {"a.bin"}
+    assert [json.loads(path.read_text()) for path in paths[1:]] == [{"new": 1}] * 2
+    assert not list(tmp_path.glob(".x.*")), "what a killed attempt had begun is gone"
 
 
 def test_a_failed_replacement_leaves_the_old_file_and_no_scratch(tmp_path):

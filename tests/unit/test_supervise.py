@@ -5,10 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from harness import parents, state_of, wait_for
 
 JOB = """
 import atexit, os, signal, sys, time
@@ -79,33 +78,20 @@ def test_a_caller_that_ignores_the_end_of_children_or_closed_a_descriptor(closed
     assert done.returncode == 5
 
 
-def alive(pid: int) -> bool:
-    try:
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-
-
 def test_the_job_does_not_outlive_its_parent():
     process = start("time.sleep(60)")
     child = int(process.stdout.readline().split()[1])
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(child)
+    wait_for("the job to end", lambda: state_of(child) in (None, "Z"))
 
 
 def test_the_last_line_is_there_when_the_job_is_killed(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.serve", f"storage.root={tmp_path}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 30
-    while not (children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(int(children[0]), signal.SIGKILL)
+    children = wait_for("the job", lambda: [pid for pid, parent in parents().items() if parent == process.pid], ended=process.poll)
+    os.kill(children[0], signal.SIGKILL)
     out, said = process.communicate(timeout=60)
     result = json.loads(out.splitlines()[-1])
     assert (process.returncode, result["job"], result["status"]) == (1, "serve", "failed") and "signal 9" in result["reason"]

@@ -1,0 +1,75 @@
+"""What would make tests fail for no fault of the code is said before the first one: a full disk, a taken port, what an aborted run left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+NEEDED = {tempfile.gettempdir(): 4 << 30, "/dev/shm": 1 << 30}
+"""Free bytes: data sets, workspaces and Ray's logs; and the object stores of the Rays that run at once."""
+NOBODY_LISTENS = (1, 9)
+"""Ports of 127.0.0.1 that tests take for servers that are not there."""
+
+
+def problems() -> list[str]:
+    """Why tests cannot run on this machine as it is now, with what to do about each."""
+    return [*_full_disks(), *_taken_ports(), *_left_behind()]
+
+
+def absent(what: str) -> None:
+    """Skip a test for want of something that this machine lacks. In CI that is a failure: there, nothing is left out unseen."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what}; in CI no test is left out for that")
+    pytest.skip(what)
+
+
+def _full_disks() -> list[str]:
+    free = {path: shutil.disk_usage(path).free for path in NEEDED if Path(path).is_dir()}
+    return [
+        f"{path} has {free[path] / 2**30:.1f} GiB free, the tests need {NEEDED[path] >> 30}: make room there"
+        + (", or name another folder with TMPDIR" if path != "/dev/shm" else "")
+        for path in free
+        if free[path] < NEEDED[path]
+    ]
+
+
+def _taken_ports() -> list[str]:
+    found = []
+    for port in NOBODY_LISTENS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                found.append(f"something listens on 127.0.0.1:{port}, which tests take for a server that is not there: stop it")
+    return found
+
+
+def _left_behind() -> list[str]:
+    """Processes whose home is a folder of a pytest run that is over."""
+    left = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except OSError:
+                continue
+            home = next((value[5:].decode(errors="replace") for value in environment if value.startswith(b"HOME=")), "")
+            run = next((path for path in Path(home).parents if path.parent.name.startswith("pytest-of-")), None)
+            if run is not None and command and not _runs(run):
+                left[entry.name] = command[:60]
+    if not left:
+        return []
+    shown = "; ".join(f"{pid} {command}" for pid, command in list(left.items())[:3])
+    return [f"an aborted run of the tests left {len(left)} processes ({shown} …): kill -9 {' '.join(left)}"]
+
+
+def _runs(run: Path) -> bool:
+    """Whether the pytest process whose temporary folder this is lives: its lock names it."""
+    try:
+        return Path(f"/proc/{int((run / '.lock').read_text())}").exists()
+    except (OSError, ValueError):
+        return False
