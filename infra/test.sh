@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests. --setup-only: stop after the set-up. --full: the slow tests too. Other arguments go to pytest, which then
-# runs alone; without them there are two lanes side by side: what needs no Ray (with lint and types), and what does.
+# runs alone; without them there are two lanes side by side: lint, types and the tests that stay in pytest's own process (what needs no
+# Ray, then what shares one), and those that start jobs, clusters and endpoints.
 marks="not slow"
 only_setup=
 rest=()
@@ -43,32 +44,32 @@ export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 # two lanes on two cores: thread
 tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
-plain() { bash infra/lint.sh && tests "not ray"; }
-ray() {
+inside() { bash infra/lint.sh && tests "not processes"; }
+processes() {
     local failed=0
-    tests "ray and not alone" || failed=1
+    tests "processes and not alone" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
 }
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 set -m # lanes are process groups, which an interrupt ends as a whole
-plain >"$folder/plain" 2>&1 &
-plain=$!
-ray >"$folder/ray" 2>&1 &
-ray=$!
-trap 'kill -INT -- "-$plain" "-$ray" 2>/dev/null; wait; exit 130' INT TERM
-echo "two lanes run; to watch them: tail -f $folder/plain $folder/ray"
+inside >"$folder/inside" 2>&1 &
+inside=$!
+processes >"$folder/processes" 2>&1 &
+processes=$!
+trap 'kill -INT -- "-$inside" "-$processes" 2>/dev/null; wait; exit 130' INT TERM
+echo "two lanes run side by side; to watch them: tail -f $folder/inside $folder/processes"
 failed=()
-for lane in plain ray; do
+for lane in inside processes; do
     code=0
     wait "${!lane}" || code=$?
     printf '\n════ lane %s, exit code %s, after %s s ════\n' "$lane" "$code" "$SECONDS"
     cat "$folder/$lane"
     [[ $code == 0 ]] || failed+=("$lane")
 done
-count() { cat "$folder/plain" "$folder/ray" | grep -E '^[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
+count() { cat "$folder/inside" "$folder/processes" | grep -E '^[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
 printf '\n════ both lanes, %s s ════\n' "$SECONDS"
-[[ ${#failed[@]} == 0 ]] || { grep -hE '^(FAILED|ERROR) ' "$folder/plain" "$folder/ray"; echo "failed: ${failed[*]}"; }
+[[ ${#failed[@]} == 0 ]] || { grep -hE '^(FAILED|ERROR) ' "$folder/inside" "$folder/processes"; echo "failed: ${failed[*]}"; }
 echo "$(count passed) passed, $(($(count failed) + $(count error))) failed, $(count skipped) skipped"
 exit ${#failed[@]}

@@ -48,30 +48,33 @@ def start(cpus: int | None = None, *, places: int | None = None, port: int = 0) 
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _answers(address)
-    asks = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Ray puts its own in their places
+    else:
+        for name, value in serve_environment(port).items():
+            os.environ.setdefault(name, value)
+        if places is not None:
+            os.environ["RECRAY_PLACES"] = str(places)
+        options |= {"num_cpus": cpus or max(2, len(os.sched_getaffinity(0))), "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+        options["include_dashboard"] = False
     try:
-        if address:
-            ray.init(address=address, **options)
-        else:
-            for name, value in serve_environment(port).items():
-                os.environ.setdefault(name, value)
-            if places is not None:
-                os.environ["RECRAY_PLACES"] = str(places)
-            ray.init(
-                address="local",
-                num_cpus=cpus or max(2, len(os.sched_getaffinity(0))),
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **options,
-            )
+        with own_signals():
+            ray.init(address=address or "local", **options)
     except Exception as error:  # ray raises many kinds here
         raise ClusterError(
             f"Ray {f'at {address}' if address else 'on this machine'} does not let us in: {first_line(error)}", _fix(address)
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in asks.items():
-            if handler is not None:  # one that was not set in Python
-                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """What asks for an end means afterwards what it meant before, whatever handlers Ray installs: Ray Train's ends the process with exit 0."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # one that was not set in Python
+                    signal.signal(number, handler)
 
 
 def serve_environment(port: int = 0) -> dict[str, str]:

@@ -107,16 +107,16 @@ def pytest_sessionstart() -> None:
         pytest.exit("the tests cannot run here:\n  " + "\n  ".join(found), returncode=1)
 
 
-RAY = {"head", "own_home", "ray_session", "two_nodes"}
-"""Fixtures that make a test one of those that run Ray (marker `ray`)."""
+PROCESSES = {"head", "own_home"}
+"""Fixtures of tests that start jobs, clusters or endpoints as processes (marker `processes`); all others stay in this one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs Ray, and let what must meet it first in a process (marker `alone`) do so."""
+    """Mark what starts processes; what must meet Ray first in this process (marker `alone`) comes first, what keeps one running last."""
     for item in items:
-        if RAY & set(getattr(item, "fixturenames", ())):
-            item.add_marker("ray")
-    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+        if PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+    items.sort(key=lambda item: 0 if item.get_closest_marker("alone") else 1 if "ray_session" not in getattr(item, "fixturenames", ()) else 2)
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +215,12 @@ def _processes(home: Path) -> dict[int, str]:
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory):
-    """A real cluster for the jobs of many modules; its drivers give up a lost head after 10 s instead of 60."""
+    """A real cluster for the jobs of many modules; its drivers give up a lost head after 5 s instead of 60."""
     from forked import begin_forks
     from harness import Cluster
 
     with Cluster(tmp_path_factory.mktemp("home")) as head:
-        head.environment.update(QUICK_RAY, RAY_gcs_rpc_server_reconnect_timeout_s="10")
+        head.environment.update(QUICK_RAY, RAY_gcs_rpc_server_reconnect_timeout_s="5")
         begin_forks(head.environment)
         yield head
 
@@ -234,9 +234,13 @@ def workspace(head, world_folder, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _no_job_goes_on() -> Iterator[None]:
-    """A test that fails leaves no job behind, which would hold the next one up."""
+def _nothing_goes_on() -> Iterator[None]:
+    """A test leaves no job behind, which would hold the next one up, and no more threads of torch, which would get in each other's way."""
+    torch = sys.modules.get("torch")
+    threads = torch and torch.get_num_threads()
     yield
+    if threads:
+        torch.set_num_threads(threads)
     if "harness" in sys.modules:
         sys.modules["harness"].Job.end_all()
 

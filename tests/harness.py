@@ -122,9 +122,9 @@ class Job:
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def waits_for(self, what: str, condition: Callable[[], Value]) -> Value:
+    def waits_for(self, what: str, condition: Callable[[], Value], every_s: float = 0.05) -> Value:
         """Wait for something that comes while the job runs."""
-        return wait_for(what, condition, saw=lambda: f"\n{self.said[-2000:]}", ended=lambda: not self.alive())
+        return wait_for(what, condition, saw=lambda: f"\n{self.said[-2000:]}", ended=lambda: not self.alive(), every_s=every_s)
 
     def logs(self, **fields: Any) -> dict[str, Any]:
         """Wait for a line of its log with these fields."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from recray import __version__
 from recray.bundle import KIND, Bundle, write_bundle
-from recray.cluster import first_line, require, unwrapped
+from recray.cluster import first_line, own_signals, require, unwrapped
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, SettingsError, TrainingError
@@ -263,7 +263,7 @@ def _fit(
         ),
     )
     try:
-        with unwrapped():
+        with unwrapped(), own_signals():
             result: Any = trainer.fit()
     except Exception as error:
         if (told := _told(error, options.max_failures)) is None:

@@ -57,29 +57,25 @@ def read_only(disk: Path):
         subprocess.run(["umount", "-l", str(mounted)], check=True)
 
 
-@pytest.mark.parametrize(
-    ("fault", "named", "stages"),
-    [
-        pytest.param(full, "No space left on device", STAGES, id="full"),
-        pytest.param(read_only, "Read-only file system", ("train",), id="read-only-train"),
-        pytest.param(read_only, "Read-only file system", ("score",), id="read-only-score"),
-        pytest.param(read_only, "Read-only file system", STAGES, id="read-only-everywhere", marks=pytest.mark.slow),
-    ],
-)
-def test_a_disk_that_takes_nothing_is_named_and_the_job_is_repeated(workspace, disk, fault, named, stages):
-    root = workspace.cut(stages[0])
-    for stage in stages:
-        job = workspace.job(stage, "train.max_failures=0", fault="STOP@lease:held")
-        stopped = job.stops()
-        with fault(disk):
-            os.kill(stopped, signal.SIGCONT)
-            code, result = job.end()
-            reason = result["reason"]
-            assert (code, result["status"]) == (1, "failed"), (stage, reason)
-            assert named in reason and str(root) in reason and "then repeat the job" in reason, (stage, reason)
-            assert_nothing_half_written(root, workspace.reference)
-        if stage != stages[-1]:
-            workspace.job(stage).ends_ok()
+FAULTS = {full: "No space left on device", read_only: "Read-only file system"}
+
+
+@pytest.mark.parametrize("read_only_at", [("train", "score"), pytest.param(STAGES, marks=pytest.mark.slow)])
+def test_a_disk_that_takes_nothing_is_named_and_the_job_is_repeated(workspace, disk, read_only_at):
+    """Full at each stage, then read-only, then in order again."""
+    root = workspace.cut("prepare")
+    for stage in STAGES:
+        for fault in (full, read_only) if stage in read_only_at else (full,):
+            job = workspace.job(stage, "train.max_failures=0", fault="STOP@lease:held")
+            stopped = job.stops()
+            with fault(disk):
+                os.kill(stopped, signal.SIGCONT)
+                code, result = job.end()
+                reason = result["reason"]
+                assert (code, result["status"]) == (1, "failed"), (stage, reason)
+                assert FAULTS[fault] in reason and str(root) in reason and "then repeat the job" in reason, (stage, reason)
+                assert_nothing_half_written(root, workspace.reference)
+        workspace.job(stage).ends_ok()
     workspace.nightly_finds_the_rest_right()
 
 
@@ -135,6 +131,7 @@ def test_settings_that_changed_between_attempts_are_refused_and_named(workspace)
     assert workspace.job("nightly", other, "--restart").ends_ok()["outputs"]["evaluation"] not in map(str, before)
 
 
+@pytest.mark.processes
 def test_a_ray_that_is_not_there_is_named(world_folder, tmp_path):
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
     code, result = Job("nightly", world_folder, tmp_path, environment).end()

@@ -49,43 +49,56 @@ def kinds(root) -> list[str]:
         return []
 
 
-MOMENTS = {
-    "reserve": lambda root: kinds(root) == ["reserve"],
-    "train": lambda root: kinds(root).count("take") >= 3,  # the counts, the first piece, the second one
-}
+def reserved(root) -> bool:
+    return kinds(root) == ["reserve"]
 
 
-@pytest.mark.parametrize(("moment", "victim"), [("reserve", "driver"), ("train", "driver"), ("train", "worker"), ("commit", "driver")])
-def test_a_killed_private_training_repeated_accounts_for_every_step(head, job, tmp_path, moment, victim):
+def taken_twice(root) -> bool:
+    return kinds(root).count("take") >= 3  # the counts, the first piece, the second one
+
+
+def test_a_training_whose_driver_is_killed_accounts_for_every_step(job, tmp_path):
     root = tmp_path / "root"
-    if moment == "commit":  # the bundle is there, the ledger does not know
-        job("train", fault="KILL@bundle:visible").is_killed()
-        taken = kinds(root).count("take")
-    else:
+    for what, moment in (("a reservation", reserved), ("the second piece", taken_twice)):
         training = job("train")
-        training.waits_for(f"the moment to {moment} in the ledger", lambda: MOMENTS[moment](root))
+        training.waits_for(f"{what} in the ledger", lambda moment=moment: moment(root))
         taken = kinds(root).count("take")
-        kill(*(titled(head.home, "RayTrainWorker") if victim == "worker" else [training.worker]))
-        code, _ = training.end()
-        assert (code == 0) == (victim == "worker"), "another worker takes its place"
-    again = "nightly" if moment == "commit" else "train"
-    job(again).ends_ok()
+        kill(training.worker)
+        assert training.end()[0] == 1
+    job("train").ends_ok()
+    _assert_accounted(root, most_redone=2)
+    assert taken >= 3 and job("train").ends_ok()["status"] == "skipped"
+
+
+def test_a_training_whose_worker_is_killed_and_its_driver_before_the_commit_accounts_for_every_step(head, job, tmp_path):
+    root = tmp_path / "root"
+    training = job("train", fault="KILL@bundle:visible")
+    training.waits_for("the second piece in the ledger", lambda: taken_twice(root))
+    taken = kinds(root).count("take")
+    kill(*titled(head.home, "RayTrainWorker"))  # another one takes its place
+    training.is_killed()
+    assert "commit" not in kinds(root) and list((root / "bundles").iterdir()), "the bundle is there, and the ledger does not know"
+    job("nightly").ends_ok()
+    _assert_accounted(root, most_redone=3 if taken > 3 else 2)
+    assert job("nightly").ends_ok()["status"] == "skipped"
+    assert kinds(root).count("commit") == 1
+
+
+def _assert_accounted(root, *, most_redone: int) -> None:
+    """The ledger, the curve and the statement agree. What a kill undid is counted once more, and nothing else: the piece it hit, and those
+    whose checkpoints Ray had not taken over yet."""
     ledger = Ledger.read(f"sqlite:///{root / 'privacy.sqlite'}", "users")
     (run,) = ledger.runs()
-    assert run.committed and run.reserved >= run.taken
+    assert run.committed and run.reserved >= run.taken and kinds(root).count("commit") == 1
     redone = run.taken - STEPS
-    # what a kill undid is counted once more, and nothing else: the piece it hit, and those whose checkpoints Ray had not taken over yet
-    assert redone in (0, EVERY, 2 * EVERY, *((3 * EVERY,) if victim == "worker" and taken > 3 else ()))
-    if moment == "train":
-        assert redone or kinds(root).count("take") == 1 + STEPS // EVERY
+    assert redone in range(0, (most_redone + 1) * EVERY, EVERY)
+    assert redone or kinds(root).count("take") == 1 + STEPS // EVERY
     assert 1 <= run.counts_taken <= run.counts_reserved <= 2  # drawn again where no checkpoint was left
     told = [json.loads(line)["steps"] for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()]
     assert max(told) == STEPS
     (statement,) = (json.loads(path.read_text()) for path in (root / "bundles").glob("*/privacy.json"))
     assert statement["steps"] == STEPS
     assert statement["epsilon_of_all_trainings"] == pytest.approx(epsilon_of(ledger.spent(), statement["delta"]), abs=1e-3)
-    assert job(again).ends_ok()["status"] == "skipped"
-    assert kinds(root).count("commit") == 1 and len(ledger.runs()) == 1
 
 
 def test_a_training_over_the_cap_is_refused_before_its_first_step(job, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
+import signal
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -42,7 +43,10 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def night(settings):
-    return pipeline.run_nightly(settings, FIRST)
+    before = signal.getsignal(signal.SIGINT)
+    night = pipeline.run_nightly(settings, FIRST)
+    assert signal.getsignal(signal.SIGINT) is before, "after a training Ctrl-C ends a run as it did before it"
+    return night
 
 
 @pytest.fixture(scope="module")

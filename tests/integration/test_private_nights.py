@@ -55,7 +55,7 @@ def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(se
 
 
 def test_a_training_that_diverges_pays_for_its_steps_once(world_folder, tmp_path):
-    more = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.workers=2", "train.cpus_per_worker=0.5", "train.max_failures=2"]
+    more = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.max_failures=2"]
     settings = load_settings(None, [*private_overrides(world_folder, tmp_path), *more])
     pipeline.run_prepare(settings, FIRST)
     with pytest.raises(TrainingError, match=r"after step 5 a weight is not finite") as raised:

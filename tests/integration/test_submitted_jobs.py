@@ -77,7 +77,7 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
 
         asking = threading.Thread(target=ask)
         asking.start()
-        words = ["nightly", "--as-of", SECOND, *world_overrides(world_folder, root)]
+        words = ["nightly", "--as-of", SECOND, *world_overrides(world_folder, root), "train.every_days=3"]
         results: list[subprocess.CompletedProcess] = []
         one = threading.Thread(target=lambda: results.append(submit(head, *words)))
         one.start()

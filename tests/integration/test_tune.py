@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime as dt
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -97,22 +97,26 @@ def test_a_night_makes_a_policy_for_its_new_bundle_and_scores_with_it(settings, 
         "gates": {"must_beat": (), "margin": 1.0},
     }
     nightly = settings.model_copy(update={name: getattr(settings, name).model_copy(update=values) for name, values in changes.items()})
-    storage, decided = Storage(tmp_path), []
+    decided = []
+    before = pipeline.run_tune(settings, None).run_key  # made before; now it decides for the champion of another root
+    old = Storage(settings.root())
+    storage = publish_untrained(settings, prepare_here(settings), tmp_path)
+    shutil.copytree(old.policy(before), storage.policy(before))
+    release = Release.read(storage)
+    assert release.champion.digest == Bundle.open(old.bundle("untrained")).digest
+    Release(champion=replace(release.champion, policy=before)).write(storage)
 
     def judge(*_):
         decided.append(Release.read(storage).champion)
         return gate.Verdict([gate.Check("gain", True, "gains")], {"gain": 1.0})
 
     monkeypatch.setattr(tuning, "judge", judge)
-    found = []
-    for as_of in (dt.datetime(2024, 4, 10, tzinfo=dt.UTC), None):
-        assert pipeline.run_nightly(nightly, as_of).status == "ok"
-        champion = Release.read(storage).champion
-        policy = Policy.load(storage.policy(champion.policy), champion.digest)
-        assert policy.about["bundle"] == champion.run_key and Snapshot.latest(storage).manifest["policy"] == champion.policy
-        found.append((champion.run_key, policy.about["key"]))
-    assert [member.policy for member in decided] == [None, None], "a new bundle begins without one"
-    assert found[0][0] != found[1][0] and [member.run_key for member in decided] == [key for key, _ in found]
+    assert pipeline.run_nightly(nightly, None).status == "ok"
+    champion = Release.read(storage).champion
+    policy = Policy.load(storage.policy(champion.policy), champion.digest)
+    assert policy.about["bundle"] == champion.run_key != "untrained" and Snapshot.latest(storage).manifest["policy"] == champion.policy
+    assert [(member.run_key, member.policy) for member in decided] == [(champion.run_key, None)], "a new bundle begins without one"
+    assert champion.policy != before
 
 
 def test_a_policy_has_to_be_better_than_the_one_that_decides(settings, storage):

@@ -208,7 +208,7 @@ def _reserve(url: str, key: str, cap: float) -> None:
 def test_two_trainings_cannot_both_take_what_is_left_for_one(url):
     cap = 1.2 * epsilon_of([Steps(2.0, 0.1, 100)], DELTA)
     Ledger.open(url, "shop")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     jobs = [context.Process(target=_reserve, args=(url, f"run{i}", cap)) for i in range(3)]
     for job in jobs:
         job.start()
