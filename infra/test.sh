@@ -47,6 +47,7 @@ tests() { # tests with a marker expression
 inside() { bash infra/lint.sh && tests "not processes"; }
 processes() {
     local failed=0
+    .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
     tests "processes and not alone" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed

@@ -6,6 +6,7 @@ environment when it is imported (whether a token is asked for), so the process b
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -14,23 +15,22 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "mlflow.store.model_registry.sqlalchemy_store",
-        "mlflow.store.tracking.sqlalchemy_store",
-        "ray.data",
-        "ray.train.torch",
-        "recray.cli",
-        "recray.evaluation.report",
-        "recray.pipeline",
-        "recray.prepare.prepare",
-        "recray.promotion",
-        "recray.scoring.score",
-        "recray.tracking.outbox",
-        "recray.training.trainer",
-    ]
+NEEDED = (
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "ray.data",
+    "ray.train.torch",
+    "recray.cli",
+    "recray.evaluation.report",
+    "recray.pipeline",
+    "recray.prepare.prepare",
+    "recray.promotion",
+    "recray.scoring.score",
+    "recray.tracking.outbox",
+    "recray.training.trainer",
 )
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(list(NEEDED))
 
 
 def begin_forks(environment: Mapping[str, str]) -> None:
@@ -49,3 +49,8 @@ def run_job(job: str, arguments: Sequence[str], environment: dict[str, str], out
 
     sys.argv = [f"jobs.{job}", *arguments]
     sys.exit(job_main(job))
+
+
+if __name__ == "__main__":  # once in a new environment, so that not each process of the first tests compiles what it imports
+    for name in NEEDED:
+        importlib.import_module(name)

@@ -265,6 +265,8 @@ def _fit(
     try:
         with unwrapped(), own_signals():
             result: Any = trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None  # how Ray Train ends a process that was sent SIGINT: with exit 0
     except Exception as error:
         if (told := _told(error, options.max_failures)) is None:
             raise

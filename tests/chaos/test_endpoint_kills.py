@@ -189,7 +189,7 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
 class Continuous(threading.Thread):
     """A load without an end, until it is left; what it saw, a second at a time."""
 
-    def __init__(self, port: int, requests: list[bytes], rate: float | None = 200.0) -> None:
+    def __init__(self, port: int, requests: list[bytes], rate: float = 200.0) -> None:
         super().__init__()
         self.port, self.requests, self.rate, self.seen, self.stopped = port, requests, rate, [], threading.Event()
 
@@ -224,7 +224,7 @@ def _answers(storage: Storage) -> dict[str, set[tuple[str, ...]]]:
 def test_a_killed_replica_costs_at_most_the_answer_that_it_was_writing(served, own_home):
     requests = [post("/v1/recommend", {"user_id": user, "k": 5}) for user in range(USERS)]
     before = titled(own_home, "ray::ServeReplica")
-    with Continuous(served.port, requests, rate=None) as running:
+    with Continuous(served.port, requests) as running:
         running.has_seen_more()
         kill(before[0])
         wait_for("another replica", lambda: len(now := titled(own_home, "ray::ServeReplica")) == 2 and before[0] not in now)

@@ -124,9 +124,9 @@ def test_settings_that_changed_between_attempts_are_refused_and_named(workspace)
     first = workspace.job("nightly", fault="KILL@report:written")
     first.is_killed()
     assert "memory" in first.end()[1]["reason"]
-    other = "evaluate.bootstrap=50"
+    other = "evaluate.bootstrap=200"
     code, result = workspace.job("nightly", other).end()
-    assert (code, result["status"]) == (3, "refused") and "evaluate.bootstrap 100 → 50" in result["reason"] and "--restart" in result["reason"]
+    assert (code, result["status"]) == (3, "refused") and "evaluate.bootstrap 100 → 200" in result["reason"] and "--restart" in result["reason"]
     before = set((workspace.root / "evaluations").iterdir())
     assert workspace.job("nightly", other, "--restart").ends_ok()["outputs"]["evaluation"] not in map(str, before)
 

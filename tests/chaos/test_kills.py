@@ -7,7 +7,9 @@ without what it wrote). Random moments of whole nightly runs are in `--full`.
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import time
 
 import pytest
@@ -66,6 +68,18 @@ def test_a_training_that_lost_its_worker_and_then_its_driver_is_repeated(head, w
     job.is_killed()
     for point in others:
         workspace.job("train", fault=f"KILL@{point}").is_killed()
+    workspace.nightly_finds_the_rest_right()
+    _goes_on_from_its_checkpoint(workspace.root)
+
+
+@pytest.mark.slow
+def test_a_training_that_is_asked_to_stop_says_so_and_is_repeated(head, workspace):
+    workspace.cut_out("train")
+    job = workspace.job("train")
+    _in_the_second_epoch(head, workspace, job)
+    os.kill(job.pid, signal.SIGINT)
+    code, result = job.end()
+    assert (code, result["status"]) == (1, "failed") and "stopped by a signal" in result["reason"], result
     workspace.nightly_finds_the_rest_right()
     _goes_on_from_its_checkpoint(workspace.root)
 

@@ -67,7 +67,7 @@ def server(own_home, tmp_path_factory):
 def shop(workspace, server, world_folder, tmp_path_factory):
     """The nightly runs of one root, one day after the other; the first one, whose bundle was trained before, has ended."""
     root = shutil.copytree(workspace.cut("evaluate"), tmp_path_factory.mktemp("shop") / "root")
-    for told in ("mlflow", "tracked"):
+    for told in ("mlflow", "nights", "tracked"):
         shutil.rmtree(root / told)
     shop = Shop(root, world_folder, workspace.environment, server)
     shop.first = shop.night().ends_ok()

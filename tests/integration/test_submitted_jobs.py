@@ -16,11 +16,18 @@ from conftest import world_overrides
 from harness import wait_for
 
 from recray import lease
+from recray.benchmark.submit import Head
 from recray.cluster import free_ports
 from recray.demo import post
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "2024-04-20", "2024-04-21"
+
+
+@pytest.fixture(scope="module")
+def head(own_home):
+    with Head(own_home) as head:
+        yield head
 
 
 @pytest.fixture(scope="module")
