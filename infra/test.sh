@@ -40,7 +40,8 @@ if [[ ${#rest[@]} -gt 0 ]]; then
     exec .venv/bin/python -m pytest -m "$marks" "${rest[@]}"
 fi
 
-export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 # two lanes on two cores: threads that wait for each other would take turns
+# two lanes on two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }

@@ -235,7 +235,7 @@ def _holders() -> str:
     from ray.util.state import list_actors
 
     try:
-        actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=5)
+        actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=30)
     except Exception:
         return "unknown (the state API did not answer)"
     held = []

@@ -52,6 +52,7 @@ def world_overrides(folder: Path, root: Path) -> list[str]:
         "model.history=32",
         "model.feature_buckets=256",
         "train.epochs=2",
+        "train.threads=1",
         "train.batch_positions=512",
         "train.warmup_steps=5",
         "evaluate.bootstrap=100",
