@@ -216,12 +216,12 @@ def _processes(home: Path) -> dict[int, str]:
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory):
-    """A real cluster for the jobs of many modules; its drivers give up a lost head after 5 s instead of 60."""
+    """A real cluster for the jobs of many modules; its drivers give up a lost head after 10 s instead of 60."""
     from forked import begin_forks
     from harness import Cluster
 
     with Cluster(tmp_path_factory.mktemp("home")) as head:
-        head.environment.update(QUICK_RAY, RAY_gcs_rpc_server_reconnect_timeout_s="5")
+        head.environment.update(QUICK_RAY, RAY_gcs_rpc_server_reconnect_timeout_s="10")
         begin_forks(head.environment)
         yield head
 

@@ -26,7 +26,7 @@ STAGES = ("prepare", "train", "evaluate", "promote", "score", "report")
 ARTIFACTS = ("datasets", "bundles", "evaluations", "promotions", "scores", "reports")
 WRITES = {"prepare": ("datasets",), "train": ("bundles", "training")}
 AS_OF = "2024-04-20"
-QUICK = ("train.epochs=3", "train.patience=3", "train.timeout_s=30", "storage.lease_s=5")
+QUICK = ("train.epochs=3", "train.patience=3", "train.timeout_s=120", "storage.lease_s=5")
 DEADLINE_S = 240.0  # of any wait: far above what a busy machine needs
 
 Value = TypeVar("Value")
