@@ -1,6 +1,7 @@
 # Sourced by demo.sh and test.sh: a virtual environment in .venv with the pinned versions, made once per set of pins.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # containers set it, and then each of many processes compiles all that it imports
 
 setup() {
     local pins stamp=.venv/.recray-pins

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from preflight import absent, problems
+from processes import running
 
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
@@ -201,17 +202,7 @@ def assert_nothing_left(home: Path, before: dict[int, str] | None = None) -> Non
 
 def _processes(home: Path) -> dict[int, str]:
     """Processes other than this one that have this home, with the beginning of their titles."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            except OSError:
-                continue
-            if f"HOME={home}".encode() in environment and command:
-                found[int(entry.name)] = command[:160]
-    return found
+    return {one.pid: one.title[:160] for one in running() if one.home == home and one.pid != os.getpid()}
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +211,7 @@ def head(tmp_path_factory):
     from forked import begin_forks
     from harness import Cluster
 
-    with Cluster(tmp_path_factory.mktemp("home")) as head:
+    with Cluster(tmp_path_factory.mktemp("home"), dashboard=False) as head:
         head.environment.update(QUICK_RAY, RAY_gcs_rpc_server_reconnect_timeout_s="10")
         begin_forks(head.environment)
         yield head

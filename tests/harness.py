@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
+import psutil
 import pyarrow.parquet as pq
 from conftest import world_overrides
 from forked import FORKS, run_job
+from processes import children, status, titled
 
 from recray.benchmark.submit import Head
 from recray.lease import FAULT
@@ -112,8 +114,7 @@ class Job:
     @property
     def worker(self) -> int | None:
         """The process that does the work: the child of the one we started."""
-        children = [pid for pid, parent in parents().items() if parent == self.pid]
-        return children[0] if children else None
+        return next(iter(children(self.pid)), None)
 
     def alive(self) -> bool:
         return self._process.poll() is None if isinstance(self._process, subprocess.Popen) else self._process.exitcode is None
@@ -137,7 +138,7 @@ class Job:
 
     def stops(self) -> int:
         """Wait until it stopped at its `fault`; the process that did."""
-        return self.waits_for("the job to stop itself", lambda: self.worker if state_of(self.worker) == "T" else None)
+        return self.waits_for("the job to stop itself", lambda: self.worker if status(self.worker) == psutil.STATUS_STOPPED else None)
 
     def end(self) -> tuple[int, dict[str, Any]]:
         """Exit code and last line, {} if there is none."""
@@ -212,40 +213,6 @@ class Cluster(Head):
     def start(self) -> None:
         kill(*titled(self.home, "raylet", "gcs_server", "ray::", "dashboard", "ray/_private"))
         super().start()
-
-
-def parents() -> dict[int, int]:
-    """The parent of every process."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                found[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    return found
-
-
-def state_of(pid: int | None) -> str | None:
-    """The kernel's letter for what a process does: R, S, T (stopped), Z, …; None where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return None
-
-
-def titled(home: Path, *words: str) -> list[int]:
-    """Processes of this home whose title holds one of the words."""
-    found = []
-    for pid in parents():
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            mine = f"HOME={home}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if mine and any(word in title for word in words):
-            found.append(pid)
-    return found
 
 
 def replica_logs(home: Path) -> list[str]:

@@ -8,7 +8,9 @@ import socket
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
+from processes import running
 
 NEEDED = {tempfile.gettempdir(): 4 << 30, "/dev/shm": 1 << 30}
 """Free bytes: data sets, workspaces and Ray's logs; and the object stores of the Rays that run at once."""
@@ -50,17 +52,10 @@ def _taken_ports() -> list[str]:
 def _left_behind() -> list[str]:
     """Processes whose home is a folder of a pytest run that is over."""
     left = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            except OSError:
-                continue
-            home = next((value[5:].decode(errors="replace") for value in environment if value.startswith(b"HOME=")), "")
-            run = next((path for path in Path(home).parents if path.parent.name.startswith("pytest-of-")), None)
-            if run is not None and command and not _runs(run):
-                left[entry.name] = command[:60]
+    for process in running():
+        run = next((path for path in process.home.parents if path.parent.name.startswith("pytest-of-")), None)
+        if run is not None and not _runs(run):
+            left[str(process.pid)] = process.title[:60]
     if not left:
         return []
     shown = "; ".join(f"{pid} {command}" for pid, command in list(left.items())[:3])
@@ -70,6 +65,6 @@ def _left_behind() -> list[str]:
 def _runs(run: Path) -> bool:
     """Whether the pytest process whose temporary folder this is lives: its lock names it."""
     try:
-        return Path(f"/proc/{int((run / '.lock').read_text())}").exists()
+        return psutil.pid_exists(int((run / ".lock").read_text()))
     except (OSError, ValueError):
         return False

@@ -45,12 +45,13 @@ class Head:
     ----------
     home : its HOME, where its token lies
     cpus : logical CPUs of the node
+    dashboard : whether jobs can be submitted to it
 
     `environment` is what a process needs to reach it.
     """
 
-    def __init__(self, home: Path, cpus: int = 2) -> None:
-        self.home, self.cpus = home, cpus
+    def __init__(self, home: Path, cpus: int = 2, *, dashboard: bool = True) -> None:
+        self.home, self.cpus, self.takes_jobs = home, cpus, dashboard
         self.port, self.dashboard, *self._others = cluster.free_ports(4)  # other clusters may be here
         base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
@@ -72,11 +73,12 @@ class Head:
         words = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--num-cpus={self.cpus}", "--node-ip-address=127.0.0.1"]
         words += [f"--dashboard-agent-listen-port={self._others[0]}", f"--ray-client-server-port={self._others[1]}"]
         words += ["--object-store-memory", str(cluster.LOCAL_OBJECT_STORE_BYTES), "--disable-usage-stats", "--block"]
+        words += ["--include-log-monitor=false", f"--include-dashboard={self.takes_jobs}"]  # what workers print goes to no driver
         with open(self.home / "head.log", "a") as log:
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *words]
             self.process = subprocess.Popen(command, env=self._own, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 60
-        while not (_listens(self.dashboard) and _listens(self.port)):
+        while not all(map(_listens, (self.port, self.dashboard) if self.takes_jobs else (self.port,))):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise ClusterError(f"the cluster did not start: {(self.home / 'head.log').read_text()[-400:]}", "look at that log")
             time.sleep(0.2)

@@ -19,8 +19,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import start_redis, world_overrides
-from harness import DEADLINE_S, kill, replica_logs, titled, wait_for
+from harness import DEADLINE_S, kill, replica_logs, wait_for
 from preflight import absent
+from processes import titled
 
 from recray import pipeline
 from recray.benchmark.load import Driver, post

@@ -13,7 +13,8 @@ import signal
 import time
 
 import pytest
-from harness import WRITES, Job, assert_nothing_half_written, assert_right, kill, titled
+from harness import WRITES, Job, assert_nothing_half_written, assert_right, kill
+from processes import titled
 
 POINTS = {
     "prepare": ("dataset:written", "dataset:sealed", "dataset:visible"),

@@ -42,8 +42,10 @@ class Server:
     def start(self) -> None:
         words = ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}", "--artifacts-destination", str(self.folder / "artifacts")]
         words += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of GenAI jobs, by eleven more processes
         with open(self.folder / "server.log", "a") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *words], stdout=log, stderr=log, start_new_session=True)
+            command = [sys.executable, "-m", "mlflow", "server", *words]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         health = f"{self.uri}/health"
         wait_for("MLflow's server", lambda: urllib.request.urlopen(health, timeout=2).read(), saw=self.said, ended=self.process.poll)
 

@@ -8,7 +8,8 @@ import sqlite3
 
 import pytest
 from conftest import prepare_here, private_overrides
-from harness import AS_OF, QUICK, Job, kill, titled
+from harness import AS_OF, QUICK, Job, kill
+from processes import titled
 
 from recray.config import load_settings, parse_as_of
 from recray.privacy.accounting import epsilon_of

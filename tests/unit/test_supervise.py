@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from harness import parents, state_of, wait_for
+from harness import wait_for
+from processes import children, status
 
 JOB = """
 import atexit, os, signal, sys, time
@@ -83,15 +84,15 @@ def test_the_job_does_not_outlive_its_parent():
     child = int(process.stdout.readline().split()[1])
     process.kill()
     process.wait()
-    wait_for("the job to end", lambda: state_of(child) in (None, "Z"))
+    wait_for("the job to end", lambda: status(child) in ("gone", "zombie"))
 
 
 def test_the_last_line_is_there_when_the_job_is_killed(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.serve", f"storage.root={tmp_path}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    children = wait_for("the job", lambda: [pid for pid, parent in parents().items() if parent == process.pid], ended=process.poll)
-    os.kill(children[0], signal.SIGKILL)
+    (job,) = wait_for("the job", lambda: children(process.pid), ended=process.poll)
+    os.kill(job, signal.SIGKILL)
     out, said = process.communicate(timeout=60)
     result = json.loads(out.splitlines()[-1])
     assert (process.returncode, result["job"], result["status"]) == (1, "serve", "failed") and "signal 9" in result["reason"]
