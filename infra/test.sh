@@ -45,13 +45,16 @@ export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
-inside() { bash infra/lint.sh && tests "not processes"; }
-processes() {
+inside() {
+    bash infra/lint.sh || return 1
     local failed=0
-    .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
-    tests "processes and not alone" || failed=1
+    tests "not processes" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
+}
+processes() {
+    .venv/bin/python tests/forked.py && # compiles what is imported, once for all processes
+        tests "processes and not alone"
 }
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -202,7 +202,7 @@ def assert_nothing_left(home: Path, before: dict[int, str] | None = None) -> Non
 
 def _processes(home: Path) -> dict[int, str]:
     """Processes other than this one that have this home, with the beginning of their titles."""
-    return {one.pid: one.title[:160] for one in running() if one.home == home and one.pid != os.getpid()}
+    return {process.pid: title[:160] for process, other, title in running() if other == home and process.pid != os.getpid()}
 
 
 @pytest.fixture(scope="session")

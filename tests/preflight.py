@@ -16,6 +16,8 @@ NEEDED = {tempfile.gettempdir(): 4 << 30, "/dev/shm": 1 << 30}
 """Free bytes: data sets, workspaces and Ray's logs; and the object stores of the Rays that run at once."""
 NOBODY_LISTENS = (1, 9)
 """Ports of 127.0.0.1 that tests take for servers that are not there."""
+ENDS_IN_S = 10.0
+"""What a run that just ended leaves has time to end: the processes that wait for its pipe to close."""
 
 
 def problems() -> list[str]:
@@ -50,16 +52,18 @@ def _taken_ports() -> list[str]:
 
 
 def _left_behind() -> list[str]:
-    """Processes whose home is a folder of a pytest run that is over."""
+    """Processes whose home is a folder of a pytest run that is over, and which do not end by themselves."""
     left = {}
-    for process in running():
-        run = next((path for path in process.home.parents if path.parent.name.startswith("pytest-of-")), None)
+    for process, home, title in running():
+        run = next((path for path in home.parents if path.parent.name.startswith("pytest-of-")), None)
         if run is not None and not _runs(run):
-            left[str(process.pid)] = process.title[:60]
-    if not left:
+            left[process] = title[:60]
+    _, alive = psutil.wait_procs(list(left), timeout=ENDS_IN_S)
+    if not alive:
         return []
-    shown = "; ".join(f"{pid} {command}" for pid, command in list(left.items())[:3])
-    return [f"an aborted run of the tests left {len(left)} processes ({shown} …): kill -9 {' '.join(left)}"]
+    shown = "; ".join(f"{process.pid} {left[process]}" for process in alive[:3])
+    pids = " ".join(str(process.pid) for process in alive)
+    return [f"an aborted run of the tests left {len(alive)} processes ({shown} …): kill -9 {pids}"]
 
 
 def _runs(run: Path) -> bool:

@@ -9,7 +9,7 @@ import psutil
 
 
 class Running(NamedTuple):
-    pid: int
+    process: psutil.Process
     home: Path
     title: str
 
@@ -23,13 +23,13 @@ def running() -> list[Running]:
         except psutil.Error:  # it ended, or is another user's
             continue
         if title:
-            found.append(Running(process.pid, Path(home), title))
+            found.append(Running(process, Path(home), title))
     return found
 
 
 def titled(home: Path, *words: str) -> list[int]:
     """Processes of a home whose title holds one of the words."""
-    return [one.pid for one in running() if one.home == home and any(word in one.title for word in words)]
+    return [one.process.pid for one in running() if one.home == home and any(word in one.title for word in words)]
 
 
 def children(pid: int) -> list[int]:

@@ -66,7 +66,7 @@ def _encode(texts: dict[str, str], folder: Path) -> dict[str, np.ndarray]:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     return {key: model.encode([text], show_progress_bar=False)[0].astype(np.float32) for key, text in texts.items()}
 

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+WHOLE = pytest.param((), marks=pytest.mark.slow, id="whole")
+UP_TO_ITS_BEST = pytest.param(("train.epochs=8", "train.threads=1"), id="up to its best epoch")  # the whole one goes on, and comes back to it
 
-@pytest.fixture(scope="module")
-def demo(own_home, tmp_path_factory):
+
+@pytest.fixture(scope="module", params=[UP_TO_ITS_BEST, WHOLE])
+def demo(request, own_home, tmp_path_factory):
     root = tmp_path_factory.mktemp("demo") / "root"
     recray = Path(sys.executable).with_name("recray")
-    done = subprocess.run([str(recray), "demo", "--root", str(root), "serve.timeout_s=30"], capture_output=True, text=True, timeout=900)
+    words = [str(recray), "demo", "--root", str(root), "serve.timeout_s=30", *request.param]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 

@@ -125,14 +125,15 @@ def test_the_exit_code_is_the_jobs_and_an_older_night_is_refused(head, root, wor
     assert done.returncode == 1 and "recray prepare" in last(done)["reason"]
 
 
-def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head, tmp_path):
+@pytest.mark.parametrize("job", ["prepare", pytest.param("nightly", marks=pytest.mark.slow)])
+def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head, tmp_path, job):
     """The way of the README: Ray's own client, the demo's config, nothing but the checkout."""
-    words = ["--working-dir", ".", "--", "python", "-m", "jobs.nightly", "--config", "jobs/configs/demo.yaml"]
+    words = ["--working-dir", ".", "--", "python", "-m", f"jobs.{job}", "--config", "jobs/configs/demo.yaml"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     overrides = [f"storage.root={tmp_path}", "train.epochs=1", "evaluate.ease_max_items=1", "evaluate.max_users=200"]
     done = subprocess.run([*ray, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert '"job": "nightly", "status": "ok"' in done.stdout and "succeeded" in done.stdout
+    assert f'"job": "{job}", "status": "ok"' in done.stdout and "succeeded" in done.stdout
     sent = max(Path("/tmp/ray").glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*"), key=lambda p: p.stat().st_mtime)
     assert {"recray", "jobs", "policies"} <= {p.name for p in sent.iterdir()}
     assert not {".venv", ".git", ".demo", "tests"} & {p.name for p in sent.iterdir()}

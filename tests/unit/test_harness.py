@@ -48,6 +48,7 @@ def test_a_full_disk_a_taken_port_and_what_an_aborted_run_left_are_named(monkeyp
         monkeypatch.setattr(preflight, "NOBODY_LISTENS", (port,))
         (taken,) = preflight._taken_ports()
         assert f"127.0.0.1:{port}" in taken
+    monkeypatch.setattr(preflight, "ENDS_IN_S", 0.0)
     home = tmp_path / "pytest-of-somebody" / "pytest-3" / "home0"
     home.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={**os.environ, "HOME": str(home)})

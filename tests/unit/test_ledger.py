@@ -232,16 +232,16 @@ def test_a_database_that_is_not_known_to_last_is_refused(tmp_path):
 
 
 def test_a_plan_says_what_cadence_and_shards_would_cost():
-    found = {(option.every_days, option.shards): option for option in plan.options(4.0, DELTA, 0.1, 50, (2.0, 0.0), 14)}
+    found = {(option.every_days, option.shards): option for option in plan.options(0.5, DELTA, 0.02, 50, (2.0, 0.0), 14)}
     assert [found[1, 1].trainings, found[1, 7].trainings, found[7, 1].trainings, found[30, 7].trainings] == [14, 2, 2, 1]
-    assert found[1, 1].epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.1, 700)], DELTA))
+    assert found[1, 1].epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.02, 700)], DELTA))
     assert found[1, 1].sigma > found[7, 1].sigma == found[1, 7].sigma > found[30, 1].sigma
-    assert epsilon_of([Steps(found[1, 1].sigma, 0.1, 700)], DELTA) <= 4.0
-    spent = plan.options(4.0, DELTA, 0.1, 50, (2.0, 0.0), 1, before=[Steps(0.5, 0.1, 500)])
-    assert spent[0].sigma is None and spent[0].epsilon > 4.0
-    counted = plan.options(4.0, DELTA, 0.1, 50, (2.0, 1.5), 14, counts_share=0.1)[0]
-    assert found[1, 1].sigma < counted.sigma < 1.2 * found[1, 1].sigma and counted.epsilon > 4.0
-    assert counted.epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.1, 700), Steps(1.5, 1.0, 14)], DELTA))
+    assert epsilon_of([Steps(found[1, 1].sigma, 0.02, 700)], DELTA) <= 0.5
+    spent = plan.options(0.5, DELTA, 0.02, 50, (2.0, 0.0), 1, before=[Steps(0.5, 0.1, 500)])
+    assert spent[0].sigma is None and spent[0].epsilon > 0.5
+    counted = plan.options(0.5, DELTA, 0.02, 50, (2.0, 1.5), 14, counts_share=0.1)[0]
+    assert found[1, 1].sigma < counted.sigma < 1.2 * found[1, 1].sigma and counted.epsilon > 0.5
+    assert counted.epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.02, 700), Steps(1.5, 1.0, 14)], DELTA))
 
 
 def test_a_training_that_will_not_go_on_is_closed_by_hand(tmp_path, capsys):

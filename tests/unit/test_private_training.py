@@ -334,13 +334,17 @@ def test_each_user_is_drawn_with_the_chance_that_is_accounted():
 def test_epsilon_is_that_of_the_literature():
     # what 300 steps of 1,024 expected users out of 6,040 need at δ 1e-5
     for epsilon, sigma in ((1, 11.3), (3, 4.24), (8, 1.94)):
-        np.testing.assert_allclose(sigma_for(epsilon, 1e-5, 1024 / 6040, 300), sigma, rtol=0.02)
-    every_night = Steps(sigma_for(1.0, 1e-5, 1024 / 6040, 300), 1024 / 6040, 300)  # the same users at ε 1, for a week, a month, a year
-    for nights, epsilon in ((7, 2.88), (30, 6.66), (365, 32.8)):
-        np.testing.assert_allclose(epsilon_of([every_night._replace(number=300 * nights)], 1e-5), epsilon, rtol=0.02)
+        np.testing.assert_allclose(epsilon_of([Steps(sigma, 1024 / 6040, 300)], 1e-5), epsilon, rtol=0.02)
+    np.testing.assert_allclose(sigma_for(8.0, 1e-5, 1024 / 6040, 300), 1.94, rtol=0.02)
     spent = [Steps(4.0, 0.1, 100)]
     assert epsilon_of([], 1e-5) == 0.0 < epsilon_of(spent, 1e-5) < epsilon_of(spent * 2, 1e-5)
     assert sigma_for(3.0, 1e-5, 0.1, 100, before=spent) > sigma_for(3.0, 1e-5, 0.1, 100)
+
+
+@pytest.mark.parametrize(("nights", "epsilon"), [(7, 2.88), (30, 6.66), pytest.param(365, 32.8, marks=pytest.mark.slow)])
+def test_the_same_users_every_night_cost_more_and_more(nights, epsilon):
+    every_night = Steps(sigma_for(1.0, 1e-5, 1024 / 6040, 300), 1024 / 6040, 300)
+    np.testing.assert_allclose(epsilon_of([every_night._replace(number=300 * nights)], 1e-5), epsilon, rtol=0.02)
 
 
 def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
