@@ -40,41 +40,41 @@ if [[ ${#rest[@]} -gt 0 ]]; then
     exec .venv/bin/python -m pytest -m "$marks" "${rest[@]}"
 fi
 
-# two lanes on two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
+# lanes share two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
-inside() {
-    bash infra/lint.sh || return 1
+inside() { bash infra/lint.sh && tests "not jobs and not own"; }
+jobs_of_one_cluster() {
+    .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
     local failed=0
-    tests "not processes" || failed=1
+    tests "jobs" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
 }
-processes() {
-    .venv/bin/python tests/forked.py && # compiles what is imported, once for all processes
-        tests "processes and not alone"
-}
+clusters_of_their_own() { tests "own and not alone"; }
+lanes=(inside jobs_of_one_cluster clusters_of_their_own)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 set -m # lanes are process groups, which an interrupt ends as a whole
-inside >"$folder/inside" 2>&1 &
-inside=$!
-processes >"$folder/processes" 2>&1 &
-processes=$!
-trap 'kill -INT -- "-$inside" "-$processes" 2>/dev/null; wait; exit 130' INT TERM
-echo "two lanes run side by side; to watch them: tail -f $folder/inside $folder/processes"
+declare -A process
+for lane in "${lanes[@]}"; do
+    "$lane" >"$folder/$lane" 2>&1 &
+    process[$lane]=$!
+done
+trap 'kill -INT -- "${process[@]/#/-}" 2>/dev/null; wait; exit 130' INT TERM
+echo "${#lanes[@]} lanes run side by side; to watch them: tail -f $folder/*"
 failed=()
-for lane in inside processes; do
+for lane in "${lanes[@]}"; do
     code=0
-    wait "${!lane}" || code=$?
+    wait "${process[$lane]}" || code=$?
     printf '\n════ lane %s, exit code %s, after %s s ════\n' "$lane" "$code" "$SECONDS"
     cat "$folder/$lane"
     [[ $code == 0 ]] || failed+=("$lane")
 done
-count() { cat "$folder/inside" "$folder/processes" | grep -E '^[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
-printf '\n════ both lanes, %s s ════\n' "$SECONDS"
-[[ ${#failed[@]} == 0 ]] || { grep -hE '^(FAILED|ERROR) ' "$folder/inside" "$folder/processes"; echo "failed: ${failed[*]}"; }
+count() { cat "$folder"/* | grep -E '^[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
+printf '\n════ all lanes, %s s ════\n' "$SECONDS"
+[[ ${#failed[@]} == 0 ]] || { grep -hE '^(FAILED|ERROR) ' "$folder"/* || true; echo "failed: ${failed[*]}"; }
 echo "$(count passed) passed, $(($(count failed) + $(count error))) failed, $(count skipped) skipped"
 exit ${#failed[@]}

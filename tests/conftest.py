@@ -109,15 +109,15 @@ def pytest_sessionstart() -> None:
         pytest.exit("the tests cannot run here:\n  " + "\n  ".join(found), returncode=1)
 
 
-PROCESSES = {"head", "own_home"}
-"""Fixtures of tests that start jobs, clusters or endpoints as processes (marker `processes`); all others stay in this one."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes; what must meet Ray first in this process (marker `alone`) comes first, what keeps one running last."""
+    """Mark what starts processes, for the lanes of infra/test.sh, and let come first what must meet Ray first in this process (marker
+    `alone`), and last what keeps one running."""
     for item in items:
-        if PROCESSES & set(getattr(item, "fixturenames", ())):
-            item.add_marker("processes")
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "workspace" in fixtures or ("head" in fixtures and "own_home" not in fixtures):
+            item.add_marker("jobs")
+        elif "own_home" in fixtures:
+            item.add_marker("own")
     items.sort(key=lambda item: 0 if item.get_closest_marker("alone") else 1 if "ray_session" not in getattr(item, "fixturenames", ()) else 2)
 
 

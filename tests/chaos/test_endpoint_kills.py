@@ -52,19 +52,24 @@ def shop(world_folder, world_dataset, tmp_path_factory):
 
 
 class Served:
-    """`recray serve` in a process of its own, from its first answer on."""
+    """`recray serve` in a process of its own, from when all its replicas are there and it has answered."""
 
-    def __init__(self, root: Path, *overrides: str) -> None:
+    def __init__(self, root: Path, *overrides: str, replicas: int = 1) -> None:
+        self.replicas = replicas
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
-        words = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={root}", f"serve.port={self.port}"]
-        words += ["serve.poll_s=0.2", "serve.timeout_s=30", *overrides]
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self._words = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={root}", f"serve.port={self.port}"]
+        self._words += ["serve.poll_s=0.2", "serve.timeout_s=30", f"serve.replicas={replicas}", *overrides]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             wait_for("the endpoint's first answer", lambda: self.get("/healthz")["status"] == "ok", ended=self.process.poll)
         except AssertionError as error:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise AssertionError(self.process.communicate()[1][-2000:]) from error
+        wait_for("its replicas", lambda: len(titled(Path.home(), "ray::ServeReplica")) >= self.replicas)
 
     def get(self, path: str) -> dict:
         with urllib.request.urlopen(f"{self.address}{path}", timeout=5) as response:
@@ -87,10 +92,10 @@ class Served:
 @pytest.fixture(scope="module")
 def served(own_home, shop):
     _, storage, _ = shop
-    endpoint = Served(storage.root, "serve.replicas=2")
-    wait_for("two replicas", lambda: len(titled(own_home, "ray::ServeReplica")) == 2)
+    endpoint = Served(storage.root, replicas=2)
     yield endpoint
-    endpoint.stop()
+    ended = endpoint.stop(signal.SIGTERM)  # as systemd, Docker and Kubernetes end a service
+    assert ended["status"] == "ok", ended["reason"]
 
 
 def test_haproxy_listens_on_loopback_alone(served, own_home):
@@ -272,18 +277,15 @@ def _collected(root: Path) -> Counter:
     return Counter(user for user in found if user > 1000)
 
 
-def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(own_home, shop):
+def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(served, own_home, shop):
     settings, storage, _ = shop
-    endpoint = Served(storage.root)
-    acknowledged = _told(endpoint.address, lambda _: kill(*titled(own_home, "")))
-    endpoint.process.communicate()
+    acknowledged = _told(served.address, lambda _: kill(*titled(own_home, "")))
+    served.process.communicate()
     assert len(acknowledged) > 50
     pipeline.run_collect(settings, None)
-    again = Served(storage.root)
-    ask(f"{again.address}/v1/events", {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]})
-    assert any("serving on" in line for line in again.process.stderr)
-    ended = again.stop(signal.SIGTERM)  # as systemd, Docker and Kubernetes end a service
-    assert ended["status"] == "ok", ended["reason"]
+    served.start()
+    ask(f"{served.address}/v1/events", {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]})
+    assert any("serving on" in line for line in served.process.stderr)
     pipeline.run_collect(settings, None)
     found = _collected(storage.root)
     assert set(acknowledged) <= set(found) and max(found.values()) == 1

@@ -131,7 +131,7 @@ def test_settings_that_changed_between_attempts_are_refused_and_named(workspace)
     assert workspace.job("nightly", other, "--restart").ends_ok()["outputs"]["evaluation"] not in map(str, before)
 
 
-@pytest.mark.processes
+@pytest.mark.jobs
 def test_a_ray_that_is_not_there_is_named(world_folder, tmp_path):
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
     code, result = Job("nightly", world_folder, tmp_path, environment).end()
