@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests. --setup-only: stop after the set-up. --full: the slow tests too. Other arguments go to pytest, which then
-# runs alone; without them there are two lanes side by side: lint, types and the tests that stay in pytest's own process (what needs no
-# Ray, then what shares one), and those that start jobs, clusters and endpoints.
+# runs alone; without them there are two lanes side by side: lint, types, the tests that need no Ray, and those that start jobs on one
+# cluster; and those that start clusters, endpoints or servers of their own, then those that run Ray in pytest's process.
 marks="not slow"
 only_setup=
 rest=()
@@ -40,21 +40,25 @@ if [[ ${#rest[@]} -gt 0 ]]; then
     exec .venv/bin/python -m pytest -m "$marks" "${rest[@]}"
 fi
 
-# lanes share two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
+# two lanes on two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
-inside() { bash infra/lint.sh && tests "not jobs and not own"; }
-jobs_of_one_cluster() {
-    .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
+no_ray_then_jobs() {
     local failed=0
-    tests "jobs" || failed=1
+    bash infra/lint.sh || failed=1
+    tests "not ray and not own" || failed=1
+    return $failed
+}
+clusters_then_ray() {
+    local failed=0
+    .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
+    tests "(ray or own) and not alone" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
 }
-clusters_of_their_own() { tests "own and not alone"; }
-lanes=(inside jobs_of_one_cluster clusters_of_their_own)
+lanes=(no_ray_then_jobs clusters_then_ray)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 set -m # lanes are process groups, which an interrupt ends as a whole

@@ -23,7 +23,9 @@ from recray.storage import blamed, no_room
 
 LOCAL_OBJECT_STORE_BYTES = 400 << 20
 CONNECT_S = 5.0
-PORTS = range(20_000, 32_000)  # below those that Linux gives to connections, above those of Ray's workers
+PORTS = range(20_000, 30_000)  # below those that Linux gives to connections, above those of Ray's workers
+REPLICA_PORTS = range(30_000, 32_000)  # where replicas of endpoints listen
+BLOCK = 100  # of them, for one Ray: another's replica that took the same port would answer for ours until Serve noticed
 
 
 def start(cpus: int | None = None, *, places: int | None = None, port: int = 0) -> None:
@@ -89,6 +91,7 @@ def serve_environment(port: int = 0) -> dict[str, str]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(_end_haproxy, folder)
     metrics, statistics = [free for free in free_ports(3) if free != port][:2]
+    replicas = _free_block(port)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -100,6 +103,8 @@ def serve_environment(port: int = 0) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas[-1]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # this machine's HAProxy hears at once of a replica that goes
     }
 
@@ -118,6 +123,18 @@ def metrics_address() -> str:
 
     (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())  # type: ignore[no-untyped-call]
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
+def _free_block(other: int) -> range:
+    """Ports for the replicas of one Ray, none of them listened on, nor `other`. Raises OSError where there are none."""
+    blocks = [range(first, first + BLOCK) for first in range(REPLICA_PORTS.start, REPLICA_PORTS.stop, BLOCK)]
+    for block in random.SystemRandom().sample(blocks, len(blocks)):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in block:
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            if other not in block:
+                return block
+    raise OSError(f"something listens in each {BLOCK} of the ports {REPLICA_PORTS.start} to {REPLICA_PORTS.stop - 1}: stop it")
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:

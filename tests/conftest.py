@@ -109,16 +109,21 @@ def pytest_sessionstart() -> None:
         pytest.exit("the tests cannot run here:\n  " + "\n  ".join(found), returncode=1)
 
 
+ORDER = ("alone", "", "jobs", "own", "ray")
+"""What must meet Ray first in this process comes first, what keeps one running last."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes, for the lanes of infra/test.sh, and let come first what must meet Ray first in this process (marker
-    `alone`), and last what keeps one running."""
+    """Mark tests by what their fixtures start, for the lanes of infra/test.sh, and order them."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if "workspace" in fixtures or ("head" in fixtures and "own_home" not in fixtures):
+        if "ray_session" in fixtures:
+            item.add_marker("ray")
+        elif "workspace" in fixtures or ("head" in fixtures and "own_home" not in fixtures):
             item.add_marker("jobs")
         elif "own_home" in fixtures:
             item.add_marker("own")
-    items.sort(key=lambda item: 0 if item.get_closest_marker("alone") else 1 if "ray_session" not in getattr(item, "fixturenames", ()) else 2)
+    items.sort(key=lambda item: min((ORDER.index(mark.name) for mark in item.iter_markers() if mark.name in ORDER), default=ORDER.index("")))
 
 
 @pytest.fixture(scope="module")

@@ -263,10 +263,13 @@ def _told(address: str, then) -> list[int]:
     tellers = [Teller(address, 1_000_000 * (n + 1)) for n in range(4)]
     for teller in tellers:
         teller.start()
-    wait_for("60 acknowledged events", lambda: sum(len(teller.acknowledged) for teller in tellers) >= 60)
-    then(tellers)
+    try:
+        wait_for("60 acknowledged events", lambda: sum(len(teller.acknowledged) for teller in tellers) >= 60)
+        then(tellers)
+    finally:
+        for teller in tellers:
+            teller.stopped.set()
     for teller in tellers:
-        teller.stopped.set()
         teller.join(DEADLINE_S)
         assert not teller.is_alive()
     return [user for teller in tellers for user in teller.acknowledged]
@@ -299,31 +302,31 @@ def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_p
     storage = publish_untrained(settings, world_dataset, tmp_path / "root")
     (port,) = free_ports(1)
     (tmp_path / "redis").mkdir()
-    server = start_redis(binary, str(tmp_path / "redis"), port)
     state = f"redis://127.0.0.1:{port}/0"
-    endpoint = Served(storage.root, f"serve.state={state}")
-
-    def restart(tellers):
-        nonlocal server
-        server.kill()
-        server.wait()
-        answer = ask(f"{endpoint.address}/v1/recommend", {"user_id": 7})
-        assert answer["source"] == "snapshot" and answer["degraded"] == ["state"]
-        server = start_redis(binary, str(tmp_path / "redis"), port)
-        heard = len(tellers[0].acknowledged)
-        wait_for("the endpoint to find its log again", lambda: len(tellers[0].acknowledged) >= heard + 5)
-
-    acknowledged = _told(endpoint.address, restart)
-    endpoint.stop()
-    assert len(acknowledged) > 50
     where = settings.model_copy(
         update={
             "storage": settings.storage.model_copy(update={"root": str(storage.root)}),
             "serve": settings.serve.model_copy(update={"state": state}),
         }
     )
-    pipeline.run_collect(where, None)
+    with contextlib.ExitStack() as stack:
+        server = start_redis(binary, str(tmp_path / "redis"), port)
+        stack.callback(lambda: (server.kill(), server.wait()))  # the one of then
+        endpoint = Served(storage.root, f"serve.state={state}")
+        stack.callback(endpoint.stop)
+
+        def restart(tellers):
+            nonlocal server
+            server.kill()
+            server.wait()
+            answer = ask(f"{endpoint.address}/v1/recommend", {"user_id": 7})
+            assert answer["source"] == "snapshot" and answer["degraded"] == ["state"]
+            server = start_redis(binary, str(tmp_path / "redis"), port)
+            heard = len(tellers[0].acknowledged)
+            wait_for("the endpoint to find its log again", lambda: len(tellers[0].acknowledged) >= heard + 5)
+
+        acknowledged = _told(endpoint.address, restart)
+        assert len(acknowledged) > 50
+        pipeline.run_collect(where, None)
     found = _collected(storage.root)
-    server.terminate()
-    server.wait()
     assert set(acknowledged) <= set(found) and max(found.values()) == 1

@@ -84,6 +84,17 @@ def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
     assert cluster.free_ports(1) == found[:1]
 
 
+def test_replicas_of_two_rays_listen_on_ports_of_their_own(monkeypatch):
+    first = cluster._free_block(0)
+    assert len(first) == cluster.BLOCK and first[0] in cluster.REPLICA_PORTS and first[-1] in cluster.REPLICA_PORTS
+    monkeypatch.setattr(cluster, "REPLICA_PORTS", range(first.start, first.stop))
+    assert cluster._free_block(0) == first
+    with pytest.raises(OSError, match="something listens in each 100"):
+        cluster._free_block(first[3])
+    with socket.create_server(("127.0.0.1", first[50])), pytest.raises(OSError, match="stop it"):
+        cluster._free_block(0)
+
+
 def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
     mine, other = (
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"{folder}/haproxy.cfg"]) for folder in (tmp_path, "/tmp/x")
