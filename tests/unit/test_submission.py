@@ -1,5 +1,6 @@
 """What a submission is called, and what is refused before anything is sent."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -93,6 +94,17 @@ def test_replicas_of_two_rays_listen_on_ports_of_their_own(monkeypatch):
         cluster._free_block(first[3])
     with socket.create_server(("127.0.0.1", first[50])), pytest.raises(OSError, match="stop it"):
         cluster._free_block(0)
+
+
+def test_no_port_of_serves_is_one_that_another_ray_has_too():
+    from ray.serve._private import constants
+
+    ports = {name for name, value in vars(constants).items() if name.startswith("RAY_SERVE_") and re.search("_PORT$", name) and value is not None}
+    of_grpc = {"RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT"}  # nothing of ours speaks it
+    first = cluster.serve_environment()
+    assert ports - of_grpc == {name for name in first if name.endswith("_PORT")}
+    ours = [int(first[name]) for name in ports - of_grpc]
+    assert len(set(ours)) == len(ours) and not {8404, 8500, 9101, 9500} & set(ours)
 
 
 def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
