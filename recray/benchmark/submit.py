@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,14 +49,17 @@ class Head:
     cpus : logical CPUs of the node
     dashboard : whether jobs can be submitted to it
 
-    `environment` is what a process needs to reach it.
+    `environment` is what a process needs to reach it, `temporary` where Ray keeps its logs. That is a folder of its own: in a shared one Ray
+    keeps the address of the cluster that was started last, and lets the jobs of all others connect to that one.
     """
 
     def __init__(self, home: Path, cpus: int = 2, *, dashboard: bool = True) -> None:
         self.home, self.cpus, self.takes_jobs = home, cpus, dashboard
         self.port, self.dashboard, *self._others = cluster.free_ports(4)  # other clusters may be here
-        base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name.startswith("RAY_TRAIN_")}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        self.temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets lie in it
+        quiet["RAY_TMPDIR"] = str(self.temporary)
         self._own = {**base, **quiet, "HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         reach = {"RAY_ADDRESS": f"127.0.0.1:{self.port}", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}"}
         self.environment = {**self._own, **reach}
@@ -86,6 +91,7 @@ class Head:
     def __exit__(self, *_: object) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)  # its daemons do not heed SIGTERM
         self.process.wait()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def _listens(port: int) -> bool:

@@ -134,7 +134,7 @@ def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head,
     done = subprocess.run([*ray, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f'"job": "{job}", "status": "ok"' in done.stdout and "succeeded" in done.stdout
-    sent = max(Path("/tmp/ray").glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*"), key=lambda p: p.stat().st_mtime)
+    sent = max(head.temporary.rglob("runtime_resources/working_dir_files/_ray_pkg_*"), key=lambda p: p.stat().st_mtime)
     assert {"recray", "jobs", "policies"} <= {p.name for p in sent.iterdir()}
     assert not {".venv", ".git", ".demo", "tests"} & {p.name for p in sent.iterdir()}
 
