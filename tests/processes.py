@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,22 +15,20 @@ class Running(NamedTuple):
     title: str
 
 
-def running() -> list[Running]:
-    """All processes that we may look at."""
+def running(*words: str) -> list[Running]:
+    """All processes that we may look at, or those whose title holds one of the words."""
     found = []
     for process in psutil.process_iter():
-        try:
-            title, home = " ".join(process.cmdline()).strip(), process.environ().get("HOME", "")
-        except psutil.Error:  # it ended, or is another user's
-            continue
-        if title:
-            found.append(Running(process, Path(home), title))
+        with contextlib.suppress(psutil.Error):  # it ended, or is another user's
+            title = " ".join(process.cmdline()).strip()
+            if title and (not words or any(word in title for word in words)):
+                found.append(Running(process, Path(process.environ().get("HOME", "")), title))
     return found
 
 
 def titled(home: Path, *words: str) -> list[int]:
     """Processes of a home whose title holds one of the words."""
-    return [one.process.pid for one in running() if one.home == home and any(word in one.title for word in words)]
+    return [one.process.pid for one in running(*words) if one.home == home]
 
 
 def children(pid: int) -> list[int]:
