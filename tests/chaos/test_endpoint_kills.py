@@ -162,7 +162,7 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
     first = Snapshot.latest(storage)
     known = {"untrained": _answers(storage)}
     requests = [post("/v1/recommend", {"user_id": user, "k": 5, "mode": "realtime" if user % 3 == 0 else "batch"}) for user in range(10, USERS)]
-    with Continuous(served.port, requests) as running:
+    with Continuous(served.port, requests, rate=50.0) as running:
         running.has_seen_more()
         second_path, _, _ = write_night(storage, "second", world_dataset, other, settings.score, each_bucket)
         Release(champion=Member.of(other), previous=Release.read(storage).champion).write(storage)
@@ -195,7 +195,7 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
 class Continuous(threading.Thread):
     """A load without an end, until it is left; what it saw, a second at a time."""
 
-    def __init__(self, port: int, requests: list[bytes], rate: float = 200.0) -> None:
+    def __init__(self, port: int, requests: list[bytes], rate: float) -> None:
         super().__init__()
         self.port, self.requests, self.rate, self.seen, self.stopped = port, requests, rate, [], threading.Event()
 
@@ -230,7 +230,7 @@ def _answers(storage: Storage) -> dict[str, set[tuple[str, ...]]]:
 def test_a_killed_replica_costs_at_most_the_answer_that_it_was_writing(served, own_home):
     requests = [post("/v1/recommend", {"user_id": user, "k": 5}) for user in range(USERS)]
     before = titled(own_home, "ray::ServeReplica")
-    with Continuous(served.port, requests) as running:
+    with Continuous(served.port, requests, rate=200.0) as running:
         running.has_seen_more()
         kill(before[0])
         wait_for("another replica", lambda: len(now := titled(own_home, "ray::ServeReplica")) == 2 and before[0] not in now)

@@ -172,7 +172,7 @@ def test_outcomes_pay_by_propensity(settings):
         played = explore(np.full((12_000, 1), value, np.float32), 0.7, random)[0]
         assert paid.pay(user, np.full((12_000, 1), value)).mean() == pytest.approx(world.pay(cases, played).mean(), abs=0.02)
 
-    few = settings.model_copy(update={"policy": settings.policy.model_copy(update={"decisions": 40_000})})
+    few = settings.model_copy(update={"policy": settings.policy.model_copy(update={"decisions": 14_000})})
     seen, asked = world.draw(4000, np.random.default_rng(2))
     none, best = world.pay(asked, np.zeros((4000, 1))).mean(), world.pay(asked, world.best(seen)).mean()
 

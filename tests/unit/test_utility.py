@@ -20,7 +20,7 @@ from recray.training.worker import build_loop
 def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utility, "SPECIFICATION", World(users=300, items=60, events_per_user=12.0, repeat=0.0, seed=3))
-        rest = ("privacy.delta=1e-4", "privacy.sampling_rate=0.2", "privacy.steps=4", "train.epochs=1")
+        rest = ("privacy.delta=1e-4", "privacy.sampling_rate=1.0", "privacy.steps=4", "train.epochs=1")
         patch.setitem(utility.OF_DATA, "world", ("model.history=10", "split.held_out=0.3", *rest))
         patch.setattr(utility, "LEARNING_RATES", (1e-3, 1e-2))
         patch.setattr(utility, "EPSILONS", (3.0, 8.0))
