@@ -1,0 +1,77 @@
+"""What recray 0.1.0 wrote is still opened and answers as it did then. `tests/fixtures/0.1.0` is of the synthetic generator."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import prepare_here
+
+from recray.bundle import Bundle
+from recray.config import load_settings
+from recray.dataset.reader import Dataset
+from recray.dataset.worlds import World
+from recray.inference.policy import Policy
+from recray.release import Release
+from recray.snapshot.reader import Snapshot
+from recray.serving.api import EventsRequest, RecommendRequest
+from recray.serving.handler import Handler
+from recray.state.log import open_log
+from recray.storage import Storage
+
+WRITTEN = Path(__file__).parents[1] / "fixtures" / "0.1.0"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    shutil.copytree(WRITTEN / "workspace", tmp_path / "root")
+    return Storage(tmp_path / "root")
+
+
+@pytest.fixture
+def settings(workspace):
+    return load_settings(WRITTEN / "settings.yaml", [f"storage.root={workspace.root}", "policy.sigma=0", "policy.explore=0"])
+
+
+def test_every_artifact_opens_whole(workspace):
+    assert Dataset.open(workspace.dataset("a6e697f6d31ca8c2"), verify=True).n_users == 40
+    snapshot = Snapshot.latest(workspace)
+    assert snapshot.find(3) is not None
+    champion = Release.read(workspace).champion
+    assert champion.policy == "fixture"
+    assert Policy.load(workspace.policy("fixture"), Bundle.open(workspace.bundle("fixture")).digest).actions == ("temperature",)
+
+
+def test_answers_are_those_of_then(workspace, settings):
+    handler = Handler(workspace, settings.serve, settings.score, policy=settings.policy)
+    recorded = json.loads((WRITTEN / "responses.json").read_text())
+    assert len(recorded) > 10 and {one["source"] for one in recorded} == {"snapshot", "realtime", "popular"}
+    for one in recorded:
+        answer = asyncio.run(handler.recommend(RecommendRequest(**one["request"])))
+        assert (answer.source, answer.bundle, answer.policy) == (one["source"], one["bundle"], one["policy"]), one["request"]
+        assert [item.item_id for item in answer.items] == [item for item, _ in one["items"]], one["request"]
+        np.testing.assert_allclose([item.score for item in answer.items], [score for _, score in one["items"]], rtol=1e-4, atol=1e-5)
+    handler.close()
+
+
+def test_the_log_of_events_goes_on(workspace, settings):
+    log = open_log("sqlite", workspace.root)
+    assert [entry.key for entry in log.recent("7", 0, 0.0)] == ["7\0e1", "7\0e2"] and log.last() == 26
+    log.close()
+    handler = Handler(workspace, settings.serve, settings.score, policy=settings.policy)
+    item = handler.night.popular_list[0][0]
+    told = asyncio.run(handler.events(EventsRequest(user_id=7, events=[{"item_id": item, "event_id": "e2"}, {"item_id": item, "event_id": "e3"}])))
+    assert told.kept == 1, "e2 was kept by 0.1.0"
+    handler.close()
+
+
+def test_what_was_collected_is_read(workspace, tmp_path):
+    World(users=40, items=30, events_per_user=8, seed=1).write(tmp_path / "world")
+    data = [f"data.events=[{tmp_path / 'world' / 'events'}]", f"data.items={tmp_path / 'world' / 'items.parquet'}"]
+    old = Dataset.open(workspace.dataset("a6e697f6d31ca8c2"))
+    new = prepare_here(load_settings(WRITTEN / "settings.yaml", [*data, f"storage.root={workspace.root}"]))
+    assert list(new.manifest["collected"].values()) == [12] and new.n_events == old.n_events + 2
+    assert new.user_history(7).timestamp_s[-1] > old.as_of_s
+    assert new.items["item_id"].equals(old.items["item_id"])
