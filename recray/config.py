@@ -11,6 +11,7 @@ import datetime as dt
 import difflib
 import os
 import re
+import zoneinfo
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -44,11 +45,20 @@ class StorageSettings(Section):
 
 
 class DataSettings(Section):
-    events: tuple[str, ...] = _place((SAMPLE,), f"Parquet files, folders or object-store URIs; {SAMPLE} is the data that ships")
-    items: str | None = _place(None, "Parquet file, folder or URI of the item table; null: items are what the events name")
-    columns: dict[Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket"], str | None] = Field(
+    events: tuple[str, ...] = _place((SAMPLE,), f"files (Parquet, CSV, JSON lines), folders or object-store URIs; {SAMPLE} is the data that ships")
+    items: str | None = _place(None, "file, folder or URI of the item table; null: items are what the events name")
+    columns: dict[Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket", "event_id"], str | None] = Field(
         default_factory=dict, description="recray's name: your name; null says that you do not have the column"
     )
+    time_unit: Literal["auto", "s", "ms", "us", "ns", "minutes", "hours", "days", "date"] = Field(
+        "auto", description="of times that are numbers, since 1970; date: digits, 20240301; auto: seen in their size, refused where it is in doubt"
+    )
+    timezone: str | None = Field(None, description="of times without a zone, for example Europe/Berlin; null: UTC")
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="rows that equal another one in all mapped columns: keep counts each, drop the first alone; both are counted and reported"
+    )
+    basket_gap: float = Field(6 * 3600, ge=0, description="seconds between two events of one basket id after which it names another basket")
+    min_value: float | None = Field(None, description="events worth less are left out, for example returns at 1; null: all count")
     features: dict[str, Literal["categorical", "multi", "numeric", "text", "sentence", "vector"]] = Field(
         default_factory=dict,
         description="columns of the item table and their kind: categorical, multi, numeric, text (hashed), sentence (encoded), vector (as it is)",
@@ -63,7 +73,9 @@ class DataSettings(Section):
     context: tuple[str, ...] = Field(
         (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"
     )
-    min_user_events: int = Field(1, ge=1, description="users with fewer events are left out (counted after the item filter)")
+    min_user_events: int = Field(
+        1, ge=1, description="users with fewer events are left out of everything (counted after the item filter); the endpoint does not know them"
+    )
     min_item_events: int = Field(0, ge=0, description="items with fewer events are left out; 0 keeps items nobody met yet")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="refuse the input when more of its rows are bad")
     shards: int | None = Field(None, ge=1, le=65536, description="pieces the users are hashed into; null: one per 500,000 events, at least 4")
@@ -74,6 +86,14 @@ class DataSettings(Section):
         if len(set(names)) < len(names):
             raise ValueError("a name occurs twice")
         return names
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, name: str | None) -> str | None:
+        if name is not None and name not in zoneinfo.available_timezones():
+            close = difflib.get_close_matches(name, sorted(zoneinfo.available_timezones()), n=3)
+            raise ValueError(f"no such time zone; {f'did you mean {close}?' if close else 'for example UTC or Europe/Berlin'}")
+        return name
 
     @field_validator("features")
     @classmethod

@@ -50,7 +50,7 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
 
     root = settings.root()
     guard.check(settings.serve)
-    source, items = preparation.inspect(settings)
+    source, items = preparation.inspect(settings, as_of)
     say(f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {', '.join(source.columns)}")
     say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
     found = [] if items is None else notes(items, dict(settings.data.features))

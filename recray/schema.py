@@ -16,8 +16,9 @@ POSITION = "position"
 EVENT = "event"
 VALUE = "value"
 BASKET = "basket"
+EVENT_ID = "event_id"
 
-EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET)
+EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET, EVENT_ID)
 DEFAULT_EVENT = "interaction"
 RELEASED = "released_s"  # column of a dataset's item table: since when an item can be met
 CONTEXT = "context_"  # before the name of a column of request context
@@ -31,6 +32,7 @@ LIVE_EVENTS = pa.schema(  # what the endpoint was told, as it is collected; ids 
         (EVENT, pa.string()),
         (VALUE, pa.float32()),
         ("context", pa.string()),
+        (EVENT_ID, pa.string()),  # as the caller named it; files of before 0.2 lack it
     ]
 )
 

@@ -23,7 +23,7 @@ from recray.cluster import first_line, token_source
 from recray.config import Settings, load_settings, parse_as_of
 from recray.errors import ClusterError, DataError, SettingsError
 from recray.pipeline import RESULT_SECTIONS
-from recray.prepare.sources import list_files, resolve
+from recray.prepare.files import list_files, resolve
 from recray.stages import JobResult
 from recray.storage import key_of
 
@@ -244,12 +244,12 @@ def _named(address: str | None) -> Iterator[None]:
 def _listing(settings: Settings) -> list[Any]:
     """Names, sizes and times of the input files as they are seen from here; empty if they are only seen from the cluster."""
     try:
-        files = [*list_files(settings.data.events), *(list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ())]
+        files = [*list_files(settings.data.events).files, *(list_files((settings.data.items,), "data.items").files if settings.data.items else ())]
     except DataError:
         return []
     found = []
-    for uri in files:
-        filesystem, path = resolve(uri)
+    for file in files:
+        filesystem, path = resolve(file.uri)
         info = filesystem.get_file_info(path)
-        found.append([uri, info.size, info.mtime_ns])
+        found.append([file.uri, info.size, info.mtime_ns])
     return found

@@ -112,10 +112,13 @@ class Popularity:
         return found
 
     def popular(self, now_s: int | None, days: int) -> np.ndarray:
-        """What to show to somebody unknown: recent counts, with all counts before that day to break ties [n_items + 1]."""
-        if now_s is None:
+        """What to show to somebody unknown: recent counts, with all counts before that day to break ties [n_items + 1].
+
+        Where there is no complete day before (a log of one day), all that is counted.
+        """
+        total = self.total() if now_s is None else self.window(now_s, now_s // DAY_S + 1)
+        if now_s is None or not total.any():
             return self.total()
-        total = self.window(now_s, now_s // DAY_S + 1)
         found: np.ndarray = self.window(now_s, days) + total / (total.sum() + 1.0)
         return found
 

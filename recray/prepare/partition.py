@@ -9,9 +9,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,18 @@ import pyarrow.parquet as pq
 
 from recray import schema
 from recray.dataset.context import codes
+from recray.dataset.ids import canonical_integer
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError
-from recray.prepare.sources import RowGroup, as_id, microseconds, open_parquet
+from recray.prepare.formats import NULL_WORDS, open_file
+from recray.prepare.sources import RowGroup, as_id, decoded, is_blank
+from recray.prepare.times import MAX_US, OUTSIDE, TimeRule
 from recray.storage import read_json, write_json
 
 BATCH_ROWS = 131_072
 LIVE_POSITION = 1 << 62  # where an order is all that is known, live events come after everything that the owner has
-_MIN_US, _MAX_US = 0, 4_102_444_800_000_000  # 1970 to 2100: outside lies a wrong unit
+FUTURE = "time is in the future"
+P = "p"  # staged column: what orders events of one time
 
 
 @dataclass(frozen=True)
@@ -38,27 +41,44 @@ class PartitionPlan:
     columns: dict[str, str]
     types: dict[str, pa.DataType]
     clock: str
+    times: TimeRule
     as_of_us: int | None
+    future_us: int | None  # a time from here on has not come yet; None: the as-of says what counts
+    min_value: float | None
+    first_live: int  # number of the first row group that was collected from the endpoint
     shards: int
     staging: Path
     quarantine: Path
 
+    @property
+    def has_order(self) -> bool:
+        """Whether a position orders what happened at one time."""
+        return self.clock == schema.TIMESTAMP and schema.POSITION in self.columns
+
 
 @dataclass
 class Stats:
-    """What the first pass counted: rows = bad + late + events; late rows come after as-of."""
+    """What the first pass counted: rows = bad + late + low + events; late rows come after as-of, low ones are worth less than
+    `data.min_value`.
+
+    last_us : the newest time; clocked: whether any time has a time of day; negative: events that are worth 0 or less
+    """
 
     rows: int = 0
     bad: int = 0
     late: int = 0
+    low: int = 0
     events: int = 0
+    negative: int = 0
     last_us: int | None = None
+    clocked: bool = False
     reasons: dict[str, int] = field(default_factory=dict)
     event_types: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Stats) -> None:
-        for name in ("rows", "bad", "late", "events"):
+        for name in ("rows", "bad", "late", "low", "events", "negative"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.clocked |= other.clocked
         for mine, theirs in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count
@@ -81,29 +101,35 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
     counts: list[pa.Table] = []
     bad: list[pa.Table] = []
-    for table, late in _read(plan, group):
-        good, rejected = _check(table, plan.clock)
-        stats.rows += len(table) + late
-        stats.late += late
+    for staged in _read(plan, group):
+        good, rejected = _check(plan, staged)
+        stats.rows += len(staged.table) + len(staged.broken)
+        stats.clocked |= staged.clocked
         bad.append(rejected)
-        if plan.as_of_us is not None and plan.clock == schema.TIMESTAMP:
+        if plan.as_of_us is not None:
             kept = good.filter(pc.less_equal(good["t"], plan.as_of_us))
             stats.late += len(good) - len(kept)
+            good = kept
+        if plan.min_value is not None:
+            kept = good.filter(pc.greater_equal(good[schema.VALUE], plan.min_value))
+            stats.low += len(good) - len(kept)
             good = kept
         if not len(good):
             continue
         if plan.clock == schema.TIMESTAMP:
             stats.saw(pc.max(good["t"]).as_py())
+        if schema.VALUE in plan.columns:
+            stats.negative += int((good[schema.VALUE].to_numpy() <= 0).sum())
         _count(stats.event_types, good[schema.EVENT])
         counts.append(good.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
         _scatter(good, plan.shards, scratch, writers)
     for writer in writers.values():
         writer.close()
-    rejected = pa.concat_tables(bad)
+    rejected = pa.concat_tables(bad, promote_options="default")
     stats.bad = len(rejected)
     _count(stats.reasons, rejected["reason"])
     _write_quarantine(plan, group, rejected)
-    stats.events = stats.rows - stats.bad - stats.late
+    stats.events = stats.rows - stats.bad - stats.late - stats.low
     _write_counts(counts, scratch / "items.arrow")
     write_json(scratch / "stats.json", asdict(stats))
     try:
@@ -123,15 +149,16 @@ def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[Stats, pa.Tab
 
 
 def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
-    """Staged events of one shard in the order (file, row)."""
+    """Staged events of one shard in the order (file, row), with the column `live`."""
     tables = []
     if not plan.staging.is_dir():
         raise DataError(f"{plan.staging} vanished while it was read", "run one prepare at a time")
     for number in range(groups):
         file = plan.staging / f"{number:06d}" / f"{shard:05d}.arrow"
         if file.exists():
-            tables.append(pa.ipc.open_file(pa.memory_map(str(file))).read_all())
-    return pa.concat_tables(tables) if tables else staged_schema(plan).empty_table()
+            table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+            tables.append(table.append_column("live", pa.repeat(number >= plan.first_live, len(table))))
+    return pa.concat_tables(tables) if tables else staged_schema(plan).append(pa.field("live", pa.bool_())).empty_table()
 
 
 def staged_schema(plan: PartitionPlan) -> pa.Schema:
@@ -143,104 +170,169 @@ def staged_schema(plan: PartitionPlan) -> pa.Schema:
         (schema.EVENT, pa.string()),
         (schema.VALUE, pa.float32()),
     ]
-    if schema.BASKET in plan.types:
-        fields.append((schema.BASKET, plan.types[schema.BASKET]))
+    fields += [(name, plan.types[name]) for name in (schema.BASKET, schema.EVENT_ID) if name in plan.types]
+    if plan.has_order:
+        fields.append((P, pa.int64()))
     fields += [(name, pa.int16()) for name in plan.columns if name.startswith(schema.CONTEXT)]
     return pa.schema(fields)
 
 
-def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[tuple[pa.Table, int]]:
-    """Batches of one row group in the staged columns (`t` is microseconds, a position, or 0), and how many rows were left out of each.
+@dataclass
+class _Staged:
+    """A batch in the staged columns, and what is wrong with its rows: by reason, bool [rows].
 
-    What was collected has a time, whatever the owner's events have: here the as-of cuts it where `t` is none.
+    given : what the file says in the columns that could not be read, by column
+    broken : lines of the file that are no rows
     """
-    with open_parquet(group.uri) as file:
+
+    table: pa.Table
+    wrong: dict[str, np.ndarray]
+    given: dict[str, pa.ChunkedArray]
+    clocked: bool
+    broken: list[str]
+
+
+def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[_Staged]:
+    """Batches of one row group. Raises DataError for a file that cannot be read."""
+    with open_file(group.file) as file:
+        columns = None if group.live else list(plan.columns.values())
+        for batch in file.batches(group.part, BATCH_ROWS, columns):
+            staged = _Live(plan, batch.rows) if group.live else _Owned(plan, batch.rows)
+            yield staged.stage(list(batch.broken))
+
+
+class _Owned:
+    """Rows of the owner's, column by column in the staged types."""
+
+    def __init__(self, plan: PartitionPlan, rows: pa.Table) -> None:
+        self.plan, self.rows = plan, rows
+        self.wrong: dict[str, np.ndarray] = {}
+        self.given: dict[str, pa.ChunkedArray] = {}
+        self.clocked = False
+
+    def stage(self, broken: list[str]) -> _Staged:
+        plan, count = self.plan, len(self.rows)
+        staged = {name: self.column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
+        staged["t"] = self.column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(count, np.int64))
+        if schema.EVENT in plan.columns:
+            staged[schema.EVENT] = pc.fill_null(self.column(schema.EVENT), schema.DEFAULT_EVENT)
+        else:
+            staged[schema.EVENT] = pa.array([schema.DEFAULT_EVENT]).take(pa.array(np.zeros(count, np.int8)))
+        staged[schema.VALUE] = self.column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(count, np.float32))
+        for name in (schema.BASKET, schema.EVENT_ID):
+            if name in plan.columns:
+                staged[name] = self.column(name)
+        if plan.has_order:
+            staged[P] = pc.fill_null(self.column(schema.POSITION), np.iinfo(np.int64).max)
+        for name in plan.columns:
+            if name.startswith(schema.CONTEXT):
+                staged[name] = pa.array(codes(name.removeprefix(schema.CONTEXT), self.column(name)))
+        return _Staged(pa.table(staged), self.wrong, self.given, self.clocked, broken)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column in the staged type; what cannot be read is null there and named in `wrong`."""
+        kind = self.plan.types[name]
+        found = decoded(self.rows[self.plan.columns[name]])
+        if name == schema.TIMESTAMP:
+            return self._time(found)
+        if name in (schema.USER_ID, schema.ITEM_ID):
+            return as_id(found, kind, f"column {self.plan.columns[name]}")
+        if name == schema.BASKET:
+            return _said(as_id(found, kind, f"column {self.plan.columns[name]}"))
+        if name == schema.VALUE:
+            return self._value(found)
+        return _said(found.cast(pa.string()) if pa.types.is_string(kind) else found).cast(kind)
+
+    def _time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        found = self.plan.times.read(column)
+        self.clocked = found.clocked
+        if found.unreadable is not None and found.unreadable.any():
+            self.wrong["time is no ISO 8601 (2024-03-01 10:00:00)"] = found.unreadable
+            self.given[schema.TIMESTAMP] = column
+        return found.us
+
+    def _value(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return column.cast(pa.float32(), safe=False)
+        text = pc.utf8_trim_whitespace(column)
+        text = pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text)
         try:
-            columns = None if group.live else list(dict.fromkeys(plan.columns.values()))
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.row_group], columns=columns):
-                table, rows = pa.table(batch), len(batch)
-                if group.live and plan.as_of_us is not None and plan.clock != schema.TIMESTAMP:
-                    table = table.filter(pc.less_equal(microseconds(table[schema.TIMESTAMP]), plan.as_of_us))
-                staged = _stage(plan, len(table), partial(_live, plan, table) if group.live else partial(_owned, plan, table))
-                yield staged, rows - len(table)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{group.uri}: row group {group.row_group} cannot be read: {error}", "write the file again") from None
+            return text.cast(pa.float32())
+        except pa.ArrowInvalid:
+            values = pa.chunked_array([pa.array([_number(one) for one in text.to_pylist()], pa.float32())])
+            self.wrong["value is not a number"] = pc.and_(pc.is_valid(text), pc.is_null(values)).to_numpy()
+            self.given[schema.VALUE] = column
+            return values
 
 
-def _owned(plan: PartitionPlan, batch: pa.Table, name: str) -> pa.ChunkedArray:
-    """A column of the owner's in the staged type."""
-    found = batch[plan.columns[name]]
-    if pa.types.is_dictionary(found.type):
-        found = pc.cast(found, found.type.value_type)
-    if name == schema.TIMESTAMP:
-        return microseconds(found)
-    if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET):
-        return as_id(found, plan.types[name], f"column {plan.columns[name]}")
-    return found.cast(plan.types[name], safe=name != schema.VALUE)
+class _Live(_Owned):
+    """What was collected from the endpoint; null for an id that the owner's type cannot hold."""
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        kind = self.plan.types[name]
+        if name == schema.TIMESTAMP:
+            found = TimeRule().read(self.rows[name])
+            self.clocked = found.clocked
+            return found.us
+        if name == schema.POSITION:
+            return pc.add(self.rows["number"], LIVE_POSITION)
+        if name == schema.BASKET:
+            return pa.chunked_array([pa.nulls(len(self.rows), kind)])
+        if name == schema.EVENT_ID and name not in self.rows.column_names:
+            return pa.chunked_array([pa.nulls(len(self.rows), kind)])
+        if name.startswith(schema.CONTEXT):
+            field = name.removeprefix(schema.CONTEXT)
+            given = [None if text is None else json.loads(text).get(field) for text in self.rows["context"].to_pylist()]
+            return pa.chunked_array([[None if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in given]], kind)
+        if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(kind):
+            return pa.chunked_array([[None if text is None else canonical_integer(text) for text in self.rows[name].to_pylist()]], kind)
+        return self.rows[name].cast(kind)
 
 
-def _live(plan: PartitionPlan, batch: pa.Table, name: str) -> pa.ChunkedArray:
-    """The same column of what was collected from the endpoint; null for an id that the owner's type cannot hold."""
-    kind = plan.types[name]
-    if name == schema.TIMESTAMP:
-        return microseconds(batch[name])
-    if name == schema.POSITION:
-        return pc.add(batch["number"], LIVE_POSITION)
-    if name == schema.BASKET:
-        return microseconds(batch[schema.TIMESTAMP]).cast(kind)
-    if name.startswith(schema.CONTEXT):
-        given = [None if text is None else json.loads(text).get(name.removeprefix(schema.CONTEXT)) for text in batch["context"].to_pylist()]
-        return pa.chunked_array([[None if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in given]], kind)
-    if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(kind):
-        return pa.chunked_array([[_integer(text) for text in batch[name].to_pylist()]], kind)
-    return batch[name].cast(kind)
+def _said(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text, with null for what is blank."""
+    if not pa.types.is_string(column.type):
+        return column
+    blank = is_blank(column)
+    return pc.if_else(blank, pa.scalar(None, pa.string()), column) if pc.any(blank).as_py() else column
 
 
-def _integer(text: str | None) -> int | None:
-    """None for what 64 bits do not hold."""
+def _number(text: str | None) -> float | None:
     try:
-        found = int(text or "")
+        return None if text is None else float(text)
     except ValueError:
         return None
-    return found if -(1 << 63) <= found < 1 << 63 else None
 
 
-def _stage(plan: PartitionPlan, rows: int, column: Callable[[str], pa.ChunkedArray]) -> pa.Table:
-    staged = {name: column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
-    staged["t"] = column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(rows, np.int64))
-    if schema.EVENT in plan.columns:
-        staged[schema.EVENT] = pc.fill_null(column(schema.EVENT), schema.DEFAULT_EVENT)
-    else:
-        staged[schema.EVENT] = pa.array([schema.DEFAULT_EVENT]).take(pa.array(np.zeros(rows, np.int8)))
-    staged[schema.VALUE] = column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(rows, np.float32))
-    if schema.BASKET in plan.columns:
-        staged[schema.BASKET] = column(schema.BASKET)
-    for name in plan.columns:
-        if name.startswith(schema.CONTEXT):
-            staged[name] = pa.array(codes(name.removeprefix(schema.CONTEXT), column(name)))
-    return pa.table(staged)
-
-
-def _check(table: pa.Table, clock: str) -> tuple[pa.Table, pa.Table]:
-    """Good rows, and bad rows with the column `reason` (the first that applies)."""
-    t = table["t"]
+def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table]:
+    """Good rows, and bad rows with the columns `reason` (the first that applies) and `given` (what the file says, where it cannot be read)."""
+    table = staged.table
+    t, value = table["t"], table[schema.VALUE]
     # a value that is missing stands for 1; one that is not a number is an error
-    value = table[schema.VALUE]
     broken = pc.and_(pc.is_valid(value), pc.invert(pc.fill_null(pc.is_finite(value), True)))
-    checks = {
-        "user_id is null": pc.is_null(table[schema.USER_ID]),
-        "item_id is null": pc.is_null(table[schema.ITEM_ID]),
-        "time is null": pc.is_null(t),
-        "value is not finite": broken,
-    }
-    if clock == schema.TIMESTAMP:
-        checks["time is outside 1970 to 2100"] = pc.fill_null(pc.or_(pc.less(t, _MIN_US), pc.greater(t, _MAX_US)), False)
-    reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
-    for text, failed in reversed(checks.items()):
-        reason = pc.if_else(failed, text, reason)
-    bad = pc.is_valid(reason)
-    rejected = table.append_column("reason", reason).filter(bad)
-    good = table.filter(pc.invert(bad))
+    checks = {f"{name} is null": pc.is_null(table[name]) for name in (schema.USER_ID, schema.ITEM_ID)}
+    checks |= {f"{name} is blank": is_blank(table[name]) for name in (schema.USER_ID, schema.ITEM_ID) if pa.types.is_string(table[name].type)}
+    checks |= {reason: pa.array(mask) for reason, mask in staged.wrong.items()}
+    checks |= {"time is null": pc.is_null(t), "value is not finite": broken}
+    if plan.clock == schema.TIMESTAMP:
+        checks["time is outside 1970 to 2100"] = pc.fill_null(pc.or_(pc.less_equal(t, OUTSIDE), pc.greater(t, MAX_US)), False)
+        if plan.future_us is not None:
+            checks[FUTURE] = pc.fill_null(pc.greater(t, plan.future_us), False)
+    checks = {text: failed for text, failed in checks.items() if pc.any(failed).as_py()}
+    good = table
+    rejected = table.slice(0, 0).append_column("reason", pa.array([], pa.string()))
+    if checks:
+        reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
+        for text, failed in reversed(checks.items()):
+            reason = pc.if_else(failed, text, reason)
+        bad = pc.is_valid(reason)
+        rejected = table.append_column("reason", reason)
+        for name, column in staged.given.items():
+            rejected = rejected.append_column(f"given_{name}", column.cast(pa.string()))
+        rejected, good = rejected.filter(bad), table.filter(pc.invert(bad))
+    if staged.broken:
+        lines = pa.table({"reason": pa.repeat(pa.scalar("line is no row"), len(staged.broken)), "line": pa.array(staged.broken, pa.string())})
+        rejected = pa.concat_tables([rejected, lines], promote_options="default")
     where = good.schema.get_field_index(schema.VALUE)
     return good.set_column(where, schema.VALUE, pc.fill_null(good[schema.VALUE], 1.0)), rejected
 
@@ -277,5 +369,5 @@ def _write_quarantine(plan: PartitionPlan, group: RowGroup, rejected: pa.Table) 
         return
     plan.quarantine.mkdir(parents=True, exist_ok=True)
     scratch = plan.quarantine / f".{group.number:06d}.{uuid.uuid4().hex[:8]}"
-    pq.write_table(rejected.append_column("file", pa.array([group.uri] * len(rejected))), scratch)
+    pq.write_table(rejected.append_column("file", pa.array([group.file.uri] * len(rejected))), scratch)
     os.rename(scratch, plan.quarantine / f"{group.number:06d}.parquet")

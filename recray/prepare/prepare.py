@@ -6,7 +6,7 @@ import datetime as dt
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from recray.config import Settings
 from recray.dataset.context import CLOCK
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
-from recray.errors import DataError, RefusedError, TooManyBadRowsError
-from recray.prepare.partition import PartitionPlan, Stats, partition_row_group, read_stats
+from recray.errors import DataError, RefusedError, SettingsError, TooManyBadRowsError
+from recray.prepare.files import InputFile, Listing, collected_files, digest_files, list_files
+from recray.prepare.partition import FUTURE, PartitionPlan, Stats, partition_row_group, read_stats
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
-from recray.prepare.shards import ShardPlan, build_shard
-from recray.prepare.sources import EventSource, RowGroup, collected_files, digest_files, inspect_events, list_files, read_items
-from recray.prepare.split import cut_dates, held_out, split_shard
+from recray.prepare.shards import ShardCounts, ShardPlan, build_shard
+from recray.prepare.sources import EventSource, RowGroup, as_id, inspect_events, read_items
+from recray.prepare.split import check_cuts, cut_dates, held_out, split_shard
+from recray.prepare.times import PLAUSIBLE_US
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 
 EVENTS_PER_SHARD = 500_000
@@ -39,20 +41,21 @@ AHEAD = dt.timedelta(hours=36)  # what a time zone taken for UTC, or a date that
 class Input:
     """The files that a dataset is made of, and the sha256 of their contents: of the events, the items and the sentence encoder.
 
-    What comes into a folder later is the next night's.
+    What comes into a folder later is the next night's. `notes` say what was left out.
     """
 
-    events: tuple[str, ...]
-    collected: tuple[str, ...]
-    items: tuple[str, ...]
+    events: tuple[InputFile, ...]
+    collected: tuple[InputFile, ...]
+    items: tuple[InputFile, ...]
     digests: list[list[str]]
+    notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises DataError if a file is another than it was."""
         files, before = (*self.events, *self.collected, *self.items), [*self.digests[0], *self.digests[1]]
-        for uri, digest, now in zip(files, before, digest_files(files), strict=True):
+        for file, digest, now in zip(files, before, digest_files(files), strict=True):
             if digest != now:
-                raise DataError(f"{uri} was written to while it was read", "repeat the job when it is complete")
+                raise DataError(f"{file.uri} was written to while it was read", "repeat the job when it is complete")
 
 
 def prepare_key(settings: Settings, as_of: dt.datetime | None, given: Input | None = None) -> str:
@@ -69,12 +72,12 @@ def find_input(settings: Settings) -> Input:
     """What there is now. Raises DataError, SettingsError for what is not there."""
     events, collected, items = _files(settings)
     encoder = _encoder(settings)
-    digests = [digest_files(events + collected), digest_files(items), *([[digest_encoder(encoder)]] if encoder else [])]
-    return Input(events, collected, items, digests)
+    digests = [digest_files(events.files + collected), digest_files(items.files), *([[digest_encoder(encoder)]] if encoder else [])]
+    return Input(events.files, collected, items.files, digests, events.notes + items.notes)
 
 
-def _files(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    items = list_files((settings.data.items,), sample="items.parquet") if settings.data.items else ()
+def _files(settings: Settings) -> tuple[Listing, tuple[InputFile, ...], Listing]:
+    items = list_files((settings.data.items,), "data.items") if settings.data.items else Listing()
     return list_files(settings.data.events), collected_files(settings.root()), items
 
 
@@ -92,11 +95,11 @@ def on_ray_data(task: Callable[[int], None], count: int) -> None:
         ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1, ray_remote_args_fn=_retries).materialize()
 
 
-def _collected(files: tuple[str, ...]) -> dict[str, int]:
+def _collected(files: tuple[InputFile, ...]) -> dict[str, int]:
     """The last number of the endpoint's log that is in the data, by the identity of the log."""
     found: dict[str, int] = {}
     for file in files:
-        manifest = read_json(Path(file).parent / "manifest.json")
+        manifest = read_json(Path(file.uri).parent / "manifest.json")
         found[manifest["log"]] = max(found.get(manifest["log"], 0), manifest["last"])
     return found
 
@@ -109,18 +112,28 @@ Each = Callable[[Callable[[int], None], int], None]
 """Runs a task for each number below a count, in any order and in any process."""
 
 
-def inspect(settings: Settings, given: Input | None = None) -> tuple[EventSource, pa.Table | None]:
-    """What the input consists of, from its footers, and the item table. Raises DataError, SettingsError for what cannot be prepared."""
+def inspect(settings: Settings, as_of: dt.datetime | None = None, given: Input | None = None) -> tuple[EventSource, pa.Table | None]:
+    """What the input consists of, and the item table. Raises DataError, SettingsError for what cannot be prepared."""
     _encoder(settings)
-    events, collected, files = _files(settings) if given is None else (given.events, given.collected, given.items)
+    if given is None:
+        found, collected, described = _files(settings)
+        events, files = found.files, described.files
+    else:
+        events, collected, files = given.events, given.collected, given.items
     source = inspect_events(settings.data, events, collected)
     items = read_items(settings.data, files)
+    if items is not None and items[schema.ITEM_ID].type != source.types[schema.ITEM_ID]:
+        items = items.set_column(0, schema.ITEM_ID, as_id(items[schema.ITEM_ID], pa.string(), files[0].uri))
+        note = "item ids are whole numbers in one of data.events and data.items and text in the other: both are read as text"
+        source = replace(source, types={**source.types, schema.ITEM_ID: pa.string()}, notes=(*source.notes, note))
     if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
         raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
     if source.clock != schema.TIMESTAMP and (read_off := [name for name in settings.data.context if name in CLOCK]):
         raise DataError(f"data.context: {read_off[0]} needs a timestamp column", "map one with data.columns.timestamp=…, or leave it out")
     if source.clock == "file_order" and settings.split.kind != "random":
         raise DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
+    if source.clock != schema.TIMESTAMP and as_of is not None:
+        raise SettingsError("--as-of says up to when events count, but data.events has no times", "leave it out, or map data.columns.timestamp")
     return source, items
 
 
@@ -136,12 +149,16 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
         shutil.rmtree(storage.staging, ignore_errors=True)  # left by an attempt that was killed, maybe when it had all but this to do
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
-    source, items = inspect(settings, given)
+    source, items = inspect(settings, as_of, given)
     plan = PartitionPlan(
         columns=source.columns,
         types=source.types,
         clock=source.clock,
+        times=source.times,
         as_of_us=_microseconds(as_of) if as_of else None,
+        future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + AHEAD),
+        min_value=settings.data.min_value,
+        first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
         quarantine=storage.quarantine(key),
@@ -149,7 +166,7 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
     try:
         each(partial(_partition, plan, source.row_groups), len(source.row_groups))
         totals = _totals(plan, source, settings, as_of)
-        as_of_s = int(as_of.timestamp()) if as_of else (totals.last_us or 0) // 1_000_000
+        as_of_s = int(as_of.timestamp()) if as_of else _last_s(plan, totals)
         encoder = _encoder(settings)
         vocabulary, item_table = _vocabulary(plan, source, settings, items)
         fields: dict[str, Any] = {
@@ -162,6 +179,9 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
             "event_types": sorted(totals.event_types, key=lambda name: (-totals.event_types[name], name)),
             "rows": totals.rows,
             "bad_rows": totals.bad,
+            "late_rows": totals.late,
+            "low_rows": totals.low,
+            "reasons": totals.reasons,
             "collected": _collected(given.collected),
             "text_encoder": None if encoder is None else digest_encoder(encoder),
         }
@@ -170,10 +190,13 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
             (folder / "splits").mkdir()
             if settings.split.held_out:
                 (folder / "held_out").mkdir()
-            shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, folder / "shards")
+            shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, settings.data, folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
+            counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
+            fields |= asdict(counted) | {"notes": [*given.notes, *source.notes, *_notes(settings, plan, totals, counted)]}
+            events = _finish(folder, fields, settings)
+            item_table = item_table.set_column(item_table.schema.get_field_index("events"), "events", events)
             pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
-            _finish(folder, fields, settings)
             given.check()
     finally:
         shutil.rmtree(plan.staging, ignore_errors=True)
@@ -199,6 +222,12 @@ def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of:
     for stats, _ in read_stats(plan, len(source.row_groups)):
         totals.add(stats)
     if totals.bad > settings.data.max_bad_fraction * totals.rows:
+        if totals.reasons.get(FUTURE, 0) > settings.data.max_bad_fraction * totals.rows:
+            raise RefusedError(
+                f"{totals.reasons[FUTURE]} of {totals.rows} events have times of the future, by this machine's clock, {_moment(None)}: "
+                "either it was set back, or the times have another unit or zone",
+                "set the clock, or read only what has happened with --as-of",
+            )
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
         raise TooManyBadRowsError(
             f"{totals.bad} of {totals.rows} rows are bad ({reasons}); they are in {plan.quarantine}",
@@ -206,15 +235,38 @@ def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of:
         )
     if len(totals.event_types) > MOST_EVENT_TYPES:
         raise DataError(f"data.events has {len(totals.event_types)} types of events", "name the column of the types: data.columns.event=YOUR_COLUMN")
-    if not totals.events:
+    if not totals.events and totals.late:
         raise DataError(f"no event at or before as-of {as_of}: {totals.late} come later", "choose a later --as-of")
-    if as_of is None and plan.clock == schema.TIMESTAMP and (totals.last_us or 0) > _microseconds(dt.datetime.now(dt.UTC) + AHEAD):
-        raise RefusedError(
-            f"the newest event is of {_moment(totals.last_us)}, but this machine's clock says {_moment(None)}: "
-            "either the clock was set back, or events carry times of the future",
-            "set the clock, or read only what has happened with --as-of",
+    if not totals.events:
+        what = f"no event is left of {totals.rows} rows: {totals.bad} are bad, {totals.low} are worth less than data.min_value"
+        raise DataError(what, "mend the input, or lower data.min_value")
+    if plan.clock == schema.TIMESTAMP and settings.data.time_unit == "auto" and (totals.last_us or 0) < PLAUSIBLE_US:
+        raise DataError(
+            f"the newest event is of {_moment(totals.last_us)}: seconds read as milliseconds or nanoseconds look so",
+            "write the times again, or set data.time_unit to their unit if they are right",
         )
     return totals
+
+
+def _last_s(plan: PartitionPlan, totals: Stats) -> int:
+    """The as-of that nobody named: the newest event, or the end of its day where no event has a time of day."""
+    if totals.last_us is None:
+        return 0
+    return (totals.last_us if totals.clocked else plan.times.end_of_day(totals.last_us)) // 1_000_000
+
+
+def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: ShardCounts) -> list[str]:
+    """What a person should know of the rows, counted."""
+    found = []
+    if totals.bad:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
+        found.append(f"{totals.bad} of {totals.rows} rows are bad and left out ({reasons}); they are in {plan.quarantine}")
+    if counted.duplicates:
+        what = "left out" if settings.data.duplicates == "drop" else "kept: data.duplicates=drop leaves them out"
+        found.append(f"{counted.duplicates} events equal another in all mapped columns and are {what}")
+    if totals.negative and settings.data.min_value is None:
+        found.append(f"{totals.negative} events have a value of 0 or less (returns?) and count like the others: data.min_value leaves them out")
+    return found
 
 
 def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, items: pa.Table | None) -> tuple[pa.Array, pa.Table]:
@@ -222,10 +274,6 @@ def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, it
     counts = pa.concat_tables([c for _, c in read_stats(plan, len(source.row_groups)) if len(c)])
     counts = counts.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")]).rename_columns([schema.ITEM_ID, "events"])
     if items is not None:
-        if items[schema.ITEM_ID].type != counts[schema.ITEM_ID].type:
-            raise DataError(
-                f"item_id is {items[schema.ITEM_ID].type} in data.items and {counts[schema.ITEM_ID].type} in data.events", "write both alike"
-            )
         known = pa.chunked_array([*counts[schema.ITEM_ID].chunks, *items[schema.ITEM_ID].chunks]).unique()
         events = counts["events"].take(pc.index_in(known, counts[schema.ITEM_ID].combine_chunks()))
         described = items.take(pc.index_in(known, items[schema.ITEM_ID].combine_chunks()))
@@ -248,10 +296,12 @@ def _with_sentences(items: pa.Table, settings: Settings, storage: Storage) -> pa
     return items
 
 
-def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:
-    """Count users and events, decide the cuts, write the splits and the popularity."""
+def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> pa.Array:
+    """Count users and events, decide the cuts, write the splits and the popularity. Returns the events of each item.
+
+    Raises DataError for a split that is impossible, or that would let an event at or after the cut be learned.
+    """
     probe = Dataset(folder, {**fields, "run_key": "", "users": 0, "events": 0, "cuts": {}})
-    minimum = settings.data.min_user_events
     has_time = probe.has_time
     popularity = Popularity.count_events(np.zeros(0, np.int64), None, probe.n_items)
     users = events = 0
@@ -265,17 +315,19 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> None:
     def kept_times() -> Iterator[np.ndarray]:
         for number in range(probe.n_shards):
             shard = probe._map(number)
-            counts = np.diff(shard.offsets)
-            keep = counts >= minimum
+            keep = np.ones(len(shard), bool)
             if settings.split.held_out:  # what is learned must not say when the split is
-                keep = keep & held_out(shard, settings.split)
-            yield shard.timestamp_s[np.repeat(keep, counts)]
+                keep = held_out(shard, settings.split)
+            yield shard.timestamp_s[np.repeat(keep, np.diff(shard.offsets))]
 
     cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
     for number in range(probe.n_shards):
         shard = probe._map(number)
-        np.save(folder / "splits" / f"{number:05d}.npy", split_shard(shard, settings.split, cuts, minimum))
+        split = split_shard(shard, settings.split, cuts)
+        check_cuts(shard, split, cuts)
+        np.save(folder / "splits" / f"{number:05d}.npy", split)
         if settings.split.held_out:
             np.save(folder / "held_out" / f"{number:05d}.npy", held_out(shard, settings.split))
     popularity.save(folder / "popularity.parquet")
     fields.update(users=users, events=events, cuts=cuts)
+    return pa.array(popularity.total()[1:].astype(np.int64))

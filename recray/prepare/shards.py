@@ -1,8 +1,11 @@
-"""Second pass, one Ray task a shard: order every user's events, number the baskets, write the shard."""
+"""Second pass, one Ray task a shard: order every user's events, number the baskets, write the shard.
+
+Order is time, then position where both are mapped, then file and row. What happened at one time lies together by its basket.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,52 +13,90 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray import schema
-from recray.config import SplitSettings
-from recray.prepare.partition import PartitionPlan, read_partition
+from recray.config import DataSettings, SplitSettings
+from recray.prepare.partition import P, PartitionPlan, read_partition
+from recray.storage import write_json
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What every task of the second pass needs to know. `item_ids` is the vocabulary in the order of its indices."""
+    """What every task of the second pass needs to know; `item_ids` in ascending order and `event_types` are the indices."""
 
     partition: PartitionPlan
     groups: int
     item_ids: pa.Array
     event_types: list[str]
     split: SplitSettings
+    data: DataSettings
     out: Path
+
+    def counts(self, number: int) -> Path:
+        """Where a shard's `ShardCounts` are."""
+        return self.partition.staging / f"shard-{number:05d}.json"
+
+
+@dataclass
+class ShardCounts:
+    """What the second pass left out or met.
+
+    duplicates : rows equal to one before in all mapped columns; they are left out under data.duplicates=drop
+    told_twice : events that the endpoint was told and the owner's log has too; the log's count
+    few : users with fewer events than data.min_user_events, who are left out
+    """
+
+    duplicates: int = 0
+    told_twice: int = 0
+    few: int = 0
+
+    def __add__(self, other: ShardCounts) -> ShardCounts:
+        return ShardCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 def build_shard(plan: ShardPlan, number: int) -> None:
     """Write shard `number` to `plan.out`. Events of items outside the vocabulary are dropped; their users stay."""
+    clock, counted = plan.partition.clock, ShardCounts()
     table = read_partition(plan.partition, plan.groups, number)
     users, user = _encode(table[schema.USER_ID])
     item = pc.fill_null(pc.index_in(table[schema.ITEM_ID], value_set=plan.item_ids), -1).to_numpy() + 1
-    t = table["t"].to_numpy()
+    event = pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())).to_numpy()
+    t, value = table["t"].to_numpy(), table[schema.VALUE].to_numpy()
+    named = _codes(table, schema.BASKET)
+    order = np.lexsort((table[P].to_numpy(), t, user) if P in table.column_names else (t, user))  # stable: equal times keep the order (file, row)
     keep = item > 0
-    basket_key = _basket_keys(table, user, t)
-    order = np.lexsort((t, *basket_key, user))  # stable: equal times keep the order (file, row)
+    live = table["live"].to_numpy()
+    if live.any():
+        twice = keep & _told_twice(table, live, user, item, event, t, clock)
+        keep &= ~twice
+        counted.told_twice = int(twice.sum())
     order = order[keep[order]]
-    user, item, t = user[order], item[order], t[order]
-    new = np.ones(len(user), bool)
-    keys = [key[order] for key in basket_key] or [t]
-    if plan.partition.clock == "file_order":
-        keys = [np.arange(len(user))]
-    new[1:] = (user[1:] != user[:-1]) | np.any([key[1:] != key[:-1] for key in keys], axis=0)
-    basket = np.cumsum(new)
+    if named is not None and P not in table.column_names:
+        order = order[_by_basket(user[order], t[order], named[order])]
+    same = [named, _codes(table, schema.EVENT_ID), *(table[name].to_numpy() for name in _context(table))]
+    repeated = _repeated(user[order], t[order], item[order], [event[order], value[order], *(one[order] for one in same if one is not None)])
+    counted.duplicates = int(repeated.sum())
+    if plan.data.duplicates == "drop":
+        order = order[~repeated]
+    few = np.bincount(user[order], minlength=len(users)) < plan.data.min_user_events
+    if few.any() and plan.data.min_user_events > 1:
+        counted.few = int(few.sum())
+        order = order[~few[user[order]]]
+        users, user = users.filter(pa.array(~few)), (np.cumsum(~few) - 1)[user]
+    user = user[order]
+    starts = _basket_starts(user, t[order], None if named is None else named[order], clock, plan.data.basket_gap)
+    basket = np.cumsum(starts)
     counts = np.bincount(user, minlength=len(users))
     offsets = np.concatenate([[0], np.cumsum(counts)])
     first_basket = np.zeros(len(users), np.int64)
     first_basket[counts > 0] = basket[offsets[:-1][counts > 0]]
     basket = basket - first_basket[user]
-    event = pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())).to_numpy()[order]
-    time = t // 1_000_000 if plan.partition.clock == schema.TIMESTAMP else t
+    time = t[order] // 1_000_000 if clock == schema.TIMESTAMP else t[order]
     context = [table[name].to_numpy()[order] for name in _context(table)]
-    columns = [item, event, time, table[schema.VALUE].to_numpy()[order], *context, basket]
+    columns = [item[order], event[order], time, value[order], *context, basket]
     if plan.split.kind == "random":
         columns = _held_out_last(user, columns, plan.split, number)
     target = schema.shard_schema(users.type, [name.removeprefix(schema.CONTEXT) for name in _context(table)])
     _write(plan, number, target, users, offsets, columns)
+    write_json(plan.counts(number), asdict(counted))
 
 
 def _context(table: pa.Table) -> list[str]:
@@ -75,20 +116,81 @@ def _encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     return encoded.dictionary.take(pa.array(order)), rank[pc.fill_null(encoded.indices, 0).to_numpy()]
 
 
-def _basket_keys(table: pa.Table, user: np.ndarray, t: np.ndarray) -> list[np.ndarray]:
-    """Sort keys that keep a named basket together, least significant first: its number, then its first time.
+def _codes(table: pa.Table, name: str) -> np.ndarray | None:
+    """A number for each distinct value of a column, -1 for null, int64 [n]; None for a column that is not there."""
+    if name not in table.column_names:
+        return None
+    _, code = _encode(table[name])
+    return np.where(pc.is_null(table[name]).to_numpy(), -1, code)
 
-    An event without a basket belongs to the events of its time.
+
+def _by_basket(user: np.ndarray, t: np.ndarray, named: np.ndarray) -> np.ndarray:
+    """Order in which what happened at one time lies together by its basket, as each basket began. Arrays in order of (user, t)."""
+    new = np.ones(len(user), bool)
+    new[1:] = (user[1:] != user[:-1]) | (t[1:] != t[:-1])
+    moment = np.cumsum(new)
+    _, first, inverse = np.unique(moment * (named.max(initial=-1) + 2) + named + 1, return_index=True, return_inverse=True)
+    found: np.ndarray = np.argsort(first[inverse], kind="stable")
+    return found
+
+
+def _basket_starts(user: np.ndarray, t: np.ndarray, named: np.ndarray | None, clock: str, gap_s: float) -> np.ndarray:
+    """Where a basket begins, bool [n], of events in order: a name holds until another one, or a pause of more than `gap_s` seconds.
+
+    What has no name belongs to what happened at its time; without any time each is its own.
     """
-    if schema.BASKET not in table.column_names:
-        return []
-    names, code = _encode(table[schema.BASKET])
-    unnamed = pc.is_null(table[schema.BASKET]).to_numpy()
-    code = np.where(unnamed, len(names) + np.unique(t, return_inverse=True)[1], code)
-    _, group = np.unique(user * (code.max(initial=0) + 1) + code, return_inverse=True)
-    first = np.full(group.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, group, t)
-    return [group, first[group]]
+    new = np.ones(len(user), bool)
+    other_time = np.ones(max(len(user) - 1, 0), bool) if clock == "file_order" else t[1:] != t[:-1]
+    if named is None:
+        new[1:] = (user[1:] != user[:-1]) | other_time
+        return new
+    pause = t[1:] - t[:-1] > gap_s * 1_000_000 if clock == schema.TIMESTAMP else np.zeros_like(other_time)
+    unnamed = named[1:] < 0
+    new[1:] = (user[1:] != user[:-1]) | (named[1:] != named[:-1]) | np.where(unnamed, other_time, pause)
+    return new
+
+
+def _repeated(user: np.ndarray, t: np.ndarray, item: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """Rows that equal one before in user, time, item and all others, bool [n]. Arrays in order of (user, t)."""
+    found = np.zeros(len(user), bool)
+    as_before = np.zeros(len(user) + 1, bool)
+    as_before[1:-1] = (user[1:] == user[:-1]) & (t[1:] == t[:-1])
+    place = np.flatnonzero(as_before[1:] | as_before[:-1])  # another one has this user and time
+    if not len(place):
+        return found
+    keys = [item[place], *(one[place] for one in others)]
+    moment = np.cumsum(~as_before[place])
+    order = np.lexsort((place, *keys, moment))
+    equal = moment[order][1:] == moment[order][:-1]
+    for key in keys:
+        equal &= key[order][1:] == key[order][:-1]
+    found[place[order][1:][equal]] = True
+    return found
+
+
+def _told_twice(table: pa.Table, live: np.ndarray, user: np.ndarray, item: np.ndarray, event: np.ndarray, t: np.ndarray, clock: str) -> np.ndarray:
+    """Events that the endpoint was told and the owner's log has too, bool [n]: by event_id, where both have one; else by user, item, type
+    and second."""
+    found = np.zeros(len(live), bool)
+    mine, theirs = np.flatnonzero(live), np.flatnonzero(~live)
+    ids = _codes(table, schema.EVENT_ID)
+    ids = np.full(len(live), -1) if ids is None else ids
+    found[mine] = (ids[mine] >= 0) & _is_in(mine, theirs[ids[theirs] >= 0], [user, ids])
+    if clock == schema.TIMESTAMP:
+        keys = [user, item, event, t // 1_000_000]
+        alike = _is_in(mine, theirs[ids[theirs] < 0], keys)
+        unnamed = mine[ids[mine] < 0]
+        found[mine] |= alike
+        found[unnamed] |= _is_in(unnamed, theirs, keys)
+    return found
+
+
+def _is_in(rows: np.ndarray, among: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
+    """Whether a row has the keys of one among others, bool [rows]."""
+    both = np.stack([np.concatenate([key[rows], key[among]]) for key in keys], 1)
+    _, inverse = np.unique(both, axis=0, return_inverse=True)
+    found: np.ndarray = np.isin(inverse[: len(rows)], inverse[len(rows) :])
+    return found
 
 
 def _held_out_last(user: np.ndarray, columns: list[np.ndarray], split: SplitSettings, number: int) -> list[np.ndarray]:

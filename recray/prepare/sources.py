@@ -1,281 +1,356 @@
-"""What the input consists of: files, row groups and columns, checked from their footers before any row is read."""
+"""What the input consists of: files, their parts and columns, checked before any row is staged.
+
+What the columns mean is decided here, once for all files: ids are whole numbers if they are so in every file, else text; a column that is
+null in a whole file is null there; times have one rule (`recray.prepare.times`).
+"""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pyarrow import fs
 
 from recray import schema
-from recray.config import SAMPLE, DataSettings
+from recray.config import DataSettings
 from recray.dataset.context import CLOCK
 from recray.errors import DataError
-from recray.storage import Storage
+from recray.prepare.files import InputFile
+from recray.prepare.formats import TableFile, joined_type, open_file
+from recray.prepare.times import ENOUGH, SAMPLE, WORDS, TimeRule, refuse_unit, see_unit
 
 LATEST_S = 253_402_300_800  # the end of the year 9999: what lies further from 1970 is no number of seconds
 YEAR_S = 365 * 86_400  # a catalogue of 1970 alone is one of years, or of dates as numbers
-_SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retail"
+IDS = (schema.USER_ID, schema.ITEM_ID, schema.BASKET)
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One unit of reading: a row group of a file. `number` orders all of them.
+    """One unit of reading: a row group of a Parquet file, or a text file. `number` orders all of them.
 
     live : whether it was collected from the endpoint (`schema.LIVE_EVENTS`), not written by the owner
     """
 
     number: int
-    uri: str
-    row_group: int
+    file: InputFile
+    part: int
     rows: int
     live: bool = False
 
 
 @dataclass(frozen=True)
 class EventSource:
-    """The event files, in the order that breaks ties, and the owner's names of the columns that are there."""
+    """The event files, in the order that breaks ties, and the owner's names of the columns that are there.
 
-    files: tuple[str, ...]
+    notes : what a person should know of how they are read
+    """
+
+    files: tuple[InputFile, ...]
     columns: dict[str, str]
     types: dict[str, pa.DataType]
     row_groups: tuple[RowGroup, ...]
     clock: str
+    times: TimeRule
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
         return sum(group.rows for group in self.row_groups)
 
 
-def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """File system and path of a local path or an object-store URI. Raises DataError."""
-    try:
-        if "://" in uri:
-            found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
-            return found
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{uri} cannot be opened: {error}", "use a path or a URI that pyarrow.fs knows: s3://, gs://, hdfs://, file://") from None
-
-
-def list_files(paths: tuple[str, ...], sample: str = "events.parquet") -> tuple[str, ...]:
-    """The Parquet files behind paths, folders (files in order of name) and URIs. Raises DataError for a path with none."""
-    found: list[str] = []
-    for uri in paths:
-        if uri == SAMPLE:
-            uri = str(_SAMPLE_DIR / sample)
-        filesystem, path = resolve(uri)
-        try:
-            info = filesystem.get_file_info(path)
-            if info.type == fs.FileType.Directory:
-                inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-                inside = [f.path for f in inside if f.type == fs.FileType.File and f.path.endswith((".parquet", ".pq"))]
-                names = sorted(_below(uri, name.removeprefix(path).lstrip("/")) for name in inside)
-            else:
-                names = [uri] if info.type == fs.FileType.File else []
-        except OSError as error:
-            raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
-        if not names:
-            problem = "does not exist" if info.type == fs.FileType.NotFound else "holds no Parquet file"
-            raise DataError(f"{uri} {problem}", "check data.events and data.items")
-        found += names
-    return tuple(found)
-
-
-def _below(uri: str, name: str) -> str:
-    """The path or URI of a file below a folder; a URI keeps its host and options (`?region=…`)."""
-    if "://" not in uri:
-        return str(Path(uri) / name)
-    folder, question, options = uri.partition("?")
-    return f"{folder.rstrip('/')}/{quote(name)}{question}{options}"
-
-
-def collected_files(root: Path) -> tuple[str, ...]:
-    """Events that were collected from the endpoint (`recray.state.collect`), in the order of its log."""
-    return tuple(str(path) for path in sorted(Storage(root).collected.glob("[!.]*/events.parquet")))
-
-
-def digest_files(files: tuple[str, ...]) -> list[str]:
-    """sha256 of each file's content, in order. Raises DataError for a file that cannot be read."""
-    digests = []
-    for uri in files:
-        filesystem, path = resolve(uri)
-        state = hashlib.sha256()
-        try:
-            with filesystem.open_input_stream(path) as stream:
-                while block := stream.read(1 << 22):
-                    state.update(block)
-        except OSError as error:
-            raise DataError(f"{uri} cannot be read: {error}", "check its permissions and its disk") from None
-        digests.append(state.hexdigest())
-    return digests
-
-
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """A Parquet file opened for reading. Raises DataError for a truncated or foreign file."""
-    filesystem, path = resolve(uri)
-    try:
-        return pq.ParquetFile(filesystem.open_input_file(path))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{uri} is not a readable Parquet file: {error}", "write it again; it may be truncated") from None
-
-
-def inspect_events(data: DataSettings, files: tuple[str, ...], live: tuple[str, ...] = ()) -> EventSource:
-    """Read the footers of the owner's event files and decide how to read them; `live` files come after them, whatever the owner's look like.
+def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple[InputFile, ...] = ()) -> EventSource:
+    """Look into the owner's event files and decide how to read them; `live` files come after them, whatever the owner's look like.
 
     Raises DataError for a missing column, a wrong type, files that disagree, or no rows at all.
     """
     groups: list[RowGroup] = []
     columns: dict[str, str] = {}
     types: dict[str, pa.DataType] = {}
-    for number, uri in enumerate(files):
-        with open_parquet(uri) as file:
-            found = _columns(file.schema_arrow, data, uri)
-            found_types = {name: _kind(file.schema_arrow.field(column).type, name, uri) for name, column in found.items()}
-            if number and (found != columns or found_types != types):
-                raise DataError(f"{uri} has other columns or types than {files[0]}: {found_types} against {types}", "write all files alike")
-            columns, types = found, found_types
-            groups += _row_groups(file, uri, len(groups), live=False)
-    for uri in live:
-        with open_parquet(uri) as file:
-            if not file.schema_arrow.equals(schema.LIVE_EVENTS):
-                raise DataError(f"{uri} was not written by this version of recray collect", "move its folder away")
-            groups += _row_groups(file, uri, len(groups), live=True)
+    clocks = _Clocks(data)
+    for number, file in enumerate(files):
+        with open_file(file) as table:
+            found = _columns(table, data)
+            if number and found != columns:
+                missing = [name for name in columns if name not in found] or [name for name in found if name not in columns]
+                whose = files[0].uri if missing[0] in found else file.uri
+                raise DataError(f"{whose} has no column for {missing[0]}, other files of data.events have one", "write all files alike")
+            columns = found
+            kinds = {name: _kind(table.type_of(column), name, file.uri) for name, column in found.items()}
+            types = {name: joined_type(types.get(name, pa.null()), kind) for name, kind in kinds.items()}
+            if schema.TIMESTAMP in found:
+                clocks.see(table, found[schema.TIMESTAMP])
+            groups += _groups(table, len(groups), live=False)
+    for file in live:
+        with open_file(file) as table:
+            if not {field.name for field in schema.LIVE_EVENTS} - {schema.EVENT_ID} <= set(table.names):
+                raise DataError(f"{file.uri} was not written by recray collect", "move its folder away")
+            groups += _groups(table, len(groups), live=True)
     if not sum(group.rows for group in groups):
-        raise DataError(f"{files[0]}{' and the other files' if len(files) > 1 else ''} have no rows", "check data.events")
+        raise DataError(f"{files[0].uri}{' and the other files' if len(files) > 1 else ''} have no rows", "check data.events")
+    for name, kind in types.items():
+        if pa.types.is_null(kind):
+            types[name] = pa.string() if name in IDS else _STAGED.get(name, pa.string())
     clock = schema.TIMESTAMP if schema.TIMESTAMP in columns else schema.POSITION if schema.POSITION in columns else "file_order"
-    return EventSource((*files, *live), columns, types, tuple(groups), clock)
+    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, clocks.notes())
 
 
-def _row_groups(file: pq.ParquetFile, uri: str, first: int, *, live: bool) -> list[RowGroup]:
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    return [RowGroup(first + i, uri, group, rows, live) for i, (group, rows) in enumerate((g, n) for g, n in enumerate(sizes) if n)]
+def _groups(table: TableFile, first: int, *, live: bool) -> list[RowGroup]:
+    sizes = [(part, rows) for part, rows in enumerate(table.sizes()) if rows]
+    return [RowGroup(first + i, table.file, part, rows, live) for i, (part, rows) in enumerate(sizes)]
 
 
-def _columns(found: pa.Schema, data: DataSettings, uri: str) -> dict[str, str]:
+class _Clocks:
+    """What the files say of their times: the unit of whole numbers, and whether they name a zone."""
+
+    def __init__(self, data: DataSettings) -> None:
+        self.asked, self.zone = data.time_unit, data.timezone
+        self.unit: str | None = None
+        self.first = ""
+        self.naive: list[str] = []
+        self.zoned = 0
+
+    @property
+    def rule(self) -> TimeRule:
+        return TimeRule(self.asked if self.asked != "auto" else self.unit or "s", self.zone or "UTC")
+
+    def see(self, table: TableFile, column: str) -> None:
+        kind, uri = _plain(table.type_of(column)), table.file.uri
+        if pa.types.is_timestamp(kind) and kind.tz is not None:
+            self.zoned += 1
+        elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+            self.naive.append(uri)
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            self._see_text(table, column)
+        if self.asked != "auto" or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            return
+        numbers = _numbers(table, column)
+        if not len(numbers):
+            return
+        unit = see_unit(numbers)
+        if unit is None:
+            raise refuse_unit(numbers, f"{uri}: {column}")
+        if self.unit not in (None, unit):
+            raise DataError(f"{uri}: {column} holds {WORDS[unit]}, {self.first} {WORDS[str(self.unit)]}", "write all files alike")
+        self.unit, self.first = unit, uri
+
+    def _see_text(self, table: TableFile, column: str) -> None:
+        text = _sample(table, column)
+        read = self.rule.read(text)
+        wrong = np.zeros(len(text), bool) if read.unreadable is None else read.unreadable
+        if len(text) and wrong.mean() > 1 - ENOUGH:
+            example = text.filter(pa.array(wrong))[0].as_py()
+            raise DataError(
+                f"{table.file.uri}: {column} holds text such as {example!r}, which is no time",
+                "write ISO 8601 (2024-03-01 10:00:00), or map another column: data.columns.timestamp=YOUR_COLUMN",
+            )
+
+    def notes(self) -> tuple[str, ...]:
+        found = []
+        if self.unit not in (None, "s"):
+            found.append(f"times are read as {WORDS[str(self.unit)]}; data.time_unit={self.unit} says so without this note")
+        if self.naive and self.zoned and self.zone is None:
+            found.append(
+                f"{len(self.naive)} files have times without a zone ({self.naive[0]} …), {self.zoned} with one; those without are UTC: data.timezone"
+            )
+        return tuple(found)
+
+
+def _sample(table: TableFile, column: str) -> pa.ChunkedArray:
+    """The first values of a column that are not null or blank, at most about SAMPLE."""
+    found: list[pa.ChunkedArray] = []
+    for part in range(len(table.sizes())):
+        for batch in table.batches(part, SAMPLE, [column]):
+            values = pc.drop_null(decoded(batch.rows[column])).slice(0, SAMPLE)
+            found.append(values.filter(pc.invert(is_blank(values))) if pa.types.is_string(values.type) else values)
+            if sum(map(len, found)) >= SAMPLE // 2:
+                break
+    return pa.chunked_array([chunk for one in found for chunk in one.chunks], found[0].type) if found else pa.chunked_array([], pa.string())
+
+
+def _numbers(table: TableFile, column: str) -> np.ndarray:
+    """Some of the numbers of a column, int64."""
+    values = _sample(table, column)
+    if pa.types.is_floating(values.type):
+        numbers = values.to_numpy().astype(np.float64)
+        found: np.ndarray = numbers[np.abs(numbers) < 2.0**63].astype(np.int64)
+    else:
+        found = values.cast(pa.int64(), safe=pa.types.is_string(values.type)).to_numpy()
+    return found
+
+
+def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
     chosen = {}
+    uri, names = table.file.uri, table.names
     mapping: dict[str, str | None] = {str(name): column for name, column in data.columns.items()}
     for name in schema.EVENT_COLUMNS:
         mapped = name in mapping
         column = mapping.get(name, name)
         if column is None:
             continue
-        if column in found.names:
+        if column in names:
             chosen[name] = column
         elif mapped or name in (schema.USER_ID, schema.ITEM_ID):
             raise DataError(
-                f"{uri} has no column {column!r} for {name}; it has {', '.join(found.names)}",
+                f"{uri} has no column {column!r} for {name}; it has {', '.join(names)}",
                 f"name your column: data.columns.{name}=YOUR_COLUMN",
             )
     for name in data.context:
-        if name not in (*found.names, *CLOCK):
-            raise DataError(f"{uri} has no column {name!r} for data.context; it has {', '.join(found.names)}", "name a column, hour or weekday")
+        if name not in (*names, *CLOCK):
+            raise DataError(f"{uri} has no column {name!r} for data.context; it has {', '.join(names)}", "name a column, hour or weekday")
         if name not in CLOCK:
             chosen[schema.CONTEXT + name] = name
     return chosen
 
 
+def _plain(found: pa.DataType) -> pa.DataType:
+    """The type of the values of a dictionary, or the type itself."""
+    return found.value_type if pa.types.is_dictionary(found) else found
+
+
+def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without its dictionary."""
+    return pc.cast(column, column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+_STAGED = {
+    schema.TIMESTAMP: pa.timestamp("us", tz="UTC"),
+    schema.POSITION: pa.int64(),
+    schema.EVENT: pa.string(),
+    schema.EVENT_ID: pa.string(),
+    schema.VALUE: pa.float32(),
+}
+_WANTED = {
+    schema.TIMESTAMP: "a timestamp, a date, ISO 8601 text or whole numbers",
+    schema.POSITION: "whole numbers",
+    schema.EVENT: "text or whole numbers",
+    schema.EVENT_ID: "text or whole numbers",
+    schema.VALUE: "numbers",
+}
+
+
 def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
-    """The type in which a column is staged. Raises DataError if it cannot hold what the name says."""
-    plain = found.value_type if pa.types.is_dictionary(found) else found
+    """The type in which a column is staged, null for one that says nothing. Raises DataError if it cannot hold what the name says."""
+    plain = _plain(found)
     is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)
-    is_int = pa.types.is_integer(plain)
-    if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET) and (is_text or is_int):
+    is_int, is_real = pa.types.is_integer(plain), pa.types.is_floating(plain) or pa.types.is_decimal(plain)
+    if pa.types.is_null(plain):
+        return pa.null()
+    if name in IDS and (is_text or is_int):
         return pa.string() if is_text else pa.int64()
-    if name == schema.TIMESTAMP and (pa.types.is_timestamp(plain) or pa.types.is_date(plain) or is_int):
-        return pa.timestamp("us", tz="UTC")
-    if name == schema.POSITION and is_int:
-        return pa.int64()
-    if name == schema.EVENT and is_text:
-        return pa.string()
-    if name.startswith(schema.CONTEXT) and (is_text or is_int or pa.types.is_boolean(plain)):
-        return pa.string()
-    if name == schema.VALUE and (is_int or pa.types.is_floating(plain) or pa.types.is_decimal(plain)):
-        return pa.float32()
+    fits = {
+        schema.TIMESTAMP: pa.types.is_timestamp(plain) or pa.types.is_date(plain) or is_int or is_text or pa.types.is_floating(plain),
+        schema.POSITION: is_int,
+        schema.EVENT: is_text or is_int,
+        schema.EVENT_ID: is_text or is_int,
+        schema.VALUE: is_int or is_real or is_text or pa.types.is_boolean(plain),
+    }
+    if fits.get(name):
+        return _STAGED[name]
     if name.startswith(schema.CONTEXT):
+        if is_text or is_int or pa.types.is_boolean(plain):
+            return pa.string()
         field = name.removeprefix(schema.CONTEXT)
         raise DataError(
-            f"{uri}: context {field} has type {found}, not strings, integers or booleans", f"cast it, or leave {field} out of data.context"
+            f"{uri}: context {field} has type {found}, not text, whole numbers or booleans", f"cast it, or leave {field} out of data.context"
         )
-    wanted = {
-        schema.TIMESTAMP: "a timestamp, a date or integer seconds",
-        schema.POSITION: "integers",
-        schema.EVENT: "strings",
-        schema.VALUE: "numbers",
-    }
     raise DataError(
-        f"{uri}: column for {name} has type {found}, not {wanted.get(name, 'integers or strings')}",
+        f"{uri}: column for {name} has type {found}, not {_WANTED.get(name, 'whole numbers or text')}",
         f"cast it, or map another column: data.columns.{name}=YOUR_COLUMN",
     )
 
 
-def read_items(data: DataSettings, files: tuple[str, ...]) -> pa.Table | None:
+def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> pa.Table | None:
     """The item table of its files: `item_id` first, then the feature columns. None if none is configured. Raises DataError."""
     if data.items is None:
         if named := [*data.features, *([data.released] if data.released else [])]:
             raise DataError(f"data.features or data.released names {', '.join(named)}, but data.items is null", "name the item table in data.items")
         return None
     id_column = data.columns.get("item_id") or schema.ITEM_ID
-    tables = []
-    for uri in files:
-        with open_parquet(uri) as file:
-            names = file.schema_arrow.names
-            item_column = id_column if id_column in names else schema.ITEM_ID
+    tables, kind = [], pa.null()
+    for file in files:
+        with open_file(file) as table:
+            item_column = id_column if id_column in table.names else schema.ITEM_ID
             for column in (item_column, *data.features, *([data.released] if data.released else [])):
-                if column not in names:
+                if column not in table.names:
                     raise DataError(
-                        f"{uri} has no column {column!r}; it has {', '.join(names)}",
+                        f"{file.uri} has no column {column!r}; it has {', '.join(table.names)}",
                         "check data.items, data.columns, data.features and data.released",
                     )
-            item_type = _kind(file.schema_arrow.field(item_column).type, schema.ITEM_ID, uri)
-            table = file.read(columns=[item_column, *data.features]).select([item_column, *data.features])
-            table = table.rename_columns([schema.ITEM_ID, *data.features])
-            table = table.set_column(0, schema.ITEM_ID, as_id(table[0], item_type, uri))
-            tables.append(table if data.released is None else table.append_column(schema.RELEASED, _released(file, data.released, uri)))
+            kind = joined_type(kind, _kind(table.type_of(item_column), schema.ITEM_ID, file.uri))
+            rows = table.read([item_column, *data.features, *([data.released] if data.released else [])])
+            columns = {schema.ITEM_ID: decoded(rows[item_column])}
+            columns |= {name: _feature(rows[name], name, feature, file) for name, feature in data.features.items()}
+            if data.released is not None:
+                columns[schema.RELEASED] = _released(rows[data.released], data, file.uri)
+            tables.append(pa.table(columns))
+    kind = pa.string() if pa.types.is_null(kind) else kind
+    tables = [table.set_column(0, schema.ITEM_ID, as_id(table[0], kind, file.uri)) for table, file in zip(tables, files, strict=True)]
     try:
-        table = pa.concat_tables(tables, promote_options="permissive")
+        found = pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"{files[0]} and the other item files differ: {error}", "write all files alike") from None
-    if table[0].null_count:
-        raise DataError(f"{files[0]}: {table[0].null_count} items have no item_id", "fill or drop them")
-    if len(table[0].unique()) < len(table):
-        raise DataError(f"{files[0]}: {len(table) - len(table[0].unique())} item ids occur more than once", "keep one row an item")
-    for column, kind in data.features.items():
-        _check_feature(table[column].type, column, kind, files[0])
-    return table
+        raise DataError(f"{files[0].uri} and the other item files differ: {error}", "write all files alike") from None
+    missing = found[0].null_count + (int(pc.sum(is_blank(found[0])).as_py() or 0) if pa.types.is_string(kind) else 0)
+    if missing:
+        raise DataError(f"{files[0].uri}: {missing} items have no item_id", "fill or drop them")
+    if len(found[0].unique()) < len(found):
+        raise DataError(f"{files[0].uri}: {len(found) - len(found[0].unique())} item ids occur more than once", "keep one row an item")
+    for column, feature in data.features.items():
+        _check_feature(found[column].type, column, feature, files[0].uri)
+    return found
 
 
-def _released(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
+def is_blank(text: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where text is empty or nothing but blanks; false where it is null."""
+    return pc.fill_null(pc.or_(pc.utf8_is_space(text), pc.equal(text, "")), False)
+
+
+def _feature(column: pa.ChunkedArray, name: str, kind: str, file: InputFile) -> pa.ChunkedArray:
+    """A feature column, numbers as such although a text file has them as text. Raises DataError for text that is no number."""
+    if file.format == "parquet" or kind != "numeric" or not pa.types.is_string(column.type):
+        return column
+    text = pc.utf8_trim_whitespace(column)
+    try:
+        return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text).cast(pa.float64())
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file.uri}: feature {name} is no number: {error}", f"mend it, or declare another kind: data.features.{name}=…") from None
+
+
+def _released(column: pa.ChunkedArray, data: DataSettings, uri: str) -> pa.ChunkedArray:
     """The release of each item in seconds, null where it is not known. Raises DataError for a column that holds no times."""
-    column = file.read(columns=[name])[name]
+    name = str(data.released)
+    column = decoded(column)
     is_integer = pa.types.is_integer(column.type)
-    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type) or is_integer):
+    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type) or is_integer or pa.types.is_string(column.type)):
         raise DataError(f"{uri}: data.released {name} has type {column.type}, not a timestamp, a date or integer seconds", "cast it")
-    if is_integer and len(said := column.filter(pc.fill_null(pc.not_equal(column, 0), False))):
+    if is_integer:
+        return _released_numbers(column, name, uri)
+    found = TimeRule("s", data.timezone or "UTC").read(column)
+    if found.unreadable is not None and found.unreadable.any():
+        first = column.filter(pa.array(found.unreadable))[0]
+        raise DataError(f"{uri}: data.released {name} is no date: {first}", "write it as ISO 8601, 2024-03-01")
+    return pc.divide(pc.subtract(found.us, pc.if_else(pc.less(found.us, 0), 999_999, 0)), 1_000_000)  # floor
+
+
+def _released_numbers(column: pa.ChunkedArray, name: str, uri: str) -> pa.ChunkedArray:
+    said = column.filter(pc.fill_null(pc.not_equal(column, 0), False))
+    if len(said):
         low, high = pc.min_max(said).as_py().values()
         if not (low > -LATEST_S and high < LATEST_S and (low < 0 or high >= YEAR_S)):
-            wrong = f"integers from {low} to {high}, which are not seconds since 1970"
-            raise DataError(f"{uri}: data.released {name} holds {wrong}", "cast it to a timestamp or a date; milliseconds and years are neither")
-    found = microseconds(column)
-    return pc.divide(pc.subtract(found, pc.if_else(pc.less(found, 0), 999_999, 0)), 1_000_000)  # floor
-
-
-def microseconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of timestamps, dates or integer seconds as int64 microseconds since 1970, UTC."""
-    if pa.types.is_integer(column.type):
-        return pc.multiply(column.cast(pa.int64()), 1_000_000)
-    if pa.types.is_date(column.type):
-        column = column.cast(pa.timestamp("s"))
-    return column.cast(pa.timestamp("us", tz=getattr(column.type, "tz", None)), safe=False).cast(pa.int64())
+            unit = see_unit(said.cast(pa.int64(), safe=False).to_numpy())
+            if unit in (None, "s"):
+                wrong = f"integers from {low} to {high}, which are not seconds since 1970"
+                raise DataError(f"{uri}: data.released {name} holds {wrong}", "cast it to a timestamp or a date; years are neither")
+            us = TimeRule(str(unit)).read(column).us
+            return pc.divide(us, 1_000_000)
+    return column.cast(pa.int64())
 
 
 def as_id(column: pa.ChunkedArray, kind: pa.DataType, uri: str) -> pa.ChunkedArray:
     """A column of ids in the staged type. Raises DataError for numbers that 63 bits do not hold."""
+    column = decoded(column)
+    if pa.types.is_string(column.type) and pa.types.is_integer(kind):  # of a text file, whose blanks are nulls
+        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
     try:
         return column.cast(kind)
     except pa.ArrowInvalid as error:
@@ -283,7 +358,7 @@ def as_id(column: pa.ChunkedArray, kind: pa.DataType, uri: str) -> pa.ChunkedArr
 
 
 def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None:
-    plain = found.value_type if pa.types.is_dictionary(found) else found
+    plain = _plain(found)
     is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain) or pa.types.is_fixed_size_list(plain)
     is_number = _is_number(plain)
     is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
@@ -295,7 +370,7 @@ def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None
         "categorical": not is_list,
         "vector": is_list and _is_number(plain.value_type),
     }[kind]
-    if not fits:
+    if not fits and not pa.types.is_null(plain):
         raise DataError(f"{uri}: feature {column} has type {found}, which is not {kind}", f"declare another kind: data.features.{column}=…")
 
 

@@ -61,8 +61,8 @@ def cut_dates(settings: SplitSettings, kept_times: Callable[[], Iterable[np.ndar
     return {"validation": int(np.ceil(validation)), "test": int(np.ceil(test))}
 
 
-def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min_events: int) -> np.ndarray:
-    """Split of one shard, int32 [users, 4] as `Shard.split`. Users with fewer than `min_events` get zeros throughout."""
+def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int]) -> np.ndarray:
+    """Split of one shard, int32 [users, 4] as `Shard.split`."""
     counts = np.diff(shard.offsets)
     split = np.zeros((len(shard), 4), np.int32)
     train_end, validation_end, test_start, test_end = split.T
@@ -90,7 +90,6 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int], min
         test_end[:] = counts
         test_start[:] = validation_end[:] = _count_before_basket(shard, baskets - held)
         train_end[:] = _count_before_basket(shard, baskets - 2 * held)
-    split[counts < min_events] = 0
     return split
 
 
@@ -110,12 +109,25 @@ def _count_before_basket(shard: Shard, basket: np.ndarray) -> np.ndarray:
 
 
 def _count_before(shard: Shard, cut_s: int) -> np.ndarray:
-    """Events of each user in baskets that began before a moment, int64 [users]."""
-    starts = shard.basket_starts
-    began = np.repeat(shard.timestamp_s[starts[:-1]], np.diff(starts))
-    before = np.concatenate([[0], np.cumsum(began < cut_s)])
+    """Events of each user before a moment, int64 [users]."""
+    before = np.concatenate([[0], np.cumsum(shard.timestamp_s < cut_s)])
     found: np.ndarray = before[shard.offsets[1:]] - before[shard.offsets[:-1]]
     return found
+
+
+def check_cuts(shard: Shard, split: np.ndarray, cuts: dict[str, int]) -> None:
+    """Raises DataError where a history is out of order of time, or an event at or after the test cut would be learned."""
+    if not cuts:
+        return
+    position = np.arange(len(shard.item_index)) - np.repeat(shard.offsets[:-1], np.diff(shard.offsets))
+    learned = shard.timestamp_s[position < np.repeat(split[:, 0], np.diff(shard.offsets))]
+    late = int((learned >= cuts["test"]).sum())
+    back = int(((np.diff(shard.timestamp_s) < 0) & (position[1:] > 0)).sum())
+    if late or back:
+        raise DataError(
+            f"{late} events at or after the test cut would be learned, {back} events come before an earlier one of their user",
+            "this is a fault in recray: report it with the settings of data and split",
+        )
 
 
 def _basket_end(shard: Shard, start: np.ndarray) -> np.ndarray:

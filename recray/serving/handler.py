@@ -47,7 +47,7 @@ from recray.serving.question import Decision, Explore, Found, Question, items_of
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, provider, tracer
 from recray.serving.trial import Side, Trial, answers
-from recray.state.log import Entry
+from recray.state.log import Entry, key_of
 from recray.storage import Storage
 
 MOST_LOGGED = 1000  # items of an answer
@@ -221,7 +221,7 @@ class Handler:
             at_s = now if event.timestamp is None else event.timestamp.timestamp()
             if at_s > now + AHEAD_S:
                 raise RequestError(f"events.{place}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
-            entries.append(Entry("event", f"{user}\0{event.event_id}" if event.event_id else _new_id(), user, at_s, body))
+            entries.append(Entry("event", key_of(user, event.event_id) if event.event_id else _new_id(), user, at_s, body))
         numbers = await self.journal.keep(lambda writer: writer.append(entries))
         kept = sum(number > 0 for number in numbers)
         self.telemetry.kept["event"] += kept
@@ -234,7 +234,7 @@ class Handler:
         at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
         if at_s > time.time() + AHEAD_S:
             raise RequestError(f"timestamp: {request.timestamp} lies in the future", "send UTC, or an offset")
-        key = f"{request.request_id}\0{request.feedback_id}" if request.feedback_id else _new_id()
+        key = key_of(request.request_id, request.feedback_id) if request.feedback_id else _new_id()
         entry = Entry("outcome", key, None, at_s, body)
         kept, known = await self.journal.keep(lambda writer: writer.outcome(entry, request.request_id))
         self.telemetry.kept["outcome" if known else "set_aside"] += kept

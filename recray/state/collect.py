@@ -181,7 +181,7 @@ def _event(number: int, entry: Entry) -> dict[str, Any]:
     body = entry.body
     told = {"number": number, schema.USER_ID: entry.user, schema.ITEM_ID: str(body["item_id"]), schema.TIMESTAMP: _microseconds(entry)}
     context = json.dumps(body["context"], sort_keys=True) if body.get("context") else None
-    return {**told, schema.EVENT: body.get("event"), schema.VALUE: body.get("value"), "context": context}
+    return {**told, schema.EVENT: body.get("event"), schema.VALUE: body.get("value"), "context": context, schema.EVENT_ID: entry.named}
 
 
 def _decision(entry: Entry) -> dict[str, Any]:

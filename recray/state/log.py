@@ -35,12 +35,27 @@ class Entry:
     at_s: float
     body: dict[str, Any]
 
+    @property
+    def named(self) -> str | None:
+        """What the caller called it, None where the key was drawn; see `key_of`."""
+        first, nul, rest = self.key.partition("\0")
+        if nul and not first:
+            length, _, both = rest.partition("\0")
+            return both[int(length) :]
+        return rest if nul else None
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Entry:
         return cls(**json.loads(text))
+
+
+def key_of(whose: str, named: str) -> str:
+    """Key of an entry that the caller named: whose it is, and the name. No two pairs have the same."""
+    pair = f"{whose}\0{named}"
+    return pair if pair.count("\0") == 1 and whose else f"\0{len(whose)}\0{whose}{named}"
 
 
 class Log(abc.ABC):

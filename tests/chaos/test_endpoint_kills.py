@@ -29,7 +29,7 @@ from recray.benchmark.nights import each_bucket, publish_untrained, untrained
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
 from recray.demo import post as ask
-from recray.prepare.sources import collected_files
+from recray.prepare.files import collected_files
 from recray.release import Member, Release
 from recray.scoring.score import write_night
 from recray.serving.api import RecommendRequest

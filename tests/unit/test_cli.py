@@ -111,7 +111,7 @@ def test_events_of_the_future_or_a_clock_set_back_are_refused(capsys, world_fold
 
     settings = load_settings(None, world_overrides(world_folder, tmp_path))
     monkeypatch.setattr(preparation.dt, "datetime", Earlier)
-    with pytest.raises(RefusedError, match=r"the newest event is of 2024-.*clock says 2024-01-02.*\n.*--as-of"):
+    with pytest.raises(RefusedError, match=r"events have times of the future, by this machine's clock, 2024-01-02.*\n.*--as-of"):
         prepare_here(settings)
     monkeypatch.undo()
     prepare_here(settings)

@@ -13,8 +13,10 @@ from recray import pipeline
 from recray.benchmark.nights import publish_untrained
 from recray.config import DataSettings, load_settings
 from recray.errors import StateError
+from recray.prepare.files import InputFile, collected_files
 from recray.prepare.partition import LIVE_POSITION, PartitionPlan, partition_row_group, read_partition, read_stats
-from recray.prepare.sources import collected_files, inspect_events
+from recray.prepare.sources import inspect_events
+from recray.prepare.times import TimeRule
 from recray.serving.api import RecommendRequest
 from recray.serving.night import Night
 from recray.state import collect as collecting
@@ -44,7 +46,7 @@ def test_each_entry_is_collected_once_as_it_was_told(log, tmp_path):
     assert collecting.collect(storage, log) == (None, {})
     (row,) = pq.read_table(first / "events.parquet").to_pylist()
     when = dt.datetime.fromtimestamp(100.25, dt.UTC)
-    told = {"user_id": "7", "item_id": "a", "timestamp": when, "event": "view", "value": 1.0, "context": '{"page": true}'}
+    told = {"user_id": "7", "item_id": "a", "timestamp": when, "event": "view", "value": 1.0, "context": '{"page": true}', "event_id": None}
     assert row == {"number": 1, **told}
     (row,) = pq.read_table(first / "decisions.parquet").to_pylist()
     assert (row["request_id"], row["items"], row["ms"], row["more"]) == ("d1", ["1", "2"], 1.5, '{"arm": 3}')
@@ -52,7 +54,10 @@ def test_each_entry_is_collected_once_as_it_was_told(log, tmp_path):
     assert [(row["request_id"], row["item_id"], row["set_aside"]) for row in rows] == [("d1", "1", False), ("?", "1", True)]
     log.append([event("e1"), event("e2", "8")])
     second, counts = collecting.collect(storage, log)
-    assert counts == {"event": 1} and collected_files(tmp_path) == (str(first / "events.parquet"), str(second / "events.parquet"))
+    assert counts == {"event": 1} and [file.uri for file in collected_files(tmp_path)] == [
+        str(first / "events.parquet"),
+        str(second / "events.parquet"),
+    ]
     assert not (second / "decisions.parquet").exists()
     assert pq.read_table(second / "events.parquet").schema == pq.read_table(first / "events.parquet").schema
 
@@ -91,7 +96,7 @@ def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tm
     collecting.collect(storage, log)
     log.append([event("late")])
     collecting.collect(storage, log)
-    users = [user for file in collected_files(tmp_path) for user in pq.read_table(file)["user_id"].to_pylist()]
+    users = [user for file in collected_files(tmp_path) for user in pq.read_table(file.uri)["user_id"].to_pylist()]
     assert Counter(users) == {**{str(user): 20 for user in range(5)}, "7": 1}
 
 
@@ -173,9 +178,9 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     owner = tmp_path / "owner.parquet"
     pq.write_table(pa.table([pa.array(["9" if kind == pa.string() else 9], kind) for kind in types.values()], list(columns.values())), owner)
     data = DataSettings(events=(str(owner),), columns={name: column for name, column in columns.items() if "_page" not in name}, context=("page",))
-    source = inspect_events(data, (str(owner),), collected_files(tmp_path))
+    source = inspect_events(data, (InputFile(str(owner)),), collected_files(tmp_path))
     assert (source.columns, source.types, source.rows) == (columns, types, 6)
-    plan = PartitionPlan(columns, types, "position", None, 1, tmp_path / "staging", tmp_path / "quarantine")
+    plan = PartitionPlan(columns, types, "position", TimeRule(), None, None, None, 1, 1, tmp_path / "staging", tmp_path / "quarantine")
     for group in source.row_groups:
         partition_row_group(plan, group)
     rows = read_partition(plan, 2, 0).to_pylist()
@@ -183,14 +188,9 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     assert [row["user_id"] for row in rows] == (
         ["9", "7", "7", "none of ours", str(2**63 - 1), str(2**63)] if ids == pa.string() else [9, 7, 7, 2**63 - 1]
     )
-    assert [row["t"] for row in rows[1:3]] == [LIVE_POSITION + 1, LIVE_POSITION + 2] and rows[1]["basket"] == 100_250_000
+    assert [row["t"] for row in rows[1:3]] == [LIVE_POSITION + 1, LIVE_POSITION + 2] and rows[1]["basket"] is None and rows[1]["live"]
     assert [row["value"] for row in rows[:3]] == [9.0, 1.0, 2.5] and rows[1]["context_page"] != rows[2]["context_page"]
     assert [reason for stats, _ in read_stats(plan, 2) for reason in stats.reasons] == bad
-    before = PartitionPlan(columns, types, "position", 100_000_000, 1, tmp_path / "before", tmp_path / "quarantine")
-    for group in source.row_groups:
-        partition_row_group(before, group)
-    assert [row["user_id"] for row in read_partition(before, 2, 0).to_pylist()] == ["9" if ids == pa.string() else 9]
-    assert [(stats.rows, stats.late) for stats, _ in read_stats(before, 2)] == [(1, 0), (5, 5)], "what was told has a time, and came later"
 
 
 def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(world_folder, tmp_path):

@@ -15,9 +15,9 @@ from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
 from recray.inference.policy import Policy
 from recray.release import Release
-from recray.snapshot.reader import Snapshot
 from recray.serving.api import EventsRequest, RecommendRequest
 from recray.serving.handler import Handler
+from recray.snapshot.reader import Snapshot
 from recray.state.log import open_log
 from recray.storage import Storage
 

@@ -11,9 +11,9 @@ from recray.config import load_settings
 from recray.dataset.reader import Dataset, bucket_of
 from recray.errors import DamagedArtifactError, DataError, OutputExistsError, TooManyBadRowsError
 from recray.evaluation.protocol import Questions
+from recray.prepare.files import _below
 from recray.prepare.partition import LIVE_POSITION
 from recray.prepare.prepare import prepare, prepare_key
-from recray.prepare.sources import _below
 from recray.prepare.split import quantile
 
 
@@ -82,23 +82,25 @@ def test_columns_are_mapped_and_types_adapted(tmp_path):
     assert data.as_of_s == int(dt.datetime(2024, 1, 9, 12, tzinfo=dt.UTC).timestamp())
 
 
-def test_named_baskets_stay_together(tmp_path):
-    t = 1_600_000_000
+def test_a_basket_is_what_has_one_name_until_another_comes_or_a_pause(tmp_path):
+    t, hour = 1_600_000_000, 3600
     source = pa.table(
         {
-            "user_id": [1] * 5,
-            "item_id": list("abcde"),
-            "timestamp": [t, t + 10, t + 20, t + 30, t + 900],
-            "basket": ["x", "y", "x", "y", "z"],
+            "user_id": [1] * 9,
+            "item_id": list("abcdefghi"),
+            "timestamp": [t, t, t, t + 10, t + hour, t + 7 * hour + 1, t + 8 * hour, t + 9 * hour, t + 10 * hour],
+            "basket": ["x", "y", "x", "y", "y", "y", "z", "y", None],
         }
     )
     data = dataset(tmp_path, source=source, overrides=["split.kind=leave_one_out"])
     shard = data.shard(int(bucket_of([1], data.n_shards)[0]))
-    assert [item for item, _ in everything(data)[1]] == list("acbde")
-    assert shard.basket.tolist() == [0, 0, 1, 1, 2]
+    assert [item for item, _ in everything(data)[1]] == list("acbdefghi"), "what happened at one time lies together"
+    assert shard.basket.tolist() == [0, 0, 1, 1, 1, 2, 3, 4, 5]
+    longer = dataset(tmp_path, source=source, overrides=["split.kind=leave_one_out", "data.basket_gap=22000"])
+    assert longer.shard(int(bucket_of([1], data.n_shards)[0])).basket.tolist() == [0, 0, 1, 1, 1, 1, 2, 3, 4]
 
 
-def test_events_without_a_basket_belong_to_their_time_and_a_basket_lies_on_one_side_of_the_cut(tmp_path):
+def test_events_without_a_basket_belong_to_their_time_and_no_event_after_the_cut_is_history(tmp_path):
     t, day = 1_600_000_000, 86_400
     source = pa.table(
         {
@@ -109,11 +111,11 @@ def test_events_without_a_basket_belong_to_their_time_and_a_basket_lies_on_one_s
         }
     )
     cuts = [f"split.test_from={at(t + 10 * day)}", f"split.validation_from={at(t + day + 5)}"]
-    data = dataset(tmp_path, source=source, overrides=cuts)
+    data = dataset(tmp_path, source=source, overrides=[*cuts, f"data.basket_gap={2 * day}"])
     shard = data.shard(int(bucket_of([1], data.n_shards)[0]))
     row = shard.find(1)
     assert shard.basket[shard.offsets[row] : shard.offsets[row + 1]].tolist() == [0, 0, 1, 2, 2, 3]
-    assert shard.split[row, 2:].tolist() == [5, 6], "basket x began before the cut, so all of it is history"
+    assert shard.split[row, 2:].tolist() == [4, 5], "basket x began before the cut: what came after it is to be predicted"
     unnamed = source.set_column(3, "basket", pa.nulls(9, pa.string()))
     assert dataset(tmp_path, source=unnamed, overrides=cuts).n_events == 9
 
@@ -171,11 +173,13 @@ def test_time_split_predicts_the_next_basket(tmp_path):
             assert (t[:train_end] < data.cut_s("validation")).all() and validation_end <= start
 
 
-def test_few_events_leave_training_and_evaluation_but_not_the_dataset(tmp_path):
-    data = dataset(tmp_path, [*ROWS, (99, "i1", 1_600_000_000)], ["data.min_user_events=5"])
-    shard = data.shard(int(bucket_of([99], data.n_shards)[0]))
-    assert shard.split[shard.find(99)].tolist() == [0, 0, 0, 0]
-    assert data.user_history(99) is not None and data.user_history(98) is None
+def test_who_has_few_events_is_left_out_of_everything(tmp_path):
+    few = [(99 + n, "one", 1_600_000_000 + 86_400 * 9) for n in range(50)]
+    data = dataset(tmp_path, [*ROWS, *few], ["data.min_user_events=5"])
+    assert set(everything(data)) == set(range(20)) and (data.n_users, data.n_events, data.manifest["few"]) == (20, 200, 50)
+    assert data.popularity.total()[1:].tolist() == data.items["events"].to_pylist()
+    assert dict(zip(data.items["item_id"].to_pylist(), data.items["events"].to_pylist(), strict=True))["one"] == 0
+    assert data.shard(0).split.any() and data.popularity.popular(data.now_s, 7).argmax() != data.items["item_id"].to_pylist().index("one") + 1
 
 
 def test_leave_one_out_never_shows_the_targets_own_basket(tmp_path):
@@ -236,7 +240,7 @@ def test_nobody_with_enough_events_is_named(tmp_path):
     ("overrides", "message"),
     [
         (["data.columns={user_id: customer}"], "no column 'customer' for user_id; it has user_id, item_id, timestamp"),
-        (["data.columns={user_id: timestamp, timestamp: item_id}"], "column for timestamp has type string"),
+        (["data.columns={user_id: timestamp, timestamp: item_id}"], "item_id holds text such as 'i0', which is no time"),
         (["split.test_from=2031-01-01"], "impossible split"),
         (["data.items=/nowhere.parquet"], "/nowhere.parquet"),
         (["data.features={price: numeric}"], "data.items is null"),

@@ -1,0 +1,217 @@
+"""Which files an input consists of: what is read and in which order, and what is left out and why.
+
+A folder is read at every depth, through links too. Names that begin with `_` or `.` are those of a writer at work and are passed by, as
+pyarrow, Spark and Hive do. What the name does not tell (`000000_0`) the first bytes do. Folders called `column=value` give that column to
+the files below (Hive's partitions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote, unquote
+
+import pyarrow as pa
+from pyarrow import fs
+
+from recray.config import SAMPLE
+from recray.errors import DataError
+from recray.storage import Storage
+
+Format = Literal["parquet", "csv", "jsonl"]
+
+FORMATS: dict[str, Format] = {
+    **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
+    **dict.fromkeys((".csv", ".tsv", ".tab"), "csv"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+}
+CODECS = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
+NAMED = 5  # files that a note names
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_SAMPLE_DIR = Path(__file__).resolve().parent.parent / "dataset" / "online_retail"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read. `codec`: how a text file is compressed as a whole; `partitions`: columns that its folders give it, null for None."""
+
+    uri: str
+    format: Format = "parquet"
+    codec: str | None = None
+    partitions: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files behind a setting, in the order in which they are read, and what a person should know of the others."""
+
+    files: tuple[InputFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system and path of a local path or an object-store URI. Raises DataError."""
+    try:
+        if "://" in uri:
+            found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
+            return found
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri} cannot be opened: {error}", "use a path or a URI that pyarrow.fs knows: s3://, gs://, hdfs://, file://") from None
+
+
+def list_files(paths: tuple[str, ...], setting: str = "data.events") -> Listing:
+    """What is behind the paths, folders and URIs of a setting: a path after the other, a folder's files in natural order of their names
+    (part-2 before part-10), each file once. Raises DataError for a path with nothing to read."""
+    files: dict[str, InputFile] = {}  # by what the file is, however it was named
+    left_out: dict[str, list[str]] = {}
+    again: list[str] = []
+    for uri in paths:
+        if uri == SAMPLE:
+            uri = str(_SAMPLE_DIR / ("items.parquet" if setting == "data.items" else "events.parquet"))
+        before = len(files) + len(again)
+        for found, identity in _behind(uri, setting):
+            if isinstance(found, str):
+                left_out.setdefault(found, []).append(identity)
+            elif identity in files:
+                again.append(found.uri)
+            else:
+                files[identity] = found
+        if len(files) + len(again) == before:
+            others = "; ".join(f"{_some(names)}: {why}" for why, names in left_out.items())
+            raise DataError(
+                f"{uri} holds no file to read{f' ({others})' if others else ''}", f"check {setting}: Parquet, CSV and JSON lines are read"
+            )
+    notes = [f"{setting}: {_some(names)} left out: {why}" for why, names in left_out.items()]
+    if again:
+        notes.append(f"{setting} names {_some(again)} more than once; each file is read once")
+    return Listing(tuple(files.values()), tuple(notes))
+
+
+def collected_files(root: Path) -> tuple[InputFile, ...]:
+    """Events that were collected from the endpoint (`recray.state.collect`), in the order of its log."""
+    return tuple(InputFile(str(path)) for path in sorted(Storage(root).collected.glob("[!.]*/events.parquet")))
+
+
+def digest_files(files: tuple[InputFile, ...]) -> list[str]:
+    """sha256 of what each file says, in order: its content, and what its folders and its name add. Raises DataError if one cannot be read."""
+    digests = []
+    for file in files:
+        filesystem, path = resolve(file.uri)
+        state = hashlib.sha256(repr((file.format, file.codec, file.partitions)).encode() if file != InputFile(file.uri) else b"")
+        try:
+            with filesystem.open_input_stream(path, compression=None) as stream:
+                while block := stream.read(1 << 22):
+                    state.update(block)
+        except OSError as error:
+            raise DataError(f"{file.uri} cannot be read: {error}", "check its permissions and its disk") from None
+        digests.append(state.hexdigest())
+    return digests
+
+
+def natural(name: str) -> tuple[object, ...]:
+    """Sort key of a path: a folder after the other, numbers in names by their size; names that differ in nothing else by their text."""
+    return (*(tuple(_piece(text) for text in re.split("([0-9]+)", part) if text) for part in name.split("/")), ((2, 0, name),))
+
+
+def _piece(text: str) -> tuple[int, int, str]:
+    return (0, int(text), "") if re.fullmatch("[0-9]+", text) else (1, 0, text)
+
+
+def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
+    """The files of one path in order: (file, what it is), or (why it is left out, its name). Raises DataError."""
+    filesystem, path = resolve(uri)
+    try:
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise DataError(f"{uri} does not exist", f"check {setting}")
+        names = [""] if info.type == fs.FileType.File else sorted(_inside(filesystem, path), key=natural)
+        for name in names:
+            where = f"{path}/{name}" if name else path
+            below = _below(uri, name) if name else uri
+            found = _recognise(filesystem, where, below, named=not name)
+            identity = os.path.realpath(where) if isinstance(filesystem, fs.LocalFileSystem) else f"{filesystem.type_name}:{where}"
+            yield found, below if isinstance(found, str) else identity
+    except OSError as error:
+        raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
+
+
+def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
+    """Names of the files below a folder, relative to it, without those that a writer hides."""
+    if not isinstance(filesystem, fs.LocalFileSystem):  # has no links
+        for info in filesystem.get_file_info(fs.FileSelector(folder, recursive=True)):
+            name = info.path.removeprefix(folder).lstrip("/")
+            if info.type == fs.FileType.File and not any(map(_is_hidden, name.split("/"))):
+                yield name
+        return
+    visited = set()
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(here)
+        if real in visited:  # a link to where we have been
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted((name for name in folders if not _is_hidden(name)), key=natural)
+        for name in names:
+            if not _is_hidden(name):
+                yield os.path.relpath(os.path.join(here, name), folder)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(("_", "."))
+
+
+def _recognise(filesystem: fs.FileSystem, path: str, uri: str, *, named: bool) -> InputFile | str:
+    """A file to read, or why it is none. `named`: by the settings themselves, not found in a folder."""
+    stem, suffix = os.path.splitext(os.path.basename(path).lower())
+    codec = CODECS.get(suffix)
+    kind = FORMATS.get(os.path.splitext(stem)[1] if codec else suffix)
+    if kind in ("csv", "jsonl") and (suffix != ".json" or named):
+        return InputFile(uri, kind, codec, _partitions(path))
+    if kind == "parquet":  # .parquet.gzip too: some writers name the codec of the pages
+        return InputFile(uri, "parquet", None, _partitions(path))
+    if isinstance(filesystem, fs.LocalFileSystem) and not os.path.exists(path):
+        return "a link to nothing"
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        head = stream.read(1 << 16)
+    if head[:4] == b"PAR1":
+        return InputFile(uri, "parquet", None, _partitions(path))
+    if not head:
+        return "empty"
+    if suffix == ".json" and _is_lines(head):
+        return InputFile(uri, "jsonl", None, _partitions(path))
+    return "neither Parquet, CSV nor JSON lines, by its name and its first bytes"
+
+
+def _is_lines(head: bytes) -> bool:
+    """Whether a .json file holds an object a line, not one document."""
+    first = head.lstrip().partition(b"\n")[0].rstrip()
+    return first[:1] == b"{" and first[-1:] == b"}"
+
+
+def _partitions(path: str) -> tuple[tuple[str, str | None], ...]:
+    pairs = [part.partition("=") for part in path.split("/")[:-1]]
+    found = {unquote(name): None if value == _HIVE_NULL else unquote(value) for name, equals, value in pairs if name and equals}
+    return tuple(found.items())
+
+
+def _below(uri: str, name: str) -> str:
+    """The path or URI of a file below a folder; a URI keeps its host and options (`?region=…`)."""
+    if "://" not in uri:
+        return str(Path(uri) / name)
+    folder, question, options = uri.partition("?")
+    return f"{folder.rstrip('/')}/{quote(name)}{question}{options}"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMED])
+    return f"{len(names)} file{'s' if len(names) > 1 else ''} ({shown}{', …' if len(names) > NAMED else ''})"

@@ -1,0 +1,480 @@
+"""Other people's logs: which rows are read, what a time is, what comes first, what is a basket, and what nobody may learn from."""
+
+from __future__ import annotations
+
+import datetime as dt
+import gzip
+import json
+import os
+import string
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+from conftest import prepare_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recray.config import load_settings
+from recray.dataset.reader import bucket_of
+from recray.errors import DataError, RefusedError, SettingsError, TooManyBadRowsError
+from recray.prepare.files import list_files, natural
+from recray.prepare.prepare import inspect
+from recray.prepare.times import MAX_US, OUTSIDE, SEEN, UNITS, TimeRule, see_unit, whole_us
+from recray.serving.api import Event, RecommendRequest
+
+T, DAY = 1_709_251_200, 86_400  # 2024-03-01
+
+
+def rows(users=20, each=10, first=T, step=DAY):
+    return pa.table(
+        {
+            "user_id": [u for u in range(users) for _ in range(each)],
+            "item_id": [f"i{(u * 3 + n) % 7}" for u in range(users) for n in range(each)],
+            "timestamp": [first + step * n + u for u in range(users) for n in range(each)],
+        }
+    )
+
+
+def prepared(tmp_path, *overrides, as_of=None, events=None):
+    where = [] if events is None else [f"data.events={json.dumps([str(path) for path in events])}"]
+    return prepare_here(load_settings(None, [*where, f"storage.root={tmp_path / 'root'}", "data.shards=2", *overrides]), as_of)
+
+
+def written(tmp_path, table, *overrides, as_of=None):
+    pq.write_table(table, tmp_path / "events.parquet")
+    return prepared(tmp_path, *overrides, events=[tmp_path / "events.parquet"], as_of=as_of)
+
+
+def histories(data):
+    ids = [None, *data.items["item_id"].to_pylist()]
+    found = {}
+    for shard in data.shards():
+        for row, user in enumerate(shard.user_ids.to_pylist()):
+            history = shard.history(row)
+            found[user] = [
+                (ids[i], t, data.event_types[e])
+                for i, t, e in zip(history.item_index, history.timestamp_s.tolist(), history.event_index, strict=True)
+            ]
+    return found
+
+
+def baskets(data, user):
+    shard = data.shard(int(bucket_of([user], data.n_shards)[0]))
+    row = shard.find(user)
+    return shard.basket[shard.offsets[row] : shard.offsets[row + 1]].tolist()
+
+
+# which rows are read
+
+
+def test_what_a_writer_hides_is_passed_by_at_every_depth(tmp_path):
+    folder = tmp_path / "log"
+    for name in ("a", "2024/b", "_temporary/0/part-0", ".ipynb_checkpoints/a", "2024/.hive-staging_1/b", "_SUCCESS", "2024/_b"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows(), folder / f"{name}.parquet")
+    assert [os.path.relpath(file.uri, folder) for file in list_files((str(folder),)).files] == ["2024/b.parquet", "a.parquet"]
+
+
+def test_a_file_is_known_by_its_name_or_its_first_bytes_and_what_is_left_out_is_named(tmp_path):
+    folder, linked = tmp_path / "log", tmp_path / "elsewhere"
+    folder.mkdir(), linked.mkdir()
+    for place in (folder / "b.parquet.gzip", folder / "c.PARQUET", folder / "d.parq", folder / "000000_0", linked / "e.pq"):
+        pq.write_table(rows(users=2), place)
+    (folder / "link").symlink_to(linked)
+    (linked / "round").symlink_to(folder)
+    (folder / "gone.parquet_").symlink_to(tmp_path / "nowhere")
+    (folder / "notes.txt").write_text("of the log")
+    (folder / "schema.json").write_text('{\n  "fields": []\n}')
+    (folder / "empty").touch()
+    data = prepared(tmp_path, events=[folder])
+    assert data.manifest["rows"] == 5 * 20
+    notes = "; ".join(data.manifest["notes"])
+    for name, why in (
+        ("notes.txt", "neither Parquet, CSV nor JSON lines"),
+        ("schema.json", "neither"),
+        ("empty", "empty"),
+        ("gone.parquet_", "nothing"),
+    ):
+        assert name in notes and why in notes
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    folder = tmp_path / "log"
+    (folder / "2024").mkdir(parents=True)
+    pq.write_table(rows(), folder / "2024" / "a.parquet")
+    (tmp_path / "other").symlink_to(folder)
+    data = prepared(tmp_path, events=[folder, folder / "2024" / "a.parquet", tmp_path / "other"])
+    assert data.n_events == 200 and any("2 files" in note and "read once" in note for note in data.manifest["notes"])
+
+
+def test_what_folders_say_are_columns(tmp_path):
+    folder = tmp_path / "log"
+    for event in ("view", "purchase", "__HIVE_DEFAULT_PARTITION__"):
+        for day in ("2024-03-01", "2024-03-02"):
+            place = folder / f"event={event}" / f"dt={day}"
+            place.mkdir(parents=True)
+            pq.write_table(rows(each=2, step=1).drop_columns(["timestamp"]), place / "part-0.parquet")
+    data = prepared(tmp_path, "data.columns={timestamp: dt}", "split.kind=leave_one_out", events=[folder])
+    assert set(data.event_types) == {"view", "purchase", "interaction"} and data.n_events == 240
+    assert {t for history in histories(data).values() for _, t, _ in history} == {T, T + DAY}
+    assert prepared(tmp_path, "data.columns={timestamp: dt, event: event}", "split.kind=leave_one_out", events=[folder]).n_events == 240
+
+
+def test_a_column_that_is_null_in_a_whole_file_is_null_there(tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    more = (
+        rows()
+        .append_column("value", pa.array([2.0] * 200))
+        .append_column("basket", pa.array(["b"] * 200))
+        .append_column("event", pa.array(["buy"] * 200))
+    )
+    pq.write_table(more, folder / "a.parquet")
+    for name, column in (("value", 3), ("basket", 4), ("event", 5)):
+        pq.write_table(more.set_column(column, name, pa.nulls(200)), folder / f"without {name}.parquet")
+    data = prepared(tmp_path, events=[folder])
+    assert data.n_events == 800 and data.event_types == ["buy", "interaction"]
+    assert sorted({value for shard in data.shards() for value in shard.value.tolist()}) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("form", ["csv", "csv.gz", "tsv", "semicolons.csv", "jsonl", "json", "ndjson.gz"])
+def test_text_is_read_as_parquet_is(tmp_path, form):
+    table = rows().append_column("event", pa.array(["view", "buy"] * 100)).append_column("value", pa.array([0.5, None] * 100))
+    expected = written(tmp_path, table)
+    if "json" in form:
+        text = "".join(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n" for row in table.to_pylist()).encode()
+    else:
+        between = "\t" if form == "tsv" else ";" if "semi" in form else ","
+        pacsv.write_csv(table, tmp_path / "plain", pacsv.WriteOptions(delimiter=between))
+        text = (tmp_path / "plain").read_bytes()
+    path = tmp_path / f"log.{form}"
+    path.write_bytes(gzip.compress(text) if form.endswith("gz") else text)
+    data = prepared(tmp_path, events=[path])
+    assert histories(data) == histories(expected) and data.user_type == pa.int64()
+    assert [shard.value.tolist() for shard in data.shards()] == [shard.value.tolist() for shard in expected.shards()]
+
+
+def test_text_that_is_no_row_goes_to_quarantine_and_too_much_of_it_is_refused(tmp_path):
+    lines = ["user_id,item_id,timestamp,value", *(f"u{n % 5},i{n % 3},2024-03-{1 + n % 28:02d} 10:00:00,1" for n in range(300))]
+    lines += ["u1,i1", "u1,i1,2024-02-31,1", "u1,i1,12/1/2010 8:26,1", "u1,i1,2024-03-01,many", ",i1,2024-03-01,1", "u1, ,2024-03-01,1"]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    with pytest.raises(TooManyBadRowsError, match="6 of 306 rows are bad.*line is no row.*time is no ISO 8601"):
+        prepared(tmp_path, events=[tmp_path / "log.csv"])
+    data = prepared(tmp_path, "data.max_bad_fraction=0.02", events=[tmp_path / "log.csv"])
+    bad = pq.read_table(tmp_path / "root" / "quarantine" / data.key).to_pylist()
+    assert {row["reason"].partition(" (")[0] for row in bad} == {
+        "line is no row", "time is no ISO 8601", "value is not a number", "user_id is blank", "item_id is blank",
+    }  # fmt: skip
+    assert {row["given_timestamp"] for row in bad} >= {"2024-02-31", "12/1/2010 8:26"} and "u1,i1" in {row["line"] for row in bad}
+    assert data.n_events == 300 and any("6 of 306 rows are bad" in note for note in data.manifest["notes"])
+
+
+def test_ids_are_whole_numbers_where_every_file_has_such_and_text_else(tmp_path):
+    (tmp_path / "a.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"{n % 5},{n % 3},{T + n * DAY}\n" for n in range(100)))
+    (tmp_path / "b.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"00{n % 5},{n % 3},{T + n * DAY}\n" for n in range(100)))
+    assert prepared(tmp_path, events=[tmp_path / "a.csv"]).user_type == pa.int64()
+    both = prepared(tmp_path, events=[tmp_path / "a.csv", tmp_path / "b.csv"])
+    assert set(histories(both)) == {*map(str, range(5)), *(f"00{n}" for n in range(5))} and both.items["item_id"].type == pa.int64()
+    pq.write_table(pa.table({"item_id": ["0", "1", "2"]}), tmp_path / "items.parquet")
+    joined = prepared(tmp_path, f"data.items={tmp_path / 'items.parquet'}", events=[tmp_path / "a.csv"])
+    assert joined.items["item_id"].to_pylist() == ["0", "1", "2"] and any("read as text" in note for note in joined.manifest["notes"])
+
+
+def test_what_is_no_text_table_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "b.csv").write_text("user_id,user_id,item_id\n1,1,1\n")
+    (tmp_path / "c.csv").write_bytes("user_id,item_id,timestamp\ncafé,1,2024-03-01\n".encode("latin-1"))
+    (tmp_path / "d.parquet").write_bytes(gzip.compress(b"PAR1"))
+    for name, message in (("a.csv", "is empty"), ("b.csv", "names 'user_id' twice"), ("c.csv", "not UTF-8"), ("d.parquet", "compressed by gzip")):
+        with pytest.raises(DataError, match=message):
+            prepared(tmp_path, events=[tmp_path / name])
+
+
+def test_rows_that_say_the_same_are_counted_and_dropped_where_asked(tmp_path):
+    table = pa.concat_tables([rows(), rows().slice(10, 30), rows().slice(12, 3)])
+    kept = written(tmp_path, table)
+    assert (kept.n_events, kept.manifest["duplicates"]) == (233, 33) and any("33 events equal another" in note for note in kept.manifest["notes"])
+    dropped = written(tmp_path, table, "data.duplicates=drop")
+    assert (dropped.n_events, dropped.manifest["duplicates"]) == (200, 33) and histories(dropped) == histories(written(tmp_path, rows()))
+    other = pa.concat_tables([rows().append_column("value", pa.array([1.0] * 200)), rows().append_column("value", pa.array([2.0] * 200))])
+    assert written(tmp_path, other, "data.duplicates=drop").n_events == 400
+
+
+def test_worth_less_than_asked_is_left_out_and_what_is_worth_nothing_is_said(tmp_path):
+    table = rows().append_column("value", pa.array([-1.0, 0.0, 1.0, 2.0] * 50))
+    assert any("100 events have a value of 0 or less" in note for note in written(tmp_path, table).manifest["notes"])
+    data = written(tmp_path, table, "data.min_value=1")
+    assert (data.n_events, data.manifest["low_rows"], data.manifest["notes"]) == (100, 100, [])
+
+
+# what a time is
+
+
+@pytest.mark.parametrize(
+    ("unit", "of"),
+    [
+        ("s", lambda t: t), ("ms", lambda t: t * 1000), ("us", lambda t: t * 10**6), ("ns", lambda t: t * 10**9),
+        ("date", lambda t: int(dt.datetime.fromtimestamp(t, dt.UTC).strftime("%Y%m%d%H%M%S"))),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_the_unit_of_whole_numbers_is_seen_and_said(tmp_path, unit, of, kind):
+    table = rows()
+    table = table.set_column(2, "timestamp", pa.array([of(t) for t in table["timestamp"].to_pylist()], pa.int64()))
+    if kind == "csv":
+        pacsv.write_csv(table, tmp_path / "log.csv")
+        data = prepared(tmp_path, events=[tmp_path / "log.csv"])
+    else:
+        data = written(tmp_path, table)
+    assert histories(data) == histories(written(tmp_path, rows()))
+    assert any(f"data.time_unit={unit}" in note for note in data.manifest["notes"]) == (unit != "s")
+    assert written(tmp_path, table, f"data.time_unit={unit}").manifest["notes"] == []
+
+
+@pytest.mark.parametrize(("unit", "size"), [("days", DAY), ("hours", 3600), ("minutes", 60)])
+def test_a_unit_that_is_in_doubt_is_refused_with_what_would_make_sense(tmp_path, unit, size):
+    table = rows().set_column(2, "timestamp", pa.array([t // size for t in rows()["timestamp"].to_pylist()]))
+    with pytest.raises(DataError, match=f"data.time_unit={unit} if they are {unit}"):
+        written(tmp_path, table)
+    data = written(tmp_path, table, f"data.time_unit={unit}")
+    assert {t for history in histories(data).values() for _, t, _ in history} == {t // size * size for t in rows()["timestamp"].to_pylist()}
+
+
+def test_numbers_that_are_no_time_are_refused_but_for_who_says_so(tmp_path):
+    table = rows().set_column(2, "timestamp", pa.array(range(200)))
+    with pytest.raises(DataError, match="(?s)whole numbers from 0 to 199.*1970-01-01.*data.columns.position"):
+        written(tmp_path, table)
+    assert written(tmp_path, table, "data.time_unit=s").as_of_s == 199
+    seconds_as_ns = rows().set_column(2, "timestamp", pa.array(rows()["timestamp"].to_pylist(), pa.timestamp("ns")))
+    with pytest.raises(DataError, match="the newest event is of 1970-01-01"):
+        written(tmp_path, seconds_as_ns)
+    folder = tmp_path / "log"
+    folder.mkdir()
+    pq.write_table(rows(), folder / "a.parquet")
+    pq.write_table(rows(first=T * 1000), folder / "b.parquet")
+    with pytest.raises(DataError, match="b.parquet: timestamp holds milliseconds since 1970, .*a.parquet seconds"):
+        prepared(tmp_path, events=[folder])
+
+
+def test_a_few_times_of_the_future_are_bad_rows_and_many_refuse_the_run(tmp_path):
+    late = int(dt.datetime.now(dt.UTC).timestamp()) + 5 * 365 * DAY
+    times = rows()["timestamp"].to_pylist()
+    data = written(tmp_path, rows().set_column(2, "timestamp", pa.array([late, late, *times[2:]])))
+    assert (data.n_events, data.as_of_s) == (198, max(times)) and any("2 × time is in the future" in note for note in data.manifest["notes"])
+    with pytest.raises(RefusedError, match="20 of 200 events have times of the future"):
+        written(tmp_path, rows().set_column(2, "timestamp", pa.array([late] * 20 + times[20:])))
+    assert (
+        written(
+            tmp_path, rows().set_column(2, "timestamp", pa.array([late] * 20 + times[20:])), as_of=dt.datetime(2024, 12, 1, tzinfo=dt.UTC)
+        ).n_events
+        == 180
+    )
+
+
+@pytest.mark.parametrize("span", [1, 3600])
+def test_what_is_popular_in_a_log_of_one_day_goes_by_counts(tmp_path, span):
+    item = [f"i{n % 10}" for n in range(50)] + ["i7"] * 50
+    table = pa.table({"user_id": [n % 25 for n in range(100)], "item_id": item, "timestamp": [T + 5 * 3600 + n % span for n in range(100)]})
+    data = written(tmp_path, table, "split.kind=leave_one_out")
+    popular = data.popularity.popular(data.now_s, 7)
+    assert popular[1:].tolist() == data.items["events"].to_pylist() and popular.argmax() == 8
+
+
+@pytest.mark.parametrize(
+    ("times", "zone", "ends"),
+    [
+        (pa.array([dt.date(2024, 3, 1 + n % 9) for n in range(200)]), None, "2024-03-10T00:00:00+00:00"),
+        (pa.array([f"2024-03-{1 + n % 9:02d}" for n in range(200)]), None, "2024-03-10T00:00:00+00:00"),
+        (pa.array([20240301 + n % 9 for n in range(200)]), None, "2024-03-10T00:00:00+00:00"),
+        (pa.array([dt.datetime(2024, 3, 1 + n % 9) for n in range(200)]), None, "2024-03-10T00:00:00+00:00"),
+        (pa.array([dt.date(2024, 3, 1 + n % 9) for n in range(200)]), "Europe/Berlin", "2024-03-10T00:00:00+01:00"),
+    ],
+)
+def test_a_log_of_dates_ends_with_its_last_day(tmp_path, times, zone, ends):
+    data = written(tmp_path, rows().set_column(2, "timestamp", times), *([f"data.timezone={zone}"] if zone else []))
+    assert data.now_s == int(dt.datetime.fromisoformat(ends).timestamp())
+    if zone is None:
+        assert data.popularity.window(data.now_s, 1).sum() == sum(t == times[8].as_py() for t in times.to_pylist()), "its last day counts"
+
+
+def test_times_without_a_zone_have_one_rule(tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    naive = [dt.datetime(2024, 7, 1 + n % 9, 12) for n in range(200)]
+    pq.write_table(rows().set_column(2, "timestamp", pa.array(naive)), folder / "a.parquet")
+    pq.write_table(
+        rows().set_column(2, "timestamp", pa.array([t.replace(tzinfo=dt.UTC) for t in naive], pa.timestamp("us", "UTC"))), folder / "b.parquet"
+    )
+    mixed = prepared(tmp_path, events=[folder])
+    assert any("without a zone" in note and "data.timezone" in note for note in mixed.manifest["notes"])
+    said = prepared(tmp_path, "data.timezone=America/New_York", events=[folder])
+    assert said.manifest["notes"] == [] and {t % DAY for history in histories(said).values() for _, t, _ in history} == {12 * 3600, 16 * 3600}
+    with pytest.raises(SettingsError, match="Europe/Berlin"):
+        load_settings(None, ["data.timezone=Europe/Berlim"])
+
+
+def test_an_as_of_needs_times(tmp_path):
+    with pytest.raises(SettingsError, match="--as-of"):
+        written(tmp_path, rows().rename_columns(["user_id", "item_id", "position"]), "split.kind=leave_one_out", as_of=dt.datetime.now(dt.UTC))
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=40), st.sampled_from([*UNITS, "ns", "date"]))
+def test_any_whole_number_is_a_time_in_range_or_outside(values, unit):
+    us = whole_us(np.array(values, np.int64), unit)
+    for value, found in zip(values, us.tolist(), strict=True):
+        if unit in UNITS:
+            assert found == (value * UNITS[unit] if 0 <= value * UNITS[unit] <= MAX_US else OUTSIDE)
+        else:
+            assert found == OUTSIDE or 0 <= found <= MAX_US
+
+
+@given(st.lists(st.datetimes(dt.datetime(1990, 1, 2), dt.datetime(2099, 12, 30)), min_size=1, max_size=30), st.sampled_from(SEEN))
+def test_the_unit_that_is_seen_is_the_one_that_was_meant(moments, unit):
+    seconds = [int(moment.replace(tzinfo=dt.UTC).timestamp()) for moment in moments]
+    factor = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+    meant = [int(m.strftime("%Y%m%d%H%M%S")) if unit == "date" else s * factor[unit] for m, s in zip(moments, seconds, strict=True)]
+    assert see_unit(np.array(meant, np.int64)) == unit
+    assert (whole_us(np.array(meant, np.int64), unit) // 10**6).tolist() == seconds
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.datetimes(dt.datetime(1971, 1, 1), dt.datetime(2099, 1, 1)), st.text(max_size=12)), min_size=1, max_size=20),
+    st.data(),
+)
+def test_text_is_the_time_that_it_writes_or_none(values, data):
+    said, expected = [], []
+    for value in values:
+        if isinstance(value, dt.datetime):
+            hours = data.draw(st.integers(-12, 14))
+            form = data.draw(st.sampled_from(["iso", "blank", "Z", "offset", "date"]))
+            moment = value.replace(microsecond=value.microsecond if form == "iso" else 0)
+            expected.append(moment.replace(tzinfo=dt.UTC))
+            if form == "date":
+                expected[-1] = dt.datetime(value.year, value.month, value.day, tzinfo=dt.UTC)
+            text = {"iso": moment.isoformat(), "blank": str(moment), "Z": moment.isoformat() + "Z", "date": str(moment.date())}
+            text["offset"] = moment.replace(tzinfo=dt.UTC).astimezone(dt.timezone(dt.timedelta(hours=hours))).isoformat()
+            said.append(text[form])
+        else:
+            said.append(value)
+            expected.append(None)
+    found = TimeRule().read(pa.chunked_array([pa.array(said, pa.string())]))
+    for text, want, us in zip(said, expected, found.us.to_pylist(), strict=True):
+        if want is not None:
+            assert us == round(want.timestamp() * 10**6), text
+
+
+# order, baskets and what is learned
+
+
+def test_parts_are_read_in_natural_order(tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    for number in range(12):
+        pq.write_table(pa.table({"user_id": [1], "item_id": [f"i{number}"], "timestamp": [T]}), folder / f"part-{number}.parquet")
+    data = prepared(tmp_path, "split.kind=leave_one_out", events=[folder])
+    assert [item for item, *_ in histories(data)[1]] == [f"i{number}" for number in range(12)]
+
+
+@given(st.lists(st.text(string.ascii_letters + string.digits + "-_./ =%é", min_size=1, max_size=12), unique=True, max_size=30), st.randoms())
+def test_the_order_of_names_is_one_whatever_they_are(names, random):
+    shuffled = random.sample(names, len(names))
+    assert sorted(shuffled, key=natural) == sorted(names, key=natural)
+    numbers = [f"x{n}" for n in range(12)]
+    assert sorted(numbers, key=natural) == numbers
+
+
+def test_position_orders_what_has_one_time(tmp_path):
+    random = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "user_id": np.repeat(np.arange(40), 20),
+            "item_id": [f"i{n % 20}" for n in range(800)],
+            "timestamp": [dt.date(2024, 3, 1 + n % 20 // 5) for n in range(800)],
+            "position": [n % 5 for n in range(800)],
+        }
+    )
+    data = written(tmp_path, table.take(random.permutation(800)), "split.kind=leave_one_out")
+    for history in histories(data).values():
+        assert [item for item, *_ in history] == [f"i{n}" for n in range(20)]
+
+
+def test_a_basket_id_that_begins_anew_every_day_is_another_basket(tmp_path):
+    users, days = 40, 8
+    user, day, number = (a.ravel() for a in np.meshgrid(np.arange(users), np.arange(days), np.arange(3), indexing="ij"))
+    table = pa.table(
+        {
+            "user_id": user,
+            "item_id": [f"i{n % 11}" for n in range(len(user))],
+            "timestamp": T + day * DAY + number * 60 + user,
+            "basket": [f"b{n}" for n in number % 2],
+        }
+    )
+    data = written(tmp_path, table)
+    cut = data.cut_s("test")
+    for shard in data.shards():
+        for row in range(len(shard)):
+            times = shard.history(row).timestamp_s
+            assert (np.diff(times) >= 0).all()
+            assert (times[: shard.learned[row]] < cut).all()
+    assert baskets(data, 3) == [n for n in range(3 * days)], "b0, b1, b0 of a day are three"
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_nothing_at_or_after_a_cut_is_learned_whatever_the_baskets(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    count, step = 400, int(random.choice([1, 3600, DAY]))
+    table = pa.table(
+        {
+            "user_id": random.integers(0, 30, count),
+            "item_id": [f"i{n}" for n in random.integers(0, 20, count)],
+            "timestamp": T + random.integers(0, 20 * DAY, count) // step * step,
+            "basket": pa.array(random.integers(0, random.choice([2, 10, 100]), count), mask=random.random(count) < random.choice([0, 0.3])),
+            "position": random.integers(0, 50, count),
+        }
+    )
+    if random.random() < 0.5:
+        table = table.drop_columns(["position"])
+    data = written(tmp_path, table, f"data.basket_gap={random.choice([0, 600, 21_600, 10**7])}", f"split.seed={seed}", "split.validation_users=0.5")
+    validation, test = data.cut_s("validation"), data.cut_s("test")
+    users = learned = 0
+    for shard in data.shards():
+        for row, (train_end, validation_end, test_start, test_end) in enumerate(shard.split.tolist()):
+            times = shard.history(row).timestamp_s
+            assert (np.diff(times) >= 0).all()
+            assert (times[:train_end] < (validation if validation_end > train_end else test)).all()
+            assert (times[train_end:validation_end] >= validation).all() and (times[train_end:validation_end] < test).all()
+            assert (times[:test_start] < test).all() and (times[test_start:test_end] >= test).all()
+            users, learned = users + 1, learned + train_end
+    assert users == len(set(table["user_id"].to_pylist())) and learned > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 2), st.sampled_from(["a", "b", None])), min_size=4, max_size=40),
+    st.permutations(range(4)),
+)
+def test_the_parts_of_a_log_may_be_cut_anywhere(tmp_path_factory, events, cut):
+    """The same rows in one file and in several, in the order of their names, are the same histories."""
+    tmp_path = tmp_path_factory.mktemp("parts")
+    table = pa.table({"user_id": [e[0] for e in events], "item_id": [f"i{e[1]}" for e in events], "timestamp": [T + DAY * e[2] for e in events]})
+    table = table.append_column("basket", pa.array([e[3] for e in events], pa.string()))
+    whole = written(tmp_path, table, "split.kind=leave_one_out")
+    folder = tmp_path / "log"
+    folder.mkdir()
+    edges = [0, *sorted({1 + c * len(events) // 5 for c in cut}), len(events)]
+    for number, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        if end > first:
+            pq.write_table(table.slice(first, end - first), folder / f"part-{number}.parquet")
+    parts = prepared(tmp_path, "split.kind=leave_one_out", events=[folder])
+    assert histories(parts) == histories(whole)
+    assert [shard.basket.tolist() for shard in parts.shards()] == [shard.basket.tolist() for shard in whole.shards()]
+
+
+def test_inspect_is_what_validate_sees(tmp_path):
+    (tmp_path / "log.csv").write_text("who,what,when\n1,a,yesterday\n2,b,today\n")
+    with pytest.raises(DataError, match="'yesterday', which is no time"):
+        inspect(load_settings(None, [f"data.events=[{tmp_path / 'log.csv'}]", "data.columns={user_id: who, item_id: what, timestamp: when}"]))
+    assert RecommendRequest(history=[Event(item_id="a")]).k == 10
