@@ -17,3 +17,11 @@ def canonical_integer(given: Any) -> int | None:
             return None
         given = int(given)
     return given if isinstance(given, int) and -(1 << 63) <= given < 1 << 63 else None
+
+
+def as_id(given: Any, *, integral: bool) -> Any:
+    """An id from a request in the type of a vocabulary; None for what it cannot hold, and for nothing but blanks."""
+    if integral:
+        return canonical_integer(given)
+    text = str(given)
+    return text if text.strip() else None

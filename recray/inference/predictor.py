@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from recray.bundle import Bundle
+from recray.dataset.ids import as_id
 from recray.dataset.popularity import DAY_S, NEVER_SAID, Popularity
 from recray.dataset.reader import Dataset, History
 from recray.errors import RequestError
@@ -270,7 +271,7 @@ class Predictor:
         if self._index is None:
             self._index = {item: i + 1 for i, item in enumerate(self._outside)}
         integral = pa.types.is_integer(self.item_ids.type)
-        return np.array([self._index.get(_as_id(item, integral), 0) for item in item_ids], np.int64)
+        return np.array([self._index.get(as_id(item, integral=integral), 0) for item in item_ids], np.int64)
 
     def ids_of(self, item_index: np.ndarray) -> list[Any]:
         """Outside ids of item indices above 0."""
@@ -591,13 +592,3 @@ class Predictor:
             counts[0] = -np.inf
             self._populars[day] = torch.from_numpy(counts).to(self.device)
         return self._populars[day]
-
-
-def _as_id(value: Any, integral: bool) -> Any:
-    """An id from JSON in the vocabulary's type; an id that cannot be one is simply unknown."""
-    if not integral:
-        return str(value)
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
@@ -163,15 +164,19 @@ def _matches(dataset: Dataset, name: str) -> Tensor:
 
 
 def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
-    """Which items have one of the values in a column, bool [items]: a list if one of its elements is it, a number if it is equal."""
+    """Which items have one of the values in a column, bool [items]: a list if one of its elements is it, a number if it is equal in the
+    precision of the column (0.85 in float32, 1 in decimal(10, 2))."""
     found = dataset.items[column].combine_chunks()
     multi = dataset.manifest["settings"]["data"]["features"].get(column) == "multi"
     texts = {str(value).lower() if isinstance(value, bool) else str(value) for value in values}
-    numbers = {number for text in texts if (number := _number(text)) is not None}
+    kind = found.type.value_type if pa.types.is_nested(found.type) or pa.types.is_dictionary(found.type) else found.type
+    numbers = {in_precision(number, kind) for text in texts if (number := _number(text)) is not None}
 
     def is_one(here: Any) -> bool:
         if here is None or isinstance(here, bool):
             return here is not None and str(here).lower() in {text.lower() for text in texts}
+        if isinstance(here, Decimal):
+            here = float(here)
         return here in numbers if isinstance(here, int | float) else str(here) in texts
 
     def has(here: Any) -> bool:
@@ -184,6 +189,13 @@ def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
     known = np.array([*(has(here) for here in encoded.dictionary.to_pylist()), False])
     chosen: np.ndarray = known[pc.fill_null(encoded.indices.cast(pa.int64()), len(known) - 1).to_numpy()]
     return chosen
+
+
+def in_precision(number: float, kind: pa.DataType) -> float:
+    """A number as a column of that type holds it."""
+    if pa.types.is_float32(kind):
+        return float(np.float32(number))
+    return float(np.float16(number)) if pa.types.is_float16(kind) else number
 
 
 def _number(text: str) -> float | None:

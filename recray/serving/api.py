@@ -252,7 +252,9 @@ class EventsResponse(BaseModel):
     """On disk."""
 
     kept: int = Field(description="events that are new")
-    known: int = Field(description="events that were kept before under the same event_id")
+    duplicates: int = Field(description="events that were kept before under the same event_id, and say the same")
+    conflicts: int = Field(0, description="events whose event_id was kept before with another item, event, value or context; the first one stays")
+    unknown: int = Field(0, description="kept events whose item or type the model does not know yet; the next night may")
 
 
 class FeedbackResponse(BaseModel):

@@ -47,7 +47,7 @@ from recray.serving.question import Decision, Explore, Found, Question, items_of
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, provider, tracer
 from recray.serving.trial import Side, Trial, answers
-from recray.state.log import Entry, key_of
+from recray.state.log import SAID_BEFORE, SAID_OTHERWISE, Entry, key_of
 from recray.storage import Storage
 
 MOST_LOGGED = 1000  # items of an answer
@@ -223,10 +223,11 @@ class Handler:
                 raise RequestError(f"events.{place}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
             entries.append(Entry("event", key_of(user, event.event_id) if event.event_id else _new_id(), user, at_s, body))
         numbers = await self.journal.keep(lambda writer: writer.append(entries))
-        kept = sum(number > 0 for number in numbers)
-        self.telemetry.kept["event"] += kept
+        kept = [entry for entry, number in zip(entries, numbers, strict=True) if number > 0]
+        self.telemetry.kept["event"] += len(kept)
         self.telemetry.lags_s.extend(now - entry.at_s for entry in entries)
-        return EventsResponse(kept=kept, known=len(numbers) - kept)
+        unknown = sum(not self.night.knows(entry.body["item_id"], entry.body["event"]) for entry in kept)
+        return EventsResponse(kept=len(kept), duplicates=numbers.count(SAID_BEFORE), conflicts=numbers.count(SAID_OTHERWISE), unknown=unknown)
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackResponse:
         """Keep an outcome, after its decision: on disk when it returns. Raises UnavailableError: then it was not kept."""

@@ -21,11 +21,12 @@ import pyarrow as pa
 from recray.bundle import Bundle
 from recray.config import ScoreSettings
 from recray.dataset.context import asked
+from recray.dataset.ids import as_id
 from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
 from recray.inference import Filters, Predictor, Rules, Translation
 from recray.inference.policy import Policy, dials, explore
-from recray.inference.rules import having
+from recray.inference.rules import having, in_precision
 from recray.model.controls import Controls
 from recray.release import Release
 from recray.serving.api import MOST_ANSWERS, Event, KnownEvent, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 _EMPTY = History(*(np.zeros(0, np.int64) for _ in range(4)))
 REASONS = 3  # named for an item
 QUICK_USERS = 32  # requests that a GPU answers by a graph, at once; more keep it busy as they are
-INT64 = 1 << 63
 STALE_S = 7 * 86_400  # after which without another night nothing is decided: the trained model answers as it is
 MASKS = 64  # attribute filters whose items are remembered
 
@@ -348,21 +348,22 @@ class Night:
     def user_key(self, user_id: Any) -> str:
         """A user as the log names them. Raises RequestError for an id that the event log cannot hold."""
         found = self.snapshot.as_user(user_id)
-        if found is None or (isinstance(found, int) and not -INT64 <= found < INT64):
-            raise RequestError(f"user_id: {user_id!r} is no integer, as the users of the event log are", "send the id of the event log")
+        if found is None:
+            integral = self.snapshot.manifest["user_type"] != "string"
+            raise RequestError(f"user_id: {user_id!r} is {_no_id(integral, 'users of the event log')}", "send the id of the event log")
         return str(found)
 
     def item_id(self, item_id: Any, name: str) -> Any:
         """An item's id in the type of the item table. Raises RequestError for one that it cannot hold."""
-        if not pa.types.is_integer(self.predictor.item_ids.type):
-            return str(item_id)
-        try:
-            found = int(item_id)
-        except ValueError:
-            found = INT64
-        if -INT64 <= found < INT64:
-            return found
-        raise RequestError(f"{name}: {item_id!r} is no integer, as the items of the item table are", "send the id of the item table")
+        integral = pa.types.is_integer(self.predictor.item_ids.type)
+        found = as_id(item_id, integral=integral)
+        if found is None:
+            raise RequestError(f"{name}: {item_id!r} is {_no_id(integral, 'items of the item table')}", "send the id of the item table")
+        return found
+
+    def knows(self, item_id: Any, event: str) -> bool:
+        """Whether the model knows an item and a type of events."""
+        return bool(self.predictor.index_of([item_id])[0]) and event in self.predictor.event_types
 
     def _best(self, questions: list[Question]) -> list[Found]:
         k = max(question.k for question in questions)
@@ -461,7 +462,7 @@ class Night:
             for place, event in enumerate(events):
                 if event.event is not None and event.event not in known:
                     raise RequestError(f"{name}.{place}.event: nothing is known of {event.event!r}", f"known: {', '.join(known)}")
-        history = self._joined(stored, [*(_of_log(entry) for entry in fresh), *sent], request.now)
+        history = self._until(self._joined(stored, [*(_of_log(entry) for entry in fresh), *sent], request.now), request.now)
         now = self.dataset.now_s if request.now is None else int(request.now.timestamp())
         if request.now is None and (sent or fresh) and len(history.timestamp_s):
             now = max(now, int(history.timestamp_s.max()) + 1)
@@ -484,6 +485,13 @@ class Night:
         whole = History(*(np.concatenate(pair) for pair in zip(stored, later, strict=True)))
         order = np.argsort(whole.timestamp_s, kind="stable")
         return History(*(values[order] for values in whole))
+
+    def _until(self, history: History, moment: dt.datetime | None) -> History:
+        """A history up to the moment that is asked about."""
+        if moment is None or not self.predictor.has_time:
+            return history
+        before = history.timestamp_s <= int(moment.timestamp())
+        return history if before.all() else History(*(values[before] for values in history))
 
     def _filtered(self, request: RecommendRequest) -> bool:
         """Whether a list that was made before has to be looked through."""
@@ -510,17 +518,21 @@ class Night:
                 raise RequestError(f"where: no column {column!r}", f"known: {', '.join(self.dataset.features) or 'none'}")
             if isinstance(wanted, Range):
                 kind = self.dataset.items[column].type
-                if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
                     raise RequestError(f"where: {column!r} holds no numbers", "name a list of values")
                 numbers = self.dataset.items[column].cast(pa.float64(), safe=False).to_numpy()
                 low, high = (-np.inf if wanted.min is None else wanted.min), (np.inf if wanted.max is None else wanted.max)
-                chosen = (numbers >= low) & (numbers <= high)
+                chosen = (numbers >= in_precision(low, kind)) & (numbers <= in_precision(high, kind))
             else:
                 chosen = having(self.dataset, column, wanted)
             if len(self._masks) >= MASKS:
                 del self._masks[next(iter(self._masks))]
             self._masks[key] = np.unique(self.translation.to_bundle[1:][chosen])
         return self._masks[key]
+
+
+def _no_id(integral: bool, whose: str) -> str:
+    return f"no integer as it is written, as the ids of the {whose} are" if integral else "blank"
 
 
 def _of_log(entry: Entry) -> Event:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recray.dataset.ids import as_id
 from recray.dataset.reader import bucket_of_one
 from recray.errors import DamagedArtifactError
 from recray.schema import USER_ID
@@ -72,12 +73,8 @@ class Snapshot:
         return ScoredUser(*(index[name][row].as_py() for name in ("item_ids", "scores", "source", "state")))
 
     def as_user(self, user_id: Any) -> Any:
-        if self.manifest["user_type"] == "string":
-            return str(user_id)
-        try:
-            return int(user_id)
-        except (TypeError, ValueError):
-            return None
+        """A user's id in the type of the event log, None for what it cannot hold."""
+        return as_id(user_id, integral=self.manifest["user_type"] != "string")
 
     def _index(self, bucket: int) -> pa.RecordBatch:
         with self._lock:

@@ -7,6 +7,7 @@ smaller one appear after it, so a reader who remembers the last number misses no
 from __future__ import annotations
 
 import abc
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from recray.errors import SettingsError
 
 Kind = Literal["event", "decision", "outcome", "set_aside"]
 RECENT = 1000  # of a user's events, at most
+SAID_BEFORE, SAID_OTHERWISE = 0, -1  # in the place of a number: an entry of that kind and key was there, with the same body or another one
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Entry:
             return both[int(length) :]
         return rest if nul else None
 
+    @property
+    def said(self) -> str:
+        """Digest of the body."""
+        return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()[:32]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False)
 
@@ -65,7 +72,7 @@ class Log(abc.ABC):
 
     @abc.abstractmethod
     def append(self, entries: Sequence[Entry]) -> list[int]:
-        """Number of each entry, in order; 0 for one that was there before. On disk when it returns."""
+        """Number of each entry, in order; SAID_BEFORE or SAID_OTHERWISE for one that was there before. On disk when it returns."""
 
     @abc.abstractmethod
     def recent(self, user: str, after: int, from_s: float) -> list[Entry]:

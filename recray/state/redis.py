@@ -21,15 +21,16 @@ PREFIX = "recray"
 KEPT_S = 30 * 86_400  # how long a key is known at least, and a user's last events after the newest of them
 TIMEOUT_S = 1.0
 
-# KEYS: counter, stream, identity. ARGV: identity, prefix, seconds kept, most events a user, then of each entry kind, key, user ("": none), JSON
+# KEYS: counter, stream, identity. ARGV: identity, prefix, seconds kept, most events a user, then of each entry kind, key, user ("": none), JSON,
+# digest of the body; a key of before 0.2 holds '1' for any
 _APPEND = """
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then
-    return {-1}
+    return {}
 end
 local found = {}
-for i = 5, #ARGV, 4 do
+for i = 5, #ARGV, 5 do
     local known = ARGV[2] .. ':key:' .. ARGV[i] .. ':' .. ARGV[i + 1]
-    if redis.call('SET', known, '1', 'NX', 'EX', ARGV[3]) then
+    if redis.call('SET', known, ARGV[i + 4], 'NX', 'EX', ARGV[3]) then
         local number = redis.call('INCR', KEYS[1])
         redis.call('XADD', KEYS[2], number .. '-0', 'entry', ARGV[i + 3])
         if ARGV[i] == 'event' and ARGV[i + 2] ~= '' then
@@ -40,7 +41,8 @@ for i = 5, #ARGV, 4 do
         end
         found[#found + 1] = number
     else
-        found[#found + 1] = 0
+        local said = redis.call('GET', known)
+        found[#found + 1] = (said == ARGV[i + 4] or said == '1') and 0 or -1
     end
 end
 return found
@@ -70,10 +72,10 @@ class RedisLog(Log):
     def append(self, entries: Sequence[Entry]) -> list[int]:
         arguments: list[Any] = [PREFIX, self._keep_s, RECENT]
         for entry in entries:
-            arguments += [entry.kind, entry.key, entry.user or "", entry.to_json()]
+            arguments += [entry.kind, entry.key, entry.user or "", entry.to_json(), entry.said]
         keys = [f"{PREFIX}:last", f"{PREFIX}:log", f"{PREFIX}:identity"]
         found = self._call(lambda: self._append(keys=keys, args=[self._identity, *arguments]))
-        if found == [-1]:  # it was emptied since: a new store, which counts anew
+        if entries and not found:  # it was emptied since: a new store, which counts anew
             self._identity = self._name()
             found = self._call(lambda: self._append(keys=keys, args=[self._identity, *arguments]))
         return [int(number) for number in found]

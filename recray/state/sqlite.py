@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recray.errors import StateError
-from recray.state.log import RECENT, Entry, Kind, Log
+from recray.state.log import RECENT, SAID_BEFORE, SAID_OTHERWISE, Entry, Kind, Log
 
 BUSY_S = 10.0
 
@@ -54,13 +54,19 @@ class SqliteLog(Log):
             try:
                 for entry in entries:
                     row = (entry.kind, entry.key, entry.user, entry.at_s, json.dumps(entry.body, separators=(",", ":"), ensure_ascii=False))
-                    numbers.extend(number for (number,) in connection.execute(_INSERT, row).fetchall() or [(0,)])
+                    new = connection.execute(_INSERT, row).fetchone()
+                    numbers.append(new[0] if new else self._said(connection, entry))
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
         return numbers
+
+    @staticmethod
+    def _said(connection: sqlite3.Connection, entry: Entry) -> int:
+        (body,) = connection.execute("SELECT body FROM log WHERE key = ? AND kind = ?", (entry.key, entry.kind)).fetchone()
+        return SAID_BEFORE if json.loads(body) == json.loads(json.dumps(entry.body)) else SAID_OTHERWISE
 
     def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
         with self._raising():

@@ -88,6 +88,10 @@ def good(address, path, body):
     return content
 
 
+def kept(count, **others):
+    return {"kept": count, "duplicates": 0, "conflicts": 0, "unknown": 0, **others}
+
+
 def ids(answer):
     return [item["item_id"] for item in answer["items"]]
 
@@ -98,8 +102,11 @@ def test_an_event_changes_the_next_answer(address, handler):
     assert before["source"] == "snapshot" and before["degraded"] == []
     strange = ids(good(address, "/v1/recommend", {**USER, "k": 100, "mode": "realtime"}))[-1]
     event = {"item_id": strange, "event": "purchase", "event_id": "e1"}
-    assert good(address, "/v1/events", {"user_id": 7, "events": [event, {"item_id": strange}]}) == {"kept": 2, "known": 0}
-    assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == {"kept": 0, "known": 1}
+    assert good(address, "/v1/events", {"user_id": 7, "events": [event, {"item_id": strange}]}) == kept(2)
+    assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == kept(0, duplicates=1)
+    told = [{**event, "item_id": "i0000001"}, {"item_id": "of tomorrow"}, {"item_id": strange, "event": "gift"}]
+    assert good(address, "/v1/events", {"user_id": 6, "events": told}) == kept(3, unknown=2)
+    assert good(address, "/v1/events", {"user_id": 7, "events": told[:1]}) == kept(0, conflicts=1)
     after = good(address, "/v1/recommend", USER)
     assert after["source"] == "realtime" and after["items"] != before["items"]
     sent = good(address, "/v1/recommend", {**USER, "user_id": 7, "mode": "batch"})
@@ -330,9 +337,9 @@ def test_what_is_not_json_is_refused(address):
 
 def test_the_same_event_id_of_two_users_is_two_events(address):
     event = {"item_id": "i0000001", "event_id": "1"}
-    assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == {"kept": 1, "known": 0}
-    assert good(address, "/v1/events", {"user_id": 8, "events": [event]}) == {"kept": 1, "known": 0}
-    assert good(address, "/v1/events", {"user_id": 8, "events": [event]}) == {"kept": 0, "known": 1}
+    assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == kept(1)
+    assert good(address, "/v1/events", {"user_id": 8, "events": [event]}) == kept(1)
+    assert good(address, "/v1/events", {"user_id": 8, "events": [event]}) == kept(0, duplicates=1)
 
 
 def test_lists_that_cannot_be_read_are_said_and_somebody_answers(address, handler, monkeypatch):

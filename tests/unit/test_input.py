@@ -23,7 +23,9 @@ from recray.errors import DataError, RefusedError, SettingsError, TooManyBadRows
 from recray.prepare.files import list_files, natural
 from recray.prepare.prepare import inspect
 from recray.prepare.times import MAX_US, OUTSIDE, SEEN, UNITS, TimeRule, see_unit, whole_us
-from recray.serving.api import Event, RecommendRequest
+from recray.state import collect as collecting
+from recray.state.log import Entry, key_of, open_log
+from recray.storage import Storage
 
 T, DAY = 1_709_251_200, 86_400  # 2024-03-01
 
@@ -208,6 +210,22 @@ def test_worth_less_than_asked_is_left_out_and_what_is_worth_nothing_is_said(tmp
     assert any("100 events have a value of 0 or less" in note for note in written(tmp_path, table).manifest["notes"])
     data = written(tmp_path, table, "data.min_value=1")
     assert (data.n_events, data.manifest["low_rows"], data.manifest["notes"]) == (100, 100, [])
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, mapped):
+    """Thirteen events, five of them in both."""
+    events = [{"user_id": 7, "item_id": f"i{n}", "event": "view", "value": 1.0} for n in range(13)]
+    log = open_log("sqlite", tmp_path / "root")
+    for n in range(8, 13):  # the endpoint names them all; their times are a little off where they have names
+        log.append([Entry("event", key_of("7", f"e{n}"), "7", T + n * 60 + (0.25 if not mapped else 3.0), {k: v for k, v in events[n].items() if k != "user_id"})])
+    log.append([Entry("event", "drawn", "7", T + 10_000, {"item_id": "i12", "event": "view", "value": 1.0})])
+    collecting.collect(Storage(tmp_path / "root"), log)
+    log.close()
+    table = pa.Table.from_pylist([{**event, "timestamp": T + n * 60, "event_id": f"e{n}"} for n, event in enumerate(events)])
+    data = written(tmp_path, table if mapped else table.drop_columns(["event_id"]), "split.kind=leave_one_out")
+    assert (data.n_events, data.manifest["told_twice"]) == (14, 5), "thirteen, and one that the log does not have"
+    assert [t for _, t, _ in histories(data)[7]] == [*(T + n * 60 for n in range(13)), T + 10_000], "the log's word counts"
 
 
 # what a time is
@@ -477,4 +495,3 @@ def test_inspect_is_what_validate_sees(tmp_path):
     (tmp_path / "log.csv").write_text("who,what,when\n1,a,yesterday\n2,b,today\n")
     with pytest.raises(DataError, match="'yesterday', which is no time"):
         inspect(load_settings(None, [f"data.events=[{tmp_path / 'log.csv'}]", "data.columns={user_id: who, item_id: what, timestamp: when}"]))
-    assert RecommendRequest(history=[Event(item_id="a")]).k == 10
