@@ -14,7 +14,9 @@ import re
 import zoneinfo
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import quote
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -35,8 +37,37 @@ def _utc(value: dt.datetime) -> dt.datetime:
 Moment = Annotated[dt.datetime, AfterValidator(_utc)]
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation takes, without containers; choices count as text."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {annotation} if origin is None else set()
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The choices of an annotation, also those of its elements and keys."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return list(dict.fromkeys(choice for part in get_args(annotation) for choice in _choices(part)))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, given: Any) -> Any:
+        """Text and yes or no are no numbers, though they could be read as such (`yes` is 1, "0123" is 83 or 123)."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+            if isinstance(value, bool | str) and kinds & {int, float} and not kinds & {bool, str}:
+                raise ValueError(f"{name}: {value!r} is {'yes or no' if isinstance(value, bool) else 'text'}, not a number")
+        return given
 
 
 class StorageSettings(Section):
@@ -456,14 +487,17 @@ class Settings(Section):
                 f"storage.root: {root!r} is not a path; object stores are read as input but not yet written to",
                 "name a folder on a file system that every node mounts",
             )
-        path = Path(root).expanduser()
+        try:
+            path = Path(root).expanduser()
+        except RuntimeError:
+            raise SettingsError(f"storage.root: {root!r} needs a home folder, and HOME is not set", "name an absolute path, or set HOME") from None
         if not path.is_absolute():
             raise SettingsError(f"storage.root: {root!r} is relative", "name an absolute path: a job may run in a copy of your folder")
         return path
 
     def ledger_url(self) -> str:
         """Database URL of the privacy ledger."""
-        return self.privacy.ledger or f"sqlite:///{self.root() / 'privacy.sqlite'}"
+        return self.privacy.ledger or sqlite_url(self.root() / "privacy.sqlite")
 
     def result_settings(self, *sections: str) -> dict[str, Any]:
         """The settings of these sections that change a job's result, as plain JSON values."""
@@ -473,6 +507,17 @@ class Settings(Section):
             dumped = values.model_dump(mode="json")
             chosen[section] = {name: dumped[name] for name, field in type(values).model_fields.items() if not _is_place(field)}
         return chosen
+
+
+def sqlite_url(path: Path) -> str:
+    """Database URL of a file, whatever its path holds."""
+    from sqlalchemy import URL
+
+    plain = str(path)
+    if quote(plain) == plain:
+        return URL.create("sqlite", database=plain).render_as_string(hide_password=False)
+    # as a file URI, which is sqlite's own way: what MLflow does to a path in a URL makes other folders of it
+    return URL.create("sqlite", database=f"file:{quote(plain)}", query={"uri": "true"}).render_as_string(hide_password=False)
 
 
 def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
@@ -489,7 +534,7 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Set
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
-        raise _explain(error, content, str(path) if path else "settings") from None
+        raise _explain(error, content, str(path) if path else "settings", replaced) from None
 
 
 def render_yaml(settings: Settings, heading: str) -> str:
@@ -511,7 +556,7 @@ def _is_place(field: Any) -> bool:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _from_yaml(path.read_text())
     except FileNotFoundError:
         raise SettingsError(f"{path} does not exist", "write one with: recray init") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -556,12 +601,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     parts = name.split(".")
     if not separator or len(parts) < 2 or not all(parts):
         raise SettingsError(f"override {override!r} is not section.field=value", "for example: train.epochs=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"override {override!r}: {error}", "quote the value as in YAML") from None
-    if name == "data.events" and isinstance(value, str):
-        value = [value]
+    value = _value(parts, text, override)
     here = content
     for part in parts[:-1]:
         here = here.setdefault(part, {})
@@ -570,19 +610,83 @@ def _apply(content: dict[str, Any], override: str) -> None:
     here[parts[-1]] = value
 
 
-def _explain(error: ValidationError, content: dict[str, Any], source: str) -> SettingsError:
-    problems, fixes = [], []
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2: `yes`, `on` and 12:30 are text, 1e-3 is a number, 0123 and dates are as they are written. A key may stand once."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.MarkedYAMLError(problem=f"{name!r} stands twice, in line {lines[name]} and in line {line}")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _from_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError, also for a key that stands twice."""
+    return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+
+
+def _value(parts: list[str], text: str, override: str) -> Any:
+    """What an override says. Text for a setting that is text is taken as it stands, so that every path survives; else it is YAML."""
+    annotation: Any = Settings.model_fields[parts[0]].annotation if parts[0] in Settings.model_fields else None
+    for part in parts[1:]:
+        fields = getattr(annotation, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else (get_args(annotation) or (None,))[-1]
+    is_text = str in _kinds(annotation) and _kinds(annotation) <= {str, NoneType}
+    is_paths = get_origin(annotation) is tuple and not text.lstrip().startswith("[")
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if is_text and not quoted:
+        return None if text == "null" and NoneType in _kinds(annotation) else text
+    if is_paths and not quoted:
+        return [text]
+    try:
+        return [found] if isinstance(found := _from_yaml(text), str) and is_paths else found
+    except yaml.YAMLError as error:
+        raise SettingsError(f"override {override!r}: {error}", "quote the value as in YAML") from None
+
+
+def _explain(error: ValidationError, content: dict[str, Any], source: str, replaced: set[str]) -> SettingsError:
+    """What is wrong, a line a setting, and where it was said: in the file or on the command line."""
+    problems: dict[str, str] = {}
+    fixes = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+        loc = [str(part) for part in item["loc"]]
+        section = Settings.model_fields[loc[0]].annotation if loc and loc[0] in Settings.model_fields else None
+        field = getattr(section, "model_fields", {}).get(loc[1]) if len(loc) > 1 else None
+        is_dict = field is not None and get_origin(field.annotation) is dict
+        where = ".".join(loc[: 3 if is_dict else 2])  # what comes after it are the parts of a union
+        said = "command line" if any(name == where or name.startswith(f"{where}.") for name in replaced) else source
         if item["type"] == "extra_forbidden":
-            problems.append(f"{source}: unknown setting {where}")
-            fixes.append(_suggest([str(part) for part in item["loc"]]))
+            problems.setdefault(where, f"{said}: unknown setting {'.'.join(loc)}")
+            fixes.append(_suggest(loc))
+        elif item["type"] == "literal_error" and field is not None:
+            choices = _choices(field.annotation)
+            close = difflib.get_close_matches(str(item["input"]), choices, n=1)
+            problems.setdefault(where, f"{said}: {where}: {item['input']!r} is none of {', '.join(choices)}")
+            fixes.append(f"did you mean {close[0]!r}?" if close else "choose one of them")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if len(loc) == 1 and message.startswith(tuple(getattr(section, "model_fields", {}))):  # of a section, about one of its fields
+                name = message.split(":")[0]
+                where, message = f"{loc[0]}.{name}", message.removeprefix(f"{name}: ") if name in getattr(section, "model_fields", {}) else message
+                said = "command line" if where in replaced else source
             shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            problems.append(": ".join(part for part in (source, where, message) if part) + shown)
+            problems.setdefault(where, ": ".join(part for part in (said, where, message) if part) + shown)
             fixes.append("`recray init` writes a file in which every setting is explained")
-    return SettingsError("\n".join(problems), "; ".join(dict.fromkeys(fixes)))
+    return SettingsError("\n".join(problems.values()), "; ".join(dict.fromkeys(fixes)))
 
 
 def _suggest(loc: list[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recray import cluster, pipeline
-from recray.config import Settings, load_settings
+from recray.config import Settings, load_settings, sqlite_url
 from recray.errors import ClusterError, MissingArtifactError, SettingsError
 from recray.stages import JobResult
 from recray.storage import Storage, read_json
@@ -123,7 +123,7 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, kee
         reporter.say("written:")
         for name, path in result.outputs.items():
             reporter.say(f"  {name:<11} {path}")
-        reporter.say(f"  {'mlflow':<11} mlflow ui --backend-store-uri sqlite:///{Storage(settings.root()).tracking / 'mlflow.db'}")
+        reporter.say(f"  {'mlflow':<11} mlflow ui --backend-store-uri '{sqlite_url(Storage(settings.root()).tracking / 'mlflow.db')}'")
         reporter.say(f"go on: recray serve storage.root={settings.root()}   ·   your own data: recray init, then recray nightly --config recray.yaml")
         metrics = {**result.metrics, "address": address}
         done = JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recray.config import TrackingSettings
+from recray.config import TrackingSettings, sqlite_url
 from recray.errors import TrackingError
 from recray.release import Release
 from recray.storage import Storage
@@ -40,7 +40,7 @@ class Tracking:
 
     def __init__(self, settings: TrackingSettings, storage: Storage) -> None:
         self.settings, self.storage = settings, storage
-        self.uri = settings.uri or f"sqlite:///{storage.tracking / 'mlflow.db'}"
+        self.uri = settings.uri or sqlite_url(storage.tracking / "mlflow.db")
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -67,7 +67,7 @@ class Tracking:
         for left in self.storage.tracking.glob(".making-*"):
             left.unlink()
         scratch = database.with_name(f".making-{uuid.uuid4().hex[:8]}.db")
-        MlflowClient(f"sqlite:///{scratch}").search_experiments(max_results=1)
+        MlflowClient(sqlite_url(scratch)).search_experiments(max_results=1)
         os.replace(scratch, database)
 
     @cached_property

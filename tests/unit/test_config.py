@@ -1,9 +1,14 @@
 import datetime as dt
 import time
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import create_engine, make_url, text
 
-from recray.config import Settings, load_settings, parse_as_of, render_yaml
+from recray.config import Settings, load_settings, parse_as_of, render_yaml, sqlite_url
 from recray.errors import SettingsError
 
 
@@ -92,3 +97,75 @@ def test_as_of_date_means_its_end():
     assert parse_as_of("2011-12-09T06:00+02:00") == dt.datetime(2011, 12, 9, 4, tzinfo=dt.UTC)
     with pytest.raises(SettingsError, match="--as-of"):
         parse_as_of("yesterday")
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
+    path = tmp_path / "recray.yaml"
+    path.write_text("train:\n  epochs: 3\n  seed: 1\n  epochs: 5\n")
+    with pytest.raises(SettingsError, match="'epochs' stands twice, in line 2 and in line 4"):
+        load_settings(path)
+    path.write_text("train: {epochs: 3}\nmodel: {dim: 8}\ntrain: {seed: 1}\n")
+    with pytest.raises(SettingsError, match="'train' stands twice, in line 1 and in line 3"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("value", ["yes", "on", "true", "0123", "1_000", "12:30", "'3'", "2024-01-01", "0b11"])
+def test_what_is_no_number_is_none(tmp_path, value):
+    path = tmp_path / "recray.yaml"
+    path.write_text(f"train:\n  seed: {value}\n")
+    with pytest.raises(SettingsError, match=r"recray.yaml: train.seed: .* not a number"):
+        load_settings(path)
+    with pytest.raises(SettingsError, match=r"command line: train.seed: .* not a number"):
+        load_settings(None, [f"train.seed={value}"])
+
+
+def test_numbers_are_numbers_however_they_are_written(tmp_path):
+    path = tmp_path / "recray.yaml"
+    path.write_text("train: {learning_rate: 1e-3, seed: 0x10, epochs: +7}\ndata: {columns: {event: no, item_id: 0123}}\nsplit: {test_from: 2024-01-02}\n")
+    found = load_settings(path)
+    assert (found.train.learning_rate, found.train.seed, found.train.epochs) == (0.001, 16, 7)
+    assert found.data.columns == {"event": "no", "item_id": "0123"} and found.split.test_from.isoformat() == "2024-01-02T00:00:00+00:00"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30))
+def test_every_path_survives_the_command_line_and_the_databases(name):
+    path = "/x/" + name
+    found = load_settings(None, [f"storage.root={path}", f"data.events={path}", f"data.items={path}", f"privacy.public_start={path}", "privacy.counts_share=0"])
+    assert found.storage.root == path and found.data.events == (path,) and found.data.items == path and found.privacy.public_start == path
+    url = make_url(sqlite_url(Path(path)))
+    assert unquote(url.database.removeprefix("file:")) == str(Path(path)) and (url.query.get("uri") == "true") == url.database.startswith("file:")
+
+
+@pytest.mark.parametrize("name", ["night #1", "a%20b", "w?at=1&b", "100 %", "é ü"])
+def test_databases_lie_where_their_path_says(tmp_path, name):
+    (tmp_path / name).mkdir()
+    engine = create_engine(sqlite_url(tmp_path / name / "a.sqlite"))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE t (a INTEGER)"))
+    engine.dispose()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.sqlite")] == [f"{name}/a.sqlite"]
+
+
+def test_choices_are_named():
+    with pytest.raises(SettingsError) as error:
+        load_settings(None, ["gates.must_beat=[popularity]"])
+    assert error.value.what.startswith("command line: gates.must_beat: 'popularity' is none of most popular, popular, last 7 days") and "literal" not in str(error.value)
+    with pytest.raises(SettingsError, match=r"did you mean 'softmax'"):
+        load_settings(None, ["train.loss=softmx"])
+
+
+def test_where_it_was_said_is_named(tmp_path):
+    path = tmp_path / "recray.yaml"
+    path.write_text("train: {epochs: 0}\nmodel: {dim: 7}\n")
+    with pytest.raises(SettingsError) as error:
+        load_settings(path, ["train.patience=0", "score.k=0"])
+    lines = error.value.what.splitlines()
+    said = {line.split(": ")[1]: line.split(": ")[0] for line in lines}
+    assert said == {"model.heads (2) must divide dim (7)": str(path), "train.epochs": str(path), "train.patience": "command line", "score.k": "command line"}
+
+
+def test_without_a_home_the_setting_is_named(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    with pytest.raises(SettingsError, match="storage.root: '~/.recray' needs a home folder"):
+        Settings().root()
