@@ -610,7 +610,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     here[parts[-1]] = value
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.2: `yes`, `on` and 12:30 are text, 1e-3 is a number, 0123 and dates are as they are written. A key may stand once."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}
@@ -622,7 +622,8 @@ class _Loader(yaml.SafeLoader):
             if name in lines:
                 raise yaml.MarkedYAMLError(problem=f"{name!r} stands twice, in line {lines[name]} and in line {line}")
             lines[name] = line
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 for _tag, _pattern, _first in (
@@ -636,7 +637,7 @@ for _tag, _pattern, _first in (
 
 def _from_yaml(text: str) -> Any:
     """Raises yaml.YAMLError, also for a key that stands twice."""
-    return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def _value(parts: list[str], text: str, override: str) -> Any:

@@ -21,6 +21,11 @@ An error survives pickling between Ray processes, because `args` is all it is ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class RecrayError(Exception):
     """Base of all errors of recray. `what` names the thing, `fix` the next step to take."""
@@ -102,3 +107,27 @@ class UnavailableError(RecrayError):
 
 class StateError(RecrayError):
     """The log of events and outcomes cannot be reached, takes nothing, or would lose what it acknowledges."""
+
+
+class Problems:
+    """Gathers errors, so that a person hears of all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[RecrayError] = []
+
+    def of(self, look: Callable[[], T]) -> T | None:
+        """What `look` returns; None where it raised a RecrayError, which is gathered."""
+        try:
+            return look()
+        except RecrayError as error:
+            self.found.append(error)
+            return None
+
+    def raise_all(self) -> None:
+        """Raises what was gathered as one error of the first one's kind, a line each."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            lines = dict.fromkeys(error.what for error in self.found)
+            fixes = dict.fromkeys(error.fix for error in self.found if error.fix)
+            raise type(self.found[0])("\n".join(lines), "; ".join(fixes))

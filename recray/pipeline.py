@@ -7,10 +7,13 @@ is published, or if an attempt with other settings did not end.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from recray import lease, stages
 from recray.config import Settings
@@ -21,6 +24,7 @@ from recray.errors import (
     DataError,
     MissingArtifactError,
     PrivacySpentError,
+    Problems,
     RecrayError,
     RefusedError,
     SettingsError,
@@ -45,18 +49,52 @@ def _quiet(message: str, **fields: Any) -> None:
 
 
 def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """Check settings, the events' columns and types from their footers, and the item table. Runs nothing and writes nothing."""
+    """Check settings, files and columns, and prepare a sample of the rows in a folder that is thrown away. Writes nothing else.
+
+    Raises what prepare would raise, all that is wrong at once.
+    """
+    from recray.inference.rules import unmatched
     from recray.serving import guard
 
-    root = settings.root()
-    guard.check(settings.serve)
-    source, items = preparation.inspect(settings, as_of)
+    problems = Problems()
+    root = problems.of(settings.root)
+    problems.of(lambda: guard.check(settings.serve))
+    inspected = problems.of(lambda: preparation.inspect(settings, as_of))
+    if inspected is None:
+        problems.raise_all()
+        raise AssertionError
+    source, items = inspected
     say(f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {', '.join(source.columns)}")
     say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
     found = [] if items is None else notes(items, dict(settings.data.features))
+    metrics = {"rows": source.rows, "items": 0 if items is None else len(items)}
+    with tempfile.TemporaryDirectory(prefix="recray-validate-") as folder:
+        rehearsed = problems.of(lambda: preparation.rehearse(settings, as_of, Path(folder), source, items))
+        if rehearsed is not None:
+            dataset, rows = rehearsed
+            _describe(dataset, rows, source.rows, say)
+            metrics |= {name: dataset.manifest[name] for name in ("users", "events", "bad_rows", "duplicates")}
+            found = [*dataset.manifest["notes"], *found]
+            for name in unmatched(settings.score.rules(), dataset):
+                what = f"score: no item has {name}" + ("" if rows == source.rows else ", in a sample of the rows")
+                problems.found.append(SettingsError(what, "correct the rule, or take it out"))
+    problems.raise_all()
     for note in found:
         say(f"note: {note}", level="warning")
-    return JobResult("validate", "ok", metrics={"rows": source.rows, "items": 0 if items is None else len(items)}, warnings=found)
+    return JobResult("validate", "ok", metrics=metrics, warnings=found)
+
+
+def _describe(dataset: Dataset, rows: int, of: int, say: Say) -> None:
+    """What a rehearsal of prepare found, for a person."""
+    manifest = dataset.manifest
+    sample = "" if rows == of else f"in a sample of {rows} of {of} rows: "
+    span = f", up to {date_of(dataset.as_of_s)}" if dataset.has_time else ""
+    say(f"{sample}{dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events{span}; types {', '.join(dataset.event_types)}")
+    say(f"{sample}{manifest['bad_rows']} bad rows, {manifest['duplicates']} rows that equal another, {manifest['few']} users with too few events")
+    split = np.concatenate([np.asarray(shard.split) for shard in dataset.shards()])
+    learned, asked = int(sum(shard.learned.sum() for shard in dataset.shards())), int((split[:, 3] > split[:, 2]).sum())
+    cuts = "".join(f", {name} from {date_of(moment)}" for name, moment in manifest["cuts"].items())
+    say(f"{sample}{learned} events to learn from, {asked} users to test with{cuts}")
 
 
 def run_collect(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:

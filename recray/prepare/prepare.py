@@ -21,7 +21,7 @@ from recray.config import Settings
 from recray.dataset.context import CLOCK
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
-from recray.errors import DataError, RefusedError, SettingsError, TooManyBadRowsError
+from recray.errors import DataError, Problems, RecrayError, RefusedError, SettingsError, TooManyBadRowsError
 from recray.prepare.files import InputFile, Listing, collected_files, digest_files, list_files
 from recray.prepare.partition import FUTURE, PartitionPlan, Stats, partition_row_group, read_stats
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
@@ -32,6 +32,8 @@ from recray.prepare.times import PLAUSIBLE_US
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 
 EVENTS_PER_SHARD = 500_000
+REHEARSED_ROWS = 1_000_000
+JOINED = 0.95  # of the events and the items of the log are in the item table, or a note says how many
 MOST_EVENT_TYPES = 1 << 15  # an index of one has 16 bits
 TASK_RETRIES = 3  # of a task whose worker was lost
 AHEAD = dt.timedelta(hours=36)  # what a time zone taken for UTC, or a date that means its end, may be ahead
@@ -113,32 +115,70 @@ Each = Callable[[Callable[[int], None], int], None]
 
 
 def inspect(settings: Settings, as_of: dt.datetime | None = None, given: Input | None = None) -> tuple[EventSource, pa.Table | None]:
-    """What the input consists of, and the item table. Raises DataError, SettingsError for what cannot be prepared."""
-    _encoder(settings)
+    """What the input consists of, and the item table. Raises DataError, SettingsError for what cannot be prepared, all of it at once."""
+    problems, data = Problems(), settings.data
+    problems.of(partial(_encoder, settings))
     if given is None:
-        found, collected, described = _files(settings)
-        events, files = found.files, described.files
+        listed = problems.of(partial(list_files, data.events))
+        described = problems.of(partial(list_files, (data.items,), "data.items")) if data.items else Listing()
+        collected = problems.of(lambda: collected_files(settings.root())) or ()
+        events, files = (None if found is None else found.files for found in (listed, described))
     else:
         events, collected, files = given.events, given.collected, given.items
-    source = inspect_events(settings.data, events, collected)
-    items = read_items(settings.data, files)
-    if items is not None and items[schema.ITEM_ID].type != source.types[schema.ITEM_ID]:
+    source = None if events is None else problems.of(partial(inspect_events, data, events, collected))
+    items = None if files is None else problems.of(partial(read_items, data, files))
+    if source is not None and source.clock != schema.TIMESTAMP:
+        problems.found += _without_times(settings, source.clock, as_of)
+    problems.raise_all()
+    assert source is not None
+    if files and items is not None and items[schema.ITEM_ID].type != source.types[schema.ITEM_ID]:
         items = items.set_column(0, schema.ITEM_ID, as_id(items[schema.ITEM_ID], pa.string(), files[0].uri))
         note = "item ids are whole numbers in one of data.events and data.items and text in the other: both are read as text"
         source = replace(source, types={**source.types, schema.ITEM_ID: pa.string()}, notes=(*source.notes, note))
-    if source.clock != schema.TIMESTAMP and settings.split.kind == "time":
-        raise DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
-    if source.clock != schema.TIMESTAMP and (read_off := [name for name in settings.data.context if name in CLOCK]):
-        raise DataError(f"data.context: {read_off[0]} needs a timestamp column", "map one with data.columns.timestamp=…, or leave it out")
-    if source.clock == "file_order" and settings.split.kind != "random":
-        raise DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
-    if source.clock != schema.TIMESTAMP and as_of is not None:
-        raise SettingsError("--as-of says up to when events count, but data.events has no times", "leave it out, or map data.columns.timestamp")
     return source, items
 
 
-def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None = None, each: Each = on_ray_data) -> Dataset:
+def _without_times(settings: Settings, clock: str, as_of: dt.datetime | None) -> Iterator[RecrayError]:
+    """What cannot be had where no event has a time."""
+    if settings.split.kind == "time":
+        yield DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
+    if read_off := [name for name in settings.data.context if name in CLOCK]:
+        yield DataError(f"data.context: {read_off[0]} needs a timestamp column", "map one with data.columns.timestamp=…, or leave it out")
+    if clock == "file_order" and settings.split.kind == "leave_one_out":
+        yield DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
+    if as_of is not None:
+        yield SettingsError("--as-of says up to when events count, but data.events has no times", "leave it out, or map data.columns.timestamp")
+
+
+def rehearse(settings: Settings, as_of: dt.datetime | None, folder: Path, source: EventSource, items: pa.Table | None) -> tuple[Dataset, int]:
+    """The dataset of a sample of the rows, in a folder of its own, by this process alone; and how many rows of the source that is.
+
+    Raises what `prepare` would raise.
+    """
+    given = find_input(settings)
+    size = source.rows / max(len(source.row_groups), 1)
+    step = max(-(-source.rows // REHEARSED_ROWS), 1)
+    some = source.row_groups[::step] if size <= REHEARSED_ROWS else source.row_groups[:1]
+    sample = replace(source, row_groups=tuple(replace(group, number=number) for number, group in enumerate(some)))
+    apart = settings.model_copy(update={"storage": settings.storage.model_copy(update={"root": str(folder)})})
+    return prepare(apart, as_of, replace(given, digests=[[], []]), _here, (sample, items)), sample.rows
+
+
+def _here(task: Callable[[int], None], count: int) -> None:
+    for number in range(count):
+        task(number)
+
+
+def prepare(
+    settings: Settings,
+    as_of: dt.datetime | None,
+    given: Input | None = None,
+    each: Each = on_ray_data,
+    inspected: tuple[EventSource, pa.Table | None] | None = None,
+) -> Dataset:
     """Write the dataset of an input (None: what there is now), or open it if it is there. `each` runs the tasks.
+
+    inspected : what `inspect` found, or a part of it
 
     Raises DataError and its kinds, OutputExistsError, RefusedError for events of the future.
     """
@@ -149,7 +189,7 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
         shutil.rmtree(storage.staging, ignore_errors=True)  # left by an attempt that was killed, maybe when it had all but this to do
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
-    source, items = inspect(settings, as_of, given)
+    source, items = inspected or inspect(settings, as_of, given)
     plan = PartitionPlan(
         columns=source.columns,
         types=source.types,
@@ -168,7 +208,7 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
         totals = _totals(plan, source, settings, as_of)
         as_of_s = int(as_of.timestamp()) if as_of else _last_s(plan, totals)
         encoder = _encoder(settings)
-        vocabulary, item_table = _vocabulary(plan, source, settings, items)
+        vocabulary, item_table, joins = _vocabulary(plan, source, settings, items)
         fields: dict[str, Any] = {
             "recray": __version__,
             "settings": settings.result_settings("data", "split"),
@@ -193,11 +233,12 @@ def prepare(settings: Settings, as_of: dt.datetime | None, given: Input | None =
             shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, settings.data, folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
-            fields |= asdict(counted) | {"notes": [*given.notes, *source.notes, *_notes(settings, plan, totals, counted)]}
+            fields |= asdict(counted) | {"notes": [*given.notes, *source.notes, *joins, *_notes(settings, plan, totals, counted)]}
             events = _finish(folder, fields, settings)
             item_table = item_table.set_column(item_table.schema.get_field_index("events"), "events", events)
             pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
-            given.check()
+            if inspected is None:
+                given.check()
     finally:
         shutil.rmtree(plan.staging, ignore_errors=True)
     return Dataset.open(final)
@@ -269,10 +310,11 @@ def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: Shar
     return found
 
 
-def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, items: pa.Table | None) -> tuple[pa.Array, pa.Table]:
-    """Item ids in ascending order, and the item table in that order with the column `events`. Raises DataError."""
+def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, items: pa.Table | None) -> tuple[pa.Array, pa.Table, list[str]]:
+    """Item ids in ascending order, the item table in that order with the column `events`, and how it joins the events. Raises DataError."""
     counts = pa.concat_tables([c for _, c in read_stats(plan, len(source.row_groups)) if len(c)])
     counts = counts.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")]).rename_columns([schema.ITEM_ID, "events"])
+    notes = [] if items is None else _joins(counts, items)
     if items is not None:
         known = pa.chunked_array([*counts[schema.ITEM_ID].chunks, *items[schema.ITEM_ID].chunks]).unique()
         events = counts["events"].take(pc.index_in(known, counts[schema.ITEM_ID].combine_chunks()))
@@ -283,7 +325,26 @@ def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, it
     counts = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
     if not len(counts):
         raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")
-    return counts[schema.ITEM_ID].combine_chunks(), counts
+    return counts[schema.ITEM_ID].combine_chunks(), counts, notes
+
+
+def _joins(counts: pa.Table, items: pa.Table) -> list[str]:
+    """How many events and items of the log are in the item table, where that is not nearly all. Raises DataError where none is."""
+    there = pc.is_in(counts[schema.ITEM_ID], value_set=items[schema.ITEM_ID].combine_chunks())
+    events = pc.sum(counts["events"].filter(there)).as_py() or 0
+    share, of_items = events / max(pc.sum(counts["events"]).as_py(), 1), int(pc.sum(there).as_py() or 0)
+    if min(share, of_items / max(len(counts), 1)) >= JOINED:
+        return []
+    mine, theirs = counts[schema.ITEM_ID].filter(pc.invert(there)), items[schema.ITEM_ID]
+    theirs = theirs.filter(pc.invert(pc.is_in(theirs, value_set=counts[schema.ITEM_ID].combine_chunks())))
+    examples = f"data.events has {_examples(mine)}, data.items {_examples(theirs)}"
+    if not events:
+        raise DataError(f"no item of data.events is in data.items: {examples}", "write the ids of both alike (blanks, case, leading zeros)")
+    return [f"{share:.1%} of the events and {of_items} of {len(counts)} items of data.events are in data.items; without the others: {examples}"]
+
+
+def _examples(ids: pa.ChunkedArray) -> str:
+    return ", ".join(repr(one) for one in ids.slice(0, 3).to_pylist()) or "none that is missing"
 
 
 def _with_sentences(items: pa.Table, settings: Settings, storage: Storage) -> pa.Table:

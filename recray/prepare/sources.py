@@ -7,6 +7,7 @@ null in a whole file is null there; times have one rule (`recray.prepare.times`)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from recray import schema
 from recray.config import DataSettings
 from recray.dataset.context import CLOCK
-from recray.errors import DataError
+from recray.errors import DataError, Problems
 from recray.prepare.files import InputFile
 from recray.prepare.formats import TableFile, joined_type, open_file
 from recray.prepare.times import ENOUGH, SAMPLE, WORDS, TimeRule, refuse_unit, see_unit
@@ -67,20 +68,30 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
     groups: list[RowGroup] = []
     columns: dict[str, str] = {}
     types: dict[str, pa.DataType] = {}
-    clocks = _Clocks(data)
-    for number, file in enumerate(files):
-        with open_file(file) as table:
-            found = _columns(table, data)
-            if number and found != columns:
+    clocks, problems = _Clocks(data), Problems()
+    for file in files:
+        table = problems.of(partial(open_file, file))
+        if table is None:
+            continue
+        with table:
+            found = problems.of(partial(_columns, table, data))
+            if not found:
+                continue
+            if columns and found != columns:
                 missing = [name for name in columns if name not in found] or [name for name in found if name not in columns]
                 whose = files[0].uri if missing[0] in found else file.uri
-                raise DataError(f"{whose} has no column for {missing[0]}, other files of data.events have one", "write all files alike")
+                problems.found.append(
+                    DataError(f"{whose} has no column for {missing[0]}, other files of data.events have one", "write all files alike")
+                )
+                continue
             columns = found
-            kinds = {name: _kind(table.type_of(column), name, file.uri) for name, column in found.items()}
-            types = {name: joined_type(types.get(name, pa.null()), kind) for name, kind in kinds.items()}
-            if schema.TIMESTAMP in found:
-                clocks.see(table, found[schema.TIMESTAMP])
+            for name, column in found.items():
+                kind = problems.of(partial(_kind, table.type_of(column), name, file.uri))
+                types[name] = joined_type(types.get(name, pa.null()), kind or pa.null())
+            if schema.TIMESTAMP in found and not problems.found:
+                problems.of(partial(clocks.see, table, found[schema.TIMESTAMP]))
             groups += _groups(table, len(groups), live=False)
+    problems.raise_all()
     for file in live:
         with open_file(file) as table:
             if not {field.name for field in schema.LIVE_EVENTS} - {schema.EVENT_ID} <= set(table.names):
@@ -181,25 +192,22 @@ def _numbers(table: TableFile, column: str) -> np.ndarray:
 
 def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
     chosen = {}
-    uri, names = table.file.uri, table.names
+    names, problems = table.names, Problems()
+    has = f"it has {', '.join(names)}"
     mapping: dict[str, str | None] = {str(name): column for name, column in data.columns.items()}
     for name in schema.EVENT_COLUMNS:
-        mapped = name in mapping
         column = mapping.get(name, name)
-        if column is None:
-            continue
         if column in names:
-            chosen[name] = column
-        elif mapped or name in (schema.USER_ID, schema.ITEM_ID):
-            raise DataError(
-                f"{uri} has no column {column!r} for {name}; it has {', '.join(names)}",
-                f"name your column: data.columns.{name}=YOUR_COLUMN",
-            )
+            chosen[name] = str(column)
+        elif column is not None and (name in mapping or name in (schema.USER_ID, schema.ITEM_ID)):
+            fix = f"name your column: data.columns.{name}=YOUR_COLUMN"
+            problems.found.append(DataError(f"{table.file.uri} has no column {column!r} for {name}; {has}", fix))
     for name in data.context:
-        if name not in (*names, *CLOCK):
-            raise DataError(f"{uri} has no column {name!r} for data.context; it has {', '.join(names)}", "name a column, hour or weekday")
-        if name not in CLOCK:
+        if name in names:
             chosen[schema.CONTEXT + name] = name
+        elif name not in CLOCK:
+            problems.found.append(DataError(f"{table.file.uri} has no column {name!r} for data.context; {has}", "name a column, hour or weekday"))
+    problems.raise_all()
     return chosen
 
 

@@ -241,6 +241,8 @@ def _span(values: np.ndarray, unit: str) -> str:
     us = us[us >= 0]
     if not len(us):
         return "no time between 1970 and 2100"
+
     def show(moment: int) -> str:
         return str(np.datetime64(int(moment), "us").astype("datetime64[s]")).replace("T", " ")
+
     return f"{show(us.min())} to {show(us.max())}"

@@ -121,7 +121,9 @@ def test_what_is_no_number_is_none(tmp_path, value):
 
 def test_numbers_are_numbers_however_they_are_written(tmp_path):
     path = tmp_path / "recray.yaml"
-    path.write_text("train: {learning_rate: 1e-3, seed: 0x10, epochs: +7}\ndata: {columns: {event: no, item_id: 0123}}\nsplit: {test_from: 2024-01-02}\n")
+    path.write_text(
+        "train: {learning_rate: 1e-3, seed: 0x10, epochs: +7}\ndata: {columns: {event: no, item_id: 0123}}\nsplit: {test_from: 2024-01-02}\n"
+    )
     found = load_settings(path)
     assert (found.train.learning_rate, found.train.seed, found.train.epochs) == (0.001, 16, 7)
     assert found.data.columns == {"event": "no", "item_id": "0123"} and found.split.test_from.isoformat() == "2024-01-02T00:00:00+00:00"
@@ -130,7 +132,9 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path):
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30))
 def test_every_path_survives_the_command_line_and_the_databases(name):
     path = "/x/" + name
-    found = load_settings(None, [f"storage.root={path}", f"data.events={path}", f"data.items={path}", f"privacy.public_start={path}", "privacy.counts_share=0"])
+    found = load_settings(
+        None, [f"storage.root={path}", f"data.events={path}", f"data.items={path}", f"privacy.public_start={path}", "privacy.counts_share=0"]
+    )
     assert found.storage.root == path and found.data.events == (path,) and found.data.items == path and found.privacy.public_start == path
     url = make_url(sqlite_url(Path(path)))
     assert unquote(url.database.removeprefix("file:")) == str(Path(path)) and (url.query.get("uri") == "true") == url.database.startswith("file:")
@@ -149,7 +153,9 @@ def test_databases_lie_where_their_path_says(tmp_path, name):
 def test_choices_are_named():
     with pytest.raises(SettingsError) as error:
         load_settings(None, ["gates.must_beat=[popularity]"])
-    assert error.value.what.startswith("command line: gates.must_beat: 'popularity' is none of most popular, popular, last 7 days") and "literal" not in str(error.value)
+    assert error.value.what.startswith(
+        "command line: gates.must_beat: 'popularity' is none of most popular, popular, last 7 days"
+    ) and "literal" not in str(error.value)
     with pytest.raises(SettingsError, match=r"did you mean 'softmax'"):
         load_settings(None, ["train.loss=softmx"])
 
@@ -161,7 +167,12 @@ def test_where_it_was_said_is_named(tmp_path):
         load_settings(path, ["train.patience=0", "score.k=0"])
     lines = error.value.what.splitlines()
     said = {line.split(": ")[1]: line.split(": ")[0] for line in lines}
-    assert said == {"model.heads (2) must divide dim (7)": str(path), "train.epochs": str(path), "train.patience": "command line", "score.k": "command line"}
+    assert said == {
+        "model.heads (2) must divide dim (7)": str(path),
+        "train.epochs": str(path),
+        "train.patience": "command line",
+        "score.k": "command line",
+    }
 
 
 def test_without_a_home_the_setting_is_named(monkeypatch):

@@ -218,7 +218,17 @@ def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, ma
     events = [{"user_id": 7, "item_id": f"i{n}", "event": "view", "value": 1.0} for n in range(13)]
     log = open_log("sqlite", tmp_path / "root")
     for n in range(8, 13):  # the endpoint names them all; their times are a little off where they have names
-        log.append([Entry("event", key_of("7", f"e{n}"), "7", T + n * 60 + (0.25 if not mapped else 3.0), {k: v for k, v in events[n].items() if k != "user_id"})])
+        log.append(
+            [
+                Entry(
+                    "event",
+                    key_of("7", f"e{n}"),
+                    "7",
+                    T + n * 60 + (0.25 if not mapped else 3.0),
+                    {k: v for k, v in events[n].items() if k != "user_id"},
+                )
+            ]
+        )
     log.append([Entry("event", "drawn", "7", T + 10_000, {"item_id": "i12", "event": "view", "value": 1.0})])
     collecting.collect(Storage(tmp_path / "root"), log)
     log.close()

@@ -1,0 +1,110 @@
+"""`recray validate` says all that is wrong at once, and refuses what a nightly run would refuse later."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recray import pipeline
+from recray.config import load_settings
+from recray.errors import RecrayError
+
+T, DAY = 1_709_251_200, 86_400
+
+
+def shop(tmp_path, price=None, ids=None, **columns):
+    count = 600
+    events = {
+        "user_id": [n % 40 for n in range(count)],
+        "item_id": [f"i{n * 7 % 20}" for n in range(count)],
+        "timestamp": [T + n * DAY // 10 for n in range(count)],
+        **columns,
+    }
+    pq.write_table(pa.table(events), tmp_path / "events.parquet")
+    prices = pa.array([0.85, *np.linspace(1, 9, 19).round(2).tolist()], price or pa.float32())
+    pq.write_table(pa.table({"item_id": ids or [f"i{n}" for n in range(20)], "price": prices, "brand": ["a", "b"] * 10}), tmp_path / "items.parquet")
+
+
+def validate(tmp_path, *overrides):
+    said = []
+    where = [f"data.events=[{tmp_path / 'events.parquet'}]", f"data.items={tmp_path / 'items.parquet'}", f"storage.root={tmp_path / 'root'}"]
+    more = ["data.features={price: numeric, brand: categorical}", *overrides]
+    result = pipeline.run_validate(load_settings(None, [*where, *more]), None, lambda text, **_: said.append(text))
+    return result, "\n".join(said)
+
+
+def test_a_page_says_what_will_be_learned_and_nothing_is_written(tmp_path):
+    shop(tmp_path)
+    result, said = validate(tmp_path)
+    assert result.status == "ok" and result.warnings == [] and json.loads(result.to_json())["metrics"]["users"] == 40
+    for words in (
+        "40 users, 20 items, 600 events, up to 2024-04-29",
+        "0 bad rows, 0 rows that equal another",
+        "events to learn from",
+        "test from 2024-",
+    ):
+        assert words in said, said
+    assert not (tmp_path / "root").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    shop(tmp_path)
+    with pytest.raises(RecrayError) as error:
+        validate(
+            tmp_path, "data.columns={user_id: who, basket: order, event: kind}", "data.context=[device]", "data.released=born", "storage.root=here"
+        )
+    for named in ("'who'", "'order'", "'kind'", "'device'", "'born'", "'here' is relative"):
+        assert named in error.value.what, error.value.what
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        ({"timestamp": [19_783 + n // 10 for n in range(600)]}, [], "data.time_unit=days if they are days"),
+        ({"timestamp": list(range(600))}, [], "whole numbers from 0 to 599"),
+        ({"user_id": ["", " "] * 300}, [], "600 of 600 rows are bad"),
+        ({"item_id": [f" i{n * 7 % 20}" for n in range(600)]}, [], r"no item of data.events is in data.items: data.events has ' i\d+'.*'i\d+'"),
+        ({"item_id": [f"I{n * 7 % 20}" for n in range(600)]}, [], "no item of data.events is in data.items"),
+        ({}, ["split.test_from=2031-01-01"], "impossible split"),
+        ({}, ["data.min_item_events=1000"], "no item has 1000 events"),
+        ({}, ["data.min_value=2"], "600 are worth less than data.min_value"),
+        ({}, ["score.exclude=[brand=c]"], "score: no item has brand=c"),
+        ({}, ["score.boosts={price=0.86: 1}"], "score: no item has price=0.86"),
+    ],
+)
+def test_what_prepare_would_refuse_is_refused(tmp_path, change, overrides, message):
+    shop(tmp_path, **change)
+    with pytest.raises(RecrayError, match=message):
+        validate(tmp_path, *overrides)
+
+
+def test_items_that_do_not_join_are_a_warning_with_examples_of_both_sides(tmp_path):
+    shop(tmp_path, item_id=[f"i{n * 7 % 20}" if n % 10 else f"I{n % 20}" for n in range(600)])
+    result, _ = validate(tmp_path)
+    (note,) = result.warnings
+    assert note.startswith("90.0% of the events and ") and "data.events has 'I0'" in note and "data.items" in note
+
+
+@pytest.mark.parametrize("price", [pa.float32(), pa.float64(), pa.decimal128(10, 2)])
+@pytest.mark.parametrize("rule", ["score.exclude=[price=0.85]", "score.boosts={price=0.850: 1}"])
+def test_a_rule_finds_a_price_in_the_precision_of_its_column(tmp_path, price, rule):
+    from decimal import Decimal
+
+    prices = None if not pa.types.is_decimal(price) else [Decimal("0.85"), *(Decimal(f"{n}.00") for n in range(1, 20))]
+    shop(tmp_path, price=price if prices is None else None)
+    if prices is not None:
+        items = pq.read_table(tmp_path / "items.parquet")
+        pq.write_table(items.set_column(1, "price", pa.array(prices, price)), tmp_path / "items.parquet")
+    assert validate(tmp_path, rule)[0].status == "ok"
+
+
+def test_a_large_log_is_looked_at_in_part(tmp_path, monkeypatch):
+    from recray.prepare import prepare as preparation
+
+    monkeypatch.setattr(preparation, "REHEARSED_ROWS", 300)
+    shop(tmp_path)
+    pq.write_table(pq.read_table(tmp_path / "events.parquet"), tmp_path / "events.parquet", row_group_size=50)
+    result, said = validate(tmp_path)
+    assert "in a sample of 300 of 600 rows" in said and result.metrics["rows"] == 600 and result.metrics["events"] == 300
