@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recray import __version__
-from recray.dataset.features import VECTORS, described, encode, joined
+from recray.dataset.features import VECTORS, Encoded, described, encode, joined
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import Dataset, released_day
 from recray.errors import ArtifactError, DamagedArtifactError
@@ -92,7 +92,12 @@ class Bundle:
         found = dataset.items.take(pa.array(rows))
         if not len(rows):
             return found
-        return found.filter(pa.array(described(encode(found, features, self.manifest["shape"]["feature_buckets"], self.items), len(rows))))
+        return found.filter(pa.array(described(self._encode(found), len(rows))))
+
+    def _encode(self, items: pa.Table) -> dict[str, Encoded]:
+        """The features of items that the model was not trained with, as it has those of the others."""
+        distinct = self.manifest.get("distinct_bins", False)
+        return encode(items, self.manifest["features"], self.manifest["shape"]["feature_buckets"], self.items, distinct=distinct)
 
     def model(self, newcomers: pa.Table | None = None) -> Recommender:
         """The network with its weights. Raises DamagedArtifactError if they are not of this network.
@@ -102,7 +107,7 @@ class Bundle:
         state = load_file(self.path / "model.safetensors")
         more = len(newcomers) if newcomers is not None else 0
         kinds = self.manifest["features"]
-        added = encode(newcomers, kinds, self.manifest["shape"]["feature_buckets"], self.items) if newcomers is not None and more else {}
+        added = self._encode(newcomers) if newcomers is not None and more else {}
         features = {}
         for i, (name, kind) in enumerate(sorted(kinds.items())):
             pair = [f"items.features.{i}.{buffer}" for buffer in (("values_VC", "present_V") if kind in VECTORS else ("tokens_K", "offsets_V"))]
@@ -149,6 +154,7 @@ def write_bundle(
         "trained_until_s": dataset.cut_s("test") or dataset.as_of_s,
         "shape": shape.to_dict(),
         "features": features,
+        "distinct_bins": True,
         "event_types": dataset.event_types,
         "has_time": dataset.has_time,
         "prior_days": prior_days,

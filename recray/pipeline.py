@@ -66,7 +66,7 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
     source, items = inspected
     say(f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {', '.join(source.columns)}")
     say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
-    found = [] if items is None else notes(items, dict(settings.data.features))
+    found = [] if items is None else notes(items, dict(settings.data.features), settings.model.feature_buckets)
     metrics = {"rows": source.rows, "items": 0 if items is None else len(items)}
     with tempfile.TemporaryDirectory(prefix="recray-validate-") as folder:
         rehearsed = problems.of(lambda: preparation.rehearse(settings, as_of, Path(folder), source, items))

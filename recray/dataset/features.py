@@ -24,6 +24,7 @@ NUMERIC_BINS = 20
 ROWS = 1 << 14  # vectors that are brought to length one at once
 VECTORS = ("vector", "sentence")  # kinds that a dataset keeps as one vector an item
 MANY_MISSING = 0.5  # of the items, to be worth a note
+LONG_TEXT = 100_000  # characters, to be worth a note
 _WORD = re.compile(r"\w+")
 
 
@@ -32,19 +33,21 @@ Encoded = tuple[np.ndarray, np.ndarray]
 vectors float32 [V, C] of length 1 (zero where there is none) and whether there is one, bool [V]."""
 
 
-def encode(items: pa.Table, features: dict[str, str], buckets: int, known: pa.Table | None = None) -> dict[str, Encoded]:
+def encode(items: pa.Table, features: dict[str, str], buckets: int, known: pa.Table | None = None, *, distinct: bool = True) -> dict[str, Encoded]:
     """Every feature column, encoded. Raises DataError for vectors of several lengths.
 
-    Numbers become their quantile bin and its neighbours, text its words and the trigrams of its words, all hashed into
-    `buckets`; vectors are centred, then scaled to length 1.
+    Numbers become the bin of their quantile among the distinct values and its neighbours, zero a token of its own; text its words and
+    the trigrams of its words, all hashed into `buckets`; vectors are centred, then scaled to length 1.
 
     known : the table whose numbers decide the bins and whose vectors the centre, for items that come later; None: `items`
+    distinct : false: quantiles of all values, as bundles of 0.1.0 have them
     """
-    return {name: _encoded(items[name], name, kind, buckets, None if known is None else known[name]) for name, kind in features.items()}
 
+    def encoded(name: str, kind: str) -> Encoded:
+        before = None if known is None else known[name]
+        return _vectors(items[name], name, before) if kind in VECTORS else _bags(_tokens(items[name], kind, before, distinct), name, buckets)
 
-def _encoded(column: pa.ChunkedArray, name: str, kind: str, buckets: int, known: pa.ChunkedArray | None) -> Encoded:
-    return _vectors(column, name, known) if kind in VECTORS else _bags(_tokens(column, kind, known), name, buckets)
+    return {name: encoded(name, kind) for name, kind in features.items()}
 
 
 def joined(first: Encoded, then: Encoded) -> Encoded:
@@ -64,12 +67,12 @@ def described(encoded: dict[str, Encoded], count: int) -> np.ndarray:
     return found
 
 
-def notes(items: pa.Table, features: dict[str, str]) -> list[str]:
-    """What a person should know of the feature columns: which tell nothing, and what many items lack."""
+def notes(items: pa.Table, features: dict[str, str], buckets: int) -> list[str]:
+    """What a person should know of the feature columns: which tell nothing, what many items lack, and what `buckets` cannot tell apart."""
     found = []
     for name, kind in features.items():
         kind = "text" if kind == "sentence" else kind  # as the owner has it
-        first, second = encode(items, {name: kind}, 1 << 30)[name]
+        first, second = encode(items, {name: kind}, 1 << 62)[name]
         present = second[1:] if kind == "vector" else np.diff(second, append=len(first))[1:] > 0
         distinct = {str(value) for value, there in zip(items[name].to_pylist(), present, strict=True) if there or kind == "vector"} - {"None"}
         missing = 1.0 - float(present.mean()) if len(present) else 1.0
@@ -77,13 +80,25 @@ def notes(items: pa.Table, features: dict[str, str]) -> list[str]:
             found.append(f"feature {name}: {'all items have the same value' if distinct else 'no item has a value'}; it tells nothing")
         elif missing > MANY_MISSING:
             found.append(f"feature {name}: {missing:.0%} of the items have no value")
+        if kind != "vector":
+            found += _crowded(name, kind, len(np.unique(first)), buckets)
+        if kind == "text" and (longest := pc.max(pc.utf8_length(items[name])).as_py() or 0) > LONG_TEXT:
+            found.append(f"feature {name}: a text has {longest} characters; the model takes the mean of all its words: shorten such texts")
     return found
 
 
-def _tokens(column: pa.ChunkedArray, kind: str, known: pa.ChunkedArray | None) -> Iterable[list[str]]:
+def _crowded(name: str, kind: str, tokens: int, buckets: int) -> list[str]:
+    """Whether many tokens have a bucket with another one: categories are then mixed up; text bears more, since an item has many words."""
+    shared = 1 - (1 - 1 / buckets) ** max(tokens - 1, 0)
+    if shared < (0.25 if kind != "text" else 0.9997):  # text: eight words a bucket
+        return []
+    return [f"feature {name}: {tokens} values in {buckets} buckets, {shared:.0%} of them share one with another; raise model.feature_buckets"]
+
+
+def _tokens(column: pa.ChunkedArray, kind: str, known: pa.ChunkedArray | None, distinct: bool) -> Iterable[list[str]]:
     values = column.to_pylist()
     if kind == "numeric":
-        return _numeric(values, values if known is None else known.to_pylist())
+        return _numeric(values, values if known is None else known.to_pylist(), distinct)
     if kind == "text":
         return ([] if value is None else _text(value) for value in values)
     if kind == "multi":
@@ -92,7 +107,7 @@ def _tokens(column: pa.ChunkedArray, kind: str, known: pa.ChunkedArray | None) -
 
 
 def elements(value: Any) -> list[str]:
-    """The values of a `multi` column in one item: a list, or text with `|` between them; what is empty is none."""
+    """The values of a `multi` column in one item: a list (datasets of 0.1.0: or text with `|` between them); what is empty is none."""
     parts = [] if value is None else value.split("|") if isinstance(value, str) else value
     return _said(parts)
 
@@ -103,12 +118,18 @@ def _said(values: Iterable[Any]) -> list[str]:
     return [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in real]
 
 
-def _numeric(values: list[Any], others: list[Any]) -> Iterable[list[str]]:
+def _numeric(values: list[Any], others: list[Any], distinct: bool) -> Iterable[list[str]]:
     number, known = (np.array([np.nan if v is None else float(v) for v in column]) for column in (values, others))
     known = known[np.isfinite(known)]
+    zero = np.zeros(len(number), bool)
+    if distinct:  # what many items have must not take the room of all others
+        known, zero = np.unique(known[known != 0]), number == 0
     edges = np.unique(np.quantile(known, np.linspace(0, 1, NUMERIC_BINS + 1)[1:-1])) if len(known) else np.zeros(0)
     bins = np.searchsorted(edges, number, side="right")
-    return ([str(b - 1), str(b), str(b + 1)] if np.isfinite(x) else [] for b, x in zip(bins, number, strict=True))
+    return (
+        [] if not np.isfinite(x) else ["zero"] if nought else [str(b - 1), str(b), str(b + 1)]
+        for b, x, nought in zip(bins, number, zero, strict=True)
+    )
 
 
 def _text(value: str) -> list[str]:

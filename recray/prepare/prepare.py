@@ -126,11 +126,13 @@ def inspect(settings: Settings, as_of: dt.datetime | None = None, given: Input |
     else:
         events, collected, files = given.events, given.collected, given.items
     source = None if events is None else problems.of(partial(inspect_events, data, events, collected))
-    items = None if files is None else problems.of(partial(read_items, data, files))
+    described_by = None if files is None else problems.of(partial(read_items, data, files))
     if source is not None and source.clock != schema.TIMESTAMP:
         problems.found += _without_times(settings, source.clock, as_of)
     problems.raise_all()
-    assert source is not None
+    assert source is not None and described_by is not None
+    items, notes = described_by
+    source = replace(source, notes=(*source.notes, *notes))
     if files and items is not None and items[schema.ITEM_ID].type != source.types[schema.ITEM_ID]:
         items = items.set_column(0, schema.ITEM_ID, as_id(items[schema.ITEM_ID], pa.string(), files[0].uri))
         note = "item ids are whole numbers in one of data.events and data.items and text in the other: both are read as text"

@@ -6,6 +6,7 @@ null in a whole file is null there; times have one rule (`recray.prepare.times`)
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 
@@ -268,14 +269,18 @@ def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
     )
 
 
-def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> pa.Table | None:
-    """The item table of its files: `item_id` first, then the feature columns. None if none is configured. Raises DataError."""
+def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> tuple[pa.Table | None, list[str]]:
+    """The item table of its files: `item_id` first, then the feature columns, and what a person should know of how it was read.
+
+    None if none is configured. Raises DataError.
+    """
     if data.items is None:
         if named := [*data.features, *([data.released] if data.released else [])]:
             raise DataError(f"data.features or data.released names {', '.join(named)}, but data.items is null", "name the item table in data.items")
-        return None
+        return None, []
     id_column = data.columns.get("item_id") or schema.ITEM_ID
     tables, kind = [], pa.null()
+    signs: dict[str, str | None] = {}
     for file in files:
         with open_file(file) as table:
             item_column = id_column if id_column in table.names else schema.ITEM_ID
@@ -288,7 +293,10 @@ def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> pa.Table | N
             kind = joined_type(kind, _kind(table.type_of(item_column), schema.ITEM_ID, file.uri))
             rows = table.read([item_column, *data.features, *([data.released] if data.released else [])])
             columns = {schema.ITEM_ID: decoded(rows[item_column])}
-            columns |= {name: _feature(rows[name], name, feature, file) for name, feature in data.features.items()}
+            for name, feature in data.features.items():
+                if feature == "multi" and data.separator is None and pa.types.is_string(_plain(rows[name].type)):
+                    signs[name] = signs.get(name) or see_separator(rows[name].to_pylist())
+                columns[name] = _feature(rows[name], name, feature, signs.get(name, data.separator), file)
             if data.released is not None:
                 columns[schema.RELEASED] = _released(rows[data.released], data, file.uri)
             tables.append(pa.table(columns))
@@ -305,7 +313,12 @@ def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> pa.Table | N
         raise DataError(f"{files[0].uri}: {len(found) - len(found[0].unique())} item ids occur more than once", "keep one row an item")
     for column, feature in data.features.items():
         _check_feature(found[column].type, column, feature, files[0].uri)
-    return found
+    notes = [
+        f"feature {name}: {sign!r} is taken for what separates its values; data.separator says so"
+        for name, sign in signs.items()
+        if sign in (";", ",")
+    ]
+    return found, notes
 
 
 def is_blank(text: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -313,15 +326,48 @@ def is_blank(text: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.fill_null(pc.or_(pc.utf8_is_space(text), pc.equal(text, "")), False)
 
 
-def _feature(column: pa.ChunkedArray, name: str, kind: str, file: InputFile) -> pa.ChunkedArray:
-    """A feature column, numbers as such although a text file has them as text. Raises DataError for text that is no number."""
-    if file.format == "parquet" or kind != "numeric" or not pa.types.is_string(column.type):
+def _feature(column: pa.ChunkedArray, name: str, kind: str, separator: str | None, file: InputFile) -> pa.ChunkedArray:
+    """A feature column as it is kept: lists, also where they are text, and numbers, also where a text file has them as text. Raises DataError."""
+    column = decoded(column)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    if kind in ("multi", "vector"):
+        return _lists(column, name, kind, separator, file)
+    if kind != "numeric" or file.format == "parquet":
         return column
     text = pc.utf8_trim_whitespace(column)
     try:
         return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text).cast(pa.float64())
     except pa.ArrowInvalid as error:
         raise DataError(f"{file.uri}: feature {name} is no number: {error}", f"mend it, or declare another kind: data.features.{name}=…") from None
+
+
+def _lists(column: pa.ChunkedArray, name: str, kind: str, separator: str | None, file: InputFile) -> pa.ChunkedArray:
+    """Text as lists: JSON, or values with a separator between them."""
+    texts = [None if text is None or not text.strip() else text.strip() for text in column.to_pylist()]
+    if kind == "vector":
+        try:
+            return pa.chunked_array([pa.array([None if text is None else json.loads(text) for text in texts], pa.list_(pa.float32()))])
+        except (ValueError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"{file.uri}: feature {name} holds text that is no JSON list of numbers: {error}", "write [0.1, 0.2]") from None
+    return pa.chunked_array([pa.array([None if text is None else _values(text, separator) for text in texts], pa.list_(pa.string()))])
+
+
+def _values(text: str, between: str | None) -> list[str]:
+    if text.startswith("["):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if isinstance(found, list):
+            return [one if isinstance(one, str) else json.dumps(one) for one in found if one is not None]
+    return [part.strip() for part in (text.split(between) if between else [text]) if part.strip()]
+
+
+def see_separator(texts: list[str | None]) -> str | None:
+    """What stands between the values of a text: the first of | ; and , that any text has outside of JSON, None for none."""
+    plain = [text for text in texts if text is not None and not text.lstrip().startswith("[")]
+    return next((sign for sign in "|;," if any(sign in text for text in plain)), None)
 
 
 def _released(column: pa.ChunkedArray, data: DataSettings, uri: str) -> pa.ChunkedArray:

@@ -72,16 +72,16 @@ def test_columns_that_tell_nothing_are_noted():
     items = pa.table({"brand": ["a", "a", "a"], "colour": pa.nulls(3, pa.string()), "size": ["s", None, None], "title": ["x", "y", "z"],
                       "image": [[1.0, 2.0]] * 3})  # fmt: skip
     kinds = {"brand": "categorical", "colour": "categorical", "size": "categorical", "title": "text", "image": "vector"}
-    assert notes(items, kinds) == [
+    assert notes(items, kinds, 4096) == [
         "feature brand: all items have the same value; it tells nothing",
         "feature colour: no item has a value; it tells nothing",
         "feature size: all items have the same value; it tells nothing",
         "feature image: all items have the same value; it tells nothing",
     ]
-    assert notes(items.set_column(2, "size", pa.array(["s", "m", None])), {"size": "categorical"}) == []
-    assert notes(pa.table({"price": [0.0] * 97 + [5.0, 6.0, 7.0]}), {"price": "numeric"}) == []
+    assert notes(items.set_column(2, "size", pa.array(["s", "m", None])), {"size": "categorical"}, 4096) == []
+    assert notes(pa.table({"price": [0.0] * 97 + [5.0, 6.0, 7.0]}), {"price": "numeric"}, 4096) == []
     many = pa.table({"size": ["s", "m", None, None, None]})
-    assert notes(many, {"size": "categorical"}) == ["feature size: 60% of the items have no value"]
+    assert notes(many, {"size": "categorical"}, 4096) == ["feature size: 60% of the items have no value"]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_poor_item_table_never_makes_a_score_that_is_not_a_number(poor, tmp_pa
     [
         ("{weight: numeric}", "has no column 'weight'"),
         ("{title: numeric}", "feature title has type string, which is not numeric"),
-        ("{title: vector}", "feature title has type string, which is not vector"),
+        ("{title: vector}", "feature title holds text that is no JSON list of numbers"),
         ("{image: categorical}", "which is not categorical"),
     ],
 )
@@ -131,3 +131,19 @@ def test_columns_that_are_missing_or_of_another_type_are_named_by_validate(poor,
     settings = load_settings(None, [f"data.events={poor.data.events[0]}", f"data.items={poor.data.items}", f"data.features={kinds}"])
     with pytest.raises(DataError, match=message):
         run_validate(settings, None)
+
+
+def test_zero_is_apart_and_what_few_items_have_is_told_apart():
+    table = pa.table({"price": [0.0] * 960 + [float(n) for n in range(1, 41)]})
+    tokens, offsets = encode(table, {"price": "numeric"}, 1 << 30)["price"]
+    of = [frozenset(tokens[a:b].tolist()) for a, b in zip(offsets[1:], [*offsets[2:], len(tokens)], strict=True)]
+    assert len(of[0]) == 1 and not of[0] & of[960] and of[960] != of[980] != of[999] and not of[960] & of[999]
+    before, _ = encode(table, {"price": "numeric"}, 1 << 30, distinct=False)["price"]
+    assert len(set(before.tolist())) < len(set(tokens.tolist()))
+
+
+def test_categories_that_share_buckets_and_long_texts_are_noted():
+    table = pa.table({"seller": [f"s{n}" for n in range(30_000)], "about": ["word"] * 29_999 + ["long " * 30_000]})
+    crowded, long = notes(table, {"seller": "categorical", "about": "text"}, 4096)
+    assert crowded == "feature seller: 30000 values in 4096 buckets, 100% of them share one with another; raise model.feature_buckets"
+    assert "150000 characters" in long and notes(table, {"seller": "categorical"}, 1 << 20) == []

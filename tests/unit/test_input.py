@@ -238,6 +238,25 @@ def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, ma
     assert [t for _, t, _ in histories(data)[7]] == [*(T + n * 60 for n in range(13)), T + 10_000], "the log's word counts"
 
 
+@pytest.mark.parametrize(
+    ("texts", "setting", "expected", "noted"),
+    [
+        (["a|b", "c, d", None], None, [["a", "b"], ["c, d"], None], False),
+        (["a, b,c", "d", ""], None, [["a", "b", "c"], ["d"], None], True),
+        (["a;b", "c", "d"], None, [["a", "b"], ["c"], ["d"]], True),
+        (["Smith, J.", "b", "c"], "|", [["Smith, J."], ["b"], ["c"]], False),
+        (["a / b", "c", "d"], " / ", [["a", "b"], ["c"], ["d"]], False),
+        (['["a", "b, c"]', "[]", '["d"]'], None, [["a", "b, c"], [], ["d"]], False),
+    ],
+)
+def test_values_of_a_multi_feature_are_lists(tmp_path, texts, setting, expected, noted):
+    pq.write_table(pa.table({"item_id": ["i0", "i1", "i2"], "tags": pa.array(texts, pa.string())}), tmp_path / "items.parquet")
+    overrides = [f"data.items={tmp_path / 'items.parquet'}", "data.features={tags: multi}", *([f"data.separator={setting}"] if setting else [])]
+    data = written(tmp_path, rows(), *overrides)
+    assert data.items["tags"].to_pylist()[:3] == expected
+    assert any("taken for what separates" in note for note in data.manifest["notes"]) == noted
+
+
 # what a time is
 
 
