@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -234,6 +235,35 @@ def unwrapped() -> Iterator[None]:
             told = str(error).strip().splitlines()[-1] if isinstance(error, RayTaskError) else first_line(error)  # after a traceback
             raise ClusterError(f"Ray lost the work: {told}", "repeat the job; it goes on where it stopped") from error
         raise
+
+
+@contextlib.contextmanager
+def without_line(*words: str) -> Iterator[None]:
+    """Keep lines with these words off standard error, which Ray's C++ writes by itself. Ray must be connected already."""
+    before, (read, write) = os.dup(2), os.pipe()
+    os.dup2(write, 2)
+    os.close(write)
+    passing = threading.Thread(target=_pass_on, args=(read, before, tuple(word.encode() for word in words)), daemon=True)
+    passing.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)  # the last end that was written to: the thread ends, unless a process that began meanwhile still holds one
+        passing.join(timeout=1.0)
+        if not passing.is_alive():
+            os.close(before)
+
+
+def _pass_on(read: int, to: int, words: tuple[bytes, ...]) -> None:
+    rest = b""
+    with open(read, "rb", buffering=0) as pipe:
+        while block := pipe.read(1 << 16):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                if not all(word in line for word in words):
+                    os.write(to, line + b"\n")
+    os.write(to, rest)
 
 
 def _own(error: BaseException | None) -> RecrayError | None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from recray import __version__
 from recray.bundle import Bundle
-from recray.cluster import require, unwrapped
+from recray.cluster import require, unwrapped, without_line
 from recray.config import ScoreSettings, Settings
 from recray.dataset.reader import Dataset
 from recray.inference import Filters, Predictor, Rules
@@ -88,7 +88,8 @@ def _on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) ->
     options = settings.score
     actors = min(options.actors, buckets)
     require(actors * options.cpus_per_actor, actors * options.gpus_per_actor, "score", settings.train.timeout_s)
-    with unwrapped():
+    # Ray Data hands its actors their work through the object store, and Ray then warns of each that it may restart
+    with unwrapped(), without_line("ScoreBucket", "constructor arguments in the object store"):
         scored = ray.data.from_items(list(range(buckets)), override_num_blocks=buckets).map(
             ScoreBucket,  # type: ignore[arg-type]
             fn_constructor_kwargs={**arguments, "threads": max(1, len(os.sched_getaffinity(0)) // actors), "gpu": options.gpus_per_actor > 0},

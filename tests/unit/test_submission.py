@@ -1,5 +1,6 @@
 """What a submission is called, and what is refused before anything is sent."""
 
+import os
 import re
 import socket
 import subprocess
@@ -117,3 +118,10 @@ def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_line_that_says_nothing_is_kept_off_standard_error_and_all_others_pass(capfd):
+    with cluster.without_line("Actor", "in the object store"):
+        os.write(2, b"before\nAn Actor has arguments in the object store\nAn Actor began\nleft over")
+    os.write(2, b" after\n")
+    assert capfd.readouterr().err == "before\nAn Actor began\nleft over after\n"
