@@ -135,6 +135,14 @@ class Shard:
         """The users who are asked in validation and test, bool [users]."""
         return np.ones(len(self), bool) if self.held_out is None else self.held_out
 
+    def leaks(self, cut_s: int) -> tuple[int, int]:
+        """How many events at or after a moment may be learned, and how many come before an earlier one of their user: none should."""
+        counts = np.diff(self.offsets)
+        position = np.arange(len(self.item_index)) - np.repeat(self.offsets[:-1], counts)
+        late = (position < np.repeat(self.split[:, 0], counts)) & (self.timestamp_s >= cut_s)
+        back = (np.diff(self.timestamp_s) < 0) & (position[1:] > 0)
+        return int(late.sum()), int(back.sum())
+
     def trained_item_index(self) -> np.ndarray:
         """Items of the training events, one after the other."""
         counts = np.diff(self.offsets)

@@ -5,6 +5,7 @@ The champion is scored again on tonight's users, so both are measured by the sam
 
 from __future__ import annotations
 
+import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,7 @@ def decide(
     checks = [of_this_data(dataset, challenger, known)]
     if not checks[0].passed:
         return checks, {}
-    why = incomparable(dataset, challenger)
-    checks.append(Check("unseen targets", why is None, f"bundle {challenger.key} {why or 'knows none of the targets it is measured by'}"))
+    checks.append(no_leak(dataset, challenger))
     setting = settings.evaluate.primary_setting
     checks += [beats(name, table[setting], settings.evaluate.k[0]) for name in settings.gates.must_beat]
     comparison: dict[str, Any] = {}
@@ -119,6 +119,19 @@ def incomparable(dataset: Dataset, bundle: Bundle) -> str | None:
     if bundle.manifest.get("trained_until_s", bundle.as_of_s) > cut:
         return "was trained beyond tonight's test cut"
     return None
+
+
+def no_leak(dataset: Dataset, bundle: Bundle) -> Check:
+    """Whether a bundle learned nothing that tonight's test asks: it ends before the cut, and so do the training events of the dataset."""
+    name = "leakage check"
+    if why := incomparable(dataset, bundle):
+        return Check(name, False, f"bundle {bundle.key} {why}")
+    cut = dataset.cut_s("test")
+    if cut is None:
+        return Check(name, True, f"no test target was in the training of bundle {bundle.key}")
+    late = sum(shard.leaks(cut)[0] for shard in dataset.shards())
+    moment = dt.datetime.fromtimestamp(cut, dt.UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")
+    return Check(name, late == 0, f"{late or 'no'} training event of bundle {bundle.key} is of {moment} or later, when the test begins")
 
 
 def parity(settings: Settings, dataset: Dataset, predictor: Predictor) -> Check:

@@ -387,7 +387,7 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> pa.Arra
     for number in range(probe.n_shards):
         shard = probe._map(number)
         split = split_shard(shard, settings.split, cuts)
-        check_cuts(shard, split, cuts)
+        check_cuts(replace(shard, split=split), cuts)
         np.save(folder / "splits" / f"{number:05d}.npy", split)
         if settings.split.held_out:
             np.save(folder / "held_out" / f"{number:05d}.npy", held_out(shard, settings.split))

@@ -115,14 +115,9 @@ def _count_before(shard: Shard, cut_s: int) -> np.ndarray:
     return found
 
 
-def check_cuts(shard: Shard, split: np.ndarray, cuts: dict[str, int]) -> None:
+def check_cuts(shard: Shard, cuts: dict[str, int]) -> None:
     """Raises DataError where a history is out of order of time, or an event at or after the test cut would be learned."""
-    if not cuts:
-        return
-    position = np.arange(len(shard.item_index)) - np.repeat(shard.offsets[:-1], np.diff(shard.offsets))
-    learned = shard.timestamp_s[position < np.repeat(split[:, 0], np.diff(shard.offsets))]
-    late = int((learned >= cuts["test"]).sum())
-    back = int(((np.diff(shard.timestamp_s) < 0) & (position[1:] > 0)).sum())
+    late, back = shard.leaks(cuts["test"]) if cuts else (0, 0)
     if late or back:
         raise DataError(
             f"{late} events at or after the test cut would be learned, {back} events come before an earlier one of their user",
