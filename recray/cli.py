@@ -268,6 +268,8 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         result = job(settings, as_of, reporter.say, **options)
         if "evaluation" in result.outputs:
             reporter.show_evaluation(result.outputs["evaluation"], settings)
+        if result.status == "refused":
+            reporter.error(result.reason.replace("; fix: ", "\n  fix: "))
         if arguments.job == "report" and not arguments.no_open:
             webbrowser.open(Path(result.outputs["report"]).as_uri())
         return result

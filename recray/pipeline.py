@@ -71,10 +71,10 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
     with tempfile.TemporaryDirectory(prefix="recray-validate-") as folder:
         rehearsed = problems.of(lambda: preparation.rehearse(settings, as_of, Path(folder), source, items))
         if rehearsed is not None:
-            dataset, rows = rehearsed
+            dataset, rows, left_out = rehearsed
             _describe(dataset, rows, source.rows, say)
             metrics |= {name: dataset.manifest[name] for name in ("users", "events", "bad_rows", "duplicates")}
-            found = [*dataset.manifest["notes"], *found]
+            found = [*left_out, *dataset.manifest["notes"], *found]
             for name in unmatched(settings.score.rules(), dataset):
                 what = f"score: no item has {name}" + ("" if rows == source.rows else ", in a sample of the rows")
                 problems.found.append(SettingsError(what, "correct the rule, or take it out"))
@@ -256,12 +256,17 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: 
         _begin(journal, settings, as_of, restart=restart)
         with _ending(journal):
             results = _stages(work, as_of, given)
+            refused = not _has_champion(work.storage)
     outputs = {name: path for result in results for name, path in result.outputs.items()}
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     reasons = [result.reason for result in results if result.reason]
     skipped = all(result.status == "skipped" for result in results)
     done = stages.result_of("nightly", skipped, results[-2].run_key, outputs, metrics, started)
     done.reason, done.warnings = "; ".join(reasons), work.warnings
+    if refused:
+        done.status = "refused"
+        fix = "nothing was published; train longer or otherwise (sections train, model), or ask less of a first model (gates.must_beat), then repeat"
+        done.reason = f"{done.reason}; fix: {fix}; the report shows what it was compared with: {outputs['report']}"
     return done
 
 
@@ -277,7 +282,7 @@ def _collect(work: Work) -> None:
 
 
 def _stages(work: Work, as_of: AsOf, given: preparation.Input) -> list[JobResult]:
-    """The stages of a night, one after the other. Raises RefusedError if there is no champion after promote."""
+    """The stages of a night, one after the other; without a champion after promote nothing is scored."""
     settings, say = work.settings, work.say
     say("── prepare", stage="prepare")
     results = [stages.prepare(work, as_of, given)]
@@ -302,7 +307,8 @@ def _stages(work: Work, as_of: AsOf, given: preparation.Input) -> list[JobResult
             work.warn(f"no policy tonight: {error.what if isinstance(error, RecrayError) else f'unexpected {type(error).__name__}: {error}'}")
             continue
         if stage is stages.promote and not _has_champion(work.storage):
-            raise RefusedError(results[-1].reason, "nothing was published; mend the model or the gate's settings, then repeat")
+            say("── report", stage="report")
+            return [*results, stages.report(work, dataset)]
     return results
 
 

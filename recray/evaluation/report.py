@@ -51,6 +51,8 @@ def write(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Pa
         "bundle": bundle,
         "champion": release.champion and release.champion.run_key,
         "decision": decision,
+        "below": bool(below := _below(table, k)),
+        "looks": [*below, *dataset.manifest.get("notes", [])],
         "snapshot": snapshot,
         "settings": {setting: {"title": TITLES[setting], "rows": _rows(rows, k)} for setting, rows in table.items()},
         "headlines": _headlines(table, settings.evaluate.primary_setting, k),
@@ -106,11 +108,22 @@ def _headlines(table: Table, setting: str, k: int) -> list[dict[str, str]]:
     interval = f"[{mine[f'ndcg@{k}_low']:.4f}, {mine[f'ndcg@{k}_high']:.4f}]"
     against = f"[{lead['model_lead_low']:+.4f}, {lead['model_lead_high']:+.4f}]"
     return [
-        {"name": f"NDCG@{k}, {TITLES[setting]}", "value": f"{mine[f'ndcg@{k}']:.4f}", "note": interval},
-        {"name": f"lead over {best}", "value": f"{lead['model_lead']:+.4f}", "note": against},
-        {"name": f"hit rate@{k}", "value": f"{mine[f'hr@{k}']:.1%}", "note": f"of {mine['users']} test users"},
-        {"name": f"coverage@{k}", "value": f"{mine[f'coverage@{k}']:.1%}", "note": "of the catalogue"},
+        {"name": f"NDCG@{k}, {TITLES[setting]}", "value": f"{mine[f'ndcg@{k}']:.4f}", "note": interval, "look": ""},
+        {"name": f"lead over {best}", "value": f"{lead['model_lead']:+.4f}", "note": against, "look": "look" if lead["model_lead"] < 0 else ""},
+        {"name": f"hit rate@{k}", "value": f"{mine[f'hr@{k}']:.1%}", "note": f"of {mine['users']} test users", "look": ""},
+        {"name": f"coverage@{k}", "value": f"{mine[f'coverage@{k}']:.1%}", "note": "of the catalogue", "look": ""},
     ]
+
+
+def _below(table: Table, k: int) -> list[str]:
+    """The baselines whose NDCG is above the model's, in words."""
+    found = []
+    for setting, rows in table.items():
+        for name, row in rows.items():
+            if row.get("model_lead", 0.0) < 0:
+                interval = f"[{row['model_lead_low']:+.4f}, {row['model_lead_high']:+.4f}]"
+                found.append(f"{TITLES[setting]}: NDCG@{k} is {row['model_lead']:+.4f} {interval} against {name}, which is better")
+    return found
 
 
 def _decision(storage: Storage, release: Release, dataset: Dataset, bundle: Bundle) -> tuple[str, dict[str, Any] | None]:

@@ -43,7 +43,7 @@ AHEAD = dt.timedelta(hours=36)  # what a time zone taken for UTC, or a date that
 class Input:
     """The files that a dataset is made of, and the sha256 of their contents: of the events, the items and the sentence encoder.
 
-    What comes into a folder later is the next night's. `notes` say what was left out.
+    What comes into a folder later is the next night's. `notes` say what was left out; a dataset does not keep them, since they name places.
     """
 
     events: tuple[InputFile, ...]
@@ -152,8 +152,11 @@ def _without_times(settings: Settings, clock: str, as_of: dt.datetime | None) ->
         yield SettingsError("--as-of says up to when events count, but data.events has no times", "leave it out, or map data.columns.timestamp")
 
 
-def rehearse(settings: Settings, as_of: dt.datetime | None, folder: Path, source: EventSource, items: pa.Table | None) -> tuple[Dataset, int]:
-    """The dataset of a sample of the rows, in a folder of its own, by this process alone; and how many rows of the source that is.
+def rehearse(
+    settings: Settings, as_of: dt.datetime | None, folder: Path, source: EventSource, items: pa.Table | None
+) -> tuple[Dataset, int, tuple[str, ...]]:
+    """The dataset of a sample of the rows, in a folder of its own, by this process alone; how many rows of the source that is, and what a
+    person should know of the files.
 
     Raises what `prepare` would raise.
     """
@@ -163,7 +166,7 @@ def rehearse(settings: Settings, as_of: dt.datetime | None, folder: Path, source
     some = source.row_groups[::step] if size <= REHEARSED_ROWS else source.row_groups[:1]
     sample = replace(source, row_groups=tuple(replace(group, number=number) for number, group in enumerate(some)))
     apart = settings.model_copy(update={"storage": settings.storage.model_copy(update={"root": str(folder)})})
-    return prepare(apart, as_of, replace(given, digests=[[], []]), _here, (sample, items)), sample.rows
+    return prepare(apart, as_of, replace(given, digests=[[], []]), _here, (sample, items)), sample.rows, given.notes
 
 
 def _here(task: Callable[[int], None], count: int) -> None:
@@ -235,7 +238,7 @@ def prepare(
             shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, settings.data, folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
-            fields |= asdict(counted) | {"notes": [*given.notes, *source.notes, *joins, *_notes(settings, plan, totals, counted)]}
+            fields |= asdict(counted) | {"notes": [*source.notes, *joins, *_notes(settings, plan, totals, counted)]}
             events = _finish(folder, fields, settings)
             item_table = item_table.set_column(item_table.schema.get_field_index("events"), "events", events)
             pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
@@ -303,7 +306,7 @@ def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: Shar
     found = []
     if totals.bad:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
-        found.append(f"{totals.bad} of {totals.rows} rows are bad and left out ({reasons}); they are in {plan.quarantine}")
+        found.append(f"{totals.bad} of {totals.rows} rows are bad and left out ({reasons}); see quarantine/ under storage.root")
     if counted.duplicates:
         what = "left out" if settings.data.duplicates == "drop" else "kept: data.duplicates=drop leaves them out"
         found.append(f"{counted.duplicates} events equal another in all mapped columns and are {what}")

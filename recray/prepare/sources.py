@@ -162,9 +162,7 @@ class _Clocks:
         if self.unit not in (None, "s"):
             found.append(f"times are read as {WORDS[str(self.unit)]}; data.time_unit={self.unit} says so without this note")
         if self.naive and self.zoned and self.zone is None:
-            found.append(
-                f"{len(self.naive)} files have times without a zone ({self.naive[0]} …), {self.zoned} with one; those without are UTC: data.timezone"
-            )
+            found.append(f"{len(self.naive)} files have times without a zone, {self.zoned} with one; those without are UTC: data.timezone")
         return tuple(found)
 
 

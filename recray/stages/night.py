@@ -66,7 +66,7 @@ def prepare(work: Work, as_of: AsOf, given: preparation.Input) -> JobResult:
     dataset = preparation.prepare(work.settings, as_of, given)
     manifest = dataset.manifest
     metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}
-    for note in manifest.get("notes", []):
+    for note in (*given.notes, *manifest.get("notes", [])):
         work.warn(note)
     work.say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows")
     return result_of("prepare", skipped, key, {"dataset": str(path)}, metrics, started)

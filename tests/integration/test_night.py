@@ -237,3 +237,16 @@ def test_errors_inside_ray_are_recrays_own(settings, tmp_path):
     with pytest.raises(TrainingError, match="loss of epoch 1 is nan"):
         pipeline.run_train(load_settings(None, overrides), None)
     assert not list((tmp_path / "root" / "bundles").glob("*"))
+
+
+def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and_publishes_nothing(settings, tmp_path):
+    changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path / "root")})}
+    changed |= {"gates": settings.gates.model_copy(update={"must_beat": ("EASE",)})}
+    changed |= {"train": settings.train.model_copy(update={"learning_rate": 1e-9, "epochs": 1})}
+    changed |= {"model": settings.model.model_copy(update={"repeat": False, "prior_days": 0})}
+    refused = pipeline.run_nightly(settings.model_copy(update=changed), FIRST)
+    assert (refused.status, refused.exit_code) == ("refused", 3) and "of EASE" in refused.reason and "gates.must_beat" in refused.reason
+    assert Path(refused.outputs["evaluation"]).exists() and "is better" in Path(refused.outputs["report"]).read_text()
+    assert not (tmp_path / "root" / "LATEST.json").exists() and "snapshot" not in refused.outputs
+    again = pipeline.run_nightly(settings.model_copy(update=changed), FIRST)
+    assert again.reason == refused.reason and again.outputs == refused.outputs

@@ -21,7 +21,7 @@ from recray.config import load_settings
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError, RefusedError, SettingsError, TooManyBadRowsError
 from recray.prepare.files import list_files, natural
-from recray.prepare.prepare import inspect
+from recray.prepare.prepare import find_input, inspect
 from recray.prepare.times import MAX_US, OUTSIDE, SEEN, UNITS, TimeRule, see_unit, whole_us
 from recray.state import collect as collecting
 from recray.state.log import Entry, key_of, open_log
@@ -42,7 +42,10 @@ def rows(users=20, each=10, first=T, step=DAY):
 
 def prepared(tmp_path, *overrides, as_of=None, events=None):
     where = [] if events is None else [f"data.events={json.dumps([str(path) for path in events])}"]
-    return prepare_here(load_settings(None, [*where, f"storage.root={tmp_path / 'root'}", "data.shards=2", *overrides]), as_of)
+    chosen = load_settings(None, [*where, f"storage.root={tmp_path / 'root'}", "data.shards=2", *overrides])
+    data = prepare_here(chosen, as_of)
+    data.said = [*find_input(chosen).notes, *data.manifest["notes"]]
+    return data
 
 
 def written(tmp_path, table, *overrides, as_of=None):
@@ -93,7 +96,7 @@ def test_a_file_is_known_by_its_name_or_its_first_bytes_and_what_is_left_out_is_
     (folder / "empty").touch()
     data = prepared(tmp_path, events=[folder])
     assert data.manifest["rows"] == 5 * 20
-    notes = "; ".join(data.manifest["notes"])
+    notes = "; ".join(data.said)
     for name, why in (
         ("notes.txt", "neither Parquet, CSV nor JSON lines"),
         ("schema.json", "neither"),
@@ -109,7 +112,7 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path):
     pq.write_table(rows(), folder / "2024" / "a.parquet")
     (tmp_path / "other").symlink_to(folder)
     data = prepared(tmp_path, events=[folder, folder / "2024" / "a.parquet", tmp_path / "other"])
-    assert data.n_events == 200 and any("2 files" in note and "read once" in note for note in data.manifest["notes"])
+    assert data.n_events == 200 and any("2 files" in note and "read once" in note for note in data.said)
 
 
 def test_what_folders_say_are_columns(tmp_path):
@@ -171,7 +174,7 @@ def test_text_that_is_no_row_goes_to_quarantine_and_too_much_of_it_is_refused(tm
         "line is no row", "time is no ISO 8601", "value is not a number", "user_id is blank", "item_id is blank",
     }  # fmt: skip
     assert {row["given_timestamp"] for row in bad} >= {"2024-02-31", "12/1/2010 8:26"} and "u1,i1" in {row["line"] for row in bad}
-    assert data.n_events == 300 and any("6 of 306 rows are bad" in note for note in data.manifest["notes"])
+    assert data.n_events == 300 and any("6 of 306 rows are bad" in note for note in data.said)
 
 
 def test_ids_are_whole_numbers_where_every_file_has_such_and_text_else(tmp_path):
@@ -182,7 +185,7 @@ def test_ids_are_whole_numbers_where_every_file_has_such_and_text_else(tmp_path)
     assert set(histories(both)) == {*map(str, range(5)), *(f"00{n}" for n in range(5))} and both.items["item_id"].type == pa.int64()
     pq.write_table(pa.table({"item_id": ["0", "1", "2"]}), tmp_path / "items.parquet")
     joined = prepared(tmp_path, f"data.items={tmp_path / 'items.parquet'}", events=[tmp_path / "a.csv"])
-    assert joined.items["item_id"].to_pylist() == ["0", "1", "2"] and any("read as text" in note for note in joined.manifest["notes"])
+    assert joined.items["item_id"].to_pylist() == ["0", "1", "2"] and any("read as text" in note for note in joined.said)
 
 
 def test_what_is_no_text_table_is_named(tmp_path):
@@ -198,7 +201,7 @@ def test_what_is_no_text_table_is_named(tmp_path):
 def test_rows_that_say_the_same_are_counted_and_dropped_where_asked(tmp_path):
     table = pa.concat_tables([rows(), rows().slice(10, 30), rows().slice(12, 3)])
     kept = written(tmp_path, table)
-    assert (kept.n_events, kept.manifest["duplicates"]) == (233, 33) and any("33 events equal another" in note for note in kept.manifest["notes"])
+    assert (kept.n_events, kept.manifest["duplicates"]) == (233, 33) and any("33 events equal another" in note for note in kept.said)
     dropped = written(tmp_path, table, "data.duplicates=drop")
     assert (dropped.n_events, dropped.manifest["duplicates"]) == (200, 33) and histories(dropped) == histories(written(tmp_path, rows()))
     other = pa.concat_tables([rows().append_column("value", pa.array([1.0] * 200)), rows().append_column("value", pa.array([2.0] * 200))])
@@ -207,9 +210,9 @@ def test_rows_that_say_the_same_are_counted_and_dropped_where_asked(tmp_path):
 
 def test_worth_less_than_asked_is_left_out_and_what_is_worth_nothing_is_said(tmp_path):
     table = rows().append_column("value", pa.array([-1.0, 0.0, 1.0, 2.0] * 50))
-    assert any("100 events have a value of 0 or less" in note for note in written(tmp_path, table).manifest["notes"])
+    assert any("100 events have a value of 0 or less" in note for note in written(tmp_path, table).said)
     data = written(tmp_path, table, "data.min_value=1")
-    assert (data.n_events, data.manifest["low_rows"], data.manifest["notes"]) == (100, 100, [])
+    assert (data.n_events, data.manifest["low_rows"], data.said) == (100, 100, [])
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -254,7 +257,7 @@ def test_values_of_a_multi_feature_are_lists(tmp_path, texts, setting, expected,
     overrides = [f"data.items={tmp_path / 'items.parquet'}", "data.features={tags: multi}", *([f"data.separator={setting}"] if setting else [])]
     data = written(tmp_path, rows(), *overrides)
     assert data.items["tags"].to_pylist()[:3] == expected
-    assert any("taken for what separates" in note for note in data.manifest["notes"]) == noted
+    assert any("taken for what separates" in note for note in data.said) == noted
 
 
 # what a time is
@@ -277,8 +280,8 @@ def test_the_unit_of_whole_numbers_is_seen_and_said(tmp_path, unit, of, kind):
     else:
         data = written(tmp_path, table)
     assert histories(data) == histories(written(tmp_path, rows()))
-    assert any(f"data.time_unit={unit}" in note for note in data.manifest["notes"]) == (unit != "s")
-    assert written(tmp_path, table, f"data.time_unit={unit}").manifest["notes"] == []
+    assert any(f"data.time_unit={unit}" in note for note in data.said) == (unit != "s")
+    assert written(tmp_path, table, f"data.time_unit={unit}").said == []
 
 
 @pytest.mark.parametrize(("unit", "size"), [("days", DAY), ("hours", 3600), ("minutes", 60)])
@@ -310,7 +313,7 @@ def test_a_few_times_of_the_future_are_bad_rows_and_many_refuse_the_run(tmp_path
     late = int(dt.datetime.now(dt.UTC).timestamp()) + 5 * 365 * DAY
     times = rows()["timestamp"].to_pylist()
     data = written(tmp_path, rows().set_column(2, "timestamp", pa.array([late, late, *times[2:]])))
-    assert (data.n_events, data.as_of_s) == (198, max(times)) and any("2 × time is in the future" in note for note in data.manifest["notes"])
+    assert (data.n_events, data.as_of_s) == (198, max(times)) and any("2 × time is in the future" in note for note in data.said)
     with pytest.raises(RefusedError, match="20 of 200 events have times of the future"):
         written(tmp_path, rows().set_column(2, "timestamp", pa.array([late] * 20 + times[20:])))
     assert (
@@ -356,9 +359,9 @@ def test_times_without_a_zone_have_one_rule(tmp_path):
         rows().set_column(2, "timestamp", pa.array([t.replace(tzinfo=dt.UTC) for t in naive], pa.timestamp("us", "UTC"))), folder / "b.parquet"
     )
     mixed = prepared(tmp_path, events=[folder])
-    assert any("without a zone" in note and "data.timezone" in note for note in mixed.manifest["notes"])
+    assert any("without a zone" in note and "data.timezone" in note for note in mixed.said)
     said = prepared(tmp_path, "data.timezone=America/New_York", events=[folder])
-    assert said.manifest["notes"] == [] and {t % DAY for history in histories(said).values() for _, t, _ in history} == {12 * 3600, 16 * 3600}
+    assert said.said == [] and {t % DAY for history in histories(said).values() for _, t, _ in history} == {12 * 3600, 16 * 3600}
     with pytest.raises(SettingsError, match="Europe/Berlin"):
         load_settings(None, ["data.timezone=Europe/Berlim"])
 

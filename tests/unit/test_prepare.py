@@ -314,7 +314,7 @@ def test_what_does_not_fit_the_types_is_named(tmp_path):
     pq.write_table(pa.table({"item_id": ["i1"], "brand": ["a"]}), items / "a.parquet")
     pq.write_table(pa.table({"item_id": ["i2"], "brand": [["a"]]}), items / "b.parquet")
     with pytest.raises(DataError, match="the other item files differ"):
-        dataset(tmp_path, overrides=[f"data.items={items}", "data.features={brand: multi}"])
+        dataset(tmp_path, overrides=[f"data.items={items}", "data.features={brand: categorical}"])
     pq.write_table(pa.table({"item_id": large}), items / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: an id does not fit"):
         dataset(tmp_path, overrides=[f"data.items={items / 'a.parquet'}"])

@@ -231,3 +231,9 @@ def test_where_privacy_is_on_nothing_else_is_published(fresh):
     with pytest.raises(RefusedError, match="trained without privacy"):
         promotion.keep_private(private, bundle)
     promotion.keep_private(settings, bundle)
+
+
+def test_a_baseline_that_is_better_is_something_to_look_at():
+    row = {"model_lead": -0.0123, "model_lead_low": -0.02, "model_lead_high": -0.001}
+    rows = {"recray": {}, "EASE": row, "item-kNN": {**row, "model_lead": 0.1}, "personal frequency": {"skipped": "why"}}
+    assert report._below({"repeats": rows}, 10) == ["repeats allowed: NDCG@10 is -0.0123 [-0.0200, -0.0010] against EASE, which is better"]

@@ -155,7 +155,7 @@ def test_a_bucket_without_a_user_is_read(tmp_path):
 
 
 def test_users_with_text_ids_are_found(tmp_path):
-    names = sorted({f"user {n}" for n in range(50)} | {"ä", "Z", "", "\U0001f600"})
+    names = sorted({f"user {n}" for n in range(50)} | {"ä", "Z", "\U0001f600"})
     write_part(
         tmp_path, 0, pa.array(names), pa.array(names), pa.array(range(len(names) + 1), pa.int32()),
         pa.array(range(len(names)), pa.float32()), ["model"] * len(names),
