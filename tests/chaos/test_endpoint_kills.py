@@ -276,7 +276,7 @@ def _told(address: str, then) -> list[int]:
 
 
 def _collected(root: Path) -> Counter:
-    found = [int(user) for file in collected_files(root) for user in pq.read_table(file)["user_id"].to_pylist()]
+    found = [int(user) for file in collected_files(root) for user in pq.read_table(file.uri)["user_id"].to_pylist()]
     return Counter(user for user in found if user > 1000)
 
 
