@@ -29,8 +29,7 @@ SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] 
 
 
 def prepare_here(settings: Settings, as_of=None) -> Dataset:
-    from recray.benchmark.data import one_by_one
-    from recray.prepare.prepare import prepare
+    from recray.prepare.prepare import one_by_one, prepare
 
     return prepare(settings, as_of, each=one_by_one)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
 from recray.inference import Predictor
-from recray.prepare.prepare import prepare
+from recray.prepare.prepare import one_by_one, prepare
 from recray.stages import Say
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
@@ -68,12 +67,6 @@ def find_data(data: str) -> Path:
 def prepare_alone(settings: Settings) -> Dataset:
     """The dataset of the settings, made in this process without Ray."""
     return prepare(settings, None, each=one_by_one)
-
-
-def one_by_one(task: Callable[[int], None], count: int) -> None:
-    """Run the tasks of prepare in this process."""
-    for number in range(count):
-        task(number)
 
 
 def write_for_peers(dataset: Dataset, path: Path) -> None:

@@ -97,6 +97,12 @@ def on_ray_data(task: Callable[[int], None], count: int) -> None:
         ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1, ray_remote_args_fn=_retries).materialize()
 
 
+def one_by_one(task: Callable[[int], None], count: int) -> None:
+    """Run the tasks of prepare in this process."""
+    for number in range(count):
+        task(number)
+
+
 def _collected(files: tuple[InputFile, ...]) -> dict[str, int]:
     """The last number of the endpoint's log that is in the data, by the identity of the log."""
     found: dict[str, int] = {}
@@ -160,18 +166,14 @@ def rehearse(
 
     Raises what `prepare` would raise.
     """
-    given = find_input(settings)
+    events, collected, described = _files(settings)
+    given = Input(events.files, collected, described.files, [[], []], events.notes + described.notes)  # what is thrown away needs no digests
     size = source.rows / max(len(source.row_groups), 1)
     step = max(-(-source.rows // REHEARSED_ROWS), 1)
     some = source.row_groups[::step] if size <= REHEARSED_ROWS else source.row_groups[:1]
     sample = replace(source, row_groups=tuple(replace(group, number=number) for number, group in enumerate(some)))
     apart = settings.model_copy(update={"storage": settings.storage.model_copy(update={"root": str(folder)})})
-    return prepare(apart, as_of, replace(given, digests=[[], []]), _here, (sample, items)), sample.rows, given.notes
-
-
-def _here(task: Callable[[int], None], count: int) -> None:
-    for number in range(count):
-        task(number)
+    return prepare(apart, as_of, given, one_by_one, (sample, items)), sample.rows, given.notes
 
 
 def prepare(

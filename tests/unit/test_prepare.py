@@ -6,14 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import prepare_here, world_overrides
 
-from recray.benchmark.data import one_by_one
 from recray.config import load_settings
 from recray.dataset.reader import Dataset, bucket_of
 from recray.errors import DamagedArtifactError, DataError, OutputExistsError, TooManyBadRowsError
 from recray.evaluation.protocol import Questions
 from recray.prepare.files import _below
 from recray.prepare.partition import LIVE_POSITION
-from recray.prepare.prepare import prepare, prepare_key
+from recray.prepare.prepare import one_by_one, prepare, prepare_key
 from recray.prepare.split import quantile
 
 
