@@ -42,6 +42,7 @@ fi
 
 # two lanes on two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+export RAY_worker_niceness=0 # Ray's workers come after everybody else by default: beside a busy process they would stand still
 tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }

@@ -311,6 +311,9 @@ class GatesSettings(Section):
         ("most popular",), description="baselines whose NDCG a challenger must exceed"
     )
     parity_users: int = Field(256, ge=1, description="users whose answers alone and in a batch are compared before a promotion")
+    first_run: Literal["refuse", "fallback"] = Field(
+        "refuse", description="while no bundle was ever promoted: refuse publishes nothing, fallback publishes the popular list for everybody"
+    )
 
 
 class PolicySettings(Section):

@@ -256,7 +256,7 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: 
         _begin(journal, settings, as_of, restart=restart)
         with _ending(journal):
             results = _stages(work, as_of, given)
-            refused = not _has_champion(work.storage)
+            refused = _publishes_nothing(work)
     outputs = {name: path for result in results for name, path in result.outputs.items()}
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     reasons = [result.reason for result in results if result.reason]
@@ -265,7 +265,8 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: 
     done.reason, done.warnings = "; ".join(reasons), work.warnings
     if refused:
         done.status = "refused"
-        fix = "nothing was published; train longer or otherwise (sections train, model), or ask less of a first model (gates.must_beat), then repeat"
+        fix = "nothing was published; train longer or otherwise (sections train, model), or ask less of a first model (gates.must_beat), "
+        fix += "then repeat; gates.first_run=fallback publishes the popular list until one passes"
         done.reason = f"{done.reason}; fix: {fix}; the report shows what it was compared with: {outputs['report']}"
     return done
 
@@ -282,7 +283,7 @@ def _collect(work: Work) -> None:
 
 
 def _stages(work: Work, as_of: AsOf, given: preparation.Input) -> list[JobResult]:
-    """The stages of a night, one after the other; without a champion after promote nothing is scored."""
+    """The stages of a night, one after the other; what needs a champion is left out where there is none."""
     settings, say = work.settings, work.say
     say("── prepare", stage="prepare")
     results = [stages.prepare(work, as_of, given)]
@@ -306,7 +307,7 @@ def _stages(work: Work, as_of: AsOf, given: preparation.Input) -> list[JobResult
                 raise
             work.warn(f"no policy tonight: {error.what if isinstance(error, RecrayError) else f'unexpected {type(error).__name__}: {error}'}")
             continue
-        if stage is stages.promote and not _has_champion(work.storage):
+        if stage is stages.promote and _publishes_nothing(work):
             say("── report", stage="report")
             return [*results, stages.report(work, dataset)]
     return results
@@ -470,6 +471,11 @@ def _policy_gone(storage: Storage, release: Release) -> bool:
     published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
     policy = published.get("policy")
     return bool(policy is not None and published["bundle_digest"] == champion.digest and f"{champion.run_key}+{policy}" in release.rolled_back)
+
+
+def _publishes_nothing(work: Work) -> bool:
+    """Whether a night ends without lists: the gate never let a bundle pass, and the settings want nothing else meanwhile."""
+    return work.settings.gates.first_run == "refuse" and not _has_champion(work.storage)
 
 
 def _has_champion(storage: Storage) -> bool:

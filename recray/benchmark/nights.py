@@ -14,7 +14,7 @@ from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
 from recray.release import Member, Release
-from recray.scoring.score import ScoreBucket, write_night
+from recray.scoring.score import By, ScoreBucket, write_night
 from recray.storage import Storage
 from recray.training.private import PrivateLoop
 from recray.training.trainer import bundle_settings, mechanism_for
@@ -39,7 +39,7 @@ def publish_untrained(settings: Settings, dataset: Dataset, root: Path, privacy:
         shutil.copytree(dataset.path, storage.dataset(dataset.key))
     bundle = untrained(settings, dataset, storage.bundle(KEY), KEY, privacy)
     Release(champion=Member.of(bundle)).write(storage)
-    write_night(storage, KEY, Dataset.open(storage.dataset(dataset.key)), bundle, settings.score, each_bucket)
+    write_night(storage, KEY, Dataset.open(storage.dataset(dataset.key)), By(bundle), settings.score, each_bucket)
     return storage
 
 

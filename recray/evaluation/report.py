@@ -52,7 +52,7 @@ def write(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Pa
         "champion": release.champion and release.champion.run_key,
         "decision": decision,
         "below": bool(below := _below(table, k)),
-        "looks": [*below, *dataset.manifest.get("notes", [])],
+        "looks": [*_meanwhile(snapshot), *below, *dataset.manifest.get("notes", [])],
         "snapshot": snapshot,
         "settings": {setting: {"title": TITLES[setting], "rows": _rows(rows, k)} for setting, rows in table.items()},
         "headlines": _headlines(table, settings.evaluate.primary_setting, k),
@@ -113,6 +113,12 @@ def _headlines(table: Table, setting: str, k: int) -> list[dict[str, str]]:
         {"name": f"hit rate@{k}", "value": f"{mine[f'hr@{k}']:.1%}", "note": f"of {mine['users']} test users", "look": ""},
         {"name": f"coverage@{k}", "value": f"{mine[f'coverage@{k}']:.1%}", "note": "of the catalogue", "look": ""},
     ]
+
+
+def _meanwhile(snapshot: dict[str, Any] | None) -> list[str]:
+    if snapshot is None or not snapshot.get("popular_only"):
+        return []
+    return ["no model was promoted yet: everybody gets the popular list (gates.first_run: fallback)"]
 
 
 def _below(table: Table, k: int) -> list[str]:

@@ -107,6 +107,7 @@ class Predictor:
     barred_until : the same, for what is not answered before that day, unless it was met before; None: nothing is
     retired : indices of items that are never answered
     policy : decides how the attention is turned for each request, unless `controls` say so; None: the trained model as it is
+    popular_only : every history is answered with the popular list, as one without a known item is
     half : a CPU's products of the histories in bfloat16, those with the items in float32; answers agree to some 1e-2 of their scale alone
     """
 
@@ -124,6 +125,7 @@ class Predictor:
         barred_until: np.ndarray | None = None,
         retired: np.ndarray | None = None,
         policy: Policy | None = None,
+        popular_only: bool = False,
         half: bool = False,
     ) -> None:
         self.model = model
@@ -134,7 +136,7 @@ class Predictor:
         self.context = list(context)
         self.device = next(model.parameters()).device
         self.retired = torch.from_numpy(np.zeros(0, np.int64) if retired is None else np.asarray(retired, np.int64)).to(self.device)
-        self.policy, self.half = policy, half
+        self.policy, self.popular_only, self.half = policy, popular_only, half
         if policy is not None:
             dials(policy.actions, model, event_types)  # says now what it does not have
         self._later = Later.of(barred_until, popularity, self.device) if barred_until is not None and has_time else None
@@ -158,6 +160,7 @@ class Predictor:
         *,
         dataset: Dataset | None = None,
         device: str | torch.device = "cpu",
+        popular_only: bool = False,
         half: bool = False,
     ) -> Predictor:
         """Predictor of a bundle, and of an attention policy that was loaded for it or lies in a folder, after their digests were verified.
@@ -194,6 +197,7 @@ class Predictor:
             barred_until=barred_until,
             retired=retired,
             policy=Policy.load(Path(policy), opened.digest) if isinstance(policy, str | Path) else policy,
+            popular_only=popular_only,
             half=half,
         )
 
@@ -484,7 +488,8 @@ class Predictor:
         """
         kept = np.flatnonzero(np.asarray(history.item_index) > 0)[-self.model.shape.history :]
         known = self._known(history)
-        if not len(kept):
+        if not len(known.item_index):
+            kept = kept[:0]
             return Explanation(kept, np.zeros(0, np.float32), np.zeros((len(items), 0), np.float32))
         fields = np.zeros(self.model.shape.context, np.int64) if context is None else context
         batch = self._inputs.batch([known], np.array([now], np.int64), fields[None]).to(self.device)
@@ -570,9 +575,11 @@ class Predictor:
         return rules.of_counts(found, first) if self.model.offset_V is None else rules.boosted(found, first)
 
     def _known(self, history: History) -> History:
-        """The last events of items that the bundle knows."""
+        """The last events of items that the bundle knows; none where the model is not to be asked."""
         index = np.asarray(history.item_index)
         self._inside(index)
+        if self.popular_only:
+            return History(*(np.asarray(values)[:0] for values in history))
         if not index.all():
             keep = index > 0
             history = History(*(np.asarray(a)[keep] for a in history))

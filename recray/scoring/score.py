@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,31 +27,40 @@ from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_direc
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def score_key(settings: Settings, dataset: Dataset, bundle: Bundle, policy: str | None = None) -> str:
-    """Run key of score. policy : run key of the attention policy that decides."""
-    chosen = settings.result_settings("score")
-    return key_of("score", chosen, dataset.key, dataset.digest, bundle.digest, policy, dataset.as_of_s, __version__)
+@dataclass(frozen=True)
+class By:
+    """What the users of a night are scored by: a bundle as it is, turned by a policy (its run key), or its popular list alone."""
+
+    bundle: Bundle
+    policy: str | None = None
+    popular_only: bool = False
 
 
-def score(settings: Settings, key: str, dataset: Dataset, bundle: Bundle, policy: str | None = None) -> tuple[Path, dict[str, Any], bool]:
+def score_key(settings: Settings, dataset: Dataset, by: By) -> str:
+    """Run key of score."""
+    turned = "popular only" if by.popular_only else by.policy
+    return key_of("score", settings.result_settings("score"), dataset.key, dataset.digest, by.bundle.digest, turned, dataset.as_of_s, __version__)
+
+
+def score(settings: Settings, key: str, dataset: Dataset, by: By) -> tuple[Path, dict[str, Any], bool]:
     """Score every user, by what a policy decides on the average where there is one, seal the snapshot and publish it. Needs a Ray session.
 
     Returns its path, its manifest, and whether the publication changed. Raises RefusedError for an older night.
     """
-    return write_night(Storage(settings.root()), key, dataset, bundle, settings.score, partial(_on_ray_data, settings), policy)
+    return write_night(Storage(settings.root()), key, dataset, by, settings.score, partial(_on_ray_data, settings))
 
 
-def write_night(
-    storage: Storage, key: str, dataset: Dataset, bundle: Bundle, options: ScoreSettings, each: Each, policy: str | None = None
-) -> tuple[Path, dict[str, Any], bool]:
+def write_night(storage: Storage, key: str, dataset: Dataset, by: By, options: ScoreSettings, each: Each) -> tuple[Path, dict[str, Any], bool]:
     """As `score`; `each` says how the buckets are scored."""
     path = snapshot_path(storage, dataset.as_of_s, key)
+    bundle, policy = by.bundle, by.policy
     if not is_sealed(path, KIND, key):
         fields: dict[str, Any] = {
             "as_of_s": dataset.as_of_s,
             "bundle": storage.bundle(bundle.key).relative_to(storage.root).as_posix(),
             "bundle_digest": bundle.digest,
             "policy": policy,
+            "popular_only": by.popular_only,
             "dataset": storage.dataset(dataset.key).relative_to(storage.root).as_posix(),
             "dataset_digest": dataset.digest,
             "user_type": str(dataset.user_type),
@@ -64,6 +74,7 @@ def write_night(
             arguments = {
                 "bundle": str(bundle.path),
                 "policy": None if policy is None else str(storage.policy(policy)),
+                "popular_only": by.popular_only,
                 "dataset": str(dataset.path),
                 "folder": str(folder),
                 "k": options.k,
@@ -112,6 +123,7 @@ class ScoreBucket:
         *,
         bundle: str,
         policy: str | None,
+        popular_only: bool = False,
         dataset: str,
         folder: str,
         k: int,
@@ -129,7 +141,7 @@ class ScoreBucket:
         keep_freed_memory()
         self.dataset = Dataset.open(dataset)
         place = device("score.gpus_per_actor", gpu=gpu)
-        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset, device=place, half=precision == "bfloat16")
+        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset, device=place, popular_only=popular_only, half=precision == "bfloat16")
         self.translation = self.predictor.translation(self.dataset)
         self.private = private
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users

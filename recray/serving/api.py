@@ -275,6 +275,7 @@ class ModelsResponse(BaseModel):
     night: str
     users: int
     items: int
+    popular_only: bool = Field(False, description="no model was promoted yet: the popular list answers everybody (gates.first_run: fallback)")
     loaded_at: dt.datetime
     challenger: str | None = Field(None, description="bundle on trial, and its policy behind a plus sign")
     share: float = Field(0.0, description="of the users whom it answers")

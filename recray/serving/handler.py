@@ -199,7 +199,7 @@ class Handler:
         return HistoryResponse(events=self.night.known(request.user_id, fresh, request.last), degraded=degraded)
 
     async def similar(self, request: SimilarRequest) -> SimilarResponse:
-        """Raises RequestError for an unknown item."""
+        """Raises RequestError for an unknown item, UnavailableError where no model may answer."""
         begun, night = time.monotonic(), self.night
         found = Found(list(await asyncio.to_thread(night.similar, request.item_id, request.k)), "realtime")
         told = SimilarResponse(request_id=_new_id(), night=night.date, bundle=night.bundle, items=items_of(found))

@@ -23,7 +23,7 @@ from recray.config import ScoreSettings
 from recray.dataset.context import asked
 from recray.dataset.ids import as_id
 from recray.dataset.reader import Dataset, History
-from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
+from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError, UnavailableError
 from recray.inference import Filters, Predictor, Rules, Translation
 from recray.inference.policy import Policy, dials, explore
 from recray.inference.rules import having, in_precision
@@ -77,7 +77,8 @@ class Night:
         bundle = Bundle.open(storage.root / snapshot.manifest["bundle"])
         if bundle.digest != snapshot.manifest["bundle_digest"]:
             raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
-        return cls._of(snapshot, dataset, bundle, snapshot.manifest.get("policy"), device, bound)
+        popular_only = bool(snapshot.manifest.get("popular_only"))
+        return cls._of(snapshot, dataset, bundle, snapshot.manifest.get("policy"), device, bound, popular_only=popular_only)
 
     @classmethod
     def stand_in(cls, storage: Storage, score: ScoreSettings, device: str | torch.device = "cpu", bound: float = 1.0) -> Night:
@@ -107,14 +108,24 @@ class Night:
         return self._of(self.snapshot, self.dataset, bundle, policy, self.predictor.device, self.bound)
 
     @classmethod
-    def _of(cls, snapshot: Snapshot, dataset: Dataset, bundle: Bundle, policy: str | None, device: str | torch.device, bound: float) -> Night:
+    def _of(
+        cls,
+        snapshot: Snapshot,
+        dataset: Dataset,
+        bundle: Bundle,
+        policy: str | None,
+        device: str | torch.device,
+        bound: float,
+        *,
+        popular_only: bool = False,
+    ) -> Night:
         decides = None
         if policy is not None:
             decides, why = Policy.sound(Storage(bundle.path.parent.parent).policy(policy), bundle.digest, bound=bound)
             if decides is None:
                 logging.getLogger("ray.serve").error("policy %s does not decide, the trained model answers as it is: %s", policy, why)
                 policy = None
-        predictor = Predictor.load(bundle.path, decides, dataset=dataset, device=device)
+        predictor = Predictor.load(bundle.path, decides, dataset=dataset, device=device, popular_only=popular_only)
         predictor.quicken(QUICK_USERS)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
         translation = predictor.translation(dataset)
@@ -135,6 +146,11 @@ class Night:
     def whole(self) -> bool:
         """Whether there are nightly lists."""
         return bool(self.snapshot.manifest["users"])
+
+    @property
+    def popular_only(self) -> bool:
+        """Whether the popular list answers everybody, since no model was promoted yet."""
+        return self.predictor.popular_only
 
     @cached_property
     def date(self) -> str:
@@ -166,6 +182,7 @@ class Night:
             night=self.date,
             users=manifest["users"],
             items=self.predictor.answerable,
+            popular_only=self.popular_only,
             loaded_at=self.loaded_at,
         )
 
@@ -257,7 +274,7 @@ class Night:
             return None
         if exploration is not None and not self.explores(exploration):
             exploration = None
-        if (policy is None and exploration is None) or not (history.item_index > 0).any():
+        if (policy is None and exploration is None) or not self._asks_model(history):
             return None
         observation = self.predictor.observe(history, now, self.state(request))
         source = exploration if policy is None else policy
@@ -268,6 +285,10 @@ class Night:
             action, log_density = explore(mean[None], exploration.sigma, exploration.random)
             played, density, sigma = action[0], float(log_density[0]), exploration.sigma
         return Decision(self.policy or "", source.actions, observation, mean, played, density, sigma, source.bound)
+
+    def _asks_model(self, history: History) -> bool:
+        """Whether the model answers for a history, rather than the popular list."""
+        return not self.popular_only and bool((history.item_index > 0).any())
 
     def explores(self, exploration: Explore) -> bool:
         """Whether there is something to explore: the policy's controls, or those of `exploration`. What the model does not have is said once."""
@@ -318,7 +339,9 @@ class Night:
         return Found(items[: request.k], "popular")
 
     def similar(self, item_id: Any, k: int) -> list[tuple[Any, float]]:
-        """Items like an item, with their cosines. Raises UnknownItemError."""
+        """Items like an item, with their cosines. Raises UnknownItemError, UnavailableError where no model may answer."""
+        if self.popular_only:
+            raise UnavailableError("no model was promoted yet: the popular list alone is served", "see the report of the last night")
         item = int(self.predictor.index_of([item_id])[0])
         if not item:
             raise UnknownItemError(f"item_id: no item {item_id!r}", "ask for one of the item table")
@@ -396,8 +419,8 @@ class Night:
         found = []
         for question, places, values in zip(questions, index, scores, strict=True):
             pairs = zip(question.candidates or (), places.tolist(), values.tolist(), strict=True)
-            known = (question.history.item_index > 0).any()
-            found.append(Found([(item, value if place else None) for item, place, value in pairs], "realtime" if known else "popular"))
+            source: Source = "realtime" if self._asks_model(question.history) else "popular"
+            found.append(Found([(item, value if place else None) for item, place, value in pairs], source))
         return found
 
     def _reasons(self, questions: list[Question]) -> list[Found]:

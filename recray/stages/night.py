@@ -224,16 +224,23 @@ def _not_promoted(work: Work, reason: str, started: float) -> JobResult:
 
 
 def score(work: Work, dataset: Dataset) -> JobResult:
-    """Every user's list by the champion, published. Raises RefusedError if there is no champion, or the night is older than it."""
+    """Every user's list by the champion, published; before the first one, the popular list where `gates.first_run` says so.
+
+    Raises RefusedError if there is no champion, or the night is older than it.
+    """
     from recray.inference import unmatched
     from recray.promotion import champion_of, keep_private, policy_of
+    from recray.release import Release
     from recray.scoring import score as scoring
     from recray.snapshot import writer
 
     started = time.monotonic()
     storage, settings = work.storage, work.settings
-    bundle = champion_of(storage)
+    popular_only = settings.gates.first_run == "fallback" and Release.read(storage).champion is None
+    bundle = current_bundle(settings, dataset) if popular_only else champion_of(storage)
     keep_private(settings, bundle)
+    if popular_only:
+        work.warn("no model was promoted yet: everybody gets the popular list (gates.first_run: fallback)")
     if bundle.as_of_s > dataset.as_of_s:
         raise RefusedError(
             f"champion {bundle.key} knows events up to {date_of(bundle.as_of_s)}, later than this night of {date_of(dataset.as_of_s)}",
@@ -242,16 +249,17 @@ def score(work: Work, dataset: Dataset) -> JobResult:
     for name in unmatched(settings.score.rules(), dataset):
         work.warn(f"a rule of section score is about {name!r}, which no item has")
     if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):
-        work.warn(f"champion {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
+        work.warn(f"bundle {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
     policy = policy_of(storage)
     if sound_policy(work, bundle, policy) is None:
         policy = None
-    key = scoring.score_key(settings, dataset, bundle, policy)
+    by = scoring.By(bundle, policy, popular_only)
+    key = scoring.score_key(settings, dataset, by)
     path = writer.snapshot_path(storage, dataset.as_of_s, key)
     skipped = is_sealed(path, writer.KIND, key)
     if not skipped:
         cluster.start()
-    path, manifest, changed = scoring.score(settings, key, dataset, bundle, policy)
+    path, manifest, changed = scoring.score(settings, key, dataset, by)
     metrics = {name: manifest[name] for name in ("users", "popular_users", "coverage@10")}
     document = {name: value for name, value in manifest.items() if name != "files"}
     document.update(date=date_of(dataset.as_of_s), manifest_sha256=manifest_digest(path))

@@ -31,7 +31,7 @@ from recray.config import Settings, load_settings
 from recray.demo import post as ask
 from recray.prepare.files import collected_files
 from recray.release import Member, Release
-from recray.scoring.score import write_night
+from recray.scoring.score import By, write_night
 from recray.serving.api import RecommendRequest
 from recray.serving.night import Night
 from recray.snapshot.reader import Snapshot
@@ -164,7 +164,7 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
     requests = [post("/v1/recommend", {"user_id": user, "k": 5, "mode": "realtime" if user % 3 == 0 else "batch"}) for user in range(10, USERS)]
     with Continuous(served.port, requests, rate=50.0) as running:
         running.has_seen_more()
-        second_path, _, _ = write_night(storage, "second", world_dataset, other, settings.score, each_bucket)
+        second_path, _, _ = write_night(storage, "second", world_dataset, By(other), settings.score, each_bucket)
         Release(champion=Member.of(other), previous=Release.read(storage).champion).write(storage)
         published = storage.latest.read_bytes()
         served.becomes(manifest_digest(second_path))

@@ -24,7 +24,9 @@ from recray.dataset.worlds import World
 from recray.demo import post, with_port
 from recray.errors import DataError, TrainingError
 from recray.inference import Predictor
+from recray.release import Release
 from recray.serving import app
+from recray.serving.night import Night
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage
 
@@ -250,3 +252,18 @@ def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and
     assert not (tmp_path / "root" / "LATEST.json").exists() and "snapshot" not in refused.outputs
     again = pipeline.run_nightly(settings.model_copy(update=changed), FIRST)
     assert again.reason == refused.reason and again.outputs == refused.outputs
+
+    gates = changed["gates"].model_copy(update={"first_run": "fallback"})
+    meanwhile = pipeline.run_nightly(settings.model_copy(update={**changed, "gates": gates}), FIRST)
+    assert (meanwhile.status, meanwhile.exit_code) == ("ok", 0) and refused.reason.startswith(meanwhile.reason)
+    assert sum("popular list" in warning for warning in meanwhile.warnings) == 1
+    assert "everybody gets the popular list" in Path(meanwhile.outputs["report"]).read_text()
+    storage = Storage(tmp_path / "root")
+    published = Snapshot.latest(storage)
+    assert published.manifest["popular_only"] and published.manifest["popular_users"] == published.manifest["users"] > 0
+    assert Release.read(storage).champion is None and Night.load(storage).popular_only
+
+    gates = changed["gates"].model_copy(update={"must_beat": ()})
+    promoted = pipeline.run_nightly(settings.model_copy(update={**changed, "gates": gates}), FIRST)
+    assert promoted.status == "ok" and not Night.load(storage).popular_only
+    assert Snapshot.latest(storage).manifest["popular_users"] < published.manifest["users"]

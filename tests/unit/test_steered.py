@@ -22,9 +22,9 @@ from recray.errors import RefusedError, RequestError, UnavailableError
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
 from recray.release import Member, Release
-from recray.scoring.score import write_night
+from recray.scoring.score import By, write_night
 from recray.serving import arms
-from recray.serving.api import RecommendRequest
+from recray.serving.api import RecommendRequest, ScoreRequest, SimilarRequest
 from recray.serving.handler import Handler
 from recray.serving.night import Night
 from recray.state.log import Entry
@@ -80,7 +80,7 @@ def logged(handler):
 
 def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, world_settings, world_dataset):
     storage, bundle, plain, histories, *_ = shop
-    write_night(storage, "steered", Dataset.open(storage.dataset(world_dataset.key)), bundle, world_settings.score, each_bucket, "p")
+    write_night(storage, "steered", Dataset.open(storage.dataset(world_dataset.key)), By(bundle, "p"), world_settings.score, each_bucket)
     promotion.release_policy(storage, bundle, "p", 1.0)
     night = Night.load(storage)
     assert night.policy == "p" and night.name == "untrained+p" and night.describe().policy == "p"
@@ -103,6 +103,27 @@ def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, 
     assert body["observation"][-3:] == pytest.approx([*state, 1.0], rel=1e-4), "what the night saw, of the trained model as it is"
     assert night.state(RecommendRequest(user_id=49, history=[])) is None, "of another history nothing is known"
     assert night.state(RecommendRequest(user_id=10**9)) is None
+    handler.close()
+
+
+def test_before_a_model_was_promoted_the_popular_list_answers_whatever_is_asked(shop, root, world_settings):
+    storage, bundle, plain, histories, *_ = shop
+    dataset = Dataset.open(storage.dataset(bundle.manifest["dataset"]))
+    write_night(storage, "meanwhile", dataset, By(bundle, popular_only=True), world_settings.score, each_bucket)
+    handler = made(storage, world_settings, sigma=0.5, explore=1.0)
+    popular = [item.item_id for item in ask(handler, None).items]
+    item = plain.ids_of(histories[7].item_index[-1:])[0]
+    for asked in ({}, {"mode": "batch"}, {"mode": "realtime"}, {"events": [{"item_id": item}]}, {"history": [{"item_id": item}]}):
+        answer = ask(handler, 7, **asked)
+        assert answer.source == "popular" and [item.item_id for item in answer.items] == popular and answer.policy is None, asked
+    assert all("decision" not in body for body in logged(handler).values()), "nothing is explored"
+    scores = asyncio.run(handler.score(ScoreRequest(user_id=7, items=popular)))
+    assert scores.source == "popular" and [item.score for item in scores.items] == sorted((item.score for item in scores.items), reverse=True)
+    explained = asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=2, mode="realtime", explain=True)))
+    assert explained.source == "popular" and not any(item.why for item in explained.items)
+    with pytest.raises(UnavailableError, match="no model was promoted yet"):
+        asyncio.run(handler.similar(SimilarRequest(item_id=item)))
+    assert handler.models().popular_only
     handler.close()
 
 
@@ -289,11 +310,11 @@ def test_where_too_many_ask_lists_of_before_the_policy_answer(shop, root, world_
 def test_a_rollback_that_was_stopped_before_it_scored_takes_nothing_more_away(shop, root, world_settings, world_dataset):
     storage, bundle, *_ = shop
     dataset = Dataset.open(storage.dataset(world_dataset.key))
-    write_night(storage, "steered again", dataset, bundle, world_settings.score, each_bucket, "p")
+    write_night(storage, "steered again", dataset, By(bundle, "p"), world_settings.score, each_bucket)
     promotion.release_policy(storage, bundle, "p", 1.0)
     assert not pipeline._policy_gone(storage, Release.read(storage))
     assert pipeline._policy_gone(storage, promotion.roll_back(storage))
-    write_night(storage, "plain again", dataset, bundle, world_settings.score, each_bucket)
+    write_night(storage, "plain again", dataset, By(bundle), world_settings.score, each_bucket)
     assert not pipeline._policy_gone(storage, Release.read(storage))
 
 
