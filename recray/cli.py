@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
             "explain",
             "policy",
         ],
-        help="prepare: peak memory; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
+        help="prepare: peak memory, or with --against events a second; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); ablations: what each part of the model is worth, "
         "a training each, on the data that ships (half an hour) or others; features: what each column is worth, and items that training never saw; "
         "slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; catalogue: memory and time with a "
@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of those that run on data: folder of a data set, or its name under $RECRAY_DATA; privacy: or world",
     )
     benchmark.add_argument(
-        "--against", choices=["implicit", "rectools"], help="quality, train, score: the peer to run on the same data in the same run"
+        "--against",
+        help="quality, train, score: the peer to run on the same data in the same run, implicit or rectools; "
+        "prepare: the folder of another checkout of recray, run in turns with this one",
     )
     benchmark.add_argument("--overload", action="store_true", help="serve: three times as many requests as it can answer")
     benchmark.add_argument("--drift", action="store_true", help="policy: a world that turns around under a running endpoint (half an hour)")

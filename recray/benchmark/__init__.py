@@ -17,6 +17,7 @@ from typing import Any
 from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
+PEERS = ("implicit", "rectools")
 ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "policy", "policy-drift")
 
 
@@ -35,7 +36,7 @@ def run(
     """Run one benchmark and keep its figures as a JSON file in `out`.
 
     data : folder of a data set, or its name under $RECRAY_DATA; for those that run on one
-    against : the peer that runs on the same data in the same run; None: recray alone
+    against : the peer that runs on the same data in the same run, of prepare another checkout; None: recray alone
     overrides : of the settings, where data are named
     overload, users : of serve, what is asked of the endpoint instead; drift : of policy, a world that changes under a running endpoint
     """
@@ -85,6 +86,12 @@ def _measure(
         from recray.benchmark import policy
 
         return policy.measure_real(folder, data, list(overrides), say)
+    if what == "prepare" and against and not data and not overrides:
+        from recray.benchmark import prepare
+
+        return {}, prepare.measure_against(folder, Path(against), say)
+    if against and against not in PEERS:
+        raise SettingsError(f"benchmark {what}: --against {against}", f"known: {', '.join(PEERS)}")
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")

@@ -1,8 +1,11 @@
-"""Peak memory of prepare."""
+"""Peak memory of prepare, and its events a second beside another checkout of recray."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,10 +13,12 @@ from pathlib import Path
 from recray import cluster
 from recray.config import load_settings
 from recray.dataset.worlds import World
+from recray.errors import RecrayError, SettingsError
 from recray.prepare.prepare import prepare
 from recray.stages import Say
 
 MILLIONS = (1, 10)
+ROUNDS = 5
 BASE_BYTES = 1_000_000_000  # the bound is this and 100 bytes an event
 
 
@@ -61,6 +66,54 @@ def measure_prepare(folder: Path, say: Say) -> dict[str, float]:
         world.write(folder / f"world-{millions}")
         metrics.update(_measure(folder, millions, say))
     return metrics
+
+
+def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
+    """Events a second of prepare at 1 million synthetic events, here and in another checkout, in turns, without the start of Ray and imports.
+
+    The ratio is this one's to the other's: the median of the rounds, and the lowest and the highest of them.
+    Raises SettingsError for a folder that is no checkout.
+    """
+    mine = Path(__file__).resolve().parents[2]
+    if not (other / "recray" / "prepare").is_dir():
+        raise SettingsError(f"--against {other}: no checkout of recray", "git worktree add FOLDER COMMIT makes one")
+    World(users=50_000, items=20_000, events_per_user=20.0).write(folder / "world")
+    ratios, rates = [], []
+    for turn in range(-1, ROUNDS):  # the first one warms caches and counts for nothing
+        pair = [_events_a_second(folder, checkout) for checkout in ((other, mine) if turn % 2 else (mine, other))]
+        here, there = reversed(pair) if turn % 2 else pair
+        if turn >= 0:
+            ratios.append(here / there)
+            rates.append(here)
+            say(f"round {turn + 1}: {here:.0f} events/s here, {there:.0f} there: ratio {here / there:.3f}")
+    middle = sorted(ratios)[ROUNDS // 2]
+    return {"ratio": round(middle, 4), "lowest": round(min(ratios), 4), "highest": round(max(ratios), 4), "events_a_second": round(max(rates))}
+
+
+_CHILD = """
+import json, shutil, sys, time
+from recray import cluster
+from recray.config import load_settings
+from recray.prepare.prepare import prepare
+folder = sys.argv[1]
+settings = load_settings(None, [f"data.events=[{folder}/world/events]", f"data.items={folder}/world/items.parquet", f"storage.root={folder}/root"])
+cluster.start()
+import ray
+ray.get(ray.remote(lambda: None).remote())
+begun = time.monotonic()
+dataset = prepare(settings, None)
+print(json.dumps(dataset.n_events / (time.monotonic() - begun)))
+shutil.rmtree(f"{folder}/root")
+"""
+
+
+def _events_a_second(folder: Path, checkout: Path) -> float:
+    """Of one prepare by a checkout's code, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], env=environment, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RecrayError(f"prepare of {checkout} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _measure(folder: Path, millions: int, say: Say) -> dict[str, float]:

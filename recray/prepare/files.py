@@ -126,6 +126,8 @@ def _piece(text: str) -> tuple[int, int, str]:
 def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
     """The files of one path in order: (file, what it is), or (why it is left out, its name). Raises DataError."""
     filesystem, path = resolve(uri)
+    if not _is_text(path):
+        raise DataError(f"{_shown(uri)} is no name in UTF-8", f"rename it, and name it anew in {setting}")
     try:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.NotFound:
@@ -136,7 +138,7 @@ def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
             below = _below(uri, name) if name else uri
             found = _recognise(filesystem, where, below, named=not name)
             identity = os.path.realpath(where) if isinstance(filesystem, fs.LocalFileSystem) else f"{filesystem.type_name}:{where}"
-            yield found, below if isinstance(found, str) else identity
+            yield found, _shown(below) if isinstance(found, str) else identity
     except OSError as error:
         raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
 
@@ -166,12 +168,24 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def _is_text(name: str) -> bool:
+    """Whether a name is what it looks like: Python reads bytes that are no UTF-8 as surrogates, which nobody else takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _shown(name: str) -> str:
+    """A name for a person, whatever its bytes are."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def _is_hidden(name: str) -> bool:
     return name.startswith(("_", "."))
 
 
 def _recognise(filesystem: fs.FileSystem, path: str, uri: str, *, named: bool) -> InputFile | str:
     """A file to read, or why it is none. `named`: by the settings themselves, not found in a folder."""
+    if not _is_text(path):
+        return "the name is not UTF-8: rename it"
     stem, suffix = os.path.splitext(os.path.basename(path).lower())
     codec = CODECS.get(suffix)
     kind = FORMATS.get(os.path.splitext(stem)[1] if codec else suffix)

@@ -18,15 +18,18 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import uvicorn
+from conftest import prepare_here
 from harness import DEADLINE_S, wait_for
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from preflight import absent
 from starlette.testclient import TestClient
 
 from recray.benchmark.nights import publish_untrained
-from recray.config import ServeSettings
+from recray.config import ServeSettings, load_settings
 from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
 from recray.inference import Predictor
 from recray.serving import http as http_module
@@ -61,13 +64,21 @@ def handler(storage, world_settings, tmp_path, request):
 
 @pytest.fixture
 def address(handler):
+    with served(handler) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def served(handler):
     server = uvicorn.Server(uvicorn.Config(create_app(handler), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_for("the server", lambda: server.started, every_s=0.01, ended=lambda: not thread.is_alive())
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def ask(address, path, body=None, raw=None):
@@ -224,18 +235,21 @@ def test_a_history_is_what_answers_are_read_from(address, handler, world_dataset
     assert good(address, "/v1/history", {"user_id": "nobody"})["events"] == []
 
 
-def test_the_console_shows_history_answers_and_why_in_a_browser(address):
+def console_of(address, user):
+    """What a browser shows of the console."""
     browser = shutil.which("chromium")
     if browser is None:
         absent("Chromium is not installed (Debian's package chromium)")
-    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000009", "event": "purchase"}]})
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
-    shown = {}
-    for user in ("7", "nobody", "<b>x</b>"):
-        url = f"{address}/console?{urllib.parse.urlencode({'user': user})}"
-        done = subprocess.run([*words, url], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-        shown[user] = done.stdout
+    url = f"{address}/console?{urllib.parse.urlencode({'user': user})}"
+    done = subprocess.run([*words, url], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_console_shows_history_answers_and_why_in_a_browser(address):
+    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000009", "event": "purchase"}]})
+    shown = {user: console_of(address, user) for user in ("7", "nobody", "<b>x</b>")}
     answer = good(address, "/v1/recommend", {"user_id": 7, "k": 10, "explain": True})
     for item in answer["items"]:
         assert html.escape(item["title"], quote=False) in shown["7"] and html.escape(item["text"], quote=False) in shown["7"]
@@ -243,6 +257,20 @@ def test_the_console_shows_history_answers_and_why_in_a_browser(address):
     assert ">ready<" in shown["7"] and re.search(r"last \d+\.\d, median", shown["7"])
     assert "nothing is known of this user" in shown["nobody"] and ">popular<" in shown["nobody"]
     assert "<b>x</b>" not in shown["<b>x</b>"] and ">popular<" in shown["<b>x</b>"]
+
+
+def test_the_console_shows_ids_that_a_browsers_numbers_cannot_hold(tmp_path):
+    big = 1 << 60
+    events = {"user_id": [big + n % 40 for n in range(320)], "item_id": [big + 1 + n % 8 for n in range(320)], "timestamp": range(10**9, 10**9 + 320)}
+    pq.write_table(pa.table({name: pa.array(values, pa.int64()) for name, values in events.items()}), tmp_path / "events.parquet")
+    chosen = load_settings(None, [f"data.events=[{tmp_path / 'events.parquet'}]", f"storage.root={tmp_path / 'root'}", "split.validation_users=0.5"])
+    handler = Handler(publish_untrained(chosen, prepare_here(chosen), tmp_path / "root"), ServeSettings(timeout_s=5.0), chosen.score)
+    with served(handler) as address:
+        shown = console_of(address, str(big + 3))
+    handler.close()
+    for item in range(big + 1, big + 9):
+        assert str(item) in shown
+    assert "nothing is known of this user" not in shown and str(big)[:-3] + "000" not in shown
 
 
 def test_events_sent_along_count_for_one_answer(address):

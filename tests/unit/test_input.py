@@ -106,6 +106,20 @@ def test_a_file_is_known_by_its_name_or_its_first_bytes_and_what_is_left_out_is_
         assert name in notes and why in notes
 
 
+def test_a_name_that_is_no_text_is_left_out_by_name(tmp_path):
+    folder = tmp_path / "F"
+    folder.mkdir()
+    pq.write_table(rows(), folder / "a.parquet")
+    odd = os.fsencode(folder) + b"/b\xff.parquet"
+    with open(odd, "wb") as file:
+        file.write((folder / "a.parquet").read_bytes())
+    data = prepared(tmp_path, events=[folder])
+    assert data.n_events == 200 and any("b\ufffd.parquet" in note and "not UTF-8" in note for note in data.said)
+    os.rename(os.fsencode(folder), os.fsencode(tmp_path) + b"/F\xfe")
+    with pytest.raises(DataError, match="no name in UTF-8"):
+        list_files((os.fsdecode(os.fsencode(tmp_path) + b"/F\xfe"),))
+
+
 def test_a_file_that_is_named_twice_is_read_once(tmp_path):
     folder = tmp_path / "log"
     (folder / "2024").mkdir(parents=True)
