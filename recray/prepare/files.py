@@ -8,8 +8,10 @@ the files below (Hive's partitions).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from recray.errors import DataError
 from recray.storage import Storage
 
 Format = Literal["parquet", "csv", "jsonl"]
+Partitions = tuple[tuple[str, str | None], ...]
 
 FORMATS: dict[str, Format] = {
     **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
@@ -43,7 +46,7 @@ class InputFile:
     uri: str
     format: Format = "parquet"
     codec: str | None = None
-    partitions: tuple[tuple[str, str | None], ...] = ()
+    partitions: Partitions = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
             found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
             return found
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody
         raise DataError(f"{uri} cannot be opened: {error}", "use a path or a URI that pyarrow.fs knows: s3://, gs://, hdfs://, file://") from None
 
 
@@ -132,24 +135,31 @@ def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.NotFound:
             raise DataError(f"{uri} does not exist", f"check {setting}")
-        names = [""] if info.type == fs.FileType.File else sorted(_inside(filesystem, path), key=natural)
-        for name in names:
+        found_there = {"": info.size} if info.type == fs.FileType.File else dict(_inside(filesystem, path))
+        for name in sorted(found_there, key=natural):
             where = f"{path}/{name}" if name else path
             below = _below(uri, name) if name else uri
-            found = _recognise(filesystem, where, below, named=not name)
+            size = found_there[name]
+            found: InputFile | str
+            if size is None:
+                found = "no regular file"
+            elif not size and name:
+                found = "empty"
+            else:
+                found = _recognise(filesystem, where, below, _partitions(path, name), named=not name)
             identity = os.path.realpath(where) if isinstance(filesystem, fs.LocalFileSystem) else f"{filesystem.type_name}:{where}"
             yield found, _shown(below) if isinstance(found, str) else identity
     except OSError as error:
         raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
 
 
-def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
-    """Names of the files below a folder, relative to it, without those that a writer hides."""
+def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[tuple[str, int | None]]:
+    """Names of the files below a folder, relative to it, without those that a writer hides; and their bytes, None for a pipe and the like."""
     if not isinstance(filesystem, fs.LocalFileSystem):  # has no links
         for info in filesystem.get_file_info(fs.FileSelector(folder, recursive=True)):
             name = info.path.removeprefix(folder).lstrip("/")
             if info.type == fs.FileType.File and not any(map(_is_hidden, name.split("/"))):
-                yield name
+                yield name, info.size
         return
     visited = set()
     for here, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
@@ -161,7 +171,16 @@ def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
         folders[:] = sorted((name for name in folders if not _is_hidden(name)), key=natural)
         for name in names:
             if not _is_hidden(name):
-                yield os.path.relpath(os.path.join(here, name), folder)
+                yield os.path.relpath(os.path.join(here, name), folder), _size(os.path.join(here, name))
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a regular file; of a link to nothing some, since it is named for what it is."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return 1
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _raise(error: OSError) -> None:
@@ -182,7 +201,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(("_", "."))
 
 
-def _recognise(filesystem: fs.FileSystem, path: str, uri: str, *, named: bool) -> InputFile | str:
+def _recognise(filesystem: fs.FileSystem, path: str, uri: str, partitions: Partitions, *, named: bool) -> InputFile | str:
     """A file to read, or why it is none. `named`: by the settings themselves, not found in a folder."""
     if not _is_text(path):
         return "the name is not UTF-8: rename it"
@@ -190,19 +209,17 @@ def _recognise(filesystem: fs.FileSystem, path: str, uri: str, *, named: bool) -
     codec = CODECS.get(suffix)
     kind = FORMATS.get(os.path.splitext(stem)[1] if codec else suffix)
     if kind in ("csv", "jsonl") and (suffix != ".json" or named):
-        return InputFile(uri, kind, codec, _partitions(path))
+        return InputFile(uri, kind, codec, partitions)
     if kind == "parquet":  # .parquet.gzip too: some writers name the codec of the pages
-        return InputFile(uri, "parquet", None, _partitions(path))
+        return InputFile(uri, "parquet", None, partitions)
     if isinstance(filesystem, fs.LocalFileSystem) and not os.path.exists(path):
         return "a link to nothing"
     with filesystem.open_input_stream(path, compression=None) as stream:
         head = stream.read(1 << 16)
     if head[:4] == b"PAR1":
-        return InputFile(uri, "parquet", None, _partitions(path))
-    if not head:
-        return "empty"
-    if suffix == ".json" and _is_lines(head):
-        return InputFile(uri, "jsonl", None, _partitions(path))
+        return InputFile(uri, "parquet", None, partitions)
+    if suffix == ".json":
+        return InputFile(uri, "jsonl", None, partitions) if _is_lines(head) else "one JSON document, not an object a line (jq -c '.[]' writes those)"
     return "neither Parquet, CSV nor JSON lines, by its name and its first bytes"
 
 
@@ -212,8 +229,11 @@ def _is_lines(head: bytes) -> bool:
     return first[:1] == b"{" and first[-1:] == b"}"
 
 
-def _partitions(path: str) -> tuple[tuple[str, str | None], ...]:
-    pairs = [part.partition("=") for part in path.split("/")[:-1]]
+def _partitions(path: str, name: str) -> Partitions:
+    """What the folders say of a file `name` below the path that was named: those on the way, and the last ones of the path itself."""
+    parts = (path.split("/") if name else path.split("/")[:-1])[::-1]
+    above = list(itertools.takewhile(lambda part: "=" in part, parts))[::-1]
+    pairs = [part.partition("=") for part in (*above, *name.split("/")[:-1])]
     found = {unquote(name): None if value == _HIVE_NULL else unquote(value) for name, equals, value in pairs if name and equals}
     return tuple(found.items())
 

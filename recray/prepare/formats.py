@@ -1,13 +1,14 @@
 """Parquet, CSV and JSON lines as tables: columns, how many rows, and batches of them.
 
 Parquet says its types. Text does not: a column of CSV or JSON lines is whole numbers if every value is one as it is written (no leading
-zeros, 64 bits), else text, and what it stands for is read off the text as off a text column of Parquet. A line that is no row is told apart,
-never dropped.
+zeros, 64 bits), fractions if some end in `.0`, else text, and what it stands for is read off the text as off a text column of Parquet. A line
+that is no row is told apart, never dropped. Whatever a file calls text is plain text here, and a dictionary is its values.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from recray.prepare.files import InputFile, resolve
 BLOCK = 16 << 20  # bytes of text at once: a row must fit
 LINES = 1 << 16  # JSON lines at once
 INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
-NULL_WORDS = ["", "null", "NULL", "NaN", "nan", "NA", "N/A", "None"]  # in columns that are not text
+POINT_ZERO = r"\.0+$"  # as pandas ends whole numbers, as soon as one is missing
+NULL_WORDS = ["", "null", "NULL", "NaN", "nan", "NA", "N/A", "None", "<NA>", "\\N"]  # in columns that are not text
+NULL_IDS = ["null", "NULL", "NaN", "nan", "None", "<NA>", "\\N"]  # in columns of ids, which may be called NA
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class TableFile:
         """Arrow type of a column."""
         if name in self._partitions:
             return _type_of([self._partitions[name]])
-        return self._own_type(name)
+        return _plain(self._own_type(name))
 
     def _own_type(self, name: str) -> pa.DataType:
         raise NotImplementedError
@@ -77,7 +80,7 @@ class TableFile:
         """A part, so many rows at a time. Raises DataError."""
         wanted = self.names if columns is None else list(dict.fromkeys(columns))
         for batch in self._own_batches(part, rows, [name for name in wanted if name not in self._partitions]):
-            table = batch.rows
+            table = pa.table({name: _decoded(column) for name, column in zip(batch.rows.column_names, batch.rows.columns, strict=True)})
             for name in wanted:
                 if name in self._partitions:
                     table = table.append_column(name, pa.repeat(pa.scalar(self._partitions[name], pa.string()), len(table)))  # text, as a text file's
@@ -107,6 +110,8 @@ class _Parquet(TableFile):
         filesystem, path = resolve(file.uri)
         try:
             self._file = pq.ParquetFile(filesystem.open_input_file(path))
+        except PermissionError as error:
+            raise DataError(f"{file.uri} cannot be read: {error}", "check its permissions") from None
         except (pa.ArrowInvalid, OSError) as error:
             with filesystem.open_input_stream(path, compression=None) as stream:
                 head = stream.read(4)
@@ -180,7 +185,13 @@ class _Csv(_Text):
     def _header(self) -> tuple[list[str], str]:
         try:
             with self._stream() as stream:
-                line = stream.read(1 << 16).decode("utf-8-sig", "replace").lstrip("\r\n").splitlines()
+                head = stream.read(1 << 16)
+            if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise DataError(f"{self.file.uri} is UTF-16", "write it again as UTF-8: iconv -f UTF-16 -t UTF-8")
+            first = head.lstrip(b"\xef\xbb\xbf\r\n").replace(b"\r", b"\n").partition(b"\n")[0]
+            line = [first.decode()] if first else []
+        except UnicodeDecodeError:
+            raise DataError(f"{self.file.uri} is not UTF-8: its first line is {first!r}", "write it again as UTF-8: iconv -t UTF-8") from None
         except OSError as error:
             raise DataError(
                 f"{self.file.uri} cannot be read: {error}", "check its permissions, and whether it is compressed as its name says"
@@ -201,6 +212,45 @@ class _Csv(_Text):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"{self.file.uri}: the first line names {twice!r} twice", "the first line of a CSV file names its columns: write one")
         return names
+
+    def sizes(self) -> list[int]:
+        (rows,) = super().sizes()
+        if self._has_long_rows(rows):
+            self._check_quotes()
+        return [rows]
+
+    def _has_long_rows(self, rows: int) -> bool:
+        """Whether a row may have several lines: there are quotes, and more lines than rows."""
+        lines = quotes = 0
+        last = b""
+        with self._stream() as stream:
+            while block := stream.read(BLOCK):
+                lines, quotes, last = lines + block.count(b"\n"), quotes + block.count(b'"'), block
+        return quotes > 0 and lines + (not last.endswith(b"\n")) - 1 > rows
+
+    def _check_quotes(self) -> None:
+        """Raises DataError where a stray quote makes one row of many: text goes on after the one that closes it, or each line is a row."""
+        names, between = self._header
+        lines: list[str] = []
+
+        def remembered(text: io.TextIOWrapper) -> Iterator[str]:
+            for line in text:
+                lines.append(line)
+                yield line
+
+        csv.field_size_limit(BLOCK)
+        with self._stream() as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+            rows = csv.reader(remembered(text), delimiter=between, strict=True)
+            try:
+                for _ in rows:
+                    if len(lines) > 1 and len(names) > 1 and all(line.count(between) == len(names) - 1 for line in lines):
+                        raise csv.Error("each of them is a row by itself")
+                    lines.clear()
+            except csv.Error as error:
+                raise DataError(
+                    f"{self.file.uri}: a quote in line {rows.line_num - len(lines) + 1} opens a text of {len(lines)} lines: {error}",
+                    'write a quote within a text twice ("") and the text between quotes, or write the file as Parquet',
+                ) from None
 
     def _read(self, columns: list[str]) -> Iterator[Batch]:
         broken: list[str] = []
@@ -230,9 +280,15 @@ class _Lines(_Text):
     @cached_property
     def _own_names(self) -> list[str]:
         names: dict[str, None] = {}
-        for some, _ in self._objects():
+        first = ""
+        for some, broken in self._objects():
+            first = first or next(iter(broken), "")
             for one in some:
                 names |= dict.fromkeys(one)
+        if not names:
+            array = first.startswith("[")
+            what = "one JSON array" if array else "nothing" if not first else f"no object a line, but {first[:60]!r}"
+            raise DataError(f"{self.file.uri} holds {what}", "write an object a line" + (": jq -c '.[]' does" if array else ""))
         return list(names)
 
     def _objects(self) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
@@ -273,33 +329,54 @@ class _Lines(_Text):
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """Values of JSON as a column: of lists and objects as they are, of texts as text, numbers in their own writing."""
+    """Values of JSON as a column: of lists and objects as they are, of texts as text, numbers in their own writing; of all at once as JSON."""
     if any(isinstance(value, list | dict) for value in values):
-        return pa.array(values)
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
     return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values], pa.string())
 
 
 def _type_of(values: Any) -> pa.DataType:
-    """int64 where every value is a whole number as it is written, null where none says anything, text else."""
+    """int64 where every value is a whole number as it is written, float64 where some of these end in .0, null where none says anything,
+    text else."""
     column = pa.chunked_array([pa.array(values, pa.string())]) if isinstance(values, list) else values
     if not pa.types.is_string(column.type):
         return column.type
-    said = column.filter(pc.and_(pc.is_valid(column), pc.not_equal(column, "")))
+    said = column.filter(pc.and_(pc.is_valid(column), pc.invert(pc.is_in(column, pa.array(["", *NULL_IDS])))))
     if not len(said):
         return pa.null()
-    if pc.all(pc.match_substring_regex(said, INTEGER)).as_py():
+    whole = pc.replace_substring_regex(said, POINT_ZERO, "")
+    if pc.all(pc.match_substring_regex(whole, INTEGER)).as_py():
         try:
-            said.cast(pa.int64())
-            return pa.int64()
+            whole.cast(pa.int64())
+            return pa.int64() if whole.equals(said) else pa.float64()
         except pa.ArrowInvalid:  # more than 64 bits
             pass
     return pa.string()
 
 
+def _plain(found: pa.DataType) -> pa.DataType:
+    """The type of the values of a dictionary; text is a string, half a float is a float, which every computation takes."""
+    if pa.types.is_dictionary(found):
+        return _plain(found.value_type)
+    if pa.types.is_large_string(found) or pa.types.is_string_view(found):
+        return pa.string()
+    return pa.float32() if pa.types.is_float16(found) else found
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = _plain(column.type)
+    return column if kind == column.type else pc.cast(column, kind)
+
+
 def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """What holds both: whole numbers and text are text; null is anything."""
+    """What holds both: numbers and text are text, whole numbers and fractions fractions; null is anything."""
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
         return other
-    return pa.string() if {one, other} == {pa.int64(), pa.string()} else other
+    if {one, other} == {pa.int64(), pa.float64()}:
+        return pa.float64()
+    return pa.string() if pa.string() in (one, other) and {one, other} <= {pa.int64(), pa.float64(), pa.string()} else other

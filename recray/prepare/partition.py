@@ -17,21 +17,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from recray import schema
 from recray.dataset.context import codes
 from recray.dataset.ids import canonical_integer
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError
-from recray.prepare.formats import NULL_WORDS, open_file
-from recray.prepare.sources import RowGroup, as_id, decoded, is_blank
-from recray.prepare.times import MAX_US, OUTSIDE, TimeRule
+from recray.prepare.files import InputFile
+from recray.prepare.formats import NULL_WORDS, POINT_ZERO, open_file
+from recray.prepare.sources import RowGroup, as_id, is_blank
+from recray.prepare.times import MAX_US, OUTSIDE, TimeRule, signed
 from recray.storage import read_json, write_json
 
 BATCH_ROWS = 131_072
 LIVE_POSITION = 1 << 62  # where an order is all that is known, live events come after everything that the owner has
 FUTURE = "time is in the future"
 P = "p"  # staged column: what orders events of one time
+ROW = "row"  # staged column: a digest of what the others hold less exactly, so that rows which differ are told apart
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class PartitionPlan:
     as_of_us: int | None
     future_us: int | None  # a time from here on has not come yet; None: the as-of says what counts
     min_value: float | None
+    loses: bool  # whether there is a column ROW
     first_live: int  # number of the first row group that was collected from the endpoint
     shards: int
     staging: Path
@@ -111,7 +115,7 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
             stats.late += len(good) - len(kept)
             good = kept
         if plan.min_value is not None:
-            kept = good.filter(pc.greater_equal(good[schema.VALUE], plan.min_value))
+            kept = good.filter(pc.greater_equal(good[schema.VALUE], pa.scalar(plan.min_value, pa.float32())))
             stats.low += len(good) - len(kept)
             good = kept
         if not len(good):
@@ -173,6 +177,8 @@ def staged_schema(plan: PartitionPlan) -> pa.Schema:
     fields += [(name, plan.types[name]) for name in (schema.BASKET, schema.EVENT_ID) if name in plan.types]
     if plan.has_order:
         fields.append((P, pa.int64()))
+    if plan.loses:
+        fields.append((ROW, pa.uint64()))
     fields += [(name, pa.int16()) for name in plan.columns if name.startswith(schema.CONTEXT)]
     return pa.schema(fields)
 
@@ -197,15 +203,15 @@ def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[_Staged]:
     with open_file(group.file) as file:
         columns = None if group.live else list(plan.columns.values())
         for batch in file.batches(group.part, BATCH_ROWS, columns):
-            staged = _Live(plan, batch.rows) if group.live else _Owned(plan, batch.rows)
+            staged = (_Live if group.live else _Owned)(plan, batch.rows, group.file)
             yield staged.stage(list(batch.broken))
 
 
 class _Owned:
     """Rows of the owner's, column by column in the staged types."""
 
-    def __init__(self, plan: PartitionPlan, rows: pa.Table) -> None:
-        self.plan, self.rows = plan, rows
+    def __init__(self, plan: PartitionPlan, rows: pa.Table, file: InputFile) -> None:
+        self.plan, self.rows, self.file = plan, rows, file
         self.wrong: dict[str, np.ndarray] = {}
         self.given: dict[str, pa.ChunkedArray] = {}
         self.clocked = False
@@ -224,6 +230,8 @@ class _Owned:
                 staged[name] = self.column(name)
         if plan.has_order:
             staged[P] = pc.fill_null(self.column(schema.POSITION), np.iinfo(np.int64).max)
+        if plan.loses:
+            staged[ROW] = pa.array(self.digest())
         for name in plan.columns:
             if name.startswith(schema.CONTEXT):
                 staged[name] = pa.array(codes(name.removeprefix(schema.CONTEXT), self.column(name)))
@@ -232,15 +240,16 @@ class _Owned:
     def column(self, name: str) -> pa.ChunkedArray:
         """A column in the staged type; what cannot be read is null there and named in `wrong`."""
         kind = self.plan.types[name]
-        found = decoded(self.rows[self.plan.columns[name]])
+        found = self.rows[self.plan.columns[name]]
         if name == schema.TIMESTAMP:
             return self._time(found)
-        if name in (schema.USER_ID, schema.ITEM_ID):
-            return as_id(found, kind, f"column {self.plan.columns[name]}")
-        if name == schema.BASKET:
-            return _said(as_id(found, kind, f"column {self.plan.columns[name]}"))
+        if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET):
+            ids = as_id(found, kind, f"{self.file.uri}: {self.plan.columns[name]}", text=self.file.format != "parquet")
+            return _said(ids) if name == schema.BASKET else ids
         if name == schema.VALUE:
             return self._value(found)
+        if name == schema.POSITION:
+            return self._position(found)
         return _said(found.cast(pa.string()) if pa.types.is_string(kind) else found).cast(kind)
 
     def _time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -251,8 +260,25 @@ class _Owned:
             self.given[schema.TIMESTAMP] = column
         return found.us
 
+    def digest(self) -> np.ndarray:
+        """A number for what each row says in the columns that are staged less exactly, uint64 [rows]."""
+        found = np.zeros(len(self.rows), np.uint64)
+        for name, column in self.plan.columns.items():
+            given = self.rows[column]
+            if name == schema.VALUE or name.startswith(schema.CONTEXT) or (name == schema.TIMESTAMP and pa.types.is_timestamp(given.type)):
+                found = found * np.uint64(0x9E3779B97F4A7C15) + digest_of(given)
+        return found
+
+    def _position(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if pa.types.is_uint64(column.type):
+            return signed(column)
+        if not pa.types.is_string(column.type):
+            return column.cast(pa.int64())
+        text = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), POINT_ZERO, "")
+        return pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text).cast(pa.int64())
+
     def _value(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        if not pa.types.is_string(column.type):
             return column.cast(pa.float32(), safe=False)
         text = pc.utf8_trim_whitespace(column)
         text = pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text)
@@ -267,6 +293,9 @@ class _Owned:
 
 class _Live(_Owned):
     """What was collected from the endpoint; null for an id that the owner's type cannot hold."""
+
+    def digest(self) -> np.ndarray:
+        return digest_of(self.rows[schema.VALUE]) * np.uint64(0x9E3779B97F4A7C15) + digest_of(self.rows["context"])
 
     def column(self, name: str) -> pa.ChunkedArray:
         kind = self.plan.types[name]
@@ -287,6 +316,23 @@ class _Live(_Owned):
         if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(kind):
             return pa.chunked_array([[None if text is None else canonical_integer(text) for text in self.rows[name].to_pylist()]], kind)
         return self.rows[name].cast(kind)
+
+
+def digest_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A number for each value of a column, the same for the same value, uint64 [n]; that of null is one of its own."""
+    if pa.types.is_timestamp(column.type) or pa.types.is_integer(column.type):
+        column = column.cast(pa.int64(), safe=False)
+    elif pa.types.is_floating(column.type):
+        column = column.cast(pa.float64())
+    else:
+        encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+        known = np.array([*(xxhash.xxh64_intdigest(text.encode()) for text in encoded.dictionary.to_pylist()), 1], np.uint64)
+        found: np.ndarray = known[pc.fill_null(encoded.indices, len(known) - 1).to_numpy()]
+        return found
+    values = pc.fill_null(column, 0).to_numpy().view(np.uint64)
+    mixed = (values ^ (values >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers: np.ndarray = np.where(column.is_null().to_numpy(), np.uint64(1), mixed ^ (mixed >> np.uint64(32)))
+    return numbers
 
 
 def _said(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -313,9 +359,9 @@ def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table]:
     checks = {f"{name} is null": pc.is_null(table[name]) for name in (schema.USER_ID, schema.ITEM_ID)}
     checks |= {f"{name} is blank": is_blank(table[name]) for name in (schema.USER_ID, schema.ITEM_ID) if pa.types.is_string(table[name].type)}
     checks |= {reason: pa.array(mask) for reason, mask in staged.wrong.items()}
-    checks |= {"time is null": pc.is_null(t), "value is not finite": broken}
+    checks |= {f"{'position' if plan.clock == schema.POSITION else 'time'} is null": pc.is_null(t), "value is not finite": broken}
     if plan.clock == schema.TIMESTAMP:
-        checks["time is outside 1970 to 2100"] = pc.fill_null(pc.or_(pc.less_equal(t, OUTSIDE), pc.greater(t, MAX_US)), False)
+        checks[plan.times.outside] = pc.fill_null(pc.or_(pc.less_equal(t, OUTSIDE), pc.greater(t, MAX_US)), False)
         if plan.future_us is not None:
             checks[FUTURE] = pc.fill_null(pc.greater(t, plan.future_us), False)
     checks = {text: failed for text, failed in checks.items() if pc.any(failed).as_py()}

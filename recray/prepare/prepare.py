@@ -205,6 +205,7 @@ def prepare(
         as_of_us=_microseconds(as_of) if as_of else None,
         future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + AHEAD),
         min_value=settings.data.min_value,
+        loses=source.loses,
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from recray import schema
 from recray.config import DataSettings, SplitSettings
-from recray.prepare.partition import P, PartitionPlan, read_partition
+from recray.prepare.partition import ROW, P, PartitionPlan, read_partition
 from recray.storage import write_json
 
 
@@ -71,7 +71,8 @@ def build_shard(plan: ShardPlan, number: int) -> None:
     order = order[keep[order]]
     if named is not None and P not in table.column_names:
         order = order[_by_basket(user[order], t[order], named[order])]
-    same = [named, _codes(table, schema.EVENT_ID), *(table[name].to_numpy() for name in _context(table))]
+    exactly = [table[name].to_numpy() for name in (P, ROW) if name in table.column_names]
+    same = [named, _codes(table, schema.EVENT_ID), *exactly, *(table[name].to_numpy() for name in _context(table))]
     repeated = _repeated(user[order], t[order], item[order], [event[order], value[order], *(one[order] for one in same if one is not None)])
     counted.duplicates = int(repeated.sum())
     if plan.data.duplicates == "drop":

@@ -6,6 +6,8 @@ null in a whole file is null there; times have one rule (`recray.prepare.times`)
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +21,24 @@ from recray.config import DataSettings
 from recray.dataset.context import CLOCK
 from recray.errors import DataError, Problems
 from recray.prepare.files import InputFile
-from recray.prepare.formats import TableFile, joined_type, open_file
-from recray.prepare.times import ENOUGH, SAMPLE, WORDS, TimeRule, refuse_unit, see_unit
+from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, TableFile, joined_type, open_file
+from recray.prepare.times import (
+    ENOUGH,
+    OUTSIDE,
+    PLAUSIBLE_US,
+    SAMPLE,
+    WORDS,
+    TimeRule,
+    has_zone,
+    numbers_in,
+    refuse_unit,
+    see_unit,
+    signed,
+)
 
 LATEST_S = 253_402_300_800  # the end of the year 9999: what lies further from 1970 is no number of seconds
 YEAR_S = 365 * 86_400  # a catalogue of 1970 alone is one of years, or of dates as numbers
+OTHER_SIGNS = "/\t>:&+"  # that may separate values, where most texts have one
 IDS = (schema.USER_ID, schema.ITEM_ID, schema.BASKET)
 
 
@@ -46,6 +61,7 @@ class EventSource:
     """The event files, in the order that breaks ties, and the owner's names of the columns that are there.
 
     notes : what a person should know of how they are read
+    loses : whether rows that differ may look alike once they are staged (see `partition.ROW`)
     """
 
     files: tuple[InputFile, ...]
@@ -55,6 +71,7 @@ class EventSource:
     clock: str
     times: TimeRule
     notes: tuple[str, ...] = ()
+    loses: bool = False
 
     @property
     def rows(self) -> int:
@@ -70,6 +87,9 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
     columns: dict[str, str] = {}
     types: dict[str, pa.DataType] = {}
     clocks, problems = _Clocks(data), Problems()
+    held: dict[InputFile, dict[str, str]] = {}
+    pointed: list[str] = []
+    exact = bool(data.context)
     for file in files:
         table = problems.of(partial(open_file, file))
         if table is None:
@@ -78,20 +98,24 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
             found = problems.of(partial(_columns, table, data))
             if not found:
                 continue
-            if columns and found != columns:
-                missing = [name for name in columns if name not in found] or [name for name in found if name not in columns]
-                whose = files[0].uri if missing[0] in found else file.uri
-                problems.found.append(
-                    DataError(f"{whose} has no column for {missing[0]}, other files of data.events have one", "write all files alike")
-                )
-                continue
-            columns = found
+            held[file] = found
+            columns |= found
             for name, column in found.items():
-                kind = problems.of(partial(_kind, table.type_of(column), name, file.uri))
+                given = table.type_of(column)
+                if name in IDS and pa.types.is_floating(given) and file.format != "parquet":
+                    pointed.append(f"{file.uri}: {column}")
+                    given = pa.int64()
+                kind = problems.of(partial(_kind, given, name, file.uri, text=file.format != "parquet"))
                 types[name] = joined_type(types.get(name, pa.null()), kind or pa.null())
+                exact |= _loses(given, name)
             if schema.TIMESTAMP in found and not problems.found:
                 problems.of(partial(clocks.see, table, found[schema.TIMESTAMP]))
             groups += _groups(table, len(groups), live=False)
+    for file, found in held.items():
+        if missing := [name for name in columns if name not in found and file.format != "jsonl"]:  # there, what a line lacks is null
+            problems.found.append(
+                DataError(f"{file.uri} has no column for {', '.join(missing)}, other files of data.events have one", "write all files alike")
+            )
     problems.raise_all()
     for file in live:
         with open_file(file) as table:
@@ -104,7 +128,10 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
         if pa.types.is_null(kind):
             types[name] = pa.string() if name in IDS else _STAGED.get(name, pa.string())
     clock = schema.TIMESTAMP if schema.TIMESTAMP in columns else schema.POSITION if schema.POSITION in columns else "file_order"
-    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, clocks.notes())
+    notes = clocks.notes()
+    if pointed:
+        notes = (*notes, f"{pointed[0]} and {len(pointed) - 1} more have ids such as 7.0, as pandas writes whole numbers: they are read as 7")
+    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, notes, exact)
 
 
 def _groups(table: TableFile, first: int, *, live: bool) -> list[RowGroup]:
@@ -113,7 +140,7 @@ def _groups(table: TableFile, first: int, *, live: bool) -> list[RowGroup]:
 
 
 class _Clocks:
-    """What the files say of their times: the unit of whole numbers, and whether they name a zone."""
+    """What the files say of their times: the unit of numbers, and whether they name a zone."""
 
     def __init__(self, data: DataSettings) -> None:
         self.asked, self.zone = data.time_unit, data.timezone
@@ -124,36 +151,45 @@ class _Clocks:
 
     @property
     def rule(self) -> TimeRule:
-        return TimeRule(self.asked if self.asked != "auto" else self.unit or "s", self.zone or "UTC")
+        if self.asked != "auto":
+            return TimeRule(self.asked, self.zone or "UTC")
+        return TimeRule(self.unit or "s", self.zone or "UTC", PLAUSIBLE_US)
 
     def see(self, table: TableFile, column: str) -> None:
-        kind, uri = _plain(table.type_of(column)), table.file.uri
-        if pa.types.is_timestamp(kind) and kind.tz is not None:
-            self.zoned += 1
-        elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-            self.naive.append(uri)
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            self._see_text(table, column)
-        if self.asked != "auto" or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            return
-        numbers = _numbers(table, column)
-        if not len(numbers):
-            return
+        kind, uri = table.type_of(column), table.file.uri
+        naive, zoned, numbers, share = pa.types.is_date(kind), False, np.zeros(0, np.int64), 0.0
+        if pa.types.is_timestamp(kind):
+            naive, zoned = kind.tz is None, kind.tz is not None
+        elif not naive:
+            sample = _sample(table, column)
+            numbers = numbers_in(sample)
+            share = len(numbers) / max(len(sample), 1)
+            if pa.types.is_string(sample.type):
+                self._refuse_text(sample, uri, column)
+                zones = has_zone(sample)
+                naive, zoned = bool((zones == 0).any()), bool((zones == 1).any())
+        self.zoned += zoned
+        self.naive += [uri] * naive
+        if self.asked == "auto" and len(numbers):
+            self._see_unit(numbers, share, uri, column)
+
+    def _see_unit(self, numbers: np.ndarray, share: float, uri: str, column: str) -> None:
         unit = see_unit(numbers)
         if unit is None:
-            raise refuse_unit(numbers, f"{uri}: {column}")
-        if self.unit not in (None, unit):
+            if share > 1 - ENOUGH:  # a few are bad rows
+                raise refuse_unit(numbers, f"{uri}: {column}")
+        elif self.unit not in (None, unit):
             raise DataError(f"{uri}: {column} holds {WORDS[unit]}, {self.first} {WORDS[str(self.unit)]}", "write all files alike")
-        self.unit, self.first = unit, uri
+        else:
+            self.unit, self.first = unit, uri
 
-    def _see_text(self, table: TableFile, column: str) -> None:
-        text = _sample(table, column)
+    def _refuse_text(self, text: pa.ChunkedArray, uri: str, column: str) -> None:
         read = self.rule.read(text)
         wrong = np.zeros(len(text), bool) if read.unreadable is None else read.unreadable
         if len(text) and wrong.mean() > 1 - ENOUGH:
             example = text.filter(pa.array(wrong))[0].as_py()
             raise DataError(
-                f"{table.file.uri}: {column} holds text such as {example!r}, which is no time",
+                f"{uri}: {column} holds text such as {example!r}, which is no time",
                 "write ISO 8601 (2024-03-01 10:00:00), or map another column: data.columns.timestamp=YOUR_COLUMN",
             )
 
@@ -167,26 +203,19 @@ class _Clocks:
 
 
 def _sample(table: TableFile, column: str) -> pa.ChunkedArray:
-    """The first values of a column that are not null or blank, at most about SAMPLE."""
+    """The first values of a column that say something, at most about SAMPLE."""
     found: list[pa.ChunkedArray] = []
     for part in range(len(table.sizes())):
         for batch in table.batches(part, SAMPLE, [column]):
-            values = pc.drop_null(decoded(batch.rows[column])).slice(0, SAMPLE)
-            found.append(values.filter(pc.invert(is_blank(values))) if pa.types.is_string(values.type) else values)
+            values = pc.drop_null(batch.rows[column]).slice(0, SAMPLE)
+            if pa.types.is_string(values.type):
+                values = values.filter(pc.invert(pc.is_in(pc.utf8_trim_whitespace(values), pa.array(NULL_WORDS))))
+            found.append(values)
             if sum(map(len, found)) >= SAMPLE // 2:
                 break
+        if sum(map(len, found)) >= SAMPLE:
+            break
     return pa.chunked_array([chunk for one in found for chunk in one.chunks], found[0].type) if found else pa.chunked_array([], pa.string())
-
-
-def _numbers(table: TableFile, column: str) -> np.ndarray:
-    """Some of the numbers of a column, int64."""
-    values = _sample(table, column)
-    if pa.types.is_floating(values.type):
-        numbers = values.to_numpy().astype(np.float64)
-        found: np.ndarray = numbers[np.abs(numbers) < 2.0**63].astype(np.int64)
-    else:
-        found = values.cast(pa.int64(), safe=pa.types.is_string(values.type)).to_numpy()
-    return found
 
 
 def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
@@ -196,7 +225,9 @@ def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
     mapping: dict[str, str | None] = {str(name): column for name, column in data.columns.items()}
     for name in schema.EVENT_COLUMNS:
         column = mapping.get(name, name)
-        if column in names:
+        if column is not None and names.count(column) > 1:
+            problems.found.append(DataError(f"{table.file.uri} has {names.count(column)} columns called {column!r}", "call each by another name"))
+        elif column in names:
             chosen[name] = str(column)
         elif column is not None and (name in mapping or name in (schema.USER_ID, schema.ITEM_ID)):
             fix = f"name your column: data.columns.{name}=YOUR_COLUMN"
@@ -208,16 +239,6 @@ def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
             problems.found.append(DataError(f"{table.file.uri} has no column {name!r} for data.context; {has}", "name a column, hour or weekday"))
     problems.raise_all()
     return chosen
-
-
-def _plain(found: pa.DataType) -> pa.DataType:
-    """The type of the values of a dictionary, or the type itself."""
-    return found.value_type if pa.types.is_dictionary(found) else found
-
-
-def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column without its dictionary."""
-    return pc.cast(column, column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 _STAGED = {
@@ -236,26 +257,35 @@ _WANTED = {
 }
 
 
-def _kind(found: pa.DataType, name: str, uri: str) -> pa.DataType:
-    """The type in which a column is staged, null for one that says nothing. Raises DataError if it cannot hold what the name says."""
-    plain = _plain(found)
-    is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)
-    is_int, is_real = pa.types.is_integer(plain), pa.types.is_floating(plain) or pa.types.is_decimal(plain)
-    if pa.types.is_null(plain):
+def _loses(found: pa.DataType, name: str) -> bool:
+    """Whether the type in which a column is staged holds less than it says."""
+    if name == schema.TIMESTAMP:
+        return bool(pa.types.is_timestamp(found) and found.unit == "ns")
+    return bool(name == schema.VALUE and not (pa.types.is_float32(found) or pa.types.is_boolean(found) or pa.types.is_null(found)))
+
+
+def _kind(found: pa.DataType, name: str, uri: str, *, text: bool = False) -> pa.DataType:
+    """The type in which a column is staged, null for one that says nothing. Raises DataError if it cannot hold what the name says.
+
+    text : of a text file, whose numbers are text
+    """
+    is_int, is_real = pa.types.is_integer(found), pa.types.is_floating(found) or pa.types.is_decimal(found)
+    is_text = pa.types.is_string(found) or (text and is_real)
+    if pa.types.is_null(found):
         return pa.null()
     if name in IDS and (is_text or is_int):
         return pa.string() if is_text else pa.int64()
     fits = {
-        schema.TIMESTAMP: pa.types.is_timestamp(plain) or pa.types.is_date(plain) or is_int or is_text or pa.types.is_floating(plain),
-        schema.POSITION: is_int,
+        schema.TIMESTAMP: pa.types.is_timestamp(found) or pa.types.is_date(found) or is_int or is_text or pa.types.is_floating(found),
+        schema.POSITION: is_int or (text and is_real),
         schema.EVENT: is_text or is_int,
         schema.EVENT_ID: is_text or is_int,
-        schema.VALUE: is_int or is_real or is_text or pa.types.is_boolean(plain),
+        schema.VALUE: is_int or is_real or is_text or pa.types.is_boolean(found),
     }
     if fits.get(name):
         return _STAGED[name]
     if name.startswith(schema.CONTEXT):
-        if is_text or is_int or pa.types.is_boolean(plain):
+        if is_text or is_int or pa.types.is_boolean(found):
             return pa.string()
         field = name.removeprefix(schema.CONTEXT)
         raise DataError(
@@ -276,47 +306,81 @@ def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> tuple[pa.Tab
         if named := [*data.features, *([data.released] if data.released else [])]:
             raise DataError(f"data.features or data.released names {', '.join(named)}, but data.items is null", "name the item table in data.items")
         return None, []
-    id_column = data.columns.get("item_id") or schema.ITEM_ID
-    tables, kind = [], pa.null()
-    signs: dict[str, str | None] = {}
+    problems, kind = Problems(), pa.null()
+    read: list[tuple[InputFile, str, pa.Table]] = []
     for file in files:
-        with open_file(file) as table:
-            item_column = id_column if id_column in table.names else schema.ITEM_ID
-            for column in (item_column, *data.features, *([data.released] if data.released else [])):
-                if column not in table.names:
-                    raise DataError(
-                        f"{file.uri} has no column {column!r}; it has {', '.join(table.names)}",
-                        "check data.items, data.columns, data.features and data.released",
-                    )
-            kind = joined_type(kind, _kind(table.type_of(item_column), schema.ITEM_ID, file.uri))
-            rows = table.read([item_column, *data.features, *([data.released] if data.released else [])])
-            columns = {schema.ITEM_ID: decoded(rows[item_column])}
-            for name, feature in data.features.items():
-                if feature == "multi" and data.separator is None and pa.types.is_string(_plain(rows[name].type)):
-                    signs[name] = signs.get(name) or see_separator(rows[name].to_pylist())
-                columns[name] = _feature(rows[name], name, feature, signs.get(name, data.separator), file)
-            if data.released is not None:
-                columns[schema.RELEASED] = _released(rows[data.released], data, file.uri)
-            tables.append(pa.table(columns))
-    kind = pa.string() if pa.types.is_null(kind) else kind
-    tables = [table.set_column(0, schema.ITEM_ID, as_id(table[0], kind, file.uri)) for table, file in zip(tables, files, strict=True)]
+        if (rows := problems.of(partial(_item_rows, data, file))) is not None:
+            read.append((file, *rows))
+            kind = joined_type(kind, problems.of(partial(_kind, rows[1].schema.field(0).type, schema.ITEM_ID, file.uri)) or pa.null())
+    problems.raise_all()
+    if pa.types.is_null(kind):
+        raise DataError(f"{files[0].uri}: no item has an item_id", "fill them, or name the column: data.columns.item_id=YOUR_COLUMN")
+    signs, notes = _separators(data, [rows for _, _, rows in read])
+    tables: list[pa.Table | None] = []
+    for file, column, rows in read:
+        columns = {schema.ITEM_ID: problems.of(partial(as_id, rows[0], kind, f"{file.uri}: {column}", text=file.format != "parquet"))}
+        for name, feature in data.features.items():
+            columns[name] = problems.of(partial(_feature, rows[name], name, feature, signs.get(name), file))
+        if data.released is not None:
+            columns[schema.RELEASED] = problems.of(partial(_released, rows[data.released], data, file.uri))
+        tables.append(None if problems.found else pa.table(columns))
+    problems.raise_all()
     try:
-        found = pa.concat_tables(tables, promote_options="permissive")
+        found = pa.concat_tables([table for table in tables if table is not None], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{files[0].uri} and the other item files differ: {error}", "write all files alike") from None
     missing = found[0].null_count + (int(pc.sum(is_blank(found[0])).as_py() or 0) if pa.types.is_string(kind) else 0)
     if missing:
-        raise DataError(f"{files[0].uri}: {missing} items have no item_id", "fill or drop them")
-    if len(found[0].unique()) < len(found):
-        raise DataError(f"{files[0].uri}: {len(found) - len(found[0].unique())} item ids occur more than once", "keep one row an item")
+        problems.found.append(DataError(f"{files[0].uri}: {missing} items have no item_id", "fill or drop them"))
+    if twice := len(found) - len(found[0].unique()):
+        counts = found[0].value_counts()
+        example = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
+        problems.found.append(DataError(f"{files[0].uri}: {twice} item ids occur more than once, for example {example}", "keep one row an item"))
     for column, feature in data.features.items():
-        _check_feature(found[column].type, column, feature, files[0].uri)
-    notes = [
-        f"feature {name}: {sign!r} is taken for what separates its values; data.separator says so"
-        for name, sign in signs.items()
-        if sign in (";", ",")
-    ]
+        problems.of(partial(_check_feature, found[column].type, column, feature, files[0].uri))
+        if pa.types.is_null(found[column].type):
+            found = found.set_column(found.schema.get_field_index(column), column, found[column].cast(_EMPTY[feature]))
+    problems.raise_all()
     return found, notes
+
+
+_EMPTY = {
+    **dict.fromkeys(("categorical", "text", "sentence"), pa.string()),
+    "numeric": pa.float64(),
+    "multi": pa.list_(pa.string()),
+    "vector": pa.list_(pa.float32()),
+}
+
+
+def _item_rows(data: DataSettings, file: InputFile) -> tuple[str, pa.Table]:
+    """The name of the id column of an item file, and its rows with the id first. Raises DataError."""
+    with open_file(file) as table:
+        id_column = data.columns.get("item_id") or schema.ITEM_ID
+        id_column = id_column if id_column in table.names else schema.ITEM_ID
+        wanted = [id_column, *data.features, *([data.released] if data.released else [])]
+        if missing := [repr(column) for column in wanted if column not in table.names]:
+            raise DataError(
+                f"{file.uri} has no column {', '.join(missing)}; it has {', '.join(table.names)}",
+                "check data.items, data.columns, data.features and data.released",
+            )
+        rows = table.read(wanted)
+        if pa.types.is_integer(given := table.type_of(id_column)) or (pa.types.is_floating(given) and file.format != "parquet"):
+            rows = rows.set_column(0, id_column, as_id(rows[0], pa.int64(), f"{file.uri}: {id_column}", text=file.format != "parquet"))
+        return id_column, rows
+
+
+def _separators(data: DataSettings, tables: list[pa.Table]) -> tuple[dict[str, str | None], list[str]]:
+    """What stands between the values of each `multi` feature that is text, and what a person should know of it."""
+    signs, notes = {}, []
+    for name, feature in data.features.items():
+        texts = [text for table in tables if pa.types.is_string(table[name].type) for text in table[name].to_pylist()]
+        if feature != "multi" or not texts:
+            continue
+        signs[name] = data.separator
+        if data.separator is None:
+            signs[name], note = see_separator(texts)
+            notes += [f"feature {name}: {note}"] if note else []
+    return signs, notes
 
 
 def is_blank(text: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -326,8 +390,7 @@ def is_blank(text: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _feature(column: pa.ChunkedArray, name: str, kind: str, separator: str | None, file: InputFile) -> pa.ChunkedArray:
     """A feature column as it is kept: lists, also where they are text, and numbers, also where a text file has them as text. Raises DataError."""
-    column = decoded(column)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not pa.types.is_string(column.type):
         return column
     if kind in ("multi", "vector"):
         return _lists(column, name, kind, separator, file)
@@ -335,7 +398,7 @@ def _feature(column: pa.ChunkedArray, name: str, kind: str, separator: str | Non
         return column
     text = pc.utf8_trim_whitespace(column)
     try:
-        return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text).cast(pa.float64())
+        return pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text).cast(pa.float64())
     except pa.ArrowInvalid as error:
         raise DataError(f"{file.uri}: feature {name} is no number: {error}", f"mend it, or declare another kind: data.features.{name}=…") from None
 
@@ -353,76 +416,103 @@ def _lists(column: pa.ChunkedArray, name: str, kind: str, separator: str | None,
 
 def _values(text: str, between: str | None) -> list[str]:
     if text.startswith("["):
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = None
+        found = None
+        for read in (json.loads, ast.literal_eval):  # the second: as Python writes a list
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found = read(text)
+                break
         if isinstance(found, list):
             return [one if isinstance(one, str) else json.dumps(one) for one in found if one is not None]
     return [part.strip() for part in (text.split(between) if between else [text]) if part.strip()]
 
 
-def see_separator(texts: list[str | None]) -> str | None:
-    """What stands between the values of a text: the first of | ; and , that any text has outside of JSON, None for none."""
-    plain = [text for text in texts if text is not None and not text.lstrip().startswith("[")]
-    return next((sign for sign in "|;," if any(sign in text for text in plain)), None)
+def see_separator(texts: list[str | None]) -> tuple[str | None, str]:
+    """What stands between the values of texts: the one of | ; and , that most of them have outside of JSON, None for none; and what a person
+    should know of that, nothing where it is beyond doubt."""
+    plain = [text for text in texts if text is not None and text.strip() and not text.lstrip().startswith("[")]
+    counts = {sign: sum(sign in text for text in plain) for sign in "|;,"}
+    sign = max(counts, key=lambda one: counts[one])
+    if not plain or not counts[sign]:
+        other = next((one for one in OTHER_SIGNS if sum(one in text for text in plain) > len(plain) / 2), None)
+        return None, "" if other is None else f"no text has | ; or , in it, so each is one value; data.separator={other!r} would take {other!r} for one"
+    others = [f"{count} texts have {other!r} too" for other, count in counts.items() if other != sign and count]
+    if sign == "|" and not others:
+        return sign, ""
+    return sign, f"{sign!r} is taken for what separates its values{f' ({chr(59).join(others)})' if others else ''}; data.separator says so"
 
 
 def _released(column: pa.ChunkedArray, data: DataSettings, uri: str) -> pa.ChunkedArray:
     """The release of each item in seconds, null where it is not known. Raises DataError for a column that holds no times."""
-    name = str(data.released)
-    column = decoded(column)
-    is_integer = pa.types.is_integer(column.type)
-    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type) or is_integer or pa.types.is_string(column.type)):
-        raise DataError(f"{uri}: data.released {name} has type {column.type}, not a timestamp, a date or integer seconds", "cast it")
-    if is_integer:
-        return _released_numbers(column, name, uri)
-    found = TimeRule("s", data.timezone or "UTC").read(column)
+    name, kind = str(data.released), column.type
+    if pa.types.is_null(kind):
+        return column.cast(pa.int64())
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    if not (pa.types.is_timestamp(kind) or pa.types.is_date(kind) or is_number or pa.types.is_string(kind)):
+        raise DataError(f"{uri}: data.released {name} has type {kind}, not a timestamp, a date or integer seconds", "cast it")
+    rule = TimeRule("s", data.timezone or "UTC")
+    if is_number or pa.types.is_string(kind):
+        numbers = numbers_in(column)
+        unit = _unit_of_release(numbers[numbers != 0], name, uri)
+        if is_number and unit == "s":
+            return _floor(column) if pa.types.is_floating(kind) else signed(column) if pa.types.is_uint64(kind) else column.cast(pa.int64())
+        rule = TimeRule(unit, data.timezone or "UTC")
+    found = rule.read(column)
     if found.unreadable is not None and found.unreadable.any():
         first = column.filter(pa.array(found.unreadable))[0]
         raise DataError(f"{uri}: data.released {name} is no date: {first}", "write it as ISO 8601, 2024-03-01")
-    return pc.divide(pc.subtract(found.us, pc.if_else(pc.less(found.us, 0), 999_999, 0)), 1_000_000)  # floor
+    us = found.us if not (is_number or pa.types.is_string(kind)) else pc.if_else(pc.equal(found.us, OUTSIDE), pa.scalar(None, pa.int64()), found.us)
+    return pc.divide(pc.subtract(us, pc.if_else(pc.less(us, 0), 999_999, 0)), 1_000_000)  # floor
 
 
-def _released_numbers(column: pa.ChunkedArray, name: str, uri: str) -> pa.ChunkedArray:
-    said = column.filter(pc.fill_null(pc.not_equal(column, 0), False))
-    if len(said):
-        low, high = pc.min_max(said).as_py().values()
-        if not (low > -LATEST_S and high < LATEST_S and (low < 0 or high >= YEAR_S)):
-            unit = see_unit(said.cast(pa.int64(), safe=False).to_numpy())
-            if unit in (None, "s"):
-                wrong = f"integers from {low} to {high}, which are not seconds since 1970"
-                raise DataError(f"{uri}: data.released {name} holds {wrong}", "cast it to a timestamp or a date; years are neither")
-            us = TimeRule(str(unit)).read(column).us
-            return pc.divide(us, 1_000_000)
-    return column.cast(pa.int64())
+def _floor(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Seconds with a fraction as whole ones, null for none."""
+    known = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
+    return pc.floor(known).cast(pa.int64())
 
 
-def as_id(column: pa.ChunkedArray, kind: pa.DataType, uri: str) -> pa.ChunkedArray:
-    """A column of ids in the staged type. Raises DataError for numbers that 63 bits do not hold."""
-    column = decoded(column)
-    if pa.types.is_string(column.type) and pa.types.is_integer(kind):  # of a text file, whose blanks are nulls
-        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+def _unit_of_release(numbers: np.ndarray, name: str, uri: str) -> str:
+    """The unit of numbers that say when items can be met; seconds may lie before 1970, when films were made too. Raises DataError."""
+    if not len(numbers):
+        return "s"
+    low, high = int(numbers.min()), int(numbers.max())
+    if low > -LATEST_S and high < LATEST_S and (low < 0 or high >= YEAR_S) and see_unit(numbers) in (None, "s"):
+        return "s"
+    unit = see_unit(numbers)
+    if unit is None:
+        wrong = f"numbers from {low} to {high}, which are not seconds since 1970"
+        raise DataError(f"{uri}: data.released {name} holds {wrong}", "cast it to a timestamp or a date; years are neither")
+    return unit
+
+
+def as_id(column: pa.ChunkedArray, kind: pa.DataType, where: str, *, text: bool = False) -> pa.ChunkedArray:
+    """A column of ids in the staged type. Raises DataError for numbers that 63 bits do not hold.
+
+    text : of a text file, which writes nothing as a blank or a word, and maybe whole numbers with a point
+    """
+    if text and pa.types.is_string(column.type):
+        nothing = ["", *NULL_IDS] if pa.types.is_integer(kind) else NULL_IDS
+        column = pc.if_else(pc.is_in(column, pa.array(nothing)), pa.scalar(None, pa.string()), column)
+        if pa.types.is_integer(kind):
+            column = pc.replace_substring_regex(column, POINT_ZERO, "")
     try:
         return column.cast(kind)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{uri}: an id does not fit into 64 bits with a sign: {error}", "write such ids as text") from None
+        raise DataError(f"{where}: an id does not fit into 64 bits with a sign: {error}", "write such ids as text") from None
 
 
 def _check_feature(found: pa.DataType, column: str, kind: str, uri: str) -> None:
-    plain = _plain(found)
-    is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain) or pa.types.is_fixed_size_list(plain)
-    is_number = _is_number(plain)
-    is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
+    is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+    is_number = _is_number(found)
+    is_text = pa.types.is_string(found)
     fits = {
         "numeric": is_number,
         "multi": is_list or is_text,
         "text": is_text,
         "sentence": is_text,
         "categorical": not is_list,
-        "vector": is_list and _is_number(plain.value_type),
+        "vector": is_list and _is_number(found.value_type),
     }[kind]
-    if not fits and not pa.types.is_null(plain):
+    if not fits and not pa.types.is_null(found):
         raise DataError(f"{uri}: feature {column} has type {found}, which is not {kind}", f"declare another kind: data.features.{column}=…")
 
 

@@ -1,7 +1,8 @@
 """What a column says about when: timestamps, dates, ISO 8601 text or whole numbers of a unit, as microseconds since 1970 UTC.
 
-A time without a zone is one of `data.timezone`. The unit of whole numbers is `data.time_unit`, or seen in their size where only one
-unit puts them between 1990 and 2100 beyond doubt; else they are refused, with the units that would make sense.
+A time without a zone is one of `data.timezone`. The unit of numbers, in a column of their own or as text, is `data.time_unit`, or seen in
+their size where only one unit puts them between 1990 and 2100 beyond doubt; else they are refused, with the units that would make sense. A
+number that the unit that was seen puts before 1990 is no time either.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.errors import DataError
+from recray.prepare.formats import NULL_WORDS
 
 DAY_US = 86_400_000_000
 MIN_US, MAX_US = 0, 4_102_444_800_000_000  # 1970 to 2100: outside lies a wrong unit
@@ -40,7 +42,7 @@ WORDS = {
 
 _ISO = r"^\s*\d{4}[-/]\d{2}[-/]\d{2}([T ]\d{2}:\d{2}(:\d{2}([.,]\d+)?)?)?\s*(Z|UTC|[+-]\d{2}(:?\d{2})?)?\s*$"
 _ZONED = r"(Z|UTC|:\d{2}\s*[+-]\d{2}(:?\d{2})?|[.,]\d+\s*[+-]\d{2}(:?\d{2})?)\s*$"
-_WHOLE = r"^\s*-?\d{1,19}\s*$"
+NUMBER = r"^\s*-?\d{1,19}(\.\d+)?\s*$"
 
 
 class Times(NamedTuple):
@@ -54,14 +56,23 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeRule:
-    """How times are read: the unit of whole numbers, and the zone of what has none."""
+    """How times are read: the unit of numbers, and the zone of what has none.
+
+    least_us : a number below it is no time: where the unit was seen, 1990
+    """
 
     unit: str = "s"
     zone: str = "UTC"
+    least_us: int = MIN_US
     _zone: ZoneInfo = field(init=False, repr=False, compare=False, default=ZoneInfo("UTC"))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_zone", ZoneInfo(self.zone))
+
+    @property
+    def outside(self) -> str:
+        """What is wrong with a time that is none, in words."""
+        return "time is outside 1970 to 2100" + (f", or a number before 1990 ({self.unit}: see data.time_unit)" if self.least_us else "")
 
     def read(self, column: pa.ChunkedArray) -> Times:
         """A column of timestamps, dates, numbers or text."""
@@ -89,20 +100,26 @@ class TimeRule:
         return int(dt.datetime.combine(day, dt.time(), self._zone).timestamp() - 1) * 1_000_000
 
     def _whole(self, column: pa.ChunkedArray) -> pa.Array:
-        wide = column.cast(pa.int64(), safe=False) if not pa.types.is_uint64(column.type) else _signed(column)
+        wide = column.cast(pa.int64(), safe=False) if not pa.types.is_uint64(column.type) else signed(column)
         valid = wide.is_valid().to_numpy()
-        return pa.array(whole_us(pc.fill_null(wide, 0).to_numpy(), self.unit), mask=~valid)
+        return pa.array(self._late_enough(whole_us(pc.fill_null(wide, 0).to_numpy(), self.unit)), mask=~valid)
+
+    def _late_enough(self, us: np.ndarray) -> np.ndarray:
+        return us if self.least_us <= MIN_US else np.where(us < self.least_us, OUTSIDE, us)
 
     def _fractions(self, column: pa.ChunkedArray) -> pa.Array:
         """Numbers with a fraction, as pandas writes whole ones as soon as one is missing; NaN is null."""
         values = column.cast(pa.float64()).to_numpy()
         known = ~np.isnan(values)
+        return pa.array(self._late_enough(self._of_fractions(values, known)), mask=~known)
+
+    def _of_fractions(self, values: np.ndarray, known: np.ndarray) -> np.ndarray:
         if self.unit in UNITS:
             us = np.where(known, values, -1) * UNITS[self.unit]
             inside = (us >= 0) & (us <= MAX_US)
-            return pa.array(np.where(inside, np.where(inside, us, 0).astype(np.int64), OUTSIDE), mask=~known)
+            return np.where(inside, np.where(inside, us, 0).astype(np.int64), OUTSIDE)
         inside = known & (np.abs(np.where(known, values, 0)) < 2.0**63)
-        return pa.array(whole_us(np.where(inside, np.where(inside, values, 0).astype(np.int64), OUTSIDE), self.unit), mask=~known)
+        return whole_us(np.where(inside, np.where(inside, values, 0).astype(np.int64), OUTSIDE), self.unit)
 
     def _placed(self, naive: pa.ChunkedArray) -> pa.ChunkedArray:
         """Times without a zone, in the zone of the rule."""
@@ -113,10 +130,10 @@ class TimeRule:
 
     def _text(self, column: pa.ChunkedArray) -> Times:
         text = column.combine_chunks()
-        text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, pa.string()), text)
+        text = pc.if_else(pc.is_in(pc.utf8_trim_whitespace(text), pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text)
         said = text.is_valid().to_numpy(zero_copy_only=False)
         us, read, clocked = np.zeros(len(text), np.int64), np.zeros(len(text), bool), False
-        whole, iso = (pc.fill_null(pc.match_substring_regex(text, pattern), False).to_numpy(zero_copy_only=False) for pattern in (_WHOLE, _ISO))
+        whole, iso = (pc.fill_null(pc.match_substring_regex(text, pattern), False).to_numpy(zero_copy_only=False) for pattern in (NUMBER, _ISO))
         for rows, parse in ((whole & ~iso, self._numbers), (iso, self._dates)):
             if rows.any():
                 found = parse(pc.utf8_trim_whitespace(text.filter(pa.array(rows))))
@@ -126,8 +143,7 @@ class TimeRule:
         return Times(pa.chunked_array([pa.array(us, mask=~read)]), said & ~read, clocked)
 
     def _numbers(self, text: pa.Array) -> Times:
-        numbers = np.array([min(max(int(one), -(1 << 63)), (1 << 63) - 1) for one in text.to_pylist()], np.int64)
-        found = pa.chunked_array([pa.array(whole_us(numbers, self.unit))])
+        found = pa.chunked_array([self._whole(whole) if (whole := _integers(text)) is not None else self._fractions(text.cast(pa.float64()))])
         return Times(found, None, _has_clock(found))
 
     def _dates(self, text: pa.Array) -> Times:
@@ -142,6 +158,7 @@ class TimeRule:
             some = text.filter(pa.array(rows))
             if has_zone:
                 some = pc.replace_substring_regex(some, r"\s*(Z|UTC)$", "+0000")
+                some = pc.replace_substring_regex(some, r"\s+([+-])", r"\1")
                 some = pc.replace_substring_regex(some, r"\s*([+-]\d{2})$", r"\100")  # hours alone: group 1, then two zeros
             naive = _parsed(some, has_zone=has_zone)
             clocked |= _has_clock(_plain(naive))
@@ -163,15 +180,16 @@ def whole_us(values: np.ndarray, unit: str) -> np.ndarray:
 
 
 def _digits(values: np.ndarray) -> np.ndarray:
-    """20240301, 202403011530 or 20240301153000."""
+    """20240301, 2024030115, 202403011530 or 20240301153000."""
     found = np.full(len(values), OUTSIDE, np.int64)
-    for length, rest in ((8, 1), (12, 10_000), (14, 1_000_000)):
+    for length, rest in ((8, 1), (10, 100), (12, 10_000), (14, 1_000_000)):
         rows = (values >= 10 ** (length - 1)) & (values < 10**length)
         if not rows.any():
             continue
         date, clock = values[rows] // rest, values[rows] % rest
         year, month, day = date // 10_000, date // 100 % 100, date % 100
-        hour, minute, second = (clock // 10_000, clock // 100 % 100, clock % 100) if length == 14 else (clock // 100, clock % 100, 0 * clock)
+        clock *= 10 ** (14 - length) if length > 8 else 0
+        hour, minute, second = clock // 10_000, clock // 100 % 100, clock % 100
         good = (year >= 1970) & (year < 2100) & (month >= 1) & (month <= 12) & (day >= 1) & (hour < 24) & (minute < 60) & (second < 60)
         first = (np.where(good, year - 1970, 0) * 12 + np.where(good, month - 1, 0)).astype("datetime64[M]")
         moment = first.astype("datetime64[D]") + np.where(good, day - 1, 0)
@@ -181,23 +199,59 @@ def _digits(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _signed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def signed(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Unsigned numbers of 64 bits; what has no sign's room is the largest."""
     return pc.min_element_wise(column, pa.scalar((1 << 63) - 1, pa.uint64()), skip_nulls=False).cast(pa.int64())
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Timestamps as int64 microseconds; what they cannot hold is OUTSIDE."""
+    """Timestamps as int64 microseconds; what they cannot hold is before or after all that they are to hold."""
     seconds = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}[column.type.unit]
     whole = column.cast(pa.int64())
     if seconds >= 1_000_000:
         return whole if seconds == 1_000_000 else pc.divide(pc.subtract(whole, pc.if_else(pc.less(whole, 0), 999, 0)), 1000)
-    inside = pc.and_(pc.greater_equal(whole, -MAX_US * seconds // 1_000_000), pc.less_equal(whole, MAX_US * seconds // 1_000_000))
-    return pc.multiply(pc.if_else(inside, whole, -MAX_US * seconds // 1_000_000), 1_000_000 // seconds)
+    most = MAX_US * seconds // 1_000_000 + 1
+    return pc.multiply(pc.max_element_wise(pc.min_element_wise(whole, most, skip_nulls=False), -most, skip_nulls=False), 1_000_000 // seconds)
 
 
 def _has_clock(us: pa.ChunkedArray) -> bool:
-    return bool((pc.fill_null(us, 0).to_numpy() % DAY_US).any())
+    values = pc.fill_null(us, 0).to_numpy()
+    return bool((values[values != OUTSIDE] % DAY_US).any())
+
+
+def _integers(text: pa.Array) -> pa.ChunkedArray | None:
+    """Whole numbers as they are written, the largest for more than 64 bits; None where one has a fraction."""
+    text = pc.replace_substring_regex(text, r"\.0*$", "")
+    try:
+        return pa.chunked_array([text.cast(pa.int64())])
+    except pa.ArrowInvalid:
+        pass
+    try:
+        return pa.chunked_array([pa.array([min(max(int(one), -(1 << 63)), (1 << 63) - 1) for one in text.to_pylist()], pa.int64())])
+    except ValueError:
+        return None
+
+
+def numbers_in(column: pa.ChunkedArray) -> np.ndarray:
+    """The whole numbers in a column of numbers, or of text, int64 [n]; fractions are cut off, what is none is left out."""
+    kind = column.type
+    if pa.types.is_string(kind):
+        column = column.filter(pc.fill_null(pc.match_substring_regex(column, NUMBER), False))
+        column = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), r"\..*$", "")
+        return np.array([min(max(int(one), -(1 << 63)), (1 << 63) - 1) for one in column.to_pylist()], np.int64)
+    column = pc.drop_null(column)
+    if pa.types.is_floating(kind):
+        numbers = column.to_numpy().astype(np.float64)
+        found: np.ndarray = numbers[np.abs(numbers) < 2.0**63].astype(np.int64)
+        return found
+    whole: np.ndarray = (signed(column) if pa.types.is_uint64(kind) else column.cast(pa.int64())).to_numpy()
+    return whole
+
+
+def has_zone(text: pa.ChunkedArray) -> np.ndarray:
+    """Which texts are ISO 8601 with a zone (1), without one (0), or no such time (-1)."""
+    iso, zoned = (pc.fill_null(pc.match_substring_regex(text, pattern), False).to_numpy() for pattern in (_ISO, _ZONED))
+    return np.where(iso, zoned.astype(np.int8), np.int8(-1))
 
 
 def _parsed(text: pa.Array, *, has_zone: bool) -> pa.ChunkedArray:

@@ -258,7 +258,7 @@ def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, ma
 @pytest.mark.parametrize(
     ("texts", "setting", "expected", "noted"),
     [
-        (["a|b", "c, d", None], None, [["a", "b"], ["c, d"], None], False),
+        (["a|b", "c, d", None], None, [["a", "b"], ["c, d"], None], True),
         (["a, b,c", "d", ""], None, [["a", "b", "c"], ["d"], None], True),
         (["a;b", "c", "d"], None, [["a", "b"], ["c"], ["d"]], True),
         (["Smith, J.", "b", "c"], "|", [["Smith, J."], ["b"], ["c"]], False),
