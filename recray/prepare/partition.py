@@ -295,7 +295,8 @@ class _Live(_Owned):
     """What was collected from the endpoint; null for an id that the owner's type cannot hold."""
 
     def digest(self) -> np.ndarray:
-        return digest_of(self.rows[schema.VALUE]) * np.uint64(0x9E3779B97F4A7C15) + digest_of(self.rows["context"])
+        found: np.ndarray = digest_of(self.rows[schema.VALUE]) * np.uint64(0x9E3779B97F4A7C15) + digest_of(self.rows["context"])
+        return found
 
     def column(self, name: str) -> pa.ChunkedArray:
         kind = self.plan.types[name]

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recray.config import expanded
 from recray.errors import DamagedArtifactError, SettingsError
 from recray.storage import sha256_file
 
@@ -25,7 +26,7 @@ EXTRA = 'pip install "recray[text]", or name the folder of a sentence-transforme
 
 def find_encoder(name: str) -> Path:
     """The folder of an encoder: `name` itself, or `model` in the installed package of that name. Raises SettingsError."""
-    folder = Path(name).expanduser()
+    folder = expanded(name, "data.text_encoder")
     if not folder.is_dir():
         try:
             found = importlib.util.find_spec(name.replace("-", "_"))

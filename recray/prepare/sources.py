@@ -130,7 +130,7 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
     clock = schema.TIMESTAMP if schema.TIMESTAMP in columns else schema.POSITION if schema.POSITION in columns else "file_order"
     notes = clocks.notes()
     if pointed:
-        notes = (*notes, f"{pointed[0]} and {len(pointed) - 1} more have ids such as 7.0, as pandas writes whole numbers: they are read as 7")
+        notes = (*notes, f"{len(pointed)} columns ({pointed[0]} …) have ids such as 7.0, as pandas writes whole numbers: they are read as 7")
     return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, notes, exact)
 
 
@@ -198,7 +198,7 @@ class _Clocks:
         if self.unit not in (None, "s"):
             found.append(f"times are read as {WORDS[str(self.unit)]}; data.time_unit={self.unit} says so without this note")
         if self.naive and self.zoned and self.zone is None:
-            found.append(f"{len(self.naive)} files have times without a zone, {self.zoned} with one; those without are UTC: data.timezone")
+            found.append(f"times without a zone in {len(self.naive)} of the files, with one in {self.zoned}; those without are UTC: data.timezone")
         return tuple(found)
 
 
@@ -434,7 +434,7 @@ def see_separator(texts: list[str | None]) -> tuple[str | None, str]:
     sign = max(counts, key=lambda one: counts[one])
     if not plain or not counts[sign]:
         other = next((one for one in OTHER_SIGNS if sum(one in text for text in plain) > len(plain) / 2), None)
-        return None, "" if other is None else f"no text has | ; or , in it, so each is one value; data.separator={other!r} would take {other!r} for one"
+        return None, "" if other is None else f"no text has | ; or , in it, so each is one value; most have {other!r}: data.separator={other!r}?"
     others = [f"{count} texts have {other!r} too" for other, count in counts.items() if other != sign and count]
     if sign == "|" and not others:
         return sign, ""

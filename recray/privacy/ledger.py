@@ -125,7 +125,7 @@ class Ledger:
     @classmethod
     def read(cls, url: str, population: str) -> Ledger:
         """Open one that is there. Raises MissingArtifactError if it is a file that is not."""
-        file = sa.engine.make_url(url).database if url.startswith("sqlite:") else None
+        file = named.database if (named := sa.engine.make_url(url)).get_backend_name() == "sqlite" else None
         if file and not os.path.exists(file):
             raise MissingArtifactError(f"no ledger at {file}", "the first private training begins it")
         return cls.open(url, population)

@@ -56,8 +56,8 @@ class Event(_Closed):
 class Range(_Closed):
     """Numbers between two bounds, both included."""
 
-    min: Number | None = None
-    max: Number | None = None
+    min: int | Number | None = None
+    max: int | Number | None = None
 
 
 class _Question(_Closed):

@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import time
-from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -24,7 +23,7 @@ from limits.storage import storage_from_string
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from recray.config import ServeSettings
+from recray.config import ServeSettings, expanded
 from recray.errors import SettingsError
 from recray.serving.problems import problem
 
@@ -69,7 +68,7 @@ class Keys:
     """
 
     def __init__(self, path: str | None) -> None:
-        self._path = None if path is None else Path(path).expanduser()
+        self._path = None if path is None else expanded(path, "serve.keys")
         self._text = "" if self._path is not None else os.environ.get(KEYS_VARIABLE, "")
         self._looked, self._stamp = time.monotonic(), self._changed()
         self._keys = self._read()

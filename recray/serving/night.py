@@ -26,7 +26,7 @@ from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError, UnavailableError
 from recray.inference import Filters, Predictor, Rules, Translation
 from recray.inference.policy import Policy, dials, explore
-from recray.inference.rules import having, in_precision
+from recray.inference.rules import between, having
 from recray.model.controls import Controls
 from recray.release import Release
 from recray.serving.api import MOST_ANSWERS, Event, KnownEvent, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
@@ -543,9 +543,7 @@ class Night:
                 kind = self.dataset.items[column].type
                 if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
                     raise RequestError(f"where: {column!r} holds no numbers", "name a list of values")
-                numbers = self.dataset.items[column].cast(pa.float64(), safe=False).to_numpy()
-                low, high = (-np.inf if wanted.min is None else wanted.min), (np.inf if wanted.max is None else wanted.max)
-                chosen = (numbers >= in_precision(low, kind)) & (numbers <= in_precision(high, kind))
+                chosen = between(self.dataset.items[column], wanted.min, wanted.max)
             else:
                 chosen = having(self.dataset, column, wanted)
             if len(self._masks) >= MASKS:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from recray import __version__
 from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, own_signals, require, unwrapped
-from recray.config import Settings
+from recray.config import Settings, expanded
 from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
@@ -57,7 +57,7 @@ def parent_of(settings: Settings, dataset: Dataset) -> Bundle | None:
     public = settings.privacy.public_start if settings.privacy.enabled else None
     if champion is not None or public is None:
         return champion
-    path = Path(public).expanduser().resolve()
+    path = expanded(public, "privacy.public_start").resolve()
     bundle = Bundle.open(path)
     wrong = {
         "was trained privately: only its own ledger knows what it spent": bundle.privacy["differential_privacy"],
