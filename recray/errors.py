@@ -62,7 +62,15 @@ class DataError(RecrayError):
 
 
 class TooManyBadRowsError(DataError):
-    """More rows failed the checks than `data.max_bad_fraction` allows."""
+    """More rows failed the checks than `data.max_bad_fraction` allows. `bad`: how many."""
+
+    def __init__(self, what: str, fix: str = "", bad: int = 0) -> None:
+        super().__init__(what, fix)
+        self.bad = bad
+
+
+class ImpossibleSplitError(DataError):
+    """No event lies where the settings of the split want some."""
 
 
 class ArtifactError(RecrayError):

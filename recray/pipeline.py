@@ -33,9 +33,10 @@ from recray.errors import (
     TrainingError,
 )
 from recray.prepare import prepare as preparation
+from recray.prepare.rehearse import rehearse, without_items
 from recray.stages import AsOf, JobResult, Say, Work, date_of
 from recray.state.log import sqlite_file
-from recray.storage import Storage, key_of, read_json, storage_error, write_json
+from recray.storage import Storage, check_place, key_of, read_json, storage_error, write_json
 
 if TYPE_CHECKING:
     from recray.release import Member, Release
@@ -53,13 +54,18 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
 
     Raises what prepare would raise, all that is wrong at once.
     """
-    from recray.inference.rules import unmatched
+    from recray.inference.rules import leaves_nothing, unmatched
     from recray.serving import guard
 
-    problems = Problems()
+    started, problems = time.monotonic(), Problems()
     root = problems.of(settings.root)
+    if root is not None:
+        problems.of(lambda: check_place(root))
     problems.of(lambda: guard.check(settings.serve))
     inspected = problems.of(lambda: preparation.inspect(settings, as_of))
+    if inspected is None:  # what the item table hides
+        with contextlib.suppress(RecrayError):
+            inspected = preparation.inspect(without_items(settings), as_of)
     if inspected is None:
         problems.raise_all()
         raise AssertionError
@@ -69,19 +75,35 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
     found = [] if items is None else notes(items, dict(settings.data.features), settings.model.feature_buckets)
     metrics = {"rows": source.rows, "items": 0 if items is None else len(items)}
     with tempfile.TemporaryDirectory(prefix="recray-validate-") as folder:
-        rehearsed = problems.of(lambda: preparation.rehearse(settings, as_of, Path(folder), source, items))
-        if rehearsed is not None:
-            dataset, rows, left_out = rehearsed
-            _describe(dataset, rows, source.rows, say)
+        chosen = settings if items is not None or settings.data.items is None else without_items(settings)
+        rehearsal = rehearse(chosen, as_of, Path(folder), source, items)
+        problems.found += rehearsal.problems
+        found = [*rehearsal.notes, *found]
+        if (dataset := rehearsal.dataset) is not None:
+            if rehearsal.as_asked:
+                _describe(dataset, rehearsal.rows, source.rows, say)
             metrics |= {name: dataset.manifest[name] for name in ("users", "events", "bad_rows", "duplicates")}
-            found = [*left_out, *dataset.manifest["notes"], *found]
-            for name in unmatched(settings.score.rules(), dataset):
-                what = f"score: no item has {name}" + ("" if rows == source.rows else ", in a sample of the rows")
-                problems.found.append(SettingsError(what, "correct the rule, or take it out"))
+            problems.found += _unknown_actions(settings, dataset.event_types)
+            if set(settings.data.features) <= set(dataset.items.column_names):
+                sample = "" if rehearsal.rows == source.rows else ", in a sample of the rows"
+                rules = settings.score.rules()
+                for name in unmatched(rules, dataset):
+                    problems.found.append(SettingsError(f"score: no item has {name}{sample}", "correct the rule, or take it out"))
+                if leaves_nothing(rules, dataset):
+                    problems.found.append(SettingsError("score.exclude leaves no item to recommend", "exclude less"))
     problems.raise_all()
     for note in found:
         say(f"note: {note}", level="warning")
-    return JobResult("validate", "ok", metrics=metrics, warnings=found)
+    return JobResult("validate", "ok", metrics=metrics, warnings=found, seconds=round(time.monotonic() - started, 2))
+
+
+def _unknown_actions(settings: Settings, event_types: list[str]) -> Iterator[RecrayError]:
+    """Actions of section policy about events or features that there are not."""
+    known = {"event": event_types, "weight": ["id", *settings.data.features]}
+    for action in settings.policy.actions:
+        what, _, name = action.partition(".")
+        if what in known and name not in known[what]:
+            yield SettingsError(f"policy.actions: {action}: there is no {name!r}", f"known: {', '.join(known[what])}")
 
 
 def _describe(dataset: Dataset, rows: int, of: int, say: Say) -> None:

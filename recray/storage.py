@@ -158,6 +158,15 @@ def storage_error(error: BaseException | None, root: Path) -> StorageError | Non
     return StorageError(f"storage.root {root}: {NO_ROOM[number]}", f"{fix}, then repeat the job; it goes on where it stopped")
 
 
+def check_place(root: Path) -> None:
+    """Raises StorageError where a root is no folder that this process may write to, nor can become one. Writes nothing."""
+    there = next(path for path in (root, *root.parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise StorageError(f"storage.root {root}: {there} is no folder", "name another place, or move that file away")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f"storage.root {root}: {there} cannot be written to", "check its permissions and its mount, or name another place")
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex sha256 of a file's content."""
     with open(path, "rb") as file:

@@ -144,6 +144,11 @@ def unmatched(declared: dict[str, Any], dataset: Dataset) -> list[str]:
     return [name for name in (*declared["boosts"], *declared["exclude"]) if not _matches(dataset, name).any()]
 
 
+def leaves_nothing(declared: dict[str, Any], dataset: Dataset) -> bool:
+    """Whether the exclusions leave no item of the dataset. Raises RefusedError as `Rules.declared`."""
+    return bool(declared["exclude"]) and bool(torch.stack([_matches(dataset, name) for name in declared["exclude"]]).any(0).all())
+
+
 def _relevance(scores_BP: Tensor, free: Tensor) -> Tensor:
     """Scores from 1 (the best) to 0 (the last that is free)."""
     worst = torch.where(free, scores_BP, torch.inf).amin(1, keepdim=True)
@@ -187,6 +192,8 @@ def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
 
     if pa.types.is_nested(found.type):
         return np.fromiter((has(here) for here in found.to_pylist()), bool, len(found))
+    if pa.types.is_float16(found.type):  # which Arrow does not encode
+        found = found.cast(pa.float32())
     encoded = found if pa.types.is_dictionary(found.type) else found.dictionary_encode()
     known = np.array([*(has(here) for here in encoded.dictionary.to_pylist()), False])
     chosen: np.ndarray = known[pc.fill_null(encoded.indices.cast(pa.int64()), len(known) - 1).to_numpy()]
@@ -216,8 +223,9 @@ def in_precision(number: Fraction, kind: pa.DataType) -> Any:
         return number
     if pa.types.is_integer(kind) and number.denominator == 1:
         return int(number)
+    precision = np.float32 if pa.types.is_float32(kind) else np.float16 if pa.types.is_float16(kind) else np.float64
     try:
-        return float(np.float32(float(number))) if pa.types.is_float32(kind) else float(number)
+        return float(precision(float(number)))
     except OverflowError:
         return math.copysign(math.inf, number)
 

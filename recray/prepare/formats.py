@@ -361,12 +361,12 @@ def _type_of(values: Any) -> pa.DataType:
 
 
 def _plain(found: pa.DataType) -> pa.DataType:
-    """The type of the values of a dictionary; text is a string, half a float is a float, which every computation takes."""
+    """The type of the values of a dictionary; all text is a string."""
     if pa.types.is_dictionary(found):
         return _plain(found.value_type)
     if pa.types.is_large_string(found) or pa.types.is_string_view(found):
         return pa.string()
-    return pa.float32() if pa.types.is_float16(found) else found
+    return found
 
 
 def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:

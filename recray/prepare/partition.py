@@ -25,7 +25,7 @@ from recray.dataset.ids import canonical_integer
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError
 from recray.prepare.files import InputFile
-from recray.prepare.formats import NULL_WORDS, POINT_ZERO, open_file
+from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, open_file
 from recray.prepare.sources import RowGroup, as_id, is_blank
 from recray.prepare.times import MAX_US, OUTSIDE, TimeRule, signed
 from recray.storage import read_json, write_json
@@ -65,7 +65,8 @@ class Stats:
     """What the first pass counted: rows = bad + late + low + events; late rows come after as-of, low ones are worth less than
     `data.min_value`.
 
-    last_us : the newest time; clocked: whether any time has a time of day; negative: events that are worth 0 or less
+    last_us : the newest time; clocked: whether any time has a time of day; negative: events that are worth 0 or less; words: events whose
+    user or item is called like nothing (`NULL_IDS`)
     """
 
     rows: int = 0
@@ -74,13 +75,14 @@ class Stats:
     low: int = 0
     events: int = 0
     negative: int = 0
+    words: int = 0
     last_us: int | None = None
     clocked: bool = False
     reasons: dict[str, int] = field(default_factory=dict)
     event_types: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Stats) -> None:
-        for name in ("rows", "bad", "late", "low", "events", "negative"):
+        for name in ("rows", "bad", "late", "low", "events", "negative", "words"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.clocked |= other.clocked
         for mine, theirs in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
@@ -124,6 +126,7 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
             stats.saw(pc.max(good["t"]).as_py())
         if schema.VALUE in plan.columns:
             stats.negative += int((good[schema.VALUE].to_numpy() <= 0).sum())
+        stats.words += _words(good)
         _count(stats.event_types, good[schema.EVENT])
         counts.append(good.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
         _scatter(good, plan.shards, scratch, writers)
@@ -150,6 +153,21 @@ def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[Stats, pa.Tab
         folder = plan.staging / f"{number:06d}"
         with pa.ipc.open_file(folder / "items.arrow") as reader:
             yield Stats(**read_json(folder / "stats.json")), reader.read_all()
+
+
+def example(quarantine: Path) -> str:
+    """One bad row, for a person: what the file says, and which file that is."""
+    for part in sorted(quarantine.glob("[!.]*.parquet")):
+        row = {name: value for name, value in pq.read_table(part).slice(0, 1).to_pylist()[0].items() if name not in ("file", "reason", ROW)}
+        if row.get("line") is not None:
+            said = repr(row["line"][:200])
+        else:
+            given = {name.removeprefix("given_"): value for name, value in row.items() if name.startswith("given_")}
+            said = ", ".join(
+                f"{name} {value!r}" for name, value in {**{name: row[name] for name in (schema.USER_ID, schema.ITEM_ID)}, **given}.items()
+            )
+        return f"{said} in {pq.read_table(part, columns=['file'])['file'][0].as_py()}"
+    return "none that was kept"
 
 
 def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
@@ -396,6 +414,12 @@ def _scatter(good: pa.Table, shards: int, folder: Path, writers: dict[int, pa.ip
         if shard not in writers:
             writers[shard] = pa.ipc.new_file(folder / f"{shard:05d}.arrow", good.schema)
         writers[shard].write_table(good.slice(edges[shard], edges[shard + 1] - edges[shard]))
+
+
+def _words(good: pa.Table) -> int:
+    """Rows whose user or item is called like nothing."""
+    texts = [good[name] for name in (schema.USER_ID, schema.ITEM_ID) if pa.types.is_string(good[name].type)]
+    return sum(int(pc.sum(pc.is_in(text, pa.array(NULL_IDS))).as_py() or 0) for text in texts)
 
 
 def _count(into: dict[str, int], column: pa.ChunkedArray) -> None:

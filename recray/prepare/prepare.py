@@ -23,7 +23,7 @@ from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
 from recray.errors import DataError, Problems, RecrayError, RefusedError, SettingsError, TooManyBadRowsError
 from recray.prepare.files import InputFile, Listing, collected_files, digest_files, list_files
-from recray.prepare.partition import FUTURE, PartitionPlan, Stats, partition_row_group, read_stats
+from recray.prepare.partition import FUTURE, PartitionPlan, Stats, example, partition_row_group, read_stats
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
 from recray.prepare.shards import ShardCounts, ShardPlan, build_shard
 from recray.prepare.sources import EventSource, RowGroup, as_id, inspect_events, read_items
@@ -32,7 +32,6 @@ from recray.prepare.times import PLAUSIBLE_US
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 
 EVENTS_PER_SHARD = 500_000
-REHEARSED_ROWS = 1_000_000
 JOINED = 0.95  # of the events and the items of the log are in the item table, or a note says how many
 MOST_EVENT_TYPES = 1 << 15  # an index of one has 16 bits
 TASK_RETRIES = 3  # of a task whose worker was lost
@@ -72,13 +71,14 @@ def _encoder(settings: Settings) -> Path | None:
 
 def find_input(settings: Settings) -> Input:
     """What there is now. Raises DataError, SettingsError for what is not there."""
-    events, collected, items = _files(settings)
+    events, collected, items = list_input(settings)
     encoder = _encoder(settings)
     digests = [digest_files(events.files + collected), digest_files(items.files), *([[digest_encoder(encoder)]] if encoder else [])]
     return Input(events.files, collected, items.files, digests, events.notes + items.notes)
 
 
-def _files(settings: Settings) -> tuple[Listing, tuple[InputFile, ...], Listing]:
+def list_input(settings: Settings) -> tuple[Listing, tuple[InputFile, ...], Listing]:
+    """The files of the events, of what was collected, and of the item table. Raises DataError."""
     items = list_files((settings.data.items,), "data.items") if settings.data.items else Listing()
     return list_files(settings.data.events), collected_files(settings.root()), items
 
@@ -158,24 +158,6 @@ def _without_times(settings: Settings, clock: str, as_of: dt.datetime | None) ->
         yield SettingsError("--as-of says up to when events count, but data.events has no times", "leave it out, or map data.columns.timestamp")
 
 
-def rehearse(
-    settings: Settings, as_of: dt.datetime | None, folder: Path, source: EventSource, items: pa.Table | None
-) -> tuple[Dataset, int, tuple[str, ...]]:
-    """The dataset of a sample of the rows, in a folder of its own, by this process alone; how many rows of the source that is, and what a
-    person should know of the files.
-
-    Raises what `prepare` would raise.
-    """
-    events, collected, described = _files(settings)
-    given = Input(events.files, collected, described.files, [[], []], events.notes + described.notes)  # what is thrown away needs no digests
-    size = source.rows / max(len(source.row_groups), 1)
-    step = max(-(-source.rows // REHEARSED_ROWS), 1)
-    some = source.row_groups[::step] if size <= REHEARSED_ROWS else source.row_groups[:1]
-    sample = replace(source, row_groups=tuple(replace(group, number=number) for number, group in enumerate(some)))
-    apart = settings.model_copy(update={"storage": settings.storage.model_copy(update={"root": str(folder)})})
-    return prepare(apart, as_of, given, one_by_one, (sample, items)), sample.rows, given.notes
-
-
 def prepare(
     settings: Settings,
     as_of: dt.datetime | None,
@@ -213,7 +195,7 @@ def prepare(
     )
     try:
         each(partial(_partition, plan, source.row_groups), len(source.row_groups))
-        totals = _totals(plan, source, settings, as_of)
+        totals = _totals(plan, source, settings, as_of, kept=inspected is None)
         as_of_s = int(as_of.timestamp()) if as_of else _last_s(plan, totals)
         encoder = _encoder(settings)
         vocabulary, item_table, joins = _vocabulary(plan, source, settings, items)
@@ -238,7 +220,10 @@ def prepare(
             (folder / "splits").mkdir()
             if settings.split.held_out:
                 (folder / "held_out").mkdir()
-            shard_plan = ShardPlan(plan, len(source.row_groups), vocabulary, fields["event_types"], settings.split, settings.data, folder / "shards")
+            clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
+            shard_plan = ShardPlan(
+                plan, len(source.row_groups), clocked, vocabulary, fields["event_types"], settings.split, settings.data, folder / "shards"
+            )
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
             fields |= asdict(counted) | {"notes": [*source.notes, *joins, *_notes(settings, plan, totals, counted)]}
@@ -265,8 +250,11 @@ def _partition(plan: PartitionPlan, groups: tuple[RowGroup, ...], number: int) -
     partition_row_group(plan, groups[number])
 
 
-def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of: dt.datetime | None) -> Stats:
-    """Sum of the row groups' statistics. Raises TooManyBadRowsError, DataError if as-of leaves nothing."""
+def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of: dt.datetime | None, *, kept: bool) -> Stats:
+    """Sum of the row groups' statistics. Raises TooManyBadRowsError, DataError if as-of leaves nothing.
+
+    kept : whether the quarantine stays, so that a person can look there
+    """
     totals = Stats()
     for stats, _ in read_stats(plan, len(source.row_groups)):
         totals.add(stats)
@@ -275,12 +263,14 @@ def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of:
             raise RefusedError(
                 f"{totals.reasons[FUTURE]} of {totals.rows} events have times of the future, by this machine's clock, {_moment(None)}: "
                 "either it was set back, or the times have another unit or zone",
-                "set the clock, or read only what has happened with --as-of",
+                "set the clock, read only what has happened with --as-of, or say the unit: data.time_unit=date if they are digits such as 2024030110",
             )
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
         raise TooManyBadRowsError(
-            f"{totals.bad} of {totals.rows} rows are bad ({reasons}); they are in {plan.quarantine}",
+            f"{totals.bad} of {totals.rows} rows are bad ({reasons}), for example {example(plan.quarantine)}"
+            + (f"; they are in {plan.quarantine}" if kept else ""),
             "mend the input, or allow more with data.max_bad_fraction",
+            totals.bad,
         )
     if len(totals.event_types) > MOST_EVENT_TYPES:
         raise DataError(f"data.events has {len(totals.event_types)} types of events", "name the column of the types: data.columns.event=YOUR_COLUMN")
@@ -310,6 +300,10 @@ def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: Shar
     if totals.bad:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
         found.append(f"{totals.bad} of {totals.rows} rows are bad and left out ({reasons}); see quarantine/ under storage.root")
+    if totals.words:
+        found.append(
+            f"{totals.words} events have an id such as 'nan', 'None' or 'NULL': if a program wrote these for nothing, write null, or drop them"
+        )
     if counted.duplicates:
         what = "left out" if settings.data.duplicates == "drop" else "kept: data.duplicates=drop leaves them out"
         found.append(f"{counted.duplicates} events equal another in all mapped columns and are {what}")

@@ -20,10 +20,14 @@ from recray.storage import write_json
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What every task of the second pass needs to know; `item_ids` in ascending order and `event_types` are the indices."""
+    """What every task of the second pass needs to know; `item_ids` in ascending order and `event_types` are the indices.
+
+    clocked : whether the owner's times have a time of day
+    """
 
     partition: PartitionPlan
     groups: int
+    clocked: bool
     item_ids: pa.Array
     event_types: list[str]
     split: SplitSettings
@@ -65,7 +69,8 @@ def build_shard(plan: ShardPlan, number: int) -> None:
     keep = item > 0
     live = table["live"].to_numpy()
     if live.any():
-        twice = keep & _told_twice(table, live, user, item, event, t, clock)
+        moment = t // 1_000_000 if plan.clocked else plan.partition.times.day(t)
+        twice = keep & _told_twice(table, live, user, item, event, moment if clock == schema.TIMESTAMP else None)
         keep &= ~twice
         counted.told_twice = int(twice.sum())
     order = order[keep[order]]
@@ -169,16 +174,16 @@ def _repeated(user: np.ndarray, t: np.ndarray, item: np.ndarray, others: list[np
     return found
 
 
-def _told_twice(table: pa.Table, live: np.ndarray, user: np.ndarray, item: np.ndarray, event: np.ndarray, t: np.ndarray, clock: str) -> np.ndarray:
+def _told_twice(table: pa.Table, live: np.ndarray, user: np.ndarray, item: np.ndarray, event: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
     """Events that the endpoint was told and the owner's log has too, bool [n]: by event_id, where both have one; else by user, item, type
-    and second."""
+    and `moment`, the second, or the day where the log knows no more."""
     found = np.zeros(len(live), bool)
     mine, theirs = np.flatnonzero(live), np.flatnonzero(~live)
     ids = _codes(table, schema.EVENT_ID)
     ids = np.full(len(live), -1) if ids is None else ids
     found[mine] = (ids[mine] >= 0) & _is_in(mine, theirs[ids[theirs] >= 0], [user, ids])
-    if clock == schema.TIMESTAMP:
-        keys = [user, item, event, t // 1_000_000]
+    if moment is not None:
+        keys = [user, item, event, moment]
         alike = _is_in(mine, theirs[ids[theirs] < 0], keys)
         unnamed = mine[ids[mine] < 0]
         found[mine] |= alike

@@ -8,7 +8,7 @@ import numpy as np
 
 from recray.config import SplitSettings
 from recray.dataset.reader import Shard, draw_of, nothing_learned_of
-from recray.errors import DataError
+from recray.errors import DataError, ImpossibleSplitError
 from recray.prepare.shards import held_out_counts
 
 
@@ -54,7 +54,7 @@ def cut_dates(settings: SplitSettings, kept_times: Callable[[], Iterable[np.ndar
     last = max((int(chunk.max()) for chunk in kept_times() if len(chunk)), default=0)
     if not first < validation < test <= last:
         as_date = np.array([first, validation, test, last]).astype("datetime64[s]")
-        raise DataError(
+        raise ImpossibleSplitError(
             f"impossible split: events from {as_date[0]} to {as_date[3]}, validation from {as_date[1]}, test from {as_date[2]}",
             "set split.validation_from and split.test_from inside the events, or use split.kind=leave_one_out",
         )

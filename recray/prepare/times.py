@@ -99,6 +99,12 @@ class TimeRule:
         day = dt.datetime.fromtimestamp(us / 1e6, self._zone).date() + dt.timedelta(days=1)
         return int(dt.datetime.combine(day, dt.time(), self._zone).timestamp() - 1) * 1_000_000
 
+    def day(self, us: np.ndarray) -> np.ndarray:
+        """The day of each moment in the zone of the times, int64 [n]."""
+        local = pc.local_timestamp(pa.array(us, pa.timestamp("us", self.zone)))
+        found: np.ndarray = local.cast(pa.int64()).to_numpy() // DAY_US
+        return found
+
     def _whole(self, column: pa.ChunkedArray) -> pa.Array:
         wide = column.cast(pa.int64(), safe=False) if not pa.types.is_uint64(column.type) else signed(column)
         valid = wide.is_valid().to_numpy()

@@ -228,7 +228,7 @@ def score(work: Work, dataset: Dataset) -> JobResult:
 
     Raises RefusedError if there is no champion, or the night is older than it.
     """
-    from recray.inference import unmatched
+    from recray.inference.rules import leaves_nothing, unmatched
     from recray.promotion import champion_of, keep_private, policy_of
     from recray.release import Release
     from recray.scoring import score as scoring
@@ -246,6 +246,8 @@ def score(work: Work, dataset: Dataset) -> JobResult:
             f"champion {bundle.key} knows events up to {date_of(bundle.as_of_s)}, later than this night of {date_of(dataset.as_of_s)}",
             "score a later night, or an older one in a storage.root of its own",
         )
+    if leaves_nothing(settings.score.rules(), dataset):
+        raise RefusedError("score.exclude leaves no item to recommend", "exclude less")
     for name in unmatched(settings.score.rules(), dataset):
         work.warn(f"a rule of section score is about {name!r}, which no item has")
     if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):

@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import prepare_here
 
 from recray import pipeline
 from recray.config import load_settings
 from recray.errors import RecrayError
+from recray.prepare import rehearse
 
 T, DAY = 1_709_251_200, 86_400
 
@@ -100,11 +102,51 @@ def test_a_rule_finds_a_price_in_the_precision_of_its_column(tmp_path, price, ru
     assert validate(tmp_path, rule)[0].status == "ok"
 
 
-def test_a_large_log_is_looked_at_in_part(tmp_path, monkeypatch):
-    from recray.prepare import prepare as preparation
-
-    monkeypatch.setattr(preparation, "REHEARSED_ROWS", 300)
-    shop(tmp_path)
+@pytest.mark.parametrize(
+    ("change", "override", "noted"),
+    [
+        ({}, None, None),
+        ({}, "data.min_user_events=12", None),
+        ({}, "data.min_item_events=20", None),
+        ({"user_id": [None] * 4 + [n % 40 for n in range(596)]}, None, "4 of 300 rows are bad"),
+        ({}, "split.test_from=2024-04-29", "impossible split"),
+    ],
+)
+def test_a_large_log_is_looked_at_in_part_and_what_only_the_whole_can_say_is_no_error(tmp_path, monkeypatch, change, override, noted):
+    monkeypatch.setattr(rehearse, "ROWS", 300)
+    shop(tmp_path, **change)
     pq.write_table(pq.read_table(tmp_path / "events.parquet"), tmp_path / "events.parquet", row_group_size=50)
-    result, said = validate(tmp_path)
-    assert "in a sample of 300 of 600 rows" in said and result.metrics["rows"] == 600 and result.metrics["events"] == 300
+    more = [] if override is None else [override]
+    result, said = validate(tmp_path, *more)
+    assert "in a sample of 300 of 600 rows" in said and result.metrics["rows"] == 600 and result.metrics["events"] == 300 - (4 if change else 0)
+    assert sum("sample of 300" in note for note in result.warnings) == (noted is not None) and (noted is None or noted in said)
+    where = [f"data.events=[{tmp_path / 'events.parquet'}]", f"data.items={tmp_path / 'items.parquet'}", f"storage.root={tmp_path / 'root'}"]
+    assert prepare_here(load_settings(None, [*where, "data.features={price: numeric}", *more])).n_events >= 596
+
+
+def test_one_problem_does_not_hide_the_next(tmp_path):
+    shop(tmp_path, item_id=[f"I{n * 7 % 20}" for n in range(600)], user_id=[None] * 60 + [n % 40 for n in range(540)])
+    (tmp_path / "taken").touch()
+    asked = ("split.test_from=2031-01-01", "policy.actions=[event.bought, weight.size, recency]", f"storage.root={tmp_path / 'taken' / 'root'}")
+    with pytest.raises(RecrayError) as error:
+        validate(tmp_path, *asked)
+    for named in (
+        "60 of 600 rows are bad (60 × user_id is null), for example user_id None, item_id 'I0' in",
+        "no item of data.events is in data.items",
+        "impossible split",
+        "event.bought: there is no 'bought'",
+        "weight.size",
+        "taken is no folder",
+    ):
+        assert named in error.value.what, error.value.what
+    assert "recray-validate" not in error.value.what and "quarantine" not in error.value.what
+    with pytest.raises(RecrayError) as error:
+        validate(tmp_path, "data.features={size: numeric, brand: vector, colour: text}", *asked)
+    for named in ("'size', 'colour'", "60 of 600 rows are bad", "impossible split"):
+        assert named in error.value.what, error.value.what
+
+
+def test_rules_that_leave_nothing_are_refused(tmp_path):
+    shop(tmp_path)
+    with pytest.raises(RecrayError, match="score.exclude leaves no item"):
+        validate(tmp_path, "score.exclude=[brand=a, brand=b]")
