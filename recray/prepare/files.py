@@ -143,6 +143,8 @@ def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
             found: InputFile | str
             if size is None:
                 found = "no regular file"
+            elif size < 0:
+                found = "a link to nothing"
             elif not size and name:
                 found = "empty"
             else:
@@ -154,7 +156,7 @@ def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
 
 
 def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[tuple[str, int | None]]:
-    """Names of the files below a folder, relative to it, without those that a writer hides; and their bytes, None for a pipe and the like."""
+    """Names of the files below a folder, relative to it, without those that a writer hides; and their bytes (`_size`)."""
     if not isinstance(filesystem, fs.LocalFileSystem):  # has no links
         for info in filesystem.get_file_info(fs.FileSelector(folder, recursive=True)):
             name = info.path.removeprefix(folder).lstrip("/")
@@ -175,11 +177,11 @@ def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[tuple[str, int |
 
 
 def _size(path: str) -> int | None:
-    """Bytes of a regular file; of a link to nothing, or to itself, some, since it is named for what it is."""
+    """Bytes of a regular file, None for what is none, -1 for a link to nothing, or to itself."""
     try:
         found = os.stat(path)
     except OSError:
-        return 1
+        return -1
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
@@ -212,8 +214,6 @@ def _recognise(filesystem: fs.FileSystem, path: str, uri: str, partitions: Parti
         return InputFile(uri, kind, codec, partitions)
     if kind == "parquet":  # .parquet.gzip too: some writers name the codec of the pages
         return InputFile(uri, "parquet", None, partitions)
-    if isinstance(filesystem, fs.LocalFileSystem) and not os.path.exists(path):
-        return "a link to nothing"
     with filesystem.open_input_stream(path, compression=None) as stream:
         head = stream.read(1 << 16)
     if head[:4] == b"PAR1":

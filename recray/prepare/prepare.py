@@ -25,7 +25,7 @@ from recray.errors import DataError, Problems, RecrayError, RefusedError, Settin
 from recray.prepare.files import InputFile, Listing, collected_files, digest_files, list_files
 from recray.prepare.partition import FUTURE, PartitionPlan, Stats, example, partition_row_group, read_stats
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
-from recray.prepare.shards import ShardCounts, ShardPlan, build_shard
+from recray.prepare.shards import ShardCounts, ShardPlan, build_shard, count_shard, recounts
 from recray.prepare.sources import EventSource, RowGroup, as_id, inspect_events, read_items
 from recray.prepare.split import check_cuts, cut_dates, held_out, split_shard
 from recray.prepare.times import PLAUSIBLE_US
@@ -198,7 +198,10 @@ def prepare(
         totals = _totals(plan, source, settings, as_of, kept=inspected is None)
         as_of_s = int(as_of.timestamp()) if as_of else _last_s(plan, totals)
         encoder = _encoder(settings)
-        vocabulary, item_table, joins = _vocabulary(plan, source, settings, items)
+        clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
+        shard_plan = ShardPlan(plan, len(source.row_groups), clocked, settings.split, settings.data)
+        counts = _item_counts(shard_plan, totals, each)
+        vocabulary, item_table, joins = _vocabulary(counts, settings, items)
         fields: dict[str, Any] = {
             "recray": __version__,
             "settings": settings.result_settings("data", "split"),
@@ -221,9 +224,7 @@ def prepare(
             if settings.split.held_out:
                 (folder / "held_out").mkdir()
             clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
-            shard_plan = ShardPlan(
-                plan, len(source.row_groups), clocked, vocabulary, fields["event_types"], settings.split, settings.data, folder / "shards"
-            )
+            shard_plan = replace(shard_plan, item_ids=vocabulary, event_types=fields["event_types"], out=folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
             fields |= asdict(counted) | {"notes": [*source.notes, *joins, *_notes(settings, plan, totals, counted)]}
@@ -312,10 +313,22 @@ def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: Shar
     return found
 
 
-def _vocabulary(plan: PartitionPlan, source: EventSource, settings: Settings, items: pa.Table | None) -> tuple[pa.Array, pa.Table, list[str]]:
+def _item_counts(plan: ShardPlan, totals: Stats, each: Each) -> pa.Table:
+    """The events of each item; where some are to be left out, without those, whose types go from the totals too. Raises DataError."""
+    if plan.leaves_out:
+        each(partial(count_shard, plan), plan.partition.shards)
+        counts, types = (recounts(plan, name) for name in (schema.ITEM_ID, schema.EVENT))
+        totals.event_types = dict(zip(types[schema.EVENT].to_pylist(), types["count_all"].to_pylist(), strict=True))
+        if not len(counts):
+            raise DataError("no user has data.min_user_events events", "lower data.min_user_events")
+    else:
+        counts = pa.concat_tables([found for _, found in read_stats(plan.partition, plan.groups) if len(found)])
+        counts = counts.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")])
+    return counts.rename_columns([schema.ITEM_ID, "events"])
+
+
+def _vocabulary(counts: pa.Table, settings: Settings, items: pa.Table | None) -> tuple[pa.Array, pa.Table, list[str]]:
     """Item ids in ascending order, the item table in that order with the column `events`, and how it joins the events. Raises DataError."""
-    counts = pa.concat_tables([c for _, c in read_stats(plan, len(source.row_groups)) if len(c)])
-    counts = counts.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")]).rename_columns([schema.ITEM_ID, "events"])
     notes = [] if items is None else _joins(counts, items)
     if items is not None:
         known = pa.chunked_array([*counts[schema.ITEM_ID].chunks, *items[schema.ITEM_ID].chunks]).unique()

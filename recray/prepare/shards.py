@@ -5,12 +5,14 @@ Order is time, then position where both are mapped, then file and row. What happ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from recray import schema
 from recray.config import DataSettings, SplitSettings
@@ -28,11 +30,20 @@ class ShardPlan:
     partition: PartitionPlan
     groups: int
     clocked: bool
-    item_ids: pa.Array
-    event_types: list[str]
     split: SplitSettings
     data: DataSettings
-    out: Path
+    item_ids: pa.Array | None = None
+    event_types: Sequence[str] = ()
+    out: Path = Path()
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some events may be left out here that were counted before: those of items and types that only they have go with them."""
+        return self.data.duplicates == "drop" or self.data.min_user_events > 1
+
+    def recounted(self, number: int, name: str) -> Path:
+        """Where `count_shard` writes what it found of a column."""
+        return self.partition.staging / f"recounted-{name}-{number:05d}.parquet"
 
     def counts(self, number: int) -> Path:
         """Where a shard's `ShardCounts` are."""
@@ -56,13 +67,64 @@ class ShardCounts:
         return ShardCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
+@dataclass
+class _Rows:
+    """The rows of a shard that stay, in order: their places, the rank of each one's user, and the ids of these users."""
+
+    order: np.ndarray
+    user: np.ndarray
+    users: pa.Array
+    counted: ShardCounts
+
+
+def count_shard(plan: ShardPlan, number: int) -> None:
+    """Count the events of each item, and of each type, that stay in shard `number`. The vocabulary of the plan is not looked at."""
+    table = read_partition(plan.partition, plan.groups, number)
+    names = (schema.ITEM_ID, schema.EVENT)
+    (items, item), (types, event) = (_encode(table[name]) for name in names)
+    order = _kept(plan, table, item + 1, event).order
+    for name, ids, code in zip(names, (items, types), (item, event), strict=True):
+        found = pa.table({name: ids, "count_all": np.bincount(code[order], minlength=len(ids))})
+        pq.write_table(found.filter(pc.greater(found["count_all"], 0)), plan.recounted(number, name))
+
+
+def recounts(plan: ShardPlan, name: str) -> pa.Table:
+    """What `count_shard` found of all shards: the values of a column, and their events (`count_all`)."""
+    tables = [pq.read_table(plan.recounted(number, name)) for number in range(plan.partition.shards)]
+    found = pa.concat_tables(tables).group_by(name).aggregate([("count_all", "sum")])
+    return found.rename_columns([name, "count_all"])
+
+
 def build_shard(plan: ShardPlan, number: int) -> None:
     """Write shard `number` to `plan.out`. Events of items outside the vocabulary are dropped; their users stay."""
-    clock, counted = plan.partition.clock, ShardCounts()
+    clock = plan.partition.clock
     table = read_partition(plan.partition, plan.groups, number)
-    users, user = _encode(table[schema.USER_ID])
     item = pc.fill_null(pc.index_in(table[schema.ITEM_ID], value_set=plan.item_ids), -1).to_numpy() + 1
-    event = pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())).to_numpy()
+    event = pc.fill_null(pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())), 0).to_numpy()
+    kept = _kept(plan, table, item, event)
+    order, user, users = kept.order, kept.user, kept.users
+    t, value, named = table["t"].to_numpy(), table[schema.VALUE].to_numpy(), _codes(table, schema.BASKET)
+    starts = _basket_starts(user, t[order], None if named is None else named[order], clock, plan.data.basket_gap)
+    basket = np.cumsum(starts)
+    counts = np.bincount(user, minlength=len(users))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    first_basket = np.zeros(len(users), np.int64)
+    first_basket[counts > 0] = basket[offsets[:-1][counts > 0]]
+    basket = basket - first_basket[user]
+    time = t[order] // 1_000_000 if clock == schema.TIMESTAMP else t[order]
+    context = [table[name].to_numpy()[order] for name in _context(table)]
+    columns = [item[order], event[order], time, value[order], *context, basket]
+    if plan.split.kind == "random":
+        columns = _held_out_last(user, columns, plan.split, number)
+    target = schema.shard_schema(users.type, [name.removeprefix(schema.CONTEXT) for name in _context(table)])
+    _write(plan, number, target, users, offsets, columns)
+    write_json(plan.counts(number), asdict(kept.counted))
+
+
+def _kept(plan: ShardPlan, table: pa.Table, item: np.ndarray, event: np.ndarray) -> _Rows:
+    """Order the rows, and leave out those of no item (0), those that were told twice or repeat another one, and users with few."""
+    clock, counted = plan.partition.clock, ShardCounts()
+    users, user = _encode(table[schema.USER_ID])
     t, value = table["t"].to_numpy(), table[schema.VALUE].to_numpy()
     named = _codes(table, schema.BASKET)
     order = np.lexsort((table[P].to_numpy(), t, user) if P in table.column_names else (t, user))  # stable: equal times keep the order (file, row)
@@ -87,22 +149,7 @@ def build_shard(plan: ShardPlan, number: int) -> None:
         counted.few = int(few.sum())
         order = order[~few[user[order]]]
         users, user = users.filter(pa.array(~few)), (np.cumsum(~few) - 1)[user]
-    user = user[order]
-    starts = _basket_starts(user, t[order], None if named is None else named[order], clock, plan.data.basket_gap)
-    basket = np.cumsum(starts)
-    counts = np.bincount(user, minlength=len(users))
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    first_basket = np.zeros(len(users), np.int64)
-    first_basket[counts > 0] = basket[offsets[:-1][counts > 0]]
-    basket = basket - first_basket[user]
-    time = t[order] // 1_000_000 if clock == schema.TIMESTAMP else t[order]
-    context = [table[name].to_numpy()[order] for name in _context(table)]
-    columns = [item[order], event[order], time, value[order], *context, basket]
-    if plan.split.kind == "random":
-        columns = _held_out_last(user, columns, plan.split, number)
-    target = schema.shard_schema(users.type, [name.removeprefix(schema.CONTEXT) for name in _context(table)])
-    _write(plan, number, target, users, offsets, columns)
-    write_json(plan.counts(number), asdict(counted))
+    return _Rows(order, user[order], users, counted)
 
 
 def _context(table: pa.Table) -> list[str]:

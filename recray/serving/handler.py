@@ -218,7 +218,9 @@ class Handler:
             }
             if request.context:
                 body["context"] = request.context
-            at_s = now if event.timestamp is None else event.timestamp.timestamp()
+            at_s = now
+            if event.timestamp is not None:
+                at_s = body["timestamp"] = event.timestamp.timestamp()  # said, so that the same name with another time is a conflict
             if at_s > now + AHEAD_S:
                 raise RequestError(f"events.{place}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
             entries.append(Entry("event", key_of(user, event.event_id) if event.event_id else _new_id(), user, at_s, body))

@@ -118,6 +118,7 @@ def test_an_event_changes_the_next_answer(address, handler):
     told = [{**event, "item_id": "i0000001"}, {"item_id": "of tomorrow"}, {"item_id": strange, "event": "gift"}]
     assert good(address, "/v1/events", {"user_id": 6, "events": told}) == kept(3, unknown=2)
     assert good(address, "/v1/events", {"user_id": 7, "events": told[:1]}) == kept(0, conflicts=1)
+    assert good(address, "/v1/events", {"user_id": 7, "events": [{**event, "timestamp": "2024-04-01T00:00:00"}]}) == kept(0, conflicts=1)
     after = good(address, "/v1/recommend", USER)
     assert after["source"] == "realtime" and after["items"] != before["items"]
     sent = good(address, "/v1/recommend", {**USER, "user_id": 7, "mode": "batch"})
@@ -255,7 +256,7 @@ def test_the_console_shows_history_answers_and_why_in_a_browser(address):
         assert html.escape(item["title"], quote=False) in shown["7"] and html.escape(item["text"], quote=False) in shown["7"]
     assert ">realtime<" in shown["7"] and ">new<" in shown["7"] and "night 2024-04-29" in shown["7"] and "bundle untrained" in shown["7"]
     assert ">ready<" in shown["7"] and re.search(r"last \d+\.\d, median", shown["7"])
-    assert "nothing is known of this user" in shown["nobody"] and ">popular<" in shown["nobody"]
+    assert "nothing is known of this user</li>" in shown["nobody"] and ">popular<" in shown["nobody"]
     assert "<b>x</b>" not in shown["<b>x</b>"] and ">popular<" in shown["<b>x</b>"]
 
 
@@ -270,7 +271,7 @@ def test_the_console_shows_ids_that_a_browsers_numbers_cannot_hold(tmp_path):
     handler.close()
     for item in range(big + 1, big + 9):
         assert str(item) in shown
-    assert "nothing is known of this user" not in shown and str(big)[:-3] + "000" not in shown
+    assert "nothing is known of this user</li>" not in shown and str(big)[:-3] + "000" not in shown
 
 
 def test_events_sent_along_count_for_one_answer(address):

@@ -6,6 +6,7 @@ import datetime as dt
 import gzip
 import json
 import os
+import shutil
 import string
 
 import numpy as np
@@ -202,6 +203,113 @@ def test_ids_are_whole_numbers_where_every_file_has_such_and_text_else(tmp_path)
     assert joined.items["item_id"].to_pylist() == ["0", "1", "2"] and any("read as text" in note for note in joined.said)
 
 
+@pytest.mark.parametrize(
+    ("ends", "before", "after", "message"),
+    [
+        (",", '"i3', "", "unexpected end"),
+        (",", '"i3', '"i4', "expected after"),
+        ("\t", '"best pipe', 'the 5"', "row by itself"),
+    ],
+)
+def test_a_stray_quote_does_not_make_one_row_of_many(tmp_path, ends, before, after, message):
+    lines = [["user_id", "item_id", "timestamp", "note"], *([str(n % 20), f"i{n % 7}", str(T + n), "x"] for n in range(200))]
+    lines[50][3] = before
+    lines[150][3] = after or "x"
+    (tmp_path / "e.csv").write_text("\n".join(map(ends.join, lines)) + "\n")
+    with pytest.raises(DataError, match=f"e.csv: a quote in line 51 opens a text of .*{message}"):
+        prepared(tmp_path, events=[tmp_path / "e.csv"])
+
+
+def test_texts_of_several_lines_are_texts(tmp_path):
+    lines = ["user_id,item_id,timestamp,note", *(f'{n % 20},i{n % 7},{T + n},"one, ""two""\nthree {n}, four\n"' for n in range(200)), ""]
+    (tmp_path / "e.csv").write_text("\n".join(lines) + "\n\n")
+    assert prepared(tmp_path, events=[tmp_path / "e.csv"]).n_events == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "user_id,item_id\n1,a\n".encode("utf-16"), "is UTF-16"),
+        ("a.csv", "user_id,item_id,na\u00efve\n1,a,b\n".encode("latin-1"), "is not UTF-8: its first line"),
+        ("a.jsonl", b'[{"user_id": 1, "item_id": "a"}]', "one JSON array.*jq"),
+        ("a.jsonl", b"user_id,item_id\n1,a\n", "no object a line, but 'user_id,item_id'"),
+    ],
+)
+def test_text_that_is_none_of_ours_says_what_it_is(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        prepared(tmp_path, events=[tmp_path / name])
+
+
+def test_parts_may_be_empty_pipes_or_without_a_value(tmp_path):
+    folder = tmp_path / "F"
+    folder.mkdir()
+    pq.write_table(rows(), folder / "a.parquet")
+    for name in ("b.parquet", "c.csv", "d.jsonl"):
+        (folder / name).touch()
+    os.mkfifo(folder / "e.csv")
+    os.symlink("f.csv", folder / "f.csv")
+    (folder / "g.json").write_text('[{"user_id": 1}]')
+    data = prepared(tmp_path, events=[folder])
+    assert data.n_events == 200
+    for words in ("3 files", "empty", "no regular file", "a link to nothing", "one JSON document"):
+        assert any(words in note for note in data.said), words
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name, with_value in (("a", True), ("b", False)):
+        lines = [{**row, **({"value": 3} if with_value else {})} for row in rows().to_pylist()]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert prepared(tmp_path, events=[folder]).n_events == 400, "what a line lacks is null"
+
+
+def test_folders_above_the_one_that_is_named_say_nothing(tmp_path):
+    for above in ("value=5/event=sale/run", "run/event=sale"):
+        folder = tmp_path / above
+        folder.mkdir(parents=True)
+        pq.write_table(rows(), folder / "a.parquet")
+        data = prepared(tmp_path / above.partition("/")[0], events=[folder])
+        assert data.event_types == (["interaction"] if above.endswith("run") else ["sale"])
+        assert {float(value) for shard in data.shards() for value in shard.value} == {1.0}
+
+
+def test_words_for_nothing_are_nothing_in_text_files_and_a_note_elsewhere(tmp_path):
+    text = [f"{u},i{n % 7},{T + n * DAY}" for u in range(20) for n in range(10)]
+    (tmp_path / "e.csv").write_text("\n".join(["user_id,item_id,timestamp", *text, f"NULL,i1,{T}", f"\\N,i1,{T}", "3,i1,NULL", ""]))
+    data = prepared(tmp_path, "data.max_bad_fraction=0.1", events=[tmp_path / "e.csv"])
+    assert data.manifest["reasons"] == {"user_id is null": 2, "time is null": 1} and data.n_users == 20
+    assert pa.types.is_integer(data.user_type)
+    table = rows().set_column(0, "user_id", pa.array(["nan" if n % 20 == 0 else str(n % 20) for n in range(200)]))
+    assert any(note.startswith("10 events have an id such as 'nan'") for note in written(tmp_path, table).said)
+
+
+def test_whole_numbers_that_pandas_wrote_with_a_point_are_the_same_ids(tmp_path):
+    for name, point in (("a", ""), ("b", ".0")):
+        text = [f"{u}{point},{n % 7}{point},{T + n * DAY}{point}" for u in range(20) for n in range(10)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["user_id,item_id,timestamp", *text, ""]))
+    data = prepared(tmp_path, events=[tmp_path / "a.csv", tmp_path / "b.csv"])
+    assert (data.n_users, data.n_items, data.n_events, data.manifest["duplicates"]) == (20, 7, 400, 200)
+    assert any("ids such as 7.0" in note for note in data.said)
+
+
+def test_rows_that_differ_in_what_is_kept_less_exactly_are_not_the_same(tmp_path):
+    one = {"user_id": [1] * 400, "item_id": ["a"] * 400, "timestamp": [T + n // 100 * DAY for n in range(400)]}
+    for more in (
+        {"page": [f"p{n}" for n in range(400)]},
+        {"value": [16_777_216.0 + n for n in range(400)]},
+        {"position": list(range(400))},
+        {"timestamp": pa.array([(T + n // 100 * DAY) * 10**9 + n for n in range(400)], pa.timestamp("ns"))},
+    ):
+        context = ["data.context=[page]"] if "page" in more else []
+        data = written(tmp_path, pa.table({**one, **more}), "data.duplicates=drop", "split.kind=leave_one_out", *context)
+        assert (data.n_events, data.manifest["duplicates"]) == (400, 0), more.keys()
+    assert written(tmp_path, pa.table(one), "data.duplicates=drop", "split.kind=leave_one_out").n_events == 4
+
+
+def test_the_least_value_is_compared_as_values_are_kept(tmp_path):
+    table = rows().append_column("value", pa.array([0.7, 0.6] * 100))
+    assert written(tmp_path, table, "data.min_value=0.7").n_events == 100
+
+
 def test_what_is_no_text_table_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("")
     (tmp_path / "b.csv").write_text("user_id,user_id,item_id\n1,1,1\n")
@@ -264,6 +372,8 @@ def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, ma
         (["Smith, J.", "b", "c"], "|", [["Smith, J."], ["b"], ["c"]], False),
         (["a / b", "c", "d"], " / ", [["a", "b"], ["c"], ["d"]], False),
         (['["a", "b, c"]', "[]", '["d"]'], None, [["a", "b, c"], [], ["d"]], False),
+        (["['a', 'b, c']", "[]", "['d']"], None, [["a", "b, c"], [], ["d"]], False),
+        (["a, b", "c, d", "x|y"], None, [["a", "b"], ["c", "d"], ["x|y"]], True),
     ],
 )
 def test_values_of_a_multi_feature_are_lists(tmp_path, texts, setting, expected, noted):
@@ -296,6 +406,58 @@ def test_the_unit_of_whole_numbers_is_seen_and_said(tmp_path, unit, of, kind):
     assert histories(data) == histories(written(tmp_path, rows()))
     assert any(f"data.time_unit={unit}" in note for note in data.said) == (unit != "s")
     assert written(tmp_path, table, f"data.time_unit={unit}").said == []
+
+
+def test_numbers_are_the_same_times_in_a_column_of_text(tmp_path):
+    days = [f"2024030{1 + n % 9}" for n in range(200)]
+    digits = written(tmp_path, rows().set_column(2, "timestamp", pa.array(days)))
+    assert digits.as_of_s == T + 9 * DAY - 1 and any("digits of a date" in note for note in digits.said)
+    mixed = pa.array([day if n % 4 else f"{day[:4]}-{day[4:6]}-{day[6:]}" for n, day in enumerate(days)])
+    assert histories(written(tmp_path, rows().set_column(2, "timestamp", mixed))) == histories(digits)
+    milli = [str((T + n * DAY // 20) * 1000) for n in range(199)] + [""]
+    data = written(tmp_path, rows().set_column(2, "timestamp", pa.array(milli)))
+    assert data.as_of_s == T + 198 * DAY // 20 and data.manifest["reasons"] == {"time is null": 1}
+    with pytest.raises(DataError, match="data.time_unit=days"):
+        written(tmp_path, rows().set_column(2, "timestamp", pa.array([str(19_783 + n % 9) for n in range(200)])))
+
+
+@pytest.mark.parametrize("of", [1, 1000])
+def test_a_number_that_its_unit_puts_long_ago_is_no_time(tmp_path, of):
+    times = [(T + n * DAY // 20) * of for n in range(200)]
+    times[7] = T if of > 1 else 0
+    data = written(tmp_path, rows().set_column(2, "timestamp", pa.array(times)))
+    assert data.manifest["bad_rows"] == 1 and "before 1990" in next(iter(data.manifest["reasons"]))
+    times[:20] = [times[7]] * 20
+    with pytest.raises(TooManyBadRowsError, match="for example user_id"):
+        written(tmp_path, rows().set_column(2, "timestamp", pa.array(times)))
+
+
+@pytest.mark.parametrize("odd", [0, 1_709_251_200])
+def test_a_bad_time_does_not_give_dates_a_clock(tmp_path, odd):
+    days = [20240301 + n % 10 for n in range(199)] + [odd]
+    assert written(tmp_path, rows().set_column(2, "timestamp", pa.array(days))).as_of_s == T + 10 * DAY - 1
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([dt.date(9999, 12, 31), dt.date(1950, 1, 1), None]), ["late", -631_152_000, None]),
+        (pa.array(["20290101", "2024-03-01", ""]), [1_861_920_000, T, None]),
+        (pa.array(["1709251200000", "1709251201000", None]), [T, T + 1, None]),
+        (pa.array([float(T), float("nan"), -86_400.0]), [T, None, -86_400]),
+        (pa.array([5_680_281_600_000, 0, None], pa.timestamp("ms")), ["late", 0, None]),
+        (pa.array(["2020", "2021", "2022"]), None),
+    ],
+)
+def test_what_is_released_far_away_is_not_released_long_ago(tmp_path, column, expected):
+    pq.write_table(pa.table({"item_id": ["i0", "i1", "i2"], "born": column}), tmp_path / "items.parquet")
+    asked = (f"data.items={tmp_path / 'items.parquet'}", "data.released=born")
+    if expected is None:
+        with pytest.raises(DataError, match="years are neither"):
+            written(tmp_path, rows(), *asked)
+        return
+    found = written(tmp_path, rows(), *asked).items["released_s"].to_pylist()[:3]
+    assert [("late" if said is not None and said >= MAX_US // 10**6 else said) for said in found] == expected
 
 
 @pytest.mark.parametrize(("unit", "size"), [("days", DAY), ("hours", 3600), ("minutes", 60)])

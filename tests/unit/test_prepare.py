@@ -178,8 +178,23 @@ def test_who_has_few_events_is_left_out_of_everything(tmp_path):
     data = dataset(tmp_path, [*ROWS, *few], ["data.min_user_events=5"])
     assert set(everything(data)) == set(range(20)) and (data.n_users, data.n_events, data.manifest["few"]) == (20, 200, 50)
     assert data.popularity.total()[1:].tolist() == data.items["events"].to_pylist()
-    assert dict(zip(data.items["item_id"].to_pylist(), data.items["events"].to_pylist(), strict=True))["one"] == 0
-    assert data.shard(0).split.any() and data.popularity.popular(data.now_s, 7).argmax() != data.items["item_id"].to_pylist().index("one") + 1
+    assert "one" not in data.items["item_id"].to_pylist() and data.shard(0).split.any()
+
+
+def test_what_only_left_out_rows_have_is_not_known(tmp_path):
+    named = {"user_id": [*range(90, 100)], "item_id": ["bot"] * 10, "timestamp": [1_600_000_000] * 10, "event": ["click"] * 10}
+    again = {"user_id": [7] * 3, "item_id": ["again"] * 3, "timestamp": [1_600_000_001] * 3, "event": ["view"] * 3}
+    table = pa.concat_tables(
+        [
+            pa.table({**dict(zip(("user_id", "item_id", "timestamp"), zip(*ROWS, strict=True), strict=True)), "event": ["view"] * len(ROWS)}),
+            pa.table(named),
+            pa.table(again),
+        ]
+    )
+    data = dataset(tmp_path, source=table, overrides=["data.min_user_events=5", "data.min_item_events=2", "data.duplicates=drop"])
+    items = data.items["item_id"].to_pylist()
+    assert "bot" not in items and "again" not in items and data.event_types == ["view"] and data.manifest["few"] == 10
+    assert dataset(tmp_path, source=table).event_types == ["view", "click"]
 
 
 def test_leave_one_out_never_shows_the_targets_own_basket(tmp_path):
