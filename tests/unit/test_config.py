@@ -97,6 +97,11 @@ def test_as_of_date_means_its_end():
     assert parse_as_of("2011-12-09T06:00+02:00") == dt.datetime(2011, 12, 9, 4, tzinfo=dt.UTC)
     with pytest.raises(SettingsError, match="--as-of"):
         parse_as_of("yesterday")
+    assert parse_as_of("2024-03-05", "Asia/Tokyo") == dt.datetime(2024, 3, 5, 14, 59, 59, 999_999, dt.UTC)
+    assert parse_as_of("2024-03-05T06:00Z", "Asia/Tokyo") == dt.datetime(2024, 3, 5, 6, tzinfo=dt.UTC)
+    for far in ("9999-12-31", "0001-01-01T00:00+05:00", "1969-12-31"):
+        with pytest.raises(SettingsError, match="from 1970 to 2099"):
+            parse_as_of(far)
 
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
@@ -127,6 +132,61 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path):
     found = load_settings(path)
     assert (found.train.learning_rate, found.train.seed, found.train.epochs) == (0.001, 16, 7)
     assert found.data.columns == {"event": "no", "item_id": "0123"} and found.split.test_from.isoformat() == "2024-01-02T00:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("evaluate.k=['010']", "evaluate.k: '010' is text"),
+        ("evaluate.k=[10, true]", "evaluate.k: True is yes or no"),
+        ("score.caps={brand: true}", "score.caps: True is yes or no"),
+        ("score.boosts={brand=a: '0123'}", "score.boosts: '0123' is text"),
+        ("split.test_from=1709251200", "split.test_from: a number is no date"),
+        ("split.test_from='1709251200'", "split.test_from: a number is no date"),
+        ("data.events=", "data.events: it is blank"),
+        ("data.events=[a, '']", "data.events: it is blank"),
+        ("data.events=[]", "data.events: .*at least 1"),
+        ("data.items= ", "data.items: it is blank"),
+        ("storage.root=", "storage.root: it is blank"),
+        ("storage.root=/x\0y", "storage.root: a path is text"),
+        ("storage.root=/x\udcff", "storage.root: a path is text"),
+        ("data.features={{ kinds }}", "a mapping as a name"),
+    ],
+)
+def test_what_could_be_read_as_something_else_is_refused(given, named):
+    with pytest.raises(SettingsError, match=named):
+        load_settings(None, [given])
+
+
+def test_digits_of_a_date_are_that_date():
+    for said in ("20240301", "'20240301'", "2024-03-01"):
+        assert load_settings(None, [f"split.test_from={said}"]).split.test_from == dt.datetime(2024, 3, 1, tzinfo=dt.UTC)
+
+
+def test_paths_in_a_file_are_of_its_folder_but_for_those_that_are_whole(tmp_path, monkeypatch):
+    path = tmp_path / "recray.yaml"
+    path.write_text("data: {events: ['night 10:00/e.parquet', 's3://b/e', '/x/e'], items: '${ITEMS}'}\n")
+    monkeypatch.setenv("ITEMS", "")
+    with pytest.raises(SettingsError, match=r"'\$\{ITEMS\}' is blank"):
+        load_settings(path)
+    monkeypatch.setenv("ITEMS", "~nosuchuser/items")
+    with pytest.raises(SettingsError, match="there is no such user"):
+        load_settings(path)
+    monkeypatch.setenv("ITEMS", "items")
+    found = load_settings(path).data
+    assert found.events == (str(tmp_path / "night 10:00/e.parquet"), "s3://b/e", "/x/e") and found.items == str(tmp_path / "items")
+
+
+@pytest.mark.parametrize(("root", "path"), [("file:///tmp/a%20b", "/tmp/a b"), ("file://localhost/tmp/a", "/tmp/a"), ("/tmp/a%20b", "/tmp/a%20b")])
+def test_a_root_may_be_a_file_uri(root, path):
+    assert load_settings(None, [f"storage.root={root}"]).root() == Path(path)
+
+
+def test_a_mapping_on_the_command_line_is_blamed_there(tmp_path):
+    path = tmp_path / "recray.yaml"
+    path.write_text("data: {features: {a: text}}\n")
+    with pytest.raises(SettingsError, match=r"command line: data.features.price: 'number'.*(?s:.)*did you mean 'numeric'"):
+        load_settings(path, ["data.features={price: number}"])
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30))

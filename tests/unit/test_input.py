@@ -363,6 +363,18 @@ def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, ma
     assert [t for _, t, _ in histories(data)[7]] == [*(T + n * 60 for n in range(13)), T + 10_000], "the log's word counts"
 
 
+def test_a_log_of_dates_has_what_the_endpoint_was_told_that_day(tmp_path):
+    log = open_log("sqlite", tmp_path / "root")
+    for n, hour in ((0, 9), (1, 23), (2, 25)):  # Tokyo's day begins at 15 UTC
+        log.append([Entry("event", f"drawn{n}", "7", T + hour * 3600, {"item_id": f"i{n}", "event": "view", "value": 1.0})])
+    collecting.collect(Storage(tmp_path / "root"), log)
+    log.close()
+    days = [dt.date(2024, 3, 1), dt.date(2024, 3, 2), dt.date(2024, 3, 3)]
+    table = pa.table({"user_id": [7] * 3, "item_id": ["i0", "i1", "i2"], "timestamp": days, "event": ["view"] * 3})
+    data = written(tmp_path, table, "split.kind=leave_one_out", "data.timezone=Asia/Tokyo")
+    assert (data.n_events, data.manifest["told_twice"]) == (4, 2), "i2 was told on the second, the log has it on the third"
+
+
 @pytest.mark.parametrize(
     ("texts", "setting", "expected", "noted"),
     [

@@ -1,15 +1,19 @@
 """What is declared about lists: boosts, exclusions, caps and diversity."""
 
+from decimal import Decimal
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recray.config import ScoreSettings, load_settings
 from recray.errors import RefusedError, SettingsError
 from recray.inference import Rules, unmatched
+from recray.inference.rules import between, having, leaves_nothing
 
 ITEMS = pa.table(
     {
@@ -35,6 +39,43 @@ def declared(to_bundle=None, unseen=NO, dial=0.0, **rules) -> Rules:
     found = Rules.declared({**NONE, **rules, "unseen": dial}, DATA, np.arange(7) if to_bundle is None else to_bundle, unseen)
     assert found is not None
     return found
+
+
+NUMBERS = {
+    pa.int64(): st.integers(-(2**63), 2**63 - 1),
+    pa.uint64(): st.integers(0, 2**64 - 1),
+    pa.float64(): st.floats(-1e9, 1e9),
+    pa.float32(): st.floats(-1e9, 1e9, width=32),
+    pa.float16(): st.floats(-1e3, 1e3, width=16),
+    pa.decimal128(10, 2): st.integers(-(10**9), 10**9).map(lambda cents: Decimal(cents) / 100),
+}
+
+
+@given(st.data())
+def test_a_number_is_found_as_it_is_written_in_the_precision_of_its_column(data):
+    kind = data.draw(st.sampled_from(list(NUMBERS)))
+    held = pa.array(data.draw(st.lists(st.none() | NUMBERS[kind], min_size=1, max_size=5)), kind)
+    values = held.to_pylist()
+    one = data.draw(st.sampled_from([value for value in values if value is not None] or [1]))
+    items = SimpleNamespace(items=pa.table({"n": held}), manifest={"settings": {"data": {"features": {"n": "numeric"}}}})
+    equal = [value is not None and value == one for value in values]
+    said = [one, str(one)] if isinstance(one, int) else [float(one), str(one)]
+    for asked in said:
+        assert having(items, "n", [asked]).tolist() == equal
+    bound = said[0]
+    assert between(items.items["n"], bound, None).tolist() == [value is not None and value >= one for value in values]
+    assert between(items.items["n"], None, bound).tolist() == [value is not None and value <= one for value in values]
+
+
+@pytest.mark.parametrize("text", ["1_0", " 1", "1/2", "nan", "\u0661", "1e9999"])
+def test_what_is_no_number_equals_none(text):
+    items = SimpleNamespace(items=pa.table({"n": [1.0, 10.0, 0.5]}), manifest={"settings": {"data": {"features": {"n": "numeric"}}}})
+    assert not having(items, "n", [text]).any()
+
+
+def test_exclusions_that_leave_nothing_are_seen():
+    assert leaves_nothing({**NONE, "exclude": ["used=true", "used=false", "price=4.5"]}, DATA)
+    assert not leaves_nothing({**NONE, "exclude": ["used=true", "used=false"]}, DATA) and not leaves_nothing(NONE, DATA)
 
 
 def test_nothing_declared_is_no_rule():
