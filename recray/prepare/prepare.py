@@ -200,8 +200,10 @@ def prepare(
         encoder = _encoder(settings)
         clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
         shard_plan = ShardPlan(plan, len(source.row_groups), clocked, settings.split, settings.data)
-        counts = _item_counts(shard_plan, totals, each)
-        vocabulary, item_table, joins = _vocabulary(counts, settings, items)
+        item_table, joins = _item_table(_item_counts(shard_plan, each), settings, items)
+        if settings.data.min_user_events > 1:
+            item_table = _left(replace(shard_plan, item_ids=item_table[schema.ITEM_ID].combine_chunks()), item_table, items, totals, each)
+        vocabulary = item_table[schema.ITEM_ID].combine_chunks()
         fields: dict[str, Any] = {
             "recray": __version__,
             "settings": settings.result_settings("data", "split"),
@@ -223,7 +225,6 @@ def prepare(
             (folder / "splits").mkdir()
             if settings.split.held_out:
                 (folder / "held_out").mkdir()
-            clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
             shard_plan = replace(shard_plan, item_ids=vocabulary, event_types=fields["event_types"], out=folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
@@ -313,22 +314,33 @@ def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: Shar
     return found
 
 
-def _item_counts(plan: ShardPlan, totals: Stats, each: Each) -> pa.Table:
-    """The events of each item; where some are to be left out, without those, whose types go from the totals too. Raises DataError."""
-    if plan.leaves_out:
-        each(partial(count_shard, plan), plan.partition.shards)
-        counts, types = (recounts(plan, name) for name in (schema.ITEM_ID, schema.EVENT))
-        totals.event_types = dict(zip(types[schema.EVENT].to_pylist(), types["count_all"].to_pylist(), strict=True))
-        if not len(counts):
-            raise DataError("no user has data.min_user_events events", "lower data.min_user_events")
+def _item_counts(plan: ShardPlan, each: Each) -> pa.Table:
+    """The events of each item, without those that repeat another one where these are left out."""
+    if plan.data.duplicates == "drop":
+        whoever = replace(plan, data=plan.data.model_copy(update={"min_user_events": 1}))
+        each(partial(count_shard, whoever), plan.partition.shards)
+        counts = recounts(plan, schema.ITEM_ID)
     else:
         counts = pa.concat_tables([found for _, found in read_stats(plan.partition, plan.groups) if len(found)])
         counts = counts.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")])
     return counts.rename_columns([schema.ITEM_ID, "events"])
 
 
-def _vocabulary(counts: pa.Table, settings: Settings, items: pa.Table | None) -> tuple[pa.Array, pa.Table, list[str]]:
-    """Item ids in ascending order, the item table in that order with the column `events`, and how it joins the events. Raises DataError."""
+def _left(plan: ShardPlan, item_table: pa.Table, items: pa.Table | None, totals: Stats, each: Each) -> pa.Table:
+    """The item table without items that only users with few events met, unless they are described; event types that only those had go from
+    the totals too. Raises DataError where nobody is left."""
+    each(partial(count_shard, plan), plan.partition.shards)
+    counts, types = (recounts(plan, name) for name in (schema.ITEM_ID, schema.EVENT))
+    if not len(counts):
+        raise DataError("no user has data.min_user_events events", "lower data.min_user_events")
+    totals.event_types = dict(zip(types[schema.EVENT].to_pylist(), types["count_all"].to_pylist(), strict=True))
+    known = [counts[schema.ITEM_ID], *([] if items is None else [items[schema.ITEM_ID]])]
+    stay = pc.is_in(item_table[schema.ITEM_ID], value_set=pa.chunked_array([chunk for column in known for chunk in column.chunks]).combine_chunks())
+    return item_table.filter(stay).combine_chunks()
+
+
+def _item_table(counts: pa.Table, settings: Settings, items: pa.Table | None) -> tuple[pa.Table, list[str]]:
+    """The items in ascending order of their ids, with the column `events`, and how the owner's table joins the events. Raises DataError."""
     notes = [] if items is None else _joins(counts, items)
     if items is not None:
         known = pa.chunked_array([*counts[schema.ITEM_ID].chunks, *items[schema.ITEM_ID].chunks]).unique()
@@ -340,7 +352,7 @@ def _vocabulary(counts: pa.Table, settings: Settings, items: pa.Table | None) ->
     counts = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
     if not len(counts):
         raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")
-    return counts[schema.ITEM_ID].combine_chunks(), counts, notes
+    return counts, notes
 
 
 def _joins(counts: pa.Table, items: pa.Table) -> list[str]:

@@ -36,11 +36,6 @@ class ShardPlan:
     event_types: Sequence[str] = ()
     out: Path = Path()
 
-    @property
-    def leaves_out(self) -> bool:
-        """Whether some events may be left out here that were counted before: those of items and types that only they have go with them."""
-        return self.data.duplicates == "drop" or self.data.min_user_events > 1
-
     def recounted(self, number: int, name: str) -> Path:
         """Where `count_shard` writes what it found of a column."""
         return self.partition.staging / f"recounted-{name}-{number:05d}.parquet"
@@ -78,11 +73,12 @@ class _Rows:
 
 
 def count_shard(plan: ShardPlan, number: int) -> None:
-    """Count the events of each item, and of each type, that stay in shard `number`. The vocabulary of the plan is not looked at."""
+    """Count the events of each item, and of each type, that stay in shard `number`; without a vocabulary any item does."""
     table = read_partition(plan.partition, plan.groups, number)
     names = (schema.ITEM_ID, schema.EVENT)
     (items, item), (types, event) = (_encode(table[name]) for name in names)
-    order = _kept(plan, table, item + 1, event).order
+    known = np.ones(len(items), np.int64) if plan.item_ids is None else pc.is_in(items, value_set=plan.item_ids).cast(pa.int64()).to_numpy()
+    order = _kept(plan, table, (item + 1) * known[item] if len(items) else item, event).order
     for name, ids, code in zip(names, (items, types), (item, event), strict=True):
         found = pa.table({name: ids, "count_all": np.bincount(code[order], minlength=len(ids))})
         pq.write_table(found.filter(pc.greater(found["count_all"], 0)), plan.recounted(number, name))
