@@ -66,7 +66,7 @@ def test_release_days_are_read_and_bad_ones_named(dataset, site, world_folder, t
     for wrong in (1_999, 19_783):  # a year, days
         numbers = table.set_column(3, "published", pa.array([wrong + n for n in range(len(table))]))
         pq.write_table(numbers, tmp_path / "numbers.parquet")
-        with pytest.raises(DataError, match=rf"data.released published holds integers from {wrong} to .* not seconds"):
+        with pytest.raises(DataError, match=rf"data.released published holds numbers from {wrong} to .* not seconds"):
             prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / 'numbers.parquet'}"))
     milliseconds = table.set_column(3, "published", table["published"].cast(pa.timestamp("ms")).cast(pa.int64()))
     pq.write_table(milliseconds, tmp_path / "numbers.parquet")
