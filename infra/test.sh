@@ -55,11 +55,15 @@ no_ray_then_jobs() {
 clusters_then_ray() {
     local failed=0
     .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
-    tests "(ray or own) and not alone" || failed=1
+    tests "(ray or own) and not alone and not long" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
 }
+long() {
+    tests "long"
+}
 lanes=(no_ray_then_jobs clusters_then_ray)
+[[ -n $marks ]] || lanes+=(long) # a third one, for what the others leave idle
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 set -m # lanes are process groups, which an interrupt ends as a whole

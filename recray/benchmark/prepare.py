@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -23,10 +24,10 @@ BASE_BYTES = 1_000_000_000  # the bound is this and 100 bytes an event
 
 
 class MemoryPeak:
-    """Samples, while it is entered, the memory of this process and Ray's workers below it, and the object store in use.
+    """Samples, while it is entered, the memory of this process and Ray's workers below it, and the pages of its object store.
 
-    Memory is PSS without shared memory (which holds the object store's pages, counted once by the store itself). Ray's
-    daemons are left out.
+    Memory is PSS: private pages of this process and the workers (Ray's daemons are left out), shared ones of all processes below this one,
+    so that whatever else uses /dev/shm on the machine does not count.
     """
 
     def __init__(self, period_s: float = 0.2) -> None:
@@ -38,7 +39,6 @@ class MemoryPeak:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> MemoryPeak:
-        self._empty = _shared_memory()
         self._thread.start()
         return self
 
@@ -48,17 +48,16 @@ class MemoryPeak:
 
     def _run(self) -> None:
         while not self._done.wait(self.period_s):
-            workers = sum(_private_pss(pid) for pid in [os.getpid(), *_ray_workers()])
-            store = max(_shared_memory() - self._empty, 0)
+            below = {os.getpid(): b"", **_below()}
+            found = {pid: _pss(pid) for pid in below}
+            workers = sum(found[pid][0] for pid, title in below.items() if pid == os.getpid() or _is_worker(title))
+            store = sum(shared for _, shared in found.values())
             self.peak = max(self.peak, workers + store)
             self.peak_workers, self.peak_store = max(self.peak_workers, workers), max(self.peak_store, store)
 
 
 def measure_prepare(folder: Path, say: Say) -> dict[str, float]:
-    """Peak memory of prepare at 1 and 10 million synthetic events, against 1 GB + 100 B an event.
-
-    Needs a machine on which nothing else uses /dev/shm meanwhile.
-    """
+    """Peak memory of prepare at 1 and 10 million synthetic events, against 1 GB + 100 B an event."""
     metrics: dict[str, float] = {}
     for millions in MILLIONS:
         say(f"writing a world of {millions} million events")
@@ -142,38 +141,35 @@ def _measure(folder: Path, millions: int, say: Say) -> dict[str, float]:
     }
 
 
-def _ray_workers() -> list[int]:
-    """Processes of Ray's workers below this process: Ray titles them `ray::…`."""
+def _below() -> dict[int, bytes]:
+    """The processes below this one, and their command lines."""
     parents, titles = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
+            with contextlib.suppress(OSError):  # it ended
                 titles[int(entry.name)] = (entry / "cmdline").read_bytes()
                 parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
 
-    def below(pid: int) -> bool:
+    def is_below(pid: int) -> bool:
         while pid > 1:
             pid = parents.get(pid, 0)
             if pid == os.getpid():
                 return True
         return False
 
-    return [pid for pid, title in titles.items() if title.startswith(b"ray::") and not title.startswith(_DAEMONS) and below(pid)]
+    return {pid: title for pid, title in titles.items() if is_below(pid)}
 
 
-_DAEMONS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
+def _is_worker(title: bytes) -> bool:
+    """Whether a process is a worker of Ray's, which titles them `ray::…`."""
+    return title.startswith(b"ray::") and not title.startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
 
 
-def _private_pss(pid: int) -> int:
+def _pss(pid: int) -> tuple[int, int]:
+    """Bytes of a process that are its own, and its share of the shared ones."""
     try:
         fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     except (OSError, ValueError):
-        return 0
-    return (int(fields["Pss"].split()[0]) - int(fields["Pss_Shmem"].split()[0])) * 1024
-
-
-def _shared_memory() -> int:
-    status = os.statvfs("/dev/shm")
-    return (status.f_blocks - status.f_bfree) * status.f_frsize
+        return 0, 0
+    shared = int(fields["Pss_Shmem"].split()[0]) * 1024
+    return int(fields["Pss"].split()[0]) * 1024 - shared, shared

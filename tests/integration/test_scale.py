@@ -18,6 +18,7 @@ def call(*arguments, timeout):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_movielens_1m_by_leave_one_out(own_home, shared_data, tmp_path, monkeypatch):
     monkeypatch.setenv("RECRAY_DATA", str(shared_data))
     arguments = ("--config", CONFIGS / "ml-1m.yaml", f"storage.root={tmp_path}")
