@@ -393,29 +393,27 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> pa.Arra
     has_time = probe.has_time
     popularity = Popularity.count_events(np.zeros(0, np.int64), None, probe.n_items)
     users = events = 0
+    shards, asked = [], []
     for number in range(probe.n_shards):
         np.save(folder / "splits" / f"{number:05d}.npy", np.zeros((0, 4), np.int32))
         shard = probe._map(number)
+        shards.append(shard)
+        asked.append(held_out(shard, settings.split) if settings.split.held_out else None)
         users += len(shard)
         events += len(shard.item_index)
         popularity = popularity + Popularity.count_events(shard.item_index, shard.timestamp_s if has_time else None, probe.n_items)
 
     def kept_times() -> Iterator[np.ndarray]:
-        for number in range(probe.n_shards):
-            shard = probe._map(number)
-            keep = np.ones(len(shard), bool)
-            if settings.split.held_out:  # what is learned must not say when the split is
-                keep = held_out(shard, settings.split)
-            yield shard.timestamp_s[np.repeat(keep, np.diff(shard.offsets))]
+        for shard, keep in zip(shards, asked, strict=True):  # what is learned must not say when the split is
+            yield shard.timestamp_s if keep is None else shard.timestamp_s[np.repeat(keep, np.diff(shard.offsets))]
 
     cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
-    for number in range(probe.n_shards):
-        shard = probe._map(number)
+    for number, shard in enumerate(shards):
         split = split_shard(shard, settings.split, cuts)
         check_cuts(replace(shard, split=split), cuts)
         np.save(folder / "splits" / f"{number:05d}.npy", split)
-        if settings.split.held_out:
-            np.save(folder / "held_out" / f"{number:05d}.npy", held_out(shard, settings.split))
+        if (mask := asked[number]) is not None:
+            np.save(folder / "held_out" / f"{number:05d}.npy", mask)
     popularity.save(folder / "popularity.parquet")
     fields.update(users=users, events=events, cuts=cuts)
     return pa.array(popularity.total()[1:].astype(np.int64))

@@ -675,7 +675,14 @@ def test_nothing_at_or_after_a_cut_is_learned_whatever_the_baskets(tmp_path, see
     )
     if random.random() < 0.5:
         table = table.drop_columns(["position"])
-    data = written(tmp_path, table, f"data.basket_gap={random.choice([0, 600, 21_600, 10**7])}", f"split.seed={seed}", "split.validation_users=0.5")
+    data = written(
+        tmp_path,
+        table,
+        f"data.basket_gap={random.choice([0, 600, 21_600, 10**7])}",
+        f"split.seed={seed}",
+        "split.validation_users=0.5",
+        f"data.shards={1 + seed % 2}",
+    )
     validation, test = data.cut_s("validation"), data.cut_s("test")
     users = learned = 0
     for shard in data.shards():
