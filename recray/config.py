@@ -158,6 +158,16 @@ class DataSettings(Section):
             raise ValueError("a name occurs twice")
         return names
 
+    @field_validator("columns")
+    @classmethod
+    def _who_and_what(cls, columns: dict[str, str | None]) -> dict[str, str | None]:
+        who, what = (columns.get(name, name) for name in ("user_id", "item_id"))
+        if who is None or what is None:
+            raise ValueError("user_id and item_id cannot be null: without them there is nothing to learn")
+        if who == what:
+            raise ValueError(f"user_id and item_id are both the column {who!r}")
+        return columns
+
     @field_validator("timezone")
     @classmethod
     def _known_zone(cls, name: str | None) -> str | None:
@@ -612,7 +622,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise SettingsError(f"{path} does not exist", "write one with: recray init") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}", "check that it is a YAML file") from None
+        fix = "keep one of them" if "stands twice" in str(error) else "check that it is a YAML file, and quote what is not plain text"
+        raise SettingsError(f"{path} cannot be read: {error}", fix) from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(v is None or isinstance(v, dict) for v in content.values()):
@@ -730,9 +741,14 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str, repla
             fixes.append(_suggest(loc))
         elif item["type"] == "literal_error" and field is not None:
             choices = _choices(field.annotation)
-            close = difflib.get_close_matches(str(item["input"]), choices, n=1)
-            problems.setdefault(where, f"{said}: {where}: {item['input']!r} is none of {', '.join(choices)}")
-            fixes.append(f"did you mean {close[0]!r}?" if close else "choose one of them")
+            named = {choice.casefold(): choice for choice in choices}
+            close = difflib.get_close_matches(str(item["input"]).casefold(), named, n=1)
+            listed = ", ".join(repr(choice) if "," in choice else choice for choice in choices)
+            problems.setdefault(where, f"{said}: {where}: {item['input']!r} is none of {listed}")
+            fixes.append(f"did you mean {named[close[0]]!r}?" if close else "choose one of them")
+        elif item["type"] == "tuple_type":
+            problems.setdefault(where, f"{said}: {where}: {item['input']!r} is no list")
+            fixes.append(f"write [{item['input']}]")
         else:
             message = item["msg"].removeprefix("Value error, ")
             if len(loc) == 1 and message.startswith(tuple(getattr(section, "model_fields", {}))):  # of a section, about one of its fields

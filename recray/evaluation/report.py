@@ -128,7 +128,8 @@ def _below(table: Table, k: int) -> list[str]:
         for name, row in rows.items():
             if row.get("model_lead", 0.0) < 0:
                 interval = f"[{row['model_lead_low']:+.4f}, {row['model_lead_high']:+.4f}]"
-                found.append(f"{TITLES[setting]}: NDCG@{k} is {row['model_lead']:+.4f} {interval} against {name}, which is better")
+                how = "which is better" if row["model_lead_high"] < 0 else "which is not told apart from it"
+                found.append(f"{TITLES[setting]}: NDCG@{k} is {row['model_lead']:+.4f} {interval} against {name}, {how}")
     return found
 
 

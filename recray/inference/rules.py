@@ -227,7 +227,7 @@ def in_precision(number: Fraction, kind: pa.DataType) -> Any:
     try:
         return float(precision(float(number)))
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
 
 
 def _number(text: str) -> Fraction | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +26,31 @@ from recray.prepare.files import InputFile, resolve
 
 BLOCK = 16 << 20  # bytes of text at once: a row must fit
 LINES = 1 << 16  # JSON lines at once
+LONG_ROW = 20  # lines of a row, to be worth a note
 INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
 POINT_ZERO = r"\.0+$"  # as pandas ends whole numbers, as soon as one is missing
 NULL_WORDS = ["", "null", "NULL", "NaN", "nan", "NA", "N/A", "None", "<NA>", "\\N"]  # in columns that are not text
 NULL_IDS = ["null", "NULL", "NaN", "nan", "None", "<NA>", "\\N"]  # in columns of ids, which may be called NA
+
+
+@dataclass
+class Tally:
+    """How the values of a column of text are written: as whole numbers, as these with a point and zeros, otherwise (with an example)."""
+
+    whole: int = 0
+    pointed: int = 0
+    other: int = 0
+    example: str = ""
+
+    def __add__(self, more: Tally) -> Tally:
+        return Tally(self.whole + more.whole, self.pointed + more.pointed, self.other + more.other, self.example or more.example)
+
+    @property
+    def kind(self) -> pa.DataType:
+        """Its type: int64, float64 if some have a point, text where any is neither, null where none says anything."""
+        if not self.whole + self.pointed + self.other:
+            return pa.null()
+        return pa.string() if self.other else pa.float64() if self.pointed else pa.int64()
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,7 @@ class TableFile:
 
     def __init__(self, file: InputFile) -> None:
         self.file = file
+        self.notes: list[str] = []
         self._partitions = {name: value for name, value in file.partitions if name not in self._own_names}
 
     def __enter__(self) -> TableFile:
@@ -66,11 +89,15 @@ class TableFile:
     def type_of(self, name: str) -> pa.DataType:
         """Arrow type of a column."""
         if name in self._partitions:
-            return _type_of([self._partitions[name]])
+            return tally_of(pa.chunked_array([pa.array([self._partitions[name]], pa.string())])).kind
         return _plain(self._own_type(name))
 
     def _own_type(self, name: str) -> pa.DataType:
         raise NotImplementedError
+
+    def tally(self, name: str) -> Tally | None:
+        """How a column of a text file is written; None for another file's, whose types say it."""
+        return None
 
     def sizes(self) -> list[int]:
         """Rows of each part that can be read by itself."""
@@ -166,16 +193,24 @@ class _Text(TableFile):
         raise NotImplementedError
 
     @cached_property
-    def _seen(self) -> tuple[int, dict[str, pa.DataType]]:
-        """How many rows, lines that are none counted, and the type of each column."""
-        rows, types = 0, dict.fromkeys(self._own_names, pa.null())
+    def _seen(self) -> tuple[int, dict[str, Tally], dict[str, pa.DataType]]:
+        """How many rows, lines that are none counted; how each column of text is written; and the types of those that are none."""
+        rows, tallies, others = 0, {name: Tally() for name in self._own_names}, dict[str, pa.DataType]()
         for batch in self._own_batches(0, 0, self._own_names):
             rows += len(batch.rows) + len(batch.broken)
-            types = {name: joined_type(types[name], _type_of(batch.rows[name])) for name in types}
-        return rows, types
+            for name in tallies:
+                if pa.types.is_string((column := batch.rows[name]).type):
+                    tallies[name] += tally_of(column)
+                else:
+                    others[name] = joined_type(others.get(name, pa.null()), column.type)
+        return rows, tallies, others
 
     def _own_type(self, name: str) -> pa.DataType:
-        return self._seen[1][name]
+        _, tallies, others = self._seen
+        return joined_type(tallies[name].kind, others.get(name, pa.null()))
+
+    def tally(self, name: str) -> Tally | None:
+        return self._seen[1].get(name)
 
     def sizes(self) -> list[int]:
         return [self._seen[0]]
@@ -224,16 +259,16 @@ class _Csv(_Text):
 
     def _has_long_rows(self, rows: int) -> bool:
         """Whether a row may have several lines: there are quotes, and more lines than rows."""
-        lines = quotes = 0
-        last = b""
+        lines = returns = quotes = 0
         with self._stream() as stream:
             while block := stream.read(BLOCK):
-                lines, quotes, last = lines + block.count(b"\n"), quotes + block.count(b'"'), block
-        return quotes > 0 and lines + (not last.endswith(b"\n")) - 1 > rows
+                lines, returns, quotes = lines + block.count(b"\n"), returns + block.count(b"\r"), quotes + block.count(b'"')
+        return quotes > 0 and max(lines, returns) > rows
 
     def _check_quotes(self) -> None:
-        """Raises DataError where a stray quote makes one row of many: text goes on after the one that closes it, or each line is a row."""
-        names, between = self._header
+        """Look at the rows of several lines. Raises DataError where a stray quote made one row of many: where text goes on after the quote
+        that ends it, or where each line looks like a row. A row of very many lines is noted."""
+        _, between = self._header
         lines: list[str] = []
 
         def remembered(text: io.TextIOWrapper) -> Iterator[str]:
@@ -242,18 +277,31 @@ class _Csv(_Text):
                 yield line
 
         csv.field_size_limit(BLOCK)
+        at, shape, longest = 1, "", (0, 0)
         with self._stream() as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
             rows = csv.reader(remembered(text), delimiter=between, strict=True)
-            try:
-                for _ in rows:
-                    if len(lines) > 1 and len(names) > 1 and all(line.count(between) == len(names) - 1 for line in lines):
-                        raise csv.Error("each of them is a row by itself")
-                    lines.clear()
-            except csv.Error as error:
-                raise DataError(
-                    f"{self.file.uri}: a quote in line {rows.line_num - len(lines) + 1} opens a text of {len(lines)} lines: {error}",
-                    'write a quote within a text twice ("") and the text between quotes, or write the file as Parquet',
-                ) from None
+            while True:
+                lines.clear()
+                try:
+                    if next(rows, None) is None:
+                        break
+                except csv.Error as error:
+                    self._refuse_quotes(at, lines, str(error))
+                if at > 1 and len(lines) == 1:
+                    shape = _shape(lines[0], between)
+                elif at > 1 and "0" in shape and 2 * sum(_shape(line, between) == shape for line in lines[1:]) >= len(lines) - 1:
+                    self._refuse_quotes(at, lines, "most of them look like rows")
+                longest = max(longest, (len(lines), at))
+                at += len(lines)
+        if longest[0] > LONG_ROW:
+            self.notes.append(f"{self.file.uri}: the row in line {longest[1]} has {longest[0]} lines; is a quote missing there?")
+
+    def _refuse_quotes(self, first: int, lines: list[str], why: str) -> None:
+        if len(lines) > 1:
+            raise DataError(
+                f"{self.file.uri}: a quote in line {first} opens a text of {len(lines)} lines: {why}",
+                'write a quote within a text twice ("") and the text between quotes, or write the file as Parquet',
+            )
 
     def _read(self, columns: list[str]) -> Iterator[Batch]:
         broken: list[str] = []
@@ -341,23 +389,27 @@ def _column(values: list[Any]) -> pa.Array:
     return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values], pa.string())
 
 
-def _type_of(values: Any) -> pa.DataType:
-    """int64 where every value is a whole number as it is written, float64 where some of these end in .0, null where none says anything,
-    text else."""
-    column = pa.chunked_array([pa.array(values, pa.string())]) if isinstance(values, list) else values
-    if not pa.types.is_string(column.type):
-        return column.type
+def _shape(line: str, between: str) -> str:
+    """What kinds of fields a line seems to have, as if no quote held it together: numbers, dates, and others."""
+    fields = [re.sub("[0-9]", "0", field.strip()) for field in line.strip().split(between)]
+    return between.join("0" if re.fullmatch("-?0+", field) else field if re.fullmatch("0000-00-00.*", field) else "" for field in fields)
+
+
+def tally_of(column: pa.ChunkedArray) -> Tally:
+    """How the texts of a column are written."""
     said = column.filter(pc.and_(pc.is_valid(column), pc.invert(pc.is_in(column, pa.array(["", *NULL_IDS])))))
-    if not len(said):
-        return pa.null()
-    whole = pc.replace_substring_regex(said, POINT_ZERO, "")
-    if pc.all(pc.match_substring_regex(whole, INTEGER)).as_py():
+    plain = pc.replace_substring_regex(said, POINT_ZERO, "")
+    is_whole = pc.match_substring_regex(plain, INTEGER)
+    if pc.any(is_whole).as_py():
         try:
-            whole.cast(pa.int64())
-            return pa.int64() if whole.equals(said) else pa.float64()
-        except pa.ArrowInvalid:  # more than 64 bits
-            pass
-    return pa.string()
+            plain.filter(is_whole).cast(pa.int64())
+        except pa.ArrowInvalid:  # some have more than 64 bits
+            is_whole = pa.chunked_array([pa.array([text is not None and -(1 << 63) <= int(text) < 1 << 63 if fits else False
+                                                   for text, fits in zip(plain.to_pylist(), is_whole.to_pylist(), strict=True)])])  # fmt: skip
+    whole = int(pc.sum(is_whole).as_py() or 0)
+    with_point = int(pc.sum(pc.and_(is_whole, pc.not_equal(plain, said))).as_py() or 0)
+    others = said.filter(pc.invert(is_whole))
+    return Tally(whole - with_point, with_point, len(others), others[0].as_py() if len(others) else "")
 
 
 def _plain(found: pa.DataType) -> pa.DataType:

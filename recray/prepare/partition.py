@@ -49,6 +49,7 @@ class PartitionPlan:
     future_us: int | None  # a time from here on has not come yet; None: the as-of says what counts
     min_value: float | None
     loses: bool  # whether there is a column ROW
+    pointed: tuple[str, ...]  # ids that text files write as 7.0
     first_live: int  # number of the first row group that was collected from the endpoint
     shards: int
     staging: Path
@@ -108,9 +109,9 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     counts: list[pa.Table] = []
     bad: list[pa.Table] = []
     for staged in _read(plan, group):
-        good, rejected = _check(plan, staged)
+        good, rejected, clocked = _check(plan, staged)
+        stats.clocked |= clocked
         stats.rows += len(staged.table) + len(staged.broken)
-        stats.clocked |= staged.clocked
         bad.append(rejected)
         if plan.as_of_us is not None:
             kept = good.filter(pc.less_equal(good["t"], plan.as_of_us))
@@ -206,13 +207,14 @@ class _Staged:
     """A batch in the staged columns, and what is wrong with its rows: by reason, bool [rows].
 
     given : what the file says in the columns that could not be read, by column
+    clocked : which times have a time of day
     broken : lines of the file that are no rows
     """
 
     table: pa.Table
     wrong: dict[str, np.ndarray]
     given: dict[str, pa.ChunkedArray]
-    clocked: bool
+    clocked: np.ndarray
     broken: list[str]
 
 
@@ -232,7 +234,7 @@ class _Owned:
         self.plan, self.rows, self.file = plan, rows, file
         self.wrong: dict[str, np.ndarray] = {}
         self.given: dict[str, pa.ChunkedArray] = {}
-        self.clocked = False
+        self.clocked = np.zeros(len(rows), bool)
 
     def stage(self, broken: list[str]) -> _Staged:
         plan, count = self.plan, len(self.rows)
@@ -262,20 +264,21 @@ class _Owned:
         if name == schema.TIMESTAMP:
             return self._time(found)
         if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET):
-            ids = as_id(found, kind, f"{self.file.uri}: {self.plan.columns[name]}", text=self.file.format != "parquet")
+            where, is_text = f"{self.file.uri}: {self.plan.columns[name]}", self.file.format != "parquet"
+            ids = as_id(found, kind, where, text=is_text, pointed=name in self.plan.pointed)
             return _said(ids) if name == schema.BASKET else ids
         if name == schema.VALUE:
             return self._value(found)
         if name == schema.POSITION:
             return self._position(found)
-        return _said(found.cast(pa.string()) if pa.types.is_string(kind) else found).cast(kind)
+        return _said(found.cast(pa.string()) if pa.types.is_string(kind) else found, text=self.file.format != "parquet").cast(kind)
 
     def _time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         found = self.plan.times.read(column)
         self.clocked = found.clocked
         if found.unreadable is not None and found.unreadable.any():
             self.wrong["time is no ISO 8601 (2024-03-01 10:00:00)"] = found.unreadable
-            self.given[schema.TIMESTAMP] = column
+        self.given[schema.TIMESTAMP] = column
         return found.us
 
     def digest(self) -> np.ndarray:
@@ -354,10 +357,12 @@ def digest_of(column: pa.ChunkedArray) -> np.ndarray:
     return numbers
 
 
-def _said(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text, with null for what is blank."""
+def _said(column: pa.ChunkedArray, *, text: bool = False) -> pa.ChunkedArray:
+    """Text, with null for what is blank, and in a text file for a word for nothing."""
     if not pa.types.is_string(column.type):
         return column
+    if text:
+        column = pc.if_else(pc.is_in(column, pa.array(NULL_IDS)), pa.scalar(None, pa.string()), column)
     blank = is_blank(column)
     return pc.if_else(blank, pa.scalar(None, pa.string()), column) if pc.any(blank).as_py() else column
 
@@ -369,8 +374,9 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table]:
-    """Good rows, and bad rows with the columns `reason` (the first that applies) and `given` (what the file says, where it cannot be read)."""
+def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table, bool]:
+    """Good rows, and bad rows with the columns `reason` (the first that applies) and `given_…` (what the file says of time and value);
+    whether a good row has a time of day."""
     table = staged.table
     t, value = table["t"], table[schema.VALUE]
     # a value that is missing stands for 1; one that is not a number is an error
@@ -384,13 +390,14 @@ def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table]:
         if plan.future_us is not None:
             checks[FUTURE] = pc.fill_null(pc.greater(t, plan.future_us), False)
     checks = {text: failed for text, failed in checks.items() if pc.any(failed).as_py()}
-    good = table
+    good, clocked = table, bool(staged.clocked.any())
     rejected = table.slice(0, 0).append_column("reason", pa.array([], pa.string()))
     if checks:
         reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
         for text, failed in reversed(checks.items()):
             reason = pc.if_else(failed, text, reason)
         bad = pc.is_valid(reason)
+        clocked = clocked and bool((staged.clocked & ~bad.to_numpy()).any())
         rejected = table.append_column("reason", reason)
         for name, column in staged.given.items():
             rejected = rejected.append_column(f"given_{name}", column.cast(pa.string()))
@@ -399,7 +406,7 @@ def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table]:
         lines = pa.table({"reason": pa.repeat(pa.scalar("line is no row"), len(staged.broken)), "line": pa.array(staged.broken, pa.string())})
         rejected = pa.concat_tables([rejected, lines], promote_options="default")
     where = good.schema.get_field_index(schema.VALUE)
-    return good.set_column(where, schema.VALUE, pc.fill_null(good[schema.VALUE], 1.0)), rejected
+    return good.set_column(where, schema.VALUE, pc.fill_null(good[schema.VALUE], 1.0)), rejected, clocked
 
 
 def _scatter(good: pa.Table, shards: int, folder: Path, writers: dict[int, pa.ipc.RecordBatchFileWriter]) -> None:

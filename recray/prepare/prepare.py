@@ -188,6 +188,7 @@ def prepare(
         future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + AHEAD),
         min_value=settings.data.min_value,
         loses=source.loses,
+        pointed=source.pointed,
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes

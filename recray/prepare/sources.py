@@ -21,7 +21,7 @@ from recray.config import DataSettings
 from recray.dataset.context import CLOCK
 from recray.errors import DataError, Problems
 from recray.prepare.files import InputFile
-from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, TableFile, joined_type, open_file
+from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, TableFile, Tally, joined_type, open_file
 from recray.prepare.times import (
     ENOUGH,
     OUTSIDE,
@@ -38,6 +38,7 @@ from recray.prepare.times import (
 
 LATEST_S = 253_402_300_800  # the end of the year 9999: what lies further from 1970 is no number of seconds
 YEAR_S = 365 * 86_400  # a catalogue of 1970 alone is one of years, or of dates as numbers
+MANY_ODD = 0.5  # of the whole numbers among ids, to make these text that happens to look so
 OTHER_SIGNS = "/\t>:&+"  # that may separate values, where most texts have one
 IDS = (schema.USER_ID, schema.ITEM_ID, schema.BASKET)
 
@@ -61,6 +62,7 @@ class EventSource:
     """The event files, in the order that breaks ties, and the owner's names of the columns that are there.
 
     notes : what a person should know of how they are read
+    pointed : names of ids that text files write as 7.0
     loses : whether rows that differ may look alike once they are staged (see `partition.ROW`)
     """
 
@@ -72,6 +74,7 @@ class EventSource:
     times: TimeRule
     notes: tuple[str, ...] = ()
     loses: bool = False
+    pointed: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -88,7 +91,8 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
     types: dict[str, pa.DataType] = {}
     clocks, problems = _Clocks(data), Problems()
     held: dict[InputFile, dict[str, str]] = {}
-    pointed: list[str] = []
+    written: dict[str, Tally] = {}
+    noted: list[str] = []
     exact = bool(data.context)
     for file in files:
         table = problems.of(partial(open_file, file))
@@ -102,15 +106,16 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
             columns |= found
             for name, column in found.items():
                 given = table.type_of(column)
-                if name in IDS and pa.types.is_floating(given) and file.format != "parquet":
-                    pointed.append(f"{file.uri}: {column}")
-                    given = pa.int64()
+                if name in IDS and (tally := table.tally(column)) is not None:
+                    written[name] = written.get(name, Tally()) + tally
+                    given = pa.int64() if pa.types.is_floating(given) else given
                 kind = problems.of(partial(_kind, given, name, file.uri, text=file.format != "parquet"))
                 types[name] = joined_type(types.get(name, pa.null()), kind or pa.null())
                 exact |= _loses(given, name)
             if schema.TIMESTAMP in found and not problems.found:
                 problems.of(partial(clocks.see, table, found[schema.TIMESTAMP]))
             groups += _groups(table, len(groups), live=False)
+            noted += table.notes
     for file, found in held.items():
         if missing := [name for name in columns if name not in found and file.format != "jsonl"]:  # there, what a line lacks is null
             problems.found.append(
@@ -128,10 +133,16 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
         if pa.types.is_null(kind):
             types[name] = pa.string() if name in IDS else _STAGED.get(name, pa.string())
     clock = schema.TIMESTAMP if schema.TIMESTAMP in columns else schema.POSITION if schema.POSITION in columns else "file_order"
-    notes = clocks.notes()
-    if pointed:
-        notes = (*notes, f"{len(pointed)} columns ({pointed[0]} …) have ids such as 7.0, as pandas writes whole numbers: they are read as 7")
-    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, notes, exact)
+    pointed = tuple(name for name, tally in written.items() if tally.pointed > tally.other)
+    notes = [*clocks.notes(), *noted]
+    for name, tally in written.items():
+        numbers = tally.whole + tally.pointed
+        if name in pointed:
+            notes.append(f"{columns[name]}: {tally.pointed} ids such as 7.0, as pandas writes whole numbers, are read as 7")
+        if 0 < tally.other < MANY_ODD * numbers:
+            what = f"{tally.other} of {numbers + tally.other} ids are no whole numbers, for example {tally.example!r}"
+            notes.append(f"{columns[name]}: {what}; so all are read as text: if that is a bad row, mend it")
+    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, tuple(notes), exact, pointed)
 
 
 def _groups(table: TableFile, first: int, *, live: bool) -> list[RowGroup]:
@@ -394,7 +405,11 @@ def _feature(column: pa.ChunkedArray, name: str, kind: str, separator: str | Non
         return column
     if kind in ("multi", "vector"):
         return _lists(column, name, kind, separator, file)
-    if kind != "numeric" or file.format == "parquet":
+    if file.format == "parquet":
+        return column
+    if kind == "categorical":
+        return pc.if_else(pc.is_in(column, pa.array(NULL_IDS)), pa.scalar(None, pa.string()), column)
+    if kind != "numeric":
         return column
     text = pc.utf8_trim_whitespace(column)
     try:
@@ -484,16 +499,17 @@ def _unit_of_release(numbers: np.ndarray, name: str, uri: str) -> str:
     return unit
 
 
-def as_id(column: pa.ChunkedArray, kind: pa.DataType, where: str, *, text: bool = False) -> pa.ChunkedArray:
+def as_id(column: pa.ChunkedArray, kind: pa.DataType, where: str, *, text: bool = False, pointed: bool = False) -> pa.ChunkedArray:
     """A column of ids in the staged type. Raises DataError for numbers that 63 bits do not hold.
 
     text : of a text file, which writes nothing as a blank or a word, and maybe whole numbers with a point
+    pointed : these are whole numbers also where all ids are text
     """
     if text and pa.types.is_string(column.type):
         nothing = ["", *NULL_IDS] if pa.types.is_integer(kind) else NULL_IDS
         column = pc.if_else(pc.is_in(column, pa.array(nothing)), pa.scalar(None, pa.string()), column)
-        if pa.types.is_integer(kind):
-            column = pc.replace_substring_regex(column, POINT_ZERO, "")
+        if pa.types.is_integer(kind) or pointed:
+            column = pc.replace_substring_regex(column, rf"^(-?[0-9]+){POINT_ZERO}", r"\1")
     try:
         return column.cast(kind)
     except pa.ArrowInvalid as error:

@@ -47,11 +47,11 @@ NUMBER = r"^\s*-?\d{1,19}(\.\d+)?\s*$"
 
 class Times(NamedTuple):
     """A column of times: microseconds since 1970 UTC, OUTSIDE for what lies beyond 1970 to 2100, null where there is none; where the file
-    says something that is no time; and whether any has a time of day."""
+    says something that is no time; and which have a time of day."""
 
     us: pa.ChunkedArray
     unreadable: np.ndarray | None
-    clocked: bool
+    clocked: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TimeRule:
         """A column of timestamps, dates, numbers or text."""
         kind = column.type
         if pa.types.is_null(kind):
-            return Times(pa.chunked_array([pa.nulls(len(column), pa.int64())]), None, False)
+            return Times(pa.chunked_array([pa.nulls(len(column), pa.int64())]), None, np.zeros(len(column), bool))
         if pa.types.is_integer(kind):
             found = pa.chunked_array([self._whole(column)])
             return Times(found, None, _has_clock(found))
@@ -86,7 +86,7 @@ class TimeRule:
             found = pa.chunked_array([self._fractions(column)])
             return Times(found, None, _has_clock(found))
         if pa.types.is_date(kind):
-            return Times(self._placed(column.cast(pa.timestamp("s"))), None, False)
+            return Times(self._placed(column.cast(pa.timestamp("s"))), None, np.zeros(len(column), bool))
         if pa.types.is_timestamp(kind):
             if kind.tz is None:
                 return Times(self._placed(column), None, _has_clock(_plain(column)))
@@ -138,14 +138,14 @@ class TimeRule:
         text = column.combine_chunks()
         text = pc.if_else(pc.is_in(pc.utf8_trim_whitespace(text), pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text)
         said = text.is_valid().to_numpy(zero_copy_only=False)
-        us, read, clocked = np.zeros(len(text), np.int64), np.zeros(len(text), bool), False
+        us, read, clocked = np.zeros(len(text), np.int64), np.zeros(len(text), bool), np.zeros(len(text), bool)
         whole, iso = (pc.fill_null(pc.match_substring_regex(text, pattern), False).to_numpy(zero_copy_only=False) for pattern in (NUMBER, _ISO))
         for rows, parse in ((whole & ~iso, self._numbers), (iso, self._dates)):
             if rows.any():
                 found = parse(pc.utf8_trim_whitespace(text.filter(pa.array(rows))))
                 us[rows] = pc.fill_null(found.us, 0).to_numpy()
                 read[rows] = found.us.is_valid().to_numpy()
-                clocked |= found.clocked
+                clocked[rows] = found.clocked
         return Times(pa.chunked_array([pa.array(us, mask=~read)]), said & ~read, clocked)
 
     def _numbers(self, text: pa.Array) -> Times:
@@ -157,7 +157,7 @@ class TimeRule:
         text = pc.replace_substring_regex(pc.replace_substring(text, "/", "-"), r"[.,](\d{1,6})\d*", r".\1")
         zoned = pc.match_substring_regex(text, _ZONED)
         where = zoned.to_numpy(zero_copy_only=False)
-        us, there, clocked = np.zeros(len(text), np.int64), np.zeros(len(text), bool), False
+        us, there, clocked = np.zeros(len(text), np.int64), np.zeros(len(text), bool), np.zeros(len(text), bool)
         for rows, has_zone in ((where, True), (~where, False)):
             if not rows.any():
                 continue
@@ -167,7 +167,7 @@ class TimeRule:
                 some = pc.replace_substring_regex(some, r"\s+([+-])", r"\1")
                 some = pc.replace_substring_regex(some, r"\s*([+-]\d{2})$", r"\100")  # hours alone: group 1, then two zeros
             naive = _parsed(some, has_zone=has_zone)
-            clocked |= _has_clock(_plain(naive))
+            clocked[rows] = _has_clock(_plain(naive))
             placed = _plain(naive) if has_zone else self._placed(naive)
             us[rows], there[rows] = pc.fill_null(placed, 0).to_numpy(), placed.is_valid().to_numpy()
         return Times(pa.chunked_array([pa.array(us, mask=~there)]), None, clocked)
@@ -220,9 +220,9 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.multiply(pc.max_element_wise(pc.min_element_wise(whole, most, skip_nulls=False), -most, skip_nulls=False), 1_000_000 // seconds)
 
 
-def _has_clock(us: pa.ChunkedArray) -> bool:
-    values = pc.fill_null(us, 0).to_numpy()
-    return bool((values[values != OUTSIDE] % DAY_US).any())
+def _has_clock(us: pa.ChunkedArray) -> np.ndarray:
+    found: np.ndarray = pc.fill_null(us, 0).to_numpy() % DAY_US != 0
+    return found
 
 
 def _integers(text: pa.Array) -> pa.ChunkedArray | None:

@@ -214,7 +214,7 @@ def test_choices_are_named():
     with pytest.raises(SettingsError) as error:
         load_settings(None, ["gates.must_beat=[popularity]"])
     assert error.value.what.startswith(
-        "command line: gates.must_beat: 'popularity' is none of most popular, popular, last 7 days"
+        "command line: gates.must_beat: 'popularity' is none of most popular, 'popular, last 7 days', 'popular, last day'"
     ) and "literal" not in str(error.value)
     with pytest.raises(SettingsError, match=r"did you mean 'softmax'"):
         load_settings(None, ["train.loss=softmx"])

@@ -208,7 +208,7 @@ def test_ids_are_whole_numbers_where_every_file_has_such_and_text_else(tmp_path)
     [
         (",", '"i3', "", "unexpected end"),
         (",", '"i3', '"i4', "expected after"),
-        ("\t", '"best pipe', 'the 5"', "row by itself"),
+        ("\t", '"best pipe', 'the 5"', "look like rows"),
     ],
 )
 def test_a_stray_quote_does_not_make_one_row_of_many(tmp_path, ends, before, after, message):
@@ -221,9 +221,14 @@ def test_a_stray_quote_does_not_make_one_row_of_many(tmp_path, ends, before, aft
 
 
 def test_texts_of_several_lines_are_texts(tmp_path):
-    lines = ["user_id,item_id,timestamp,note", *(f'{n % 20},i{n % 7},{T + n},"one, ""two""\nthree {n}, four\n"' for n in range(200)), ""]
-    (tmp_path / "e.csv").write_text("\n".join(lines) + "\n\n")
-    assert prepared(tmp_path, events=[tmp_path / "e.csv"]).n_events == 200
+    head, plain = "user_id,item_id,timestamp,note", [f"{n % 20},i{n % 7},{T + n * DAY // 20},x" for n in range(200)]
+    for odd in ('"one, ""two""\n\nthree, four, five, six\n"', '"a\nb, c, d, e"', '"Tom" Hanks', '"say \\"hi\\""', '"abc" '):
+        lines = [head, *plain[:150], plain[150][:-1] + odd, *plain[151:], "", ""]
+        (tmp_path / "e.csv").write_text("\n".join(lines) + "\n\n")
+        data = prepared(tmp_path, events=[tmp_path / "e.csv"])
+        assert (data.n_events, data.said) == (200, []), odd
+    (tmp_path / "e.csv").write_text("\n".join([head, *plain, plain[0][:-1] + '"' + "a\n" * 30 + '"', ""]))
+    assert any("the row in line 202 has 31 lines" in note for note in prepared(tmp_path, events=[tmp_path / "e.csv"]).said)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,30 @@ def test_whole_numbers_that_pandas_wrote_with_a_point_are_the_same_ids(tmp_path)
     data = prepared(tmp_path, events=[tmp_path / "a.csv", tmp_path / "b.csv"])
     assert (data.n_users, data.n_items, data.n_events, data.manifest["duplicates"]) == (20, 7, 400, 200)
     assert any("ids such as 7.0" in note for note in data.said)
+
+
+def test_one_odd_id_makes_all_text_and_is_said(tmp_path):
+    for name, point in (("a", ""), ("b", ".0")):
+        text = [f"{u}{point},{n % 7},{T + n * DAY}" for u in range(20) for n in range(10)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["user_id,item_id,timestamp", *text, *(["abc,1,1709251200"] if point else []), ""]))
+    data = prepared(tmp_path, events=[tmp_path / "a.csv", tmp_path / "b.csv"])
+    assert data.n_users == 21 and str(data.user_type) == "string"
+    assert any("user_id: 1 of 401 ids are no whole numbers, for example 'abc'" in note for note in data.said)
+
+
+def test_words_for_nothing_are_no_events_names_or_categories(tmp_path):
+    text = [f"{u},i{n % 3},{T + n * DAY},{['NULL', 'view'][n % 2]},{['None', f'e{u}-{n}'][n % 2]}" for u in range(20) for n in range(10)]
+    (tmp_path / "e.csv").write_text("\n".join(["user_id,item_id,timestamp,event,event_id", *text, ""]))
+    (tmp_path / "i.csv").write_text("item_id,brand\ni0,NULL\ni1,\\N\ni2,acme\n")
+    data = prepared(tmp_path, f"data.items={tmp_path / 'i.csv'}", "data.features={brand: categorical}", events=[tmp_path / "e.csv"])
+    assert set(data.event_types) == {"view", "interaction"} and data.items["brand"].to_pylist() == [None, None, "acme"]
+
+
+def test_a_bad_row_gives_dates_no_clock(tmp_path):
+    text = [f"{u},i{n % 7},2024-03-{1 + n:02}" for u in range(20) for n in range(9)]
+    (tmp_path / "e.csv").write_text("\n".join(["user_id,item_id,timestamp", *text, "3,,2024-03-05 12:00:00", ""]))
+    data = prepared(tmp_path, events=[tmp_path / "e.csv"])
+    assert data.manifest["bad_rows"] == 1 and data.as_of_s == T + 9 * DAY - 1
 
 
 def test_rows_that_differ_in_what_is_kept_less_exactly_are_not_the_same(tmp_path):
