@@ -54,7 +54,6 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
 
     Raises what prepare would raise, all that is wrong at once.
     """
-    from recray.inference.rules import leaves_nothing, unmatched
     from recray.serving import guard
 
     started, problems = time.monotonic(), Problems()
@@ -81,20 +80,30 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
         found = [*rehearsal.notes, *found]
         if (dataset := rehearsal.dataset) is not None:
             if rehearsal.as_asked:
-                _describe(dataset, rehearsal.rows, source.rows, say)
+                _describe(dataset, rehearsal.where, say)
             metrics |= {name: dataset.manifest[name] for name in ("users", "events", "bad_rows", "duplicates")}
-            problems.found += _unknown_actions(settings, dataset.event_types)
-            if set(settings.data.features) <= set(dataset.items.column_names):
-                sample = "" if rehearsal.rows == source.rows else ", in a sample of the rows"
-                rules = settings.score.rules()
-                for name in unmatched(rules, dataset):
-                    problems.found.append(SettingsError(f"score: no item has {name}{sample}", "correct the rule, or take it out"))
-                if leaves_nothing(rules, dataset):
-                    problems.found.append(SettingsError("score.exclude leaves no item to recommend", "exclude less"))
+            if rehearsal.where:
+                metrics["sample_rows"] = rehearsal.rows
+            asked = [*_unknown_actions(settings, dataset.event_types), *_rules(settings, dataset)]
+            found += [f"{rehearsal.where}{problem.what}" for problem in asked if rehearsal.where]
+            problems.found += [] if rehearsal.where else asked
     problems.raise_all()
     for note in found:
         say(f"note: {note}", level="warning")
     return JobResult("validate", "ok", metrics=metrics, warnings=found, seconds=round(time.monotonic() - started, 2))
+
+
+def _rules(settings: Settings, dataset: Dataset) -> Iterator[RecrayError]:
+    """Rules of section score about what no item of a dataset is, or that leave none."""
+    from recray.inference.rules import leaves_nothing, unmatched
+
+    if not set(settings.data.features) <= set(dataset.items.column_names):
+        return
+    rules = settings.score.rules()
+    for name in unmatched(rules, dataset):
+        yield SettingsError(f"score: no item has {name}", "correct the rule, or take it out")
+    if leaves_nothing(rules, dataset):
+        yield SettingsError("score.exclude leaves no item to recommend", "exclude less")
 
 
 def _unknown_actions(settings: Settings, event_types: list[str]) -> Iterator[RecrayError]:
@@ -106,10 +115,9 @@ def _unknown_actions(settings: Settings, event_types: list[str]) -> Iterator[Rec
             yield SettingsError(f"policy.actions: {action}: there is no {name!r}", f"known: {', '.join(known[what])}")
 
 
-def _describe(dataset: Dataset, rows: int, of: int, say: Say) -> None:
-    """What a rehearsal of prepare found, for a person."""
+def _describe(dataset: Dataset, sample: str, say: Say) -> None:
+    """What a rehearsal of prepare found, for a person; `sample` says of which rows, where these are not all."""
     manifest = dataset.manifest
-    sample = "" if rows == of else f"in a sample of {rows} of {of} rows: "
     span = f", up to {date_of(dataset.as_of_s)}" if dataset.has_time else ""
     say(f"{sample}{dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events{span}; types {', '.join(dataset.event_types)}")
     say(f"{sample}{manifest['bad_rows']} bad rows, {manifest['duplicates']} rows that equal another, {manifest['few']} users with too few events")

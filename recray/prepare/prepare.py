@@ -229,7 +229,7 @@ def prepare(
             shard_plan = replace(shard_plan, item_ids=vocabulary, event_types=fields["event_types"], out=folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
-            fields |= asdict(counted) | {"notes": [*source.notes, *joins, *_notes(settings, plan, totals, counted)]}
+            fields |= asdict(counted) | {"notes": [*source.notes, *joins, *_notes(settings, plan, totals, counted, kept=inspected is None)]}
             events = _finish(folder, fields, settings)
             item_table = item_table.set_column(item_table.schema.get_field_index("events"), "events", events)
             pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
@@ -265,14 +265,15 @@ def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of:
         if totals.reasons.get(FUTURE, 0) > settings.data.max_bad_fraction * totals.rows:
             raise RefusedError(
                 f"{totals.reasons[FUTURE]} of {totals.rows} events have times of the future, by this machine's clock, {_moment(None)}: "
-                "either it was set back, or the times have another unit or zone",
+                f"either it was set back, or the times have another unit or zone; for example {example(plan.quarantine)}",
                 "set the clock, read only what has happened with --as-of, or say the unit: data.time_unit=date if they are digits such as 2024030110",
             )
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
         raise TooManyBadRowsError(
             f"{totals.bad} of {totals.rows} rows are bad ({reasons}), for example {example(plan.quarantine)}"
             + (f"; they are in {plan.quarantine}" if kept else ""),
-            "mend the input, or allow more with data.max_bad_fraction",
+            ("check data.time_unit and data.timezone, " if plan.times.outside in totals.reasons else "")
+            + "mend the input, or allow more with data.max_bad_fraction",
             totals.bad,
         )
     if len(totals.event_types) > MOST_EVENT_TYPES:
@@ -297,12 +298,13 @@ def _last_s(plan: PartitionPlan, totals: Stats) -> int:
     return (totals.last_us if totals.clocked else plan.times.end_of_day(totals.last_us)) // 1_000_000
 
 
-def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: ShardCounts) -> list[str]:
-    """What a person should know of the rows, counted."""
+def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: ShardCounts, *, kept: bool) -> list[str]:
+    """What a person should know of the rows, counted. kept : whether the quarantine stays"""
     found = []
     if totals.bad:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
-        found.append(f"{totals.bad} of {totals.rows} rows are bad and left out ({reasons}); see quarantine/ under storage.root")
+        where = "see quarantine/ under storage.root" if kept else f"for example {example(plan.quarantine)}"
+        found.append(f"{totals.bad} of {totals.rows} rows are bad and left out ({reasons}); {where}")
     if totals.words:
         found.append(
             f"{totals.words} events have an id such as 'nan', 'None' or 'NULL': if a program wrote these for nothing, write null, or drop them"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -232,7 +233,7 @@ def _sample(table: TableFile, column: str) -> pa.ChunkedArray:
 def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
     chosen = {}
     names, problems = table.names, Problems()
-    has = f"it has {', '.join(names)}"
+    has = f"it has {', '.join(name if name == name.strip() else repr(name) for name in names)}"
     mapping: dict[str, str | None] = {str(name): column for name, column in data.columns.items()}
     for name in schema.EVENT_COLUMNS:
         column = mapping.get(name, name)
@@ -241,7 +242,8 @@ def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
         elif column in names:
             chosen[name] = str(column)
         elif column is not None and (name in mapping or name in (schema.USER_ID, schema.ITEM_ID)):
-            fix = f"name your column: data.columns.{name}=YOUR_COLUMN"
+            close = difflib.get_close_matches(str(column), names, n=1)
+            fix = f"name your column: data.columns.{name}={close[0] if close else 'YOUR_COLUMN'}"
             problems.found.append(DataError(f"{table.file.uri} has no column {column!r} for {name}; {has}", fix))
     for name in data.context:
         if name in names:

@@ -108,7 +108,7 @@ def test_a_rule_finds_a_price_in_the_precision_of_its_column(tmp_path, price, ru
         ({}, None, None),
         ({}, "data.min_user_events=12", None),
         ({}, "data.min_item_events=20", None),
-        ({"user_id": [None] * 4 + [n % 40 for n in range(596)]}, None, "4 of 300 rows are bad"),
+        ({"user_id": [None] * 4 + [n % 40 for n in range(596)]}, None, "4 of 250 rows are bad"),
         ({}, "split.test_from=2024-04-29", "impossible split"),
     ],
 )
@@ -118,10 +118,26 @@ def test_a_large_log_is_looked_at_in_part_and_what_only_the_whole_can_say_is_no_
     pq.write_table(pq.read_table(tmp_path / "events.parquet"), tmp_path / "events.parquet", row_group_size=50)
     more = [] if override is None else [override]
     result, said = validate(tmp_path, *more)
-    assert "in a sample of 300 of 600 rows" in said and result.metrics["rows"] == 600 and result.metrics["events"] == 300 - (4 if change else 0)
-    assert sum("sample of 300" in note for note in result.warnings) == (noted is not None) and (noted is None or noted in said)
+    assert "in a sample of 250 of 600 rows" in said and (result.metrics["rows"], result.metrics["sample_rows"]) == (600, 250)
+    assert result.metrics["events"] == 250 - (4 if change else 0)
+    assert ["sample of 250" in note for note in result.warnings] == ([] if noted is None else [True] * len(result.warnings))
+    assert noted is None or noted in said
     where = [f"data.events=[{tmp_path / 'events.parquet'}]", f"data.items={tmp_path / 'items.parquet'}", f"storage.root={tmp_path / 'root'}"]
     assert prepare_here(load_settings(None, [*where, "data.features={price: numeric}", *more])).n_events >= 596
+
+
+def test_every_file_is_looked_at_and_what_a_sample_lacks_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearse, "ROWS", 300)
+    shop(tmp_path)
+    events = pq.read_table(tmp_path / "events.parquet")
+    (tmp_path / "log").mkdir()
+    for name in ("cart", "purchase", "view"):
+        table = events.append_column("event", pa.array([name] * 600)).append_column("value", pa.array([5 if name == "purchase" else 0] * 600))
+        pq.write_table(table, tmp_path / "log" / f"{name}.parquet", row_group_size=100)
+    items = [f"data.events=[{tmp_path / 'log'}]", "policy.actions=[event.purchase]", "data.min_value=1", "score.exclude=[brand=rare]"]
+    result, said = validate(tmp_path, *items)
+    assert result.metrics["sample_rows"] == 300 and "event.purchase" not in said
+    assert any("in a sample of 300 of 1800 rows: score: no item has brand=rare" in note for note in result.warnings)
 
 
 def test_one_problem_does_not_hide_the_next(tmp_path):
@@ -131,7 +147,7 @@ def test_one_problem_does_not_hide_the_next(tmp_path):
     with pytest.raises(RecrayError) as error:
         validate(tmp_path, *asked)
     for named in (
-        "60 of 600 rows are bad (60 × user_id is null), for example user_id None, item_id 'I0' in",
+        "60 of 600 rows are bad (60 × user_id is null), for example user_id None, item_id 'I0', timestamp '1709251200' in",
         "no item of data.events is in data.items",
         "impossible split",
         "event.bought: there is no 'bought'",
