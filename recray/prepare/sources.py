@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from recray import schema
 from recray.config import DataSettings
 from recray.dataset.context import CLOCK
-from recray.errors import DataError, Problems
+from recray.errors import DataError, Problems, RecrayError
 from recray.prepare.files import InputFile
 from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, TableFile, Tally, joined_type, open_file
 from recray.prepare.times import (
@@ -117,6 +117,7 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
                 problems.of(partial(clocks.see, table, found[schema.TIMESTAMP]))
             groups += _groups(table, len(groups), live=False)
             noted += table.notes
+    problems.found = _once(problems.found, files)
     for file, found in held.items():
         if missing := [name for name in columns if name not in found and file.format != "jsonl"]:  # there, what a line lacks is null
             problems.found.append(
@@ -144,6 +145,18 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
             what = f"{tally.other} of {numbers + tally.other} ids are no whole numbers, for example {tally.example!r}"
             notes.append(f"{columns[name]}: {what}; so all are read as text: if that is a bad row, mend it")
     return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, tuple(notes), exact, pointed)
+
+
+def _once(errors: list[RecrayError], files: tuple[InputFile, ...]) -> list[RecrayError]:
+    """The errors, one for all files of which the same is to be said, which names the first."""
+    same: dict[str, list[RecrayError]] = {}
+    for error in errors:
+        uri = next((file.uri for file in files if file.uri in error.what), "")
+        same.setdefault(error.what.replace(uri, "") if uri else error.what, []).append(error)
+    for first, *others in same.values():
+        if others:
+            first.what += f"; {len(others)} more files of data.events are alike"
+    return [errors[0] for errors in same.values()]
 
 
 def _groups(table: TableFile, first: int, *, live: bool) -> list[RowGroup]:

@@ -140,6 +140,17 @@ def test_every_file_is_looked_at_and_what_a_sample_lacks_is_no_error(tmp_path, m
     assert any("in a sample of 300 of 1800 rows: score: no item has brand=rare" in note for note in result.warnings)
 
 
+def test_what_is_wrong_with_many_files_is_said_once(tmp_path):
+    shop(tmp_path)
+    (tmp_path / "log").mkdir()
+    for n in range(30):
+        (tmp_path / "log" / f"{n}.parquet").write_bytes((tmp_path / "events.parquet").read_bytes())
+    with pytest.raises(RecrayError) as error:
+        validate(tmp_path, f"data.events=[{tmp_path / 'log'}]", "data.columns={user_id: users_id}")
+    (line,) = error.value.what.splitlines()
+    assert "0.parquet has no column 'users_id'" in line and "29 more files" in line and error.value.fix.endswith("data.columns.user_id=user_id")
+
+
 def test_one_problem_does_not_hide_the_next(tmp_path):
     shop(tmp_path, item_id=[f"I{n * 7 % 20}" for n in range(600)], user_id=[None] * 60 + [n % 40 for n in range(540)])
     (tmp_path / "taken").touch()
