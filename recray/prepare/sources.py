@@ -94,7 +94,7 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
     held: dict[InputFile, dict[str, str]] = {}
     written: dict[str, Tally] = {}
     noted: list[str] = []
-    exact = bool(data.context)
+    loses = bool(data.context)
     for file in files:
         table = problems.of(partial(open_file, file))
         if table is None:
@@ -112,17 +112,17 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
                     given = pa.int64() if pa.types.is_floating(given) else given
                 kind = problems.of(partial(_kind, given, name, file.uri, text=file.format != "parquet"))
                 types[name] = joined_type(types.get(name, pa.null()), kind or pa.null())
-                exact |= _loses(given, name)
+                loses |= _loses(given, name)
             if schema.TIMESTAMP in found and not problems.found:
                 problems.of(partial(clocks.see, table, found[schema.TIMESTAMP]))
             groups += _groups(table, len(groups), live=False)
             noted += table.notes
-    problems.found = _once(problems.found, files)
     for file, found in held.items():
         if missing := [name for name in columns if name not in found and file.format != "jsonl"]:  # there, what a line lacks is null
             problems.found.append(
                 DataError(f"{file.uri} has no column for {', '.join(missing)}, other files of data.events have one", "write all files alike")
             )
+    problems.found = _once(problems.found, files)
     problems.raise_all()
     for file in live:
         with open_file(file) as table:
@@ -144,7 +144,7 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
         if 0 < tally.other < MANY_ODD * numbers:
             what = f"{tally.other} of {numbers + tally.other} ids are no whole numbers, for example {tally.example!r}"
             notes.append(f"{columns[name]}: {what}; so all are read as text: if that is a bad row, mend it")
-    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, tuple(notes), exact, pointed)
+    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, tuple(notes), loses, pointed)
 
 
 def _once(errors: list[RecrayError], files: tuple[InputFile, ...]) -> list[RecrayError]:
