@@ -396,22 +396,23 @@ def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> pa.Arra
     has_time = probe.has_time
     popularity = Popularity.count_events(np.zeros(0, np.int64), None, probe.n_items)
     users = events = 0
-    shards, asked = [], []
+    asked = []
     for number in range(probe.n_shards):
         np.save(folder / "splits" / f"{number:05d}.npy", np.zeros((0, 4), np.int32))
         shard = probe._map(number)
-        shards.append(shard)
         asked.append(held_out(shard, settings.split) if settings.split.held_out else None)
         users += len(shard)
         events += len(shard.item_index)
         popularity = popularity + Popularity.count_events(shard.item_index, shard.timestamp_s if has_time else None, probe.n_items)
 
     def kept_times() -> Iterator[np.ndarray]:
-        for shard, keep in zip(shards, asked, strict=True):  # what is learned must not say when the split is
+        for number, keep in enumerate(asked):  # what is learned must not say when the split is
+            shard = probe._map(number)  # anew each time: what was mapped and read stays in this process's memory
             yield shard.timestamp_s if keep is None else shard.timestamp_s[np.repeat(keep, np.diff(shard.offsets))]
 
     cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
-    for number, shard in enumerate(shards):
+    for number in range(probe.n_shards):
+        shard = probe._map(number)
         split = split_shard(shard, settings.split, cuts)
         check_cuts(replace(shard, split=split), cuts)
         np.save(folder / "splits" / f"{number:05d}.npy", split)
