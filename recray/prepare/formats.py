@@ -260,10 +260,12 @@ class _Csv(_Text):
     def _has_long_rows(self, rows: int) -> bool:
         """Whether a row may have several lines: there are quotes, and more lines than rows."""
         lines = returns = quotes = 0
+        last = b"\n"
         with self._stream() as stream:
             while block := stream.read(BLOCK):
                 lines, returns, quotes = lines + block.count(b"\n"), returns + block.count(b"\r"), quotes + block.count(b'"')
-        return quotes > 0 and max(lines, returns) > rows
+                last = block[-1:]
+        return quotes > 0 and max(lines, returns) + (last not in b"\r\n") > rows + 1  # the names are a line
 
     def _check_quotes(self) -> None:
         """Look at the rows of several lines. Raises DataError where a stray quote made one row of many: where text goes on after the quote

@@ -22,6 +22,7 @@ from recray.config import load_settings
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError, RefusedError, SettingsError, TooManyBadRowsError
 from recray.prepare.files import list_files, natural
+from recray.prepare.formats import _Csv
 from recray.prepare.prepare import find_input, inspect
 from recray.prepare.times import MAX_US, OUTSIDE, SEEN, UNITS, TimeRule, see_unit, whole_us
 from recray.state import collect as collecting
@@ -218,6 +219,24 @@ def test_a_stray_quote_does_not_make_one_row_of_many(tmp_path, ends, before, aft
     (tmp_path / "e.csv").write_text("\n".join(map(ends.join, lines)) + "\n")
     with pytest.raises(DataError, match=f"e.csv: a quote in line 51 opens a text of .*{message}"):
         prepared(tmp_path, events=[tmp_path / "e.csv"])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+def test_one_row_that_a_stray_quote_takes_is_missed_too(tmp_path, end, last):
+    lines = ["user_id,item_id,timestamp", *(f"{n % 20},i{n % 7},{T + n}" for n in range(200))]
+    lines[50], lines[51] = f'7,"i3,{T}', f'8,"i4,{T}'
+    (tmp_path / "e.csv").write_bytes((end.join(lines) + (end if last else "")).encode())
+    with pytest.raises(DataError, match="a quote in line 51 opens a text of 2 lines"):
+        prepared(tmp_path, events=[tmp_path / "e.csv"])
+
+
+def test_quotes_that_end_in_their_line_cost_no_second_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(_Csv, "_check_quotes", None)
+    for end in ("\n", ""):
+        text = "\n".join(["user_id,item_id,timestamp", *(f'{n % 20},"i{n % 7}",{T + n * DAY // 20}' for n in range(200))])
+        (tmp_path / "e.csv").write_text(text + end)
+        assert prepared(tmp_path, events=[tmp_path / "e.csv"]).n_events == 200
 
 
 def test_texts_of_several_lines_are_texts(tmp_path):
