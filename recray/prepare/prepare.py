@@ -179,21 +179,7 @@ def prepare(
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
     source, items = inspected or inspect(settings, as_of, given)
-    plan = PartitionPlan(
-        columns=source.columns,
-        types=source.types,
-        clock=source.clock,
-        times=source.times,
-        as_of_us=_microseconds(as_of) if as_of else None,
-        future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + AHEAD),
-        min_value=settings.data.min_value,
-        loses=source.loses,
-        pointed=source.pointed,
-        first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
-        shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
-        staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
-        quarantine=storage.quarantine(key),
-    )
+    plan = _plan(settings, as_of, source, storage, key)
     try:
         each(partial(_partition, plan, source.row_groups), len(source.row_groups))
         totals = _totals(plan, source, settings, as_of, kept=inspected is None)
@@ -238,6 +224,25 @@ def prepare(
     finally:
         shutil.rmtree(plan.staging, ignore_errors=True)
     return Dataset.open(final)
+
+
+def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, storage: Storage, key: str) -> PartitionPlan:
+    """What the first pass needs to know."""
+    return PartitionPlan(
+        columns=source.columns,
+        types=source.types,
+        clock=source.clock,
+        times=source.times,
+        as_of_us=_microseconds(as_of) if as_of else None,
+        future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + AHEAD),
+        min_value=settings.data.min_value,
+        loses=source.loses,
+        pointed=source.pointed,
+        first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
+        shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
+        staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
+        quarantine=storage.quarantine(key),
+    )
 
 
 def _microseconds(moment: dt.datetime) -> int:
