@@ -252,10 +252,15 @@ class _Csv(_Text):
         return names
 
     def sizes(self) -> list[int]:
+        return [self._rows]
+
+    @cached_property
+    def _rows(self) -> int:
+        """How many rows, once their quotes were looked at."""
         (rows,) = super().sizes()
         if self._has_long_rows(rows):
             self._check_quotes()
-        return [rows]
+        return rows
 
     def _has_long_rows(self, rows: int) -> bool:
         """Whether a row may have several lines: there are quotes, and more lines than rows."""
