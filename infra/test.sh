@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests. --setup-only: stop after the set-up. --full: the slow tests too. Other arguments go to pytest, which then
-# runs alone; without them there are two lanes side by side: lint, types, the tests that need no Ray, and those that start jobs on one
-# cluster; and those that start clusters, endpoints or servers of their own, then those that run Ray in pytest's process.
+# runs alone; without them there are two lanes side by side: the tests that need no Ray, and those that start jobs on one cluster; and
+# lint, types, the tests that start clusters, endpoints or servers of their own, then those that run Ray in pytest's process.
 marks="not slow"
 only_setup=
 rest=()
@@ -47,14 +47,12 @@ tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
 no_ray_then_jobs() {
-    local failed=0
-    bash infra/lint.sh || failed=1
-    tests "not ray and not own" || failed=1
-    return $failed
+    tests "not ray and not own"
 }
 clusters_then_ray() {
     local failed=0
     .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
+    bash infra/lint.sh || failed=1
     tests "(ray or own) and not alone and not long" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed

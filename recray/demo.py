@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,7 @@ def run_demo(root: str | None, overrides: Sequence[str], reporter: Reporter, kee
             reporter.say(f"  {name:<11} {path}")
         reporter.say(f"  {'mlflow':<11} mlflow ui --backend-store-uri '{sqlite_url(Storage(settings.root()).tracking / 'mlflow.db')}'")
         reporter.say(f"go on: recray serve storage.root={settings.root()}   ·   your own data: recray init, then recray nightly --config recray.yaml")
-        metrics = {**result.metrics, "address": address}
-        done = JobResult("demo", result.status, result.run_key, result.outputs, metrics, round(time.monotonic() - started, 2))
+        done = replace(result, job="demo", metrics={**result.metrics, "address": address}, seconds=round(time.monotonic() - started, 2))
         if keep_serving is not None:
             says = f"serving on {address} (API page: {address}/docs); Ctrl-C ends it"
             until_stopped(app.alive, lambda: reporter.say(says), lambda: keep_serving(done.to_json()))

@@ -291,8 +291,8 @@ def run_nightly(settings: Settings, as_of: AsOf, say: Say = _quiet, *, restart: 
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     reasons = [result.reason for result in results if result.reason]
     skipped = all(result.status == "skipped" for result in results)
-    done = stages.result_of("nightly", skipped, results[-2].run_key, outputs, metrics, started)
-    done.reason, done.warnings = "; ".join(reasons), work.warnings
+    done = stages.result_of("nightly", skipped, results[-2].run_key, outputs, metrics, started, work)
+    done.reason = "; ".join(reasons)
     if refused:
         done.status = "refused"
         fix = "nothing was published; train longer or otherwise (sections train, model), or ask less of a first model (gates.must_beat), "

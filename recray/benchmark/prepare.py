@@ -7,53 +7,39 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-from recray import cluster
-from recray.config import load_settings
 from recray.dataset.worlds import World
 from recray.errors import RecrayError, SettingsError
-from recray.prepare.prepare import prepare
 from recray.stages import Say
 
 MILLIONS = (1, 10)
 ROUNDS = 5
+PERIOD_S = 0.2
 BASE_BYTES = 1_000_000_000  # the bound is this and 100 bytes an event
 
 
 class MemoryPeak:
-    """Samples, while it is entered, the memory of this process and Ray's workers below it, and the pages of its object store.
+    """The most memory that a job took: of its own processes and Ray's workers, and of the pages of its object store.
 
-    Memory is PSS: private pages of this process and the workers (Ray's daemons are left out), shared ones of all processes below this one,
-    so that whatever else uses /dev/shm on the machine does not count.
+    Memory is PSS: private pages of the job and the workers (Ray's daemons are left out), shared ones of all processes below this one, so
+    that whatever else uses /dev/shm on the machine does not count.
     """
 
-    def __init__(self, period_s: float = 0.2) -> None:
-        self.period_s = period_s
-        self.peak = 0
-        self.peak_workers = 0
-        self.peak_store = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def __init__(self) -> None:
+        self.total = 0
+        self.workers = 0
+        self.store = 0
 
-    def __enter__(self) -> MemoryPeak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._done.wait(self.period_s):
-            below = {os.getpid(): b"", **_below()}
-            found = {pid: _pss(pid) for pid in below}
-            workers = sum(found[pid][0] for pid, title in below.items() if pid == os.getpid() or _is_worker(title))
-            store = sum(shared for _, shared in found.values())
-            self.peak = max(self.peak, workers + store)
-            self.peak_workers, self.peak_store = max(self.peak_workers, workers), max(self.peak_store, store)
+    def look(self, job: int) -> None:
+        """Once, at the job of that process id, which may have forked itself."""
+        below = _below()
+        found = {pid: _pss(pid) for pid in below}
+        workers = sum(found[pid][0] for pid, title in below.items() if title == below.get(job) or _is_worker(title))
+        store = sum(shared for _, shared in found.values())
+        self.total = max(self.total, workers + store)
+        self.workers, self.store = max(self.workers, workers), max(self.store, store)
 
 
 def measure_prepare(folder: Path, say: Say) -> dict[str, float]:
@@ -116,27 +102,30 @@ def _events_a_second(folder: Path, checkout: Path) -> float:
 
 
 def _measure(folder: Path, millions: int, say: Say) -> dict[str, float]:
-    import ray
-
-    world = folder / f"world-{millions}"
-    settings = load_settings(None, [f"data.events=[{world / 'events'}]", f"data.items={world / 'items.parquet'}", f"storage.root={folder / 'root'}"])
-    with MemoryPeak() as memory:
-        begun = time.monotonic()
-        cluster.start()
-        dataset = prepare(settings, None)
-        seconds = time.monotonic() - begun
-        ray.shutdown()
-    bound = BASE_BYTES + 100 * dataset.n_events
+    """Of `recray prepare` as a person runs it."""
+    world, memory, begun = folder / f"world-{millions}", MemoryPeak(), time.monotonic()
+    command = [sys.executable, "-c", "from recray.cli import main; main()", "prepare", f"storage.root={folder / 'root'}"]
+    command += [f"data.events=[{world / 'events'}]", f"data.items={world / 'items.parquet'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, said = job.communicate(timeout=PERIOD_S)
+                break
+            memory.look(job.pid)
+    if job.returncode:
+        raise RecrayError(f"prepare ended with {job.returncode}: {said[-2000:]}")
+    seconds, events = time.monotonic() - begun, json.loads(out.splitlines()[-1])["metrics"]["events"]
+    bound = BASE_BYTES + 100 * events
     say(
-        f"{dataset.n_events} events: peak {memory.peak / 1e6:.0f} MB (workers {memory.peak_workers / 1e6:.0f}, object store "
-        f"{memory.peak_store / 1e6:.0f}), bound {bound / 1e6:.0f} MB, {seconds:.0f} s with Ray's start"
+        f"{events} events: peak {memory.total / 1e6:.0f} MB (workers {memory.workers / 1e6:.0f}, object store "
+        f"{memory.store / 1e6:.0f}), bound {bound / 1e6:.0f} MB, {seconds:.0f} s with Ray's start"
     )
     prefix = f"{millions}m_"
     return {
-        f"{prefix}events": dataset.n_events,
-        f"{prefix}peak_bytes": memory.peak,
+        f"{prefix}events": events,
+        f"{prefix}peak_bytes": memory.total,
         f"{prefix}bound_bytes": bound,
-        f"{prefix}peak_ratio": round(memory.peak / bound, 4),
+        f"{prefix}peak_ratio": round(memory.total / bound, 4),
         f"{prefix}seconds": round(seconds, 1),
     }
 

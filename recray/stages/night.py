@@ -69,7 +69,7 @@ def prepare(work: Work, as_of: AsOf, given: preparation.Input) -> JobResult:
     for note in (*given.notes, *manifest.get("notes", [])):
         work.warn(note)
     work.say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows")
-    return result_of("prepare", skipped, key, {"dataset": str(path)}, metrics, started)
+    return result_of("prepare", skipped, key, {"dataset": str(path)}, metrics, started, work)
 
 
 def train(work: Work, dataset: Dataset) -> JobResult:

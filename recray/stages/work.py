@@ -104,12 +104,10 @@ def sound_policy(work: Work, bundle: Bundle, name: str | None) -> Policy | None:
     return found
 
 
-def result_of(
-    job: str, skipped: bool, key: str, outputs: dict[str, str], metrics: dict[str, Any], started: float, work: Work | None = None
-) -> JobResult:
+def result_of(job: str, skipped: bool, key: str, outputs: dict[str, str], metrics: dict[str, Any], started: float, work: Work) -> JobResult:
     """The result of a stage or a job that began at `started` (time.monotonic)."""
     status, seconds = "skipped" if skipped else "ok", round(time.monotonic() - started, 2)
-    return JobResult(job, status, key, outputs, metrics, seconds, warnings=work.warnings if work else [])
+    return JobResult(job, status, key, outputs, metrics, seconds, warnings=work.warnings)
 
 
 def under(work: Work, path: str) -> str:

@@ -267,3 +267,11 @@ def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and
     promoted = pipeline.run_nightly(settings.model_copy(update={**changed, "gates": gates}), FIRST)
     assert promoted.status == "ok" and not Night.load(storage).popular_only
     assert Snapshot.latest(storage).manifest["popular_users"] < published.manifest["users"]
+
+
+def test_a_job_says_its_warnings_in_its_last_line(settings, world_folder, tmp_path):
+    changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path)})}
+    twice = sorted(map(str, (Path(world_folder) / "events").rglob("*.parquet")))[:1] * 2
+    changed |= {"data": settings.data.model_copy(update={"events": tuple(twice)})}
+    result = pipeline.run_prepare(settings.model_copy(update=changed), FIRST)
+    assert result.status == "ok" and any("more than once" in warning for warning in result.warnings)
