@@ -171,15 +171,16 @@ class DataSettings(Section):
     @field_validator("timezone")
     @classmethod
     def _known_zone(cls, name: str | None) -> str | None:
-        if name is not None and name not in zoneinfo.available_timezones():
-            close = difflib.get_close_matches(name, sorted(zoneinfo.available_timezones()), n=3)
+        zones = zoneinfo.available_timezones() - {"Factory", "localtime"}  # which are none
+        if name is not None and name not in zones:
+            close = difflib.get_close_matches(name, sorted(zones), n=3)
             raise ValueError(f"no such time zone; {f'did you mean {close}?' if close else 'for example UTC or Europe/Berlin'}")
         return name
 
     @field_validator("features")
     @classmethod
     def _not_ours(cls, features: dict[str, str]) -> dict[str, str]:
-        if taken := {"item_id", "events"} & features.keys():
+        if taken := {"item_id", "events", "released_s"} & features.keys():
             raise ValueError(f"{', '.join(sorted(taken))}: recray's own name in the item table; name the column otherwise there")
         return features
 
@@ -208,7 +209,7 @@ class SplitSettings(Section):
     @model_validator(mode="after")
     def _ordered(self) -> SplitSettings:
         if self.test_from and self.validation_from and self.validation_from >= self.test_from:
-            raise ValueError("validation_from must lie before test_from")
+            raise ValueError("validation_from: it must lie before test_from")
         return self
 
 
@@ -755,6 +756,8 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str, repla
                 name = message.split(":")[0]
                 where, message = f"{loc[0]}.{name}", message.removeprefix(f"{name}: ") if name in getattr(section, "model_fields", {}) else message
                 said = "command line" if where in replaced else source
+            if said == source and replaced and (not loc or (len(loc) == 1 and not where.count("."))):  # of several settings
+                said = source if source == "command line" else f"{source} with the command line"
             shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
             problems.setdefault(where, ": ".join(part for part in (said, where, message) if part) + shown)
             fixes.append("`recray init` writes a file in which every setting is explained")

@@ -17,6 +17,7 @@ import numpy as np
 
 from recray import lease, stages
 from recray.config import Settings
+from recray.dataset.context import CODES
 from recray.dataset.features import notes
 from recray.dataset.reader import Dataset
 from recray.errors import (
@@ -86,6 +87,7 @@ def run_validate(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
                 metrics["sample_rows"] = rehearsal.rows
             asked = [*_unknown_actions(settings, dataset.event_types), *_rules(settings, dataset)]
             found += [f"{rehearsal.where}{problem.what}" for problem in asked if rehearsal.where]
+            found += _crowded(dataset)
             problems.found += [] if rehearsal.where else asked
     problems.raise_all()
     for note in found:
@@ -115,12 +117,21 @@ def _unknown_actions(settings: Settings, event_types: list[str]) -> Iterator[Rec
             yield SettingsError(f"policy.actions: {action}: there is no {name!r}", f"known: {', '.join(known[what])}")
 
 
+def _crowded(dataset: Dataset) -> Iterator[str]:
+    """Fields of the context of which so many codes are taken that values share them, for a person."""
+    for name in dataset.context:
+        taken = set().union(*(np.unique(shard.context[name]).tolist() for shard in dataset.shards() if name in shard.context))
+        if len(taken) > CODES / 2:
+            yield f"context {name}: {len(taken)} of {CODES - 1} codes are taken, so that values share some; group its values"
+
+
 def _describe(dataset: Dataset, sample: str, say: Say) -> None:
     """What a rehearsal of prepare found, for a person; `sample` says of which rows, where these are not all."""
     manifest = dataset.manifest
     span = f", up to {date_of(dataset.as_of_s)}" if dataset.has_time else ""
     say(f"{sample}{dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events{span}; types {', '.join(dataset.event_types)}")
-    say(f"{sample}{manifest['bad_rows']} bad rows, {manifest['duplicates']} rows that equal another, {manifest['few']} users with too few events")
+    left_out = "".join(f", {count} {preparation.LEFT_OUT[name]}" for name, count in preparation.left_out(manifest).items())
+    say(f"{sample}{manifest['bad_rows']} bad rows, {manifest['duplicates']} rows that equal another{left_out}")
     split = np.concatenate([np.asarray(shard.split) for shard in dataset.shards()])
     learned, asked = int(sum(shard.learned.sum() for shard in dataset.shards())), int((split[:, 3] > split[:, 2]).sum())
     cuts = "".join(f", {name} from {date_of(moment)}" for name, moment in manifest["cuts"].items())

@@ -21,6 +21,7 @@ EVENT_ID = "event_id"
 EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET, EVENT_ID)
 DEFAULT_EVENT = "interaction"
 RELEASED = "released_s"  # column of a dataset's item table: since when an item can be met
+LONGEST_ID = 1000  # letters of a user or an item
 CONTEXT = "context_"  # before the name of a column of request context
 
 LIVE_EVENTS = pa.schema(  # what the endpoint was told, as it is collected; ids as text, context as JSON

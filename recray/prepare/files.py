@@ -68,9 +68,12 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         raise DataError(f"{uri} cannot be opened: {error}", "use a path or a URI that pyarrow.fs knows: s3://, gs://, hdfs://, file://") from None
 
 
-def list_files(paths: tuple[str, ...], setting: str = "data.events") -> Listing:
+def list_files(paths: tuple[str, ...], setting: str = "data.events", without: Path = Path(os.devnull)) -> Listing:
     """What is behind the paths, folders and URIs of a setting: a path after the other, a folder's files in natural order of their names
-    (part-2 before part-10), each file once. Raises DataError for a path with nothing to read."""
+    (part-2 before part-10), each file once. Raises DataError for a path with nothing to read.
+
+    without : a folder below them that is passed by, where recray itself writes
+    """
     files: dict[str, InputFile] = {}  # by what the file is, however it was named
     left_out: dict[str, list[str]] = {}
     again: list[str] = []
@@ -78,7 +81,7 @@ def list_files(paths: tuple[str, ...], setting: str = "data.events") -> Listing:
         if uri == SAMPLE:
             uri = str(_SAMPLE_DIR / ("items.parquet" if setting == "data.items" else "events.parquet"))
         before = len(files) + len(again)
-        for found, identity in _behind(uri, setting):
+        for found, identity in _behind(uri, setting, os.path.realpath(without)):
             if isinstance(found, str):
                 left_out.setdefault(found, []).append(identity)
             elif identity in files:
@@ -126,7 +129,7 @@ def _piece(text: str) -> tuple[int, int, str]:
     return (0, int(text), "") if re.fullmatch("[0-9]+", text) else (1, 0, text)
 
 
-def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
+def _behind(uri: str, setting: str, without: str) -> Iterator[tuple[InputFile | str, str]]:
     """The files of one path in order: (file, what it is), or (why it is left out, its name). Raises DataError."""
     filesystem, path = resolve(uri)
     if not _is_text(path):
@@ -135,7 +138,7 @@ def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.NotFound:
             raise DataError(f"{uri} does not exist", f"check {setting}")
-        found_there = {"": info.size} if info.type == fs.FileType.File else dict(_inside(filesystem, path))
+        found_there = {"": info.size} if info.type == fs.FileType.File else dict(_inside(filesystem, path, without))
         for name in sorted(found_there, key=natural):
             where = f"{path}/{name}" if name else path
             below = _below(uri, name) if name else uri
@@ -144,7 +147,7 @@ def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
             if size is None:
                 found = "no regular file"
             elif size < 0:
-                found = "a link to nothing"
+                found = _MISSED[size]
             elif not size and name:
                 found = "empty"
             else:
@@ -155,8 +158,17 @@ def _behind(uri: str, setting: str) -> Iterator[tuple[InputFile | str, str]]:
         raise DataError(f"{uri} cannot be listed: {error}", "check the address and the credentials") from None
 
 
-def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[tuple[str, int | None]]:
-    """Names of the files below a folder, relative to it, without those that a writer hides; and their bytes (`_size`)."""
+_NOWHERE, _AGAIN, _TABLE_LOG = -1, -2, -3
+_MISSED = {
+    _NOWHERE: "a link to nothing",
+    _AGAIN: "a folder that is read under another name too",
+    _TABLE_LOG: "the log of a table: the files that it says were removed are read all the same; write those of today as Parquet alone",
+}
+
+
+def _inside(filesystem: fs.FileSystem, folder: str, without: str) -> Iterator[tuple[str, int | None]]:
+    """Names of the files below a folder, relative to it, without those that a writer hides; and their bytes (`_size`), or why they are
+    left out (`_MISSED`). `without`: a folder that is passed by."""
     if not isinstance(filesystem, fs.LocalFileSystem):  # has no links
         for info in filesystem.get_file_info(fs.FileSelector(folder, recursive=True)):
             name = info.path.removeprefix(folder).lstrip("/")
@@ -166,10 +178,14 @@ def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[tuple[str, int |
     visited = set()
     for here, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(here)
-        if real in visited:  # a link to where we have been
+        if real in visited or (real == without and here != folder):
             folders.clear()
+            if real in visited and here != folder and not folder.startswith(real):
+                yield os.path.relpath(here, folder), _AGAIN
             continue
         visited.add(real)
+        if "_delta_log" in folders:
+            yield os.path.relpath(os.path.join(here, "_delta_log"), folder), _TABLE_LOG
         folders[:] = sorted((name for name in folders if not _is_hidden(name)), key=natural)
         for name in names:
             if not _is_hidden(name):
@@ -177,11 +193,11 @@ def _inside(filesystem: fs.FileSystem, folder: str) -> Iterator[tuple[str, int |
 
 
 def _size(path: str) -> int | None:
-    """Bytes of a regular file, None for what is none, -1 for a link to nothing, or to itself."""
+    """Bytes of a regular file, None for what is none, _NOWHERE for a link to nothing, or to itself."""
     try:
         found = os.stat(path)
     except OSError:
-        return -1
+        return _NOWHERE
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
@@ -218,6 +234,8 @@ def _recognise(filesystem: fs.FileSystem, path: str, uri: str, partitions: Parti
         head = stream.read(1 << 16)
     if head[:4] == b"PAR1":
         return InputFile(uri, "parquet", None, partitions)
+    if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        return "an archive or a spreadsheet: write it as CSV or Parquet"
     if suffix == ".json":
         return InputFile(uri, "jsonl", None, partitions) if _is_lines(head) else "one JSON document, not an object a line (jq -c '.[]' writes those)"
     return "neither Parquet, CSV nor JSON lines, by its name and its first bytes"
@@ -225,8 +243,8 @@ def _recognise(filesystem: fs.FileSystem, path: str, uri: str, partitions: Parti
 
 def _is_lines(head: bytes) -> bool:
     """Whether a .json file holds an object a line, not one document."""
-    first = head.lstrip().partition(b"\n")[0].rstrip()
-    return first[:1] == b"{" and first[-1:] == b"}"
+    first, ends, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    return first[:1] == b"{" and (first.rstrip()[-1:] == b"}" or not ends)
 
 
 def _partitions(path: str, name: str) -> Partitions:

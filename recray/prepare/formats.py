@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
@@ -27,6 +29,7 @@ from recray.prepare.files import InputFile, resolve
 BLOCK = 16 << 20  # bytes of text at once: a row must fit
 LINES = 1 << 16  # JSON lines at once
 LONG_ROW = 20  # lines of a row, to be worth a note
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}  # first bytes
 INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
 POINT_ZERO = r"\.0+$"  # as pandas ends whole numbers, as soon as one is missing
 NULL_WORDS = ["", "null", "NULL", "NaN", "nan", "NA", "N/A", "None", "<NA>", "\\N"]  # in columns that are not text
@@ -55,10 +58,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows, and lines that are none."""
+    """Rows, and lines that are none.
+
+    odd : where a column that holds single values has none, but a list, an object or half a character, bool [rows], by its name
+    """
 
     rows: pa.Table
     broken: Sequence[str] = ()
+    odd: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class TableFile:
@@ -108,13 +115,13 @@ class TableFile:
         wanted = self.names if columns is None else list(dict.fromkeys(columns))
         for batch in self._own_batches(part, rows, [name for name in wanted if name not in self._partitions]):
             table = batch.rows  # which has rows also where it has no column
-            for place, field in enumerate(table.schema):
-                if (kind := _plain(field.type)) != field.type:
-                    table = table.set_column(place, field.name, pc.cast(table[place], kind))
+            for place, (name, given) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
+                if (kind := _plain(given)) != given:
+                    table = table.set_column(place, name, pc.cast(table[place], kind))
             for name in wanted:
                 if name in self._partitions:
                     table = table.append_column(name, pa.repeat(pa.scalar(self._partitions[name], pa.string()), len(table)))  # text, as a text file's
-            yield Batch(table.select(wanted), batch.broken)
+            yield Batch(table.select(wanted), batch.broken, batch.odd)
 
     def _own_batches(self, part: int, rows: int, columns: list[str]) -> Iterator[Batch]:
         raise NotImplementedError
@@ -127,7 +134,12 @@ class TableFile:
                 if batch.broken:
                     raise DataError(f"{self.file.uri}: {len(batch.broken)} lines are no rows, for example {batch.broken[0]!r}", "mend them")
                 tables.append(batch.rows)
-        return pa.concat_tables(tables) if tables else pa.table({name: pa.array([], self.type_of(name)) for name in columns})
+        if not tables:
+            return pa.table({name: pa.array([], self.type_of(name)) for name in columns})
+        try:
+            return pa.concat_tables(tables, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # of JSON lines, lists here and something else there
+            return pa.concat_tables([_spelled(table) for table in tables])
 
 
 def open_file(file: InputFile) -> TableFile:
@@ -145,9 +157,7 @@ class _Parquet(TableFile):
         except (pa.ArrowInvalid, OSError) as error:
             with filesystem.open_input_stream(path, compression=None) as stream:
                 head = stream.read(4)
-            packed = next(
-                (name for magic, name in ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd")) if head.startswith(magic)), ""
-            )
+            packed = next((name for magic, name in MAGIC.items() if head.startswith(magic) and name != "Parquet"), "")
             fix = f"the file as a whole is compressed by {packed}: unpack it" if packed else "write it again; it may be truncated"
             raise DataError(f"{file.uri} is not a readable Parquet file: {error}", fix) from None
         self._schema = self._file.schema_arrow
@@ -200,14 +210,15 @@ class _Text(TableFile):
             rows += len(batch.rows) + len(batch.broken)
             for name in tallies:
                 if pa.types.is_string((column := batch.rows[name]).type):
-                    tallies[name] += tally_of(column)
+                    tallies[name] += tally_of(column.filter(pa.array(~batch.odd[name])) if name in batch.odd else column)
                 else:
                     others[name] = joined_type(others.get(name, pa.null()), column.type)
         return rows, tallies, others
 
     def _own_type(self, name: str) -> pa.DataType:
         _, tallies, others = self._seen
-        return joined_type(tallies[name].kind, others.get(name, pa.null()))
+        kind = tallies[name].kind
+        return others.get(name, pa.null()) if pa.types.is_null(kind) else kind
 
     def tally(self, name: str) -> Tally | None:
         return self._seen[1].get(name)
@@ -226,6 +237,8 @@ class _Csv(_Text):
                 head = stream.read(1 << 16)
             if head.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise DataError(f"{self.file.uri} is UTF-16", "write it again as UTF-8: iconv -f UTF-16 -t UTF-8")
+            if packed := next((name for magic, name in MAGIC.items() if head.startswith(magic)), ""):
+                raise DataError(f"{self.file.uri} is no CSV, but {packed}, by its first bytes", "call it so (.csv.gz, .parquet), or unpack it")
             first = head.lstrip(b"\xef\xbb\xbf\r\n").replace(b"\r", b"\n").partition(b"\n")[0]
             line = [first.decode()] if first else []
         except UnicodeDecodeError:
@@ -296,7 +309,7 @@ class _Csv(_Text):
                     self._refuse_quotes(at, lines, str(error))
                 if at > 1 and len(lines) == 1:
                     shape = _shape(lines[0], between)
-                elif at > 1 and "0" in shape and 2 * sum(_shape(line, between) == shape for line in lines[1:]) >= len(lines) - 1:
+                elif at > 1 and _look_like_rows(lines, shape or _shape(lines[-1], between), between):
                     self._refuse_quotes(at, lines, "most of them look like rows")
                 longest = max(longest, (len(lines), at))
                 at += len(lines)
@@ -319,12 +332,17 @@ class _Csv(_Text):
 
         names, between = self._header
         with self._stream() as stream:
-            reader = pacsv.open_csv(
-                stream,
-                pacsv.ReadOptions(block_size=BLOCK, use_threads=False),
-                pacsv.ParseOptions(delimiter=between, newlines_in_values=True, invalid_row_handler=no_row),
-                pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), include_columns=columns or None, strings_can_be_null=False),
-            )
+            try:
+                reader = pacsv.open_csv(
+                    stream,
+                    pacsv.ReadOptions(block_size=BLOCK, use_threads=False),
+                    pacsv.ParseOptions(delimiter=between, newlines_in_values=True, invalid_row_handler=no_row),
+                    pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), include_columns=columns or None, strings_can_be_null=False),
+                )
+            except pa.ArrowInvalid as error:
+                if "Empty CSV" in str(error):  # names without an end of line, and no row
+                    return
+                raise
             for batch in reader:
                 yield Batch(pa.table(batch), broken[:])
                 broken.clear()
@@ -342,7 +360,7 @@ class _Lines(_Text):
         for some, broken in self._objects():
             first = first or next(iter(broken), "")
             for one in some:
-                names |= dict.fromkeys(one)
+                names |= dict.fromkeys(name for name in one if _is_unicode(name))
         if not names:
             array = first.startswith("[")
             what = "one JSON array" if array else "nothing" if not first else f"no object a line, but {first[:60]!r}"
@@ -380,25 +398,56 @@ class _Lines(_Text):
 
     def _read(self, columns: list[str]) -> Iterator[Batch]:
         for found, broken in self._objects():
-            rows = (
-                pa.table({name: _column([one.get(name) for one in found]) for name in columns}) if columns else pa.table({"": pa.nulls(len(found))})
-            )
-            yield Batch(rows, broken)
+            made = {name: _column([one.get(name) for one in found]) for name in columns}
+            rows = pa.table({name: column for name, (column, _) in made.items()}) if columns else pa.table({"": pa.nulls(len(found))})
+            yield Batch(rows, broken, {name: odd for name, (_, odd) in made.items() if odd is not None})
 
 
-def _column(values: list[Any]) -> pa.Array:
-    """Values of JSON as a column: of lists and objects as they are, of texts as text, numbers in their own writing; of all at once as JSON."""
-    if any(isinstance(value, list | dict) for value in values):
+def _column(values: list[Any]) -> tuple[pa.Array, np.ndarray | None]:
+    """Values of JSON as a column: lists and objects as they are, texts as text, numbers in their own writing. Lists and objects among the
+    others are their JSON, and odd, as is text that is no Unicode (half a character)."""
+    nested = np.array([isinstance(value, list | dict) for value in values], bool)
+    if nested.any() and all(value is None for value in itertools.compress(values, ~nested)):
         try:
-            return pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
-    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values], pa.string())
+            return pa.array(values), None
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            return pa.array([None if value is None else json.dumps(value) for value in values], pa.string()), nested
+    texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    try:
+        return pa.array(texts, pa.string()), nested if nested.any() else None
+    except UnicodeEncodeError:
+        halved = np.array([text is not None and not _is_unicode(text) for text in texts], bool)
+        return pa.array([None if text is None else _whole(text) for text in texts], pa.string()), nested | halved
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _whole(text: str) -> str:
+    """Text with a sign of replacement for each half of a character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _spelled(table: pa.Table) -> pa.Table:
+    """A table whose lists and objects are their JSON."""
+    for place, column in enumerate(table.columns):
+        if pa.types.is_nested(column.type):
+            spelled = pa.array([None if value is None else json.dumps(value) for value in column.to_pylist()], pa.string())
+            table = table.set_column(place, table.field(place).name, spelled)
+    return table
+
+
+def _look_like_rows(lines: list[str], shape: str, between: str) -> bool:
+    """Whether lines that a quote holds together are rows: the first one, the last one, and most of what lies between. A text of several lines
+    in one field has its first line without what comes after it, or its last one without what goes before."""
+    first, *others = (_shape(line, between) == shape for line in lines)
+    return "0" in shape and first and others[-1] and 2 * sum(others) >= len(others)
 
 
 def _shape(line: str, between: str) -> str:
     """What kinds of fields a line seems to have, as if no quote held it together: numbers, dates, and others."""
-    fields = [re.sub("[0-9]", "0", field.strip()) for field in line.strip().split(between)]
+    fields = [re.sub("[0-9]", "0", field.strip().strip('"')) for field in line.strip().split(between)]
     return between.join("0" if re.fullmatch("-?0+", field) else field if re.fullmatch("0000-00-00.*", field) else "" for field in fields)
 
 

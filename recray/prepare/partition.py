@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,12 +25,13 @@ from recray.dataset.ids import canonical_integer
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError
 from recray.prepare.files import InputFile
-from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, open_file
+from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, Batch, open_file
 from recray.prepare.sources import RowGroup, as_id, is_blank
-from recray.prepare.times import MAX_US, OUTSIDE, TimeRule, signed
+from recray.prepare.times import MAX_US, OUTSIDE, UNDER_US, TimeRule, signed
 from recray.storage import read_json, write_json
 
 BATCH_ROWS = 131_072
+LARGEST = (1 << 63) - 1
 LIVE_POSITION = 1 << 62  # where an order is all that is known, live events come after everything that the owner has
 FUTURE = "time is in the future"
 P = "p"  # staged column: what orders events of one time
@@ -48,6 +49,7 @@ class PartitionPlan:
     as_of_us: int | None
     future_us: int | None  # a time from here on has not come yet; None: the as-of says what counts
     min_value: float | None
+    remembers_low: bool  # whether the owner's events below it are staged, so that the endpoint's copies of them are known as such
     loses: bool  # whether there is a column ROW
     pointed: tuple[str, ...]  # ids that text files write as 7.0
     first_live: int  # number of the first row group that was collected from the endpoint
@@ -67,7 +69,7 @@ class Stats:
     `data.min_value`.
 
     last_us : the newest time; clocked: whether any time has a time of day; negative: events that are worth 0 or less; words: events whose
-    user or item is called like nothing (`NULL_IDS`)
+    user or item is called like nothing (`NULL_IDS`); padded: ids that begin or end with a blank
     """
 
     rows: int = 0
@@ -77,13 +79,14 @@ class Stats:
     events: int = 0
     negative: int = 0
     words: int = 0
+    padded: int = 0
     last_us: int | None = None
     clocked: bool = False
     reasons: dict[str, int] = field(default_factory=dict)
     event_types: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Stats) -> None:
-        for name in ("rows", "bad", "late", "low", "events", "negative", "words"):
+        for name in ("rows", "bad", "late", "low", "events", "negative", "words", "padded"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.clocked |= other.clocked
         for mine, theirs in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
@@ -117,20 +120,21 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
             kept = good.filter(pc.less_equal(good["t"], plan.as_of_us))
             stats.late += len(good) - len(kept)
             good = kept
+        told = good
         if plan.min_value is not None:
-            kept = good.filter(pc.greater_equal(good[schema.VALUE], pa.scalar(plan.min_value, pa.float32())))
-            stats.low += len(good) - len(kept)
-            good = kept
+            good = good.filter(pc.greater_equal(good[schema.VALUE], pa.scalar(plan.min_value, pa.float32())))
+            stats.low += len(told) - len(good)
+        _scatter(told if plan.remembers_low and not group.live else good, plan.shards, scratch, writers)
         if not len(good):
             continue
         if plan.clock == schema.TIMESTAMP:
             stats.saw(pc.max(good["t"]).as_py())
         if schema.VALUE in plan.columns:
             stats.negative += int((good[schema.VALUE].to_numpy() <= 0).sum())
-        stats.words += _words(good)
+        stats.words += _count_ids(good, lambda text: pc.is_in(text, pa.array(NULL_IDS)))
+        stats.padded += _count_ids(good, lambda text: pc.not_equal(pc.utf8_trim_whitespace(text), text))
         _count(stats.event_types, good[schema.EVENT])
         counts.append(good.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
-        _scatter(good, plan.shards, scratch, writers)
     for writer in writers.values():
         writer.close()
     rejected = pa.concat_tables(bad, promote_options="default")
@@ -223,20 +227,33 @@ def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[_Staged]:
     with open_file(group.file) as file:
         columns = None if group.live else list(plan.columns.values())
         for batch in file.batches(group.part, BATCH_ROWS, columns):
-            staged = (_Live if group.live else _Owned)(plan, batch.rows, group.file)
-            yield staged.stage(list(batch.broken))
+            staged = (_Live if group.live else _Owned)(plan, batch, group.file)
+            yield staged.stage()
 
 
 class _Owned:
     """Rows of the owner's, column by column in the staged types."""
 
-    def __init__(self, plan: PartitionPlan, rows: pa.Table, file: InputFile) -> None:
-        self.plan, self.rows, self.file = plan, rows, file
+    def __init__(self, plan: PartitionPlan, batch: Batch, file: InputFile) -> None:
+        self.plan, self.rows, self.file, self.broken = plan, batch.rows, file, list(batch.broken)
         self.wrong: dict[str, np.ndarray] = {}
         self.given: dict[str, pa.ChunkedArray] = {}
-        self.clocked = np.zeros(len(rows), bool)
+        self.clocked = np.zeros(len(self.rows), bool)
+        if file.format == "jsonl":
+            self._without_odd(batch.odd)
 
-    def stage(self, broken: list[str]) -> _Staged:
+    def _without_odd(self, odd: Mapping[str, np.ndarray]) -> None:
+        """Rows of JSON with a list, an object or half a character where a single value belongs are bad, and null there."""
+        for name, column in self.plan.columns.items():
+            given = self.rows[column]
+            mask = given.is_valid().to_numpy() if pa.types.is_nested(given.type) else odd.get(column)
+            if mask is not None and mask.any():
+                self.wrong[f"{name.removeprefix(schema.CONTEXT)} is a list, an object or half a character"] = mask
+                empty = pa.nulls(len(given), pa.string())
+                kept = empty if pa.types.is_nested(given.type) else pc.if_else(pa.array(mask), pa.scalar(None, pa.string()), given)
+                self.rows = self.rows.set_column(self.rows.schema.get_field_index(column), column, kept)
+
+    def stage(self) -> _Staged:
         plan, count = self.plan, len(self.rows)
         staged = {name: self.column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
         staged["t"] = self.column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(count, np.int64))
@@ -255,7 +272,7 @@ class _Owned:
         for name in plan.columns:
             if name.startswith(schema.CONTEXT):
                 staged[name] = pa.array(codes(name.removeprefix(schema.CONTEXT), self.column(name)))
-        return _Staged(pa.table(staged), self.wrong, self.given, self.clocked, broken)
+        return _Staged(pa.table(staged), self.wrong, self.given, self.clocked, self.broken)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column in the staged type; what cannot be read is null there and named in `wrong`."""
@@ -271,7 +288,10 @@ class _Owned:
             return self._value(found)
         if name == schema.POSITION:
             return self._position(found)
-        return _said(found.cast(pa.string()) if pa.types.is_string(kind) else found, text=self.file.format != "parquet").cast(kind)
+        said = _said(found.cast(pa.string()) if pa.types.is_string(kind) else found, text=self.file.format != "parquet")
+        if name in self.plan.pointed and self.file.format != "parquet":
+            said = pc.replace_substring_regex(said, rf"^(-?[0-9]+){POINT_ZERO}", r"\1")
+        return said.cast(kind)
 
     def _time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         found = self.plan.times.read(column)
@@ -286,12 +306,19 @@ class _Owned:
         found = np.zeros(len(self.rows), np.uint64)
         for name, column in self.plan.columns.items():
             given = self.rows[column]
-            if name == schema.VALUE or name.startswith(schema.CONTEXT) or (name == schema.TIMESTAMP and pa.types.is_timestamp(given.type)):
+            if name == schema.TIMESTAMP:
+                given = _below_us(given, self.plan.times.unit)
+            elif name != schema.VALUE and not name.startswith(schema.CONTEXT):
+                continue
+            if given is not None:
                 found = found * np.uint64(0x9E3779B97F4A7C15) + digest_of(given)
         return found
 
     def _position(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         if pa.types.is_uint64(column.type):
+            large = pc.fill_null(pc.greater(column, pa.scalar(LARGEST, pa.uint64())), False)
+            if pc.any(large).as_py():
+                self.wrong["position has more than 63 bits"] = large.to_numpy()
             return signed(column)
         if not pa.types.is_string(column.type):
             return column.cast(pa.int64())
@@ -337,7 +364,7 @@ class _Live(_Owned):
             return pa.chunked_array([[None if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in given]], kind)
         if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(kind):
             return pa.chunked_array([[None if text is None else canonical_integer(text) for text in self.rows[name].to_pylist()]], kind)
-        return self.rows[name].cast(kind)
+        return _said(self.rows[name].cast(kind)) if name == schema.EVENT else self.rows[name].cast(kind)
 
 
 def digest_of(column: pa.ChunkedArray) -> np.ndarray:
@@ -355,6 +382,18 @@ def digest_of(column: pa.ChunkedArray) -> np.ndarray:
     mixed = (values ^ (values >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers: np.ndarray = np.where(column.is_null().to_numpy(), np.uint64(1), mixed ^ (mixed >> np.uint64(32)))
     return numbers
+
+
+def _below_us(times: pa.ChunkedArray, unit: str) -> pa.ChunkedArray | None:
+    """What times say more exactly than a microsecond; None where they cannot."""
+    if pa.types.is_timestamp(times.type) or (pa.types.is_integer(times.type) and unit == "ns"):
+        return times
+    if not pa.types.is_string(times.type):
+        return None
+    if unit == "ns":
+        return times
+    digits = pc.struct_field(pc.extract_regex(times, UNDER_US), "more")
+    return pc.fill_null(digits, "")
 
 
 def _said(column: pa.ChunkedArray, *, text: bool = False) -> pa.ChunkedArray:
@@ -381,9 +420,13 @@ def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table, bo
     t, value = table["t"], table[schema.VALUE]
     # a value that is missing stands for 1; one that is not a number is an error
     broken = pc.and_(pc.is_valid(value), pc.invert(pc.fill_null(pc.is_finite(value), True)))
-    checks = {f"{name} is null": pc.is_null(table[name]) for name in (schema.USER_ID, schema.ITEM_ID)}
-    checks |= {f"{name} is blank": is_blank(table[name]) for name in (schema.USER_ID, schema.ITEM_ID) if pa.types.is_string(table[name].type)}
-    checks |= {reason: pa.array(mask) for reason, mask in staged.wrong.items()}
+    checks = {reason: pa.chunked_array([pa.array(mask)]) for reason, mask in staged.wrong.items()}
+    for name in (schema.USER_ID, schema.ITEM_ID):
+        checks[f"{name} is null"] = pc.is_null(table[name])
+        if pa.types.is_string(table[name].type):
+            checks[f"{name} is blank"] = is_blank(table[name])
+            too_long = pc.greater(pc.utf8_length(table[name]), schema.LONGEST_ID)
+            checks[f"{name} has more than {schema.LONGEST_ID} letters"] = pc.fill_null(too_long, False)
     checks |= {f"{'position' if plan.clock == schema.POSITION else 'time'} is null": pc.is_null(t), "value is not finite": broken}
     if plan.clock == schema.TIMESTAMP:
         checks[plan.times.outside] = pc.fill_null(pc.or_(pc.less_equal(t, OUTSIDE), pc.greater(t, MAX_US)), False)
@@ -423,10 +466,10 @@ def _scatter(good: pa.Table, shards: int, folder: Path, writers: dict[int, pa.ip
         writers[shard].write_table(good.slice(edges[shard], edges[shard + 1] - edges[shard]))
 
 
-def _words(good: pa.Table) -> int:
-    """Rows whose user or item is called like nothing."""
+def _count_ids(good: pa.Table, condition: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> int:
+    """Users and items of the rows of which something is true, where they are text."""
     texts = [good[name] for name in (schema.USER_ID, schema.ITEM_ID) if pa.types.is_string(good[name].type)]
-    return sum(int(pc.sum(pc.is_in(text, pa.array(NULL_IDS))).as_py() or 0) for text in texts)
+    return sum(int(pc.sum(condition(text)).as_py() or 0) for text in texts)
 
 
 def _count(into: dict[str, int], column: pa.ChunkedArray) -> None:

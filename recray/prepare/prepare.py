@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,12 @@ from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directo
 EVENTS_PER_SHARD = 500_000
 JOINED = 0.95  # of the events and the items of the log are in the item table, or a note says how many
 MOST_EVENT_TYPES = 1 << 15  # an index of one has 16 bits
+LEFT_OUT = {
+    "late_rows": "events after --as-of",
+    "low_rows": "events below data.min_value",
+    "few": "users with fewer events than data.min_user_events",
+    "told_twice": "events of the endpoint that the log has too",
+}
 TASK_RETRIES = 3  # of a task whose worker was lost
 AHEAD = dt.timedelta(hours=36)  # what a time zone taken for UTC, or a date that means its end, may be ahead
 
@@ -80,7 +86,7 @@ def find_input(settings: Settings) -> Input:
 def list_input(settings: Settings) -> tuple[Listing, tuple[InputFile, ...], Listing]:
     """The files of the events, of what was collected, and of the item table. Raises DataError."""
     items = list_files((settings.data.items,), "data.items") if settings.data.items else Listing()
-    return list_files(settings.data.events), collected_files(settings.root()), items
+    return list_files(settings.data.events, without=settings.root()), collected_files(settings.root()), items
 
 
 def on_ray_data(task: Callable[[int], None], count: int) -> None:
@@ -125,7 +131,7 @@ def inspect(settings: Settings, as_of: dt.datetime | None = None, given: Input |
     problems, data = Problems(), settings.data
     problems.of(partial(_encoder, settings))
     if given is None:
-        listed = problems.of(partial(list_files, data.events))
+        listed = problems.of(partial(list_files, data.events, without=settings.root()))
         described = problems.of(partial(list_files, (data.items,), "data.items")) if data.items else Listing()
         collected = problems.of(lambda: collected_files(settings.root())) or ()
         events, files = (None if found is None else found.files for found in (listed, described))
@@ -236,6 +242,7 @@ def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, st
         as_of_us=_microseconds(as_of) if as_of else None,
         future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + AHEAD),
         min_value=settings.data.min_value,
+        remembers_low=settings.data.min_value is not None and any(group.live for group in source.row_groups),
         loses=source.loses,
         pointed=source.pointed,
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
@@ -243,6 +250,11 @@ def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, st
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
         quarantine=storage.quarantine(key),
     )
+
+
+def left_out(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """How much of the input a dataset's settings left out, by the names of `LEFT_OUT`; what is 0 is not there."""
+    return {name: manifest[name] for name in LEFT_OUT if manifest.get(name)}
 
 
 def _microseconds(moment: dt.datetime) -> int:
@@ -314,6 +326,8 @@ def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: Shar
         found.append(
             f"{totals.words} events have an id such as 'nan', 'None' or 'NULL': if a program wrote these for nothing, write null, or drop them"
         )
+    if totals.padded:
+        found.append(f"{totals.padded} ids in events begin or end with a blank, and are others than those without: mend them if that is not meant")
     if counted.duplicates:
         what = "left out" if settings.data.duplicates == "drop" else "kept: data.duplicates=drop leaves them out"
         found.append(f"{counted.duplicates} events equal another in all mapped columns and are {what}")

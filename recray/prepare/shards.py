@@ -131,6 +131,8 @@ def _kept(plan: ShardPlan, table: pa.Table, item: np.ndarray, event: np.ndarray)
         twice = keep & _told_twice(table, live, user, item, event, moment if clock == schema.TIMESTAMP else None)
         keep &= ~twice
         counted.told_twice = int(twice.sum())
+    if plan.partition.remembers_low:
+        keep &= value >= np.float32(plan.data.min_value or 0)
     order = order[keep[order]]
     if named is not None and P not in table.column_names:
         order = order[_by_basket(user[order], t[order], named[order])]

@@ -9,9 +9,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import io
+import itertools
 import json
+import re
+import tokenize
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +33,7 @@ from recray.prepare.times import (
     OUTSIDE,
     PLAUSIBLE_US,
     SAMPLE,
+    UNDER_US,
     WORDS,
     TimeRule,
     has_zone,
@@ -40,8 +46,14 @@ from recray.prepare.times import (
 LATEST_S = 253_402_300_800  # the end of the year 9999: what lies further from 1970 is no number of seconds
 YEAR_S = 365 * 86_400  # a catalogue of 1970 alone is one of years, or of dates as numbers
 MANY_ODD = 0.5  # of the whole numbers among ids, to make these text that happens to look so
+_NAN = re.compile(r"\bnan\b(?=\s*[,\])}])")
+_ONE = re.compile(r"\'([^\']*)\'|\"([^\"]*)\"")
+_QUOTED = re.compile(rf"(?:{_ONE.pattern})(?:\s+(?:{_ONE.pattern}))*")  # as numpy writes texts
+_APART = re.compile(r"[\'\"]\s+[\'\"]")
+_NUMBERS = re.compile(r"-?[0-9.]+(?:\s+-?[0-9.]+)*")
 OTHER_SIGNS = "/\t>:&+"  # that may separate values, where most texts have one
 IDS = (schema.USER_ID, schema.ITEM_ID, schema.BASKET)
+NAMES = (*IDS, schema.EVENT, schema.EVENT_ID)
 
 
 @dataclass(frozen=True)
@@ -106,8 +118,8 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
             held[file] = found
             columns |= found
             for name, column in found.items():
-                given = table.type_of(column)
-                if name in IDS and (tally := table.tally(column)) is not None:
+                given = table.type_of(column) if sum(table.sizes()) else pa.null()
+                if (name in NAMES or name.startswith(schema.CONTEXT)) and (tally := table.tally(column)) is not None:
                     written[name] = written.get(name, Tally()) + tally
                     given = pa.int64() if pa.types.is_floating(given) else given
                 kind = problems.of(partial(_kind, given, name, file.uri, text=file.format != "parquet"))
@@ -140,11 +152,11 @@ def inspect_events(data: DataSettings, files: tuple[InputFile, ...], live: tuple
     for name, tally in written.items():
         numbers = tally.whole + tally.pointed
         if name in pointed:
-            notes.append(f"{columns[name]}: {tally.pointed} ids such as 7.0, as pandas writes whole numbers, are read as 7")
-        if 0 < tally.other < MANY_ODD * numbers:
+            notes.append(f"{columns[name]}: {tally.pointed} values such as 7.0, as pandas writes whole numbers, are read as 7")
+        if name in IDS and 0 < tally.other < MANY_ODD * numbers:
             what = f"{tally.other} of {numbers + tally.other} ids are no whole numbers, for example {tally.example!r}"
             notes.append(f"{columns[name]}: {what}; so all are read as text: if that is a bad row, mend it")
-    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, tuple(notes), loses, pointed)
+    return EventSource((*files, *live), columns, types, tuple(groups), clock, clocks.rule, tuple(notes), loses or clocks.loses, pointed)
 
 
 def _once(errors: list[RecrayError], files: tuple[InputFile, ...]) -> list[RecrayError]:
@@ -173,12 +185,18 @@ class _Clocks:
         self.first = ""
         self.naive: list[str] = []
         self.zoned = 0
+        self._fine = False
 
     @property
     def rule(self) -> TimeRule:
         if self.asked != "auto":
             return TimeRule(self.asked, self.zone or "UTC")
         return TimeRule(self.unit or "s", self.zone or "UTC", PLAUSIBLE_US)
+
+    @property
+    def loses(self) -> bool:
+        """Whether some say more than a microsecond holds."""
+        return self._fine or self.rule.unit == "ns"
 
     def see(self, table: TableFile, column: str) -> None:
         kind, uri = table.type_of(column), table.file.uri
@@ -193,10 +211,12 @@ class _Clocks:
                 self._refuse_text(sample, uri, column)
                 zones = has_zone(sample)
                 naive, zoned = bool((zones == 0).any()), bool((zones == 1).any())
-        self.zoned += zoned
-        self.naive += [uri] * naive
+                self._fine |= bool(pc.any(pc.match_substring_regex(sample, UNDER_US)).as_py())
         if self.asked == "auto" and len(numbers):
             self._see_unit(numbers, share, uri, column)
+        naive |= len(numbers) > 0 and self.rule.unit == "date"
+        self.zoned += zoned
+        self.naive += [uri] * naive
 
     def _see_unit(self, numbers: np.ndarray, share: float, uri: str, column: str) -> None:
         unit = see_unit(numbers)
@@ -255,9 +275,12 @@ def _columns(table: TableFile, data: DataSettings) -> dict[str, str]:
         elif column in names:
             chosen[name] = str(column)
         elif column is not None and (name in mapping or name in (schema.USER_ID, schema.ITEM_ID)):
-            close = difflib.get_close_matches(str(column), names, n=1)
-            fix = f"name your column: data.columns.{name}={close[0] if close else 'YOUR_COLUMN'}"
+            alike = {other.casefold(): other for other in names}
+            close = difflib.get_close_matches(str(column).casefold(), alike, n=1)
+            fix = f"name your column: data.columns.{name}={alike[close[0]] if close else 'YOUR_COLUMN'}"
             problems.found.append(DataError(f"{table.file.uri} has no column {column!r} for {name}; {has}", fix))
+        elif column is not None and (other := next((one for one in names if one.casefold() == column), None)) is not None:
+            table.notes.append(f"{table.file.uri}: the column {other!r} is not read; data.columns.{name}={other} takes it for {name}")
     for name in data.context:
         if name in names:
             chosen[schema.CONTEXT + name] = name
@@ -335,7 +358,7 @@ def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> tuple[pa.Tab
     problems, kind = Problems(), pa.null()
     read: list[tuple[InputFile, str, pa.Table]] = []
     for file in files:
-        if (rows := problems.of(partial(_item_rows, data, file))) is not None:
+        if (rows := problems.of(partial(_item_rows, data, file, alone=len(files) == 1))) is not None:
             read.append((file, *rows))
             kind = joined_type(kind, problems.of(partial(_kind, rows[1].schema.field(0).type, schema.ITEM_ID, file.uri)) or pa.null())
     problems.raise_all()
@@ -352,7 +375,7 @@ def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> tuple[pa.Tab
         tables.append(None if problems.found else pa.table(columns))
     problems.raise_all()
     try:
-        found = pa.concat_tables([table for table in tables if table is not None], promote_options="permissive")
+        found = pa.concat_tables(_alike([table for table in tables if table is not None]), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{files[0].uri} and the other item files differ: {error}", "write all files alike") from None
     missing = found[0].null_count + (int(pc.sum(is_blank(found[0])).as_py() or 0) if pa.types.is_string(kind) else 0)
@@ -370,6 +393,19 @@ def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> tuple[pa.Tab
     return found, notes
 
 
+def _alike(tables: list[pa.Table]) -> list[pa.Table]:
+    """Tables whose fractions have the widest type of each column, a number as it is written in its own: 0.85 of 32 bits is 0.85 of 64."""
+    for place, name in enumerate(tables[0].column_names):
+        kinds = {table[name].type for table in tables if pa.types.is_floating(table[name].type)}
+        if pa.float64() in kinds and len(kinds) > 1:
+            for number, table in enumerate(tables):
+                if table[name].type in (pa.float32(), pa.float16()):
+                    column = table[name].to_numpy()
+                    written = pa.array([float(str(one)) for one in column], pa.float64(), mask=table[name].is_null().to_numpy())
+                    tables[number] = table.set_column(place, name, written)
+    return tables
+
+
 _EMPTY = {
     **dict.fromkeys(("categorical", "text", "sentence"), pa.string()),
     "numeric": pa.float64(),
@@ -378,18 +414,21 @@ _EMPTY = {
 }
 
 
-def _item_rows(data: DataSettings, file: InputFile) -> tuple[str, pa.Table]:
-    """The name of the id column of an item file, and its rows with the id first. Raises DataError."""
+def _item_rows(data: DataSettings, file: InputFile, *, alone: bool) -> tuple[str, pa.Table]:
+    """The name of the id column of an item file, and its rows with the id first. `alone`: there is no other file. Raises DataError."""
     with open_file(file) as table:
         id_column = data.columns.get("item_id") or schema.ITEM_ID
         id_column = id_column if id_column in table.names else schema.ITEM_ID
         wanted = [id_column, *data.features, *([data.released] if data.released else [])]
-        if missing := [repr(column) for column in wanted if column not in table.names]:
+        missing = [column for column in wanted if column not in table.names]
+        if missing and (alone or file.format != "jsonl" or id_column in missing):  # there, what a file lacks is null
             raise DataError(
-                f"{file.uri} has no column {', '.join(missing)}; it has {', '.join(table.names)}",
+                f"{file.uri} has no column {', '.join(map(repr, missing))}; it has {', '.join(table.names)}",
                 "check data.items, data.columns, data.features and data.released",
             )
-        rows = table.read(wanted)
+        rows = table.read([column for column in wanted if column not in missing])
+        for column in missing:
+            rows = rows.append_column(column, pa.nulls(len(rows)))
         if pa.types.is_integer(given := table.type_of(id_column)) or (pa.types.is_floating(given) and file.format != "parquet"):
             rows = rows.set_column(0, id_column, as_id(rows[0], pa.int64(), f"{file.uri}: {id_column}", text=file.format != "parquet"))
         return id_column, rows
@@ -420,7 +459,7 @@ def _feature(column: pa.ChunkedArray, name: str, kind: str, separator: str | Non
         return column
     if kind in ("multi", "vector"):
         return _lists(column, name, kind, separator, file)
-    if file.format == "parquet":
+    if file.format == "parquet" and name not in dict(file.partitions):
         return column
     if kind == "categorical":
         return pc.if_else(pc.is_in(column, pa.array(NULL_IDS)), pa.scalar(None, pa.string()), column)
@@ -445,21 +484,45 @@ def _lists(column: pa.ChunkedArray, name: str, kind: str, separator: str | None,
 
 
 def _values(text: str, between: str | None) -> list[str]:
-    if text.startswith("["):
-        found = None
-        for read in (json.loads, ast.literal_eval):  # the second: as Python writes a list
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                found = read(text)
-                break
-        if isinstance(found, list):
-            return [one if isinstance(one, str) else json.dumps(one) for one in found if one is not None]
-    return [part.strip() for part in (text.split(between) if between else [text]) if part.strip()]
+    found = _written_list(text)
+    if found is None:
+        return [part.strip() for part in (text.split(between) if between else [text]) if part.strip()]
+    return [one if isinstance(one, str) else json.dumps(one) for one in found if one is not None]
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The values of a text that is a list as JSON, Python, numpy or Hive write it; None for another text."""
+    if text[:1] not in "[({" and not text.startswith("frozenset("):
+        return None
+    found: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+    if found is None and not (_APART.search(text) and _side_by_side(text)):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(_NAN.sub("None", text).removeprefix("frozenset(").removesuffix(")" if text.startswith("frozenset(") else ""))
+    if isinstance(found, list | tuple | set):
+        return sorted(found, key=repr) if isinstance(found, set) else list(found)
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    inner = text[1:-1].strip()
+    if quoted := _QUOTED.fullmatch(inner) and _ONE.findall(inner):
+        return [one or other for one, other in quoted]
+    parts = inner.split() if _NUMBERS.fullmatch(inner) else inner.split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _side_by_side(text: str) -> bool:
+    """Whether quoted texts stand side by side, with nothing between them: numpy writes two so, Python reads one."""
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+        return any(one == other == tokenize.STRING for one, other in itertools.pairwise(kinds))
+    return True
 
 
 def see_separator(texts: list[str | None]) -> tuple[str | None, str]:
     """What stands between the values of texts: the one of | ; and , that most of them have outside of JSON, None for none; and what a person
     should know of that, nothing where it is beyond doubt."""
-    plain = [text for text in texts if text is not None and text.strip() and not text.lstrip().startswith("[")]
+    plain = [text for text in texts if text is not None and text.strip() and _written_list(text.strip()) is None]
     counts = {sign: sum(sign in text for text in plain) for sign in "|;,"}
     sign = max(counts, key=lambda one: counts[one])
     if not plain or not counts[sign]:

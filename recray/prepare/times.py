@@ -42,6 +42,7 @@ WORDS = {
 
 _ISO = r"^\s*\d{4}[-/]\d{2}[-/]\d{2}([T ]\d{2}:\d{2}(:\d{2}([.,]\d+)?)?)?\s*(Z|UTC|[+-]\d{2}(:?\d{2})?)?\s*$"
 _ZONED = r"(Z|UTC|:\d{2}\s*[+-]\d{2}(:?\d{2})?|[.,]\d+\s*[+-]\d{2}(:?\d{2})?)\s*$"
+UNDER_US = r"[.,]\d{6}(?P<more>\d+)"  # what a text says below the microsecond
 NUMBER = r"^\s*-?\d{1,19}(\.\d+)?\s*$"
 
 
@@ -80,11 +81,9 @@ class TimeRule:
         if pa.types.is_null(kind):
             return Times(pa.chunked_array([pa.nulls(len(column), pa.int64())]), None, np.zeros(len(column), bool))
         if pa.types.is_integer(kind):
-            found = pa.chunked_array([self._whole(column)])
-            return Times(found, None, _has_clock(found))
+            return self._of_numbers(self._whole(column))
         if pa.types.is_floating(kind):
-            found = pa.chunked_array([self._fractions(column)])
-            return Times(found, None, _has_clock(found))
+            return self._of_numbers(self._fractions(column))
         if pa.types.is_date(kind):
             return Times(self._placed(column.cast(pa.timestamp("s"))), None, np.zeros(len(column), bool))
         if pa.types.is_timestamp(kind):
@@ -104,6 +103,16 @@ class TimeRule:
         local = pc.local_timestamp(pa.array(us, pa.timestamp("us", self.zone)))
         found: np.ndarray = local.cast(pa.int64()).to_numpy() // DAY_US
         return found
+
+    def _of_numbers(self, us: pa.Array) -> Times:
+        """Times of whole numbers; the digits of a date are of the zone of the rule."""
+        found = pa.chunked_array([us])
+        clocked = _has_clock(found)
+        if self.unit == "date" and self.zone != "UTC":
+            there = pc.fill_null(pc.greater(found, OUTSIDE), False)
+            placed = self._placed(pc.if_else(there, found, pa.scalar(None, pa.int64())).cast(pa.timestamp("us")))
+            found = pc.if_else(there, placed, found)
+        return Times(found, None, clocked)
 
     def _whole(self, column: pa.ChunkedArray) -> pa.Array:
         wide = column.cast(pa.int64(), safe=False) if not pa.types.is_uint64(column.type) else signed(column)
@@ -149,8 +158,8 @@ class TimeRule:
         return Times(pa.chunked_array([pa.array(us, mask=~read)]), said & ~read, clocked)
 
     def _numbers(self, text: pa.Array) -> Times:
-        found = pa.chunked_array([self._whole(whole) if (whole := _integers(text)) is not None else self._fractions(text.cast(pa.float64()))])
-        return Times(found, None, _has_clock(found))
+        whole = _integers(text)
+        return self._of_numbers(self._fractions(text.cast(pa.float64())) if whole is None else self._whole(whole))
 
     def _dates(self, text: pa.Array) -> Times:
         """ISO 8601 (also with / and a blank), null for a day that no calendar has."""

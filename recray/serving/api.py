@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidatorFunctionWrapHandler, WrapValidator
 
+from recray.schema import LONGEST_ID
 from recray.serving.problems import Problem
 
 Text = Annotated[str, StringConstraints(max_length=200)]
-Id = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | Text
+Id = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | Annotated[str, StringConstraints(max_length=LONGEST_ID)]
 Number = Annotated[float, Field(ge=-3e38, le=3e38, allow_inf_nan=False)]  # what 32 bits hold
 
 
+FIRST_S = 631_152_000  # the year 1990: a smaller number is hardly one of seconds
 LAST_S = 7_258_118_400  # the year 2200
 
 
-def _utc(moment: dt.datetime) -> dt.datetime:
+def _utc(given: Any, read: ValidatorFunctionWrapHandler) -> dt.datetime:
+    moment: dt.datetime = read(given)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+    is_number = not isinstance(given, str | dt.datetime) or re.fullmatch(r"\s*[-+]?[0-9._]+\s*", str(given)) is not None
     if not 0 <= moment.timestamp() < LAST_S:
         raise ValueError("lies outside 1970 to 2200")
+    if is_number and moment.timestamp() < FIRST_S:  # digits of a date, days: no seconds
+        raise ValueError("as seconds since 1970 lies before 1990: write ISO 8601, 2024-03-01T10:00:00Z")
     return moment
 
 
-Moment = Annotated[dt.datetime, AfterValidator(_utc)]
+Moment = Annotated[dt.datetime, WrapValidator(_utc)]
 
 MOST_EVENTS = 1000
 MOST_ITEMS = 10_000
 MOST_ANSWERS = 1000
+
+
+def _no_truth(given: Any) -> Any:
+    if isinstance(given, bool):
+        raise ValueError("a number is wanted")
+    return given
+
+
+Bound = Annotated[int | Number, BeforeValidator(_no_truth)]
 
 
 class _Closed(BaseModel):
@@ -56,8 +72,8 @@ class Event(_Closed):
 class Range(_Closed):
     """Numbers between two bounds, both included."""
 
-    min: int | Number | None = None
-    max: int | Number | None = None
+    min: Bound | None = None
+    max: Bound | None = None
 
 
 class _Question(_Closed):

@@ -65,10 +65,11 @@ def prepare(work: Work, as_of: AsOf, given: preparation.Input) -> JobResult:
     skipped = is_sealed(path, DATASET, key)
     dataset = preparation.prepare(work.settings, as_of, given)
     manifest = dataset.manifest
-    metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}
+    metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")} | preparation.left_out(manifest)
     for note in (*given.notes, *manifest.get("notes", [])):
         work.warn(note)
-    work.say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows")
+    left_out = "".join(f", {count} {preparation.LEFT_OUT[name]}" for name, count in preparation.left_out(manifest).items())
+    work.say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows{left_out}")
     return result_of("prepare", skipped, key, {"dataset": str(path)}, metrics, started, work)
 
 

@@ -6,6 +6,7 @@ import datetime as dt
 import gzip
 import json
 import os
+import re
 import shutil
 import string
 
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recray.config import load_settings
+from recray.dataset.context import code
 from recray.dataset.reader import bucket_of
 from recray.errors import DataError, RefusedError, SettingsError, TooManyBadRowsError
 from recray.prepare.files import list_files, natural
@@ -409,6 +411,45 @@ def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, ma
     data = written(tmp_path, table if mapped else table.drop_columns(["event_id"]), "split.kind=leave_one_out")
     assert (data.n_events, data.manifest["told_twice"]) == (14, 5), "thirteen, and one that the log does not have"
     assert [t for _, t, _ in histories(data)[7]] == [*(T + n * 60 for n in range(13)), T + 10_000], "the log's word counts"
+
+
+def test_a_return_of_the_log_is_one_though_the_endpoint_was_told_a_purchase(tmp_path):
+    log = open_log("sqlite", tmp_path / "root")
+    for n in range(3):
+        log.append([Entry("event", f"drawn{n}", "7", T + n * 60, {"item_id": f"i{n}", "event": " " if n == 2 else "view", "value": 1.0})])
+    collecting.collect(Storage(tmp_path / "root"), log)
+    log.close()
+    table = pa.table({"user_id": [7] * 3, "item_id": ["i0", "i1", "i9"], "timestamp": [T, T + 60, T], "event": ["view"] * 3, "value": [0.0, 2, 2]})
+    data = written(tmp_path, table, "split.kind=leave_one_out", "data.min_value=1")
+    assert (data.n_events, data.manifest["told_twice"], data.manifest["low_rows"]) == (3, 2, 1)
+    assert data.event_types == ["view", "interaction"] and data.items["events"].to_pylist() == [0, 1, 1, 1], "i0 was sent back"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_names_of_events_and_contexts_are_whole_numbers_however_pandas_wrote_them(tmp_path, kind):
+    log = open_log("sqlite", tmp_path / "root")
+    log.append([Entry("event", key_of("7", "1003"), "7", T, {"item_id": "i3", "event": "1", "value": 1.0})])
+    collecting.collect(Storage(tmp_path / "root"), log)
+    log.close()
+    table = pa.table(
+        {
+            "user_id": [7] * 5,
+            "item_id": [f"i{n}" for n in range(5)],
+            "timestamp": [T + 100 + n for n in range(5)],
+            "event": [1.0, 1.0, 2.0, 1.0, 1.0],
+            "event_id": pa.array([1000.0, None, 1002.0, 1003.0, 1004.0]),
+            "device": pa.array([3.0, None, 3.0, 4.0, 4.0]),
+        }
+    )
+    if kind == "csv":
+        pacsv.write_csv(table.set_column(3, "event", pa.array(["1.0", "1.0", "2.0", "1.0", "1.0"])), tmp_path / "e.csv")
+        text = (tmp_path / "e.csv").read_text()
+        (tmp_path / "e.csv").write_text(re.sub(r"(?<=,)(\d+)(?=,|\n)", lambda found: found[1] if len(found[1]) > 6 else f"{found[1]}.0", text))
+    else:
+        (tmp_path / "e.jsonl").write_text("".join(json.dumps(one) + "\n" for one in table.to_pylist()))
+    data = prepared(tmp_path, "split.kind=leave_one_out", "data.context=[device]", events=[tmp_path / f"e.{kind}"])
+    assert (data.n_events, data.manifest["told_twice"], data.event_types) == (5, 1, ["1", "2"])
+    assert {int(one) for shard in data.shards() for one in shard.context["device"]} == {0, code("device", 3), code("device", 4)}
 
 
 def test_a_log_of_dates_has_what_the_endpoint_was_told_that_day(tmp_path):
