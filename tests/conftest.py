@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+import hypothesis
 import pytest
 from preflight import absent, problems
 from processes import running
@@ -26,6 +27,9 @@ from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
 
 SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+hypothesis.settings.register_profile("any machine", hypothesis.settings(), deadline=None)  # no test waits for the clock
+hypothesis.settings.load_profile("any machine")
 
 
 def prepare_here(settings: Settings, as_of=None) -> Dataset:

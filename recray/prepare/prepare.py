@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -131,9 +132,10 @@ def inspect(settings: Settings, as_of: dt.datetime | None = None, given: Input |
     problems, data = Problems(), settings.data
     problems.of(partial(_encoder, settings))
     if given is None:
-        listed = problems.of(partial(list_files, data.events, without=settings.root()))
+        root = problems.of(settings.root)
+        listed = problems.of(partial(list_files, data.events, without=root or Path(os.devnull)))
         described = problems.of(partial(list_files, (data.items,), "data.items")) if data.items else Listing()
-        collected = problems.of(lambda: collected_files(settings.root())) or ()
+        collected = () if root is None else problems.of(partial(collected_files, root)) or ()
         events, files = (None if found is None else found.files for found in (listed, described))
     else:
         events, collected, files = given.events, given.collected, given.items

@@ -47,7 +47,7 @@ def test_overrides_win_over_the_file(tmp_path):
 
 
 def test_two_cuts_in_the_wrong_order_are_refused():
-    with pytest.raises(SettingsError, match="validation_from must lie before test_from"):
+    with pytest.raises(SettingsError, match="validation_from: it must lie before test_from"):
         load_settings(None, ["split.test_from=2024-01-01", "split.validation_from=2024-02-01"])
 
 

@@ -141,7 +141,6 @@ def test_a_value_that_is_no_number_is_a_bad_row(tmp_path, kind):
     assert data.n_events == 199 and data.manifest["reasons"] == {"value is not a number": 1}
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab ,'\"\\é|", min_size=1, max_size=5), max_size=4))
 def test_a_list_is_the_same_however_it_is_written(values):
     assert _written_list(json.dumps(values)) == values
@@ -240,7 +239,7 @@ def test_digits_of_a_date_are_of_the_zone_of_the_log(tmp_path, zone, clock):
     assert histories(mine) == histories(theirs) and mine.as_of_s == theirs.as_of_s
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_a_log_is_the_same_in_every_format(tmp_path_factory, data):
     word = st.text("ab1 ,;\"'\\é|", min_size=1, max_size=4).filter(lambda text: text.strip())

@@ -314,7 +314,7 @@ def test_whole_numbers_that_pandas_wrote_with_a_point_are_the_same_ids(tmp_path)
         (tmp_path / f"{name}.csv").write_text("\n".join(["user_id,item_id,timestamp", *text, ""]))
     data = prepared(tmp_path, events=[tmp_path / "a.csv", tmp_path / "b.csv"])
     assert (data.n_users, data.n_items, data.n_events, data.manifest["duplicates"]) == (20, 7, 400, 200)
-    assert any("ids such as 7.0" in note for note in data.said)
+    assert any("values such as 7.0" in note for note in data.said)
 
 
 def test_one_odd_id_makes_all_text_and_is_said(tmp_path):
@@ -785,7 +785,7 @@ def test_nothing_at_or_after_a_cut_is_learned_whatever_the_baskets(tmp_path, see
     assert users == len(set(table["user_id"].to_pylist())) and learned > 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 2), st.sampled_from(["a", "b", None])), min_size=4, max_size=40),
     st.permutations(range(4)),
