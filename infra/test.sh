@@ -47,7 +47,7 @@ tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
 no_ray_then_jobs() {
-    tests "not ray and not own"
+    tests "not ray and not own and not slow"
 }
 clusters_then_ray() {
     local failed=0
@@ -57,11 +57,14 @@ clusters_then_ray() {
     tests "alone" || failed=1 # in a process of its own
     return $failed
 }
+slow_jobs() {
+    tests "slow and not ray and not own and not long"
+}
 long() {
     tests "long"
 }
 lanes=(no_ray_then_jobs clusters_then_ray)
-[[ -n $marks ]] || lanes+=(long) # a third one, for what the others leave idle
+[[ -n $marks ]] || lanes+=(slow_jobs long) # more of them, for what the others leave idle: much of it waits
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 set -m # lanes are process groups, which an interrupt ends as a whole
