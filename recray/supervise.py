@@ -40,14 +40,14 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
             os._exit(1)
         results = _results()
         code = job(lambda line: _write(results, f"{line}\n".encode()))
-        os.write(writer, b"1")
+        os.write(writer, bytes([code]))
         sys.exit(code)
     os.close(writer)
     status = _wait(child)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with os.fdopen(reader, "rb") as pipe:
-        if pipe.read():
-            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        if code := pipe.read():
+            return code[0]  # the job was over: what ended its process after that does not matter
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         memory = ", which is what the kernel sends when memory runs out" if number == signal.SIGKILL else ""

@@ -37,7 +37,8 @@ def start(body: str) -> subprocess.Popen:
         ("os.kill(os.getpid(), signal.SIGKILL)", 1, "signal 9 (SIGKILL), which is what the kernel sends when memory runs out"),
         ("os.abort()", 1, "signal 6 (SIGABRT)"),
         ("os._exit(1)", 1, "lost the cluster's head node"),
-        ("atexit.register(os.kill, os.getpid(), signal.SIGKILL); return 0", 137, ""),
+        ("atexit.register(os.kill, os.getpid(), signal.SIGKILL); return 0", 0, ""),  # all was done, and said
+        ("atexit.register(os.abort); return 3", 3, ""),
     ],
 )
 def test_an_end_without_a_word_is_reported(body, code, named):
