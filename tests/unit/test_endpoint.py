@@ -333,7 +333,7 @@ def test_bodies_that_are_no_requests(address, raw, status, named):
 
 def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says(address, tmp_path):
     pytest.importorskip("schemathesis")
-    words = ["run", f"{address}/openapi.json", "--max-examples", "25", "--phases", "examples,coverage,fuzzing", "--no-color"]
+    words = ["run", f"{address}/openapi.json", "--max-examples", "15", "--phases", "examples,coverage,fuzzing", "--no-color"]
     # what the document cannot say may be refused all the same: a moment before 1970, a column that the data do not have
     words += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--seed", "1"]
     refusals = "negative_data_rejection.expected-statuses = [404, 405, 413, 415, 422]"  # 413: such a body may be too large as well

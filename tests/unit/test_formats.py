@@ -239,7 +239,7 @@ def test_digits_of_a_date_are_of_the_zone_of_the_log(tmp_path, zone, clock):
     assert histories(mine) == histories(theirs) and mine.as_of_s == theirs.as_of_s
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data())
 def test_a_log_is_the_same_in_every_format(tmp_path_factory, data):
     word = st.text("ab1 ,;\"'\\é|", min_size=1, max_size=4).filter(lambda text: text.strip())

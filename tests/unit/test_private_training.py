@@ -286,7 +286,8 @@ def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
 
 
 def test_ranks_draw_apart_and_stay_equal_to_the_bit(settings, dataset, tmp_path):
-    processes.spawn(_rank, (str(tmp_path), settings, str(dataset.path), vars(mechanism_for(settings, dataset))), nprocs=2)
+    given = (str(tmp_path), settings, str(dataset.path), vars(mechanism_for(settings, dataset)))
+    processes.start_processes(_rank, given, nprocs=2, start_method="fork")  # which has imported all
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["steps"] == two["steps"] == 12
     assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
@@ -308,7 +309,7 @@ def _noisy_rank(rank: int, folder: str) -> None:
 
 
 def test_ranks_add_the_noise_once(tmp_path):
-    processes.spawn(_noisy_rank, (str(tmp_path),), nprocs=2)
+    processes.start_processes(_noisy_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(one, two)
     np.testing.assert_allclose(one.std().item(), 1.7 * 0.3 / 20.0, rtol=0.02)
