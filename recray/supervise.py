@@ -46,8 +46,8 @@ def supervise(job: Callable[[Tell], int], lost: Callable[[str, str], int]) -> in
     status = _wait(child)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with os.fdopen(reader, "rb") as pipe:
-        if code := pipe.read():
-            return code[0]  # the job was over: what ended its process after that does not matter
+        if told := pipe.read():
+            return told[0]  # the job was over: what ended its process after that does not matter
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         memory = ", which is what the kernel sends when memory runs out" if number == signal.SIGKILL else ""

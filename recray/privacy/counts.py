@@ -7,8 +7,10 @@ mechanism with noise multiplier σ.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from recray.dataset.reader import Dataset
+from recray.privacy.noise import GridNoise
 
 
 def weighted_counts(dataset: Dataset, power: float = 0.5) -> np.ndarray:
@@ -24,7 +26,9 @@ def weighted_counts(dataset: Dataset, power: float = 0.5) -> np.ndarray:
 def log_counts(dataset: Dataset, sigma: float) -> np.ndarray:
     """log of the noised counts, float32 [n_items + 1], 0 for the largest; what does not stand out of the noise counts as σ."""
     counts = weighted_counts(dataset)
-    noised = counts + sigma * np.random.default_rng().normal(size=len(counts))
+    noise = GridNoise(sigma, 1.0, len(counts))
+    whole = noise.rounded(torch.from_numpy(counts))
+    noised = noise.released(whole + noise.drawn_like(whole)).double().numpy()
     noised[0] = 0.0
     found = np.log(np.maximum(noised, sigma))
     return np.asarray(found - found.max(), np.float32)

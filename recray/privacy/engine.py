@@ -1,7 +1,7 @@
 """One private step: every user's gradient is clipped to C, the sum is noised, the weights move.
 
-Opacus finds the norms of the blocks' layers, adds the noise and reduces over the ranks; the tables, which histories read and
-scores are compared with, have norms of their own (`recray.privacy.norms`). The loss of a user is the mean over its
+Opacus finds the norms of the blocks' layers and leads the step; the noise is on a grid (`recray.privacy.noise`), and the tables, which
+histories read and scores are compared with, have norms of their own (`recray.privacy.norms`). The loss of a user is the mean over its
 queries of the cross-entropy over the whole catalogue. Two passes backward: one for the norms, one for the clipped sum.
 
 Shapes as in `recray.model.recommender`; B users of a physical batch, Q queries of the user that has most.
@@ -10,12 +10,10 @@ Shapes as in `recray.model.recommender`; B users of a physical batch, Q queries 
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from opacus.grad_sample import register_grad_sampler, register_norm_sampler
@@ -31,6 +29,7 @@ from recray.model.fused import Linear, RMSNorm
 from recray.model.losses import BLOCK_SCORES, Targets
 from recray.model.recommender import Batch, Recommender
 from recray.privacy.audit import Canaries
+from recray.privacy.noise import GridNoise
 from recray.privacy.norms import Compared, layer_norms, lookup_norms
 
 TINY = 1e-6
@@ -58,25 +57,33 @@ class _Hooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
 
 
 class _Alone(DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """Noise on a CPU comes from numpy, whose generator takes 128 bits of the system's randomness once; torch's takes 32, so that of
-    many steps two might have the same noise. A GPU's takes 64, and is seeded for each step."""
+    """Opacus' optimizer with the noise of `recray.privacy.noise`, drawn on the host also where the sum is on a GPU."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.random = np.random.default_rng()
+        self.noise = GridNoise(self.noise_multiplier, self.max_grad_norm, sum(parameter.numel() for parameter in self.params))
 
     def add_noise(self) -> None:
-        if self.generator is not None:
-            self.generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
-            super().add_noise()
-            return
         for parameter in self.params:
-            noise = torch.from_numpy(self.random.standard_normal(tuple(parameter.shape), np.float32))
-            parameter.grad = parameter.summed_grad + self.noise_multiplier * self.max_grad_norm * noise
+            whole = self.noise.rounded(parameter.summed_grad)
+            parameter.grad = self.noise.released(whole + self.noise.drawn_like(whole))
 
 
 class _Together(DistributedDPOptimizerFastGradientClipping, _Alone):  # type: ignore[misc]
-    """Rank 0 adds the noise, as `_Alone` does, for all."""
+    """The ranks add up whole numbers, which is exact in any order; the noise is among those of rank 0."""
+
+    def add_noise(self) -> None:
+        for parameter in self.params:
+            whole = self.noise.rounded(parameter.summed_grad)
+            if self.rank == 0:
+                whole += self.noise.drawn_like(whole)
+            dist.all_reduce(whole)
+            parameter.grad = self.noise.released(whole)
+
+    def reduce_gradients(self) -> None:
+        """They are those of all ranks already, over one rank's share of the expected users."""
+        for parameter in self.params:
+            parameter.grad /= self.world_size
 
 
 class PrivateStep:
@@ -113,7 +120,6 @@ class PrivateStep:
             noise_multiplier=noise_multiplier,
             max_grad_norm=clipping_norm,
             expected_batch_size=expected_users / world,
-            generator=None if self.device.type == "cpu" else torch.Generator(self.device),
         )
         self.canaries: Canaries | None = None
         """Planted by an audit, which looks at every step; None: there is none."""

@@ -1,11 +1,13 @@
 """Poisson sampling of users: each is in a step with the same chance, whatever the others are.
 
-Every rank draws for users of its own from a generator of its own, seeded by the system. Steps without a user are steps too.
+Every rank draws for users of its own, from fresh randomness of the system. Steps without a user are steps too.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from recray.privacy.noise import uniform
 
 
 class PoissonUsers:
@@ -20,9 +22,9 @@ class PoissonUsers:
     def __init__(self, users: int, rate: float, *, rank: int = 0, world: int = 1, entropy: int | None = None) -> None:
         self.mine = np.arange(rank, users, world)
         self.rate = rate
-        self._random = np.random.default_rng(entropy)
+        self._draw = uniform if entropy is None else np.random.default_rng(entropy).random
 
     def draw(self) -> np.ndarray:
         """Users of the next step, ascending, int64; there may be none."""
-        found: np.ndarray = self.mine[self._random.random(len(self.mine)) < self.rate]
+        found: np.ndarray = self.mine[self._draw(len(self.mine)) < self.rate]
         return found

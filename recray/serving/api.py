@@ -6,7 +6,16 @@ import datetime as dt
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from recray.schema import LONGEST_ID
 from recray.serving.problems import Problem
@@ -20,13 +29,17 @@ FIRST_S = 631_152_000  # the year 1990: a smaller number is hardly one of second
 LAST_S = 7_258_118_400  # the year 2200
 
 
-def _utc(given: Any, read: ValidatorFunctionWrapHandler) -> dt.datetime:
-    moment: dt.datetime = read(given)
+_DATETIME: TypeAdapter[dt.datetime] = TypeAdapter(dt.datetime)
+
+
+def _utc(given: Any, _: ValidatorFunctionWrapHandler) -> dt.datetime:
+    if not isinstance(given, str | dt.datetime):
+        raise ValueError("write ISO 8601 as text, 2024-03-01T10:00:00Z")
+    moment = _DATETIME.validate_python(given)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
-    is_number = not isinstance(given, str | dt.datetime) or re.fullmatch(r"\s*[-+]?[0-9._]+\s*", str(given)) is not None
     if not 0 <= moment.timestamp() < LAST_S:
         raise ValueError("lies outside 1970 to 2200")
-    if is_number and moment.timestamp() < FIRST_S:  # digits of a date, days: no seconds
+    if moment.timestamp() < FIRST_S and isinstance(given, str) and re.fullmatch(r"\s*[-+]?[0-9._]+\s*", given):  # digits of a date, or days
         raise ValueError("as seconds since 1970 lies before 1990: write ISO 8601, 2024-03-01T10:00:00Z")
     return moment
 

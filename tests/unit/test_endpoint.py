@@ -290,7 +290,7 @@ def test_events_sent_along_count_for_one_answer(address):
         ("/v1/recommend", {"user_id": 7, "now": "1066-10-14T09:00:00Z"}, 422, "1970"),
         ("/v1/recommend", {"user_id": 7, "now": "20240310"}, 422, "before 1990"),
         ("/v1/recommend", {"user_id": 7, "where": {"price": {"max": True}}}, 422, "number"),
-        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": 19783}]}, 422, "before 1990"),
+        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "19783"}]}, 422, "before 1990"),
         ("/v1/recommend", {"user_id": 7, "mode": "batch", "now": "2024-04-20T00:00:00Z"}, 422, "mode"),
         ("/v1/recommend", {"where": {"colour": ["red"]}}, 422, "colour"),
         ("/v1/recommend", {"where": {"brand": {"min": 1}}}, 422, "brand"),
