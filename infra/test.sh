@@ -47,18 +47,18 @@ tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
 no_ray_then_jobs() {
-    tests "not ray and not own and not slow"
+    tests "not ray and not own and not policy and not slow"
 }
 clusters_then_ray() {
     local failed=0
     .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
     bash infra/lint.sh || failed=1
-    tests "(ray or own) and not alone and not long" || failed=1
+    tests "(ray or own or policy) and not alone and not long" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
 }
 slow_jobs() {
-    tests "slow and not ray and not own and not long"
+    tests "slow and not ray and not own and not policy and not long"
 }
 long() {
     tests "long"

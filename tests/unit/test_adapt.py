@@ -21,6 +21,8 @@ from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.handler import Handler
 
+pytestmark = pytest.mark.policy
+
 
 def round_of(world, n, seed, sigma=1.0):
     random = np.random.default_rng(seed)
