@@ -297,7 +297,9 @@ class PrivacySettings(Section):
     enabled: bool = Field(False, description="train with differential privacy: what one user's events can change is bounded; needs split.held_out")
     epsilon: float | None = Field(8.0, gt=0, description="ε of one training; null: as sigma makes it")
     sigma: float | None = Field(None, gt=0, description="noise multiplier; null: the smallest that keeps epsilon")
-    delta: float = Field(1e-6, gt=0, lt=1, description="δ, the chance that ε does not hold; refused at 1/users or more")
+    delta: float = Field(
+        1e-6, gt=0, lt=1, description="δ, the chance that ε does not hold; at most .1/users, and never more than in a training before"
+    )
     clipping_norm: float = Field(1.0, gt=0, description="C, what the gradient of one user is shortened to")
     sampling_rate: float = Field(0.05, gt=0, le=1, description="q, the chance of each user to be in a step (Poisson)")
     steps: int = Field(400, ge=1, description="steps of a training; there is no early stop")

@@ -88,11 +88,11 @@ class Mechanism:
 
 
 def mechanism_of(options: PrivacySettings, users: int) -> Mechanism:
-    """What the settings ask for. Raises SettingsError for a δ of 1/users or more, or an ε that no noise reaches."""
-    if users == 0 or options.delta >= 1 / users:
+    """What the settings ask for. Raises SettingsError for a δ above a tenth of 1/users, or an ε that no noise reaches."""
+    if options.delta * users > 0.1 or not users:
         raise SettingsError(
-            f"privacy.delta: {options.delta:g} is not below 1/{users}: it would allow to publish a user as it is",
-            f"lower it, to {0.1 / max(users, 1):.0e} say",
+            f"privacy.delta: {options.delta:g} is more than a tenth of 1/{users}: with 1/users one of them could be published as it is",
+            f"lower it, to {0.1 / max(users, 1):.2g} or less",
         )
     sigma, counts = noise_of(options)
     found = Mechanism(sigma, options.sampling_rate, options.steps, options.clipping_norm, options.delta, users, counts)

@@ -140,12 +140,17 @@ class Ledger:
         with; how many steps were added. Refused, it leaves nothing behind.
 
         Raises PrivacySpentError, with what would fit, if all steps of the population together would pass ε `cap`; RefusedError if
-        the run was begun with another mechanism, or in another ledger, or has ended, or one of the users belongs to another population.
+        the run was begun with another mechanism, or in another ledger, or has ended, δ is larger than before, or one of the users belongs
+        to another population.
         """
         with self._alone() as connection:
             self._admit(connection, user_ids)
             runs = self._runs(connection)
             mine = next((run for run in runs if run.run_key == run_key), None)
+            if mechanism.delta > (pinned := min((run.mechanism.delta for run in runs), default=1.0)):
+                raise RefusedError(
+                    f"privacy.delta: {mechanism.delta:g}, but population {self.population} was promised {pinned:g}", f"set privacy.delta={pinned:g}"
+                )
             if mine is not None and mine.mechanism != mechanism:
                 raise RefusedError(
                     f"training {run_key} was begun with {mine.mechanism}, not with {mechanism}",

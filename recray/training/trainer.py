@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import sqlalchemy as sa
 from safetensors.torch import load_file
 
 from recray import __version__
@@ -19,12 +20,12 @@ from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, own_signals, require, unwrapped
 from recray.config import Settings, expanded
 from recray.dataset.reader import Dataset
-from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, SettingsError, TrainingError
+from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, RefusedError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
 from recray.model.recommender import Shape
 from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.ledger import Ledger
-from recray.release import Release
+from recray.release import Release, bundles
 from recray.storage import Storage, blamed, is_sealed, key_of, no_room
 from recray.training.batches import users_learned
 from recray.training.worker import last_checkpoint, shape_of, train_worker
@@ -216,12 +217,26 @@ def _ledger(settings: Settings) -> Ledger:
 def _reserve(settings: Settings, key: str, dataset: Dataset, mechanism: Mechanism, resume: Path | None) -> dict[str, Any]:
     """Reserve the steps of a private training in the ledger; what its workers need to take them. Raises RefusedError."""
     ledger, options = _ledger(settings), settings.privacy
+    _knows_all(settings, ledger)
     tonight = dataset.learning_from(mechanism.part, mechanism.parts)
     users = (str(user) for shard in tonight.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist())
     done = json.loads((resume / "progress.json").read_text())["step"] if resume else 0
     ledger.reserve(key, mechanism, options.cap, done, users)
     named = {"ledger": settings.ledger_url(), "population": options.population, "run_key": key, "cap": options.cap}
     return {"mechanism": asdict(mechanism), **named}
+
+
+def _knows_all(settings: Settings, ledger: Ledger) -> None:
+    """Raises RefusedError for a ledger that does not know a private bundle of its population: it is a new one, or of before."""
+    known = {run.run_key for run in ledger.runs()}
+    for path in bundles(Storage(settings.root())):
+        bundle = Bundle.open(path)
+        if bundle.privacy["differential_privacy"] and bundle.privacy.get("population") == ledger.population and bundle.key not in known:
+            raise RefusedError(
+                f"the ledger {sa.engine.make_url(settings.ledger_url())!r} does not know bundle {bundle.key}, a private training of population "
+                f"{ledger.population}: what it spent is not counted",
+                "bring back the ledger that counted it (a backup, or privacy.ledger); other users are another privacy.population",
+            )
 
 
 def _fit(

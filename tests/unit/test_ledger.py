@@ -47,6 +47,21 @@ def test_a_reservation_counts_until_it_is_committed(url):
     assert [run.committed for run in Ledger.read(url, "shop").runs()] == [True]
 
 
+def test_a_larger_delta_is_no_way_around_the_cap(url):
+    """At δ 1e-4 a second training would fit."""
+    ledger = Ledger.open(url, "shop")
+    cap = epsilon_of([Steps(ONE.sigma, ONE.rate, 150)], DELTA)
+    ledger.reserve("a", ONE, cap)
+    with pytest.raises(PrivacySpentError):
+        ledger.reserve("b", ONE, cap)
+    assert epsilon_of([Steps(ONE.sigma, ONE.rate, 200)], 1e-3) < cap
+    with pytest.raises(RefusedError, match="promised 1e-05"):
+        ledger.reserve("b", dataclasses.replace(ONE, delta=1e-3), cap)
+    ledger.reserve("b", dataclasses.replace(ONE, delta=1e-6, sigma=20.0), None)
+    with pytest.raises(RefusedError, match="promised 1e-06"):
+        ledger.reserve("c", ONE, None)
+
+
 def test_steps_that_a_crash_took_are_counted_and_taken_again(url):
     ledger = Ledger.open(url, "shop")
     ledger.reserve("a", ONE, None)

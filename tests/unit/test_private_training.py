@@ -13,9 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from conftest import prepare_here, private_overrides
 
+from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.dataset.reader import History
-from recray.errors import DataError, SettingsError, TrainingError
+from recray.errors import DataError, RefusedError, SettingsError, TrainingError
 from recray.evaluation.protocol import Questions
 from recray.inference import Predictor
 from recray.model.recommender import PRESETS, Recommender, Shape
@@ -242,10 +243,22 @@ def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_
     everybody = _learned(dataset)
     assert seen[3] | seen[2] | seen[1] <= everybody and len(everybody) / 5 < len(seen[3]) < len(everybody) / 2
     assert ledger.members() == len(seen[1] | seen[2] | seen[3])
-    with pytest.raises(SettingsError, match="not below 1/"):
+    with pytest.raises(SettingsError, match="more than a tenth of 1/"):
         mechanism_for(private_settings(world_folder, tmp_path, "privacy.shards=3", "privacy.delta=8e-3"), dataset)
     with pytest.raises(DataError, match="nobody to learn from in part 1 of 3000"):
         mechanism_for(private_settings(world_folder, tmp_path, "privacy.shards=3000"), dataset)
+
+
+def test_a_ledger_that_does_not_know_a_private_bundle_is_refused(world_folder, tmp_path, dataset):
+    settings = private_settings(world_folder, tmp_path)
+    said = {"differential_privacy": True, "population": "others"}
+    untrained(settings, dataset, tmp_path / "bundles" / "other", "other", said)
+    mechanism = mechanism_for(settings, dataset)
+    assert _reserve(settings, "first", dataset, mechanism, None)["run_key"] == "first", "of other users, as one without privacy"
+    untrained(settings, dataset, tmp_path / "bundles" / "mine", "mine", {**said, "population": settings.privacy.population})
+    with pytest.raises(RefusedError, match="does not know bundle mine"):
+        _reserve(settings, "second", dataset, mechanism, None)
+    assert [run.run_key for run in Ledger.read(settings.ledger_url(), settings.privacy.population).runs()] == ["first"]
 
 
 def _learned(dataset):
@@ -349,8 +362,8 @@ def test_the_same_users_every_night_cost_more_and_more(nights, epsilon):
 
 
 def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
-    with pytest.raises(SettingsError, match="below 1/1000"):
-        mechanism_of(settings.privacy.model_copy(update={"delta": 1e-3}), 1000)
+    with pytest.raises(SettingsError, match="more than a tenth of 1/1000"):
+        mechanism_of(settings.privacy.model_copy(update={"delta": 1.01e-4}), 1000)
     with pytest.raises(SettingsError, match="promises nothing"):
         mechanism_of(settings.privacy.model_copy(update={"sigma": 0.01}), 1000)
     with pytest.raises(SettingsError, match="spent already"):
