@@ -56,7 +56,7 @@ class Head:
     def __init__(self, home: Path, cpus: int = 2, *, dashboard: bool = True) -> None:
         self.home, self.cpus, self.takes_jobs = home, cpus, dashboard
         self.port, self.dashboard, *self._others = cluster.free_ports(4)  # other clusters may be here
-        base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name.startswith("RAY_TRAIN_")}
+        base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name.startswith(("RAY_TRAIN_", "RAY_worker_"))}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         self.temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets lie in it
         quiet["RAY_TMPDIR"] = str(self.temporary)

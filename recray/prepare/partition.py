@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ import xxhash
 from recray import schema
 from recray.dataset.context import codes
 from recray.dataset.ids import canonical_integer
-from recray.dataset.reader import bucket_of
+from recray.dataset.reader import bucket_of, nothing_learned_of
 from recray.errors import DataError
 from recray.prepare.files import InputFile
 from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, Batch, open_file
@@ -52,6 +53,7 @@ class PartitionPlan:
     remembers_low: bool  # whether the owner's events below it are staged, so that the endpoint's copies of them are known as such
     loses: bool  # whether there is a column ROW
     pointed: tuple[str, ...]  # ids that text files write as 7.0
+    ends_with: dict[str, Any] | None  # the split whose held-out users say when the data end; None: everybody does, or the as-of
     first_live: int  # number of the first row group that was collected from the endpoint
     shards: int
     staging: Path
@@ -68,8 +70,9 @@ class Stats:
     """What the first pass counted: rows = bad + late + low + events; late rows come after as-of, low ones are worth less than
     `data.min_value`.
 
-    last_us : the newest time; clocked: whether any time has a time of day; negative: events that are worth 0 or less; words: events whose
-    user or item is called like nothing (`NULL_IDS`); padded: ids that begin or end with a blank
+    last_us : the newest time, of those who say when the data end (`PartitionPlan.ends_with`); clocked: whether any time of theirs has a time
+    of day; negative: events that are worth 0 or less; words: events whose user or item is called like nothing (`NULL_IDS`); padded: ids
+    that begin or end with a blank
     """
 
     rows: int = 0
@@ -113,7 +116,7 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     bad: list[pa.Table] = []
     for staged in _read(plan, group):
         good, rejected, clocked = _check(plan, staged)
-        stats.clocked |= clocked
+        stats.clocked |= bool(clocked[_say_the_end(plan, good)].any())
         stats.rows += len(staged.table) + len(staged.broken)
         bad.append(rejected)
         if plan.as_of_us is not None:
@@ -128,7 +131,8 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
         if not len(good):
             continue
         if plan.clock == schema.TIMESTAMP:
-            stats.saw(pc.max(good["t"]).as_py())
+            ending = good if plan.ends_with is None else good.filter(pa.array(_say_the_end(plan, good)))
+            stats.saw(pc.max(ending["t"]).as_py())
         if schema.VALUE in plan.columns:
             stats.negative += int((good[schema.VALUE].to_numpy() <= 0).sum())
         stats.words += _count_ids(good, lambda text: pc.is_in(text, pa.array(NULL_IDS)))
@@ -413,9 +417,19 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table, bool]:
+def _say_the_end(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
+    """Rows of users who say when the data end, bool [rows]."""
+    if plan.ends_with is None:
+        return np.ones(len(rows), bool)
+    users = rows[schema.USER_ID].combine_chunks().dictionary_encode()
+    users = users.combine_chunks() if isinstance(users, pa.ChunkedArray) else users
+    found: np.ndarray = nothing_learned_of(users.dictionary, plan.ends_with)[users.indices.to_numpy()]
+    return found
+
+
+def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table, np.ndarray]:
     """Good rows, and bad rows with the columns `reason` (the first that applies) and `given_…` (what the file says of time and value);
-    whether a good row has a time of day."""
+    which of the good rows have a time of day."""
     table = staged.table
     t, value = table["t"], table[schema.VALUE]
     # a value that is missing stands for 1; one that is not a number is an error
@@ -433,14 +447,14 @@ def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table, bo
         if plan.future_us is not None:
             checks[FUTURE] = pc.fill_null(pc.greater(t, plan.future_us), False)
     checks = {text: failed for text, failed in checks.items() if pc.any(failed).as_py()}
-    good, clocked = table, bool(staged.clocked.any())
+    good, clocked = table, staged.clocked
     rejected = table.slice(0, 0).append_column("reason", pa.array([], pa.string()))
     if checks:
         reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
         for text, failed in reversed(checks.items()):
             reason = pc.if_else(failed, text, reason)
         bad = pc.is_valid(reason)
-        clocked = clocked and bool((staged.clocked & ~bad.to_numpy()).any())
+        clocked = clocked[~bad.to_numpy()]
         rejected = table.append_column("reason", reason)
         for name, column in staged.given.items():
             rejected = rejected.append_column(f"given_{name}", column.cast(pa.string()))

@@ -36,7 +36,7 @@ EVENTS_PER_SHARD = 500_000
 JOINED = 0.95  # of the events and the items of the log are in the item table, or a note says how many
 MOST_EVENT_TYPES = 1 << 15  # an index of one has 16 bits
 LEFT_OUT = {
-    "late_rows": "events after --as-of",
+    "late_rows": "events after the end (--as-of, or the last event of the users who are held out)",
     "low_rows": "events below data.min_value",
     "few": "users with fewer events than data.min_user_events",
     "told_twice": "events of the endpoint that the log has too",
@@ -191,10 +191,11 @@ def prepare(
     try:
         each(partial(_partition, plan, source.row_groups), len(source.row_groups))
         totals = _totals(plan, source, settings, as_of, kept=inspected is None)
-        as_of_s = int(as_of.timestamp()) if as_of else _last_s(plan, totals)
+        last_us = _last_us(plan, totals)
+        as_of_s = int(as_of.timestamp()) if as_of else last_us // 1_000_000
         encoder = _encoder(settings)
         clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
-        shard_plan = ShardPlan(plan, len(source.row_groups), clocked, settings.split, settings.data)
+        shard_plan = ShardPlan(plan, len(source.row_groups), clocked, None if plan.ends_with is None else last_us, settings.split, settings.data)
         item_table, joins = _item_table(_item_counts(shard_plan, each), settings, items)
         if settings.data.min_user_events > 1:
             item_table = _left(replace(shard_plan, item_ids=item_table[schema.ITEM_ID].combine_chunks()), item_table, items, totals, each)
@@ -223,6 +224,7 @@ def prepare(
             shard_plan = replace(shard_plan, item_ids=vocabulary, event_types=fields["event_types"], out=folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
+            fields["late_rows"] += counted.late
             fields |= asdict(counted) | {"notes": [*source.notes, *joins, *_notes(settings, plan, totals, counted, kept=inspected is None)]}
             events = _finish(folder, fields, settings)
             item_table = item_table.set_column(item_table.schema.get_field_index("events"), "events", events)
@@ -247,6 +249,7 @@ def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, st
         remembers_low=settings.data.min_value is not None and any(group.live for group in source.row_groups),
         loses=source.loses,
         pointed=source.pointed,
+        ends_with=settings.split.model_dump() if settings.split.held_out and as_of is None and source.clock == schema.TIMESTAMP else None,
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
@@ -310,11 +313,14 @@ def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of:
     return totals
 
 
-def _last_s(plan: PartitionPlan, totals: Stats) -> int:
-    """The as-of that nobody named: the newest event, or the end of its day where no event has a time of day."""
+def _last_us(plan: PartitionPlan, totals: Stats) -> int:
+    """The as-of that nobody named: the newest event, or the end of its day where no event has a time of day. Where users are held out it is
+    the newest of theirs: the last moment of another one would tell of that one."""
     if totals.last_us is None:
+        if plan.ends_with is not None:
+            raise DataError("no event is of a user who is held out, and theirs say when the data end", "raise split.held_out, or name --as-of")
         return 0
-    return (totals.last_us if totals.clocked else plan.times.end_of_day(totals.last_us)) // 1_000_000
+    return totals.last_us if totals.clocked else plan.times.end_of_day(totals.last_us)
 
 
 def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: ShardCounts, *, kept: bool) -> list[str]:

@@ -25,11 +25,13 @@ class ShardPlan:
     """What every task of the second pass needs to know; `item_ids` in ascending order and `event_types` are the indices.
 
     clocked : whether the owner's times have a time of day
+    until_us : what comes later is left out; None: nothing does
     """
 
     partition: PartitionPlan
     groups: int
     clocked: bool
+    until_us: int | None
     split: SplitSettings
     data: DataSettings
     item_ids: pa.Array | None = None
@@ -52,11 +54,13 @@ class ShardCounts:
     duplicates : rows equal to one before in all mapped columns; they are left out under data.duplicates=drop
     told_twice : events that the endpoint was told and the owner's log has too; the log's count
     few : users with fewer events than data.min_user_events, who are left out
+    late : events after the last one of the users who say when the data end
     """
 
     duplicates: int = 0
     told_twice: int = 0
     few: int = 0
+    late: int = 0
 
     def __add__(self, other: ShardCounts) -> ShardCounts:
         return ShardCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -125,6 +129,10 @@ def _kept(plan: ShardPlan, table: pa.Table, item: np.ndarray, event: np.ndarray)
     named = _codes(table, schema.BASKET)
     order = np.lexsort((table[P].to_numpy(), t, user) if P in table.column_names else (t, user))  # stable: equal times keep the order (file, row)
     keep = item > 0
+    if plan.until_us is not None:
+        late = t > plan.until_us
+        keep &= ~late
+        counted.late = int(late.sum())
     live = table["live"].to_numpy()
     if live.any():
         moment = t // 1_000_000 if plan.clocked else plan.partition.times.day(t)

@@ -181,7 +181,7 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     source = inspect_events(data, (InputFile(str(owner)),), collected_files(tmp_path))
     assert (source.columns, source.types, source.rows) == (columns, types, 6)
     places = (tmp_path / "staging", tmp_path / "quarantine")
-    plan = PartitionPlan(columns, types, "position", TimeRule(), None, None, None, False, True, (), 1, 1, *places)
+    plan = PartitionPlan(columns, types, "position", TimeRule(), None, None, None, False, True, (), None, 1, 1, *places)
     for group in source.row_groups:
         partition_row_group(plan, group)
     rows = read_partition(plan, 2, 0).to_pylist()

@@ -52,6 +52,34 @@ def test_histories_hold_every_event_in_order_of_time(tmp_path):
         assert shard.user_ids.to_pylist() == sorted(shard.user_ids.to_pylist())
 
 
+@pytest.mark.parametrize("dates", [False, True])
+def test_the_data_end_with_the_last_event_of_those_who_are_held_out(tmp_path, dates):
+    """So that nobody of whom something is learned is told by the second of their last event."""
+    overrides = ["split.held_out=0.3", "split.kind=leave_one_out"]
+    plain = dataset(tmp_path, overrides=overrides)
+    held = {user for shard in plain.shards() for user in shard.user_ids.filter(pa.array(shard.held_out)).to_pylist()}
+    assert 2 < len(held) < 10
+    last = max(t for user, _, t in ROWS if user in held)
+    protected = next(user for user in range(20) if user not in held)
+    day = 86_400
+    later = [(protected, "i0", t) for t in (last, last + 1, last + 3 * day)]
+
+    def read(rows, as_of=None):
+        if not dates:
+            return dataset(tmp_path, rows, overrides, as_of)
+        source = table([(user, item, dt.date.fromtimestamp(t)) for user, item, t in rows], timestamp=pa.date32())
+        return dataset(tmp_path, None, overrides, as_of, source)
+
+    without, with_it = read(ROWS), read(ROWS + later)
+    end = last if not dates else (last // day + 1) * day - 1
+    assert without.as_of_s == with_it.as_of_s == end
+    theirs, mine = everything(without), everything(with_it)
+    own = mine.pop(protected)
+    assert mine == {user: history for user, history in theirs.items() if user != protected}
+    assert len(own) == len(theirs[protected]) + (2 if dates else 1) and with_it.manifest["late_rows"] == (1 if dates else 2)
+    assert read(ROWS + later, dt.datetime(2030, 1, 1, tzinfo=dt.UTC)).manifest["late_rows"] == 0, "--as-of says what counts"
+
+
 def test_equal_times_keep_the_order_of_files_and_rows(tmp_path):
     rows = [(1, f"i{n}", 1_600_000_000) for n in (5, 2, 9)] + [(1, "i1", 1_600_000_001), (1, "i3", 1_600_100_000)]
     folder = tmp_path / "folder"
