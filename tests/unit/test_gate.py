@@ -11,8 +11,6 @@ from policies.rewards import Planted, clicks
 from recray.errors import RefusedError
 from recray.inference.policy import OBSERVED, Frozen, explore
 
-pytestmark = pytest.mark.policy
-
 
 class Plays:
     """A policy that plays a function."""

@@ -24,8 +24,6 @@ from recray.serving.handler import Handler
 from recray.serving.trial import Outcomes, Trial, answers
 from recray.state.log import Entry
 
-pytestmark = pytest.mark.policy
-
 
 @pytest.fixture(scope="module")
 def shop(world_settings, world_dataset, tmp_path_factory):
