@@ -7,6 +7,8 @@ function of the whole numbers alone.
 
 Rounding may move two neighbouring sums apart, by γ in each number; for that, and for the arithmetic of 32 bits by which the sum was made,
 the noise is a little larger than what is accounted for. What the tails lack is part of δ (`recray.privacy.accounting.TAILS`).
+Draws are numbers of 64 bits, so that the probability of a multiple is off by
+some 2⁻³⁵ of itself; nothing pays for that.
 """
 
 from __future__ import annotations
