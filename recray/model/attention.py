@@ -32,7 +32,7 @@ NORM_EPS = 1e-6
 def age_bucket(age_s: Tensor) -> Tensor:
     """Bucket of an age in seconds: half powers of two of hours, int64 in [0, AGE_BUCKETS)."""
     hours = age_s / 3600.0
-    return hours.clamp_(min=0).add_(1.0).log2_().mul_(2.0).clamp_(max=AGE_BUCKETS - 1).long()
+    return hours.relu_().add_(1.0).log2_().mul_(2.0).clamp_max_(AGE_BUCKETS - 1).long()
 
 
 class Run(NamedTuple):
