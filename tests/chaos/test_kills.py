@@ -152,7 +152,7 @@ def test_a_nightly_run_killed_at_any_moment_is_repeated(head, workspace, world_f
     for _ in range(3):
         if code == 0:
             break
-        code, result = Job("nightly", world_folder, root, head.environment, fork=False).end()
+        code, result = Job("nightly", world_folder, root, head.environment).end()
     assert code == 0, result
     assert_right(root, workspace.reference)
     _goes_on_from_its_checkpoint(root)
