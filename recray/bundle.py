@@ -1,7 +1,7 @@
 """The bundle: the one thing that passes from training to evaluation, scoring and serving.
 
 A sealed directory: `manifest.json`, `config.yaml` (settings that shaped it, no addresses), `model.safetensors`,
-`items.parquet` (vocabulary and features), `popularity.parquet`, `privacy.json`, `metrics.json`. Immutable, no pickle.
+`items.parquet` (vocabulary and features), `popularity.parquet`, `privacy.json` (and `privacy.md`), `metrics.json`. Immutable, no pickle.
 """
 
 from __future__ import annotations
@@ -139,11 +139,13 @@ def write_bundle(
     metrics: dict[str, Any],
     parent: str | None = None,
     privacy: dict[str, Any] | None = None,
+    page: str | None = None,
 ) -> Bundle:
     """Seal a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError.
 
     parent : run key of the bundle whose weights the training began with
     privacy : the statement of a private training
+    page : the same for a person
     """
     fields = {
         "recray": __version__,
@@ -156,6 +158,7 @@ def write_bundle(
         "features": features,
         "distinct_bins": True,
         "event_types": dataset.event_types,
+        "default_event": dataset.manifest.get("default_event"),
         "has_time": dataset.has_time,
         "prior_days": prior_days,
         "context": dataset.context,
@@ -167,10 +170,14 @@ def write_bundle(
         save_file({name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}, folder / "model.safetensors")
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True))
         (folder / "privacy.json").write_text(json.dumps(privacy or {"differential_privacy": False}, indent=2, sort_keys=True) + "\n")
+        if page is not None:
+            (folder / "privacy.md").write_text(page)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         pq.write_table(dataset.items.drop_columns(["events"]), folder / "items.parquet")  # how often each was met is nobody's business
         if shape.counts:  # noised, they are among the weights
             Popularity.count_events(np.zeros(0, np.int64), None, dataset.n_items).save(folder / "popularity.parquet")
+        elif privacy is not None:
+            dataset.public_popularity.save(folder / "popularity.parquet")
         else:
             shutil.copyfile(dataset.path / "popularity.parquet", folder / "popularity.parquet")
     return Bundle.open(path)

@@ -255,6 +255,8 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "submit":
             return _submitted(arguments, reporter)
         settings = load_settings(arguments.config, arguments.overrides)
+        if settings.changed:
+            reporter.say(f"privacy.enabled changes {len(settings.changed)} settings: {', '.join(settings.changed)}")
         as_of = parse_as_of(arguments.as_of, settings.data.timezone)
         if arguments.job == "serve":
             return _serve(arguments, settings, as_of, reporter)

@@ -19,9 +19,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote, unquote
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from recray.errors import SettingsError
+from recray.private import MUST, conflicts, switched
 
 SAMPLE = "sample:online-retail"  # stands for the data that ships
 
@@ -115,6 +116,13 @@ class DataSettings(Section):
         (SAMPLE,), f"files (Parquet, CSV, JSON lines), folders or object-store URIs; {SAMPLE} is the data that ships", min_length=1
     )
     items: Place | None = _place(None, "file, folder or URI of the item table; null: items are what the events name")
+    catalogue: Literal["all", "items"] = Field(
+        "all",
+        description="which items there are: all that data.items or an event names; items, those of data.items alone (other events are left out)",
+    )
+    default_event: str | None = Field(
+        None, min_length=1, description="type of an event without one; null: interaction in the log, at the endpoint the log's most frequent type"
+    )
     columns: dict[Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket", "event_id"], str | None] = Field(
         default_factory=dict, description="recray's name: your name; null says that you do not have the column"
     )
@@ -150,6 +158,12 @@ class DataSettings(Section):
     min_item_events: int = Field(0, ge=0, description="items with fewer events are left out; 0 keeps items nobody met yet")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="refuse the input when more of its rows are bad")
     shards: int | None = Field(None, ge=1, le=65536, description="pieces the users are hashed into; null: one per 500,000 events, at least 4")
+
+    @model_validator(mode="after")
+    def _of_items(self) -> DataSettings:
+        if self.catalogue == "items" and self.items is None:
+            raise ValueError("catalogue: items, but data.items names no table; name it, or set data.catalogue to all")
+        return self
 
     @field_validator("context")
     @classmethod
@@ -294,9 +308,16 @@ class TrainSettings(Section):
 
 
 class PrivacySettings(Section):
-    enabled: bool = Field(False, description="train with differential privacy: what one user's events can change is bounded; needs split.held_out")
-    epsilon: float | None = Field(8.0, gt=0, description="ε of one training; null: as sigma makes it")
-    sigma: float | None = Field(None, gt=0, description="noise multiplier; null: the smallest that keeps epsilon")
+    enabled: bool = Field(
+        False,
+        description="train with differential privacy: what one user's events can change is bounded by cap; other settings give way where they must",
+    )
+    cap: float | None = Field(None, description="ε that all trainings of the population may spend of a user together; needed with enabled", gt=0)
+    trainings: int = Field(12, ge=1, description="trainings of a user that the cap is to pay for, by which the noise is planned")
+    epsilon: float | None = Field(None, gt=0, description="ε of one training; null: as cap and trainings leave it")
+    sigma: float | None = Field(
+        None, gt=0, description="noise multiplier; null: the smallest that keeps epsilon, or lets the cap pay for all trainings"
+    )
     delta: float = Field(
         1e-6, gt=0, lt=1, description="δ, the chance that ε does not hold; at most .1/users, and never more than in a training before"
     )
@@ -305,14 +326,16 @@ class PrivacySettings(Section):
     steps: int = Field(400, ge=1, description="steps of a training; there is no early stop")
     report_every: int = Field(40, ge=1, description="steps between two checkpoints")
     counts_share: float = Field(
-        0.1, ge=0, lt=1, description="share of the noise budget for item counts that scores and the popular list begin with; 0: exact ones are public"
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the noise budget for item counts that scores and the popular list begin with; 0: none, the list is of users held out",
     )
     shards: int = Field(1, ge=1, description="parts of the users, by a hash; a training learns from one of them, the next training from the next")
     population: str = Field("users", min_length=1, description="whose ledger it is: what is spent of a user is kept in one place")
     public_start: str | None = _place(
         None, "folder of a bundle of public data with the same network, which a training begins with where no private champion is there to begin with"
     )
-    cap: float | None = _place(None, "ε that all trainings of the population may spend together; null: it is only counted", gt=0)
     ledger: str | None = _place(None, "database URL of the ledger (sqlite:////path, postgresql://…); null: sqlite under storage.root")
     audit_claims: tuple[float, ...] = _place((1.0, 3.0), "audit: values of ε that are put to the test", min_length=1)
     audit_canaries: int = _place(1000, "audit: users made up, of whom half are planted; what so many can show is said beside what they did", ge=2)
@@ -326,8 +349,10 @@ class PrivacySettings(Section):
 
     @model_validator(mode="after")
     def _one_dial(self) -> PrivacySettings:
-        if (self.epsilon is None) == (self.sigma is None):
+        if self.epsilon is not None and self.sigma is not None:
             raise ValueError("name either epsilon or sigma, and set the other to null")
+        if self.enabled and self.cap is None:
+            raise ValueError("cap: say what may be spent of a user in all, for the life of the data: privacy.cap=8, say (with privacy.enabled)")
         if self.public_start is not None and self.counts_share > 0:
             raise ValueError("weights of a public_start know already what is popular: set counts_share to 0")
         return self
@@ -471,6 +496,12 @@ class Settings(Section):
     score: ScoreSettings = ScoreSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()
+    _changed: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """What `privacy.enabled` replaced when they were read, in words."""
+        return self._changed
 
     @model_validator(mode="after")
     def _rules_name_features(self) -> Settings:
@@ -505,34 +536,13 @@ class Settings(Section):
     def _private(self) -> Settings:
         if not self.privacy.enabled:
             return self
-        if not self.split.held_out:
-            raise ValueError("privacy.enabled: split.held_out is 0, but selection, gates and metrics need users of whom nothing is learned")
         if self.split.kind == "random":
             raise ValueError("privacy.enabled: a random split draws from all users' events at once; use split.kind=time or leave_one_out")
-        refused = {
-            "model.preset": self.model.preset not in ("dp", "sasrec"),
-            "model.time_bias": self.model.time_bias,
-            "model.values": self.model.values,
-            "model.repeat": self.model.repeat,
-            "model.prior_days": self.model.prior_days > 0,
-            "model.relative": bool(self.model.relative),
-            "model.attention": self.model.attention == "pointwise",
-            "data.features": bool(self.data.features) and self.model.items == "learned",
-            "model.scores": self.model.scores == "cosine" and self.model.items == "features",
-            "data.context": bool(self.data.context),
-            "data.released": self.data.released is not None,
-            "train.loss": self.train.loss not in ("auto", "softmax"),
-            "train.temperature_jitter": self.train.temperature_jitter > 0,
-            "train.horizon": self.train.horizon > 1,
-            "gates.must_beat": not set(self.gates.must_beat) <= set(get_args(Popular)),
-        }
-        wrong = [name for name, found in refused.items() if found]
+        wrong = conflicts({name: getattr(getattr(self, name.partition(".")[0]), name.partition(".")[2]) for name in MUST})
+        if self.model.scores == "cosine" and self.model.items == "features":
+            wrong.append("model.scores: a cosine of fixed features is not known exactly either")
         if wrong:
-            raise ValueError(
-                f"privacy.enabled: {', '.join(wrong)}: what one user adds is not known exactly there; use model.preset dp or sasrec, "
-                "time_bias, values and repeat false, prior_days 0, no context, features with model.items=features and a dot product alone, "
-                "train.loss softmax, no jitter or horizon, and let gates.must_beat name popular lists alone"
-            )
+            raise ValueError(f"privacy.enabled: cannot be trained privately: {'; '.join(wrong)}")
         return self
 
     def root(self) -> Path:
@@ -585,6 +595,17 @@ def sqlite_url(path: Path) -> str:
     return URL.create("sqlite+pysqlite", database=f"file:{quote(plain)}", query={"uri": "true"}).render_as_string(hide_password=False)
 
 
+def sqlite_file(url: str) -> str | None:
+    """The file of a database URL, also of one that `sqlite_url` made; None for another kind of database, or one in memory."""
+    from sqlalchemy import make_url
+
+    named = make_url(url)
+    if named.get_backend_name() != "sqlite" or not named.database:
+        return None
+    is_uri = named.database.startswith("file:")
+    return unquote(named.database.removeprefix("file:").partition("?")[0]) if is_uri else named.database
+
+
 def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
     """Settings from a YAML file (None: the defaults) with overrides such as `train.epochs=3`.
 
@@ -596,8 +617,13 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Set
         _anchor_paths(content, Path(path).resolve().parent, replaced)
     for override in overrides:
         _apply(content, override)
+    sections: dict[str, Any] = {name: field.annotation for name, field in Settings.model_fields.items()}
+    defaults = {f"{name}.{one}": field.get_default() for name, section in sections.items() for one, field in section.model_fields.items()}
+    changed = switched(content, replaced, defaults)
     try:
-        return Settings.model_validate(content)
+        found = Settings.model_validate(content)
+        found._changed = tuple(changed)
+        return found
     except ValidationError as error:
         raise _explain(error, content, str(path) if path else "command line", replaced) from None
 

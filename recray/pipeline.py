@@ -130,8 +130,7 @@ def _describe(dataset: Dataset, sample: str, say: Say) -> None:
     manifest = dataset.manifest
     span = f", up to {date_of(dataset.as_of_s)}" if dataset.has_time else ""
     say(f"{sample}{dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events{span}; types {', '.join(dataset.event_types)}")
-    left_out = "".join(f", {count} {preparation.LEFT_OUT[name]}" for name, count in preparation.left_out(manifest).items())
-    say(f"{sample}{manifest['bad_rows']} bad rows, {manifest['duplicates']} rows that equal another{left_out}")
+    say(f"{sample}{manifest['bad_rows']} bad rows, {manifest['duplicates']} rows that equal another{preparation.left_out_words(manifest)}")
     split = np.concatenate([np.asarray(shard.split) for shard in dataset.shards()])
     learned, asked = int(sum(shard.learned.sum() for shard in dataset.shards())), int((split[:, 3] > split[:, 2]).sum())
     cuts = "".join(f", {name} from {date_of(moment)}" for name, moment in manifest["cuts"].items())

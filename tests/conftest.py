@@ -67,24 +67,23 @@ def world_overrides(folder: Path, root: Path) -> list[str]:
 
 
 def private_overrides(folder: Path, root: Path) -> list[str]:
-    """The same world with user-level privacy, its parts restricted to those whose norms are known."""
+    """The same world with user-level privacy; what cannot be trained privately gives way by itself."""
     return [
         *world_overrides(folder, root),
+        "data.context=[]",
         "privacy.enabled=true",
-        "privacy.epsilon=null",
+        "privacy.cap=1000",
         "privacy.sigma=0.5",
         "privacy.delta=1e-4",
         "privacy.steps=12",
         "privacy.report_every=5",
         "privacy.sampling_rate=0.2",
         "split.held_out=0.25",
-        "model.preset=dp",
-        "model.time_bias=false",
-        "model.repeat=false",
-        "model.prior_days=0",
+        "model.blocks=2",
+        "data.shards=4",
+        "train.learning_rate=0.001",
         "train.average_decay=0",
-        "data.features={}",
-        "data.context=[]",
+        "train.warm_start=false",
         "gates.must_beat=[]",
     ]
 

@@ -34,7 +34,7 @@ from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of
 from recray.privacy.counts import weighted_counts
 from recray.stages import Say
 from recray.storage import key_of, sha256_file
-from recray.training.batches import TrainingBatches, users_learned
+from recray.training.batches import TrainingBatches, users_estimated
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -141,12 +141,12 @@ class _Bench:
 
     def __init__(self, folder: Path, data: str, overrides: list[str], *, fixed: bool) -> None:
         name = Path(data).name
-        more = [*COMMON, *OF_DATA[name], "privacy.enabled=true", "train.warm_start=false", *overrides]
+        more = [*COMMON, *OF_DATA[name], "privacy.enabled=true", "privacy.cap=8", "train.warm_start=false", *overrides]
         more += ["model.items=features"] if fixed else ["data.features={}"]
         self.settings, self.dataset = _world(folder, more) if name == WORLD else prepared(data, folder, more, "video")
         self.chosen = bundle_settings(self.settings)
         self.asked = {part: _single(Questions(self.dataset, part)) for part in ("validation", "test")}
-        self.users = users_learned(self.dataset)
+        self.users = users_estimated(self.dataset)
 
     def nights(self, epsilon: float) -> list[float]:
         """ε of so many trainings together."""

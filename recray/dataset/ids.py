@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_CANONICAL = re.compile(r"0|-?[1-9][0-9]{0,18}", re.ASCII)
+CANONICAL = r"^(?:0|-?[1-9][0-9]{0,18})$"
+_CANONICAL = re.compile(CANONICAL, re.ASCII)
 
 
 def canonical_integer(given: Any) -> int | None:

@@ -23,6 +23,7 @@ NEIGHBOURS = 100  # of each item, where all of them do not fit
 ROWS = 512  # items whose neighbours are looked for at once
 DENSE = 0.02  # share of items that are neighbours from which on a whole row is looked through, not sorted
 CELLS = 1 << 25  # questions x items that are scored at once
+PROTECTED = "learns without noise, and the users are protected"
 
 Score = Callable[[list[Question]], np.ndarray]
 """Scores float [Q, V] of questions; column 0 is padding."""
@@ -48,8 +49,21 @@ class Baseline:
         return found
 
 
-def baselines(dataset: Dataset, questions: Questions, *, ease_max_items: int, ease_l2: float) -> Iterator[tuple[str, Baseline | str]]:
-    """Name and baseline, or the reason why it is skipped, one after the other so that one matrix lives at a time."""
+def baselines(
+    dataset: Dataset, questions: Questions, *, ease_max_items: int, ease_l2: float, told_V: np.ndarray | None = None
+) -> Iterator[tuple[str, Baseline | str]]:
+    """Name and baseline, or the reason why it is skipped, one after the other so that one matrix lives at a time.
+
+    told_V : how popular each item is said to be [V], where users are protected and that alone may be told; None: all is counted
+    """
+    if told_V is not None:
+        popular: Score = partial(_alike, told_V)
+        yield "most popular", Baseline(dataset.n_items, popular)
+        yield "popular, last 7 days", PROTECTED
+        yield "personal frequency", Baseline(dataset.n_items, lambda asked: _counts(asked, dataset.n_items) + _below_one(popular(asked)))
+        yield "item-kNN", PROTECTED
+        yield "EASE", PROTECTED
+        return
     histories = _histories(dataset, questions.part)
     seen_UV = _matrix(histories, dataset.n_items)
     popular_V = np.asarray(seen_UV.sum(0)).ravel()

@@ -76,10 +76,11 @@ def compare(settings: Settings, dataset: Dataset, predictor: Predictor) -> tuple
     """The table of a predictor and all baselines, and by setting the predictor's NDCG of each user. Raises DataError without test users."""
     options = settings.evaluate
     questions = test_questions(settings, dataset)
-    judge = Judge(settings, dataset, questions)
+    told_V = told_popularity(predictor, dataset)
+    judge = Judge(settings, dataset, questions, told_V)
     reference = judge.run(model_ranker(predictor, dataset), {})
     table: Table = {setting: {MODEL: {**row, "order": 0}} for setting, (row, _) in reference.items()}
-    rankers = baselines(dataset, questions, ease_max_items=options.ease_max_items, ease_l2=options.ease_l2)
+    rankers = baselines(dataset, questions, ease_max_items=options.ease_max_items, ease_l2=options.ease_l2, told_V=told_V)
     for number, (name, ranker) in enumerate(rankers, start=1):
         if isinstance(ranker, str):
             rows = {setting: {"skipped": ranker} for setting in SETTINGS}
@@ -90,6 +91,22 @@ def compare(settings: Settings, dataset: Dataset, predictor: Predictor) -> tuple
                 rows[setting] = {"skipped": "ranks what the user met"}
             table[setting][name] = {**rows[setting], "order": number}
     return table, {setting: ndcg for setting, (_, ndcg) in reference.items()}
+
+
+def told_popularity(predictor: Predictor, dataset: Dataset) -> np.ndarray | None:
+    """What may be told of how popular each item of a dataset is, float32 [n_items + 1], where users were protected; None where all may."""
+    if not predictor.private:
+        return None
+    found = np.zeros(dataset.n_items + 1, np.float32)
+    if predictor.model.offset_V is not None:
+        found[predictor.translation(dataset).to_dataset] = predictor.counts()
+    else:  # of those who are asked, up to what they are asked
+        for shard in dataset.shards():
+            place = np.arange(len(shard.item_index)) - np.repeat(shard.offsets[:-1], np.diff(shard.offsets))
+            before = place < np.repeat(np.where(shard.asked, shard.split[:, 2], 0), np.diff(shard.offsets))
+            found += np.bincount(shard.item_index[before], minlength=len(found))
+    found[0] = 0.0
+    return found
 
 
 def model_ranker(predictor: Predictor, dataset: Dataset) -> Ranker:
@@ -107,12 +124,12 @@ def model_ranker(predictor: Predictor, dataset: Dataset) -> Ranker:
 
 
 class Judge:
-    """Runs rankers over the same users and reduces their lists to one row of the table."""
+    """Runs rankers over the same users and reduces their lists to one row of the table. `told_V` as `told_popularity` has it."""
 
-    def __init__(self, settings: Settings, dataset: Dataset, questions: Questions) -> None:
+    def __init__(self, settings: Settings, dataset: Dataset, questions: Questions, told_V: np.ndarray | None = None) -> None:
         self.options, self.dataset, self.questions = settings.evaluate, dataset, questions
-        self.popularity = dataset.popularity.total()
-        self.trained = dataset.trained_items()
+        self.popularity = dataset.popularity.total() if told_V is None else told_V
+        self.trained = dataset.trained_items() if told_V is None else np.ones(dataset.n_items + 1, bool)
 
     def run(self, ranker: Ranker, reference: dict[str, np.ndarray]) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
         """By setting: the row, and the headline NDCG of each user. `reference` is the model's, for paired differences."""

@@ -17,7 +17,7 @@ from recray.bundle import Bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.evaluation import metrics as m
-from recray.evaluation.evaluate import MODEL, Judge, Table, model_ranker, read_ndcg, test_questions
+from recray.evaluation.evaluate import MODEL, Judge, Table, model_ranker, read_ndcg, test_questions, told_popularity
 from recray.evaluation.protocol import Questions
 from recray.inference import Predictor
 from recray.storage import manifest_digest
@@ -50,10 +50,11 @@ def decide(
     setting = settings.evaluate.primary_setting
     checks += [beats(name, table[setting], settings.evaluate.k[0]) for name in settings.gates.must_beat]
     comparison: dict[str, Any] = {}
+    predictor = Predictor.load(challenger.path, dataset=dataset)
     if champion is not None:
-        check, comparison = against(settings, dataset, champion, read_ndcg(evaluation, setting))
+        check, comparison = against(settings, dataset, champion, read_ndcg(evaluation, setting), told_popularity(predictor, dataset))
         checks.append(check)
-    checks.append(parity(settings, dataset, Predictor.load(challenger.path, dataset=dataset)))
+    checks.append(parity(settings, dataset, predictor))
     return checks, comparison
 
 
@@ -87,14 +88,17 @@ def beats(baseline: str, rows: dict[str, Any], k: int) -> Check:
     return Check(name, theirs["model_lead"] > 0, text)
 
 
-def against(settings: Settings, dataset: Dataset, champion: Bundle, ndcg: np.ndarray) -> tuple[Check, dict[str, Any]]:
-    """Whether the interval of the paired NDCG difference to the champion lies above -gates.margin. `ndcg` [U] is the challenger's."""
+def against(
+    settings: Settings, dataset: Dataset, champion: Bundle, ndcg: np.ndarray, told_V: np.ndarray | None = None
+) -> tuple[Check, dict[str, Any]]:
+    """Whether the interval of the paired NDCG difference to the champion lies above -gates.margin. `ndcg` [U] is the challenger's, and
+    `told_V` what may be told of popularity beside it."""
     name = "level with the champion"
     why = incomparable(dataset, champion)
     if why:
         return Check(name, True, f"not compared with champion {champion.key}, which {why}"), {}
     options, setting = settings.evaluate, settings.evaluate.primary_setting
-    judge = Judge(settings, dataset, test_questions(settings, dataset))
+    judge = Judge(settings, dataset, test_questions(settings, dataset), told_V)
     row, theirs = judge.run(model_ranker(Predictor.load(champion.path, dataset=dataset), dataset), {})[setting]
     if not len(theirs):
         return Check(name, False, f"no test user has a target in the setting {setting}"), {}

@@ -19,6 +19,7 @@ from recray.errors import MissingArtifactError
 from recray.evaluation import plots
 from recray.evaluation.evaluate import KIND as EVALUATION
 from recray.evaluation.evaluate import MODEL, Table, evaluate_key, read_table
+from recray.evaluation.statement import lines
 from recray.evaluation.table import TITLES
 from recray.release import Release
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
@@ -44,6 +45,7 @@ def write(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Pa
     if is_sealed(path, KIND, key):
         return key, path, True
     table, k = read_table(storage.evaluation(evaluated)), settings.evaluate.k[0]
+    privacy = bundle.privacy if bundle.privacy["differential_privacy"] else None
     figures = _figures(table, bundle, k)
     facts = {
         "date": _date(dataset.as_of_s),
@@ -52,7 +54,9 @@ def write(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Pa
         "champion": release.champion and release.champion.run_key,
         "decision": decision,
         "below": bool(below := _below(table, k)),
-        "looks": [*_meanwhile(snapshot), *below, *dataset.manifest.get("notes", [])],
+        "looks": [*_meanwhile(snapshot), *below, *([] if privacy else dataset.manifest.get("notes", []))],
+        "privacy": privacy,
+        "privacy_lines": lines(privacy) if privacy else [],
         "snapshot": snapshot,
         "settings": {setting: {"title": TITLES[setting], "rows": _rows(rows, k)} for setting, rows in table.items()},
         "headlines": _headlines(table, settings.evaluate.primary_setting, k),

@@ -99,7 +99,9 @@ class Predictor:
     ----------
     item_ids : the vocabulary in the order of its indices, from 1
     event_types : names in the order of `History.event_index`
+    default_event : the one of them that an event of no type, or of another one, counts as; None: the first
     popularity : dated counts in this vocabulary, for the prior and, unless the model has counts of its own, the popular list
+    private : whether users were protected while the model was trained
     prior_days : days of the popularity prior, 0 for none
     has_time : whether `timestamp_s` is a time
     context : names of the fields of the request context
@@ -120,6 +122,8 @@ class Predictor:
         *,
         prior_days: int,
         has_time: bool,
+        private: bool = False,
+        default_event: str | None = None,
         context: Sequence[str] = (),
         released_day: np.ndarray | None = None,
         barred_until: np.ndarray | None = None,
@@ -131,7 +135,8 @@ class Predictor:
         self.model = model
         self.item_ids = item_ids
         self.event_types = event_types
-        self.popularity = popularity
+        self.default_event = default_event if default_event in event_types else event_types[0]
+        self.popularity, self.private = popularity, private
         self.has_time = has_time
         self.context = list(context)
         self.device = next(model.parameters()).device
@@ -169,6 +174,7 @@ class Predictor:
         since are scored by their features, and those that are gone are not answered. Raises MissingArtifactError, DamagedArtifactError.
         """
         opened = Bundle.open(bundle)
+        private = bool(opened.privacy["differential_privacy"])
         newcomers = None if dataset is None else opened.newcomers(dataset)
         item_ids, released, retired = opened.item_ids, opened.released_day, None
         if newcomers is not None and len(newcomers):
@@ -183,7 +189,7 @@ class Predictor:
                 barred_until[place] = tonight
                 barred_until[0] = NEVER_SAID
                 released = None if released is None else barred_until
-            popularity = dataset.popularity.remap(place, len(item_ids))
+            popularity = (dataset.public_popularity if private else dataset.popularity).remap(place, len(item_ids))
             retired = np.setdiff1d(np.arange(1, len(item_ids) + 1), place)
         return cls(
             opened.model(newcomers).to(device),
@@ -192,6 +198,8 @@ class Predictor:
             popularity,
             prior_days=opened.manifest["prior_days"],
             has_time=opened.manifest["has_time"],
+            private=private,
+            default_event=opened.manifest.get("default_event"),
             context=opened.manifest.get("context", []),
             released_day=released,
             barred_until=barred_until,
@@ -202,15 +210,17 @@ class Predictor:
         )
 
     @classmethod
-    def of(cls, model: Recommender, dataset: Dataset, prior_days: int, *, half: bool = False) -> Predictor:
+    def of(cls, model: Recommender, dataset: Dataset, prior_days: int, *, private: bool = False, half: bool = False) -> Predictor:
         """Predictor of a model that was built for a dataset, in that dataset's indices."""
         return cls(
             model,
             dataset.items[ITEM_ID].combine_chunks(),
             dataset.event_types,
-            dataset.popularity,
+            dataset.public_popularity if private else dataset.popularity,
             prior_days=prior_days,
             has_time=dataset.has_time,
+            private=private,
+            default_event=dataset.manifest.get("default_event"),
             context=dataset.context,
             released_day=dataset.released_day,
             barred_until=dataset.released_day,
@@ -320,9 +330,14 @@ class Predictor:
         to_dataset = np.zeros(self.n_items + 1, np.int64)
         to_dataset[to_bundle] = np.arange(dataset.n_items + 1)
         to_dataset[0] = 0
-        events = np.array([self.event_types.index(e) if e in self.event_types else 0 for e in dataset.event_types], np.int64)
+        events = self.event_index(dataset.event_types)
         fields = np.array([dataset.context.index(name) if name in dataset.context else -1 for name in self.context], np.int64)
         return Translation(to_bundle, to_dataset, events, fields)
+
+    def event_index(self, names: Sequence[str | None]) -> np.ndarray:
+        """Index of each type of events, int64 [n]; of the default for none and for one that the model does not know."""
+        known = {name: place for place, name in enumerate(self.event_types)}
+        return np.array([known.get(name or self.default_event, known[self.default_event]) for name in names], np.int64)
 
     @cached_property
     def _rank_V(self) -> np.ndarray:

@@ -22,7 +22,7 @@ import xxhash
 
 from recray import schema
 from recray.dataset.context import codes
-from recray.dataset.ids import canonical_integer
+from recray.dataset.ids import CANONICAL, canonical_integer
 from recray.dataset.reader import bucket_of, nothing_learned_of
 from recray.errors import DataError
 from recray.prepare.files import InputFile
@@ -53,7 +53,9 @@ class PartitionPlan:
     remembers_low: bool  # whether the owner's events below it are staged, so that the endpoint's copies of them are known as such
     loses: bool  # whether there is a column ROW
     pointed: tuple[str, ...]  # ids that text files write as 7.0
-    ends_with: dict[str, Any] | None  # the split whose held-out users say when the data end; None: everybody does, or the as-of
+    whole_items: bool  # whether data.items alone says which items there are, and has whole numbers
+    described_by: dict[str, Any] | None  # the split whose held-out users alone say which types of events there are, and when the data end
+    default_event: str
     first_live: int  # number of the first row group that was collected from the endpoint
     shards: int
     staging: Path
@@ -70,9 +72,12 @@ class Stats:
     """What the first pass counted: rows = bad + late + low + events; late rows come after as-of, low ones are worth less than
     `data.min_value`.
 
-    last_us : the newest time, of those who say when the data end (`PartitionPlan.ends_with`); clocked: whether any time of theirs has a time
-    of day; negative: events that are worth 0 or less; words: events whose user or item is called like nothing (`NULL_IDS`); padded: ids
-    that begin or end with a blank
+    last_us : the newest time, of the users who describe the data (`PartitionPlan.described_by`)
+    clocked : whether any time of theirs has a time of day
+    event_types : events of each type, theirs
+    negative : events that are worth 0 or less
+    words : events whose user or item is called like nothing (`NULL_IDS`)
+    padded : ids that begin or end with a blank
     """
 
     rows: int = 0
@@ -116,28 +121,30 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     bad: list[pa.Table] = []
     for staged in _read(plan, group):
         good, rejected, clocked = _check(plan, staged)
-        stats.clocked |= bool(clocked[_say_the_end(plan, good)].any())
+        described = describing(plan, good)
+        stats.clocked |= bool(clocked[described].any())
         stats.rows += len(staged.table) + len(staged.broken)
         bad.append(rejected)
         if plan.as_of_us is not None:
-            kept = good.filter(pc.less_equal(good["t"], plan.as_of_us))
-            stats.late += len(good) - len(kept)
-            good = kept
+            kept = good["t"].to_numpy() <= plan.as_of_us
+            stats.late += int((~kept).sum())
+            good, described = good.filter(pa.array(kept)), described[kept]
         told = good
         if plan.min_value is not None:
-            good = good.filter(pc.greater_equal(good[schema.VALUE], pa.scalar(plan.min_value, pa.float32())))
-            stats.low += len(told) - len(good)
+            kept = good[schema.VALUE].to_numpy() >= np.float32(plan.min_value)
+            stats.low += int((~kept).sum())
+            good, described = good.filter(pa.array(kept)), described[kept]
         _scatter(told if plan.remembers_low and not group.live else good, plan.shards, scratch, writers)
         if not len(good):
             continue
+        theirs = good if described.all() else good.filter(pa.array(described))
         if plan.clock == schema.TIMESTAMP:
-            ending = good if plan.ends_with is None else good.filter(pa.array(_say_the_end(plan, good)))
-            stats.saw(pc.max(ending["t"]).as_py())
+            stats.saw(pc.max(theirs["t"]).as_py())
         if schema.VALUE in plan.columns:
             stats.negative += int((good[schema.VALUE].to_numpy() <= 0).sum())
         stats.words += _count_ids(good, lambda text: pc.is_in(text, pa.array(NULL_IDS)))
         stats.padded += _count_ids(good, lambda text: pc.not_equal(pc.utf8_trim_whitespace(text), text))
-        _count(stats.event_types, good[schema.EVENT])
+        _count(stats.event_types, theirs[schema.EVENT])
         counts.append(good.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
     for writer in writers.values():
         writer.close()
@@ -262,9 +269,9 @@ class _Owned:
         staged = {name: self.column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
         staged["t"] = self.column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(count, np.int64))
         if schema.EVENT in plan.columns:
-            staged[schema.EVENT] = pc.fill_null(self.column(schema.EVENT), schema.DEFAULT_EVENT)
+            staged[schema.EVENT] = pc.fill_null(self.column(schema.EVENT), plan.default_event)
         else:
-            staged[schema.EVENT] = pa.array([schema.DEFAULT_EVENT]).take(pa.array(np.zeros(count, np.int8)))
+            staged[schema.EVENT] = pa.array([plan.default_event]).take(pa.array(np.zeros(count, np.int8)))
         staged[schema.VALUE] = self.column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(count, np.float32))
         for name in (schema.BASKET, schema.EVENT_ID):
             if name in plan.columns:
@@ -286,6 +293,8 @@ class _Owned:
             return self._time(found)
         if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET):
             where, is_text = f"{self.file.uri}: {self.plan.columns[name]}", self.file.format != "parquet"
+            if self.plan.whole_items and name == schema.ITEM_ID and pa.types.is_string(found.type):
+                found = self._whole_numbers(found)
             ids = as_id(found, kind, where, text=is_text, pointed=name in self.plan.pointed)
             return _said(ids) if name == schema.BASKET else ids
         if name == schema.VALUE:
@@ -296,6 +305,14 @@ class _Owned:
         if name in self.plan.pointed and self.file.format != "parquet":
             said = pc.replace_substring_regex(said, rf"^(-?[0-9]+){POINT_ZERO}", r"\1")
         return said.cast(kind)
+
+    def _whole_numbers(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Ids where data.items alone says which there are, and has whole numbers: other text is no item."""
+        text = pc.replace_substring_regex(_said(column, text=True), rf"^(-?[0-9]+){POINT_ZERO}", r"\1")
+        other = pc.fill_null(pc.invert(pc.match_substring_regex(text, CANONICAL)), False)
+        if pc.any(other).as_py():
+            self.wrong["item_id is no whole number, as those of data.items are"] = other.to_numpy()
+        return pc.if_else(other, pa.scalar(None, pa.string()), text)
 
     def _time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         found = self.plan.times.read(column)
@@ -417,13 +434,13 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _say_the_end(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
-    """Rows of users who say when the data end, bool [rows]."""
-    if plan.ends_with is None:
+def describing(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
+    """Rows of users who describe the data, bool [rows]."""
+    if plan.described_by is None:
         return np.ones(len(rows), bool)
     users = rows[schema.USER_ID].combine_chunks().dictionary_encode()
     users = users.combine_chunks() if isinstance(users, pa.ChunkedArray) else users
-    found: np.ndarray = nothing_learned_of(users.dictionary, plan.ends_with)[users.indices.to_numpy()]
+    found: np.ndarray = nothing_learned_of(users.dictionary, plan.described_by)[users.indices.to_numpy()]
     return found
 
 

@@ -39,6 +39,8 @@ LEFT_OUT = {
     "late_rows": "events after the end (--as-of, or the last event of the users who are held out)",
     "low_rows": "events below data.min_value",
     "few": "users with fewer events than data.min_user_events",
+    "unlisted": "events of items that data.items does not name",
+    "rare": "items with fewer events than data.min_item_events",
     "told_twice": "events of the endpoint that the log has too",
 }
 TASK_RETRIES = 3  # of a task whose worker was lost
@@ -147,7 +149,10 @@ def inspect(settings: Settings, as_of: dt.datetime | None = None, given: Input |
     assert source is not None and described_by is not None
     items, notes = described_by
     source = replace(source, notes=(*source.notes, *notes))
-    if files and items is not None and items[schema.ITEM_ID].type != source.types[schema.ITEM_ID]:
+    theirs, mine = source.types[schema.ITEM_ID], None if items is None else items[schema.ITEM_ID].type
+    if data.catalogue == "items" and mine is not None and mine != theirs:  # an event of something else does not make text of the others' ids
+        source = replace(source, types={**source.types, schema.ITEM_ID: mine})
+    elif files and items is not None and mine != theirs:
         items = items.set_column(0, schema.ITEM_ID, as_id(items[schema.ITEM_ID], pa.string(), files[0].uri))
         note = "item ids are whole numbers in one of data.events and data.items and text in the other: both are read as text"
         source = replace(source, types={**source.types, schema.ITEM_ID: pa.string()}, notes=(*source.notes, note))
@@ -195,11 +200,13 @@ def prepare(
         as_of_s = int(as_of.timestamp()) if as_of else last_us // 1_000_000
         encoder = _encoder(settings)
         clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
-        shard_plan = ShardPlan(plan, len(source.row_groups), clocked, None if plan.ends_with is None else last_us, settings.split, settings.data)
-        item_table, joins = _item_table(_item_counts(shard_plan, each), settings, items)
+        until_us = last_us if plan.described_by is not None and as_of is None and plan.clock == schema.TIMESTAMP else None
+        shard_plan = ShardPlan(plan, len(source.row_groups), clocked, until_us, settings.split, settings.data)
+        item_table, joins, dropped = _item_table(_item_counts(shard_plan, each), settings, items)
         if settings.data.min_user_events > 1:
             item_table = _left(replace(shard_plan, item_ids=item_table[schema.ITEM_ID].combine_chunks()), item_table, items, totals, each)
         vocabulary = item_table[schema.ITEM_ID].combine_chunks()
+        types, default = _event_types(settings, totals)
         fields: dict[str, Any] = {
             "recray": __version__,
             "settings": settings.result_settings("data", "split"),
@@ -207,11 +214,13 @@ def prepare(
             "as_of_s": as_of_s,
             "shards": plan.shards,
             "items": len(vocabulary),
-            "event_types": sorted(totals.event_types, key=lambda name: (-totals.event_types[name], name)),
+            "event_types": types,
+            "default_event": default,
             "rows": totals.rows,
             "bad_rows": totals.bad,
             "late_rows": totals.late,
             "low_rows": totals.low,
+            **dropped,
             "reasons": totals.reasons,
             "collected": _collected(given.collected),
             "text_encoder": None if encoder is None else digest_encoder(encoder),
@@ -221,7 +230,7 @@ def prepare(
             (folder / "splits").mkdir()
             if settings.split.held_out:
                 (folder / "held_out").mkdir()
-            shard_plan = replace(shard_plan, item_ids=vocabulary, event_types=fields["event_types"], out=folder / "shards")
+            shard_plan = replace(shard_plan, item_ids=vocabulary, event_types=types, default_event=types.index(default), out=folder / "shards")
             each(partial(build_shard, shard_plan), plan.shards)
             counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
             fields["late_rows"] += counted.late
@@ -249,7 +258,9 @@ def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, st
         remembers_low=settings.data.min_value is not None and any(group.live for group in source.row_groups),
         loses=source.loses,
         pointed=source.pointed,
-        ends_with=settings.split.model_dump() if settings.split.held_out and as_of is None and source.clock == schema.TIMESTAMP else None,
+        whole_items=settings.data.catalogue == "items" and pa.types.is_integer(source.types[schema.ITEM_ID]),
+        described_by=settings.split.model_dump() if settings.split.held_out else None,
+        default_event=settings.data.default_event or schema.DEFAULT_EVENT,
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
@@ -260,6 +271,11 @@ def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, st
 def left_out(manifest: Mapping[str, Any]) -> dict[str, int]:
     """How much of the input a dataset's settings left out, by the names of `LEFT_OUT`; what is 0 is not there."""
     return {name: manifest[name] for name in LEFT_OUT if manifest.get(name)}
+
+
+def left_out_words(manifest: Mapping[str, Any]) -> str:
+    """The same for a person, each after a comma."""
+    return "".join(f", {count} {LEFT_OUT[name]}" for name, count in left_out(manifest).items())
 
 
 def _microseconds(moment: dt.datetime) -> int:
@@ -317,7 +333,7 @@ def _last_us(plan: PartitionPlan, totals: Stats) -> int:
     """The as-of that nobody named: the newest event, or the end of its day where no event has a time of day. Where users are held out it is
     the newest of theirs: the last moment of another one would tell of that one."""
     if totals.last_us is None:
-        if plan.ends_with is not None:
+        if plan.described_by is not None and plan.as_of_us is None and plan.clock == schema.TIMESTAMP:
             raise DataError("no event is of a user who is held out, and theirs say when the data end", "raise split.held_out, or name --as-of")
         return 0
     return totals.last_us if totals.clocked else plan.times.end_of_day(totals.last_us)
@@ -342,6 +358,16 @@ def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: Shar
     if totals.negative and settings.data.min_value is None:
         found.append(f"{totals.negative} events have a value of 0 or less (returns?) and count like the others: data.min_value leaves them out")
     return found
+
+
+def _event_types(settings: Settings, totals: Stats) -> tuple[list[str], str]:
+    """The types of events in the order of their indices, and the one that an event of none, or of another one, counts as.
+
+    The most frequent comes first; where users are held out it is they alone who have types, in the order of their names.
+    """
+    found = {name: 0 for name in [settings.data.default_event] if name} | totals.event_types
+    order = sorted(found, key=lambda name: (-found[name], name)) or [schema.DEFAULT_EVENT]
+    return sorted(order) if settings.split.held_out else order, settings.data.default_event or order[0]
 
 
 def _item_counts(plan: ShardPlan, each: Each) -> pa.Table:
@@ -369,20 +395,26 @@ def _left(plan: ShardPlan, item_table: pa.Table, items: pa.Table | None, totals:
     return item_table.filter(stay).combine_chunks()
 
 
-def _item_table(counts: pa.Table, settings: Settings, items: pa.Table | None) -> tuple[pa.Table, list[str]]:
-    """The items in ascending order of their ids, with the column `events`, and how the owner's table joins the events. Raises DataError."""
+def _item_table(counts: pa.Table, settings: Settings, items: pa.Table | None) -> tuple[pa.Table, list[str], dict[str, int]]:
+    """The items in ascending order of their ids, with the column `events`; how the owner's table joins the events; and what is left out, by
+    the names of `LEFT_OUT`. Raises DataError."""
     notes = [] if items is None else _joins(counts, items)
+    dropped = {"unlisted": 0, "rare": 0}
     if items is not None:
-        known = pa.chunked_array([*counts[schema.ITEM_ID].chunks, *items[schema.ITEM_ID].chunks]).unique()
+        alone = settings.data.catalogue == "items"
+        known = pa.chunked_array([*([] if alone else counts[schema.ITEM_ID].chunks), *items[schema.ITEM_ID].chunks]).unique()
+        if alone:
+            listed = pc.is_in(counts[schema.ITEM_ID], value_set=known)
+            dropped["unlisted"] = pc.sum(counts["events"].filter(pc.invert(listed))).as_py() or 0
         events = counts["events"].take(pc.index_in(known, counts[schema.ITEM_ID].combine_chunks()))
         described = items.take(pc.index_in(known, items[schema.ITEM_ID].combine_chunks()))
         columns = {schema.ITEM_ID: known, "events": pc.fill_null(events, 0)}
         dated = [schema.RELEASED] if settings.data.released else []
         counts = pa.table({**columns, **{name: described[name] for name in (*settings.data.features, *dated)}})
-    counts = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
-    if not len(counts):
+    left = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
+    if not len(left):
         raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")
-    return counts, notes
+    return left, notes, {**dropped, "rare": len(counts) - len(left)}
 
 
 def _joins(counts: pa.Table, items: pa.Table) -> list[str]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from recray import schema
 from recray.config import DataSettings, SplitSettings
-from recray.prepare.partition import ROW, P, PartitionPlan, read_partition
+from recray.prepare.partition import ROW, P, PartitionPlan, describing, read_partition
 from recray.storage import write_json
 
 
@@ -24,6 +24,7 @@ from recray.storage import write_json
 class ShardPlan:
     """What every task of the second pass needs to know; `item_ids` in ascending order and `event_types` are the indices.
 
+    default_event : index of the type that an event of any other type counts as
     clocked : whether the owner's times have a time of day
     until_us : what comes later is left out; None: nothing does
     """
@@ -36,6 +37,7 @@ class ShardPlan:
     data: DataSettings
     item_ids: pa.Array | None = None
     event_types: Sequence[str] = ()
+    default_event: int = 0
     out: Path = Path()
 
     def recounted(self, number: int, name: str) -> Path:
@@ -77,14 +79,16 @@ class _Rows:
 
 
 def count_shard(plan: ShardPlan, number: int) -> None:
-    """Count the events of each item, and of each type, that stay in shard `number`; without a vocabulary any item does."""
+    """Count the events of each item, and those of each type of the users who describe the data, that stay in shard `number`; without a
+    vocabulary any item does."""
     table = read_partition(plan.partition, plan.groups, number)
     names = (schema.ITEM_ID, schema.EVENT)
     (items, item), (types, event) = (_encode(table[name]) for name in names)
     known = np.ones(len(items), np.int64) if plan.item_ids is None else pc.is_in(items, value_set=plan.item_ids).cast(pa.int64()).to_numpy()
     order = _kept(plan, table, (item + 1) * known[item] if len(items) else item, event).order
-    for name, ids, code in zip(names, (items, types), (item, event), strict=True):
-        found = pa.table({name: ids, "count_all": np.bincount(code[order], minlength=len(ids))})
+    theirs = order[describing(plan.partition, table)[order]]
+    for name, ids, code, rows in zip(names, (items, types), (item, event), (order, theirs), strict=True):
+        found = pa.table({name: ids, "count_all": np.bincount(code[rows], minlength=len(ids))})
         pq.write_table(found.filter(pc.greater(found["count_all"], 0)), plan.recounted(number, name))
 
 
@@ -100,7 +104,7 @@ def build_shard(plan: ShardPlan, number: int) -> None:
     clock = plan.partition.clock
     table = read_partition(plan.partition, plan.groups, number)
     item = pc.fill_null(pc.index_in(table[schema.ITEM_ID], value_set=plan.item_ids), -1).to_numpy() + 1
-    event = pc.fill_null(pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())), 0).to_numpy()
+    event = pc.fill_null(pc.index_in(table[schema.EVENT], value_set=pa.array(plan.event_types, pa.string())), plan.default_event).to_numpy()
     kept = _kept(plan, table, item, event)
     order, user, users = kept.order, kept.user, kept.users
     t, value, named = table["t"].to_numpy(), table[schema.VALUE].to_numpy(), _codes(table, schema.BASKET)

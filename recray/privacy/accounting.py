@@ -16,6 +16,7 @@ from recray.config import PrivacySettings
 from recray.errors import SettingsError
 
 TOLERANCE = 0.01  # of epsilon, to which σ is found and the accountant computes
+SIGMA_TOLERANCE = 0.005  # of σ
 MAX_SIGMA = 1e4
 MAX_EPSILON = 200.0
 TAILS = 2e-10
@@ -24,9 +25,12 @@ TAILS = 2e-10
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What a training does with `users` users, who are one of `parts` parts of the population: a Poisson-subsampled Gaussian
-    mechanism on their gradients, `steps` times, and Gaussian noise of standard deviation `counts_sigma` once on counts to which
-    each adds a vector of length 1; 0: no counts."""
+    """What a training does: a Poisson-subsampled Gaussian mechanism on gradients of users, `steps` times, and Gaussian noise of standard
+    deviation `counts_sigma` once on counts to which each user adds a vector of length 1 (0: no counts).
+
+    users : about how many there are, told by those who are held out; it divides the sums, and nothing else rests on it
+    part, parts : they are one of so many parts of the population
+    """
 
     sigma: float
     rate: float
@@ -52,10 +56,10 @@ class Mechanism:
         said = self.statement()
         counts = f", item counts once at σ {self.counts_sigma:.3g}" if self.counts_sigma else ""
         how = f"σ {self.sigma:.3g}, q {self.rate:g}, {self.steps} steps, C {self.clipping_norm:g}{counts}, {said['accountant']}"
-        who = f"{self.users} users" if self.parts == 1 else f"{self.users} users, part {self.part + 1} of {self.parts}"
+        who = f"about {self.users} users" if self.parts == 1 else f"about {self.users} users, part {self.part + 1} of {self.parts}"
         return [
             f"private training: ε {self.epsilon:.2f} at δ {self.delta:g} for each of {who}, who are {said['unit']}; "
-            f"neighbours {said['adjacency']}; {how}",
+            f"neighbours differ by one user; {how}",
             f"protected: {said['protected']}",
             *(f"not protected: {text}" for text in said["not_protected"]),
         ]
@@ -67,18 +71,17 @@ class Mechanism:
             "epsilon": round(self.epsilon, 4),
             **asdict(self),
             "unit": "protected with all their events",
-            "adjacency": "add or remove one user",
+            "adjacency": "add or remove one user: two logs are neighbours if one has a user with all events, and the other does not",
             "accountant": "PRV (Opacus)",
             "sampling": "Poisson",
             "protected": "the weights, and whatever is computed from them, against anyone who sees them, for users who are learned from",
             "not_protected": [
-                "a user's own list, which is made from the user's own history",
-                "users who are held out: validation, gates and metrics are measured on them",
-                f"the catalogue{'' if self.counts_sigma else ' with its counts by day'}, the names of events and the number of users, which are "
-                "taken for public",
-                "figures of the baselines beside the model, which learn without noise, and whether a bundle passes them (gates.must_beat); how "
-                "popular an evaluation finds what is answered, and whether anybody met its targets; totals of events and rows",
+                "a user's own list, which is made from the user's own history, and that the list is there",
+                "users who are held out: the end of the data, types of events, about how many users there are, validation, gates, metrics, and what "
+                "MLflow is told of answers and outcomes, are of them alone",
+                "the catalogue (data.items), which is taken for public",
                 "digests of the data, by which whoever knows all events but one user's can tell whether the user is there",
+                "what jobs print, and what lies under storage.root beside bundles and reports: datasets, collected events, quarantine",
                 "figures of an audit, whose trainings are thrown away",
                 "against who reads the events, the checkpoints of a training that runs, or the machine's memory",
             ],
@@ -113,8 +116,10 @@ def noise_of(options: PrivacySettings) -> tuple[float, float]:
         if math.isinf(alone):
             raise _promises_nothing(options.sigma)
         return options.sigma, math.sqrt((1 - share) / share) * sigma_for(alone, delta, 1.0, 1) if share else 0.0
-    assert options.epsilon is not None
-    return share_out(options.epsilon, delta, rate, steps, share)
+    if options.epsilon is not None:
+        return share_out(options.epsilon, delta, rate, steps, share)
+    assert options.cap is not None
+    return share_out(options.cap, delta, rate, steps * options.trainings, share, options.trainings)
 
 
 def share_out(
@@ -141,8 +146,16 @@ class Steps(NamedTuple):
 
 def epsilon_of(spent: Sequence[Steps], delta: float) -> float:
     """Upper bound of the ε that these steps have together at δ; 0 without steps, infinite beyond MAX_EPSILON."""
-    history = tuple(steps for steps in spent if steps.number)
+    history = tuple(sorted(grouped(spent)))  # however they came, they are the same
     return _composed(history, delta) if history else 0.0
+
+
+def grouped(spent: Sequence[Steps]) -> list[Steps]:
+    """The same steps, those of one mechanism together."""
+    counts: dict[tuple[float, float], int] = {}
+    for sigma, rate, number in spent:
+        counts[sigma, rate] = counts.get((sigma, rate), 0) + number
+    return [Steps(sigma, rate, number) for (sigma, rate), number in counts.items() if number]
 
 
 @lru_cache(maxsize=4096)
@@ -168,17 +181,34 @@ def sigma_for(epsilon: float, delta: float, rate: float, count: int, before: Seq
     """
     if epsilon_of(before, delta) >= epsilon:
         raise SettingsError(f"privacy: ε {epsilon:g} is spent already", "raise the cap, or wait for a population that was not used yet")
-    low, high = 0.0, 1.0
-    while epsilon_of([*before, Steps(high, rate, count)], delta) > epsilon:
-        low, high = high, 2 * high
+
+    def spends(sigma: float) -> float:
+        return epsilon_of([*before, Steps(sigma, rate, count)], delta)
+
+    low, high, at_low, at_high = 0.0, 1.0, math.inf, spends(1.0)
+    while at_high > epsilon:
+        low, high, at_low = high, 2 * high, at_high
         if high > MAX_SIGMA:
             raise SettingsError(
                 f"privacy: no noise brings {count} steps at a rate of {rate:g} within ε {epsilon:g}", "take fewer steps, or a lower rate"
             )
-    while high - low > 0.005 * high:
-        middle = (low + high) / 2
-        if epsilon_of([*before, Steps(middle, rate, count)], delta) > epsilon:
-            low = middle
+        at_high = spends(high)
+    while high - low > SIGMA_TOLERANCE * high:
+        middle = _between(low, high, at_low, at_high, epsilon)
+        if (found := spends(middle)) > epsilon:
+            low, at_low = middle, found
         else:
-            high = middle
+            high, at_high = middle, found
     return high
+
+
+def _between(low: float, high: float, at_low: float, at_high: float, epsilon: float) -> float:
+    """Where to look next for the σ that spends ε: log ε falls nearly straight with log σ, so a little beyond where such a line meets it, on the
+    side from which the bracket is still wide; the middle where there is no line."""
+    if math.isinf(at_low) or at_high <= 0 or at_low <= at_high:
+        return (low + high) / 2
+    share = math.log(at_low / epsilon) / math.log(at_low / at_high)
+    meets = low * (high / low) ** share
+    beyond = SIGMA_TOLERANCE * meets / 3
+    found = meets + beyond if high - meets > meets - low else meets - beyond
+    return found if low < found < high else (low + high) / 2

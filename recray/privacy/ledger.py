@@ -21,8 +21,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from recray.config import sqlite_file
 from recray.errors import MissingArtifactError, PrivacySpentError, RefusedError, StorageError
-from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
+from recray.privacy.accounting import Mechanism, Steps, epsilon_of, grouped, sigma_for
 
 RESERVE, TAKE, COMMIT = "reserve", "take", "commit"
 BATCH = 10_000
@@ -125,7 +126,7 @@ class Ledger:
     @classmethod
     def read(cls, url: str, population: str) -> Ledger:
         """Open one that is there. Raises MissingArtifactError if it is a file that is not."""
-        file = named.database if (named := sa.engine.make_url(url)).get_backend_name() == "sqlite" else None
+        file = sqlite_file(url)
         if file and not os.path.exists(file):
             raise MissingArtifactError(f"no ledger at {file}", "the first private training begins it")
         return cls.open(url, population)
@@ -176,7 +177,7 @@ class Ledger:
             if cap is not None:
                 theirs = [run for run in runs if run.mechanism.parts != mechanism.parts or run.mechanism.part == mechanism.part]
                 before = _worst(theirs, mechanism.delta)
-                if epsilon_of(grouped([*before, *released, wanted]), mechanism.delta) > cap:
+                if epsilon_of([*before, *released, wanted], mechanism.delta) > cap:
                     raise _over(cap, before, released, wanted, mechanism.delta)
             self._append(connection, run_key, RESERVE, missing, mechanism, counts)
             return missing
@@ -283,14 +284,6 @@ class Ledger:
             yield connection
 
 
-def grouped(spent: Sequence[Steps]) -> list[Steps]:
-    """The same steps, those of one mechanism together."""
-    counts: dict[tuple[float, float], int] = {}
-    for sigma, rate, number in spent:
-        counts[sigma, rate] = counts.get((sigma, rate), 0) + number
-    return [Steps(sigma, rate, number) for (sigma, rate), number in counts.items() if number]
-
-
 def _worst(runs: Sequence[Run], delta: float) -> list[Steps]:
     """What the user is part of who has spent most: a user may be in any part, in each way that the users were parted."""
     parted: dict[int, set[int]] = {}
@@ -314,9 +307,9 @@ def _run(key: str, entries: list[Any]) -> Run:
 
 def _over(cap: float, before: Sequence[Steps], released: Sequence[Steps], wanted: Steps, delta: float) -> PrivacySpentError:
     """The refusal, with what would fit."""
-    spent, counted = (epsilon_of(grouped(steps), delta) for steps in (before, [*before, *released]))
+    spent, counted = (epsilon_of(steps, delta) for steps in (before, [*before, *released]))
     before = [*before, *released]
-    total = epsilon_of(grouped([*before, wanted]), delta)
+    total = epsilon_of([*before, wanted], delta)
     counts = f" and item counts at σ {released[0].sigma:.3g}" if released else ""
     asked = f"{wanted.number} steps at σ {wanted.sigma:.3g}{counts}"
     what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {asked} it would be {total:.2f}"
@@ -330,9 +323,9 @@ def _over(cap: float, before: Sequence[Steps], released: Sequence[Steps], wanted
     low, high = 0, wanted.number
     while high - low > 1:
         middle = (low + high) // 2
-        within = epsilon_of(grouped([*before, wanted._replace(number=middle)]), delta) <= cap
+        within = epsilon_of([*before, wanted._replace(number=middle)], delta) <= cap
         low, high = (middle, high) if within else (low, middle)
-    sigma = sigma_for(cap, delta, wanted.rate, wanted.number, grouped(before))
+    sigma = sigma_for(cap, delta, wanted.rate, wanted.number, before)
     return PrivacySpentError(what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; {scored}{_CLOSE}")
 
 

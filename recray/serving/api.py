@@ -75,8 +75,8 @@ class Event(_Closed):
     timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: at the moment of the request")
     event: Text | None = Field(
         None,
-        description="event type; null: the most frequent one of the log. One that the log does not know yet is kept for the next night, "
-        "and refused where an answer is to be read from it",
+        description="event type; null: data.default_event, or the most frequent one of the log. One that the log does not know yet is kept for the "
+        "next night, and refused where an answer is to be read from it",
         examples=["purchase"],
     )
     value: Number = Field(1.0, description="rating, quantity, dwell …")

@@ -213,7 +213,7 @@ class Handler:
         for place, event in enumerate(request.events):
             body: dict[str, Any] = {
                 "item_id": self.night.item_id(event.item_id, f"events.{place}.item_id"),
-                "event": event.event or self.night.predictor.event_types[0],
+                "event": event.event or self.night.predictor.default_event,
                 "value": event.value,
             }
             if request.context:

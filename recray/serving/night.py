@@ -496,13 +496,12 @@ class Night:
         events = [event for event in events if event.event is None or event.event in self.predictor.event_types]
         if not events:
             return stored
-        types = self.predictor.event_types
         if self.predictor.has_time:
             now = self.dataset.now_s if moment is None else int(moment.timestamp())
             times = np.array([now if event.timestamp is None else int(event.timestamp.timestamp()) for event in events], np.int64)
         else:
             times = np.arange(len(events)) + (int(stored.timestamp_s.max()) + 1 if len(stored.timestamp_s) else 0)
-        kinds = np.array([types.index(event.event) if event.event in types else 0 for event in events], np.int64)
+        kinds = self.predictor.event_index([event.event for event in events])
         items = self.predictor.index_of([event.item_id for event in events])
         later = History(items, kinds, times, np.array([event.value for event in events], np.float32))
         whole = History(*(np.concatenate(pair) for pair in zip(stored, later, strict=True)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recray import cluster, lease
 from recray.config import Settings
 from recray.dataset.reader import KIND as DATASET
-from recray.dataset.reader import Dataset
+from recray.dataset.reader import Dataset, nothing_learned_of
 from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.prepare import prepare as preparation
 from recray.stages.work import AsOf, JobResult, Work, date_of, day_of, deliver, result_of, run_name, sound_policy, tell, under
@@ -35,11 +36,13 @@ def collect(work: Work) -> JobResult:
         collecting.forget(work.storage, log, options.keep_days, _published_through(work.storage, log.identity))
     finally:
         log.close()
+    private, split = work.settings.privacy.enabled, work.settings.split.model_dump()
+    among = partial(nothing_learned_of, split=split) if private else None
     for folder in sorted(work.storage.collected.glob("[!.]*")):  # also one after which an attempt was killed
         if not (work.storage.outbox / f"{folder.name}.json").exists():
             step = read_json(folder / "manifest.json")["collected_at_s"]
             named = {"run_key": f"endpoint {log.identity}", "run_name": "endpoint", "order": [step, 0]}
-            work.outbox.put(folder.name, {**named, "metrics": {"values": collecting.summary(folder), "step": step}})
+            work.outbox.put(folder.name, {**named, "metrics": {"values": collecting.summary(folder, among), "step": step}})
     deliver(work)
     told = ", ".join(f"{count} {kind}s" if kind != "set_aside" else f"{count} outcomes set aside" for kind, count in counts.items())
     work.say(f"collected: {told or 'nothing new'}", stage="collect")
@@ -68,8 +71,8 @@ def prepare(work: Work, as_of: AsOf, given: preparation.Input) -> JobResult:
     metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")} | preparation.left_out(manifest)
     for note in (*given.notes, *manifest.get("notes", [])):
         work.warn(note)
-    left_out = "".join(f", {count} {preparation.LEFT_OUT[name]}" for name, count in preparation.left_out(manifest).items())
-    work.say(f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows{left_out}")
+    what = f"{dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, {manifest['bad_rows']} bad rows"
+    work.say(f"dataset {key}: {what}{preparation.left_out_words(manifest)}")
     return result_of("prepare", skipped, key, {"dataset": str(path)}, metrics, started, work)
 
 
@@ -91,7 +94,7 @@ def train(work: Work, dataset: Dataset) -> JobResult:
         if settings.privacy.enabled:
             stops = f"{settings.privacy.steps} steps, no early stop"
         mechanism = trainer.mechanism_for(settings, dataset, key)
-        users = dataset.n_users if mechanism is None else mechanism.users
+        users = f"{dataset.n_users}" if mechanism is None else f"about {mechanism.users}"
         say(f"training on {users} users, {settings.train.workers} worker(s); {stops}")
         if mechanism is not None:
             for words in mechanism.words():
@@ -251,8 +254,6 @@ def score(work: Work, dataset: Dataset) -> JobResult:
         raise RefusedError("score.exclude leaves no item to recommend", "exclude less")
     for name in unmatched(settings.score.rules(), dataset):
         work.warn(f"a rule of section score is about {name!r}, which no item has")
-    if settings.privacy.enabled and settings.privacy.counts_share and not bundle.manifest["shape"].get("counts"):
-        work.warn(f"bundle {bundle.key} has no item counts of its own: the popular list is of the exact ones, until the next training")
     policy = policy_of(storage)
     if sound_policy(work, bundle, policy) is None:
         policy = None
@@ -264,10 +265,12 @@ def score(work: Work, dataset: Dataset) -> JobResult:
         cluster.start()
     path, manifest, changed = scoring.score(settings, key, dataset, by)
     metrics = {name: manifest[name] for name in ("users", "popular_users", "coverage@10")}
-    document = {name: value for name, value in manifest.items() if name != "files"}
+    private = bundle.privacy["differential_privacy"]
+    hidden = {"files", "users"} if private else {"files"}  # how many users there are is nobody's business; the rest is of those held out
+    document = {name: value for name, value in manifest.items() if name not in hidden}
     document.update(date=date_of(dataset.as_of_s), manifest_sha256=manifest_digest(path))
     quantiles = {f"best_score_q{q}": value for q, value in manifest["best_score_quantiles"].items()}
-    values = {f"snapshot_{name}": value for name, value in {**metrics, **quantiles}.items()}
+    values = {f"snapshot_{name}": value for name, value in {**metrics, **quantiles}.items() if name not in hidden}
     told: Entry = {
         "documents": {f"snapshots/{date_of(dataset.as_of_s)}-{key}.json": document},
         "metrics": {"values": values, "step": day_of(dataset.as_of_s)},

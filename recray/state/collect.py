@@ -10,12 +10,14 @@ import json
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recray import schema
@@ -116,13 +118,19 @@ def forget(storage: Storage, log: Log, keep_days: float, published: int) -> int:
     return int(through)
 
 
-def summary(folder: Path) -> dict[str, float]:
-    """What a collected folder says of the endpoint: answers by source and bundle, latency, what was away, outcomes an answer."""
+def summary(folder: Path, among: Callable[[pa.Array], np.ndarray] | None = None) -> dict[str, float]:
+    """What a collected folder says of the endpoint: answers by source and bundle, latency, what was away, outcomes an answer.
+
+    among : which of some user ids may be told of, bool [n]; what nobody is named with, and outcomes of answers of another folder, are not
+        either. None: all are
+    """
     found: dict[str, float] = {}
     shown = 0
     arms: dict[str, str] = {}
+    asked: set[str] | None = None if among is None else set()
     if (folder / "decisions.parquet").exists():
-        table = pq.read_table(folder / "decisions.parquet")
+        table = _of(pq.read_table(folder / "decisions.parquet"), among)
+        asked = None if asked is None else set(table["request_id"].to_pylist())
         more = [json.loads(told) if told else {} for told in table["more"].to_pylist()]
         seen = table.filter(pa.array([told.get("arm") != "shadow" and "asked" not in told for told in more]))  # answers of /v1/recommend
         arms = {key: told["arm"] for key, told in zip(table["request_id"].to_pylist(), more, strict=True) if "arm" in told}
@@ -134,7 +142,7 @@ def summary(folder: Path) -> dict[str, float]:
         ms = seen["ms"].drop_null().to_numpy()
         found |= {f"latency_ms/p{percent}": float(np.percentile(ms, percent)) for percent in (50, 95, 99) if len(ms)}
     if (folder / "outcomes.parquet").exists():
-        rows = pq.read_table(folder / "outcomes.parquet").to_pylist()
+        rows = [row for row in pq.read_table(folder / "outcomes.parquet").to_pylist() if asked is None or row["request_id"] in asked]
         found["outcomes/set_aside"] = sum(row["set_aside"] for row in rows)
         counted = [row for row in rows if not row["set_aside"]]
         found |= {f"outcomes/{name}/an_answer": count / max(shown, 1) for name, count in Counter(row["outcome"] for row in counted).items()}
@@ -142,8 +150,15 @@ def summary(folder: Path) -> dict[str, float]:
         by_side = Counter(arms[row["request_id"]] for row in counted if row["request_id"] in arms)
         found |= {f"outcomes/{side}/an_answer": count / sides[side] for side, count in by_side.items()}
     if (folder / "events.parquet").exists():
-        found["events"] = pq.read_metadata(folder / "events.parquet").num_rows
+        found["events"] = len(_of(pq.read_table(folder / "events.parquet", columns=[schema.USER_ID]), among))
     return {_UNNAMED.sub("_", name): value for name, value in found.items()}
+
+
+def _of(table: pa.Table, among: Callable[[pa.Array], np.ndarray] | None) -> pa.Table:
+    if among is None:
+        return table
+    table = table.filter(pc.is_valid(table[schema.USER_ID]))
+    return table.filter(pa.array(among(table[schema.USER_ID].combine_chunks()), pa.bool_()))
 
 
 class _Writers:

@@ -136,10 +136,7 @@ class TrainingBatches:
 
     def last_windows(self, *, held_out: bool = False) -> Windows:
         """The last window of each user who is learned from, a row a user; or of those who are held out, as if they were not."""
-        users = self.users
-        if held_out:
-            end = 3 if self.dataset.split_kind == "leave_one_out" else 2  # as far as those are learned who are not asked
-            users = [_input_ranges(shard, np.where(shard.asked, shard.split[:, end], 0)) for shard in self.dataset.shards()]
+        users = _held_out_ranges(self.dataset) if held_out else self.users
         parts = [(number, np.maximum(start, stop - self.history), stop, limit) for number, (start, stop, limit) in enumerate(users)]
         return Windows(*_joined(parts))
 
@@ -196,6 +193,18 @@ class TrainingBatches:
 def users_learned(dataset: Dataset) -> int:
     """How many users have something to learn from: a history and a target."""
     return sum(len(_input_ranges(shard, shard.learned)[0]) for shard in dataset.shards())
+
+
+def users_estimated(dataset: Dataset) -> int:
+    """About how many users have something to learn from, told by those who are held out alone: a hash says who is."""
+    share: float = dataset.manifest["settings"]["split"]["held_out"]
+    return round(sum(len(start) for start, *_ in _held_out_ranges(dataset)) * (1 - share) / share)
+
+
+def _held_out_ranges(dataset: Dataset) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ranges of the users who are held out, as far as the others are learned."""
+    end = 3 if dataset.split_kind == "leave_one_out" else 2
+    return [_input_ranges(shard, np.where(shard.asked, shard.split[:, end], 0)) for shard in dataset.shards()]
 
 
 def _joined(parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:

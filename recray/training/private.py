@@ -78,8 +78,6 @@ class PrivateLoop(Loop):
     ) -> None:
         super().__init__(model, batches, validate, criterion, settings)
         self.rows = PrivateRows(batches, model.shape.dim * model.shape.blocks)
-        if len(self.rows) != mechanism.users:
-            raise TrainingError(f"{len(self.rows)} users are learned from, but {mechanism.users} were accounted for", "prepare the dataset anew")
         self.steps, self.every, self.take, self.counts_sigma = mechanism.steps, every, take, mechanism.counts_sigma
         self.sampler = PoissonUsers(len(self.rows), mechanism.rate, rank=self.rank, world=self.world)
         self.private = PrivateStep(

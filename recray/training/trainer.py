@@ -22,12 +22,13 @@ from recray.config import Settings, expanded
 from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, RefusedError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
+from recray.evaluation.statement import markdown
 from recray.model.recommender import Shape
 from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.ledger import Ledger
 from recray.release import Release, bundles
 from recray.storage import Storage, blamed, is_sealed, key_of, no_room
-from recray.training.batches import users_learned
+from recray.training.batches import users_estimated, users_learned
 from recray.training.worker import last_checkpoint, shape_of, train_worker
 
 OnMetrics = Callable[[dict[str, float]], None]
@@ -39,6 +40,10 @@ def bundle_settings(settings: Settings) -> dict[str, Any]:
     chosen = settings.result_settings("data", "split", "model", "train", "privacy", "evaluate")
     chosen["evaluate"] = {name: chosen["evaluate"][name] for name in ("k", "primary_setting")}
     chosen["train"].pop("every_days")
+    if settings.privacy.epsilon is not None or settings.privacy.sigma is not None:  # what the cap and its trainings would say
+        chosen["privacy"] |= {"cap": None, "trainings": 1}
+    if settings.privacy.enabled and settings.model.items == "learned":  # the norm of a gradient of features is not known exactly
+        chosen["data"]["features"] = {}
     return chosen
 
 
@@ -115,7 +120,7 @@ def _shape(settings: Settings, dataset: Dataset) -> Shape:
 
 
 def _same_network(settings: Settings, dataset: Dataset, bundle: Bundle) -> bool:
-    told = {"features": dict(settings.data.features), "context": dataset.context, "text_encoder": dataset.text_encoder}
+    told = {"features": bundle_settings(settings)["data"]["features"], "context": dataset.context, "text_encoder": dataset.text_encoder}
     if any(bundle.manifest.get(name) != value for name, value in told.items()):
         return False
     shape = _shape(settings, dataset)
@@ -151,6 +156,9 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     with _Follow(progress, on_metrics):
         checkpoint = _fit(settings, run, dataset, chosen, progress, parent, private)
     curve = json.loads((checkpoint / "progress.json").read_text())
+    statement = None
+    if mechanism is not None:
+        statement = mechanism.statement() | _ledger(settings).statement() | {"cap": settings.privacy.cap, "began_with": _origin(parent)}
     bundle = write_bundle(
         final,
         key,
@@ -162,7 +170,8 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         settings=chosen,
         metrics=curve,
         parent=None if parent is None else parent.key,
-        privacy=None if mechanism is None else mechanism.statement() | _ledger(settings).statement() | {"began_with": _origin(parent)},
+        privacy=statement,
+        page=None if statement is None else markdown(statement, f"bundle {key}"),
     )
     if mechanism is not None:
         _ledger(settings).commit(key)
@@ -189,11 +198,13 @@ def mechanism_for(settings: Settings, dataset: Dataset, key: str | None = None) 
     if not settings.privacy.enabled:
         return None
     part, parts = _turn(settings, key), settings.privacy.shards
-    users = users_learned(dataset.learning_from(part, parts))
-    if not users and parts > 1:
-        raise DataError(f"privacy.shards: nobody to learn from in part {part + 1} of {parts}", "lower it")
-    everybody = sum(int((shard.learned > 0).sum()) for shard in dataset.shards())  # also who has nothing to be asked
-    return replace(mechanism_of(settings.privacy, everybody), users=users, part=part, parts=parts)
+    if not users_learned(dataset.learning_from(part, parts)):
+        where = f" in part {part + 1} of {parts}" if parts > 1 else ""
+        raise DataError(f"dataset {dataset.key}: nobody to learn from{where}", "lower privacy.shards" if parts > 1 else "prepare more events")
+    everybody = users_estimated(dataset)
+    if not everybody:
+        raise DataError(f"dataset {dataset.key}: nobody who is held out has two events", "raise split.held_out: they say how many users there are")
+    return replace(mechanism_of(settings.privacy, everybody), users=max(round(everybody / parts), 1), part=part, parts=parts)
 
 
 def _turn(settings: Settings, key: str | None) -> int:

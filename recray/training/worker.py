@@ -158,7 +158,7 @@ def build_loop(
         half=half,
         dated=batches.dated if shape.prior or shape.fresh else None,
     )
-    validate = _validation(dataset, model, settings)
+    validate = _validation(dataset, model, settings, private=mechanism is not None)
     if mechanism is None:
         return Loop(model, batches, validate, criterion, loop_settings)
     from recray.privacy.accounting import Mechanism
@@ -192,13 +192,13 @@ def _gains_by_bfloat16(device: torch.device) -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any]) -> Validate:
+def _validation(dataset: Dataset, model: Recommender, settings: dict[str, Any], *, private: bool) -> Validate:
     """Mean NDCG over validation users in the setting that selects, or the mean of both, by the predictor that will serve."""
     evaluate = settings["evaluate"]
     k = evaluate["k"][0]
     selecting = SETTINGS if settings["train"]["select_by"] == "both" else (evaluate["primary_setting"],)
     questions = Questions(dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"])
-    predictor = Predictor.of(model, dataset, settings["model"]["prior_days"])
+    predictor = Predictor.of(model, dataset, settings["model"]["prior_days"], private=private)
 
     whole = [question for batch in questions.batches(VALIDATION_BATCH) for question in batch]
     users = {setting: sum(len(wanted(question, new_only=setting == "new_only")) > 0 for question in whole) for setting in selecting}

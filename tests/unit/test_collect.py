@@ -180,8 +180,9 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     data = DataSettings(events=(str(owner),), columns={name: column for name, column in columns.items() if "_page" not in name}, context=("page",))
     source = inspect_events(data, (InputFile(str(owner)),), collected_files(tmp_path))
     assert (source.columns, source.types, source.rows) == (columns, types, 6)
-    places = (tmp_path / "staging", tmp_path / "quarantine")
-    plan = PartitionPlan(columns, types, "position", TimeRule(), None, None, None, False, True, (), None, 1, 1, *places)
+    told = {"as_of_us": None, "future_us": None, "min_value": None, "remembers_low": False, "loses": True, "pointed": (), "whole_items": False}
+    told |= {"described_by": None, "default_event": "interaction", "first_live": 1, "shards": 1, "staging": tmp_path / "staging"}
+    plan = PartitionPlan(columns, types, "position", TimeRule(), quarantine=tmp_path / "quarantine", **told)
     for group in source.row_groups:
         partition_row_group(plan, group)
     rows = read_partition(plan, 2, 0).to_pylist()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, make_url, text
 
-from recray.config import Settings, load_settings, parse_as_of, render_yaml, sqlite_url
+from recray.config import Settings, load_settings, parse_as_of, render_yaml, sqlite_file, sqlite_url
 from recray.errors import SettingsError
 
 
@@ -208,6 +208,7 @@ def test_databases_lie_where_their_path_says(tmp_path, name):
         connection.execute(text("CREATE TABLE t (a INTEGER)"))
     engine.dispose()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.sqlite")] == [f"{name}/a.sqlite"]
+    assert sqlite_file(sqlite_url(tmp_path / name / "a.sqlite")) == str(tmp_path / name / "a.sqlite")
 
 
 def test_choices_are_named():
@@ -240,3 +241,34 @@ def test_without_a_home_the_setting_is_named(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
     with pytest.raises(SettingsError, match="storage.root: '~/.recray' needs a home folder"):
         Settings().root()
+
+
+CAPPED = ("privacy.enabled=true", "privacy.cap=8")
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_two_settings_turn_privacy_on_whatever_else_is_written_out(config, monkeypatch):
+    monkeypatch.setenv("RECRAY_DATA", "/data")
+    found = load_settings(config, [*CAPPED, "data.items=/data/items.parquet"])
+    assert found.model.preset == "dp" and not found.model.repeat and found.split.held_out == 0.1 and found.data.catalogue == "items"
+    assert found.train.learning_rate == 0.01 and found.model.blocks == 1
+    assert any(words.startswith("model.preset ligr → dp") for words in found.changed) and load_settings(config).changed == ()
+
+
+def test_a_conflict_of_the_command_line_is_refused_with_what_to_leave_out():
+    with pytest.raises(SettingsError, match="command line: model.repeat: true cannot be trained privately.*") as error:
+        load_settings(None, [*CAPPED, "data.items=/items.parquet", "model.repeat=true"])
+    assert "leave it out" in error.value.fix and "model.repeat=false" in error.value.fix
+    with pytest.raises(SettingsError, match="privacy.cap: say what may be spent"):
+        load_settings(None, ["privacy.enabled=true", "data.items=/items.parquet"])
+    with pytest.raises(SettingsError, match="data.items names no table"):
+        load_settings(None, CAPPED)
+
+
+def test_a_file_that_turns_privacy_on_means_what_it_says_of_the_training(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("privacy: {enabled: true, cap: 8}\ndata: {items: /items.parquet}\ntrain: {learning_rate: 0.03}\nmodel: {repeat: true, dim: 64}\n")
+    found = load_settings(file)
+    assert (found.train.learning_rate, found.model.repeat, found.model.dim) == (0.03, False, 32), "64 is the default, which nobody chose"
+    assert "model.repeat true → false" in found.changed and not any("learning_rate" in words for words in found.changed)
+    assert load_settings(file, ["model.dim=64"]).model.dim == 64

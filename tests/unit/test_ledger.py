@@ -7,9 +7,10 @@ import pytest
 import sqlalchemy as sa
 
 from recray.cli import main
+from recray.config import PrivacySettings
 from recray.errors import MissingArtifactError, PrivacySpentError, RefusedError, StorageError
 from recray.privacy import plan
-from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
+from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of, sigma_for
 from recray.privacy.ledger import Ledger
 
 DELTA = 1e-5
@@ -31,6 +32,22 @@ def url(request, tmp_path):
 
 def epsilon(ledger):
     return epsilon_of(ledger.spent(), DELTA)
+
+
+def test_the_cap_pays_for_the_trainings_that_it_was_planned_for(tmp_path):
+    """And for no more; whatever comes after the δ of the first one."""
+    options = PrivacySettings(enabled=True, cap=8.0, trainings=12, delta=DELTA, steps=100, sampling_rate=0.1)
+    mechanism, ledger = mechanism_of(options, 1000), Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite", "shop")
+    assert mechanism.epsilon < 8.0 / 2
+    for number in range(12):
+        ledger.reserve(f"{number}", mechanism, options.cap)
+        ledger.take(f"{number}", 0, 1)
+        ledger.take(f"{number}", 100)
+        ledger.commit(f"{number}")
+    assert 7.9 < ledger.statement()["epsilon_of_all_trainings"] <= 8.0
+    with pytest.raises(PrivacySpentError) as error:
+        ledger.reserve("12", mechanism, options.cap)
+    assert error.value.exit_code == 3
 
 
 def test_a_reservation_counts_until_it_is_committed(url):

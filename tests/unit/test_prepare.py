@@ -80,6 +80,43 @@ def test_the_data_end_with_the_last_event_of_those_who_are_held_out(tmp_path, da
     assert read(ROWS + later, dt.datetime(2030, 1, 1, tzinfo=dt.UTC)).manifest["late_rows"] == 0, "--as-of says what counts"
 
 
+def test_users_who_are_held_out_alone_say_which_types_of_events_there_are(tmp_path):
+    held_out = ["split.held_out=0.3", "split.kind=leave_one_out"]
+    held = {user for shard in dataset(tmp_path, overrides=held_out).shards() for user in shard.user_ids.filter(pa.array(shard.held_out)).to_pylist()}
+    types = ["view" if user in held and n % 3 else "buy" if user in held else "wish" for n, (user, *_) in enumerate(ROWS)]
+    source = table(ROWS).append_column("event", pa.array(types))
+    found = dataset(tmp_path, source=source, overrides=held_out)
+    assert (found.event_types, found.manifest["default_event"]) == (["buy", "view"], "view"), "by name; the most frequent is the default"
+    assert {int(shard.event_index[0]) for shard in found.shards() if len(shard) and shard.user_ids[0].as_py() not in held} == {1}
+    named = dataset(tmp_path, source=source, overrides=[*held_out, "data.default_event=other"])
+    assert (named.event_types, named.manifest["default_event"]) == (["buy", "other", "view"], "other")
+    plain = dataset(tmp_path, source=source)
+    assert (plain.event_types[0], plain.manifest["default_event"]) == ("wish", "wish")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_item_table_alone_may_say_which_items_there_are(tmp_path, whole):
+    rows = [(user, (int(item[1:]) if whole else item), t) for user, item, t in ROWS]
+    listed = [0, 1, 2, 3] if whole else ["i0", "i1", "i2", "i3"]
+    pq.write_table(pa.table({"item_id": [*listed, 99] if whole else [*listed, "new"]}), tmp_path / "items.parquet")
+    of_table = [f"data.items={tmp_path / 'items.parquet'}", "data.catalogue=items"]
+    found = dataset(tmp_path, rows, of_table)
+    assert found.items["item_id"].to_pylist() == sorted([*listed, 99 if whole else "new"])
+    others = sum(item not in listed for _, item, _ in rows)
+    assert (found.n_events, found.manifest["unlisted"], found.n_users) == (len(ROWS) - others, others, 20)
+    assert dataset(tmp_path, rows, of_table[:1]).n_items == 8 and dataset(tmp_path, rows, of_table[:1]).manifest["unlisted"] == 0
+    if whole:  # a text among the ids of events makes no text of the others'
+        source = table([(user, str(item), t) for user, item, t in [*rows, (0, "none of ours", 1_600_000_000)]])
+        mixed = dataset(tmp_path, source=source, overrides=[*of_table, "data.max_bad_fraction=0.1"])
+        assert mixed.items["item_id"].to_pylist() == [0, 1, 2, 3, 99] and mixed.n_events == found.n_events
+        assert mixed.manifest["reasons"] == {"item_id is no whole number, as those of data.items are": 1}
+
+
+def test_items_with_few_events_are_counted(tmp_path):
+    few = [(user, "seldom", 1_600_000_000 + user) for user in range(3)]
+    assert dataset(tmp_path, [*ROWS, *few], ["data.min_item_events=4"]).manifest["rare"] == 1
+
+
 def test_equal_times_keep_the_order_of_files_and_rows(tmp_path):
     rows = [(1, f"i{n}", 1_600_000_000) for n in (5, 2, 9)] + [(1, "i1", 1_600_000_001), (1, "i3", 1_600_100_000)]
     folder = tmp_path / "folder"

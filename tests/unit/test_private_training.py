@@ -16,7 +16,7 @@ from conftest import prepare_here, private_overrides
 from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.dataset.reader import History
-from recray.errors import DataError, RefusedError, SettingsError, TrainingError
+from recray.errors import DataError, RefusedError, SettingsError
 from recray.evaluation.protocol import Questions
 from recray.inference import Predictor
 from recray.model.recommender import PRESETS, Recommender, Shape
@@ -25,7 +25,7 @@ from recray.privacy.counts import log_counts, weighted_counts
 from recray.privacy.engine import PrivateStep
 from recray.privacy.ledger import Ledger
 from recray.privacy.sampling import PoissonUsers
-from recray.training.batches import TrainingBatches, users_learned
+from recray.training.batches import TrainingBatches, users_estimated
 from recray.training.trainer import _reserve, bundle_settings, mechanism_for
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 
@@ -96,7 +96,7 @@ def test_steps_are_taken_as_accounted_and_end_there(settings, dataset):
     lines = list(run.run())
     assert [line["steps"] for line in lines] == [5, 10, 12] and run.progress.step == 12
     assert not any("loss" in line for line in lines)
-    assert run.private.optimizer.noise_multiplier == 0.5 and run.private.optimizer.expected_batch_size == 0.2 * users_learned(dataset)
+    assert run.private.optimizer.noise_multiplier == 0.5 and run.private.optimizer.expected_batch_size == 0.2 * users_estimated(dataset)
     assert list(run.run()) == []
 
 
@@ -204,7 +204,6 @@ def test_without_a_share_for_them_there_are_no_counts(world_folder, tmp_path):
     settings = private_settings(world_folder, tmp_path, "privacy.counts_share=0")
     mechanism = mechanism_of(settings.privacy, 100)
     assert mechanism.counts_sigma == 0 and mechanism.releases(1) == []
-    assert any("counts by day" in text for text in mechanism.statement()["not_protected"])
     run = loop_of(settings, prepare_here(settings))
     run.begin()
     assert run.model.offset_V is None
@@ -218,7 +217,6 @@ def test_counts_and_steps_together_keep_epsilon(settings):
     steps = epsilon_of([Steps(mechanism.sigma, mechanism.rate, mechanism.steps)], mechanism.delta)
     counts = epsilon_of(mechanism.releases(1), mechanism.delta)
     assert 0 < counts < steps < mechanism.epsilon
-    assert not any("counts by day" in text for text in mechanism.statement()["not_protected"])
     by_sigma = mechanism_of(options.model_copy(update={"sigma": mechanism.sigma, "epsilon": None}), 1000)
     np.testing.assert_allclose(by_sigma.counts_sigma, mechanism.counts_sigma, rtol=0.1)
 
@@ -232,7 +230,7 @@ def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_
         mechanism = mechanism_for(settings, dataset, key)
         run = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, vars(mechanism))
         tonight = run.rows.batches.dataset
-        assert (mechanism.part, mechanism.parts, len(run.rows)) == (number % 3, 3, mechanism.users)
+        assert (mechanism.part, mechanism.parts) == (number % 3, 3) and abs(len(run.rows) - mechanism.users) < 0.3 * mechanism.users
         assert np.isclose(weighted_counts(tonight).sum(), _total(tonight))
         next(run.run())
         _reserve(settings, key, dataset, mechanism, None)
@@ -272,11 +270,6 @@ def _total(dataset):
         for shard in dataset.shards()
         for start, count in zip(shard.offsets[:-1], shard.learned, strict=True)
     )
-
-
-def test_users_who_were_not_accounted_for_are_refused(settings, dataset):
-    with pytest.raises(TrainingError, match="were accounted for"):
-        loop_of(settings, dataset, users=3)
 
 
 def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
@@ -377,12 +370,13 @@ def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
     [
         ("privacy.epsilon=0", "greater than 0"),
         ("privacy.epsilon=1", "either epsilon or sigma"),
-        ("split.held_out=0", "held_out is 0"),
+        ("privacy.cap=null", "privacy.cap"),
+        ("split.held_out=0", "split.held_out: 0 cannot"),
+        ("data.catalogue=all", "data.catalogue"),
+        ("data.min_item_events=5", "data.min_item_events"),
         ("model.preset=ligr", "model.preset"),
         ("model.repeat=true", "model.repeat"),
         ("model.prior_days=7", "model.prior_days"),
-        ("data.features={brand: categorical}", "data.features"),
-        ("model.items=features", "model.items"),
         ("train.loss=sampled", "train.loss"),
         ("split.kind=random", "random split"),
         ("gates.must_beat=[EASE]", "gates.must_beat"),
