@@ -337,13 +337,15 @@ class PrivacySettings(Section):
         None, "folder of a bundle of public data with the same network, which a training begins with where no private champion is there to begin with"
     )
     ledger: str | None = _place(None, "database URL of the ledger (sqlite:////path, postgresql://…); null: sqlite under storage.root")
-    audit_claims: tuple[float, ...] = _place((1.0, 3.0), "audit: values of ε that are put to the test", min_length=1)
-    audit_canaries: int = _place(1000, "audit: users made up, of whom half are planted; what so many can show is said beside what they did", ge=2)
+    audit_claims: tuple[float, ...] = _place((), "audit: values of ε that are put to the test beside the training's own")
+    audit_canaries: int | None = _place(
+        None, "audit: users made up, of whom half are planted; null: as many as it takes to refute the largest claim, where it can be", ge=2
+    )
 
     @field_validator("audit_claims")
     @classmethod
     def _claims(cls, claims: tuple[float, ...]) -> tuple[float, ...]:
-        if min(claims) <= 0 or len({f"{claim:g}" for claim in claims}) < len(claims):
+        if min(claims, default=1.0) <= 0 or len({f"{claim:g}" for claim in claims}) < len(claims):
             raise ValueError("claims are values of ε above 0, each named once")
         return claims
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from recray import lease
 from recray.cluster import token_source
 from recray.config import Settings
-from recray.errors import RecrayError
+from recray.errors import MissingArtifactError, RecrayError
 from recray.release import Release
 from recray.stages import JobResult
 from recray.storage import Storage, read_json, write_json
@@ -49,7 +49,7 @@ class Finding:
 def run_doctor(settings: Settings, reporter: Reporter) -> JobResult:
     """Look at everything. The result's status is failed if a night could not run."""
     started = time.monotonic()
-    findings = [finding for look in (_machine, _versions, _gpu, _ray, _storage, _published, _mlflow) for finding in _looked(look, settings)]
+    findings = [finding for look in (_machine, _versions, _gpu, _ray, _storage, _published, _privacy, _mlflow) for finding in _looked(look, settings)]
     table = Table("", "", Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
     marks = {OK: "[green]✓[/]", LOOK: "[yellow]![/]", FIX: "[red]✗[/]"}
     for finding in findings:
@@ -192,6 +192,32 @@ def _published(settings: Settings) -> Iterator[Finding]:
 
         snapshot = Snapshot.latest(storage)
         yield Finding("published night", OK, f"{snapshot.path.relative_to(storage.root)}, whole: {snapshot.manifest['users']} users")
+
+
+def _privacy(settings: Settings) -> Iterator[Finding]:
+    if not settings.privacy.enabled:
+        return
+    from recray.bundle import Bundle
+    from recray.privacy.accounting import epsilon_of
+    from recray.privacy.ledger import Ledger
+    from recray.release import bundles
+
+    options, url = settings.privacy, settings.ledger_url()
+    private = [path for path in bundles(Storage(settings.root())) if Bundle.open(path).privacy["differential_privacy"]]
+    try:
+        ledger = Ledger.read(url, options.population)
+    except MissingArtifactError as error:
+        fix = "bring back the ledger that counted them (a backup, or privacy.ledger)" if private else ""
+        yield Finding(
+            "privacy", FIX if private else OK, f"{error.what}; {len(private)} private bundles" if private else "the first training begins it", fix
+        )
+        return
+    runs, spent = ledger.runs(), epsilon_of(ledger.spent(), options.delta)
+    left = f"ε {spent:.2f} of {options.cap:g} at δ {options.delta:g} is spent, by {len(runs)} trainings of population {options.population}"
+    full = options.cap is not None and spent >= options.cap
+    yield Finding(
+        "privacy", LOOK if full else OK, left, "nothing is trained any more; scoring goes on with the weights that are there" if full else ""
+    )
 
 
 def _mlflow(settings: Settings) -> Iterator[Finding]:

@@ -443,16 +443,18 @@ def run_privacy(settings: Settings, what: str, as_of: AsOf, reporter: Reporter, 
 
 
 def _judge(done: JobResult, metrics: dict[str, Any]) -> None:
-    """What an audit's claims make of its job: failed where one is refuted, or where the control was not."""
+    """What an audit's claims and checks make of its job: failed where one is refuted or failed, or where the control was not caught."""
+    wrong = [f"{check['name']} (training {check['training']}): {check['text']}" for check in metrics["checks"] if not check["passed"]]
     for claim in metrics["claims"]:
-        named = f"ε {claim['claim']:g}"
+        named = f"ε {claim['claim']:.3g}"
         if claim["verdict"] == "refuted":
-            done.status, done.reason = "failed", f"{named} is refuted: the training promises more than it keeps; release nothing of it"
-            break
-        if claim["verdict"] == "cannot tell":
+            wrong.insert(0, f"{named} is refuted")
+        elif claim["verdict"] == "cannot tell":
             done.warnings.append(f"{named}: {metrics['canaries']} canaries cannot tell; raise privacy.audit_canaries or lower privacy.delta")
         elif not claim["control_caught"]:
-            done.status, done.reason = "failed", f"{named} was not refuted without noise either, so the audit says nothing; raise privacy.steps"
+            wrong.append(f"{named} was not refuted without noise either, so the audit says nothing of it; raise privacy.steps")
+    if wrong:
+        done.status, done.reason = "failed", f"{'; '.join(wrong)}; release nothing of this training"
 
 
 def _version(work: Work, key: str) -> str | None:

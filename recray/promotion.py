@@ -231,9 +231,24 @@ def _private(settings: Settings, challenger: Bundle) -> gates.Check:
         return gates.Check(name, False, error.what)
     if not ledger.holds(challenger.key):
         return gates.Check(name, False, f"the ledger of {options.population} has no training {challenger.key} that committed")
+    if refuted := _refuted(settings, challenger):
+        return gates.Check(name, False, refuted)
     spent = epsilon_of(ledger.spent(), options.delta)
     text = f"{options.population} spent ε {spent:.2f} at δ {options.delta:g}" + ("" if options.cap is None else f" of {options.cap:g}")
     return gates.Check(name, options.cap is None or spent <= options.cap, text)
+
+
+def _refuted(settings: Settings, challenger: Bundle) -> str | None:
+    """Which audit of trainings with the settings of a bundle found that they promise more than they keep; None if none did."""
+    for path in sorted((settings.root() / "audits").glob("*.json")):
+        found = read_json(path)
+        if found.get("settings_key") != challenger.manifest["settings_key"]:
+            continue
+        wrong = [f"ε {claim['claim']:.3g} is refuted" for claim in found["claims"] if claim["verdict"] == "refuted"]
+        wrong += [f"{check['name']}: {check['text']}" for check in found["checks"] if not check["passed"]]
+        if wrong:
+            return f"audit {path.stem}: {'; '.join(wrong)}; release nothing of it (to look again, delete {path} and repeat recray privacy audit)"
+    return None
 
 
 def _decision(dataset: Dataset, challenger: Bundle, release: Release, checks: list[gates.Check], comparison: dict[str, Any], reason: str) -> Decision:

@@ -210,6 +210,13 @@ class Dataset:
         found._part, found._parts = part, parts
         return found
 
+    def with_shard(self, shard: Shard) -> Dataset:
+        """The same dataset with one more shard of users, whom no file has."""
+        found = Dataset(self.path, {**self.manifest, "shards": self.n_shards + 1})
+        found._part, found._parts = self._part, self._parts
+        found._shards[self.n_shards] = shard
+        return found
+
     @cached_property
     def digest(self) -> str:
         return manifest_digest(self.path)

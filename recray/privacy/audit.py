@@ -21,6 +21,7 @@ GUESSED = (1.0, 0.5, 0.25, 0.1, 0.05)
 """Shares of the canaries that are guessed, the surest first; the confidence is shared among them."""
 SHARED = 1.0 - (1.0 - CONFIDENCE) / len(GUESSED)
 LARGEST = 20.0  # ε to which bounds are looked for
+FAR = 1.25  # times a claim that canaries should be able to show
 
 
 class Canaries:
@@ -97,6 +98,14 @@ def bound(planted_M: np.ndarray, seen_M: np.ndarray, delta: float) -> Bound:
 def ceiling(count: int, delta: float) -> float:
     """The bound that right guesses alone would give with so many canaries."""
     return max(lower_bound(count, 2 * half, 2 * half, delta, SHARED) for half in _halves(count))
+
+
+def enough(claim: float, delta: float, at_most: int) -> int:
+    """So many canaries, of 1,000 or twice that and so on, that right guesses would refute a claim by far; `at_most` where that takes more."""
+    count = 1000
+    while count < at_most and ceiling(count, delta) < FAR * claim:
+        count *= 2
+    return min(count, at_most)
 
 
 def _halves(count: int) -> list[int]:

@@ -31,6 +31,7 @@ from recray.model.recommender import Batch, Recommender
 from recray.privacy.audit import Canaries
 from recray.privacy.noise import GridNoise
 from recray.privacy.norms import Compared, layer_norms, lookup_norms
+from recray.privacy.watch import Watch
 
 TINY = 1e-6
 TABLES = ("items.ids.weight", "items.adapter.weight", "positions.weight", "events.weight")
@@ -123,6 +124,8 @@ class PrivateStep:
         )
         self.canaries: Canaries | None = None
         """Planted by an audit, which looks at every step; None: there is none."""
+        self.watch: Watch | None = None
+        """An audit's; None: nobody looks."""
         self.optimizer.attach_step_hook(self._observe)
 
     def step(self, physical: Iterable[tuple[Batch, Targets]]) -> None:
@@ -134,6 +137,8 @@ class PrivateStep:
             self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
         if self.canaries is not None:
             self.canaries.plant([_grad(parameter) for parameter in self.optimizer.params])
+        if self.watch is not None:
+            self.watch.sums(_over_ranks([_grad(parameter) for parameter in self.optimizer.params]))
         self.optimizer.step()
         if self.model.items.ids is not None:
             with torch.no_grad():
@@ -142,6 +147,19 @@ class PrivateStep:
     def _observe(self, optimizer: DPOptimizerFastGradientClipping) -> None:
         if self.canaries is not None:
             self.canaries.observe([_grad(parameter) for parameter in optimizer.params], optimizer.expected_batch_size)
+        if self.watch is not None:
+            self.watch.releases([_grad(parameter) for parameter in optimizer.params], optimizer.expected_batch_size)
+
+    def alone(self, batch: Batch, targets: Targets) -> tuple[list[Tensor], float]:
+        """What the users of a batch, one for an audit, would add to the sum of a step, and the largest norm before it is clipped."""
+        kept = [parameter.grad for parameter in self.optimizer.params]
+        for parameter in self.optimizer.params:
+            parameter.grad = torch.zeros_like(parameter)
+        norm = self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
+        found = [_grad(parameter) for parameter in self.optimizer.params]
+        for parameter, gradient in zip(self.optimizer.params, kept, strict=True):
+            parameter.grad = gradient
+        return found, float(norm.max())
 
     def clipped_sum(self, batch: Batch, targets: Targets) -> Tensor:
         """Adds the users' clipped gradients to every `.grad`; their norms before clipping [B], which are not private."""
@@ -258,6 +276,14 @@ class _Catalogue:
         radial = (found * self.output_VD).sum(1, keepdim=True)
         found = (found - radial * self.output_VD) / self.length_V[:, None]
         return found
+
+
+def _over_ranks(gradients: list[Tensor]) -> list[Tensor]:
+    """Sums over all ranks, in tensors of their own."""
+    found = [gradient.double() for gradient in gradients]
+    for gradient in found if dist.is_initialized() else ():
+        dist.all_reduce(gradient)
+    return found
 
 
 def _grad(parameter: Tensor) -> Tensor:

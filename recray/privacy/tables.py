@@ -64,15 +64,18 @@ def plan(settings: Settings, days: int) -> Shown:
 
 def audit(found: dict[str, Any]) -> Shown:
     """What `recray.training.audit` found."""
-    title = f"{found['canaries']} canaries, {found['users']} users, {found['steps']} steps, δ {found['delta']:g}"
+    title = f"{found['canaries']} canaries, about {found['users']} users, {found['steps']} steps, δ {found['delta']:g}"
     table = Table("training", "σ", "ε is above", "could show", "right guesses", title=title, title_justify="left")
     for name, run in found["runs"].items():
         if "sigma" in run:
             table.add_row(name, f"{run['sigma']:.3g}", f"{run['epsilon']:.2f}", f"{run['ceiling']:.2f}", f"{run['correct']} of {run['guesses']}")
-    said = [
-        f"ε {one['claim']:g}: {one['verdict']}; without noise it {'would have been' if one['control_caught'] else 'would not have been'} refuted"
-        for one in found["claims"]
-    ]
+    said = []
+    for one in found["claims"]:
+        control = "would have been" if one["control_caught"] else "would not have been"
+        said.append(f"ε {one['claim']:.3g} ({one['training']}): {one['verdict']}; without noise it {control} refuted")
+    failed = [check for check in found["checks"] if not check["passed"]]
+    said += [f"FAILED {check['name']}, training {check['training']}: {check['text']}" for check in failed]
+    said += [f"{check['name']}: {check['text']}" for check in found["checks"] if check["passed"] and check["training"] in ("rows made up", "all")]
     for name, run in found["runs"].items():
         rates = [(float(key.rpartition("_")[2]), value) for key, value in run.items() if key.startswith("true_positives_at_")]
         if rates:

@@ -293,6 +293,14 @@ class FeedbackResponse(BaseModel):
     set_aside: bool = Field(description="true: nobody knows that request_id yet; it counts if its answer is found in the log when that is collected")
 
 
+class Privacy(BaseModel):
+    """What the training of the bundle promises: each user who was learned from is protected with all events."""
+
+    epsilon: float = Field(description="ε of this training")
+    epsilon_of_all_trainings: float | None = Field(None, description="of all trainings of the population, as the bundle was written")
+    delta: float
+
+
 class ModelsResponse(BaseModel):
     """What is being served."""
 
@@ -302,8 +310,9 @@ class ModelsResponse(BaseModel):
     snapshot: str
     dataset: str
     night: str
-    users: int
+    users: int | None = Field(description="null: they are protected, and how many there are is not said")
     items: int
+    privacy: Privacy | None = Field(None, description="null: the bundle was trained without privacy")
     popular_only: bool = Field(False, description="no model was promoted yet: the popular list answers everybody (gates.first_run: fallback)")
     loaded_at: dt.datetime
     challenger: str | None = Field(None, description="bundle on trial, and its policy behind a plus sign")

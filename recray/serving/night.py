@@ -29,7 +29,7 @@ from recray.inference.policy import Policy, dials, explore
 from recray.inference.rules import between, having
 from recray.model.controls import Controls
 from recray.release import Release
-from recray.serving.api import MOST_ANSWERS, Event, KnownEvent, ModelsResponse, Range, Reason, RecommendRequest, ScoreRequest, Source
+from recray.serving.api import MOST_ANSWERS, Event, KnownEvent, ModelsResponse, Privacy, Range, Reason, RecommendRequest, ScoreRequest, Source
 from recray.serving.question import Decision, Explore, Found, Question, UnknownItemError
 from recray.snapshot.reader import Snapshot
 from recray.state.log import Entry
@@ -60,7 +60,7 @@ class Night:
     bundle: str
     bundle_digest: str
     policy: str | None
-    private: bool
+    privacy: dict[str, Any]
     popular_list: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
     bound: float = 1.0
@@ -132,10 +132,14 @@ class Night:
         rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
         answer = predictor.recommend([_EMPTY], MOST_ANSWERS, now=dataset.now_s, rules=rules)
         real = answer.item_index[0] > 0
-        private = bool(bundle.privacy["differential_privacy"])
         popular = tuple(zip(predictor.ids_of(answer.item_index[0][real]), answer.scores[0][real].tolist(), strict=True))
         now = dt.datetime.now(dt.UTC)
-        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, bundle.digest, policy, private, popular, now, bound)
+        return cls(snapshot, dataset, predictor, translation, rules, bundle.key, bundle.digest, policy, bundle.privacy, popular, now, bound)
+
+    @property
+    def private(self) -> bool:
+        """Whether users were protected while the bundle was trained."""
+        return bool(self.privacy["differential_privacy"])
 
     @property
     def name(self) -> str:
@@ -180,7 +184,8 @@ class Night:
             snapshot=self.digest,
             dataset=self.dataset.key,
             night=self.date,
-            users=manifest["users"],
+            users=None if self.private else manifest["users"],
+            privacy=Privacy.model_validate(self.privacy, extra="ignore") if self.private else None,
             items=self.predictor.answerable,
             popular_only=self.popular_only,
             loaded_at=self.loaded_at,

@@ -104,14 +104,14 @@ def _train(config: dict[str, Any]) -> None:
 
 
 def build_loop(
-    dataset_path: str, settings: dict[str, Any], device: torch.device, parent: str | None = None, mechanism: dict[str, Any] | None = None
+    dataset: Dataset | str, settings: dict[str, Any], device: torch.device, parent: str | None = None, mechanism: dict[str, Any] | None = None
 ) -> Loop:
-    """Model, batches, validation and optimiser for a dataset; `settings` as `Settings.result_settings` gives them.
+    """Model, batches, validation and optimiser for a dataset, or the one in a folder; `settings` as `Settings.result_settings` gives them.
 
     parent : folder of the bundle whose weights the model begins with
     mechanism : a `Mechanism` as a dictionary, for a private training
     """
-    dataset = Dataset.open(dataset_path)
+    dataset = Dataset.open(dataset) if isinstance(dataset, str) else dataset
     model_settings, train = settings["model"], settings["train"]
     shape = shape_of(model_settings, dataset, counts=bool(mechanism and mechanism["counts_sigma"]))
     torch.manual_seed(train["seed"])

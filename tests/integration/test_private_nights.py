@@ -71,8 +71,11 @@ def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys)
     result = json.loads(said.out.splitlines()[-1])
     found = json.loads(Path(result["outputs"]["audit"]).read_text())
     assert found == result["metrics"]
-    assert list(found["runs"]) == ["no noise", "not private", "private", "ε 2"], "sorted"
-    assert found["claims"] == [{"claim": 2, "verdict": "not refuted", "control_caught": True}]
+    assert list(found["runs"]) == ["no noise", "not private", "own ε", "private", "rows made up", "ε 2"], "sorted"
+    assert [(claim["training"], claim["verdict"]) for claim in found["claims"]] == [("ε 2", "not refuted"), ("own ε", "cannot tell")]
+    assert any("1000 canaries cannot tell; raise privacy.audit_canaries" in warning for warning in result["warnings"])
+    assert {check["name"] for check in found["checks"]} >= {"contribution", "rate", "noise", "fresh noise", "noise of its own", "ledger"}
+    assert all(check["passed"] for check in found["checks"])
     assert found["runs"]["ε 2"]["epsilon"] < 2 < found["runs"]["no noise"]["epsilon"] <= found["runs"]["no noise"]["ceiling"]
     for name in ("private", "not private"):
         assert 0 <= found["runs"][name]["true_positives_at_0.01"] <= 1 and found["runs"][name]["others"] > 30

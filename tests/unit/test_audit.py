@@ -5,15 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 from conftest import prepare_here, private_overrides
 from scipy.stats import norm
 
 from recray.config import load_settings
 from recray.errors import SettingsError
-from recray.privacy.accounting import mechanism_of
+from recray.model.recommender import PRESETS, Recommender, Shape
+from recray.privacy import engine, noise, norms
+from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.audit import Bound, Canaries, bound, chance_of, lower_bound, true_positives
-from recray.training.audit import losses, watch
+from recray.privacy.watch import Finding, Watch, repeats
+from recray.training.audit import _look, losses, watch
 from recray.training.batches import TrainingBatches, users_learned
+from recray.training.canaries import made_up
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -111,6 +117,89 @@ def test_a_training_keeps_its_claim_and_one_without_noise_is_caught(settings, da
     assert found[mechanism.sigma].epsilon < mechanism.epsilon
     assert found[mechanism.sigma].epsilon > 0.2, "canaries are seen through the noise"
     assert found[0.0].verdict(3.0) == found[0.0].verdict(1.0) == "refuted"
+
+
+def looked_at(settings, dataset, mutate=lambda loop: None, rows=8) -> dict[str, Finding]:
+    """What is found of a training of 10 steps with made-up users, after something was done to it."""
+    mechanism = Mechanism(sigma=1.0, rate=0.2, steps=10, clipping_norm=0.5, delta=1e-4, users=200)
+    random = np.random.default_rng()
+    loop = build_loop(dataset.with_shard(made_up(dataset, rows, random)), bundle_settings(settings), torch.device("cpu"), None, vars(mechanism))
+    mutate(loop)
+    found = _look(loop, mechanism, 0, rows, random)
+    assert len(found["planted"]) == rows and np.isfinite(found["seen"]).all()
+    return {finding["name"]: Finding(**finding) for finding in found["findings"]}
+
+
+def test_a_sound_training_has_no_findings_and_its_made_up_users_are_clipped(settings, dataset):
+    found = looked_at(settings, dataset)
+    assert [finding for finding in found.values() if not finding.passed] == []
+    assert "nothing was there to clip" not in found["contribution"].text and "added 0.5" in found["contribution"].text
+
+
+@pytest.mark.slow
+def test_twenty_sound_trainings_have_no_findings(settings, dataset):
+    assert [finding for _ in range(20) for finding in looked_at(settings, dataset).values() if not finding.passed] == []
+
+
+def without_cross_term(self, gradient_BTD, along_BT=None):
+    return (self.squared + norms.lookup_norms(self.item_BT, gradient_BTD)).clamp(min=0)
+
+
+def seeded(count):
+    return np.random.default_rng(0).standard_normal(count)
+
+
+MUTANTS = {
+    "clipping off": ("contribution", lambda loop, patch: setattr(loop.private, "clipping_norm", 1e9)),
+    "clipping at 2 C": ("contribution", lambda loop, patch: setattr(loop.private, "clipping_norm", 1.0)),
+    "the cross term left out": ("contribution", lambda loop, patch: patch.setattr(norms.Compared, "table_norms", without_cross_term)),
+    "every user in every step": ("rate", lambda loop, patch: setattr(loop.sampler, "draw", lambda: loop.sampler.mine)),
+    "no noise": ("noise", lambda loop, patch: setattr(loop.private.optimizer.noise, "deviation", 0.0)),
+    "a quarter of the noise": ("noise", lambda loop, patch: setattr(loop.private.optimizer.noise, "deviation", 0.125)),
+    "noise of a fixed seed": ("fresh noise", lambda loop, patch: patch.setattr(noise, "gaussian", seeded)),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_training_that_keeps_less_than_it_promises_is_caught(settings, dataset, monkeypatch, mutant):
+    name, mutate = MUTANTS[mutant]
+    found = looked_at(settings, dataset, lambda loop: mutate(loop, monkeypatch))
+    assert not found[name].passed, found
+
+
+def test_trainings_that_begin_with_the_same_noise_are_caught():
+    """Whatever its size, as that of a generator that is seeded once."""
+    random = np.random.default_rng(0)
+    one, other = random.normal(size=(2, 256))
+    assert repeats({"a": one.tolist(), "b": other.tolist(), "control": [0.0] * 256}).passed
+    found = repeats({"a": one.tolist(), "b": other.tolist(), "c": (3 * one).tolist()})
+    assert not found.passed and found.text == "a and c began with the same noise"
+
+
+def _watched_rank(rank: int, folder: str, noisy: tuple[int, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    off = {"time_bias": False, "repeat": False, "prior": False}
+    model = Recommender(Shape(**PRESETS["dp"], **off, event_types=1, dim=16, history=8), np.arange(201) > 0, {})
+    sgd = torch.optim.SGD([parameter for name, parameter in model.named_parameters() if name != "temperature"], lr=1e-6)
+    step = engine.PrivateStep(model, sgd, clipping_norm=0.3, noise_multiplier=1.7, expected_users=20.0)
+    step.optimizer.rank = 0 if rank in noisy else 1
+    step.watch = Watch(0, 0.1, 1.7 * 0.3, 0.3)
+    for _ in range(4):
+        step.watch.draws(np.zeros(0, np.int64))
+        step.step([])
+    found = {finding.name: finding.passed for finding in step.watch.findings()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("noisy", "sound"), [((0,), True), ((0, 1), False), ((), False)])
+def test_noise_on_every_rank_and_on_none_is_caught(tmp_path, noisy, sound):
+    processes.start_processes(_watched_rank, (str(tmp_path), noisy), nprocs=2, start_method="fork")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["noise"] == sound and (found["fresh noise"] or not noisy), found
 
 
 def test_losses_are_those_of_each_user_alone(settings, dataset):

@@ -139,7 +139,8 @@ def test_a_private_training_begins_with_what_is_private_or_public_alone(world_fo
 
 
 def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tmp_path):
-    plain = load_settings(None, [*private_overrides(world_folder, tmp_path / "root"), "privacy.enabled=false"])
+    private = load_settings(None, [*private_overrides(world_folder, tmp_path / "root"), "data.features={}"])
+    plain = private.model_copy(update={"privacy": private.privacy.model_copy(update={"enabled": False})})
     dataset = prepare_here(plain)
     public = untrained(plain, dataset, tmp_path / "public", "public")
     other = untrained(plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"})
