@@ -1,6 +1,7 @@
 """What a person or a scheduler meets: exit codes, the last line, errors that name the thing and the fix."""
 
 import json
+import re
 import signal
 import time
 
@@ -12,6 +13,8 @@ from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import ClusterError, DamagedArtifactError, RefusedError
+from recray.privacy.accounting import Mechanism
+from recray.privacy.ledger import Ledger
 
 
 def call(capsys, *arguments):
@@ -163,6 +166,17 @@ def test_doctor_says_what_it_found_and_what_to_fix(capsys, tmp_path, monkeypatch
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     code, result, said = call(capsys, "doctor", "storage.root=/proc/nowhere")
     assert code == 1 and "no Ray answers at 127.0.0.1:9" in result["reason"] and "cannot be written to" in result["reason"]
+
+
+def test_doctor_says_what_was_spent_of_privacy(capsys, tmp_path):
+    where = [f"storage.root={tmp_path}", "privacy.enabled=true", "privacy.cap=8", "privacy.delta=1e-5", f"data.items={tmp_path}/items.parquet"]
+    assert "the first training begins it" in call(capsys, "doctor", *where)[1]["metrics"]["privacy"]
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/privacy.sqlite", "users")
+    ledger.reserve("a", Mechanism(sigma=2.0, rate=0.1, steps=100, clipping_norm=1.0, delta=1e-5, users=50), None)
+    found = call(capsys, "doctor", *where)[1]["metrics"]["privacy"]
+    assert re.fullmatch(r"ε 2\.\d+ of 8 at δ 1e-05 is spent, by 1 trainings of population users", found), found
+    assert any("privacy" in warning for warning in call(capsys, "doctor", *where, "privacy.cap=1")[1]["warnings"])
+    assert "privacy" not in call(capsys, "doctor", f"storage.root={tmp_path}")[1]["metrics"]
 
 
 def test_models_of_an_empty_root(capsys, tmp_path):

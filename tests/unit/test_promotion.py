@@ -21,7 +21,7 @@ from recray.inference import Predictor
 from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
-from recray.storage import Storage
+from recray.storage import Storage, write_json
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +222,12 @@ def test_where_privacy_is_on_only_a_private_bundle_that_the_ledger_knows_passes(
     ledger.commit(bundle.key)
     assert re.match(r"users spent ε \d\.\d+ at δ 1e-05 of 1", reason())
     private = private.model_copy(update={"privacy": private.privacy.model_copy(update={"cap": 9.0})})
+    claim, check = {"claim": 2.0, "verdict": "refuted"}, {"name": "contribution", "passed": False, "text": "one user added 9"}
+    audit = {"settings_key": bundle.manifest["settings_key"], "claims": [claim], "checks": [check]}
+    write_json(storage.audit("mine"), audit)
+    assert reason().startswith("audit mine: ε 2 is refuted; contribution: one user added 9; release nothing of it")
+    write_json(storage.audit("mine"), {**audit, "settings_key": "of other trainings"})
+    write_json(storage.audit("begun"), {"runs": {}})
     assert reason() == "" and Release.read(storage).champion.run_key == bundle.key
 
 

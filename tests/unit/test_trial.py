@@ -17,6 +17,7 @@ from recray.benchmark.nights import publish_untrained, untrained
 from recray.config import ServeSettings, load_settings
 from recray.errors import MissingArtifactError, RefusedError
 from recray.inference import Predictor
+from recray.privacy.accounting import Mechanism
 from recray.release import Release
 from recray.serving import trial as trials
 from recray.serving.api import FeedbackRequest, RecommendRequest
@@ -237,12 +238,15 @@ def test_a_tenth_less_is_found_however_often_users_come(visits):
 
 def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder, tmp_path):
     settings = load_settings(None, private_overrides(world_folder, tmp_path))
-    dataset, said = prepare_here(settings), {"differential_privacy": True, "population": "users"}
+    dataset = prepare_here(settings)
+    said = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 200).statement() | {"population": "users", "epsilon_of_all_trainings": 5.0}
     storage = publish_untrained(settings, dataset, settings.root(), said)
     promotion.begin_trial(storage, untrained(settings, dataset, storage.bundle("other"), "other", said), 0.5)
     found = {}
     for private in (False, True):
         made = Handler(storage, ServeSettings(timeout_s=5.0), settings.score, private=private)
+        told = made.night.describe()
+        assert (told.users, told.privacy.epsilon_of_all_trainings) == (None, 5.0), "how many users there are is nobody's business"
         for user in range(200):
             ask(made, user, mode="realtime")
         asyncio.run(made.journal.writer.append([]))
