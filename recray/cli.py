@@ -37,6 +37,7 @@ JOBS = {
     "nightly": "collect, prepare, train, evaluate, promote, tune, score, report; goes on where it stopped",
     "report": "a page about the night, with plots; opened in a browser",
     "rollback": "the champion before this one again, and its scores for the published night",
+    "forget": "drop a user from log, collected events, datasets and lists, and keep nothing of the user any more",
     "serve": "answer requests from the published night until interrupted",
 }
 SUBMITTED = ("collect", "prepare", "train", "evaluate", "promote", "tune", "adapt", "score", "nightly", "rollback", "audit")
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "bundle", nargs="?", help="run key of the bundle (recray models lists them; default: the current one), or BUNDLE+POLICY"
             )
+        if job == "forget":
+            command.add_argument("user", help="id of the user, as in the event log")
         if job == "nightly":
             command.add_argument("--restart", action="store_true", help="begin a night anew that was begun with other settings and did not end")
         if job == "report":
@@ -269,7 +272,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "privacy":
             return pipeline.run_privacy(settings, arguments.what, as_of, reporter, days=arguments.days, training=arguments.training)
         job: Callable[..., Any] = getattr(pipeline, f"run_{arguments.job}")
-        options = {name: getattr(arguments, name) for name in ("bundle", "restart") if hasattr(arguments, name)}
+        options = {name: getattr(arguments, name) for name in ("bundle", "restart", "user") if hasattr(arguments, name)}
         result = job(settings, as_of, reporter.say, **options)
         if "evaluation" in result.outputs:
             reporter.show_evaluation(result.outputs["evaluation"], settings)

@@ -220,6 +220,36 @@ def run_rollback(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResul
         return result
 
 
+def run_forget(settings: Settings, as_of: AsOf, say: Say = _quiet, *, user: str) -> JobResult:
+    """Forget a user: nothing that lies under the root, or in the endpoint's log, names the user any more, and nothing is kept from now on."""
+    from recray import erasure
+    from recray.release import bundles
+    from recray.state.log import open_log, sqlite_file
+
+    started, options = time.monotonic(), settings.serve
+    with _at_work("forget", settings, say) as work:
+        log = None
+        if options.state != "sqlite" or sqlite_file(work.storage.root).exists():
+            log = open_log(options.state, work.storage.root, options.keep_days)
+        try:
+            found = erasure.forget(work.storage, user, log)
+        finally:
+            if log is not None:
+                log.close()
+        say(f"the user is {'on' if found.new else 'on, as before,'} the opt-out list: no event is kept, and answers are those for nobody")
+        say(f"dropped: {found.log} entries of the endpoint's log, {found.rows} rows of collected and bad events")
+        for path in found.artifacts:
+            say(f"written anew or removed: {path}", level="debug")
+        remains = len(list(bundles(work.storage)))
+        if remains:
+            say(
+                f"what remains: the weights of {remains} bundles, and aggregates published before, here and in MLflow; the next training learns "
+                "nothing of the user. data.events is yours: the user's rows there are passed by from now on"
+            )
+        metrics = {"new": found.new, "log_entries": found.log, "rows": found.rows, "bundles_that_remain": remains}
+        return JobResult("forget", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2), warnings=work.warnings)
+
+
 def run_canary(settings: Settings, bundle: str, share: float, *, shadow: bool, say: Say = _quiet) -> JobResult:
     """Let a bundle (or BUNDLE+POLICY) answer a share of the endpoint's users, or all as a shadow. It ends by itself where it fails."""
     from recray.bundle import Bundle

@@ -289,9 +289,20 @@ def manifest_digest(path: Path) -> str:
     return sha256_file(path / MANIFEST)
 
 
+def reseal(directory: Path) -> None:
+    """Seal a directory anew whose files were changed; nothing happens where all have their digests."""
+    manifest = read_json(directory / MANIFEST)
+    names = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST}
+    files = manifest["files"]
+    if names == files.keys() and all(sha256_file(directory / name) == entry["sha256"] for name, entry in files.items()):
+        return
+    fields = {name: value for name, value in manifest.items() if name not in ("format_version", "kind", "run_key", "files", "sha256")}
+    _seal(directory, manifest["kind"], manifest["run_key"], fields)
+
+
 def _seal(directory: Path, kind: str, run_key: str, fields: dict[str, Any]) -> None:
     files = {}
-    for file in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for file in sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST):
         with open(file, "rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
             os.fsync(handle.fileno())

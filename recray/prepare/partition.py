@@ -25,6 +25,7 @@ from recray.dataset.context import codes
 from recray.dataset.ids import CANONICAL, canonical_integer
 from recray.dataset.reader import bucket_of, nothing_learned_of
 from recray.errors import DataError
+from recray.optout import OptOut
 from recray.prepare.files import InputFile
 from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, Batch, open_file
 from recray.prepare.sources import RowGroup, as_id, is_blank
@@ -56,6 +57,7 @@ class PartitionPlan:
     whole_items: bool  # whether data.items alone says which items there are, and has whole numbers
     described_by: dict[str, Any] | None  # the split whose held-out users alone say which types of events there are, and when the data end
     default_event: str
+    opted_out: OptOut
     first_live: int  # number of the first row group that was collected from the endpoint
     shards: int
     staging: Path
@@ -69,7 +71,7 @@ class PartitionPlan:
 
 @dataclass
 class Stats:
-    """What the first pass counted: rows = bad + late + low + events; late rows come after as-of, low ones are worth less than
+    """What the first pass counted: rows = bad + opted_out + late + low + events; late rows come after as-of, low ones are worth less than
     `data.min_value`.
 
     last_us : the newest time, of the users who describe the data (`PartitionPlan.described_by`)
@@ -84,6 +86,7 @@ class Stats:
     bad: int = 0
     late: int = 0
     low: int = 0
+    opted_out: int = 0
     events: int = 0
     negative: int = 0
     words: int = 0
@@ -94,7 +97,7 @@ class Stats:
     event_types: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Stats) -> None:
-        for name in ("rows", "bad", "late", "low", "events", "negative", "words", "padded"):
+        for name in ("rows", "bad", "late", "low", "opted_out", "events", "negative", "words", "padded"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.clocked |= other.clocked
         for mine, theirs in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
@@ -121,6 +124,10 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     bad: list[pa.Table] = []
     for staged in _read(plan, group):
         good, rejected, clocked = _check(plan, staged)
+        if len(plan.opted_out):
+            gone, theirs_bad = (_by_user(rows, lambda users: plan.opted_out.among(users.to_pylist())) for rows in (good, rejected))
+            stats.opted_out += int(gone.sum() + theirs_bad.sum())
+            good, clocked, rejected = good.filter(pa.array(~gone)), clocked[~gone], rejected.filter(pa.array(~theirs_bad))
         described = describing(plan, good)
         stats.clocked |= bool(clocked[described].any())
         stats.rows += len(staged.table) + len(staged.broken)
@@ -152,7 +159,7 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     stats.bad = len(rejected)
     _count(stats.reasons, rejected["reason"])
     _write_quarantine(plan, group, rejected)
-    stats.events = stats.rows - stats.bad - stats.late - stats.low
+    stats.events = stats.rows - stats.bad - stats.opted_out - stats.late - stats.low
     _write_counts(counts, scratch / "items.arrow")
     write_json(scratch / "stats.json", asdict(stats))
     try:
@@ -438,9 +445,15 @@ def describing(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
     """Rows of users who describe the data, bool [rows]."""
     if plan.described_by is None:
         return np.ones(len(rows), bool)
+    split = plan.described_by
+    return _by_user(rows, lambda users: nothing_learned_of(users, split))
+
+
+def _by_user(rows: pa.Table, which: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+    """Rows of the users of whom something is true, bool [rows]; rows without a user are not among them."""
     users = rows[schema.USER_ID].combine_chunks().dictionary_encode()
     users = users.combine_chunks() if isinstance(users, pa.ChunkedArray) else users
-    found: np.ndarray = nothing_learned_of(users.dictionary, plan.described_by)[users.indices.to_numpy()]
+    found: np.ndarray = np.append(which(users.dictionary), False)[pc.fill_null(users.indices, len(users.dictionary)).to_numpy()]
     return found
 
 

@@ -23,6 +23,7 @@ from recray.dataset.context import CLOCK
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
 from recray.errors import DataError, Problems, RecrayError, RefusedError, SettingsError, TooManyBadRowsError
+from recray.optout import OptOut
 from recray.prepare.files import InputFile, Listing, collected_files, digest_files, list_files
 from recray.prepare.partition import FUTURE, PartitionPlan, Stats, example, partition_row_group, read_stats
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
@@ -37,6 +38,7 @@ JOINED = 0.95  # of the events and the items of the log are in the item table, o
 MOST_EVENT_TYPES = 1 << 15  # an index of one has 16 bits
 LEFT_OUT = {
     "late_rows": "events after the end (--as-of, or the last event of the users who are held out)",
+    "opted_out": "events of users who opted out",
     "low_rows": "events below data.min_value",
     "few": "users with fewer events than data.min_user_events",
     "unlisted": "events of items that data.items does not name",
@@ -69,8 +71,10 @@ class Input:
 
 
 def prepare_key(settings: Settings, as_of: dt.datetime | None, given: Input | None = None) -> str:
-    """Run key of prepare: settings, the content of the input files (`find_input`, unless they are given), as-of and version."""
-    return key_of("prepare", settings.result_settings("data", "split"), (given or find_input(settings)).digests, as_of, __version__)
+    """Run key of prepare: settings, the content of the input files (`find_input`, unless they are given), who opted out, as-of and version."""
+    opted_out = OptOut.of(settings.root()).digest
+    gone = () if opted_out is None else (opted_out,)
+    return key_of("prepare", settings.result_settings("data", "split"), (given or find_input(settings)).digests, as_of, __version__, *gone)
 
 
 def _encoder(settings: Settings) -> Path | None:
@@ -220,6 +224,7 @@ def prepare(
             "bad_rows": totals.bad,
             "late_rows": totals.late,
             "low_rows": totals.low,
+            "opted_out": totals.opted_out,
             **dropped,
             "reasons": totals.reasons,
             "collected": _collected(given.collected),
@@ -261,6 +266,7 @@ def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, st
         whole_items=settings.data.catalogue == "items" and pa.types.is_integer(source.types[schema.ITEM_ID]),
         described_by=settings.split.model_dump() if settings.split.held_out else None,
         default_event=settings.data.default_event or schema.DEFAULT_EVENT,
+        opted_out=OptOut.of(storage.root),
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes

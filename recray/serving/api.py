@@ -284,6 +284,14 @@ class EventsResponse(BaseModel):
     duplicates: int = Field(description="events that were kept before under the same event_id, and say the same")
     conflicts: int = Field(0, description="events whose event_id was kept before with another item, event, value or context; the first one stays")
     unknown: int = Field(0, description="kept events whose item or type the model does not know yet; the next night may")
+    opted_out: int = Field(0, description="events of a user who opted out, which are not kept")
+
+
+class ForgetResponse(BaseModel):
+    """On disk: nothing of the user is kept or read any more."""
+
+    new: bool = Field(description="false: the user had opted out before")
+    dropped: int = Field(description="entries of the log that went: events, answers, what came of them")
 
 
 class FeedbackResponse(BaseModel):

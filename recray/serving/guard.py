@@ -37,6 +37,7 @@ RIGHTS: dict[str, Right] = {
     "/v1/models": "read",
     "/v1/events": "write",
     "/v1/feedback": "write",
+    "/v1/users/{user_id}": "admin",
 }
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/console")
 WAIT_S, AWAY_S = 0.2, 1.0  # for the store of the rates; how long it is not asked again

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from opentelemetry.trace import get_current_span
@@ -21,11 +21,13 @@ from opentelemetry.trace import get_current_span
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
 from recray.errors import RecrayError, RequestError, UnavailableError
 from recray.model.device import device
+from recray.optout import OptOut
 from recray.serving.api import (
     EventsRequest,
     EventsResponse,
     FeedbackRequest,
     FeedbackResponse,
+    ForgetResponse,
     HistoryRequest,
     HistoryResponse,
     Item,
@@ -50,6 +52,7 @@ from recray.serving.trial import Side, Trial, answers
 from recray.state.log import SAID_BEFORE, SAID_OTHERWISE, Entry, key_of
 from recray.storage import Storage
 
+_Asked = TypeVar("_Asked", RecommendRequest, ScoreRequest)
 MOST_LOGGED = 1000  # items of an answer
 AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
 
@@ -78,6 +81,7 @@ class Handler:
         place = device("serve.gpus_per_replica", gpu=options.gpus_per_replica > 0)
         self.arms = Arms(storage, score, private=private, bound=said.bound, device=place)
         self.journal = Journal(storage, options)
+        self.opted_out = OptOut.of(storage.root)
         self._tasks: set[asyncio.Task[None]] = set()
         self._batcher, self._aside = self._new_batcher(), self._new_batcher()  # a challenger makes nobody wait for it but its own
         self.traces = provider(options.traces)
@@ -102,6 +106,10 @@ class Handler:
         self.arms.look(self.journal.log)
         self.journal.look()
         try:
+            self.opted_out.look()
+        except (RecrayError, OSError) as error:
+            self._log.error("the list of who opted out cannot be read, the one of before holds: %s", error)
+        try:
             self.telemetry.flush(self._state(), self._serving())
         except Exception as error:
             self._log.error("nothing can be counted: %s", error)
@@ -124,6 +132,7 @@ class Handler:
     async def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """Raises RequestError where the request makes no sense, UnavailableError where nobody can answer now."""
         begun, (night, trial, challenger) = time.monotonic(), self.arms.now
+        request = self._let_in(night, request)
         degraded: list[Part] = [] if night.whole else ["snapshot"]
         fresh = await self._fresh(night, request, degraded)
         user = _name(night, request)
@@ -181,6 +190,7 @@ class Handler:
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """As `recommend`, for given candidates."""
         begun, night = time.monotonic(), self.night
+        request = self._let_in(night, request)
         degraded: list[Part] = []
         fresh = await self._fresh(night, request, degraded)
         found = await self._model(night.candidates(request, fresh), degraded)
@@ -195,6 +205,8 @@ class Handler:
     async def history(self, request: HistoryRequest) -> HistoryResponse:
         """What answers for a user are read from."""
         degraded: list[Part] = []
+        if self._opted_out(self.night, request.user_id):
+            return HistoryResponse(events=[], degraded=degraded)
         fresh = await self._fresh(self.night, request, degraded)
         return HistoryResponse(events=self.night.known(request.user_id, fresh, request.last), degraded=degraded)
 
@@ -209,6 +221,8 @@ class Handler:
     async def events(self, request: EventsRequest) -> EventsResponse:
         """Keep events: on disk when it returns. Raises RequestError, UnavailableError: then none was kept."""
         user, now = self.night.user_key(request.user_id), time.time()
+        if user in self.opted_out:
+            return EventsResponse(kept=0, duplicates=0, opted_out=len(request.events))
         entries = []
         for place, event in enumerate(request.events):
             body: dict[str, Any] = {
@@ -243,6 +257,30 @@ class Handler:
         self.telemetry.kept["outcome" if known else "set_aside"] += kept
         self.telemetry.lags_s.append(time.time() - at_s)
         return FeedbackResponse(kept=kept, set_aside=not known)
+
+    async def forget(self, user_id: str) -> ForgetResponse:
+        """Take a user off: from now on nothing is kept of, and no answer read from, what the user did. Raises RequestError, UnavailableError.
+
+        `recray forget`, or the next night, takes what was collected and published before.
+        """
+        user = self.night.user_key(user_id)
+        try:
+            new = await asyncio.to_thread(self.opted_out.add, user)
+        except OSError as error:
+            raise UnavailableError(f"the list of who opted out cannot be written: {error.strerror}", "come again") from error
+        await self.journal.keep(lambda writer: writer.append([]))  # what waits here is written now, and dropped below
+        dropped = await self.journal.keep(lambda writer: asyncio.to_thread(writer.log.forget_user, user))
+        return ForgetResponse(new=new, dropped=dropped)
+
+    def _opted_out(self, night: Night, user_id: Any) -> bool:
+        if not len(self.opted_out) or user_id is None:
+            return False
+        found = night.snapshot.as_user(user_id)
+        return str(user_id if found is None else found) in self.opted_out
+
+    def _let_in(self, night: Night, request: _Asked) -> _Asked:
+        """The request; of a user who opted out, one of nobody."""
+        return request.model_copy(update={"user_id": None}) if self._opted_out(night, request.user_id) else request
 
     def models(self) -> ModelsResponse:
         """What is served."""

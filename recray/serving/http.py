@@ -24,6 +24,7 @@ from recray.serving.api import (
     EventsResponse,
     FeedbackRequest,
     FeedbackResponse,
+    ForgetResponse,
     Health,
     HistoryRequest,
     HistoryResponse,
@@ -101,6 +102,11 @@ def _routes(handler: Handler) -> FastAPI:
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:
         """On disk when it answers, after the answer that it is about."""
         return await handler.feedback(request)
+
+    @api.delete("/v1/users/{user_id}", summary="Forget a user", tags=["log"])
+    async def forget(user_id: str) -> ForgetResponse:
+        """From now on nothing is kept of what the user does, and answers are those for nobody. `recray forget` drops what lies in files."""
+        return await handler.forget(user_id)
 
     @api.get("/v1/models", summary="What is served", tags=["operation"])
     async def models() -> ModelsResponse:

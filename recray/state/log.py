@@ -94,6 +94,11 @@ class Log(abc.ABC):
     def forget(self, through: int) -> None:
         """Drop the entries up to number `through`; their keys may be taken again."""
 
+    @abc.abstractmethod
+    def forget_user(self, user: str) -> int:
+        """Drop the user's events, answers to the user and what came of them; how many entries. No byte of them stays in the store's files,
+        as far as it is the store's to say."""
+
     @property
     @abc.abstractmethod
     def identity(self) -> str:

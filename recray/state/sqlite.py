@@ -24,6 +24,10 @@ CREATE INDEX IF NOT EXISTS log_user ON log (user, number) WHERE kind = 'event';
 CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL, one INTEGER PRIMARY KEY CHECK (one = 1));
 """
 _INSERT = "INSERT INTO log (kind, key, user, at_s, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key, kind) DO NOTHING RETURNING number"
+_OUTCOMES_OF = """
+DELETE FROM log WHERE kind IN ('outcome', 'set_aside') AND json_extract(body, '$.request_id') IN
+    (SELECT key FROM log WHERE kind = 'decision' AND user = ?)
+"""
 
 
 class SqliteLog(Log):
@@ -96,6 +100,22 @@ class SqliteLog(Log):
     def forget(self, through: int) -> None:
         with self._raising():
             self._connection().execute("DELETE FROM log WHERE number <= ?", (through,))
+
+    def forget_user(self, user: str) -> int:
+        with self._raising():
+            connection = self._connection()
+            connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                found = connection.execute(_OUTCOMES_OF, (user,)).rowcount + connection.execute("DELETE FROM log WHERE user = ?", (user,)).rowcount
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            connection.execute("PRAGMA secure_delete = OFF")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # waits for readers, and takes what was written before with it
+            return int(found)
 
     def close(self) -> None:
         for connection in self._all:

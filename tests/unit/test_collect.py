@@ -13,6 +13,7 @@ from recray import pipeline
 from recray.benchmark.nights import publish_untrained
 from recray.config import DataSettings, load_settings
 from recray.errors import StateError
+from recray.optout import OptOut
 from recray.prepare.files import InputFile, collected_files
 from recray.prepare.partition import LIVE_POSITION, PartitionPlan, partition_row_group, read_partition, read_stats
 from recray.prepare.sources import inspect_events
@@ -181,7 +182,14 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     source = inspect_events(data, (InputFile(str(owner)),), collected_files(tmp_path))
     assert (source.columns, source.types, source.rows) == (columns, types, 6)
     told = {"as_of_us": None, "future_us": None, "min_value": None, "remembers_low": False, "loses": True, "pointed": (), "whole_items": False}
-    told |= {"described_by": None, "default_event": "interaction", "first_live": 1, "shards": 1, "staging": tmp_path / "staging"}
+    told |= {
+        "described_by": None,
+        "default_event": "interaction",
+        "opted_out": OptOut.of(tmp_path),
+        "first_live": 1,
+        "shards": 1,
+        "staging": tmp_path / "staging",
+    }
     plan = PartitionPlan(columns, types, "position", TimeRule(), quarantine=tmp_path / "quarantine", **told)
     for group in source.row_groups:
         partition_row_group(plan, group)

@@ -100,7 +100,7 @@ def good(address, path, body):
 
 
 def kept(count, **others):
-    return {"kept": count, "duplicates": 0, "conflicts": 0, "unknown": 0, **others}
+    return {"kept": count, "duplicates": 0, "conflicts": 0, "unknown": 0, "opted_out": 0, **others}
 
 
 def ids(answer):
@@ -334,6 +334,7 @@ def test_bodies_that_are_no_requests(address, raw, status, named):
 def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says(address, tmp_path):
     pytest.importorskip("schemathesis")
     words = ["run", f"{address}/openapi.json", "--max-examples", "15", "--phases", "examples,coverage,fuzzing", "--no-color"]
+    words += ["--exclude-method", "DELETE"]  # whom it would forget, other tests ask for
     # what the document cannot say may be refused all the same: a moment before 1970, a column that the data do not have
     words += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--seed", "1"]
     refusals = "negative_data_rejection.expected-statuses = [404, 405, 413, 415, 422]"  # 413: such a body may be too large as well
@@ -358,6 +359,28 @@ def test_the_field_that_makes_no_sense_is_named(address, body, field):
     status, content = ask(address, "/v1/recommend", body)
     assert status == 422 and content["errors"]
     assert all(error["field"] in (field, f"{field}.0") for error in content["errors"])
+
+
+def test_a_user_is_forgotten(address, handler, storage):
+    def delete(user):
+        request = urllib.request.Request(f"{address}/v1/users/{user}", method="DELETE")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    try:
+        assert good(address, "/v1/events", {"user_id": 42, "events": [{"item_id": "i0000001"}]}) == kept(1)
+        assert delete(42) == (200, {"new": True, "dropped": 1}) and delete("42") == (200, {"new": False, "dropped": 0})
+        assert good(address, "/v1/events", {"user_id": "42", "events": [{"item_id": "i0000001"}]}) == kept(0, opted_out=1)
+        assert good(address, "/v1/recommend", {"user_id": 42})["source"] == "popular"
+        assert good(address, "/v1/history", {"user_id": 42})["events"] == []
+        assert good(address, "/v1/recommend", {"user_id": 43})["source"] == "snapshot"
+        for user in ("nobody", "007", "%20", "9" * 20):
+            assert delete(user)[0] == 422, user
+    finally:
+        (storage.root / "forgotten.json").unlink()
 
 
 def test_what_is_not_json_is_refused(address):

@@ -1,0 +1,8 @@
+"""Submit: ray job submit -- python -m jobs.forget USER --config CONFIG [section.field=value …]"""
+
+import sys
+
+from recray.cli import job_main
+
+if __name__ == "__main__":
+    sys.exit(job_main("forget"))

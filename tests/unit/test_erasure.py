@@ -1,0 +1,215 @@
+"""A user who is forgotten: no byte of the id is left under the root, answers are those for nobody, and a kill anywhere does no harm."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import prepare_here, world_overrides
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recray import lease
+from recray.benchmark.nights import publish_untrained
+from recray.cli import main
+from recray.config import ServeSettings, load_settings
+from recray.dataset.reader import Dataset
+from recray.dataset.worlds import World
+from recray.erasure import forget
+from recray.lease import FAULT
+from recray.optout import OptOut
+from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest
+from recray.serving.handler import Handler
+from recray.snapshot.reader import Snapshot
+from recray.state import collect as collecting
+from recray.state.log import Entry, key_of, open_log
+from recray.storage import Storage, open_sealed
+
+WHO, OTHER = "forget-me-4711", "another-0815"
+
+
+def named(user: int) -> str:
+    return {5: WHO, 6: OTHER}.get(user, f"user-{user}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A root with a published night, an older dataset, a log, collected events, and bad rows, all of which name the user."""
+    folder = tmp_path_factory.mktemp("erasure")
+    World(users=60, items=30, events_per_user=8, seed=2).write(folder)
+    events = pq.read_table(folder / "events")
+    users = pa.array([named(user) for user in events["user_id"].to_pylist()])
+    events = events.set_column(0, "user_id", users)
+    shutil.rmtree(folder / "events")
+    (folder / "events").mkdir()
+    broken = (
+        events.slice(0, 3).set_column(0, "user_id", pa.array([WHO] * 3)).set_column(2, "timestamp", pa.array([None] * 3, events["timestamp"].type))
+    )
+    pq.write_table(pa.concat_tables([events, broken]), folder / "events" / "a.parquet")
+    root = folder / "root"
+    overrides = [*world_overrides(folder, root), "data.shards=3"]
+    settings = load_settings(None, overrides)
+    log = open_log("sqlite", root)
+    log.append(entries())
+    collecting.collect(Storage(root), log)
+    log.append(entries("later"))
+    log.close()
+    prepare_here(load_settings(None, [*overrides, "data.min_item_events=1"]))  # of another night
+    publish_untrained(settings, prepare_here(settings), root)
+    return folder, overrides
+
+
+def entries(prefix="e") -> list[Entry]:
+    found = []
+    for user in (WHO, OTHER):
+        found.append(Entry("event", key_of(user, f"{prefix}1"), user, 1e9, {"item_id": "i0000001", "event": "view", "value": 1.0}))
+        found.append(Entry("decision", f"{prefix}-of-{user}", user, 1e9, {"items": ["i0000001"], "source": "realtime", "user": user}))
+        found.append(Entry("outcome", f"{prefix}-out-{user}", None, 1e9, {"request_id": f"{prefix}-of-{user}", "outcome": "click"}))
+    return found
+
+
+@pytest.fixture
+def root(whole, tmp_path):
+    return shutil.copytree(whole[0] / "root", tmp_path / "root")
+
+
+def holding(root: Path, text: str) -> list[str]:
+    """Files that have a text, as bytes or within what Parquet compresses."""
+    found = []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        held = text.encode() in path.read_bytes()
+        if path.suffix == ".parquet":
+            held |= text in str(pq.read_table(path).to_pylist())
+        found += [str(path.relative_to(root))] * held
+    return found
+
+
+def run(root: Path, who: str = WHO):
+    log = open_log("sqlite", root)
+    try:
+        with lease.hold(root, "forget", 5.0):
+            return forget(Storage(root), who, log)
+    finally:
+        log.close()
+
+
+def assert_forgotten(root: Path, before: Path) -> None:
+    """Nothing names the user, everybody else is as before, and everything is whole."""
+    assert holding(root, WHO) == []
+    mine, theirs = Snapshot.latest(Storage(root)), Snapshot.latest(Storage(before))
+    assert mine.manifest["users"] == theirs.manifest["users"] - 1 and mine.find(WHO) is None
+    now, then = (Dataset.open(folder / snapshot.manifest["dataset"], verify=True) for folder, snapshot in ((root, mine), (before, theirs)))
+    assert now.digest == mine.manifest["dataset_digest"] and now.n_users == then.n_users - 1 and now.n_events < then.n_events
+    for shard, was in zip(now.shards(), then.shards(), strict=True):
+        for row, user in enumerate(shard.user_ids.to_pylist()):
+            old = was.find(user)
+            assert mine.find(user) == theirs.find(user) and (shard.split[row] == was.split[old]).all()
+            assert all(np.array_equal(one, other) for one, other in zip(shard.history(row), was.history(old), strict=True))
+    assert [path.name for path in (root / "datasets").glob("*")] == [now.path.name] and len(list((root / "scores").glob("dt=*/*"))) == 1
+    for path in (root / "collected").glob("*"):
+        open_sealed(path, collecting.KIND)
+    with contextlib.closing(sqlite3.connect(root / "state" / "log.sqlite")) as connection:
+        assert connection.execute("SELECT count(*) FROM log").fetchone() == (6,), "those of the other one"
+
+
+def test_everything_goes_and_everybody_else_stays(root, whole):
+    before = whole[0] / "root"
+    places = {path.split("/")[0] for path in holding(root, WHO)}
+    assert places == {"collected", "datasets", "quarantine", "scores", "state"}, "else there is nothing to forget"
+    found = run(root)
+    assert found.new and found.log == 6 and found.rows == 3 + 3 * 2, "three of the collected, three bad rows of each dataset"
+    assert_forgotten(root, before)
+    assert holding(root, OTHER) and WHO not in (root / "forgotten.json").read_text()
+    again = run(root)
+    assert (again.new, again.log, again.rows, again.artifacts) == (False, 0, 0, [])
+    assert_forgotten(root, before)
+
+
+POINTS = ("forget:listed", "forget:tables", "dataset:sealed", "snapshot:sealed", "forget:written", "LATEST.json:visible", "forget:published")
+
+
+def test_killed_anywhere_and_repeated_it_ends_right(root, whole):
+    for point in POINTS:
+        child = os.fork()
+        if not child:
+            os.environ[FAULT] = f"KILL@{point}"
+            run(root)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
+        assert Snapshot.latest(Storage(root)).manifest["users"] in (59, 60), "a whole night is published"
+    run(root)
+    assert_forgotten(root, whole[0] / "root")
+
+
+def test_the_next_night_reads_nothing_of_the_user(root, whole):
+    folder, overrides = whole
+    settings = load_settings(None, [*overrides, f"storage.root={root}"])
+    before = prepare_here(settings)
+    run(root)
+    after = prepare_here(settings)
+    assert after.key != before.key and after.n_users == before.n_users - 1 and after.user_history(WHO) is None
+    assert after.manifest["opted_out"] > 3 and prepare_here(settings).key == after.key
+    assert holding(root / "datasets", WHO) == [] and holding(root / "quarantine", WHO) == [], "bad rows neither"
+
+
+def test_the_command_says_what_went_and_what_remains(root, whole, capsys):
+    where = [*whole[1], f"storage.root={root}"]
+    assert main(["forget", WHO, *where]) == 0
+    said = capsys.readouterr().err
+    assert "on the opt-out list" in said and "6 entries of the endpoint's log" in said and "the weights of 1 bundles" in said
+    assert holding(root, WHO) == []
+    assert main(["forget", "nobody-ever", *where]) == 0 and "dropped: 0 entries" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["sqlite", "redis_server"])
+def test_at_the_endpoint_a_user_is_nobody_from_the_next_answer_on(root, whole, request, state):
+    settings = load_settings(None, [*whole[1], f"storage.root={root}"])
+    options = ServeSettings(state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0)
+    if state != "sqlite":
+        redis = pytest.importorskip("redis").Redis.from_url(options.state)
+        redis.flushall()
+    one, two = (Handler(Storage(root), options, settings.score) for _ in range(2))  # replicas
+
+    async def scenario():
+        event = EventsRequest.model_validate({"user_id": WHO, "events": [{"item_id": "i0000001"}]})
+        answer = await one.recommend(RecommendRequest(user_id=WHO))
+        await one.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
+        assert (await one.events(event)).kept == 1 and answer.source != "popular"
+        gone = await one.forget(WHO)
+        assert gone.new and gone.dropped >= 3 and not (await two.forget(WHO)).new
+        for handler in (one, two):
+            handler.look()
+            kept = await handler.events(event)
+            assert (kept.kept, kept.opted_out) == (0, 1)
+            assert (await handler.recommend(RecommendRequest(user_id=WHO))).source == "popular"
+            assert (await handler.history(HistoryRequest(user_id=WHO))).events == []
+            assert (await handler.score(ScoreRequest(user_id=WHO, items=["i0000001"]))).source == "popular"
+            assert (await handler.recommend(RecommendRequest(user_id=OTHER))).source != "popular"
+        await one.journal.keep(lambda writer: writer.append([]))
+
+    asyncio.run(scenario())
+    one.close()
+    two.close()
+    if state == "sqlite":
+        assert holding(root / "state", WHO) == []
+    else:
+        left = [key for key in redis.scan_iter() if WHO.encode() in key]
+        assert left == [] and WHO not in str(redis.xrange("recray:log"))
+
+
+@given(st.lists(st.one_of(st.integers(-(2**63), 2**63 - 1), st.text(min_size=1, max_size=20)), min_size=1, max_size=8, unique_by=str))
+def test_who_is_on_the_list_is_known_by_any_way_to_write_the_id_and_by_nothing_else(tmp_path_factory, users):
+    root = tmp_path_factory.mktemp("list")
+    listed = OptOut.of(root)
+    assert len(listed) == 0 and listed.digest is None and users[0] not in listed
+    assert [listed.add(user) for user in users] == [True] * len(users) and not listed.add(str(users[0]))
+    read = OptOut.of(root)
+    assert read.among(users).all() and all(str(user) in read for user in users) and read.digest == listed.digest
+    assert "nobody else at all" not in read
