@@ -57,6 +57,22 @@ def learning_curve(curve: list[dict[str, float]], best_epoch: int, k: int) -> st
     return _svg(draw, 9.2, 3.2)
 
 
+def spent(points: list[tuple[str, float]], cap: float | None) -> str:
+    """ε of all trainings together by the date of each private bundle, ascending, below the cap."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.step(range(len(points)), [epsilon for _, epsilon in points], where="post", color=MINE, marker="o", markersize=4)
+        if cap is not None:
+            axes.axhline(cap, color=INK, linewidth=1, linestyle=":")
+            axes.annotate(f" cap {cap:g}", (0, cap), xycoords=("axes fraction", "data"), va="bottom")
+        shown = sorted({0, len(points) // 2, len(points) - 1})
+        axes.set_xticks(shown, [points[place][0] for place in shown])
+        axes.set(ylabel="ε spent of a user in all", ylim=(0, 1.15 * max(cap or 0.0, max(epsilon for _, epsilon in points))))
+
+    return _svg(draw, 9.2, 2.6)
+
+
 def utility(ndcg: dict[str, float], epsilons: list[float], nights: Sequence[int], spent: dict[str, list[float]]) -> str:
     """NDCG by ε (keys "method, ε 8" and "method, not private", the last drawn as a line across), and ε by nights."""
 

@@ -21,7 +21,7 @@ from recray.evaluation.evaluate import KIND as EVALUATION
 from recray.evaluation.evaluate import MODEL, Table, evaluate_key, read_table
 from recray.evaluation.statement import lines
 from recray.evaluation.table import TITLES
-from recray.release import Release
+from recray.release import Release, bundles
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 
 KIND = "report"
@@ -46,7 +46,7 @@ def write(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Pa
         return key, path, True
     table, k = read_table(storage.evaluation(evaluated)), settings.evaluate.k[0]
     privacy = bundle.privacy if bundle.privacy["differential_privacy"] else None
-    figures = _figures(table, bundle, k)
+    figures = _figures(table, bundle, k) + ([] if privacy is None else [_spent(storage, privacy)])
     facts = {
         "date": _date(dataset.as_of_s),
         "dataset": dataset.manifest,
@@ -87,6 +87,15 @@ def _figures(table: Table, bundle: Bundle, k: int) -> list[dict[str, str]]:
         text = "Loss on the training histories and NDCG of the validation users, whose best epoch is kept."
         drawn.append(("curve", "Learning curve", text, plots.learning_curve(curve, bundle.metrics["best_epoch"], k)))
     return [dict(zip(("name", "title", "text", "svg"), figure, strict=True)) for figure in drawn]
+
+
+def _spent(storage: Storage, privacy: dict[str, Any]) -> dict[str, str]:
+    """What the trainings of a population spent, by the dates of the private bundles that are there."""
+    statements = [(bundle.as_of_s, bundle.privacy) for bundle in map(Bundle.open, bundles(storage))]
+    mine = [(as_of_s, said) for as_of_s, said in statements if said.get("population") == privacy["population"]]
+    points = sorted((_date(as_of_s), said["epsilon_of_all_trainings"]) for as_of_s, said in mine if "epsilon_of_all_trainings" in said)
+    text = "ε at the δ of the last training, of a user in all trainings of the population up to each bundle."
+    return {"name": "spent", "title": "Privacy spent", "text": text, "svg": plots.spent(points, privacy.get("cap"))}
 
 
 def _rows(rows: dict[str, Any], k: int) -> list[dict[str, Any]]:
