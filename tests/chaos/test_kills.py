@@ -128,7 +128,7 @@ def _goes_on_from_its_checkpoint(root) -> None:
 def test_a_nightly_run_killed_at_any_moment_is_repeated(head, workspace, world_folder, tmp_path, seed, stage, victim):
     delay_s = random.Random(seed).uniform(0, LASTS_S[stage])
     root = tmp_path / "root"
-    night = Job("nightly", world_folder, root, head.environment, fork=False)
+    night = Job("nightly", world_folder, root, head.environment, fork=victim != "launcher")
     night.logs(stage=stage)
     if victim == "worker":
         workers = night.waits_for("a worker", lambda: titled(head.home, WORKERS[stage]))

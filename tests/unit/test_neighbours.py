@@ -71,7 +71,8 @@ def of_last_items(folder: Path) -> tuple[pa.Table, Path, list[str]]:
     return events, items, [*overrides, "split.kind=leave_one_out", "privacy.counts_share=0"]
 
 
-LOGS = {"types of events": of_types, "last items, no counts": of_last_items, "Online Retail": of_a_shop}
+LOGS = {"types of events": of_types, "Online Retail": of_a_shop, "last items, no counts": of_last_items}
+MOST = {"last items, no counts": 20}  # users, of a log that is another one's but for its split
 
 
 class Published:
@@ -146,7 +147,7 @@ def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("neighbours")
     (folder / "world").mkdir()
     events, items, overrides = LOGS[request.param](folder / "world")
-    return events, items, overrides, Published(folder / "all", events, items, overrides)
+    return events, items, overrides, Published(folder / "all", events, items, overrides), MOST.get(request.param, 100)
 
 
 def remarkable(events: pa.Table, dataset: Dataset, count: int) -> list[object]:
@@ -166,10 +167,10 @@ def remarkable(events: pa.Table, dataset: Dataset, count: int) -> list[object]:
 
 @pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_what_is_published_is_equal_without_any_one_protected_user(base, tmp_path, count):
-    events, items, overrides, with_all = base
+    events, items, overrides, with_all, most = base
     whole, lists, rows = with_all.files(), with_all.lists(), learned(with_all.dataset)
     assert len(whole) > 10 and any("model.safetensors" in name for name in whole)
-    for user in remarkable(events, with_all.dataset, count):
+    for user in remarkable(events, with_all.dataset, min(count, most)):
         without = Published(tmp_path / f"without {user}", events.filter(pc.not_equal(events["user_id"], user)), items, overrides)
         found = without.files()
         assert sorted(found) == sorted(whole)
@@ -181,7 +182,7 @@ def test_what_is_published_is_equal_without_any_one_protected_user(base, tmp_pat
 
 def test_the_comparison_notices_what_a_user_changes(base, tmp_path):
     """The control: a user of whom nothing is learned is not protected, and shows."""
-    events, items, overrides, with_all = base
+    events, items, overrides, with_all, _ = base
     users = events["user_id"].combine_chunks()
     held = users.filter(pa.array(nothing_learned_of(users, with_all.dataset.manifest["settings"]["split"])))
     gone = Published(tmp_path / "gone", events.filter(pc.invert(pc.is_in(events["user_id"], held.unique().slice(0, 30)))), items, overrides)
