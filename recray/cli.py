@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument(
         "--data",
-        help="of those that run on data: folder of a data set, or its name under $RECRAY_DATA; privacy: or world",
+        help="of those that run on data: folder of a data set, or its name under $RECRAY_DATA; privacy: or world, or cuts (12 trainings of one ε)",
     )
     benchmark.add_argument(
         "--against",

@@ -77,8 +77,10 @@ def _measure(
     if what == "privacy" and data:
         if against:
             raise SettingsError("benchmark privacy takes no --against", "leave it out; a transformer under Opacus runs beside ours")
-        from recray.benchmark import utility
+        from recray.benchmark import cuts, utility
 
+        if data == "cuts":
+            return cuts.measure_cuts(folder, list(overrides), say, out)
         return utility.measure_utility(folder, data, list(overrides), say, out)
     if what == "policy" and data:
         if against:

@@ -145,7 +145,7 @@ class _Bench:
         more += ["model.items=features"] if fixed else ["data.features={}"]
         self.settings, self.dataset = _world(folder, more) if name == WORLD else prepared(data, folder, more, "video")
         self.chosen = bundle_settings(self.settings)
-        self.asked = {part: _single(Questions(self.dataset, part)) for part in ("validation", "test")}
+        self.asked = {part: single(Questions(self.dataset, part)) for part in ("validation", "test")}
         self.users = users_estimated(self.dataset)
 
     def nights(self, epsilon: float) -> list[float]:
@@ -178,7 +178,7 @@ class _Bench:
         counts = weighted_counts(self.dataset, 0.0 if epsilon is None else 0.5)
         if epsilon is not None:
             counts += _gaussian(epsilon, self.settings.privacy.delta) * np.random.default_rng().normal(size=len(counts))
-        found = {part: _ranks_by(lambda batch: np.tile(counts, (len(batch), 1)), asked) for part, asked in self.asked.items()}
+        found = {part: ranks_by(lambda batch: np.tile(counts, (len(batch), 1)), asked) for part, asked in self.asked.items()}
         return _figures(found)
 
     def _vanilla(self, epsilon: float, rate: float) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class _Bench:
                 found: np.ndarray = model(torch.from_numpy(item))[torch.arange(len(batch)), last].numpy()
             return found
 
-        return _figures({part: _ranks_by(scores, asked) for part, asked in self.asked.items()})
+        return _figures({part: ranks_by(scores, asked) for part, asked in self.asked.items()})
 
 
 def _world(folder: Path, overrides: list[str]) -> tuple[Settings, Dataset]:
@@ -208,7 +208,8 @@ def _world(folder: Path, overrides: list[str]) -> tuple[Settings, Dataset]:
     return settings, prepare_alone(settings)
 
 
-def _single(questions: Questions) -> list[Question]:
+def single(questions: Questions) -> list[Question]:
+    """The questions that want one item which is new to the user."""
     return [question for batch in questions.batches(BATCH) for question in batch if len(wanted(question, new_only=True)) == 1]
 
 
@@ -225,7 +226,7 @@ def _rows(dataset: Dataset, history: int) -> tuple[np.ndarray, np.ndarray]:
     return item, following
 
 
-def _ranks_by(scores: Callable[[list[Question]], np.ndarray], asked: list[Question]) -> np.ndarray:
+def ranks_by(scores: Callable[[list[Question]], np.ndarray], asked: list[Question]) -> np.ndarray:
     """Rank from 1 of the wanted item among all that the user did not meet, ties by index."""
     ranks = []
     for first in range(0, len(asked), BATCH):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_START_S = 1_704_067_200  # 2024-01-01 UTC
+START_S = 1_704_067_200  # 2024-01-01 UTC
 _CHUNK_USERS = 20_000
 
 
@@ -96,7 +96,7 @@ class World:
         earlier = np.arange(len(row)) - (random.random(len(row)) * (np.arange(len(row)) - (np.cumsum(count) - count)[row])).astype(int)
         again = random.random(len(row)) < self.repeat
         item[again] = item[np.minimum(earlier, np.arange(len(row)))[again]]
-        seconds = _START_S + (when * self.days * 86_400).astype(np.int64)
+        seconds = START_S + (when * self.days * 86_400).astype(np.int64)
         event = np.array(["view", "cart", "purchase"])[np.searchsorted([0.7, 0.85], random.random(len(row)))]
         return pa.table(
             {
@@ -193,7 +193,7 @@ class News:
         by_device = np.stack([np.where(np.arange(self.topics) % 2 == d, 0.8, -0.8) for d in (0, 1)])
         count = 1 + random.geometric(1.0 / max(self.events_per_user - 1.0, 1.0), self.users)
         user = np.repeat(np.arange(self.users), count)
-        second = _START_S + np.sort(random.random(len(user)) * self.days * 86_400).astype(np.int64)
+        second = START_S + np.sort(random.random(len(user)) * self.days * 86_400).astype(np.int64)
         user = random.permutation(user)
         device = random.integers(0, 2, len(user))
         order = np.argsort(published, kind="stable")
@@ -218,7 +218,7 @@ class News:
     def _articles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Topic, second of publication and quality of each article; the first ones are there when the log begins."""
         random = np.random.default_rng([self.seed, 8])
-        published = _START_S + ((random.random(self.articles) * (self.days + self.live_days) - self.live_days) * 86_400).astype(np.int64)
+        published = START_S + ((random.random(self.articles) * (self.days + self.live_days) - self.live_days) * 86_400).astype(np.int64)
         return random.integers(0, self.topics, self.articles), published, random.normal(size=self.articles)
 
 

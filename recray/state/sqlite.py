@@ -52,19 +52,11 @@ class SqliteLog(Log):
 
     def append(self, entries: Sequence[Entry]) -> list[int]:
         numbers: list[int] = []
-        with self._raising():
-            connection = self._connection()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                for entry in entries:
-                    row = (entry.kind, entry.key, entry.user, entry.at_s, json.dumps(entry.body, separators=(",", ":"), ensure_ascii=False))
-                    new = connection.execute(_INSERT, row).fetchone()
-                    numbers.append(new[0] if new else self._said(connection, entry))
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+        with self._writing() as connection:
+            for entry in entries:
+                row = (entry.kind, entry.key, entry.user, entry.at_s, json.dumps(entry.body, separators=(",", ":"), ensure_ascii=False))
+                new = connection.execute(_INSERT, row).fetchone()
+                numbers.append(new[0] if new else self._said(connection, entry))
         return numbers
 
     @staticmethod
@@ -103,19 +95,13 @@ class SqliteLog(Log):
 
     def forget_user(self, user: str) -> int:
         with self._raising():
-            connection = self._connection()
-            connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                found = connection.execute(_OUTCOMES_OF, (user,)).rowcount + connection.execute("DELETE FROM log WHERE user = ?", (user,)).rowcount
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+            self._connection().execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
+        with self._writing() as connection:
+            found = connection.execute(_OUTCOMES_OF, (user,)).rowcount + connection.execute("DELETE FROM log WHERE user = ?", (user,)).rowcount
+        with self._raising():
             connection.execute("PRAGMA secure_delete = OFF")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # waits for readers, and takes what was written before with it
-            return int(found)
+        return int(found)
 
     def close(self) -> None:
         for connection in self._all:
@@ -130,6 +116,20 @@ class SqliteLog(Log):
             self._local.connection = found
             self._all.append(found)
         return found
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, on disk when it ends, and undone where it fails."""
+        with self._raising():
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
 
     @contextmanager
     def _raising(self) -> Iterator[None]:

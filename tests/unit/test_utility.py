@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from recray.benchmark import utility
+from recray.benchmark import cuts, utility
 from recray.benchmark.quality import ranks_of
 from recray.benchmark.vanilla_peer import Vanilla
 from recray.dataset.worlds import World
@@ -75,7 +75,7 @@ def test_both_ways_to_rank_agree(bench):
         np.put_along_axis(found, answer.item_index, answer.scores, 1)
         return found
 
-    assert utility._ranks_by(scores, asked).tolist() == expected.tolist()
+    assert utility.ranks_by(scores, asked).tolist() == expected.tolist()
 
 
 def test_the_peer_learns_the_rows_that_we_learn(bench):
@@ -107,3 +107,22 @@ def test_noise_of_popularity_is_that_of_its_epsilon():
         beyond = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(-0.5 / sigma - epsilon * sigma)
         assert beyond == pytest.approx(delta, rel=1e-6)
     assert utility._gaussian(8.0, 1e-6) < utility._gaussian(1.0, 1e-6)
+
+
+def test_night_after_night_each_begins_with_the_one_before_and_a_second_run_measures_none_again(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in {"SPECIFICATION": small.SPECIFICATION, "OF_DATA": small.OF_DATA, "CUTS": 2, "SEEDS": 1, "LAST": 1, "FIRST_DAY": 100}.items():
+        monkeypatch.setattr(cuts, name, value)
+    said = []
+    (tmp_path / "a").mkdir()
+    chosen, found = cuts.measure_cuts(tmp_path / "a", [], said.append, tmp_path / "out")
+    assert (chosen["privacy"]["cap"], chosen["privacy"]["trainings"]) == (8.0, 2) and [len(row) for row in found["table"]] == [5, 5]
+    assert found["lead_over_reused_low"] <= found["lead_over_reused"] <= found["lead_over_reused_high"]
+    statements = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("privacy.json")}
+    assert statements.keys() == {"0-0", "0-1", "0-alone"} and statements["0-alone"]["epsilon"] > 1.2 * statements["0-0"]["epsilon"]
+    (file,) = (tmp_path / "out").glob("*.cells.jsonl")
+    lines = file.read_text()
+    file.write_text(lines[:-10])  # torn
+    (tmp_path / "b").mkdir()
+    assert cuts.measure_cuts(tmp_path / "b", [], said.append, tmp_path / "out")[1] == found
+    assert file.read_text().splitlines()[0] == lines.splitlines()[0]
