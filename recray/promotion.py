@@ -19,6 +19,7 @@ from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, RefusedError
 from recray.evaluation import gates
 from recray.evaluation.evaluate import evaluate, evaluate_key
+from recray.evaluation.statement import audits, objections
 from recray.release import Member, Release
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 
@@ -240,14 +241,10 @@ def _private(settings: Settings, challenger: Bundle) -> gates.Check:
 
 def _refuted(settings: Settings, challenger: Bundle) -> str | None:
     """Which audit of trainings with the settings of a bundle found that they promise more than they keep; None if none did."""
-    for path in sorted((settings.root() / "audits").glob("*.json")):
-        found = read_json(path)
-        if found.get("settings_key") != challenger.manifest["settings_key"]:
-            continue
-        wrong = [f"ε {claim['claim']:.3g} is refuted" for claim in found["claims"] if claim["verdict"] == "refuted"]
-        wrong += [f"{check['name']}: {check['text']}" for check in found["checks"] if not check["passed"]]
-        if wrong:
-            return f"audit {path.stem}: {'; '.join(wrong)}; release nothing of it (to look again, delete {path} and repeat recray privacy audit)"
+    for key, audit in audits(settings.root(), challenger.manifest["settings_key"]).items():
+        if wrong := objections(audit):
+            file = Storage(settings.root()).audit(key)
+            return f"audit {key}: {'; '.join(wrong)}; release nothing of it (to look again, delete {file} and repeat recray privacy audit)"
     return None
 
 

@@ -88,10 +88,11 @@ def _measure(
         from recray.benchmark import policy
 
         return policy.measure_real(folder, data, list(overrides), say)
-    if what == "prepare" and against and not data and not overrides:
-        from recray.benchmark import prepare
+    if what in ("prepare", "privacy") and against and not data and not overrides:
+        from recray.benchmark import prepare, privacy
 
-        return {}, prepare.measure_against(folder, Path(against), say)
+        measure_against = prepare.measure_against if what == "prepare" else privacy.measure_against
+        return {}, measure_against(folder, Path(against), say)
     if against and against not in PEERS:
         raise SettingsError(f"benchmark {what}: --against {against}", f"known: {', '.join(PEERS)}")
     if what in ALONE:

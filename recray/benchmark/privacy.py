@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from recray.benchmark.catalogue import RandomUsers, peak_bytes
-from recray.errors import TrainingError
+from recray.errors import SettingsError, TrainingError
 from recray.model.losses import Criterion, Targets
 from recray.model.recommender import PRESETS, Batch, Recommender, Shape
 from recray.privacy.engine import PrivateStep
@@ -52,8 +52,25 @@ def measure_privacy(folder: Path, say: Say) -> dict[str, Any]:
     return metrics
 
 
-def _apart(what: str, users: int, items: int) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-m", __name__, what, str(users), str(items)], capture_output=True, text=True)
+def measure_against(folder: Path, other: Path, say: Say) -> dict[str, Any]:
+    """`ratio`: seconds of a private step here over those of another checkout, run in turns. Raises SettingsError for a folder that is no checkout."""
+    mine = Path(__file__).resolve().parents[2]
+    if not (other / "recray" / "privacy").is_dir():
+        raise SettingsError(f"--against {other}: no checkout of recray", "git worktree add FOLDER COMMIT makes one")
+    ratios = []
+    for turn in range(-1, ROUNDS):  # the first one warms caches and counts for nothing
+        pair = [_apart("private", USERS, ITEMS, checkout)["seconds"] for checkout in ((other, mine) if turn % 2 else (mine, other))]
+        here, there = reversed(pair) if turn % 2 else pair
+        if turn >= 0:
+            ratios.append(here / there)
+            say(f"round {turn + 1}: {here:.2f} s a step here, {there:.2f} s there: ratio {here / there:.3f}")
+    return {"ratio": round(statistics.median(ratios), 4), "lowest": round(min(ratios), 4), "highest": round(max(ratios), 4)}
+
+
+def _apart(what: str, users: int, items: int, checkout: Path | None = None) -> dict[str, float]:
+    environment = os.environ if checkout is None else {**os.environ, "PYTHONPATH": str(checkout.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "recray.benchmark.privacy", what, str(users), str(items)]
+    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True)
     if done.returncode:
         raise TrainingError(f"a {what} step of {users} users failed: {done.stderr.strip()[-600:]}", "is there memory for it?")
     found: dict[str, float] = json.loads(done.stdout)

@@ -19,7 +19,7 @@ from recray.errors import MissingArtifactError
 from recray.evaluation import plots
 from recray.evaluation.evaluate import KIND as EVALUATION
 from recray.evaluation.evaluate import MODEL, Table, evaluate_key, read_table
-from recray.evaluation.statement import lines
+from recray.evaluation.statement import audited, audits, lines
 from recray.evaluation.table import TITLES
 from recray.release import Release, bundles
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
@@ -56,7 +56,7 @@ def write(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Pa
         "below": bool(below := _below(table, k)),
         "looks": [*_meanwhile(snapshot), *below, *([] if privacy else dataset.manifest.get("notes", []))],
         "privacy": privacy,
-        "privacy_lines": lines(privacy) if privacy else [],
+        "privacy_lines": [*lines(privacy), audited(audits(storage.root, bundle.manifest["settings_key"]))] if privacy else [],
         "snapshot": snapshot,
         "settings": {setting: {"title": TITLES[setting], "rows": _rows(rows, k)} for setting, rows in table.items()},
         "headlines": _headlines(table, settings.evaluate.primary_setting, k),

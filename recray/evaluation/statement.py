@@ -7,7 +7,10 @@ all together, tuning, and what an attack showed.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from recray.storage import read_json
 
 
 class Line(NamedTuple):
@@ -39,10 +42,35 @@ def lines(statement: dict[str, Any]) -> list[Line]:
         Line("Accountant", f"{said['accountant']}; users are drawn for each step by independent coins"),
         Line("Randomness", said["randomness"]),
         Line("Began with", said.get("began_with", "random weights")),
+        Line("Held out", f"{said['held_out']:.0%} of the users, by a hash of their ids" if "held_out" in said else "users by a hash of their ids"),
         Line("Protected", said["protected"]),
         *(Line("Not protected", text) for text in said["not_protected"]),
     ]
     return found
+
+
+def audits(root: Path, settings_key: str) -> dict[str, dict[str, Any]]:
+    """Audits of trainings with the settings of a bundle that were made to their end, by their keys."""
+    found = {path.stem: read_json(path) for path in sorted((root / "audits").glob("*.json"))}
+    return {key: content for key, content in found.items() if content.get("settings_key") == settings_key}
+
+
+def objections(audit: dict[str, Any]) -> list[str]:
+    """What an audit found that a training promises and does not keep, in words."""
+    wrong = [f"ε {claim['claim']:.3g} is refuted" for claim in audit["claims"] if claim["verdict"] == "refuted"]
+    return wrong + [f"{check['name']}: {check['text']}" for check in audit["checks"] if not check["passed"]]
+
+
+def audited(found: dict[str, dict[str, Any]]) -> Line:
+    """What the audits of a bundle's settings say."""
+    if not found:
+        return Line("Audit", "none was made with these settings: recray privacy audit")
+    said = []
+    for key, audit in found.items():
+        shown = max((run["epsilon"] for name, run in audit["runs"].items() if name == "own ε"), default=0.0)
+        words = "; ".join(objections(audit)) or "nothing was refuted, and contributions, rates, noise and ledger were as accounted for"
+        said.append(f"{key}: {words}; {audit['canaries']} canaries show an ε above {shown:.2f}")
+    return Line("Audit", ". ".join(said))
 
 
 def _of_cap(cap: float | None) -> str:

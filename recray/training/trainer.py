@@ -158,7 +158,15 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
     curve = json.loads((checkpoint / "progress.json").read_text())
     statement = None
     if mechanism is not None:
-        statement = mechanism.statement() | _ledger(settings).statement() | {"cap": settings.privacy.cap, "began_with": _origin(parent)}
+        statement = (
+            mechanism.statement()
+            | _ledger(settings).statement()
+            | {
+                "cap": settings.privacy.cap,
+                "held_out": settings.split.held_out,
+                "began_with": _origin(parent),
+            }
+        )
     bundle = write_bundle(
         final,
         key,
