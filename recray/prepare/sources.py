@@ -6,17 +6,10 @@ null in a whole file is null there; times have one rule (`recray.prepare.times`)
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import difflib
-import io
-import itertools
 import json
-import re
-import tokenize
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +21,7 @@ from recray.dataset.context import CLOCK
 from recray.errors import DataError, Problems, RecrayError
 from recray.prepare.files import InputFile
 from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, TableFile, Tally, joined_type, open_file
+from recray.prepare.texts import see_separator, values_of
 from recray.prepare.times import (
     ENOUGH,
     OUTSIDE,
@@ -46,12 +40,6 @@ from recray.prepare.times import (
 LATEST_S = 253_402_300_800  # the end of the year 9999: what lies further from 1970 is no number of seconds
 YEAR_S = 365 * 86_400  # a catalogue of 1970 alone is one of years, or of dates as numbers
 MANY_ODD = 0.5  # of the whole numbers among ids, to make these text that happens to look so
-_NAN = re.compile(r"\bnan\b(?=\s*[,\])}])")
-_ONE = re.compile(r"\'([^\']*)\'|\"([^\"]*)\"")
-_QUOTED = re.compile(rf"(?:{_ONE.pattern})(?:\s+(?:{_ONE.pattern}))*")  # as numpy writes texts
-_APART = re.compile(r"[\'\"]\s+[\'\"]")
-_NUMBERS = re.compile(r"-?[0-9.]+(?:\s+-?[0-9.]+)*")
-OTHER_SIGNS = "/\t>:&+"  # that may separate values, where most texts have one
 IDS = (schema.USER_ID, schema.ITEM_ID, schema.BASKET)
 NAMES = (*IDS, schema.EVENT, schema.EVENT_ID)
 
@@ -480,58 +468,7 @@ def _lists(column: pa.ChunkedArray, name: str, kind: str, separator: str | None,
             return pa.chunked_array([pa.array([None if text is None else json.loads(text) for text in texts], pa.list_(pa.float32()))])
         except (ValueError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"{file.uri}: feature {name} holds text that is no JSON list of numbers: {error}", "write [0.1, 0.2]") from None
-    return pa.chunked_array([pa.array([None if text is None else _values(text, separator) for text in texts], pa.list_(pa.string()))])
-
-
-def _values(text: str, between: str | None) -> list[str]:
-    found = _written_list(text)
-    if found is None:
-        return [part.strip() for part in (text.split(between) if between else [text]) if part.strip()]
-    return [one if isinstance(one, str) else json.dumps(one) for one in found if one is not None]
-
-
-def _written_list(text: str) -> list[Any] | None:
-    """The values of a text that is a list as JSON, Python, numpy or Hive write it; None for another text."""
-    if text[:1] not in "[({" and not text.startswith("frozenset("):
-        return None
-    found: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-    if found is None and not (_APART.search(text) and _side_by_side(text)):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = ast.literal_eval(_NAN.sub("None", text).removeprefix("frozenset(").removesuffix(")" if text.startswith("frozenset(") else ""))
-    if isinstance(found, list | tuple | set):
-        return sorted(found, key=repr) if isinstance(found, set) else list(found)
-    if not (text.startswith("[") and text.endswith("]")):
-        return None
-    inner = text[1:-1].strip()
-    if quoted := _QUOTED.fullmatch(inner) and _ONE.findall(inner):
-        return [one or other for one, other in quoted]
-    parts = inner.split() if _NUMBERS.fullmatch(inner) else inner.split(",")
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _side_by_side(text: str) -> bool:
-    """Whether quoted texts stand side by side, with nothing between them: numpy writes two so, Python reads one."""
-    with contextlib.suppress(tokenize.TokenError, SyntaxError):
-        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-        return any(one == other == tokenize.STRING for one, other in itertools.pairwise(kinds))
-    return True
-
-
-def see_separator(texts: list[str | None]) -> tuple[str | None, str]:
-    """What stands between the values of texts: the one of | ; and , that most of them have outside of JSON, None for none; and what a person
-    should know of that, nothing where it is beyond doubt."""
-    plain = [text for text in texts if text is not None and text.strip() and _written_list(text.strip()) is None]
-    counts = {sign: sum(sign in text for text in plain) for sign in "|;,"}
-    sign = max(counts, key=lambda one: counts[one])
-    if not plain or not counts[sign]:
-        other = next((one for one in OTHER_SIGNS if sum(one in text for text in plain) > len(plain) / 2), None)
-        return None, "" if other is None else f"no text has | ; or , in it, so each is one value; most have {other!r}: data.separator={other!r}?"
-    others = [f"{count} texts have {other!r} too" for other, count in counts.items() if other != sign and count]
-    if sign == "|" and not others:
-        return sign, ""
-    return sign, f"{sign!r} is taken for what separates its values{f' ({chr(59).join(others)})' if others else ''}; data.separator says so"
+    return pa.chunked_array([pa.array([None if text is None else values_of(text, separator) for text in texts], pa.list_(pa.string()))])
 
 
 def _released(column: pa.ChunkedArray, data: DataSettings, uri: str) -> pa.ChunkedArray:

@@ -15,7 +15,7 @@ from test_input import DAY, T, histories, prepared, rows, written
 from recray.errors import DataError
 from recray.prepare import formats
 from recray.prepare.files import InputFile
-from recray.prepare.sources import _written_list
+from recray.prepare.texts import written_list
 
 
 def lines(**changed):
@@ -143,12 +143,12 @@ def test_a_value_that_is_no_number_is_a_bad_row(tmp_path, kind):
 
 @given(st.lists(st.text("ab ,'\"\\é|", min_size=1, max_size=5), max_size=4))
 def test_a_list_is_the_same_however_it_is_written(values):
-    assert _written_list(json.dumps(values)) == values
-    assert _written_list(repr(values)) == values
-    assert _written_list(repr(tuple(values))) == values
+    assert written_list(json.dumps(values)) == values
+    assert written_list(repr(values)) == values
+    assert written_list(repr(tuple(values))) == values
     plain = [value for value in values if value.strip() and not set("'\"\\,") & set(value)]
     if plain:
-        assert _written_list("[" + " ".join(map(repr, plain)) + "]") == plain  # as numpy does
+        assert written_list("[" + " ".join(map(repr, plain)) + "]") == plain  # as numpy does
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_list_is_the_same_however_it_is_written(values):
     ],
 )
 def test_texts_that_are_lists_and_texts_that_are_none(text, values):
-    assert _written_list(text) == values
+    assert written_list(text) == values
 
 
 def test_an_identifier_with_blanks_around_it_is_said(tmp_path):
