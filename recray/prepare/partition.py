@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,7 @@ BATCH_ROWS = 131_072
 LARGEST = (1 << 63) - 1
 LIVE_POSITION = 1 << 62  # where an order is all that is known, live events come after everything that the owner has
 FUTURE = "time is in the future"
+WORDS = re.compile(r"[\s,;|\t\"'{}\[\]:]+")  # what stands between the words of a line that is no row
 P = "p"  # staged column: what orders events of one time
 ROW = "row"  # staged column: a digest of what the others hold less exactly, so that rows which differ are told apart
 
@@ -126,6 +128,9 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
         good, rejected, clocked = _check(plan, staged)
         if len(plan.opted_out):
             gone, theirs_bad = (_by_user(rows, lambda users: plan.opted_out.among(users.to_pylist())) for rows in (good, rejected))
+            if "line" in rejected.column_names:
+                lines = rejected["line"].to_pylist()
+                theirs_bad |= np.array([line is not None and plan.opted_out.among(WORDS.split(line)).any() for line in lines], bool)
             stats.opted_out += int(gone.sum() + theirs_bad.sum())
             good, clocked, rejected = good.filter(pa.array(~gone)), clocked[~gone], rejected.filter(pa.array(~theirs_bad))
         described = describing(plan, good)

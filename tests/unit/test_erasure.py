@@ -159,6 +159,19 @@ def test_the_next_night_reads_nothing_of_the_user(root, whole):
     assert holding(root / "datasets", WHO) == [] and holding(root / "quarantine", WHO) == [], "bad rows neither"
 
 
+def test_a_line_that_is_no_row_is_not_kept_where_it_names_the_user(tmp_path):
+    lines = [f"user-{n},i{n % 3},{1_600_000_000 + n}" for n in range(200)] + [f'"{WHO}",i1', f"{WHO},i1,{1_600_000_000}", "somebody,i1"]
+    (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
+    where = [f"data.events={tmp_path / 'events.csv'}", f"storage.root={tmp_path / 'root'}", "split.kind=leave_one_out", "data.max_bad_fraction=0.1"]
+    settings = load_settings(None, where)
+    assert prepare_here(settings).manifest["bad_rows"] == 2 and len(holding(tmp_path / "root", WHO)) > 1
+    with lease.hold(tmp_path / "root", "forget", 5.0):
+        assert forget(Storage(tmp_path / "root"), WHO, None).rows == 1
+    assert holding(tmp_path / "root", WHO) == []
+    again = prepare_here(settings)
+    assert (again.manifest["bad_rows"], again.manifest["opted_out"]) == (1, 2) and holding(tmp_path / "root", WHO) == []
+
+
 def test_the_command_says_what_went_and_what_remains(root, whole, capsys):
     where = [*whole[1], f"storage.root={root}"]
     assert main(["forget", WHO, *where]) == 0
