@@ -47,24 +47,21 @@ tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
 no_ray_then_jobs() {
-    tests "not ray and not own and not policy and not slow"
+    tests "not ray and not own and not second and not long"
 }
 clusters_then_ray() {
     local failed=0
     .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
     bash infra/lint.sh || failed=1
-    tests "(ray or own or policy) and not alone and not long" || failed=1
+    tests "(ray or own or second) and not alone and not long" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
-}
-slow_jobs() {
-    tests "slow and not ray and not own and not policy and not long"
 }
 long() {
     tests "long"
 }
 lanes=(no_ray_then_jobs clusters_then_ray)
-[[ -n $marks ]] || lanes+=(slow_jobs long) # more of them, for what the others leave idle: much of it waits
+[[ -n $marks ]] || lanes+=(long) # for what the others leave idle; more of them would get in each other's way
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 set -m # lanes are process groups, which an interrupt ends as a whole

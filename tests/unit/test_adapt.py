@@ -21,7 +21,7 @@ from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.handler import Handler
 
-pytestmark = pytest.mark.policy
+pytestmark = pytest.mark.second
 
 
 def round_of(world, n, seed, sigma=1.0):

@@ -137,6 +137,7 @@ def test_a_sound_training_has_no_findings_and_its_made_up_users_are_clipped(sett
 
 
 @pytest.mark.slow
+@pytest.mark.second
 def test_twenty_sound_trainings_have_no_findings(settings, dataset):
     assert [finding for _ in range(20) for finding in looked_at(settings, dataset).values() if not finding.passed] == []
 

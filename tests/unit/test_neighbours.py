@@ -165,7 +165,7 @@ def remarkable(events: pa.Table, dataset: Dataset, count: int) -> list[object]:
     return list(dict.fromkeys(chosen))[:count]
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.second])])
 def test_what_is_published_is_equal_without_any_one_protected_user(base, tmp_path, count):
     events, items, overrides, with_all, most = base
     whole, lists, rows = with_all.files(), with_all.lists(), learned(with_all.dataset)

@@ -8,7 +8,7 @@ from policies import ope
 from policies.rewards import Planted, clicks
 from recray.inference.policy import explore, log_density
 
-pytestmark = pytest.mark.policy
+pytestmark = pytest.mark.second
 
 P = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # who logged: actions by state
 NEW = np.array([[0.1, 0.1, 0.8], [0.5, 0.25, 0.25]])
