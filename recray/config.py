@@ -162,7 +162,10 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _of_items(self) -> DataSettings:
         if self.catalogue == "items" and self.items is None:
-            raise ValueError("catalogue: items, but data.items names no table; name it, or set data.catalogue to all")
+            raise ValueError(
+                "catalogue: items (which privacy.enabled needs), but data.items names no table: name the table of what there is, "
+                "or, without privacy, set data.catalogue to all"
+            )
         return self
 
     @field_validator("context")
