@@ -2,16 +2,19 @@
 
 import datetime as dt
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import prepare_here, world_overrides
+from conftest import prepare_here, private_overrides, world_overrides
 
 from recray import pipeline
 from recray.benchmark.nights import publish_untrained
 from recray.config import DataSettings, load_settings
+from recray.dataset.reader import nothing_learned_of
 from recray.errors import StateError
 from recray.optout import OptOut
 from recray.prepare.files import InputFile, collected_files
@@ -122,6 +125,26 @@ def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
     assert run.data.metrics["answers/bundle/c"] == 1 and run.data.metrics["degraded/model"] == 0.5
     assert pipeline.run_collect(settings, None).status == "skipped"
     assert len(tracking._client.get_metric_history(run.info.run_id, "answers")) == 1
+    log.close()
+
+
+def test_with_privacy_mlflow_is_told_of_users_who_are_held_out_alone(world_folder, tmp_path):
+    settings = load_settings(None, private_overrides(world_folder, tmp_path / "root"))
+    users = [str(user) for user in range(60)]
+    held = nothing_learned_of(pa.array(users), settings.split.model_dump())
+    log = open_log("sqlite", settings.root())
+    for user, answers in zip(users, np.random.default_rng(0).integers(1, 4, 60), strict=True):
+        for number in range(answers):
+            name = f"{user}-{number}"
+            log.append([Entry("decision", name, user, 5.0, decision("").body), outcome(f"o{name}", name), event(f"e{name}", user)])
+    log.append([Entry("decision", "nobody's", None, 5.0, decision("").body)])
+    folder = Path(pipeline.run_collect(settings, None).outputs["collected"])
+    mine = collecting.summary(folder, partial(nothing_learned_of, split=settings.split.model_dump()))
+    theirs = sum(int(answers) for answers, one in zip(np.random.default_rng(0).integers(1, 4, 60), held, strict=True) if one)
+    assert 3 < held.sum() < 30 and mine["answers"] == mine["events"] == theirs and mine["outcomes/click/an_answer"] == 1.0
+    tracking = Tracking(settings.tracking, Storage(settings.root()))
+    run = tracking._client.get_run(tracking.run(f"endpoint {log.identity}", "endpoint"))
+    assert run.data.metrics["answers"] == run.data.metrics["events"] == theirs < collecting.summary(folder)["answers"]
     log.close()
 
 
