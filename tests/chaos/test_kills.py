@@ -76,13 +76,13 @@ def test_a_training_that_lost_its_worker_and_then_its_driver_is_repeated(head, w
 @pytest.mark.slow
 def test_a_training_that_is_asked_to_stop_says_so_and_is_repeated(workspace):
     workspace.cut("train")
-    long = ("train.epochs=60", "train.patience=60")
+    long = ("train.epochs=25", "train.patience=25")
     job = workspace.job("train", *long)
     job.logs(epoch=2)
     os.kill(job.pid, signal.SIGINT)
     code, result = job.end()
     assert (code, result["status"]) == (1, "failed") and "stopped by a signal" in result["reason"], result
-    assert workspace.job("train", *long).ends_ok()["metrics"]["epochs"] == 60
+    assert workspace.job("train", *long).ends_ok()["metrics"]["epochs"] == 25
 
 
 @pytest.mark.parametrize(("stage", "victim"), [("prepare", "launcher"), ("train", "head"), ("score", "worker")])
