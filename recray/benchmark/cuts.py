@@ -100,7 +100,7 @@ class Nights:
         options = self.settings.privacy if not alone else self.settings.privacy.model_copy(update={"trainings": 1})
         dataset, chosen = self.datasets[cut], bundle_settings(self.settings)
         chosen = {**chosen, "train": {**chosen["train"], "seed": seed}}
-        mechanism = mechanism_of(options, users_estimated(dataset))
+        mechanism = mechanism_of(options, users_estimated(dataset)[1])
         loop = build_loop(dataset, chosen, torch.device("cpu"), parent, vars(mechanism))
         for _ in loop.run():
             pass

@@ -146,7 +146,7 @@ class _Bench:
         self.settings, self.dataset = _world(folder, more) if name == WORLD else prepared(data, folder, more, "video")
         self.chosen = bundle_settings(self.settings)
         self.asked = {part: single(Questions(self.dataset, part)) for part in ("validation", "test")}
-        self.users = users_estimated(self.dataset)
+        self.users = users_estimated(self.dataset)[1]
 
     def nights(self, epsilon: float) -> list[float]:
         """ε of so many trainings together."""

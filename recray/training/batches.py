@@ -195,15 +195,23 @@ def users_learned(dataset: Dataset) -> int:
     return sum(len(_input_ranges(shard, shard.learned)[0]) for shard in dataset.shards())
 
 
-def users_estimated(dataset: Dataset) -> int:
-    """About how many users have something to learn from, told by those who are held out alone: a hash says who is."""
+def users_estimated(dataset: Dataset) -> tuple[int, int]:
+    """About how many users there are to learn from, and how many of them have something to be learned (a history and a target), told by those who
+    are held out alone: a hash says who is."""
     share: float = dataset.manifest["settings"]["split"]["held_out"]
-    return round(sum(len(start) for start, *_ in _held_out_ranges(dataset)) * (1 - share) / share)
+    there = sum(int((shard.asked & (shard.split[:, _learned_until(dataset)] > 0)).sum()) for shard in dataset.shards())
+    learned = sum(len(start) for start, *_ in _held_out_ranges(dataset))
+    return round(there * (1 - share) / share), round(learned * (1 - share) / share)
+
+
+def _learned_until(dataset: Dataset) -> int:
+    """The column of a shard's split up to which those are learned who are not asked."""
+    return 3 if dataset.split_kind == "leave_one_out" else 2
 
 
 def _held_out_ranges(dataset: Dataset) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Ranges of the users who are held out, as far as the others are learned."""
-    end = 3 if dataset.split_kind == "leave_one_out" else 2
+    end = _learned_until(dataset)
     return [_input_ranges(shard, np.where(shard.asked, shard.split[:, end], 0)) for shard in dataset.shards()]
 
 

@@ -209,10 +209,10 @@ def mechanism_for(settings: Settings, dataset: Dataset, key: str | None = None) 
     if not users_learned(dataset.learning_from(part, parts)):
         where = f" in part {part + 1} of {parts}" if parts > 1 else ""
         raise DataError(f"dataset {dataset.key}: nobody to learn from{where}", "lower privacy.shards" if parts > 1 else "prepare more events")
-    everybody = users_estimated(dataset)
-    if not everybody:
+    everybody, learned = users_estimated(dataset)
+    if not learned:
         raise DataError(f"dataset {dataset.key}: nobody who is held out has two events", "raise split.held_out: they say how many users there are")
-    return replace(mechanism_of(settings.privacy, everybody), users=max(round(everybody / parts), 1), part=part, parts=parts)
+    return replace(mechanism_of(settings.privacy, everybody), users=max(round(learned / parts), 1), part=part, parts=parts)
 
 
 def _turn(settings: Settings, key: str | None) -> int:

@@ -96,7 +96,7 @@ def test_steps_are_taken_as_accounted_and_end_there(settings, dataset):
     lines = list(run.run())
     assert [line["steps"] for line in lines] == [5, 10, 12] and run.progress.step == 12
     assert not any("loss" in line for line in lines)
-    assert run.private.optimizer.noise_multiplier == 0.5 and run.private.optimizer.expected_batch_size == 0.2 * users_estimated(dataset)
+    assert run.private.optimizer.noise_multiplier == 0.5 and run.private.optimizer.expected_batch_size == 0.2 * users_estimated(dataset)[1]
     assert list(run.run()) == []
 
 
