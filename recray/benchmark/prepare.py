@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+from recray.benchmark.checkouts import beside, environment_of
 from recray.dataset.worlds import World
-from recray.errors import RecrayError, SettingsError
+from recray.errors import RecrayError
 from recray.stages import Say
 
 MILLIONS = (1, 10)
-ROUNDS = 5
+ROUNDS = 9
 PERIOD_S = 0.2
 BASE_BYTES = 1_000_000_000  # the bound is this and 100 bytes an event
 
@@ -56,23 +57,10 @@ def measure_prepare(folder: Path, say: Say) -> dict[str, float]:
 def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
     """Events a second of prepare at 1 million synthetic events, here and in another checkout, in turns, without the start of Ray and imports.
 
-    The ratio is this one's to the other's: the median of the rounds, and the lowest and the highest of them.
     Raises SettingsError for a folder that is no checkout.
     """
-    mine = Path(__file__).resolve().parents[2]
-    if not (other / "recray" / "prepare").is_dir():
-        raise SettingsError(f"--against {other}: no checkout of recray", "git worktree add FOLDER COMMIT makes one")
     World(users=50_000, items=20_000, events_per_user=20.0).write(folder / "world")
-    ratios, rates = [], []
-    for turn in range(-1, ROUNDS):  # the first one warms caches and counts for nothing
-        pair = [_events_a_second(folder, checkout) for checkout in ((other, mine) if turn % 2 else (mine, other))]
-        here, there = reversed(pair) if turn % 2 else pair
-        if turn >= 0:
-            ratios.append(here / there)
-            rates.append(here)
-            say(f"round {turn + 1}: {here:.0f} events/s here, {there:.0f} there: ratio {here / there:.3f}")
-    middle = sorted(ratios)[ROUNDS // 2]
-    return {"ratio": round(middle, 4), "lowest": round(min(ratios), 4), "highest": round(max(ratios), 4), "events_a_second": round(max(rates))}
+    return beside(other, "prepare", ROUNDS, lambda checkout: _events_a_second(folder, checkout), "events/s", say)
 
 
 _CHILD = """
@@ -94,8 +82,7 @@ shutil.rmtree(f"{folder}/root")
 
 def _events_a_second(folder: Path, checkout: Path) -> float:
     """Of one prepare by a checkout's code, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], env=environment, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], env=environment_of(checkout), cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RecrayError(f"prepare of {checkout} ended with {done.returncode}: {done.stderr[-2000:]}")
     return float(json.loads(done.stdout.splitlines()[-1]))

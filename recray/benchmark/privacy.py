@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from recray.benchmark.catalogue import RandomUsers, peak_bytes
-from recray.errors import SettingsError, TrainingError
+from recray.benchmark.checkouts import beside, environment_of
+from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
 from recray.model.recommender import PRESETS, Batch, Recommender, Shape
 from recray.privacy.engine import PrivateStep
@@ -52,23 +53,13 @@ def measure_privacy(folder: Path, say: Say) -> dict[str, Any]:
     return metrics
 
 
-def measure_against(folder: Path, other: Path, say: Say) -> dict[str, Any]:
-    """`ratio`: seconds of a private step here over those of another checkout, run in turns. Raises SettingsError for a folder that is no checkout."""
-    mine = Path(__file__).resolve().parents[2]
-    if not (other / "recray" / "privacy").is_dir():
-        raise SettingsError(f"--against {other}: no checkout of recray", "git worktree add FOLDER COMMIT makes one")
-    ratios = []
-    for turn in range(-1, ROUNDS):  # the first one warms caches and counts for nothing
-        pair = [_apart("private", USERS, ITEMS, checkout)["seconds"] for checkout in ((other, mine) if turn % 2 else (mine, other))]
-        here, there = reversed(pair) if turn % 2 else pair
-        if turn >= 0:
-            ratios.append(here / there)
-            say(f"round {turn + 1}: {here:.2f} s a step here, {there:.2f} s there: ratio {here / there:.3f}")
-    return {"ratio": round(statistics.median(ratios), 4), "lowest": round(min(ratios), 4), "highest": round(max(ratios), 4)}
+def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
+    """Seconds of a private step here and in another checkout, in turns. Raises SettingsError for a folder that is no checkout."""
+    return beside(other, "privacy", ROUNDS, lambda checkout: _apart("private", USERS, ITEMS, checkout)["seconds"], "s a step", say)
 
 
 def _apart(what: str, users: int, items: int, checkout: Path | None = None) -> dict[str, float]:
-    environment = os.environ if checkout is None else {**os.environ, "PYTHONPATH": str(checkout.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ if checkout is None else environment_of(checkout)
     command = [sys.executable, "-m", "recray.benchmark.privacy", what, str(users), str(items)]
     done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True)
     if done.returncode:
