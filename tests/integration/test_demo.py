@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-WHOLE = pytest.param((), marks=pytest.mark.slow, id="whole")
+WHOLE = pytest.param(("train.threads=1",), marks=pytest.mark.slow, id="whole")
 SHORT = pytest.param(("train.epochs=5", "train.threads=1"), id="five epochs")
 
 
