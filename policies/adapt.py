@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -18,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
+from torch import Tensor
 
 from policies import gate
 from policies.held_out import HeldOut
 from policies.learner import Ppo, beginning, learn, module_config, plain, restore
-from policies.logs import Aside, Logged, checked, read, usable
+from policies.logs import Aside, Logged, checked, usable
 from policies.rewards import Outcomes
 from policies.tune import TIMED, deciding_share, rules_of
 from recray.bundle import Bundle
@@ -61,18 +61,21 @@ class Marwil:
 
 def adapt(
     settings: Settings,
-    folders: Sequence[Path],
+    rounds: list[Logged],
+    aside: Aside,
     dataset: Dataset,
     bundle: Bundle,
     live: Policy | None,
     policies: set[str],
-    now_s: float,
+    level: float,
 ) -> tuple[Policy, gate.Verdict, Aside]:
-    """The next policy of a bundle from collected folders, the gate's verdict, and how many decisions were set aside, by reason.
+    """The next policy of a bundle from rounds of decisions, the gate's verdict, and how many decisions were set aside, by reason.
 
     A third of the users, the same in every round, judge; nothing of theirs is ever learned from. They judge by what the live policy
     decided in the rounds that are learned from: those since the world changed.
 
+    rounds, aside : of `policies.logs.read`
+    level : of the gate letting a policy pass that gains nothing
     dataset : with the histories of the judges, for whom lists are made
     policies : run keys of those that may have decided, "" for none
     Raises RefusedError where the newest round can say too little, or where privacy is on and nobody is held out.
@@ -82,7 +85,6 @@ def adapt(
     if live is not None and live.actions != options.actions:
         what = f"the policy that decides turns {', '.join(live.actions)}, policy.actions says {', '.join(options.actions)}"
         raise RefusedError(what, "say what it turns, or let recray tune make one for the others")
-    rounds, aside = read(folders, options.actions, until_s=now_s - options.wait_s, bound=bound)
     if not rounds:
         what = "".join(f"; {count} {reason}" for reason, count in aside.items())
         raise RefusedError(f"no collected decision turned {', '.join(options.actions)}{what}", "explore: policy.sigma=0.3 policy.explore=0.1")
@@ -97,7 +99,7 @@ def adapt(
     policy = LEARNERS[options.learner](log, live, settings, bundle.digest)
     policy.about["bound"] = bound
     diversity, latency, listed = _lists(settings, dataset, bundle, policy, judged)
-    verdict = gate.judge(judged, policy, rules_of(settings), diversity=diversity, latency=latency)
+    verdict = gate.judge(judged, policy, replace(rules_of(settings), level=level), diversity=diversity, latency=latency)
     if listed < LEAST_USERS:
         text = f"the dataset knows {listed} of the judges, {LEAST_USERS} are needed to see how varied their lists are and what they take"
         verdict = replace(verdict, checks=[*verdict.checks, Check("lists", passed=False, text=text)])
@@ -263,7 +265,28 @@ def _learner(K: int, options: Marwil) -> tuple[Any, Any]:
     )
     learner = config.build_learner(spaces={"__env__": spaces, MODULE: spaces})
     learner.build()
-    return learner, learner.module[MODULE]
+    module = learner.module[MODULE]
+    module.get_train_action_dist_cls = truncated_normal
+    return learner, module
+
+
+def truncated_normal() -> type:
+    """RLlib's distribution of the actions that were logged: normal, cut off at -1 and 1, as `recray.inference.policy.explore` draws them.
+
+    Fitted by the density of one that is not cut off, a mean near an end walks away from it, since no action lies beyond.
+    """
+    from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussian
+
+    class TruncatedNormal(TorchDiagGaussian):  # type: ignore[misc]
+        def logp(self, value: Tensor) -> Tensor:
+            mean, scale = self._dist.loc, self._dist.scale
+            upper = mean.abs()  # by symmetry; the tails of a mean above 0 keep their digits
+            low, high = (torch.special.log_ndtr((upper + end) / scale) for end in (-1.0, 1.0))
+            inside: Tensor = high + torch.log1p(-torch.exp(low - high))
+            found: Tensor = super().logp(value) - inside.sum(-1)
+            return found
+
+    return TruncatedNormal
 
 
 def _update(learner: Any, state: np.ndarray, action: np.ndarray, target: np.ndarray) -> None:

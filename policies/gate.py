@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from scipy.special import zeta
 
 from policies import ope
 from policies.logs import Logged
@@ -22,7 +23,7 @@ class Rules:
     """threshold: what a policy has to gain for sure, as a share of what production earns; effective: samples after weighting, at least;
     segment: what no segment may lose for sure, as a share of what it earns, nor what is played unexplored, by the model's word; most: weight
     above which SWITCH-DR believes the model; diversity: of its lists, as a share of the trained model's; latency: share of the Predictor's time
-    that a decision may take."""
+    that a decision may take; level: of a gain that is none."""
 
     threshold: float = 0.0
     effective: float = 500.0
@@ -31,6 +32,20 @@ class Rules:
     diversity: float = 0.9
     latency: float = 0.05
     confidence: float = 0.95
+    level: float = 0.025
+
+
+ANY_ROUND = 0.1  # probability that any round of those after one another passes that gains nothing
+DECAY = 1.2
+
+
+def level_of(number: int) -> float:
+    """Level of the gate in the round of that number since the live policy changed, from 1; all of them together have `ANY_ROUND`.
+
+    Spent as the power of the round's number, so that a change of habits after many rounds still has something to be shown with
+    (alpha spending; Foster and Stine 2008 for what begins anew with each discovery).
+    """
+    return float(ANY_ROUND * number**-DECAY / zeta(DECAY))
 
 
 @dataclass(frozen=True)
@@ -71,22 +86,28 @@ def judge(
         w = weights(log, mean, share), weights(log, log.mean, share)
         if min(map(ope.effective, w)) >= rules.effective:
             break
-    drawn = [np.stack([explore(one, share * log.sigma[:, None], random)[0] for random in _again(seed)]) for one in (mean, log.mean)]
+    zero = np.zeros_like(mean)
+    drawn = [np.stack([explore(one, share * log.sigma[:, None], random)[0] for random in _again(seed)]) for one in (mean, log.mean, zero)]
     state, parts = policy.frozen.normalise(log.observation), thirds(log.observation)
     q, *v, played, before = ope.modelled(state, log.action, log.reward, codes, *drawn, mean[None], log.mean[None], seed=seed)
-    found = ope.against_production(log.reward, w, q, (v[0], v[1]), codes, parts, confidence=rules.confidence, most=rules.most, seed=seed)
+    trained = ope.dr(log.reward, w[0], q, v[0]) - ope.dr(log.reward, weights(log, zero, share), q, v[2])
+    over_trained = ope.bootstrap(trained, codes, rules.confidence, seed=seed)
+    found = ope.against_production(
+        log.reward, w, q, (v[0], v[1]), codes, parts, confidence=rules.confidence, level=rules.level, most=rules.most, seed=seed
+    )
     earned = max(abs(found.production.value), 1e-12)
     values = {name: interval.value for name, interval in found.intervals.items()}
     unexplored = float((played - before).mean())  # what everybody gets whose answers do not explore; the model is too coarse to tell little
     sure, weight = found.intervals["dr"], found.weight
     told = ", ".join(f"{name} {value:+.4f}" for name, value in values.items())
     gain = f"gains {sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}] a decision of {earned:.4f}, both explored {share:g} times as far as logged"
+    gain += f"; at least {found.surely:+.4f} at level {rules.level:.2g}"
     densities = f"weights are {weight.value:.3f} on the average, not 1: actions were not played with the densities that were logged"
     alone = f"played unexplored it gains {unexplored:+.4f} by the model, {rules.segment * earned:+.4f} at least are wanted"
     support = f"{found.effective:.0f} effective samples of {len(log)}, {rules.effective:.0f} wanted"
     checks = [
         Check("estimators agree", all(value > 0 for value in values.values()), f"estimators disagree: {told}"),
-        Check("gain", sure.low > rules.threshold * earned, gain),
+        Check("gain", found.surely > rules.threshold * earned, gain),
         Check("unexplored", unexplored >= rules.segment * earned, alone),
         Check("support", found.effective >= rules.effective, support),
         Check("weights", 2 * weight.low - weight.value <= 1 <= 2 * weight.high - weight.value, densities),
@@ -96,6 +117,11 @@ def judge(
     checks += [*_kept(found.segments, own, rules), *_allowed(diversity, latency, rules)]
     figures = {
         "explored": share,
+        "level": rules.level,
+        "dr_surely": found.surely,
+        "over_trained": over_trained.value,
+        "over_trained_low": over_trained.low,
+        "over_trained_high": over_trained.high,
         "unexplored": unexplored,
         "effective_samples": found.effective,
         "shuffled": found.shuffled,

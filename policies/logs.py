@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recray.config import PolicySettings
 from recray.errors import RefusedError
 from recray.inference.policy import OBSERVED, log_density
+from recray.state.rewards import Credits, Rewards
 
 LEAST = 100  # decisions that can say anything
 OTHER_BUNDLE, NOT_EXPLORED = "of another bundle", "not explored"
+DISORDER_S = 60.0  # how much later than others of its time a decision may have been written
 TOLD = {"policy", "actions", "observation", "mean", "action", "log_density", "sigma"}  # of a decision, in the log
 
 
@@ -62,64 +67,152 @@ Aside = Counter[str]
 """How many decisions were set aside, by reason."""
 
 
-def matured(folders: Sequence[Path], until_s: float) -> int:
-    """How many decisions of the folders do not wait for their outcomes any more."""
-    times = (pq.read_table(file, columns=["timestamp"])["timestamp"] for file in _files(folders, "decisions"))
-    return sum(int((column.cast(pa.int64()).to_numpy() <= until_s * 1e6).sum()) for column in times)
+@dataclass(frozen=True)
+class Ripe:
+    """Decisions whose outcomes are in.
 
-
-def read(folders: Sequence[Path], actions: tuple[str, ...], *, until_s: float, bound: float = 1.0) -> tuple[list[Logged], Aside]:
-    """The decisions that a policy or exploration made, a round a folder of `recray collect`, oldest first, and how many were set aside;
-    rounds without any are left out.
-
-    A decision's reward is the sum of its outcomes, in whatever folder these are. actions, bound : what decisions have to turn, and how far;
-    until_s : later decisions wait for their outcomes
+    rounds : oldest first
+    aside : how many were set aside, by reason
+    newest_s : when the newest of them was made; minus infinity where there are none
+    fresh : how many explored and are newer than the moment that was asked about
     """
-    aside: Aside = Counter()
-    rounds = [rows for file in _files(folders, "decisions") if (rows := _decisions(file, actions, bound, until_s, aside))]
-    worth = dict.fromkeys((row["request_id"] for rows in rounds for row in rows), 0.0)
-    for file in _files(folders, "outcomes"):
-        for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "value", "set_aside"]):
-            for row in batch.to_pylist():
-                if row["request_id"] in worth and not row["set_aside"]:
-                    worth[row["request_id"]] += row["value"]
-    return [_logged(rows, worth) for rows in rounds], aside
+
+    rounds: list[Logged]
+    aside: Aside
+    newest_s: float
+    fresh: int
+
+
+def read(
+    folders: Sequence[Path], options: PolicySettings, rewards: Rewards, *, until_s: float, bound: float | None = None, after_s: float = 0.0
+) -> Ripe:
+    """The ripe decisions that a policy or exploration made, in rounds.
+
+    A round is a stretch of time: at least `round_s` long, with at least `round_decisions` that explored, the newest one up to `until_s`; there
+    are `rounds` of them at most, and the oldest may be shorter. How often was collected changes nothing of it. A decision's reward is the sum of
+    its outcomes, in whatever folder these are.
+
+    folders : of `recray collect`, oldest first
+    until_s : later decisions wait for their outcomes
+    bound : how far decisions have to turn; None: as the options say
+    after_s : how many are newer is counted
+    """
+    rows: list[_Row] = []
+    cuts: list[int] = []
+    first = len(folders)
+    for place, folder in reversed(list(enumerate(folders))):
+        file = folder / "decisions.parquet"
+        if not file.exists():
+            continue
+        rows += _decisions(file, options.actions, options.bound if bound is None else bound, until_s)
+        first = place
+        if len(rows) >= options.rounds * options.round_decisions:
+            rows.sort(key=_moment, reverse=True)
+            cuts = _cuts(rows, options)
+            if len(cuts) == options.rounds and _newest_s(file) < rows[cuts[-1] - 1].at_s - DISORDER_S:
+                break
+    rows.sort(key=_moment, reverse=True)
+    cuts = _cuts(rows, options)
+    if len(cuts) < options.rounds and (not cuts or cuts[-1] < len(rows)):
+        cuts.append(len(rows))
+    kept = rows[: cuts[-1]]
+    credits, worth = Credits(rewards, limit=None), dict[str, float]()
+    for row in kept:
+        worth[row.request_id] = credits.add_response(row.request_id, row.items)
+    for file in _files(folders[max(first - 1, 0) :], "outcomes"):
+        for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "outcome", "item_id", "value"]):
+            for told in batch.to_pylist():
+                if told["request_id"] in worth:
+                    worth[told["request_id"]] += credits.add_outcome(told["request_id"], told["outcome"], told["item_id"], told["value"])
+    aside = Aside(row.reason for row in kept if row.reason)
+    rounds = [[row for row in rows[start:end] if not row.reason] for start, end in zip([0, *cuts], cuts, strict=False)]
+    newest_s, fresh = rows[0].at_s if rows else -math.inf, sum(row.explored and row.at_s > after_s for row in kept)
+    return Ripe([_logged(some[::-1], worth) for some in rounds[::-1] if some], aside, newest_s, fresh)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A decision of a folder; `reason`: why it is set aside, empty where it is not."""
+
+    at_s: float
+    request_id: str
+    items: list[str]
+    reason: str
+    values: dict[str, Any]
+
+    @property
+    def explored(self) -> bool:
+        return not self.reason and self.values["log_density"] is not None
+
+
+def _moment(row: _Row) -> tuple[float, str]:
+    return row.at_s, row.request_id
+
+
+def _cuts(rows: Sequence[_Row], options: PolicySettings) -> list[int]:
+    """Where whole rounds of rows, newest first, end."""
+    cuts, start, explored = [], 0, 0
+    for place, row in enumerate(rows):
+        explored += row.explored
+        if explored >= options.round_decisions and rows[start].at_s - row.at_s >= options.round_s:
+            cuts.append(place + 1)
+            start, explored = place + 1, 0
+            if len(cuts) == options.rounds:
+                break
+    return cuts
+
+
+def _newest_s(file: Path) -> float:
+    """When the last decision of a file was made."""
+    found = pc.max(pq.read_table(file, columns=["timestamp"])["timestamp"]).as_py()
+    return -math.inf if found is None else float(found.timestamp())
+
+
+def digest(rounds: Sequence[Logged]) -> str:
+    """Names what was read."""
+    found = hashlib.sha256()
+    for log in rounds:
+        for values in vars(log).values():
+            found.update(np.ascontiguousarray(values).tobytes() if values.dtype != object else "\0".join(map(str, values)).encode())
+    return found.hexdigest()
 
 
 def _files(folders: Sequence[Path], kind: str) -> list[Path]:
     return [file for folder in folders if (file := folder / f"{kind}.parquet").exists()]
 
 
-def _decisions(file: Path, actions: tuple[str, ...], bound: float, until_s: float, aside: Aside) -> list[dict[str, Any]]:
-    found = []
-    for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "user_id", "timestamp", "bundle", "more"]):
+def _decisions(file: Path, actions: tuple[str, ...], bound: float, until_s: float) -> list[_Row]:
+    rows = []
+    for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "user_id", "timestamp", "items", "bundle", "more"]):
         for row in batch.to_pylist():
-            told = json.loads(row.pop("more") or "{}").get("decision")
-            if told is None or row["timestamp"].timestamp() > until_s:
+            told = json.loads(row["more"] or "{}").get("decision")
+            at_s = row["timestamp"].timestamp()
+            if told is None or at_s > until_s:
                 continue
+            reason = ""
             if not told.keys() >= TOLD:
-                aside["without " + ", ".join(sorted(TOLD - told.keys()))] += 1
+                reason = "without " + ", ".join(sorted(TOLD - told.keys()))
             elif tuple(told["actions"]) != actions or told.get("bound", 1.0) != bound:
-                aside["turned other controls, or as far as another bound"] += 1
+                reason = "turned other controls, or as far as another bound"
             elif [len(told[name]) for name in ("observation", "mean", "action")] != [len(OBSERVED), len(actions), len(actions)]:
-                aside["seen by another version of recray"] += 1
-            else:
-                found.append({**row, **told})
-    return found
+                reason = "seen by another version of recray"
+            values = {"user_id": row["user_id"], "bundle": row["bundle"], **told}
+            rows.append(_Row(at_s, row["request_id"], row["items"], reason, values))
+    return rows
 
 
-def _logged(rows: list[dict[str, Any]], worth: dict[str, float]) -> Logged:
+def _logged(rows: list[_Row], worth: dict[str, float]) -> Logged:
     def column(name: str) -> np.ndarray:
-        return np.array([row[name] for row in rows])
+        return np.array([row.values[name] for row in rows])
 
     return Logged(
         column("observation").astype(np.float32),
         column("mean").astype(np.float32),
         column("action").astype(np.float32),
-        np.array([np.nan if row["log_density"] is None else row["log_density"] for row in rows]),
+        np.array([np.nan if (density := row.values["log_density"]) is None else density for row in rows]),
         column("sigma").astype(np.float64),
-        np.array([worth[row["request_id"]] for row in rows]),
-        np.array([row["user_id"] or row["request_id"] for row in rows]),
+        np.array([worth[row.request_id] for row in rows]),
+        np.array([row.values["user_id"] or row.request_id for row in rows]),
         column("bundle"),
         column("policy"),
     )

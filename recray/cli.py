@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "bundle", nargs="?", help="run key of the bundle (recray models lists them; default: the current one), or BUNDLE+POLICY"
             )
+        if job == "adapt":
+            command.add_argument("--follow", action="store_true", help="a round whenever policy.round_decisions more are ripe, until it is stopped")
         if job == "forget":
             command.add_argument("user", help="id of the user, as in the event log")
         if job == "nightly":
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("name", nargs="?", help="canary: run key of the bundle, or BUNDLE+POLICY; key: whose it is")
             command.add_argument("--share", type=float, default=0.05, help="canary: of the users (default: 0.05)")
             command.add_argument("--shadow", action="store_true", help="canary: it answers all, and nobody sees it")
-            command.add_argument("--scopes", default="read,write", help="key: what it may do, of read, write and admin (default: read,write)")
+            command.add_argument("--scopes", default="read,write", help="key: of read, history, write and admin (default: read,write)")
         _settings(command)
     _submit(commands)
     models = commands.add_parser("models", help="bundles, their roles and their versions in MLflow")
@@ -137,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
             "serve",
             "explain",
             "policy",
+            "experiments",
         ],
         help="prepare: peak memory, or with --against events a second; submit: a submitted night beside a local one; "
         "quality: HR and NDCG of three seeds (an hour; a peer "
@@ -146,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "million items; scale: how seconds grow with events and users; privacy: a private step beside a plain one, and with --data "
         "quality by ε (hours; goes on where it was stopped); serve: the endpoint beside plain uvicorn and beside Serve's defaults; "
         "explain: whether the events that an explanation names carried the answer; policy: a learned attention policy in worlds whose best "
-        "actions are known, and with --data on real histories",
+        "actions are known, and with --data on real histories; experiments: how many experiments of equal variants end, and how soon worse ones do",
     )
     benchmark.add_argument(
         "--data",
@@ -159,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument("--overload", action="store_true", help="serve: three times as many requests as it can answer")
     benchmark.add_argument("--drift", action="store_true", help="policy: a world that turns around under a running endpoint (half an hour)")
+    benchmark.add_argument("--follow", action="store_true", help="policy --drift: with recray adapt --follow, by the clock (half an hour)")
     benchmark.add_argument("--users", type=int, help="serve: a snapshot of so many users (10000000: some minutes, 5 GB)")
     benchmark.add_argument("--out", default="infra/benchmarks", help="folder of the result file (default: infra/benchmarks)")
     _common(benchmark)
@@ -253,6 +257,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
                 overrides=arguments.overrides,
                 overload=arguments.overload,
                 drift=arguments.drift,
+                follow=arguments.follow,
                 users=arguments.users,
             )
         if arguments.job == "submit":
@@ -272,7 +277,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "privacy":
             return pipeline.run_privacy(settings, arguments.what, as_of, reporter, days=arguments.days, training=arguments.training)
         job: Callable[..., Any] = getattr(pipeline, f"run_{arguments.job}")
-        options = {name: getattr(arguments, name) for name in ("bundle", "restart", "user") if hasattr(arguments, name)}
+        options = {name: getattr(arguments, name) for name in ("bundle", "restart", "user", "follow") if hasattr(arguments, name)}
         result = job(settings, as_of, reporter.say, **options)
         if "evaluation" in result.outputs:
             reporter.show_evaluation(result.outputs["evaluation"], settings)

@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from recray.errors import SettingsError
 from recray.private import MUST, conflicts, switched
 
+OLD_NAMES = {"policy.wait_s": "policy.attribution_window_s"}  # of settings, which files and command lines may still have
 SAMPLE = "sample:online-retail"  # stands for the data that ships
 
 
@@ -152,6 +153,7 @@ class DataSettings(Section):
     context: tuple[str, ...] = Field(
         (), description="what is known when a request comes: columns of the events (device, page …), and hour and weekday of its moment, UTC"
     )
+    exclude_users: str | None = _place(None, "text file of users who are left out of everything, one id a line; the endpoint treats them as nobody")
     min_user_events: int = Field(
         1, ge=1, description="users with fewer events are left out of everything (counted after the item filter); the endpoint does not know them"
     )
@@ -415,8 +417,12 @@ class PolicySettings(Section):
     learner: Literal["marwil", "ppo"] = Field(
         "marwil", description="adapt: MARWIL by what a model says of logged actions, or PPO paid what outcomes say by propensity"
     )
-    wait_s: float = Field(3600.0, ge=0, description="adapt: how long a decision waits for its outcomes")
-    rounds: int = Field(10, ge=1, description="adapt: collected folders that are looked back at, unless the newest contradicts them")
+    attribution_window_s: float = Field(3600.0, ge=0, description="adapt: how long a decision waits for its outcomes")
+    rounds: int = Field(10, ge=1, description="adapt: rounds of decisions that are looked back at, unless the newest contradicts them")
+    round_s: float = Field(3600.0, ge=0, description="adapt: how long a round is at least")
+    round_decisions: int = Field(
+        1000, ge=1, description="adapt: decisions that explored in a round, at least; a round is longer where there are fewer"
+    )
     share: float = _place(0.1, "of the users whom a policy that passed the gate answers on trial; 1: all at once, nightly lists too", gt=0, le=1)
     every_hours: float = _place(0.0, "adapt: does nothing until the last policy that it made is so old; 0: whenever it is run", ge=0)
     trial_days: float = _place(7.0, "a policy on trial that neither won nor lost by then gives way to the next that passes the gate", gt=0)
@@ -457,6 +463,7 @@ class ScoreSettings(Section):
 class ServeSettings(Section):
     host: str = _place("127.0.0.1", "address to listen on")
     port: int = _place(8000, "port to listen on", ge=0, le=65535)
+    hosts: tuple[str, ...] = _place((), "where no key is asked for: names that requests may be sent to, beside localhost and addresses; *: any")
     replicas: int = _place(1, "Serve replicas", ge=1)
     gpus_per_replica: float = _place(0.0, "GPUs a replica reserves, 0.5 lets two share one; 0: it answers on the CPU", ge=0)
     max_ongoing_requests: int = _place(12, "requests a replica works on at once", ge=1)
@@ -469,6 +476,13 @@ class ServeSettings(Section):
     rate: str | None = _place(None, "requests a key may make, for example 100/second; counted by each replica, or by all where state is Redis")
     keep_days: float = _place(7.0, "how long the log keeps what was collected, and knows the event_id of what it was told", gt=0)
     state: str = _place("sqlite", "log of events, answers and outcomes: sqlite (under storage.root, one machine) or redis://host:port/database")
+    outcomes: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = _place(
+        {"click": 1.0, "purchase": 5.0, "skip": 0.0},
+        "reward of an outcome by its name, times its value; others are kept and count nothing; an item's counts once a response and outcome",
+    )
+    outcome_bound: float = _place(
+        1.0, "largest value of one outcome that counts; larger ones count as this, negative ones as 0", gt=0, allow_inf_nan=False
+    )
     traces: float = _place(0.0, "share of the requests that send an OpenTelemetry trace to OTEL_EXPORTER_OTLP_ENDPOINT", ge=0, le=1)
     poll_s: float = _place(1.0, "how often a replica looks for a new snapshot", gt=0)
 
@@ -617,6 +631,8 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Set
     `data` paths in the file may name $VARIABLES; relative ones are taken from the file's folder. Raises SettingsError naming field, value and fix.
     """
     content: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    overrides = [OLD_NAMES.get(name, name) + rest for name, rest in ((o.partition("=")[0], o[len(o.partition("=")[0]) :]) for o in overrides)]
+    _rename(content, path)
     replaced = {override.partition("=")[0] for override in overrides}
     if path is not None:
         _anchor_paths(content, Path(path).resolve().parent, replaced)
@@ -631,6 +647,18 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Set
         return found
     except ValidationError as error:
         raise _explain(error, content, str(path) if path else "command line", replaced) from None
+
+
+def _rename(content: dict[str, Any], path: str | Path | None) -> None:
+    """Put what a file says under old names under the new ones. Raises SettingsError where it has both."""
+    for old, new in OLD_NAMES.items():
+        section, _, name = old.partition(".")
+        values = content.get(section, {})
+        if name in values:
+            renamed = new.partition(".")[2]
+            if renamed in values:
+                raise SettingsError(f"{path}: {old} is the old name of {new}, and it has both", f"keep {new}")
+            values[renamed] = values.pop(name)
 
 
 def render_yaml(settings: Settings, heading: str) -> str:
@@ -690,8 +718,9 @@ def _anchor_paths(content: dict[str, Any], folder: Path, replaced: set[str]) -> 
     encoder = data.get("text_encoder")
     if isinstance(encoder, str) and ("/" in encoder or "$" in encoder) and "data.text_encoder" not in replaced:
         data["text_encoder"] = anchor(encoder)
-    if "items" in data and "data.items" not in replaced:
-        data["items"] = anchor(data["items"])
+    for name in ("items", "exclude_users"):
+        if name in data and f"data.{name}" not in replaced:
+            data[name] = anchor(data[name])
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -107,6 +107,22 @@ def commit_point(name: str) -> None:
         os.kill(os.getpid(), signal.Signals[f"SIG{fault}"])
 
 
+@contextlib.contextmanager
+def only_one(root: Path, what: str) -> Iterator[None]:
+    """Hold a lock of the root beside the lease, as long as a process lives that runs for long. Raises RefusedError where another one does."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{what}.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RefusedError(f"another {what} ({file.read().strip()}) runs in {root}", "stop that one, or leave it to it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def holder(root: Path) -> str | None:
     """Who holds the root now, in words; None if nobody does."""
     path = root / LOCK

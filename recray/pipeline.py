@@ -292,10 +292,19 @@ def run_tune(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
         return stages.tune(work, _dataset(settings, as_of))
 
 
-def run_adapt(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:
-    """The champion's next attention policy, from what answers that explored were worth."""
+def run_adapt(settings: Settings, as_of: AsOf, say: Say = _quiet, *, follow: bool = False) -> JobResult:
+    """The champion's next attention policy, from what answers that explored were worth; `follow`: one after the other, see `recray.follow`."""
+    if follow:
+        from recray.follow import run_follow
+
+        return run_follow(settings, lambda: run_adapt_once(settings, say, enough=settings.policy.round_decisions), say)
+    return run_adapt_once(settings, say)
+
+
+def run_adapt_once(settings: Settings, say: Say, *, enough: int = 0) -> JobResult:
+    """One round. Raises as `recray.stages.adapt`."""
     with _at_work("adapt", settings, say) as work:
-        return stages.adapt(work)
+        return stages.adapt(work, enough=enough)
 
 
 def run_score(settings: Settings, as_of: AsOf, say: Say = _quiet) -> JobResult:

@@ -18,7 +18,7 @@ from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
 PEERS = ("implicit", "rectools")
-ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "policy", "policy-drift")
+ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "policy", "policy-drift", "policy-follow", "experiments")
 
 
 def run(
@@ -31,6 +31,7 @@ def run(
     overrides: Sequence[str] = (),
     overload: bool = False,
     drift: bool = False,
+    follow: bool = False,
     users: int | None = None,
 ) -> JobResult:
     """Run one benchmark and keep its figures as a JSON file in `out`.
@@ -38,13 +39,13 @@ def run(
     data : folder of a data set, or its name under $RECRAY_DATA; for those that run on one
     against : the peer that runs on the same data in the same run, of prepare another checkout; None: recray alone
     overrides : of the settings, where data are named
-    overload, users : of serve, what is asked of the endpoint instead; drift : of policy, a world that changes under a running endpoint
+    overload, users : of serve, what is asked of the endpoint instead; drift, follow : of policy, a world that changes under a running endpoint
     """
-    if drift and what != "policy":
-        raise SettingsError(f"benchmark {what} takes no --drift", "it is for benchmark policy")
+    if (drift or follow) and (what != "policy" or not drift):
+        raise SettingsError(f"benchmark {what} takes no --drift and no --follow", "benchmark policy takes --drift, and --drift --follow")
     if (overload or users) and what != "serve":
         raise SettingsError(f"benchmark {what} takes no --overload and no --users", "they are for benchmark serve")
-    what = "policy-drift" if drift else "serve-overload" if overload else "serve-users" if users else what
+    what = f"policy-{'follow' if follow else 'drift'}" if drift else "serve-overload" if overload else "serve-users" if users else what
     started = time.monotonic()
     if data is not None and what != "privacy":
         from recray.benchmark.data import find_data
@@ -98,7 +99,7 @@ def _measure(
     if what in ALONE:
         if data or against or overrides:
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
-        from recray.benchmark import catalogue, drift, policy, prepare, privacy, scale, serve, submit
+        from recray.benchmark import catalogue, drift, experiments, policy, prepare, privacy, scale, serve, submit
 
         measures = {
             "prepare": prepare.measure_prepare,
@@ -110,6 +111,8 @@ def _measure(
             "serve-overload": serve.measure_overload,
             "policy": policy.measure_policy,
             "policy-drift": drift.measure_drift,
+            "policy-follow": drift.measure_follow,
+            "experiments": experiments.measure_experiments,
         }
         return {}, measures[what](folder, say)
     if what in ("ablations", "explain"):

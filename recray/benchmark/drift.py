@@ -7,11 +7,15 @@ of what suits the users changes.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import math
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,13 @@ import numpy as np
 from policies.rewards import Planted
 from recray.benchmark.nights import world_night
 from recray.benchmark.serve import running_serve
+from recray.follow import FILE
 from recray.inference.policy import OBSERVED, Policy
 from recray.promotion import policy_of
 from recray.serving.api import RecommendRequest
 from recray.serving.night import Night
 from recray.stages import Say
-from recray.storage import Storage
+from recray.storage import Storage, read_json
 
 USERS, ITEMS, EVENTS = 4000, 500, 25
 CLIENTS = 8
@@ -37,9 +42,12 @@ EXPLORE = (
     f"policy.sigma={SIGMA}",
     "policy.explore=1.0",
     "policy.share=1.0",
-    "policy.wait_s=0",
     "policy.latency=1",  # its model is so small that a decision takes a good part of its time
 )
+BY_HAND = ("policy.attribution_window_s=0", "policy.round_s=0", f"policy.round_decisions={REQUESTS}")
+RATE, WINDOW_S = 100.0, 60.0  # of --follow: requests a second, and what a decision waits for its outcomes
+BEFORE_S, AFTER_S, KILLED_AFTER_S, LOOK_S = 600.0, 1200.0, 45.0, 15.0  # the drift, its end, when the follower is killed, between two looks
+FOLLOWED = (f"policy.attribution_window_s={WINDOW_S:g}", f"policy.round_s={WINDOW_S:g}", "policy.round_decisions=4000")
 
 
 def measure_drift(folder: Path, say: Say) -> dict[str, Any]:
@@ -48,11 +56,10 @@ def measure_drift(folder: Path, say: Say) -> dict[str, Any]:
     words; `failed`: requests that were not answered."""
     storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=("model.history=50",))
     seen = _observed(storage)
-    length, stale = (float(np.median(seen[:, OBSERVED.index(name)])) for name in ("log_length", "log_days_since_last"))
-    world = Planted(length=length, stale=stale)
+    world = _planted(seen)
     leads: list[float] = []
     failed, frozen, promoted, refused = 0, None, [], []
-    with running_serve(storage, {}, *EXPLORE) as port:
+    with running_serve(storage, {}, *EXPLORE, *BY_HAND) as port:
         for number in range(BEFORE + AFTER):
             if number == BEFORE:
                 world, frozen = replace(world, drift=-1.0), _live(storage)
@@ -74,6 +81,127 @@ def measure_drift(folder: Path, say: Say) -> dict[str, Any]:
         "requests_a_round": REQUESTS,
         "sigma": SIGMA,
     }
+
+
+def measure_follow(folder: Path, say: Say) -> dict[str, Any]:
+    """The same with `recray adapt --follow` and no operator, by the clock: `RATE` requests a second, outcomes within a few seconds.
+
+    `lead`: by second, share of the oracle's lead over the trained model of what is live; `frozen`: of what was live when the world turned around;
+    `regained_s`: seconds after it until 80 % of the new oracle's lead were there, None: never. The follower is killed once in between, and started
+    again; `failed`: requests that were not answered.
+    """
+    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=("model.history=50",))
+    seen = _observed(storage)
+    state = Clients(_planted(seen), seen)
+    leads: list[tuple[float, float]] = []
+    regained_s, frozen, killed_s, turned_s = None, 0.0, None, math.inf
+    with running_serve(storage, {}, *EXPLORE, *FOLLOWED) as port:
+        with _following(storage) as follower, state.asking(port):
+            begun = time.monotonic()
+            while (now_s := time.monotonic() - begun) < min(turned_s, BEFORE_S) + AFTER_S and regained_s is None:
+                lead = _lead(state.world, seen, _live(storage))
+                leads.append((round(now_s, 1), round(lead, 3)))
+                say(f"{now_s:.0f} s: {lead:.0%} of the oracle's lead, {state.failed} of {state.answered + state.failed} requests failed")
+                if turned_s == math.inf and (now_s >= BEFORE_S or lead >= 0.8):
+                    turned_s, state.world = now_s, replace(state.world, drift=-1.0)
+                    frozen = _lead(state.world, seen, _live(storage))
+                    say(f"the world turns around: {frozen:.0%} of the lead are left")
+                elif lead >= 0.8 and turned_s < now_s:
+                    regained_s = round(now_s - turned_s, 1)
+                if killed_s is None and now_s >= turned_s + KILLED_AFTER_S:
+                    killed_s = round(now_s - turned_s, 1)
+                    follower.kill()
+                    say("the follower is killed, and started again")
+                time.sleep(LOOK_S)
+        told = read_json(storage.root / FILE)
+    return {
+        "lead": leads,
+        "turned_s": None if turned_s == math.inf else round(turned_s, 1),
+        "frozen": round(frozen, 3),
+        "regained_s": regained_s,
+        "killed_s": killed_s,
+        "answered": state.answered,
+        "failed": state.failed,
+        "follower": told,
+    }
+
+
+class Clients:
+    """Users who ask `RATE` times a second, and click a little later with the probability that the world says.
+
+    answered, failed : requests so far
+    """
+
+    def __init__(self, world: Planted, seen: np.ndarray) -> None:
+        self.world, self.seen = world, seen
+        self.answered = self.failed = 0
+        self._lock, self._over = threading.Lock(), threading.Event()
+
+    @contextlib.contextmanager
+    def asking(self, port: int) -> Iterator[None]:
+        """While they ask."""
+        threads = [threading.Thread(target=self._ask, args=(port, place)) for place in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            for thread in threads:
+                thread.join()
+
+    def _ask(self, port: int, place: int) -> None:
+        random, connection = np.random.default_rng(place), http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        clicks: list[tuple[float, str]] = []
+        next_s = time.monotonic()
+        while not self._over.wait(max(next_s - time.monotonic(), 0.0)):
+            next_s += CLIENTS / RATE
+            user = int(random.integers(0, len(self.seen)))
+            answer = _told(connection, "/v1/recommend", {"user_id": user, "k": 5})
+            if answer is not None and "controls" in answer:
+                chance = self.world.pay(self.seen[user : user + 1], np.array([[answer["controls"]["temperature"]]]))[0]
+                if random.random() < chance:
+                    clicks.append((time.monotonic() + random.exponential(5.0), answer["request_id"]))
+            now_s = time.monotonic()
+            due = [request for at_s, request in clicks if at_s <= now_s]
+            clicks = [click for click in clicks if click[0] > now_s]
+            lost = sum(_told(connection, "/v1/feedback", {"request_id": request, "outcome": "click"}) is None for request in due)
+            with self._lock:
+                self.answered += (answer is not None) + len(due) - lost
+                self.failed += (answer is None) + lost
+        connection.close()
+
+
+class _Follower:
+    """`recray adapt --follow`, which is started again when it was killed."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._words = [sys.executable, "-m", "recray.cli", "adapt", "--follow", f"storage.root={storage.root}", *EXPLORE, *FOLLOWED]
+        self._start()
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(self._words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._start()
+
+
+@contextlib.contextmanager
+def _following(storage: Storage) -> Iterator[_Follower]:
+    follower = _Follower(storage)
+    try:
+        yield follower
+    finally:
+        follower.process.terminate()
+        follower.process.wait()
+
+
+def _planted(seen: np.ndarray) -> Planted:
+    """A world whose optima differ among these users."""
+    length, stale = (float(np.median(seen[:, OBSERVED.index(name)])) for name in ("log_length", "log_days_since_last"))
+    return Planted(length=length, stale=stale)
 
 
 def _observed(storage: Storage) -> np.ndarray:
@@ -137,7 +265,7 @@ def _told(connection: http.client.HTTPConnection, path: str, body: dict[str, Any
 
 def _adapt(storage: Storage) -> dict[str, Any]:
     """What `recray adapt` says."""
-    words = [sys.executable, "-m", "recray.cli", "adapt", f"storage.root={storage.root}", *EXPLORE]
+    words = [sys.executable, "-m", "recray.cli", "adapt", f"storage.root={storage.root}", *EXPLORE, *BY_HAND]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

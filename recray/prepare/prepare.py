@@ -72,7 +72,7 @@ class Input:
 
 def prepare_key(settings: Settings, as_of: dt.datetime | None, given: Input | None = None) -> str:
     """Run key of prepare: settings, the content of the input files (`find_input`, unless they are given), who opted out, as-of and version."""
-    opted_out = OptOut.of(settings.root()).digest
+    opted_out = OptOut.of(settings.root(), settings.data.exclude_users).digest
     gone = () if opted_out is None else (opted_out,)
     return key_of("prepare", settings.result_settings("data", "split"), (given or find_input(settings)).digests, as_of, __version__, *gone)
 
@@ -266,7 +266,7 @@ def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, st
         whole_items=settings.data.catalogue == "items" and pa.types.is_integer(source.types[schema.ITEM_ID]),
         described_by=settings.split.model_dump() if settings.split.held_out else None,
         default_event=settings.data.default_event or schema.DEFAULT_EVENT,
-        opted_out=OptOut.of(storage.root),
+        opted_out=OptOut.of(storage.root, settings.data.exclude_users),
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
         staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes

@@ -178,9 +178,11 @@ class FeedbackRequest(_Closed):
     model_config = _examples({"request_id": "0192f0c1", "outcome": "click", "item_id": "22423", "feedback_id": "click 99"})
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="of the answer")
-    outcome: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")] = Field(description="click, purchase, skip …")
-    item_id: Id | None = Field(None, description="of which item; null: of the answer as a whole")
-    value: Number = Field(1.0, description="what it was worth")
+    outcome: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")] = Field(
+        description="click, purchase, skip …: `serve.outcomes` names them"
+    )
+    item_id: Id | None = Field(None, description="of which item of the answer; null: of the answer as a whole")
+    value: Number = Field(1.0, description="how much: times what `serve.outcomes` says, 0 at least and `serve.outcome_bound` at most")
     timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: now")
     feedback_id: Text | None = Field(None, min_length=1, description="yours; an outcome that was kept before under it is not kept twice")
 
@@ -299,6 +301,7 @@ class FeedbackResponse(BaseModel):
 
     kept: bool = Field(description="false: kept before under the same feedback_id")
     set_aside: bool = Field(description="true: nobody knows that request_id yet; it counts if its answer is found in the log when that is collected")
+    notes: list[str] = Field(default_factory=list, description="why it counts nothing, or less than was sent, for trials and policies")
 
 
 class Privacy(BaseModel):

@@ -41,7 +41,7 @@ class Endpoint:
         torch.set_num_threads(1)
         keep_freed_memory()
         sys.setswitchinterval(SWITCH_S)
-        options: dict[str, Any] = {"private": settings.privacy.enabled, "policy": settings.policy}
+        options: dict[str, Any] = {"private": settings.privacy.enabled, "policy": settings.policy, "exclude_users": settings.data.exclude_users}
         self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), **options)
         threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
 

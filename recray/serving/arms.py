@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from recray.release import Release
 from recray.serving.night import Night
 from recray.serving.trial import Trial
 from recray.state.log import Log
+from recray.state.rewards import Rewards
 from recray.storage import Storage
 
 if TYPE_CHECKING:
@@ -41,11 +43,18 @@ class Arms:
     """
 
     def __init__(
-        self, storage: Storage, score: ScoreSettings, *, private: bool = False, bound: float = 1.0, device: str | torch.device = "cpu"
+        self,
+        storage: Storage,
+        score: ScoreSettings,
+        rewards: Rewards,
+        *,
+        private: bool = False,
+        bound: float = 1.0,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.storage = storage
         self._log = logging.getLogger("ray.serve")
-        self._private, self._bound, self._device = private, bound, device
+        self._rewards, self._private, self._bound, self._device = rewards, private, bound, device
         self._published = _content(storage.latest)
         self._tried, self._again_at = b"", 0.0
         self._released, self._released_again_at = b"", 0.0
@@ -138,7 +147,8 @@ class Arms:
         trial = self.trial
         if trial is None or (trial.challenger, trial.share, trial.shadow, trial.since_s) != (name, release.share, release.shadow, release.since_s):
             splits = [member.open(self.storage).settings["split"] for member in (wanted, champion) if member is not None and self._private]
-            trial = Trial(name, release.share, release.shadow, release.since_s, lambda user: _nothing_learned_of(user, splits))
+            counted = partial(_nothing_learned_of, splits=splits)
+            trial = Trial(name, release.share, release.shadow, release.since_s, self._rewards, counted)
             begun_before = log is None or time.time() > release.since_s + JUST_S
             self._read = 0 if log is None or begun_before else log.last()  # a replica that is started anew learns what came before
         return trial, challenger
@@ -148,13 +158,13 @@ class Arms:
         trial = self.trial
         if trial is None:
             return
-        if log is not None and not trial.shadow:
+        if log is not None:
             with contextlib.suppress(StateError):
                 for _ in range(READS):  # the rest at the next look
                     if not (entries := log.read(self._read, ENTRIES)):
                         break
                     for number, entry in entries:
-                        trial.outcomes.read(entry)
+                        trial.read(entry)
                         self._read = number
         if reason := trial.ended():
             self.now = (self.night, None, None)  # here at once, whether or not it can be written down

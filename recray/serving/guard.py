@@ -7,12 +7,16 @@ themselves are nowhere: `recray serve key NAME` draws one, shows it once, and pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import ipaddress
 import logging
 import math
 import os
 import secrets
+import socket
 import time
+from contextvars import ContextVar
 from typing import Literal
 
 import yaml
@@ -27,21 +31,24 @@ from recray.config import ServeSettings, expanded
 from recray.errors import SettingsError
 from recray.serving.problems import problem
 
-Right = Literal["read", "write", "admin"]
+Right = Literal["read", "history", "write", "admin"]
 KEYS_VARIABLE = "RECRAY_KEYS"
 RIGHTS: dict[str, Right] = {
     "/v1/recommend": "read",
     "/v1/score": "read",
     "/v1/similar": "read",
-    "/v1/history": "read",
+    "/v1/history": "history",
     "/v1/models": "read",
     "/v1/events": "write",
     "/v1/feedback": "write",
     "/v1/users/{user_id}": "admin",
 }
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/console")
+PROBES = ("/healthz", "/readyz")
 WAIT_S, AWAY_S = 0.2, 1.0  # for the store of the rates; how long it is not asked again
 KEPT_S = 5.0  # how often the keys file is looked at
+ASKED_BY: ContextVar[str] = ContextVar("asked_by", default="")
+"""Name of the key that the request came with, empty where none is asked for."""
 
 
 class Key(BaseModel):
@@ -121,7 +128,7 @@ def new_key(name: str, scopes: list[str]) -> tuple[str, str]:
     try:
         key = Key(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), scopes=frozenset(scopes))
     except ValidationError:
-        raise SettingsError(f"scopes {','.join(scopes)}", "choose among read, write and admin") from None
+        raise SettingsError(f"scopes {','.join(scopes)}", "choose among read, history, write and admin") from None
     return secret, yaml.safe_dump([{"name": key.name, "sha256": key.sha256, "scopes": sorted(key.scopes)}], sort_keys=False)
 
 
@@ -138,12 +145,14 @@ def check(options: ServeSettings) -> Keys:
 class Guard:
     """ASGI middleware: 401 without a known key, 403 without the right, 429 with Retry-After above the rate.
 
-    Where no keys are named everybody may do everything, and the rate is that of all together.
+    Where no keys are named everybody may do everything, and the rate is that of all together. Then a request must be sent to a name of this
+    endpoint (421), or a page of another site could read what is served to its visitor's own machine.
     """
 
     def __init__(self, app: ASGIApp, options: ServeSettings) -> None:
         self.app = app
         self.keys = check(options)
+        self._hosts = {"localhost", "", options.host.lower(), socket.gethostname().lower(), *(host.lower() for host in options.hosts)}
         self._rate = options.rate
         shared = options.state.startswith("redis")
         storage = storage_from_string(f"async+{options.state}", implementation="redispy") if shared else MemoryStorage()
@@ -152,7 +161,15 @@ class Guard:
         self._again = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+        if not self.keys.wanted and path not in PROBES and not self._is_ours(host := _host(scope)):
+            fix = "name it in serve.hosts, or ask for keys: serve.keys"
+            await problem(421, f"Host: {host} is no name of this endpoint", fix)(scope, receive, send)
+            return
+        if path in OPEN or path.startswith("/docs/"):
             await self.app(scope, receive, send)
             return
         name, rate = "everybody", self._rate
@@ -167,10 +184,20 @@ class Guard:
                 await problem(403, f"this key has no scope {right}", "use one that has")(scope, receive, send)
                 return
             name, rate = key.name, key.rate or rate
+            ASKED_BY.set(name)
         if rate is not None and (wait := await self._wait(name, rate)) is not None:
             await problem(429, f"more than {rate}", "come again later", headers={"Retry-After": str(wait)})(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a name is one that this endpoint has: no page of another site can ask under it (DNS rebinding). An address is none."""
+        if host in self._hosts or "*" in self._hosts or host.endswith(".localhost"):
+            return True
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(host)
+            return True
+        return False
 
     async def _wait(self, name: str, rate: str) -> int | None:
         """Seconds until the next request of a key may come; None if this one may."""
@@ -186,6 +213,15 @@ class Guard:
             self._again = time.monotonic() + AWAY_S
             logging.getLogger("ray.serve").error("rates are not held, their store is away: %s", type(error).__name__)
         return None
+
+
+def _host(scope: Scope) -> str:
+    """The name that a request was sent to, without its port; empty for none."""
+    for name, value in scope["headers"]:
+        if name == b"host":
+            text = str(value.decode("latin-1").strip().lower())
+            return text[1:].partition("]")[0] if text.startswith("[") else text.rpartition(":")[0] if text.rpartition(":")[2].isdigit() else text
+    return ""
 
 
 def _secret(scope: Scope) -> str:

@@ -43,17 +43,20 @@ from recray.serving.api import (
 )
 from recray.serving.arms import Arms
 from recray.serving.batching import Batcher, BusyError
+from recray.serving.guard import ASKED_BY
 from recray.serving.journal import Journal
 from recray.serving.night import Night
 from recray.serving.question import Decision, Explore, Found, Question, items_of
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, provider, tracer
-from recray.serving.trial import Side, Trial, answers
-from recray.state.log import SAID_BEFORE, SAID_OTHERWISE, Entry, key_of
+from recray.serving.trial import Trial, answers
+from recray.state.log import RECENT, SAID_BEFORE, SAID_OTHERWISE, Entry, key_of
+from recray.state.rewards import Rewards
 from recray.storage import Storage
 
 _Asked = TypeVar("_Asked", RecommendRequest, ScoreRequest)
 MOST_LOGGED = 1000  # items of an answer
+MOST_REFUSED = 100_000  # users whose refusal is logged
 AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
 
 
@@ -73,15 +76,16 @@ class Handler:
         *,
         private: bool = False,
         policy: PolicySettings | None = None,
+        exclude_users: str | None = None,
     ) -> None:
         self.storage, self.options = storage, options
         self.telemetry = telemetry or Telemetry()
         self._log = logging.getLogger("ray.serve")
         self._policy = said = policy or PolicySettings()
         place = device("serve.gpus_per_replica", gpu=options.gpus_per_replica > 0)
-        self.arms = Arms(storage, score, private=private, bound=said.bound, device=place)
+        self.arms = Arms(storage, score, Rewards.declared(options), private=private, bound=said.bound, device=place)
         self.journal = Journal(storage, options)
-        self.opted_out = OptOut.of(storage.root)
+        self.opted_out = OptOut.of(storage.root, exclude_users)
         self._tasks: set[asyncio.Task[None]] = set()
         self._batcher, self._aside = self._new_batcher(), self._new_batcher()  # a challenger makes nobody wait for it but its own
         self.traces = provider(options.traces)
@@ -141,37 +145,41 @@ class Handler:
         if exploration is not None and not (self._explores(user) and night.explores(exploration)):
             exploration = None
         now = exploration is not None or not night.lists_as_it_decides
+        listed = None if now and request.mode == "auto" else self._listed(night, request, fresh, degraded)
+        more: dict[str, Any] = {}
         if trial is not None and challenger is not None and request.mode != "batch" and trial.answers(user):
             chosen, question = challenger, challenger.question(request, fresh, exploration)
-            found = await self._model(question, degraded, trial.challenger_side, aside=True)
+            found, more["model_ms"] = await self._model(question, degraded, aside=True)
+            if listed is not None:
+                more["listed"] = True  # the champion would not have asked its model
             if found is None:
-                chosen = night
+                chosen, found = night, listed
             else:
                 decision = question.decision
-        else:
-            found = None if now and request.mode == "auto" else self._listed(night, request, fresh, degraded)
-            if found is None:
-                question = night.question(request, fresh, exploration)
-                try:
-                    found = await self._model(question, degraded, None if trial is None else trial.champion_side)
-                except UnavailableError:  # too many ask: a list of before the policy is better than none
-                    if not now or (found := self._listed(night, request, fresh, degraded)) is None:
-                        raise
-                else:
-                    decision = None if found is None else question.decision
+        elif (found := listed) is None:
+            question = night.question(request, fresh, exploration)
+            try:
+                found, more["model_ms"] = await self._model(question, degraded)
+            except UnavailableError:  # too many ask: a list of before the policy is better than none
+                more |= {"model_ms": 0.0, "refused": True}
+                if not now or (found := self._listed(night, request, fresh, degraded)) is None:
+                    self._refused(user, trial, more)
+                    raise
+            else:
+                decision = None if found is None else question.decision
         if found is None:
             alone = _list_alone(night, request, fresh)
             found = self._listed(night, alone, (), degraded) or night.popular(alone)
         items = items_of(found)
         if request.explain and items and "model" not in degraded:
+            self._read_by(user, "explain")
             await self._explain(chosen, request, fresh, items, decision, degraded)
-        listed = night.snapshot.manifest.get("policy")
-        policy = listed if found.source == "snapshot" else chosen.policy
+        policy = night.snapshot.manifest.get("policy") if found.source == "snapshot" else chosen.policy
         told: dict[str, Any] = {"night": night.date, "bundle": chosen.bundle, "policy": policy, "degraded": degraded}
         if decision is not None:
             told["controls"] = decision.turned()
         answer = RecommendResponse(request_id=_new_id(), source=found.source, items=items, **told)
-        self._decided(request, answer, begun, trial, decision)
+        self._decided(user, request, answer, begun, trial, decision, more)
         arm = "challenger" if chosen is challenger else "champion"
         ms = 1000 * (time.monotonic() - begun)
         self.telemetry.answered(found.source, chosen.name, arm, degraded, ms, [item.item_id for item in items])
@@ -182,7 +190,7 @@ class Handler:
             if self._aside.waiting:  # it is behind, and nobody waits for what it would say
                 self.telemetry.refused["shadow"] += 1
                 return answer
-            task = asyncio.create_task(self._shadowed(trial, challenger, request, fresh, answer))
+            task = asyncio.create_task(self._shadowed(trial, challenger, user, request, fresh, answer, more))
             self._tasks.add(task)  # else nothing holds it
             task.add_done_callback(self._tasks.discard)
         return answer
@@ -193,7 +201,7 @@ class Handler:
         request = self._let_in(night, request)
         degraded: list[Part] = []
         fresh = await self._fresh(night, request, degraded)
-        found = await self._model(night.candidates(request, fresh), degraded)
+        found, _ = await self._model(night.candidates(request, fresh), degraded)
         if found is None:
             raise UnavailableError("the model does not answer", "come again")
         items = [ScoredItem(item_id=item, score=score) for item, score in found.items]
@@ -204,11 +212,12 @@ class Handler:
 
     async def history(self, request: HistoryRequest) -> HistoryResponse:
         """What answers for a user are read from."""
-        degraded: list[Part] = []
-        if self._opted_out(self.night, request.user_id):
+        night, degraded = self.night, list[Part]()
+        if self._opted_out(night, request.user_id):
             return HistoryResponse(events=[], degraded=degraded)
-        fresh = await self._fresh(self.night, request, degraded)
-        return HistoryResponse(events=self.night.known(request.user_id, fresh, request.last), degraded=degraded)
+        self._read_by(_name(night, request), "history")
+        fresh = await self._fresh(night, request, degraded)
+        return HistoryResponse(events=night.known(request.user_id, fresh, request.last), degraded=degraded)
 
     async def similar(self, request: SimilarRequest) -> SimilarResponse:
         """Raises RequestError for an unknown item, UnavailableError where no model may answer."""
@@ -220,14 +229,15 @@ class Handler:
 
     async def events(self, request: EventsRequest) -> EventsResponse:
         """Keep events: on disk when it returns. Raises RequestError, UnavailableError: then none was kept."""
-        user, now = self.night.user_key(request.user_id), time.time()
+        night, now = self.night, time.time()
+        user = night.user_key(request.user_id)
         if user in self.opted_out:
             return EventsResponse(kept=0, duplicates=0, opted_out=len(request.events))
         entries = []
         for place, event in enumerate(request.events):
             body: dict[str, Any] = {
-                "item_id": self.night.item_id(event.item_id, f"events.{place}.item_id"),
-                "event": event.event or self.night.predictor.default_event,
+                "item_id": night.item_id(event.item_id, f"events.{place}.item_id"),
+                "event": event.event or night.predictor.default_event,
                 "value": event.value,
             }
             if request.context:
@@ -242,7 +252,7 @@ class Handler:
         kept = [entry for entry, number in zip(entries, numbers, strict=True) if number > 0]
         self.telemetry.kept["event"] += len(kept)
         self.telemetry.lags_s.extend(now - entry.at_s for entry in entries)
-        unknown = sum(not self.night.knows(entry.body["item_id"], entry.body["event"]) for entry in kept)
+        unknown = sum(not night.knows(entry.body["item_id"], entry.body["event"]) for entry in kept)
         return EventsResponse(kept=len(kept), duplicates=numbers.count(SAID_BEFORE), conflicts=numbers.count(SAID_OTHERWISE), unknown=unknown)
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackResponse:
@@ -256,7 +266,21 @@ class Handler:
         kept, known = await self.journal.keep(lambda writer: writer.outcome(entry, request.request_id))
         self.telemetry.kept["outcome" if known else "set_aside"] += kept
         self.telemetry.lags_s.append(time.time() - at_s)
-        return FeedbackResponse(kept=kept, set_aside=not known)
+        return FeedbackResponse(kept=kept, set_aside=not known, notes=self._notes(request))
+
+    def _notes(self, request: FeedbackRequest) -> list[str]:
+        """Why an outcome counts nothing, or less than was sent."""
+        options, notes = self.options, dict[str, str]()
+        if request.outcome not in options.outcomes:
+            notes["undeclared"] = f"outcome: {request.outcome} is none of serve.outcomes ({', '.join(options.outcomes)}): it counts nothing"
+        if request.item_id is not None and not self.night.knows_item(request.item_id):
+            notes["unknown_item"] = f"item_id: {request.item_id} is no item of what is served: it counts nothing unless the response listed it"
+        if not 0 <= request.value <= options.outcome_bound:
+            bounded = min(max(request.value, 0.0), options.outcome_bound)
+            notes["bounded"] = f"value: {request.value:g} counts as {bounded:g} (serve.outcome_bound)"
+        for name in notes:
+            self.telemetry.kept[f"outcome_{name}"] += 1
+        return list(notes.values())
 
     async def forget(self, user_id: str) -> ForgetResponse:
         """Take a user off: from now on nothing is kept of, and no answer read from, what the user did. Raises RequestError, UnavailableError.
@@ -284,7 +308,8 @@ class Handler:
 
     def models(self) -> ModelsResponse:
         """What is served."""
-        found, trial = self.night.describe(), self.arms.trial
+        night, trial, _ = self.arms.now
+        found = night.describe()
         if trial is not None:
             found.challenger, found.share, found.shadow = trial.challenger, trial.share, trial.shadow
         return found
@@ -311,8 +336,9 @@ class Handler:
         user = night.snapshot.as_user(request.user_id)
         if user is None:
             return []
+        limit = min(request.last, RECENT) if isinstance(request, HistoryRequest) else night.events_read(request)
         with self._tracer.start_as_current_span("recray.log", **QUIET):
-            found = await self.journal.recent(str(user), night.collected, night.begins_s)
+            found = await self.journal.recent(str(user), night.collected, night.begins_s, limit)
         if found is None:
             degraded.append("state")
         return found or []
@@ -324,7 +350,7 @@ class Handler:
         question = night.question(request, fresh)
         if decision is not None:
             question = replace(question, action=decision.turned())
-        found = await self._model(replace(question, candidates=tuple(item.item_id for item in items), explain=True), degraded)
+        found, _ = await self._model(replace(question, candidates=tuple(item.item_id for item in items), explain=True), degraded)
         for item, why in zip(items, (found and found.why) or [], strict=False):
             item.why, item.text, item.title = why, night.in_words(why), night.title(item.item_id)
 
@@ -341,34 +367,44 @@ class Handler:
                 degraded.append("snapshot")
             return None
 
-    async def _shadowed(self, trial: Trial, challenger: Night, request: RecommendRequest, fresh: list[Entry], answer: RecommendResponse) -> None:
-        """What the challenger would have answered, for the log alone."""
-        begun = time.monotonic()
+    async def _shadowed(
+        self,
+        trial: Trial,
+        challenger: Night,
+        user: str | None,
+        request: RecommendRequest,
+        fresh: list[Entry],
+        answer: RecommendResponse,
+        champion: dict[str, Any],
+    ) -> None:
+        """What the challenger would have answered, for the log alone, beside how the champion's model did."""
+        begun, degraded = time.monotonic(), list[Part]()
         with contextlib.suppress(RecrayError):
-            found = await self._model(challenger.question(request, fresh), [], trial.challenger_side, aside=True)
-            if found is not None:
-                told = answer.model_copy(
-                    update={
-                        "request_id": f"{answer.request_id}.shadow",
-                        "bundle": challenger.bundle,
-                        "source": found.source,
-                        "items": items_of(found),
-                    }
-                )
-                self._decided(request, told, begun, trial, shadow=True)
+            found, ms = await self._model(challenger.question(request, fresh), degraded, aside=True)
+            told = answer.model_copy(
+                update={
+                    "request_id": f"{answer.request_id}.shadow",
+                    "bundle": challenger.bundle,
+                    "source": "realtime" if found is None else found.source,
+                    "items": [] if found is None else items_of(found),
+                    "degraded": degraded,
+                }
+            )
+            more: dict[str, Any] = {"model_ms": ms}
+            if "model_ms" in champion:
+                more["beside"] = {**champion, "degraded": answer.degraded}
+            self._decided(user, request, told, begun, trial, None, more, shadow=True)
 
-    async def _model(self, question: Question, degraded: list[Part], side: Side | None = None, *, aside: bool = False) -> Found | None:
-        """What the model says; None where it fails or takes too long. Raises RequestError, UnavailableError where too many wait.
+    async def _model(self, question: Question, degraded: list[Part], *, aside: bool = False) -> tuple[Found | None, float]:
+        """What the model says, None where it fails or takes too long, and how many milliseconds that took. Raises RequestError,
+        UnavailableError where too many wait.
 
-        side : told how long it took, and whether it failed
         aside : ask in the challenger's queue
         """
         begun = time.monotonic()
         with self._tracer.start_as_current_span("recray.model", **QUIET):
             found = await self._asked(self._aside if aside else self._batcher, question, degraded)
-        if side is not None:
-            side.saw(time.monotonic() - begun, failed=found is None)
-        return found
+        return found, round(1000 * (time.monotonic() - begun), 3)
 
     async def _asked(self, batcher: Batcher[Question, Found], question: Question, degraded: list[Part]) -> Found | None:
         try:
@@ -389,29 +425,48 @@ class Handler:
             degraded.append("model")
             return None
 
+    def _read_by(self, user: str | None, what: str) -> None:
+        """Log that somebody reads what a user did, and with which key, behind."""
+        if user is not None:
+            self.journal.later(Entry("access", _new_id(), user, time.time(), {"by": ASKED_BY.get(), "what": what}))
+
     def _explores(self, user: str | None) -> bool:
         """Whether answers for a user explore: a share of the users, other ones than a trial's."""
         return user is not None and answers(user, "exploration", self._policy.explore)
 
     def _decided(
         self,
+        user: str | None,
         request: RecommendRequest,
         answer: RecommendResponse,
         begun: float,
         trial: Trial | None,
         decision: Decision | None = None,
+        more: dict[str, Any] | None = None,
         *,
         shadow: bool = False,
     ) -> None:
-        """Log an answer, behind."""
-        user, more = _name(self.night, request), dict[str, Any]()
+        """Log an answer, behind.
+
+        more : how the model did, which a trial is judged by
+        """
+        body = dict[str, Any]()
         if decision is not None:
-            more["decision"] = decision.body()
+            body["decision"] = decision.body()
         if trial is not None and trial.shadow == shadow and request.mode != "batch":
-            more["trial"] = trial.challenger
-            more["share"] = trial.share
-            more["arm"] = "shadow" if shadow else "challenger" if trial.answers(user) else "champion"
-        self._answered(answer, answer.source, user, begun, more)
+            body |= {"trial": trial.challenger, "share": trial.share, **(more or {})}
+            body["arm"] = "shadow" if shadow else "challenger" if trial.answers(user) else "champion"
+        self._answered(answer, answer.source, user, begun, body)
+
+    def _refused(self, user: str | None, trial: Trial | None, more: dict[str, Any]) -> None:
+        """Log that the champion's queue was full, once for each user of a trial: as many tests count it."""
+        if trial is None or trial.shadow or user is None or user in trial.refused:
+            return
+        if len(trial.refused) >= MOST_REFUSED:
+            trial.refused.clear()
+        trial.refused.add(user)
+        body = {"items": [], "asked": "refused", "degraded": [], "trial": trial.challenger, "share": trial.share, "arm": "champion", **more}
+        self.journal.later(Entry("decision", _new_id(), user, time.time(), body))
 
     def _answered(
         self, answer: RecommendResponse | ScoreResponse | SimilarResponse, source: str, user: str | None, begun: float, more: dict[str, Any]
@@ -446,7 +501,7 @@ def _list_alone(night: Night, request: RecommendRequest, fresh: Sequence[Entry])
     return request.model_copy(update={**plain, "deny": [*request.deny, *met]})
 
 
-def _name(night: Night, request: RecommendRequest | ScoreRequest) -> str | None:
+def _name(night: Night, request: RecommendRequest | ScoreRequest | HistoryRequest) -> str | None:
     """The user as the event log has them, however the request wrote the id; None for nobody."""
     if request.user_id is None:
         return None

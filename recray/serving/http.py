@@ -6,14 +6,17 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import recray
@@ -46,6 +49,10 @@ RETRY_AFTER = {"Retry-After": "1"}
 FIELD = re.compile(r"([a-z_]+(?:\.\w+)*): ")  # that an error begins with
 READ_S = 10.0  # for a body to come
 MOST_ERRORS = 100  # of a body, that are told one by one
+DOCS_HEADERS = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
 
 
@@ -65,6 +72,7 @@ def _routes(handler: Handler) -> FastAPI:
         version=recray.__version__,
         description="Recommendations from the published night, the model behind it, and what users did since.",
         responses=PROBLEMS,
+        docs_url=None,
         redoc_url=None,
     )
     api.router.route_class = JsonRoute
@@ -132,6 +140,13 @@ def _routes(handler: Handler) -> FastAPI:
     async def console() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        names = {"swagger_js_url": "docs/swagger-ui-bundle.js", "swagger_css_url": "docs/swagger-ui.css", "swagger_favicon_url": "docs/favicon.png"}
+        return Response(get_swagger_ui_html(openapi_url="openapi.json", title="recray", **names).body, media_type="text/html", headers=DOCS_HEADERS)
+
+    api.mount("/docs", StaticFiles(directory=str(resources.files("fastapi_offline") / "static")), name="docs")  # after its page
+
     described = api.openapi
     api.openapi = lambda: _with_problems(described())  # type: ignore[method-assign]
     return api
@@ -167,6 +182,8 @@ class JsonRoute(APIRoute):
         async def handle(request: Request) -> Response:
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 return problem(415, "the body is not application/json", "send Content-Type: application/json")  # no form of a web page can
+            if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+                return problem(415, "the body is encoded", "send it as it is, without Content-Encoding", headers={"Accept-Encoding": "identity"})
             try:
                 asked = model.model_validate_json(await request.body(), strict=True)
             except ValidationError as error:

@@ -16,7 +16,8 @@ from recray.state.log import Entry, Log, open_log
 from recray.state.writer import Writer
 from recray.storage import Storage
 
-AWAY_S = 1.0  # how long a log that failed is not asked again
+AWAY_S = 1.0  # how long a log that could not be opened is not tried again
+READING = 0.125  # of the time that a request waits for the model, it waits for the log
 
 
 class Journal:
@@ -44,17 +45,16 @@ class Journal:
         """Whether the log did not answer when it was last asked."""
         return self.writer is None or self._failed
 
-    async def recent(self, user: str, collected: dict[str, int], from_s: float) -> list[Entry] | None:
-        """As `Log.recent`, after what was collected of this log (a number by the identity of a log); None where the log is away."""
-        if self.writer is None or time.monotonic() < self._away_until:
+    async def recent(self, user: str, collected: dict[str, int], from_s: float, limit: int) -> list[Entry] | None:
+        """As `Log.recent`, after what was collected of this log (a number by the identity of a log); None where the log is away: then it is
+        not asked until `look` finds it back."""
+        if self.writer is None or self._failed:
             return None
         try:
-            found = await self.writer.recent(user, collected.get(self.writer.log.identity, 0), from_s)
+            return await self.writer.recent(user, collected.get(self.writer.log.identity, 0), from_s, limit, self._options.timeout_s * READING)
         except StateError as error:
             self._is_away(error)
             return None
-        self._failed = False
-        return found
 
     def later(self, entry: Entry) -> None:
         """As `Writer.later`; nothing where the log is away."""
@@ -67,11 +67,16 @@ class Journal:
             await asyncio.to_thread(self._open)
         if self.writer is None:
             raise UnavailableError("the log is away: nothing was kept", "come again")
+        error: StateError
         try:
-            return await write(self.writer)
-        except StateError as error:
-            self._is_away(error)
-            raise UnavailableError("the log is away: nothing is known to be kept", "come again, with the same event_id or feedback_id") from error
+            async with asyncio.timeout(self._options.timeout_s):
+                return await write(self.writer)
+        except StateError as failed:
+            error = failed
+        except TimeoutError:
+            error = StateError(f"it did not take anything within {self._options.timeout_s:g} s")
+        self._is_away(error)
+        raise UnavailableError("the log is away: nothing is known to be kept", "come again, with the same event_id or feedback_id") from error
 
     def look(self) -> None:
         """Open a log that is away, or find out whether it is back."""

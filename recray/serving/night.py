@@ -25,14 +25,14 @@ from recray.dataset.ids import as_id
 from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError, UnavailableError
 from recray.inference import Filters, Predictor, Rules, Translation
-from recray.inference.policy import Policy, dials, explore
+from recray.inference.policy import LOOKED_AT, Policy, dials, explore
 from recray.inference.rules import between, having
 from recray.model.controls import Controls
 from recray.release import Release
 from recray.serving.api import MOST_ANSWERS, Event, KnownEvent, ModelsResponse, Privacy, Range, Reason, RecommendRequest, ScoreRequest, Source
 from recray.serving.question import Decision, Explore, Found, Question, UnknownItemError
 from recray.snapshot.reader import Snapshot
-from recray.state.log import Entry
+from recray.state.log import RECENT, Entry
 from recray.storage import MANIFEST, Storage, manifest_digest
 
 if TYPE_CHECKING:
@@ -263,6 +263,13 @@ class Night:
         """Whether the nightly lists are of the policy that decides now, which may be released, or taken away, after they were made."""
         return bool(self.snapshot.manifest.get("policy") == self.policy)
 
+    def events_read(self, request: RecommendRequest | ScoreRequest) -> int:
+        """How many of a user's last events can change the response: what the model and the policy read, or all where seen items are left out."""
+        if isinstance(request, RecommendRequest) and (request.new_only or self.snapshot.manifest["new_only"]):
+            return RECENT
+        read = self.predictor.model.shape.history
+        return min(read if self.predictor.policy is None else max(read, LOOKED_AT), RECENT)
+
     def state(self, request: RecommendRequest | ScoreRequest) -> np.ndarray | None:
         """What the nightly run saw of the user, where it was this bundle's and is of the stored history; None also where it cannot be read."""
         if request.user_id is None or request.history is not None or self.snapshot.manifest["bundle_digest"] != self.bundle_digest:
@@ -392,6 +399,13 @@ class Night:
     def knows(self, item_id: Any, event: str) -> bool:
         """Whether the model knows an item and a type of events."""
         return bool(self.predictor.index_of([item_id])[0]) and event in self.predictor.event_types
+
+    def knows_item(self, item_id: Any) -> bool:
+        """Whether an id of a request is that of an item which the model knows."""
+        try:
+            return bool(self.predictor.index_of([self.item_id(item_id, "item_id")])[0])
+        except RequestError:
+            return False
 
     def _best(self, questions: list[Question]) -> list[Found]:
         k = max(question.k for question in questions)

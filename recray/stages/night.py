@@ -22,14 +22,18 @@ if TYPE_CHECKING:
     from recray.bundle import Bundle
     from recray.tracking.outbox import Entry
 
+PLURALS = {"event": "events", "decision": "decisions", "outcome": "outcomes", "set_aside": "outcomes set aside", "access": "accesses"}
+
 
 def collect(work: Work) -> JobResult:
     """What the endpoint was told since the last time, as Parquet: events for prepare, decisions and outcomes."""
     from recray.state import collect as collecting
     from recray.state.log import open_log
+    from recray.state.rewards import Rewards
 
     started = time.monotonic()
     options = work.settings.serve
+    rewards = Rewards.declared(options)
     log = open_log(options.state, work.storage.root, options.keep_days)
     try:
         path, counts = collecting.collect(work.storage, log)
@@ -42,12 +46,12 @@ def collect(work: Work) -> JobResult:
         if not (work.storage.outbox / f"{folder.name}.json").exists():
             step = read_json(folder / "manifest.json")["collected_at_s"]
             named = {"run_key": f"endpoint {log.identity}", "run_name": "endpoint", "order": [step, 0]}
-            work.outbox.put(folder.name, {**named, "metrics": {"values": collecting.summary(folder, among), "step": step}})
+            work.outbox.put(folder.name, {**named, "metrics": {"values": collecting.summary(folder, rewards, among), "step": step}})
     deliver(work)
-    told = ", ".join(f"{count} {kind}s" if kind != "set_aside" else f"{count} outcomes set aside" for kind, count in counts.items())
+    told = ", ".join(f"{count} {PLURALS[kind]}" for kind, count in counts.items())
     work.say(f"collected: {told or 'nothing new'}", stage="collect")
     outputs = {} if path is None else {"collected": str(path)}
-    metrics = {f"collected_{kind}s": count for kind, count in counts.items()}
+    metrics = {f"collected_{PLURALS[kind].replace(' ', '_')}": count for kind, count in counts.items()}
     return result_of("collect", path is None, "" if path is None else path.name, outputs, metrics, started, work)
 
 

@@ -12,6 +12,8 @@ from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, RefusedError
 from recray.stages.night import collect
 from recray.stages.work import JobResult, Work, date_of, day_of, result_of, sound_policy, tell
+from recray.state.collect import collected_folders
+from recray.state.rewards import Rewards
 from recray.storage import Storage, is_sealed, key_of, read_json
 
 if TYPE_CHECKING:
@@ -61,13 +63,16 @@ def tune(work: Work, dataset: Dataset) -> JobResult:
     return _released(work, "tune", key, bundle, dataset.as_of_s, started, skipped=skipped)
 
 
-def adapt(work: Work) -> JobResult:
+def adapt(work: Work, *, enough: int = 0) -> JobResult:
     """The champion's next attention policy from what answers that explored were worth; the gate decides as for `tune`.
 
     Collects first. Raises RefusedError where there is too little to learn from.
+
+    enough : decisions that have to be ripe and were in no round before; with fewer nothing is done
     """
+    from policies import logs
     from policies.adapt import adapt as learn_policy
-    from policies.logs import matured
+    from policies.gate import level_of
     from recray.inference.policy import KIND
     from recray.promotion import champion_of, keep_private, policy_of
 
@@ -84,25 +89,30 @@ def adapt(work: Work) -> JobResult:
         return result_of("adapt", True, last["key"], {"policy": str(storage.policy(last["key"]))}, {}, started, work)
     collect(work)
     live = sound_policy(work, bundle, name)
-    told = [folder for folder in storage.collected.glob("[!.]*") if any((folder / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
-    folders = sorted(told, key=lambda folder: read_json(folder / "manifest.json")["collected_at_s"])
-    folders, dataset, now_s = folders[-settings.policy.rounds :], published_dataset(storage), time.time()
+    options, dataset, now_s = settings.policy, published_dataset(storage), time.time()
+    rewards, bound = Rewards.declared(settings.serve), options.bound if live is None else live.bound
+    after_s = last.get("newest_s", 0.0) if last is not None else 0.0
+    ripe = logs.read(collected_folders(storage), options, rewards, until_s=now_s - options.attribution_window_s, bound=bound, after_s=after_s)
+    if ripe.fresh < enough:
+        metrics = {"fresh": float(ripe.fresh)}
+        return result_of("adapt", True, "" if last is None else last["key"], {}, metrics, started, work)
     chosen = settings.result_settings("policy", "privacy", "split", "score", "evaluate")
-    ripe = matured(folders, now_s - settings.policy.wait_s)
-    asked = key_of("adapt", chosen, dataset.digest, bundle.digest, [folder.name for folder in folders], ripe, __version__)
+    asked = key_of("adapt", chosen, dataset.digest, bundle.digest, logs.digest(ripe.rounds), __version__)
     key = key_of(asked, name)
     if last is not None and as_then and last["asked"] == asked:
         key = last["key"]
+    number = last["round"] + 1 if last is not None and last["against"] == name and "round" in last else 1
     path = storage.policy(key)
     skipped = is_sealed(path, KIND, key)
     if not skipped:
         known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
-        if settings.policy.learner == "ppo":
+        if options.learner == "ppo":
             cluster.start()
-        policy, _, aside = learn_policy(settings, folders, dataset, bundle, live, known, now_s)
+        policy, _, aside = learn_policy(settings, ripe.rounds, ripe.aside, dataset, bundle, live, known, level_of(number))
         for reason, count in aside.items():
             work.warn(f"{count} decisions were set aside: {reason}")
-        policy.about |= {"key": key, "asked": asked, "against": name, "made_s": now_s, "private": private}
+        policy.about |= {"key": key, "asked": asked, "against": name, "round": number, "made_s": now_s, "private": private}
+        policy.about["newest_s"] = ripe.newest_s
         policy.save(path, key)
     return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
 

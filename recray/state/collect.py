@@ -1,7 +1,8 @@
 """From the log to Parquet: every entry once, in sealed folders that each hold the next stretch of the log.
 
 What was collected is read off the folders' names, so a collect that is killed leaves nothing and the next one does its work. A folder
-holds `events.parquet` (`schema.LIVE_EVENTS`, read by prepare as the owner's), `decisions.parquet` and `outcomes.parquet`, where there are any.
+holds `events.parquet` (`schema.LIVE_EVENTS`, read by prepare as the owner's), `decisions.parquet`, `outcomes.parquet` and `access.parquet` (whose
+history was read, by which key), where there are any.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from recray import schema
 from recray.errors import StateError
 from recray.state.log import Entry, Log
+from recray.state.rewards import Credits, Rewards
 from recray.storage import Storage, read_json, sealed_directory
 
 KIND = "collected"
@@ -44,6 +46,7 @@ _DECISIONS = pa.schema(
         ("more", pa.string()),
     ]
 )
+_ACCESS = pa.schema([("user_id", pa.string()), ("timestamp", pa.timestamp("us", "UTC")), ("by", pa.string()), ("what", pa.string())])
 _OUTCOMES = pa.schema(
     [
         ("request_id", pa.string()),
@@ -96,6 +99,13 @@ def _late(log: Log, entry: Entry) -> bool:
     return not log.has("outcome", entry.key)  # told again since
 
 
+def collected_folders(storage: Storage) -> list[Path]:
+    """The folders with decisions or outcomes, oldest first."""
+    paths = [path for path in storage.collected.glob("[!.]*") if any((path / f"{kind}.parquet").exists() for kind in ("decisions", "outcomes"))]
+    manifests = {path: read_json(path / "manifest.json") for path in paths}
+    return sorted(paths, key=lambda path: (manifests[path]["collected_at_s"], manifests[path]["first"]))
+
+
 def collected_through(storage: Storage) -> dict[str, int]:
     """The last number that was collected, by the identity of a log."""
     found: dict[str, int] = {}
@@ -118,8 +128,9 @@ def forget(storage: Storage, log: Log, keep_days: float, published: int) -> int:
     return int(through)
 
 
-def summary(folder: Path, among: Callable[[pa.Array], np.ndarray] | None = None) -> dict[str, float]:
-    """What a collected folder says of the endpoint: answers by source and bundle, latency, what was away, outcomes an answer.
+def summary(folder: Path, rewards: Rewards, among: Callable[[pa.Array], np.ndarray] | None = None) -> dict[str, float]:
+    """What a collected folder says of the endpoint: answers by source and bundle, latency, what was away, outcomes an answer, and how many of them
+    count nothing, by reason.
 
     among : which of some user ids may be told of, bool [n]; what nobody is named with, and outcomes of answers of another folder, are not
         either. None: all are
@@ -128,9 +139,12 @@ def summary(folder: Path, among: Callable[[pa.Array], np.ndarray] | None = None)
     shown = 0
     arms: dict[str, str] = {}
     asked: set[str] | None = None if among is None else set()
+    credits = Credits(rewards, limit=None)
     if (folder / "decisions.parquet").exists():
         table = _of(pq.read_table(folder / "decisions.parquet"), among)
         asked = None if asked is None else set(table["request_id"].to_pylist())
+        for key, items in zip(table["request_id"].to_pylist(), table["items"].to_pylist(), strict=True):
+            credits.add_response(key, items)
         more = [json.loads(told) if told else {} for told in table["more"].to_pylist()]
         seen = table.filter(pa.array([told.get("arm") != "shadow" and "asked" not in told for told in more]))  # answers of /v1/recommend
         arms = {key: told["arm"] for key, told in zip(table["request_id"].to_pylist(), more, strict=True) if "arm" in told}
@@ -146,6 +160,12 @@ def summary(folder: Path, among: Callable[[pa.Array], np.ndarray] | None = None)
         found["outcomes/set_aside"] = sum(row["set_aside"] for row in rows)
         counted = [row for row in rows if not row["set_aside"]]
         found |= {f"outcomes/{name}/an_answer": count / max(shown, 1) for name, count in Counter(row["outcome"] for row in counted).items()}
+        nothing = Counter[str]()
+        for row in counted:
+            if row["request_id"] in credits:
+                nothing[credits.why_not(row["request_id"], row["outcome"], row["item_id"])] += 1
+                credits.add_outcome(row["request_id"], row["outcome"], row["item_id"], row["value"])
+        found |= {f"outcomes/count_nothing/{why}": count for why, count in nothing.items() if why}
         sides = Counter(arms.values())
         by_side = Counter(arms[row["request_id"]] for row in counted if row["request_id"] in arms)
         found |= {f"outcomes/{side}/an_answer": count / sides[side] for side, count in by_side.items()}
@@ -183,6 +203,9 @@ class _Writers:
             self._add("events", pa.Table.from_pylist([_event(number, entry) for number, entry in by_kind["event"]], schema.LIVE_EVENTS))
         if "decision" in by_kind:
             self._add("decisions", pa.Table.from_pylist([_decision(entry) for _, entry in by_kind["decision"]], _DECISIONS))
+        if "access" in by_kind:
+            rows = [{"user_id": entry.user, "timestamp": _microseconds(entry), **entry.body} for _, entry in by_kind["access"]]
+            self._add("access", pa.Table.from_pylist(rows, _ACCESS))
         if "outcome" in by_kind:
             self._add("outcomes", pa.Table.from_pylist([_outcome(entry) for _, entry in by_kind["outcome"]], _OUTCOMES))
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from recray.errors import SettingsError
 
-Kind = Literal["event", "decision", "outcome", "set_aside"]
+Kind = Literal["event", "decision", "outcome", "set_aside", "access"]
 RECENT = 1000  # of a user's events, at most
 SAID_BEFORE, SAID_OTHERWISE = 0, -1  # in the place of a number: an entry of that kind and key was there, with the same body or another one
 
@@ -68,15 +68,16 @@ def key_of(whose: str, named: str) -> str:
 class Log(abc.ABC):
     """Blocking; for any thread. Every method raises StateError where the store cannot be reached or takes nothing."""
 
-    quick = False  # whether `recent` is faster than another thread
+    quick = False  # whether `recent` of few events is faster than another thread
 
     @abc.abstractmethod
     def append(self, entries: Sequence[Entry]) -> list[int]:
         """Number of each entry, in order; SAID_BEFORE or SAID_OTHERWISE for one that was there before. On disk when it returns."""
 
     @abc.abstractmethod
-    def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
-        """The user's last events that have a number above `after` or happened at `from_s` or later, in the order of their numbers."""
+    def recent(self, user: str, after: int, from_s: float, limit: int = RECENT) -> list[Entry]:
+        """The user's last events, so many at most, that have a number above `after` or happened at `from_s` or later, in the order of their
+        numbers."""
 
     @abc.abstractmethod
     def has(self, kind: Kind, key: str) -> bool:

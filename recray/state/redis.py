@@ -82,8 +82,8 @@ class RedisLog(Log):
             found = self._call(lambda: self._append(keys=keys, args=[self._identity, *arguments]))
         return [int(number) for number in found]
 
-    def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
-        found = self._call(lambda: self._redis.zrange(f"{PREFIX}:user:{user}", 0, -1, withscores=True))
+    def recent(self, user: str, after: int, from_s: float, limit: int = RECENT) -> list[Entry]:
+        found = self._call(lambda: self._redis.zrange(f"{PREFIX}:user:{user}", -limit, -1, withscores=True))
         entries = ((number, Entry.from_json(text)) for text, number in found)
         return [entry for number, entry in entries if number > after or entry.at_s >= from_s]
 

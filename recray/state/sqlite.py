@@ -64,12 +64,12 @@ class SqliteLog(Log):
         (body,) = connection.execute("SELECT body FROM log WHERE key = ? AND kind = ?", (entry.key, entry.kind)).fetchone()
         return SAID_BEFORE if json.loads(body) == json.loads(json.dumps(entry.body)) else SAID_OTHERWISE
 
-    def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
+    def recent(self, user: str, after: int, from_s: float, limit: int = RECENT) -> list[Entry]:
         with self._raising():
             rows = self._connection().execute(
                 "SELECT kind, key, user, at_s, body FROM log WHERE kind = 'event' AND user = ? AND (number > ? OR at_s >= ?) "
-                f"ORDER BY number DESC LIMIT {RECENT}",
-                (user, after, from_s),
+                "ORDER BY number DESC LIMIT ?",
+                (user, after, from_s, min(limit, RECENT)),
             )
             return [_entry(row) for row in rows][::-1]
 

@@ -12,16 +12,18 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from recray.errors import StateError
-from recray.state.log import Entry, Kind, Log
+from recray.state.log import RECENT, Entry, Kind, Log
 
 BEHIND_S = 0.1  # how long a decision may wait for others
 BEHIND = 10_000  # decisions that may wait; more are dropped, and counted
 AT_ONCE = 2000  # entries of one commit, roughly
 ELSEWHERE_S = 0.3  # how long an outcome waits for a decision that another replica may still hold
+QUICK = 20  # events that are read at once, without another thread, where the store is quick
+READERS = 4  # threads that read; more wait for them
 PATIENT = 4  # outcomes that wait so at once; who makes up request ids must not make others wait
 
 
@@ -39,6 +41,7 @@ class Writer:
         self._waiting: queue.Queue[tuple[list[Entry], Future[list[int]] | None] | None] = queue.Queue()
         self._behind = 0
         self._patient = 0
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="recray-state")
         self._thread = threading.Thread(target=self._write, name="recray-log", daemon=True)
         self._thread.start()
 
@@ -56,11 +59,17 @@ class Writer:
         self._behind += 1
         self._waiting.put(([entry], None))
 
-    async def recent(self, user: str, after: int, from_s: float) -> list[Entry]:
-        """As `Log.recent`."""
+    async def recent(self, user: str, after: int, from_s: float, limit: int = RECENT, timeout_s: float | None = None) -> list[Entry]:
+        """As `Log.recent`. Many events are read aside, so that nobody else waits. Raises StateError, also where that takes too long."""
         if self.log.quick:
-            return self.log.recent(user, after, from_s)
-        return await asyncio.to_thread(self.log.recent, user, after, from_s)
+            entries = self.log.recent(user, after, from_s, min(limit, QUICK + 1))
+            if len(entries) <= min(limit - 1, QUICK) or limit <= QUICK + 1:
+                return entries
+        reading = asyncio.get_running_loop().run_in_executor(self._readers, self.log.recent, user, after, from_s, limit)
+        try:
+            return await asyncio.wait_for(reading, timeout_s)
+        except TimeoutError:
+            raise StateError(f"it did not answer within {timeout_s:g} s") from None
 
     async def outcome(self, entry: Entry, decision: str) -> tuple[bool, bool]:
         """Write an outcome after its decision, or set it aside where nobody knows the decision yet (`collect` looks once more).
@@ -85,6 +94,7 @@ class Writer:
         """Write what waits, then stop."""
         self._waiting.put(None)
         self._thread.join()
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _write(self) -> None:
         more = True

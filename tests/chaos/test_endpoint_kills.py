@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -109,7 +110,7 @@ def test_haproxy_listens_on_loopback_alone(served, own_home):
 
 
 def test_requests_that_never_end_make_nobody_wait(served):
-    begun = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    begun = b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(200)]
         for client in slow:
@@ -130,6 +131,24 @@ def test_a_burst_is_answered_and_what_is_more_than_there_are_places_is_told_to_c
         assert b"all replicas have what they can take" in head
         assert b"retry-after: 1\r\n" in head and b"content-type: application/problem+json\r\n" in head
         assert json.loads(head.partition(b"\r\n\r\n")[2])["status"] == 503
+
+
+def test_connections_that_are_idle_take_no_place(served):
+    places = 2 * Settings().serve.places
+    with contextlib.ExitStack() as stack:
+        for user in range(64):
+            idle = stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=DEADLINE_S)))
+            idle.request("POST", "/v1/recommend", json.dumps({"user_id": user}), {"Content-Type": "application/json"})
+            assert idle.getresponse().read(), "kept open from here on"
+        for _ in range(5):
+            assert {status for status, _ in _burst(served.port, places // 2)} == {200}
+
+
+def test_what_haproxy_itself_refuses_is_a_problem_document(served):
+    with socket.create_connection(("127.0.0.1", served.port), DEADLINE_S) as client:
+        client.sendall(b"this is no HTTP\r\n\r\n")
+        head, _, body = client.recv(1 << 16).partition(b"\r\n\r\n")
+    assert b"application/problem+json" in head and json.loads(body)["status"] == 400
 
 
 def _burst(port: int, count: int) -> list[tuple[int, bytes]]:

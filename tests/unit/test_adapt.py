@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from harness import wait_for
 
-from policies import adapt
-from policies.logs import Logged, checked, matured, read
+from policies import adapt, ope
+from policies.gate import level_of
+from policies.logs import Logged, checked, digest, read
 from policies.rewards import Planted, clicks
 from recray import pipeline
 from recray.benchmark.nights import publish_untrained
 from recray.bundle import Bundle
-from recray.config import load_settings
-from recray.errors import RefusedError
-from recray.inference.policy import Policy, explore
+from recray.config import load_settings, render_yaml
+from recray.errors import RefusedError, StateError
+from recray.follow import FILE, run_follow
+from recray.inference.policy import OBSERVED, Policy, explore
+from recray.lease import only_one
 from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.handler import Handler
+from recray.stages import JobResult
+from recray.state.collect import collect, collected_folders
+from recray.state.log import Entry
+from recray.state.rewards import Rewards
+from recray.state.sqlite import SqliteLog
+from recray.storage import Storage, read_json
 
 pytestmark = pytest.mark.second
 
@@ -81,7 +94,7 @@ def shop(world_folder, world_dataset, tmp_path):
         None,
         [
             f"data.events=[{world_folder / 'events'}]", f"storage.root={tmp_path / 'root'}", "policy.actions=[temperature]", "policy.sigma=1.0",
-            "policy.explore=1.0", "policy.share=1.0", "policy.wait_s=0", "policy.latency=0.5", "score.k=20", "data.context=[hour]",
+            "policy.explore=1.0", "policy.share=1.0", "policy.attribution_window_s=0", "policy.latency=0.5", "score.k=20", "data.context=[hour]",
         ],
     )  # fmt: skip
     storage = publish_untrained(settings, world_dataset, settings.root())
@@ -115,16 +128,21 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
         asyncio.run(handler.recommend(RecommendRequest(user_id=f"!guest {number}", history=[Event(item_id=item)], k=3)))
     asyncio.run(handler.journal.writer.append([]))  # what waits is written
     result = pipeline.run_adapt(settings, None)
-    folders = sorted(storage.collected.glob("[!.]*"))
-    (found,), aside = read(folders, ("temperature",), until_s=np.inf)
+    folders, rewards = collected_folders(storage), Rewards.declared(settings.serve)
+    ripe = read(folders, settings.policy, rewards, until_s=np.inf)
+    (found,), aside = ripe.rounds, ripe.aside
     assert len(found) > 1500 and set(found.reward.tolist()) == {0.0, 1.0} and len(set(found.user.tolist())) > 290
     guest, turned = np.array([str(user).startswith("!guest") for user in found.user]), found.action[:, 0] > 0.2
     assert guest.sum() > 100 and found.reward[guest].max() == 0  # nobody said what they did
     for rate, asked in ((0.75, turned & ~guest), (0.15, ~turned & ~guest)):
         assert found.reward[asked].mean() == pytest.approx(rate, abs=0.06)
     assert aside == {} and checked(found, "untrained", {""})[1] == {}
-    assert read(folders, ("recency",), until_s=np.inf) == ([], {"turned other controls, or as far as another bound": len(found)})
-    assert read(folders, ("temperature",), until_s=0.0) == ([], {}) and (matured(folders, 0.0), matured(folders, np.inf)) == (0, len(found))
+    recency = settings.policy.model_copy(update={"actions": ("recency",)})
+    others = read(folders, recency, rewards, until_s=np.inf)
+    assert (others.rounds, others.aside) == ([], {"turned other controls, or as far as another bound": len(found)})
+    none = read(folders, settings.policy, rewards, until_s=0.0)
+    assert (none.rounds, none.aside, none.fresh, ripe.fresh) == ([], {}, 0, len(found))
+    assert read(folders, settings.policy, rewards, until_s=np.inf, after_s=ripe.newest_s).fresh == 0
     assert 0 < result.metrics["latency"] < 0.5 and result.metrics["diversity"] > 0.5
     assert result.reason == "" and result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0, result.reason
     assert Release.read(storage).champion.policy == result.run_key
@@ -141,11 +159,147 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     answer = asyncio.run(handler.recommend(RecommendRequest(user_id=3, k=3)))
     assert answer.policy == result.run_key
     live = Policy.load(storage.policy(result.run_key), handler.night.bundle_digest)
-    other = settings.model_copy(update={"policy": settings.policy.model_copy(update={"actions": ("recency",)})})
+    bundle = Bundle.open(storage.bundle("untrained"))
+    other = settings.model_copy(update={"policy": recency})
     with pytest.raises(RefusedError, match="decides turns temperature, policy.actions says recency"):
-        adapt.adapt(other, folders, world_dataset, Bundle.open(storage.bundle("untrained")), live, {""}, np.inf)
+        adapt.adapt(other, ripe.rounds, ripe.aside, world_dataset, bundle, live, {""}, 0.025)
     with pytest.raises(RefusedError, match=f"no collected decision turned recency; {len(found)} turned other controls"):
-        adapt.adapt(other, folders, world_dataset, Bundle.open(storage.bundle("untrained")), None, {""}, np.inf)
+        adapt.adapt(other, others.rounds, others.aside, world_dataset, bundle, None, {""}, 0.025)
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
-        adapt.adapt(private, folders, world_dataset, Bundle.open(storage.bundle("untrained")), None, {""}, np.inf)
+        adapt.adapt(private, ripe.rounds, ripe.aside, world_dataset, bundle, None, {""}, 0.025)
+
+
+def test_how_often_was_collected_changes_nothing_of_what_is_learned_from(tmp_path):
+    """A collect a minute, an hour, or whenever, with outcomes that come late, twice, or before their decision."""
+    random = np.random.default_rng(3)
+    options = load_settings(None, ["policy.actions=[temperature]", "policy.rounds=4", "policy.round_s=600", "policy.round_decisions=150"]).policy
+    observation, entries = np.zeros(len(OBSERVED)).tolist(), []
+    for number in range(2400):
+        at_s, key = 1e9 + 5.0 * number, f"r{number}"
+        body = {"policy": "", "actions": ["temperature"], "observation": observation, "mean": [0.0], "action": [0.1], "sigma": 1.0, "bound": 1.0}
+        body["log_density"] = float(random.normal()) if number % 3 else None
+        answer = {"items": ["a", "b"], "source": "realtime", "night": "n", "bundle": "b", "degraded": [], "ms": 1.0, "decision": body}
+        entries.append((at_s, Entry("decision", key, f"u{number % 40}", at_s, answer)))
+        if random.random() < 0.4:
+            later = at_s + float(random.choice([-2.0, 1.0, 400.0]))
+            for copy in range(int(random.integers(1, 3))):
+                click = {"request_id": key, "outcome": "click", "item_id": "a", "value": 1.0}
+                entries.append((later, Entry("outcome" if later > at_s else "set_aside", f"{key} {copy}", None, later, click)))
+    entries.sort(key=lambda pair: pair[0])
+
+    def collected(every_s, name):
+        storage, log = Storage(tmp_path / name), SqliteLog(tmp_path / name / "log.sqlite")
+        until_s = entries[0][0] + every_s
+        for at_s, entry in entries:
+            while at_s >= until_s:
+                collect(storage, log)
+                until_s += every_s
+            log.append([entry])
+        collect(storage, log)
+        log.close()
+        return collected_folders(storage)
+
+    rewards = Rewards({"click": 1.0}, 1.0)
+    ways = {name: collected(every_s, name) for name, every_s in (("minute", 60.0), ("hour", 3600.0), ("once", 1e9))}
+    found = {name: read(folders, options, rewards, until_s=1e9 + 11_000) for name, folders in ways.items()}
+    assert [len(folders) for folders in ways.values()][0] > 150 and len(ways["once"]) == 1
+    assert len({digest(ripe.rounds) for ripe in found.values()}) == 1 and len(found["once"].rounds) == 4
+    assert found["minute"].fresh == found["once"].fresh and found["minute"].newest_s == found["once"].newest_s == 1e9 + 11_000
+    assert all(int((~np.isnan(log.log_density)).sum()) >= 150 for log in found["once"].rounds) and {*found["once"].rounds[0].reward} == {0.0, 1.0}
+
+
+def test_a_best_action_at_the_end_of_what_can_be_turned_is_found_and_kept():
+    world, random = Edge(), np.random.default_rng(0)
+    for start in (0.0, 1.0):
+        policy, mean = None, np.full((8000, 1), start, np.float32)
+        rounds = []
+        for seed in range(5):
+            observation, cases = world.draw(8000, np.random.default_rng([seed, 7]))
+            if policy is not None:
+                mean = policy.act(observation)
+            action, density = explore(mean, 0.5, random)
+            reward = clicks(world.pay(cases, action), random)
+            user, names = np.array([f"{seed}-{row}" for row in range(8000)]), (np.full(8000, "b"), np.full(8000, ""))
+            rounds.append(Logged(observation, mean, action, density, np.full(8000, 0.5), reward, user, *names))
+            policy = adapt.learn_from(Logged.joined(rounds), policy, ("temperature",), "b")
+        observation, cases = world.draw(4000, np.random.default_rng(99))
+        none, best, mine = (world.pay(cases, played).mean() for played in (np.zeros((4000, 1)), np.ones((4000, 1)), policy.act(observation)))
+        assert (mine - none) / (best - none) >= 0.97
+
+
+class Edge(Planted):
+    """A world in which the farthest that can be turned suits everybody."""
+
+    def best(self, observation_ND):
+        return np.ones((len(observation_ND), 1))
+
+
+def test_a_follower_learns_when_enough_is_ripe_alone_in_its_workspace_until_it_is_stopped(shop, tmp_path):
+    settings, storage, handler = shop
+    (tmp_path / "settings.yaml").write_text(render_yaml(settings, "of the test"))
+    words = [sys.executable, "-m", "recray.cli", "adapt", "--follow", "--config", str(tmp_path / "settings.yaml"), "policy.round_decisions=1200"]
+    follower = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+
+        def followed():
+            path = storage.root / FILE
+            return read_json(path) if path.exists() else {"looked_s": 0.0, "rounds": 0}
+
+        wait_for("a look", lambda: followed()["looked_s"], ended=follower.poll)
+        assert followed()["rounds"] == 0 and Release.read(storage).champion.policy is None
+        with pytest.raises(RefusedError, match="another adapt --follow .process"):
+            pipeline.run_adapt(settings, None, follow=True)
+        talk(handler, 5, 0)
+        asyncio.run(handler.journal.writer.append([]))
+        done = wait_for("a round", lambda: followed() if followed()["rounds"] else None, ended=follower.poll)
+        assert (done["promoted"], done["refusals"]) == (1, 0) and done["policy"] == Release.read(storage).champion.policy
+        assert done["over_trained"] > done["over_trained_low"] > 0 and 0 < done["outcome_age_s"] < 3600
+        looked_s = done["looked_s"]
+        wait_for("another look", lambda: followed()["looked_s"] > looked_s, ended=follower.poll)
+        assert followed()["rounds"] == 1, "nothing new is ripe"
+    finally:
+        follower.terminate()
+    out, said = follower.communicate()
+    result = json.loads(out.splitlines()[-1])
+    assert follower.returncode == 0 and (result["status"], result["metrics"]["rounds"]) == ("ok", 1), said[-2000:]
+
+
+def test_a_follower_goes_on_whatever_a_round_ends_with(tmp_path):
+    ends = iter([RefusedError("too little"), StateError("the log is away"), ValueError("unexpected"), None, KeyboardInterrupt()])
+
+    def round_():
+        end = next(ends)
+        if end is not None:
+            raise end
+        return JobResult("adapt", "skipped")
+
+    said = []
+    settings = load_settings(None, [f"storage.root={tmp_path}", "policy.attribution_window_s=0"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recray.follow.LEAST_S", 0.0)
+        result = run_follow(settings, round_, lambda message, **_: said.append(message))
+    assert result.status == "ok" and result.metrics["refusals"] == 3 and result.metrics["rounds"] == 0
+    assert all(any(word in line for line in said) for word in ("too little", "the log is away", "ValueError: unexpected"))
+    with only_one(tmp_path, "adapt --follow"):
+        pass
+
+
+def test_all_rounds_of_the_gate_have_one_level():
+    levels = [level_of(number) for number in range(1, 100_001)]
+    assert sum(levels) < 0.1 and levels == sorted(levels, reverse=True) and levels[0] > 0.015 and levels[199] > 1e-5
+    p = np.random.default_rng(0).random((4000, 200))
+    assert (p <= levels[:200]).any(1).mean() <= 0.1
+
+
+@pytest.mark.parametrize(("zipf", "rate"), [(0.0, 0.05), (1.3, 0.05), (1.3, 0.3)])
+def test_the_bound_of_a_gain_holds_where_users_come_in_clusters(zipf, rate):
+    """On logs in which nothing is gained, and users differ in how often they come and what they do."""
+    random, level, above = np.random.default_rng(1), 0.025, 0
+    share = 1 / np.arange(1, 401) ** zipf
+    for _ in range(300):
+        user = np.unique(random.choice(400, 3000, p=share / share.sum()), return_inverse=True)[1]
+        own = random.gamma(1.0, rate, 400).clip(0, 1)[user] - rate
+        weight = random.normal(0, 1.0, 400)[user]
+        above += ope.lower_bound(weight * own * random.lognormal(0, 1, 3000), user, level) > 0
+    assert above / 300 <= 0.03

@@ -25,8 +25,11 @@ from recray.serving.api import RecommendRequest
 from recray.serving.night import Night
 from recray.state import collect as collecting
 from recray.state.log import Entry, open_log
+from recray.state.rewards import Rewards
 from recray.storage import Storage
 from recray.tracking.runs import Tracking
+
+REWARDS = Rewards({"click": 1.0}, 1.0)
 
 
 def event(key, user="7", at_s=100.25, **body):
@@ -114,7 +117,7 @@ def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
     log.append([outcome("o1", "d2"), outcome("o2", "?", "set_aside"), event("e1")])
     result = pipeline.run_collect(settings, None)
     storage = Storage(settings.root())
-    found = collecting.summary(Path(result.outputs["collected"]))
+    found = collecting.summary(Path(result.outputs["collected"]), REWARDS)
     assert found == {
         "answers": 2, "answers/source/snapshot": 2, "answers/bundle/b": 1, "answers/bundle/c": 1, "degraded/model": 0.5, "latency_ms/p50": 2.5,
         "latency_ms/p95": pytest.approx(3.4), "latency_ms/p99": pytest.approx(3.48), "outcomes/set_aside": 1, "outcomes/click/an_answer": 0.5,
@@ -139,12 +142,12 @@ def test_with_privacy_mlflow_is_told_of_users_who_are_held_out_alone(world_folde
             log.append([Entry("decision", name, user, 5.0, decision("").body), outcome(f"o{name}", name), event(f"e{name}", user)])
     log.append([Entry("decision", "nobody's", None, 5.0, decision("").body)])
     folder = Path(pipeline.run_collect(settings, None).outputs["collected"])
-    mine = collecting.summary(folder, partial(nothing_learned_of, split=settings.split.model_dump()))
+    mine = collecting.summary(folder, REWARDS, partial(nothing_learned_of, split=settings.split.model_dump()))
     theirs = sum(int(answers) for answers, one in zip(np.random.default_rng(0).integers(1, 4, 60), held, strict=True) if one)
     assert 3 < held.sum() < 30 and mine["answers"] == mine["events"] == theirs and mine["outcomes/click/an_answer"] == 1.0
     tracking = Tracking(settings.tracking, Storage(settings.root()))
     run = tracking._client.get_run(tracking.run(f"endpoint {log.identity}", "endpoint"))
-    assert run.data.metrics["answers"] == run.data.metrics["events"] == theirs < collecting.summary(folder)["answers"]
+    assert run.data.metrics["answers"] == run.data.metrics["events"] == theirs < collecting.summary(folder, REWARDS)["answers"]
     log.close()
 
 

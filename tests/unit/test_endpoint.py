@@ -2,19 +2,25 @@
 
 import asyncio
 import contextlib
+import gzip
 import html
 import http.server
+import itertools
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,12 +39,17 @@ from recray.config import ServeSettings, load_settings
 from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
 from recray.inference import Predictor
 from recray.serving import http as http_module
-from recray.serving.api import EventsRequest, FeedbackRequest, RecommendRequest
+from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest, SimilarRequest
+from recray.serving.arms import Arms
 from recray.serving.batching import Batcher, BusyError
+from recray.serving.guard import new_key
 from recray.serving.handler import Handler
 from recray.serving.http import create_app
 from recray.serving.night import Night
 from recray.serving.traces import provider
+from recray.state.collect import collect
+from recray.state.log import Entry
+from recray.state.writer import QUICK
 from recray.storage import Storage
 
 USER = {"user_id": 7, "k": 5}
@@ -171,7 +182,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
     monkeypatch.setattr(http_module, "READ_S", 0.3)
     host, _, port = address.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+        client.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
         assert b"408" in client.recv(1000)
 
 
@@ -388,6 +399,139 @@ def test_what_is_not_json_is_refused(address):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=30)
     assert error.value.code == 415
+    packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/v1/recommend", gzip.compress(b"{}"), packed), timeout=30)
+    assert error.value.code == 415 and "Content-Encoding" in json.load(error.value)["fix"]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("rebound.example", 421), ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("shop", 200)]
+)
+def test_without_keys_a_request_must_be_sent_to_a_name_of_the_endpoint(storage, world_settings, host, status):
+    handler = Handler(storage, ServeSettings(hosts=("shop",)), world_settings.score)
+    with served(handler) as address:
+        for path, data in (("/v1/recommend", b"{}"), ("/console", None), ("/docs", None)):
+            request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json", "Host": host})
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    assert response.status == status
+            except urllib.error.HTTPError as error:
+                assert error.code == status and "serve.hosts" in json.load(error)["fix"]
+        probe = urllib.request.Request(f"{address}/healthz", headers={"Host": host})
+        assert urllib.request.urlopen(probe, timeout=30).status == 200
+    handler.close()
+
+
+def test_the_api_page_needs_nobody_else(address):
+    with urllib.request.urlopen(f"{address}/docs", timeout=30) as response:
+        page, policy = response.read().decode(), response.headers["Content-Security-Policy"]
+    named = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(named) == 3 and not any("://" in name for name in named) and "'self'" in policy
+    for name in named:
+        with urllib.request.urlopen(urllib.parse.urljoin(f"{address}/docs", name), timeout=30) as response:
+            assert len(response.read()) > 1000
+    browser = shutil.which("chromium")
+    if browser is None:
+        absent("Chromium is not installed (Debian's package chromium)")
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom", f"{address}/docs"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert "/v1/recommend" in done.stdout and "Tell what came of an answer" in done.stdout
+
+
+def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world_settings, tmp_path):
+    secret, entry = new_key("support", ["read", "history"])
+    shop, other = new_key("shop", ["read"])
+    (tmp_path / "keys.yaml").write_text(entry + other)
+    handler = Handler(storage, ServeSettings(keys=str(tmp_path / "keys.yaml"), timeout_s=5.0), world_settings.score)
+    with served(handler) as address:
+
+        def told(path, body, key):
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+            try:
+                with urllib.request.urlopen(urllib.request.Request(f"{address}{path}", json.dumps(body).encode(), headers), timeout=30) as response:
+                    return response.status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        assert told("/v1/history", {"user_id": 7}, secret) == 200 and told("/v1/history", {"user_id": 7}, shop) == 403
+        assert told("/v1/recommend", {"user_id": 8, "k": 2, "explain": True}, shop) == told("/v1/recommend", {"user_id": 9}, shop) == 200
+    asyncio.run(handler.journal.writer.append([]))
+    found = [(entry.user, entry.body) for _, entry in handler.journal.writer.log.read(0, 100) if entry.kind == "access"]
+    assert found == [("7", {"by": "support", "what": "history"}), ("8", {"by": "shop", "what": "explain"})]
+    folder, counts = collect(storage, handler.journal.writer.log)
+    rows = pq.read_table(folder / "access.parquet").to_pylist()
+    assert counts["access"] == 2 and [(row["user_id"], row["by"], row["what"]) for row in rows] == [
+        ("7", "support", "history"),
+        ("8", "shop", "explain"),
+    ]
+    handler.close()
+    shutil.rmtree(storage.collected)
+    for file in (storage.root / "state").glob("*"):
+        file.unlink()
+
+
+def test_a_request_reads_one_night_however_many_come_meanwhile(handler, monkeypatch):
+    """What is served is exchanged whenever a request waits."""
+    asyncio.run(handler.events(EventsRequest(user_id=7, events=[{"item_id": "i0000009"}])))
+    before, nights = handler.arms.now, itertools.cycle([handler.arms.now, (replace(handler.night, snapshot=None), None, None)])
+    monkeypatch.setattr(Arms, "now", property(lambda self: next(nights), lambda self, value: None), raising=False)
+    monkeypatch.setattr(Arms, "night", property(lambda self: self.now[0]))
+    for ask in (
+        lambda: handler.history(HistoryRequest(user_id=7)),
+        lambda: handler.recommend(RecommendRequest(user_id=7, k=3)),
+        lambda: handler.score(ScoreRequest(user_id=7, candidates=["i0000001"])),
+        lambda: handler.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])),
+        lambda: handler.similar(SimilarRequest(item_id="i0000001")),
+    ):
+        while next(nights) is before:
+            pass
+        assert asyncio.run(ask())
+
+
+def test_a_user_with_many_events_is_read_aside_and_as_far_as_the_model_reads(handler, monkeypatch):
+    history, log = handler.night.predictor.model.shape.history, handler.journal.writer.log
+    entries = [Entry("event", f"7\0{n}", "7", time.time(), {"item_id": "i0000001", "event": "view", "value": 1.0}) for n in range(1000)]
+    log.append(entries)
+    read, inner = [], type(log).recent
+
+    def recent(self, user, after, from_s, limit=1000):
+        found = inner(self, user, after, from_s, limit)
+        read.append((threading.current_thread() is threading.main_thread(), len(found)))
+        return found
+
+    monkeypatch.setattr(type(log), "recent", recent)
+    asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3)))
+    assert read == [(True, min(QUICK + 1, history)), *([(False, history)] if history > QUICK + 1 else [])]
+    read.clear()
+    asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3, new_only=True)))
+    assert read == [(True, QUICK + 1), (False, 1000)], "seen items are left out, however long ago they were seen"
+
+
+@pytest.mark.parametrize("handler", ["redis_server"], indirect=True)
+def test_a_store_that_hangs_is_said_and_nobody_waits_long(handler):
+    pid = pytest.importorskip("redis").Redis.from_url(handler.options.state).info()["process_id"]
+    handler.journal._options = handler.options.model_copy(update={"timeout_s": 2.0})
+
+    async def talk(n):
+        took = []
+        for user in range(n):
+            begun = time.monotonic()
+            answer = await handler.recommend(RecommendRequest(user_id=user, k=3))
+            took.append((time.monotonic() - begun, answer.degraded))
+        return took
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        took = asyncio.run(talk(40))
+        assert {tuple(degraded) for _, degraded in took} == {("state",)}
+        assert sum(seconds > 0.2 for seconds, _ in took) <= 1, "the first finds out, the others are not made to wait"
+        with pytest.raises(UnavailableError, match="nothing is known to be kept"):
+            asyncio.run(handler.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for("the store to be found back", lambda: handler.look() or not handler.journal.away)
+    assert asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3))).degraded == []
 
 
 def test_the_same_event_id_of_two_users_is_two_events(address):
@@ -426,7 +570,9 @@ def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypa
         status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
         assert status == 503 and content["retry_after"] == "1" and "nothing is known to be kept" in content["detail"]
         assert ask(address, "/readyz")[0] == 503 and ask(address, "/healthz")[0] == 200
-    wait_for("the log to be asked again", lambda: good(address, "/v1/recommend", USER)["degraded"] == [])
+    assert good(address, "/v1/recommend", USER)["degraded"] == ["state"], "one probe at a time, which is the watch's"
+    handler.look()
+    assert good(address, "/v1/recommend", USER)["degraded"] == []
     assert ask(address, "/readyz")[0] == 200
 
 

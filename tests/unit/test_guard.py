@@ -68,6 +68,7 @@ def test_keys_open_what_their_scopes_say(keys):
     assert ask(guard, "/v1/events", {"X-API-Key": log})[0].status_code == 200
     assert ask(guard, headers={"X-API-Key": log})[0].status_code == 403
     assert ask(guard, "/v1/anything", bearer)[0].status_code == 403
+    assert ask(guard, "/v1/history", bearer)[0].status_code == 403, "what users did is no part of reading"
     assert {ask(guard, at, {"X-API-Key": chief})[0].status_code for at in ("/v1/recommend", "/v1/events", "/v1/anything")} == {200}
     assert ask(guard, "/healthz")[0].status_code == 200
 

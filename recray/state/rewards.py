@@ -1,0 +1,90 @@
+"""What an outcome counts: declared by name, bounded, of an item that was in the response, once for each request, item and outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from recray.config import ServeSettings
+
+REMEMBERED = 200_000  # responses that outcomes may still come for
+EARLY = 20_000  # requests with outcomes whose response did not come yet
+_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of outcomes (`serve.outcomes`): `worth` by name, times the value that was sent, at least 0 and at most `bound`."""
+
+    worth: Mapping[str, float]
+    bound: float
+
+    @classmethod
+    def declared(cls, options: ServeSettings) -> Rewards:
+        """As the settings have them."""
+        return cls(options.outcomes, options.outcome_bound)
+
+    def of(self, outcome: str, value: float) -> float:
+        """The reward of an outcome; 0 for one that is not declared."""
+        return self.worth.get(outcome, 0.0) * min(max(value, 0.0), self.bound)
+
+
+@dataclass
+class Credits:
+    """Credits outcomes to responses, in any order: an outcome that comes before its response is credited with it.
+
+    rewards : what they count
+    limit : responses that are remembered, the oldest is forgotten first; None: all are
+    """
+
+    rewards: Rewards
+    limit: int | None = REMEMBERED
+    _items: dict[str, bytes] = field(default_factory=dict)
+    _credited: dict[str, set[tuple[str | None, str]]] = field(default_factory=dict)
+    _early: dict[str, list[tuple[str, str | None, float]]] = field(default_factory=dict)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._items
+
+    def add_response(self, request_id: str, items: Iterable[Any]) -> float:
+        """Remember what a response listed; the reward of the outcomes that came before it."""
+        if self.limit is not None and len(self._items) >= self.limit:
+            oldest = next(iter(self._items))
+            del self._items[oldest]
+            self._credited.pop(oldest, None)
+        self._items[request_id] = b"".join(xxhash.xxh64_digest(str(item)) for item in items)
+        return sum(self.add_outcome(request_id, *outcome) for outcome in self._early.pop(request_id, ()))
+
+    def why_not(self, request_id: str, outcome: str, item_id: Any) -> str:
+        """Why an outcome of a known response would count nothing; empty if it would count."""
+        item = None if item_id is None else str(item_id)
+        if outcome not in self.rewards.worth:
+            return "undeclared"
+        if item is not None and not _contains(self._items[request_id], xxhash.xxh64_digest(item)):
+            return "not_in_response"
+        return "repeated" if (item, outcome) in self._credited.get(request_id, ()) else ""
+
+    def add_outcome(self, request_id: str, outcome: str, item_id: Any, value: float) -> float:
+        """The reward of an outcome, `item_id` None for the response as a whole; 0 where it does not count, or its response is not known yet."""
+        item = None if item_id is None else str(item_id)
+        items = self._items.get(request_id)
+        if items is None:
+            if self.limit is not None and len(self._early) >= EARLY:
+                del self._early[next(iter(self._early))]
+            self._early.setdefault(request_id, []).append((outcome, item, value))
+            return 0.0
+        credited = self._credited.setdefault(request_id, set())
+        if (item, outcome) in credited or (item is not None and not _contains(items, xxhash.xxh64_digest(item))):
+            return 0.0
+        credited.add((item, outcome))
+        return self.rewards.of(outcome, value)
+
+
+def _contains(digests: bytes, digest: bytes) -> bool:
+    place = digests.find(digest)
+    while place % _BYTES and place >= 0:
+        place = digests.find(digest, place + 1)
+    return place >= 0
