@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
-from torch import Tensor
 
 from policies import gate
 from policies.held_out import HeldOut
@@ -266,7 +265,7 @@ def _learner(K: int, options: Marwil) -> tuple[Any, Any]:
     learner = config.build_learner(spaces={"__env__": spaces, MODULE: spaces})
     learner.build()
     module = learner.module[MODULE]
-    module.get_train_action_dist_cls = truncated_normal
+    module.get_train_action_dist_cls = truncated_normal  # type: ignore[method-assign]
     return learner, module
 
 
@@ -277,14 +276,12 @@ def truncated_normal() -> type:
     """
     from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussian
 
-    class TruncatedNormal(TorchDiagGaussian):  # type: ignore[misc]
-        def logp(self, value: Tensor) -> Tensor:
+    class TruncatedNormal(TorchDiagGaussian):
+        def logp(self, value: Any, **_: Any) -> Any:
             mean, scale = self._dist.loc, self._dist.scale
             upper = mean.abs()  # by symmetry; the tails of a mean above 0 keep their digits
             low, high = (torch.special.log_ndtr((upper + end) / scale) for end in (-1.0, 1.0))
-            inside: Tensor = high + torch.log1p(-torch.exp(low - high))
-            found: Tensor = super().logp(value) - inside.sum(-1)
-            return found
+            return super().logp(value) - (high + torch.log1p(-torch.exp(low - high))).sum(-1)
 
     return TruncatedNormal
 

@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,7 +101,7 @@ def _measure(
             raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
         from recray.benchmark import catalogue, drift, experiments, policy, prepare, privacy, scale, serve, submit
 
-        measures = {
+        measures: dict[str, Callable[[Path, Say], dict[str, Any]]] = {
             "prepare": prepare.measure_prepare,
             "submit": submit.measure_submit,
             "catalogue": catalogue.measure_catalogue,

@@ -96,7 +96,7 @@ def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int
     if cell.bursts:
         _overload(ms, failed, mine)
     clicked = random.random(responses) < CLICKED
-    own = 0
+    own: int = 0
     columns = (column.tolist() for column in (user, mine, ms, failed, clicked))
     for number, (who, of_challenger, took, broke, click) in enumerate(zip(*columns, strict=True)):
         own += of_challenger

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 import numpy as np
 
 from recray.serving.sequential import ShareTest
 
-ERRORS, ALONE, LATENCY = 0.02, 0.002, 0.008  # level of each test, over a whole experiment
+ERRORS, ALONE, LATENCY = 0.025, 0.002, 0.005  # level of each test, over a whole experiment
 FAILED = 0.01  # a challenger that fails by so much more of its responses, or less, stays
 MOST_FAILED = 0.1  # of the challenger's responses, where the champion's would have been a nightly list
 SLOWER = 1.5  # as does one whose quantiles are at most so many times the champion's
-QUANTILES = (0.5, 0.95)
+QUANTILES = (0.75, 0.95)
 RECENT = 1000  # last responses of a variant
 LEAST = 100  # responses of the champion, before latencies are compared
 EVERY = 50  # responses of the champion, after which the limits are set anew
@@ -70,7 +71,10 @@ class Failures:
 
 
 class LatencyTest:
-    """Slow responses: those above a quantile of the champion's recent ones."""
+    """Slow responses: those above a quantile of the champion's recent ones, and those that failed.
+
+    Were failures left out, an overload would leave the slow responses of the variant with the shorter queue alone.
+    """
 
     def __init__(self, share: float) -> None:
         self._tests = [ShareTest(share, LATENCY / len(QUANTILES)) for _ in QUANTILES]
@@ -79,10 +83,13 @@ class LatencyTest:
         self._waiting = LEAST
 
     def read(self, user: str, day: int, ms: float, *, of_challenger: bool) -> None:
+        """A response of a variant, where the other one would have asked its model too; infinity for one that failed."""
         if self._limits is not None:
             for limit, test in zip(self._limits, self._tests, strict=True):
                 if ms > limit:
                     test.count(user, day, of_challenger=of_challenger)
+        if math.isinf(ms):
+            return
         self._recent[of_challenger].append(ms)
         self._waiting -= not of_challenger
         if not self._waiting:

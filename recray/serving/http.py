@@ -142,7 +142,11 @@ def _routes(handler: Handler) -> FastAPI:
 
     @api.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        names = {"swagger_js_url": "docs/swagger-ui-bundle.js", "swagger_css_url": "docs/swagger-ui.css", "swagger_favicon_url": "docs/favicon.png"}
+        names: Any = {
+            "swagger_js_url": "docs/swagger-ui-bundle.js",
+            "swagger_css_url": "docs/swagger-ui.css",
+            "swagger_favicon_url": "docs/favicon.png",
+        }
         return Response(get_swagger_ui_html(openapi_url="openapi.json", title="recray", **names).body, media_type="text/html", headers=DOCS_HEADERS)
 
     api.mount("/docs", StaticFiles(directory=str(resources.files("fastapi_offline") / "static")), name="docs")  # after its page

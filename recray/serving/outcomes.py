@@ -11,7 +11,7 @@ from scipy.special import ndtri
 from recray.state.rewards import Credits, Rewards
 
 LEAST_USERS = 100  # of the challenger, before outcomes are judged
-WORSE, BETTER = 0.012, 0.05  # level of either, over a whole experiment
+WORSE, BETTER = 0.008, 0.05  # level of either, over a whole experiment
 RHO = 0.1  # where the first bound is tightest: after about 2 log(1 / level) / RHO² users
 PLANNED = 5_000  # responses of the challenger until which the second has to tell
 ROUNDING = 1e-12  # of squares, in sums of doubles

@@ -8,8 +8,8 @@ import numpy as np
 import xxhash
 
 DAY_S = 86_400
-ODDS = (2.5, 6.0, 25.0)  # alternatives: how many times likelier it is that an affected user is the challenger's
-FIRST_DAY = 0.75  # of the level; the days after it share the rest
+ODDS = (2.0, 4.0)  # alternatives: how many times likelier it is that an affected user is the challenger's
+FIRST_DAY = 0.9  # of the level; the days after it share the rest
 MOST_USERS = 20_000  # affected users of a day; a difference that shows by then was found
 
 
@@ -40,7 +40,7 @@ class ShareTest:
             self._day = day
             self._users.clear()
             self._evidence[:] = 0.0
-        code = xxhash.xxh64_intdigest(user)
+        code = xxhash.xxh64_intdigest(user.encode("utf-8", "surrogatepass"))
         if code in self._users or len(self._users) >= MOST_USERS:
             return
         self._users.add(code)

@@ -8,6 +8,7 @@ come to the same decision. Nothing but `ended` decides; the flip is `recray.prom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,8 +86,7 @@ class Trial:
         """A response by the model, of a variant where the other one would have asked its model too."""
         failed = bool(body.get("refused")) or "model" in body["degraded"]
         self.errors.read(user, day, of_challenger=of_challenger, failed=failed)
-        if not failed:
-            self.latency.read(user, day, body["model_ms"], of_challenger=of_challenger)
+        self.latency.read(user, day, math.inf if failed else body["model_ms"], of_challenger=of_challenger)
 
     def ended(self) -> str | None:
         """Why the trial has to end; None if it may go on."""

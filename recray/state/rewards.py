@@ -55,7 +55,7 @@ class Credits:
             oldest = next(iter(self._items))
             del self._items[oldest]
             self._credited.pop(oldest, None)
-        self._items[request_id] = b"".join(xxhash.xxh64_digest(str(item)) for item in items)
+        self._items[request_id] = b"".join(_digest(str(item)) for item in items)
         return sum(self.add_outcome(request_id, *outcome) for outcome in self._early.pop(request_id, ()))
 
     def why_not(self, request_id: str, outcome: str, item_id: Any) -> str:
@@ -63,7 +63,7 @@ class Credits:
         item = None if item_id is None else str(item_id)
         if outcome not in self.rewards.worth:
             return "undeclared"
-        if item is not None and not _contains(self._items[request_id], xxhash.xxh64_digest(item)):
+        if item is not None and not _contains(self._items[request_id], _digest(item)):
             return "not_in_response"
         return "repeated" if (item, outcome) in self._credited.get(request_id, ()) else ""
 
@@ -77,10 +77,14 @@ class Credits:
             self._early.setdefault(request_id, []).append((outcome, item, value))
             return 0.0
         credited = self._credited.setdefault(request_id, set())
-        if (item, outcome) in credited or (item is not None and not _contains(items, xxhash.xxh64_digest(item))):
+        if (item, outcome) in credited or (item is not None and not _contains(items, _digest(item))):
             return 0.0
         credited.add((item, outcome))
         return self.rewards.of(outcome, value)
+
+
+def _digest(item: str) -> bytes:
+    return xxhash.xxh64_digest(item.encode("utf-8", "surrogatepass"))
 
 
 def _contains(digests: bytes, digest: bytes) -> bool:

