@@ -143,19 +143,35 @@ def test_an_event_changes_the_next_answer(address, handler):
 def test_outcomes_are_kept_after_their_decision(address, handler):
     answer = good(address, "/v1/recommend", USER)
     outcome = {"request_id": answer["request_id"], "outcome": "click", "item_id": ids(answer)[0], "feedback_id": "f1"}
-    assert good(address, "/v1/feedback", outcome) == {"kept": True, "set_aside": False}
-    assert good(address, "/v1/feedback", outcome) == {"kept": False, "set_aside": False}
-    assert good(address, "/v1/feedback", {**outcome, "request_id": "never", "feedback_id": "f2"}) == {"kept": True, "set_aside": True}
+    assert good(address, "/v1/feedback", outcome) == {"kept": True, "set_aside": False, "notes": []}
+    assert good(address, "/v1/feedback", outcome) == {"kept": False, "set_aside": False, "notes": []}
+    assert good(address, "/v1/feedback", {**outcome, "request_id": "never", "feedback_id": "f2"}) == {"kept": True, "set_aside": True, "notes": []}
     entries = [entry for _, entry in handler.journal.writer.log.read(0, 100)]
     assert [entry.kind for entry in entries] == ["decision", "outcome", "set_aside"]
     assert entries[0].body["items"] == ids(answer) and entries[0].user == "7" and entries[0].key == answer["request_id"]
     assert entries[1].body["request_id"] == answer["request_id"]
 
 
+def test_an_outcome_that_counts_nothing_or_less_is_kept_and_says_why(address, handler):
+    answer = good(address, "/v1/recommend", USER)
+    sent = {"request_id": answer["request_id"], "outcome": "shared", "item_id": "not in the table", "value": 1e9}
+    told = good(address, "/v1/feedback", sent)
+    assert told["kept"] and [note.partition(":")[0] for note in told["notes"]] == ["outcome", "item_id", "value"]
+    assert "serve.outcomes (click, purchase, skip)" in told["notes"][0] and "counts as 1 (serve.outcome_bound)" in told["notes"][2]
+    assert {name: handler.telemetry.kept[f"outcome_{name}"] for name in ("undeclared", "unknown_item", "bounded")} == dict.fromkeys(
+        ("undeclared", "unknown_item", "bounded"), 1
+    )
+    assert ask(address, "/v1/feedback", {"request_id": "r", "outcome": "click", "value": float("inf")})[0] == 422
+
+
 def test_what_was_scored_or_found_alike_can_be_rated(address, storage):
     for path, body in (("/v1/score", {"user_id": 7, "items": ["i0000001"]}), ("/v1/similar", {"item_id": "i0000001"})):
         answer = good(address, path, body)
-        assert good(address, "/v1/feedback", {"request_id": answer["request_id"], "outcome": "click"}) == {"kept": True, "set_aside": False}
+        assert good(address, "/v1/feedback", {"request_id": answer["request_id"], "outcome": "click"}) == {
+            "kept": True,
+            "set_aside": False,
+            "notes": [],
+        }
 
 
 def test_only_what_is_new_is_answered_by_a_list_too(address, monkeypatch, handler, world_dataset):
@@ -480,7 +496,7 @@ def test_a_request_reads_one_night_however_many_come_meanwhile(handler, monkeypa
     for ask in (
         lambda: handler.history(HistoryRequest(user_id=7)),
         lambda: handler.recommend(RecommendRequest(user_id=7, k=3)),
-        lambda: handler.score(ScoreRequest(user_id=7, candidates=["i0000001"])),
+        lambda: handler.score(ScoreRequest(user_id=7, items=["i0000001"])),
         lambda: handler.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])),
         lambda: handler.similar(SimilarRequest(item_id="i0000001")),
     ):
@@ -736,7 +752,7 @@ def test_a_request_is_traced_from_its_caller_to_the_model(storage, world_setting
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.server_port}")
     handler = Handler(storage, ServeSettings(traces=1e-9), world_settings.score)
     caller = "0af7651916cd43dd8448eb211c80319c"
-    with TestClient(create_app(handler)) as client:
+    with TestClient(create_app(handler), base_url="http://localhost") as client:
         for headers in ({"traceparent": f"00-{caller}-b7ad6b7169203331-01"}, {}):
             assert client.post("/v1/recommend", json={"user_id": 7, "mode": "realtime"}, headers=headers).status_code == 200
     handler.close()
