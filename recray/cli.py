@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument(
         "--against",
         help="quality, train, score: the peer to run on the same data in the same run, implicit or rectools; "
-        "prepare, privacy: the folder of another checkout of recray, run in turns with this one",
+        "prepare, privacy, serve: the folder of another checkout of recray, run in turns with this one",
     )
     benchmark.add_argument("--overload", action="store_true", help="serve: three times as many requests as it can answer")
     benchmark.add_argument("--drift", action="store_true", help="policy: a world that turns around under a running endpoint (half an hour)")

@@ -89,11 +89,11 @@ def _measure(
         from recray.benchmark import policy
 
         return policy.measure_real(folder, data, list(overrides), say)
-    if what in ("prepare", "privacy") and against and not data and not overrides:
-        from recray.benchmark import prepare, privacy
+    if what in ("prepare", "privacy", "serve") and against and not data and not overrides:
+        from recray.benchmark import prepare, privacy, serve
 
-        measure_against = prepare.measure_against if what == "prepare" else privacy.measure_against
-        return {}, measure_against(folder, Path(against), say)
+        measures_against = {"prepare": prepare.measure_against, "privacy": privacy.measure_against, "serve": serve.measure_against}
+        return {}, measures_against[what](folder, Path(against), say)
     if against and against not in PEERS:
         raise SettingsError(f"benchmark {what}: --against {against}", f"known: {', '.join(PEERS)}")
     if what in ALONE:

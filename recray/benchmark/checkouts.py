@@ -12,23 +12,29 @@ from recray.errors import SettingsError
 from recray.stages import Say
 
 
-def beside(other: Path, package: str, rounds: int, measure: Callable[[Path], float], unit: str, say: Say) -> dict[str, float]:
-    """The ratio of this checkout's measure to the other's: the median of the rounds, the lowest and the highest. `here` is the median of this one's.
+def beside(other: Path, package: str, rounds: int, measure: Callable[[Path], dict[str, float]], unit: str, say: Say) -> dict[str, float]:
+    """The ratio of each of this checkout's measures to the other's, `NAME_ratio`: the median of the rounds, the lowest and the highest. `NAME_here`
+    is the median of this one's. A measure without a name has no prefix.
 
     One round before them fills caches and counts for nothing. Raises SettingsError where the other folder has no such package of recray.
     """
     mine = Path(__file__).resolve().parents[2]
     if not (other / "recray" / package).is_dir():
         raise SettingsError(f"--against {other}: no checkout of recray", "git worktree add FOLDER COMMIT makes one")
-    ratios, measured = [], []
+    measured: list[tuple[dict[str, float], dict[str, float]]] = []
     for turn in range(-1, rounds):
         order = (other, mine) if turn % 2 else (mine, other)
         by = {checkout: measure(checkout) for checkout in order}
         if turn >= 0:
-            ratios.append(by[mine] / by[other])
-            measured.append(by[mine])
-            say(f"round {turn + 1}: {by[mine]:.4g} {unit} here, {by[other]:.4g} there: ratio {ratios[-1]:.3f}")
-    figures = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "here": statistics.median(measured)}
+            measured.append((by[mine], by[other]))
+            ratios = {name: here / by[other][name] for name, here in by[mine].items()}
+            shown = [f"{name} {by[mine][name]:.4g} {unit} here, {by[other][name]:.4g} there: ratio {ratio:.3f}" for name, ratio in ratios.items()]
+            say(f"round {turn + 1}: {'; '.join(shown)}")
+    figures: dict[str, float] = {}
+    for name in measured[0][0]:
+        found, prefix = [here[name] / there[name] for here, there in measured], f"{name}_" if name else ""
+        figures |= {f"{prefix}ratio": statistics.median(found), f"{prefix}lowest": min(found), f"{prefix}highest": max(found)}
+        figures[f"{prefix}here"] = statistics.median(here[name] for here, _ in measured)
     return {name: round(value, 4) for name, value in figures.items()}
 
 

@@ -60,7 +60,7 @@ def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
     Raises SettingsError for a folder that is no checkout.
     """
     World(users=50_000, items=20_000, events_per_user=20.0).write(folder / "world")
-    return beside(other, "prepare", ROUNDS, lambda checkout: _events_a_second(folder, checkout), "events/s", say)
+    return beside(other, "prepare", ROUNDS, lambda checkout: {"": _events_a_second(folder, checkout)}, "events/s", say)
 
 
 _CHILD = """

@@ -55,7 +55,7 @@ def measure_privacy(folder: Path, say: Say) -> dict[str, Any]:
 
 def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
     """Seconds of a private step here and in another checkout, in turns. Raises SettingsError for a folder that is no checkout."""
-    return beside(other, "privacy", ROUNDS, lambda checkout: _apart("private", USERS, ITEMS, checkout)["seconds"], "s a step", say)
+    return beside(other, "privacy", ROUNDS, lambda checkout: {"": _apart("private", USERS, ITEMS, checkout)["seconds"]}, "s a step", say)
 
 
 def _apart(what: str, users: int, items: int, checkout: Path | None = None) -> dict[str, float]:

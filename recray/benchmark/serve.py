@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from recray.benchmark.checkouts import beside, environment_of
 from recray.benchmark.load import Load, load, post
 from recray.benchmark.nights import world_night
 from recray.cluster import free_ports
@@ -46,6 +47,7 @@ USERS, ITEMS, EVENTS = 2000, 3700, 220
 HISTORY = 200
 DEFAULTS = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
 START_S = 180.0
+AGAINST = 5  # rounds beside another checkout
 TIMES, CONNECTIONS = 3, 128  # of the overload
 ROUNDS = 3  # of one client and the Predictor, in turns
 TURNS, REST_S = 300, 0.002  # of the Predictor alone
@@ -106,6 +108,28 @@ def measure_serve(folder: Path, say: Say) -> dict[str, Any]:
     ratios = f"{metrics['rps_ratio_default']} times Serve's defaults; batching {metrics['batching_ratio']} times"
     say(f"{metrics['ms_over_asgi']} ms over uvicorn, {ratios}")
     return metrics
+
+
+def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
+    """Responses a second at `CLIENTS` clients here and of another checkout, in turns: nightly lists, real time, and users with recent events.
+
+    Raises SettingsError for a folder that is no checkout.
+    """
+    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
+    lists = [post("/v1/recommend", {"user_id": user, "k": 10}) for user in range(USERS)]
+    kinds = {"lists": lists, "realtime": [post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)]}
+    told = [post("/v1/events", {"user_id": user, "events": [{"item_id": f"i{n:07d}"} for n in range(1, 4)]}) for user in range(200)]
+    kinds["recent"] = lists[:200]
+
+    def measure(checkout: Path) -> dict[str, float]:
+        for file in (storage.root / "state").glob("log.sqlite*"):
+            file.unlink()
+        with running_serve(storage, environment_of(checkout)) as port:
+            load(port, told, 1, SECONDS)
+            load(port, lists, CLIENTS, WARM_S)
+            return {name: load(port, requests, CLIENTS, SECONDS).per_s for name, requests in kinds.items()}
+
+    return beside(other, "serving", AGAINST, measure, "responses/s", say)
 
 
 def measure_overload(folder: Path, say: Say) -> dict[str, Any]:
