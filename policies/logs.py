@@ -74,18 +74,25 @@ class Ripe:
     rounds : oldest first
     aside : how many were set aside, by reason
     newest_s : when the newest of them was made; minus infinity where there are none
-    fresh : how many explored and are newer than the moment that was asked about
     """
 
     rounds: list[Logged]
     aside: Aside
     newest_s: float
-    fresh: int
 
 
-def read(
-    folders: Sequence[Path], options: PolicySettings, rewards: Rewards, *, until_s: float, bound: float | None = None, after_s: float = 0.0
-) -> Ripe:
+def count_fresh(folders: Sequence[Path], options: PolicySettings, *, after_s: float, until_s: float, bound: float | None = None) -> int:
+    """How many ripe decisions that explored are newer than a moment; as `read`, without reading what is older."""
+    count = 0
+    for file in reversed(_files(folders, "decisions")):
+        if _newest_s(file) < after_s - DISORDER_S:
+            break
+        rows = _decisions(file, options.actions, options.bound if bound is None else bound, until_s)
+        count += sum(row.explored and row.at_s > after_s for row in rows)
+    return count
+
+
+def read(folders: Sequence[Path], options: PolicySettings, rewards: Rewards, *, until_s: float, bound: float | None = None) -> Ripe:
     """The ripe decisions that a policy or exploration made, in rounds.
 
     A round is a stretch of time: at least `round_s` long, with at least `round_decisions` that explored, the newest one up to `until_s`; there
@@ -95,7 +102,6 @@ def read(
     folders : of `recray collect`, oldest first
     until_s : later decisions wait for their outcomes
     bound : how far decisions have to turn; None: as the options say
-    after_s : how many are newer is counted
     """
     rows: list[_Row] = []
     cuts: list[int] = []
@@ -126,8 +132,7 @@ def read(
                     worth[told["request_id"]] += credits.add_outcome(told["request_id"], told["outcome"], told["item_id"], told["value"])
     aside = Aside(row.reason for row in kept if row.reason)
     rounds = [[row for row in rows[start:end] if not row.reason] for start, end in zip([0, *cuts], cuts, strict=False)]
-    newest_s, fresh = rows[0].at_s if rows else -math.inf, sum(row.explored and row.at_s > after_s for row in kept)
-    return Ripe([_logged(some[::-1], worth) for some in rounds[::-1] if some], aside, newest_s, fresh)
+    return Ripe([_logged(some[::-1], worth) for some in rounds[::-1] if some], aside, rows[0].at_s if rows else -math.inf)
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         "prepare, privacy, serve: the folder of another checkout of recray, run in turns with this one",
     )
     benchmark.add_argument("--overload", action="store_true", help="serve: three times as many requests as it can answer")
+    benchmark.add_argument("--state", action="store_true", help="serve: beside a user of 1,000 recent events, and while Redis hangs")
     benchmark.add_argument("--drift", action="store_true", help="policy: a world that turns around under a running endpoint (half an hour)")
     benchmark.add_argument("--follow", action="store_true", help="policy --drift: with recray adapt --follow, by the clock (half an hour)")
     benchmark.add_argument("--users", type=int, help="serve: a snapshot of so many users (10000000: some minutes, 5 GB)")
@@ -256,6 +257,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
                 against=arguments.against,
                 overrides=arguments.overrides,
                 overload=arguments.overload,
+                state=arguments.state,
                 drift=arguments.drift,
                 follow=arguments.follow,
                 users=arguments.users,

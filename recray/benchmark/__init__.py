@@ -18,7 +18,10 @@ from recray.errors import SettingsError
 from recray.stages import JobResult, Say
 
 PEERS = ("implicit", "rectools")
-ALONE = ("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "policy", "policy-drift", "policy-follow", "experiments")
+ALONE = (
+    *("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "serve-state"),
+    *("policy", "policy-drift", "policy-follow", "experiments"),
+)
 
 
 def run(
@@ -30,6 +33,7 @@ def run(
     against: str | None = None,
     overrides: Sequence[str] = (),
     overload: bool = False,
+    state: bool = False,
     drift: bool = False,
     follow: bool = False,
     users: int | None = None,
@@ -39,13 +43,14 @@ def run(
     data : folder of a data set, or its name under $RECRAY_DATA; for those that run on one
     against : the peer that runs on the same data in the same run, of prepare another checkout; None: recray alone
     overrides : of the settings, where data are named
-    overload, users : of serve, what is asked of the endpoint instead; drift, follow : of policy, a world that changes under a running endpoint
+    overload, state, users : of serve, what is asked of the endpoint instead; drift, follow : of policy, a world that changes under a running endpoint
     """
     if (drift or follow) and (what != "policy" or not drift):
         raise SettingsError(f"benchmark {what} takes no --drift and no --follow", "benchmark policy takes --drift, and --drift --follow")
-    if (overload or users) and what != "serve":
-        raise SettingsError(f"benchmark {what} takes no --overload and no --users", "they are for benchmark serve")
-    what = f"policy-{'follow' if follow else 'drift'}" if drift else "serve-overload" if overload else "serve-users" if users else what
+    if (overload or users or state) and what != "serve":
+        raise SettingsError(f"benchmark {what} takes no --overload, no --state and no --users", "they are for benchmark serve")
+    variants = {"follow": follow, "drift": drift, "overload": overload, "state": state, "users": users}
+    what = next((f"{what}-{name}" for name, wanted in variants.items() if wanted), what)
     started = time.monotonic()
     if data is not None and what != "privacy":
         from recray.benchmark.data import find_data
@@ -109,6 +114,7 @@ def _measure(
             "privacy": privacy.measure_privacy,
             "serve": serve.measure_serve,
             "serve-overload": serve.measure_overload,
+            "serve-state": serve.measure_state,
             "policy": policy.measure_policy,
             "policy-drift": drift.measure_drift,
             "policy-follow": drift.measure_follow,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ USERS, ITEMS, EVENTS = 2000, 3700, 220
 HISTORY = 200
 DEFAULTS = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
 START_S = 180.0
+RATE = 100.0  # requests a second, where it is not as many as can be
 AGAINST = 5  # rounds beside another checkout
 TIMES, CONNECTIONS = 3, 128  # of the overload
 ROUNDS = 3  # of one client and the Predictor, in turns
@@ -130,6 +133,62 @@ def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
             return {name: load(port, requests, CLIENTS, SECONDS).per_s for name, requests in kinds.items()}
 
     return beside(other, "serving", AGAINST, measure, "responses/s", say)
+
+
+def measure_state(folder: Path, say: Say) -> dict[str, Any]:
+    """What a slow read of recent events does to everybody else, at `RATE` requests a second of other users.
+
+    `others_p99_ratio`: their p99 while one client asks again and again for a user with 1,000 recent events, over their p99 before and after it.
+    With Redis stopped (SIGSTOP) while they ask: `hung_p99_ms`, `hung_max_ms`, and `hung_degraded`, the share of the responses that say so; without
+    redis-server these are left out.
+    """
+    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
+    others = [post("/v1/recommend", {"user_id": user, "k": 10}) for user in range(1, 500)]
+    heavy = [post("/v1/recommend", {"user_id": 0, "k": 10})]
+    events = [{"item_id": f"i{n % ITEMS + 1:07d}"} for n in range(100)]
+    with running_serve(storage, {}) as port:
+        load(port, [post("/v1/events", {"user_id": 0, "events": events})] * 10, 1, WARM_S)
+        load(port, others, CLIENTS, WARM_S)
+        before = load(port, others, CLIENTS, SECONDS, rate=RATE)
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(load, port, heavy, 1, SECONDS + 1)
+            time.sleep(0.5)
+            beside = load(port, others, CLIENTS, SECONDS, rate=RATE)
+            mine = asking.result()
+        after = load(port, others, CLIENTS, SECONDS, rate=RATE)
+    alone = (before.ms(99) + after.ms(99)) / 2
+    say(f"others' p99: {alone:.1f} ms, {beside.ms(99):.1f} ms beside a user of 1,000 events, who is served {mine.per_s:.0f} times a second")
+    metrics: dict[str, Any] = {
+        "others_p99_ms": [round(before.ms(99), 1), round(after.ms(99), 1)],
+        "others_p99_beside_ms": round(beside.ms(99), 1),
+        "others_p99_ratio": round(beside.ms(99) / alone, 3),
+        "heavy_per_s": round(mine.per_s, 1),
+    }
+    return metrics | _hung(storage, others, folder, say)
+
+
+def _hung(storage: Storage, others: Sequence[bytes], folder: Path, say: Say) -> dict[str, Any]:
+    """The load while Redis does not answer."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        say("without redis-server: a store that hangs is left out")
+        return {}
+    (port,) = free_ports(1)
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+    redis = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+    try:
+        with running_serve(storage, {}, f"serve.state=redis://127.0.0.1:{port}/0") as endpoint:
+            load(endpoint, others, CLIENTS, WARM_S)
+            redis.send_signal(signal.SIGSTOP)
+            hung = load(endpoint, others, CLIENTS, SECONDS, rate=RATE, keep=True)
+            redis.send_signal(signal.SIGCONT)
+    finally:
+        redis.send_signal(signal.SIGCONT)
+        redis.terminate()
+        redis.wait()
+    degraded = float(np.mean([b'"state"' in body for body in hung.bodies]))
+    say(f"Redis hangs: p99 {hung.ms(99):.0f} ms, at most {hung.ms(100):.0f} ms, {degraded:.0%} say so")
+    return {"hung_p99_ms": round(hung.ms(99), 1), "hung_max_ms": round(hung.ms(100), 1), "hung_degraded": round(degraded, 4)}
 
 
 def measure_overload(folder: Path, say: Say) -> dict[str, Any]:

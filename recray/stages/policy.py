@@ -91,11 +91,12 @@ def adapt(work: Work, *, enough: int = 0) -> JobResult:
     live = sound_policy(work, bundle, name)
     options, dataset, now_s = settings.policy, published_dataset(storage), time.time()
     rewards, bound = Rewards.declared(settings.serve), options.bound if live is None else live.bound
-    after_s = last.get("newest_s", 0.0) if last is not None else 0.0
-    ripe = logs.read(collected_folders(storage), options, rewards, until_s=now_s - options.attribution_window_s, bound=bound, after_s=after_s)
-    if ripe.fresh < enough:
-        metrics = {"fresh": float(ripe.fresh)}
-        return result_of("adapt", True, "" if last is None else last["key"], {}, metrics, started, work)
+    folders, until_s = collected_folders(storage), now_s - options.attribution_window_s
+    if enough:
+        fresh = logs.count_fresh(folders, options, after_s=last.get("newest_s", 0.0) if last is not None else 0.0, until_s=until_s, bound=bound)
+        if fresh < enough:
+            return result_of("adapt", True, "" if last is None else last["key"], {}, {"fresh": fresh}, started, work)
+    ripe = logs.read(folders, options, rewards, until_s=until_s, bound=bound)
     chosen = settings.result_settings("policy", "privacy", "split", "score", "evaluate")
     asked = key_of("adapt", chosen, dataset.digest, bundle.digest, logs.digest(ripe.rounds), __version__)
     key = key_of(asked, name)
