@@ -120,8 +120,9 @@ def lower_bound(terms: np.ndarray, user: np.ndarray, level: float, seed: int = 0
     """What the mean of terms exceeds, but for so small a probability, where users come in clusters and differ in how often they come.
 
     The lower of two bounds, since either is too high somewhere: the bootstrap-t's, which follows skewed terms, as far as its resamples reach; and
-    Student's, with a standard error that leaves each user out in turn (CR3; Bell and McCaffrey 2002) and with as many degrees of freedom as
-    users of one size would have (Satterthwaite), which follows few users with many terms.
+    Student's, with a standard error that leaves each user out in turn (CR3; Bell and McCaffrey 2002), which follows few users with many terms. Its
+    degrees of freedom are Satterthwaite's, from what users of their sizes contribute to the variance if a user's terms are correlated as they
+    seem to be.
 
     user : codes from 0 [n]
     """
@@ -130,7 +131,11 @@ def lower_bound(terms: np.ndarray, user: np.ndarray, level: float, seed: int = 0
     n, mean = counts.sum(), float(terms.mean())
     share = counts / n
     residual = (sums - mean * counts) / n / np.maximum(1.0 - share, 1e-9)
-    error, weight = math.sqrt(float((residual**2).sum())), share**2
+    error = math.sqrt(float((residual**2).sum()))
+    alone, together = float(((terms - mean) ** 2).sum()), float(((sums - mean * counts) ** 2).sum())
+    room = float((counts**2).sum() / n) - 1.0
+    correlation = min(max((together / max(alone, 1e-300) - 1.0) / room, 0.0), 1.0) if room > 0 else 0.0
+    weight = counts * (1.0 + (counts - 1.0) * correlation)
     freedom = max(float(weight.sum() ** 2 / (weight**2).sum()) - 1.0, 1.0)
     bound = mean - float(stdtrit(freedom, 1.0 - level)) * error
     if level * RESAMPLES >= LEAST_BEYOND:
