@@ -46,7 +46,7 @@ EXPLORE = (
 )
 BY_HAND = ("policy.attribution_window_s=0", "policy.round_s=0", f"policy.round_decisions={REQUESTS}")
 RATE, WINDOW_S = 100.0, 60.0  # of --follow: requests a second, and what a decision waits for its outcomes
-BEFORE_S, AFTER_S, KILLED_AFTER_S, LOOK_S = 600.0, 1200.0, 45.0, 15.0  # the drift, its end, when the follower is killed, between two looks
+BEFORE_S, AFTER_S, KILLED_AFTER_S, LOOK_S = 300.0, 1200.0, 45.0, 15.0  # the drift, its end, when the follower is killed, between two looks
 FOLLOWED = (f"policy.attribution_window_s={WINDOW_S:g}", f"policy.round_s={WINDOW_S:g}", "policy.round_decisions=4000")
 
 

@@ -354,9 +354,10 @@ def tell_of_a_trial(handler, name, share, better):
     random, entries = np.random.default_rng(0), []
     for number in range(1500):
         arm = "challenger" if random.random() < share else "champion"
-        entries.append(Entry("decision", f"r{number}", f"u{number}", time.time(), {"trial": name, "share": share, "arm": arm}))
+        body = {"trial": name, "share": share, "arm": arm, "items": ["a"], "degraded": []}
+        entries.append(Entry("decision", f"r{number}", f"u{number}", time.time(), body))
         if random.random() < (0.6 if arm == better else 0.2):
-            entries.append(Entry("outcome", f"o{number}", None, time.time(), {"request_id": f"r{number}", "value": 1.0}))
+            entries.append(Entry("outcome", f"o{number}", None, time.time(), {"request_id": f"r{number}", "outcome": "click", "value": 1.0}))
     handler.journal.writer.log.append(entries)
 
 
