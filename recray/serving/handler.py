@@ -57,6 +57,7 @@ from recray.storage import Storage
 _Asked = TypeVar("_Asked", RecommendRequest, ScoreRequest)
 MOST_LOGGED = 1000  # items of an answer
 MOST_REFUSED = 100_000  # users whose refusal is logged
+FORGET_S = 60.0  # in which a store has dropped a user
 AHEAD_S = 86_400.0  # what the clock of whoever tells of events may be ahead
 
 
@@ -293,7 +294,7 @@ class Handler:
         except OSError as error:
             raise UnavailableError(f"the list of who opted out cannot be written: {error.strerror}", "come again") from error
         await self.journal.keep(lambda writer: writer.append([]))  # what waits here is written now, and dropped below
-        dropped = await self.journal.keep(lambda writer: asyncio.to_thread(writer.log.forget_user, user))
+        dropped = await self.journal.keep(lambda writer: asyncio.to_thread(writer.log.forget_user, user), FORGET_S)
         return ForgetResponse(new=new, dropped=dropped)
 
     def _opted_out(self, night: Night, user_id: Any) -> bool:

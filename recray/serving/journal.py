@@ -61,20 +61,21 @@ class Journal:
         if self.writer is not None:
             self.writer.later(entry)
 
-    async def keep(self, write: Callable[[Writer], Any]) -> Any:
-        """What `write` returns. Raises UnavailableError where the log is away."""
+    async def keep(self, write: Callable[[Writer], Any], timeout_s: float | None = None) -> Any:
+        """What `write` returns. Raises UnavailableError where the log is away, or takes longer (None: than `serve.timeout_s`)."""
+        timeout_s = timeout_s or self._options.timeout_s
         if self.writer is None and time.monotonic() >= self._away_until:
             await asyncio.to_thread(self._open)
         if self.writer is None:
             raise UnavailableError("the log is away: nothing was kept", "come again")
         error: StateError
         try:
-            async with asyncio.timeout(self._options.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 return await write(self.writer)
         except StateError as failed:
             error = failed
         except TimeoutError:
-            error = StateError(f"it did not take anything within {self._options.timeout_s:g} s")
+            error = StateError(f"it did not take anything within {timeout_s:g} s")
         self._is_away(error)
         raise UnavailableError("the log is away: nothing is known to be kept", "come again, with the same event_id or feedback_id") from error
 
