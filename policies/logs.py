@@ -121,16 +121,17 @@ def read(folders: Sequence[Path], options: PolicySettings, rewards: Rewards, *, 
     cuts = _cuts(rows, options)
     if len(cuts) < options.rounds and (not cuts or cuts[-1] < len(rows)):
         cuts.append(len(rows))
-    kept = rows[: cuts[-1]]
+    recent = rows[: cuts[-1]]
     credits, worth = Credits(rewards, limit=None), dict[str, float]()
-    for row in kept:
+    for row in recent:
         worth[row.request_id] = credits.add_response(row.request_id, row.items)
     for file in _files(folders[max(first - 1, 0) :], "outcomes"):
         for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "outcome", "item_id", "value"]):
-            for told in batch.to_pylist():
-                if told["request_id"] in worth:
-                    worth[told["request_id"]] += credits.add_outcome(told["request_id"], told["outcome"], told["item_id"], told["value"])
-    aside = Aside(row.reason for row in kept if row.reason)
+            for outcome in batch.to_pylist():
+                key = outcome["request_id"]
+                if key in worth:
+                    worth[key] += credits.add_outcome(key, outcome["outcome"], outcome["item_id"], outcome["value"])
+    aside = Aside(row.reason for row in recent if row.reason)
     rounds = [[row for row in rows[start:end] if not row.reason] for start, end in zip([0, *cuts], cuts, strict=False)]
     return Ripe([_logged(some[::-1], worth) for some in rounds[::-1] if some], aside, rows[0].at_s if rows else -math.inf)
 
@@ -169,17 +170,17 @@ def _cuts(rows: Sequence[_Row], options: PolicySettings) -> list[int]:
 
 def _newest_s(file: Path) -> float:
     """When the last decision of a file was made."""
-    found = pc.max(pq.read_table(file, columns=["timestamp"])["timestamp"]).as_py()
-    return -math.inf if found is None else float(found.timestamp())
+    newest = pc.max(pq.read_table(file, columns=["timestamp"])["timestamp"]).as_py()
+    return -math.inf if newest is None else float(newest.timestamp())
 
 
 def digest(rounds: Sequence[Logged]) -> str:
     """Names what was read."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for log in rounds:
         for values in vars(log).values():
-            found.update(np.ascontiguousarray(values).tobytes() if values.dtype != object else "\0".join(map(str, values)).encode())
-    return found.hexdigest()
+            sha.update(np.ascontiguousarray(values).tobytes() if values.dtype != object else "\0".join(map(str, values)).encode())
+    return sha.hexdigest()
 
 
 def _files(folders: Sequence[Path], kind: str) -> list[Path]:
@@ -190,18 +191,18 @@ def _decisions(file: Path, actions: tuple[str, ...], bound: float, until_s: floa
     rows = []
     for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "user_id", "timestamp", "items", "bundle", "more"]):
         for row in batch.to_pylist():
-            told = json.loads(row["more"] or "{}").get("decision")
+            decision = json.loads(row["more"] or "{}").get("decision")
             at_s = row["timestamp"].timestamp()
-            if told is None or at_s > until_s:
+            if decision is None or at_s > until_s:
                 continue
             reason = ""
-            if not told.keys() >= TOLD:
-                reason = "without " + ", ".join(sorted(TOLD - told.keys()))
-            elif tuple(told["actions"]) != actions or told.get("bound", 1.0) != bound:
+            if not decision.keys() >= TOLD:
+                reason = "without " + ", ".join(sorted(TOLD - decision.keys()))
+            elif tuple(decision["actions"]) != actions or decision.get("bound", 1.0) != bound:
                 reason = "turned other controls, or as far as another bound"
-            elif [len(told[name]) for name in ("observation", "mean", "action")] != [len(OBSERVED), len(actions), len(actions)]:
+            elif [len(decision[name]) for name in ("observation", "mean", "action")] != [len(OBSERVED), len(actions), len(actions)]:
                 reason = "seen by another version of recray"
-            values = {"user_id": row["user_id"], "bundle": row["bundle"], **told}
+            values = {"user_id": row["user_id"], "bundle": row["bundle"], **decision}
             rows.append(_Row(at_s, row["request_id"], row["items"], reason, values))
     return rows
 

@@ -90,14 +90,14 @@ def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int
     trial = Trial("c", cell.share, shadow=False, rewards=Rewards({"click": 1.0}, 1.0))
     sides = random.random(USERS) < cell.share
     user = random.integers(0, USERS, responses)
-    mine = sides[user]
-    ms = cell.latency(random, responses) * np.where(mine, cell.slower, 1.0)
-    failed = random.random(responses) < cell.failing + cell.more_failing * mine
+    is_challenger = sides[user]
+    ms = cell.latency(random, responses) * np.where(is_challenger, cell.slower, 1.0)
+    failed = random.random(responses) < cell.failing + cell.more_failing * is_challenger
     if cell.bursts:
-        _overload(ms, failed, mine)
+        _overload(ms, failed, is_challenger)
     clicked = random.random(responses) < CLICKED
     own: int = 0
-    columns = (column.tolist() for column in (user, mine, ms, failed, clicked))
+    columns = (column.tolist() for column in (user, is_challenger, ms, failed, clicked))
     for number, (who, of_challenger, took, broke, click) in enumerate(zip(*columns, strict=True)):
         own += of_challenger
         body: dict[str, Any] = {"trial": "c", "share": cell.share, "arm": "challenger" if of_challenger else "champion", "items": ()}
@@ -111,10 +111,10 @@ def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int
     return own if trial.ended() else None
 
 
-def _overload(ms: np.ndarray, failed: np.ndarray, mine: np.ndarray) -> None:
+def _overload(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -> None:
     for first in range(0, len(ms) - BURST, EVERY):
         for side in (True, False):
-            places = first + np.flatnonzero(mine[first : first + BURST] == side)
+            places = first + np.flatnonzero(is_challenger[first : first + BURST] == side)
             ms[places] += SERVICE_MS * np.arange(len(places))
             failed[places[WAITING:]] = True
 
@@ -134,9 +134,9 @@ def measure_experiments(_: Path, say: Say, runs: int = RUNS, responses: int = RE
             table.append([name, ended, runs])
             say(f"equals, {name}: {ended} of {runs} ended")
         for name, cell in worse().items():
-            found = sum(own is not None for own in each(cell, worse_runs, WITHIN))
-            table.append([name, found, worse_runs])
-            say(f"{name}: {found} of {worse_runs} ended within {WITHIN} of the challenger's responses")
+            n_found = sum(own is not None for own in each(cell, worse_runs, WITHIN))
+            table.append([name, n_found, worse_runs])
+            say(f"{name}: {n_found} of {worse_runs} ended within {WITHIN} of the challenger's responses")
     n = len(equals())
     return {
         "runs": runs,
