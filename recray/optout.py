@@ -42,24 +42,23 @@ class OptOut:
         return cls(root / FILE, None if excluded is None else expanded(excluded, "data.exclude_users"))
 
     def look(self) -> None:
-        """Take over what was added since. Raises DamagedArtifactError, SettingsError."""
-        if self.excluded is not None:
-            try:
-                seen = self.excluded.stat().st_mtime_ns
-                if seen != self._named_seen:
-                    lines = self.excluded.read_text(encoding="utf-8-sig").splitlines()
-                    self._named_users, self._named_seen = frozenset(line.strip() for line in lines) - {""}, seen
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError(
-                    f"data.exclude_users: {self.excluded} cannot be read: {error}", "name a text file with one user id a line"
-                ) from None
-        try:
+        """Take over what was added since: the list first, whatever befell the operator's file. Raises DamagedArtifactError, SettingsError."""
+        with contextlib.suppress(FileNotFoundError):
             seen = self.path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return
-        if seen != self._seen:
-            content = read_json(self.path)
-            self._salt, self._users, self._seen = bytes.fromhex(content["salt"]), frozenset(content["users"]), seen
+            if seen != self._seen:
+                content = read_json(self.path)
+                self._salt, self._users, self._seen = bytes.fromhex(content["salt"]), frozenset(content["users"]), seen
+        if self.excluded is not None:
+            self._look_at(self.excluded)
+
+    def _look_at(self, excluded: Path) -> None:
+        try:
+            seen = excluded.stat().st_mtime_ns
+            if seen != self._named_seen:
+                lines = excluded.read_text(encoding="utf-8-sig").splitlines()
+                self._named_users, self._named_seen = frozenset(line.strip() for line in lines) - {""}, seen
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"data.exclude_users: {excluded} cannot be read: {error}", "name a text file with one user id a line") from None
 
     def __len__(self) -> int:
         return len(self._users) + len(self._named_users)

@@ -23,6 +23,7 @@ from recray.config import ServeSettings, load_settings
 from recray.dataset.reader import Dataset
 from recray.dataset.worlds import World
 from recray.erasure import forget
+from recray.errors import SettingsError
 from recray.lease import FAULT
 from recray.optout import OptOut
 from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest
@@ -226,3 +227,17 @@ def test_who_is_on_the_list_is_known_by_any_way_to_write_the_id_and_by_nothing_e
     read = OptOut.of(root)
     assert read.among(users).all() and all(str(user) in read for user in users) and read.digest == listed.digest
     assert "nobody else at all" not in read
+
+
+def test_a_file_of_users_is_as_good_as_the_list_and_neither_hides_the_other(tmp_path):
+    file = tmp_path / "excluded.txt"
+    file.write_text("\ufeff7\n  ann \n\n", encoding="utf-8")
+    both, alone = OptOut.of(tmp_path, str(file)), OptOut.of(tmp_path)
+    assert 7 in both and "ann" in both and 8 not in both and len(both) == 2 and alone.digest is None is not both.digest
+    before = both.digest
+    assert alone.add(8) and not alone.add(8)
+    file.unlink()
+    with pytest.raises(SettingsError, match=r"data.exclude_users: .*excluded.txt cannot be read"):
+        both.look()
+    assert 8 in both and 7 in both, "who opted out since is known although the file is gone"
+    assert both.digest not in (before, alone.digest) and both.among([7, 8, 9]).tolist() == [True, True, False]
