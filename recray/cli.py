@@ -37,6 +37,7 @@ JOBS = {
     "nightly": "collect, prepare, train, evaluate, promote, tune, score, report; goes on where it stopped",
     "report": "a page about the night, with plots; opened in a browser",
     "rollback": "the champion before this one again, and its scores for the published night",
+    "export": "copy what is kept of a user to a file: log, collected events, history, lists",
     "forget": "drop a user from log, collected events, datasets and lists, and keep nothing of the user any more",
     "serve": "answer requests from the published night until interrupted",
 }
@@ -80,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
             )
         if job == "adapt":
             command.add_argument("--follow", action="store_true", help="a round whenever policy.round_decisions more are ripe, until it is stopped")
-        if job == "forget":
+        if job in ("forget", "export"):
             command.add_argument("user", help="id of the user, as in the event log")
+        if job == "export":
+            command.add_argument("--out", help="a new file, which nobody else may read (default: recray-export-TIME.jsonl here)")
         if job == "nightly":
             command.add_argument("--restart", action="store_true", help="begin a night anew that was begun with other settings and did not end")
         if job == "report":
@@ -279,7 +282,7 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Any:
         if arguments.job == "privacy":
             return pipeline.run_privacy(settings, arguments.what, as_of, reporter, days=arguments.days, training=arguments.training)
         job: Callable[..., Any] = getattr(pipeline, f"run_{arguments.job}")
-        options = {name: getattr(arguments, name) for name in ("bundle", "restart", "user", "follow") if hasattr(arguments, name)}
+        options = {name: getattr(arguments, name) for name in ("bundle", "restart", "user", "follow", "out") if hasattr(arguments, name)}
         result = job(settings, as_of, reporter.say, **options)
         if "evaluation" in result.outputs:
             reporter.show_evaluation(result.outputs["evaluation"], settings)

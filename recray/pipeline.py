@@ -41,6 +41,7 @@ from recray.storage import Storage, check_place, key_of, read_json, storage_erro
 
 if TYPE_CHECKING:
     from recray.release import Member, Release
+    from recray.state.log import Log
     from recray.terminal import Reporter
 
 RESULT_SECTIONS = ("data", "split", "model", "train", "privacy", "evaluate", "gates", "policy", "score")
@@ -224,18 +225,11 @@ def run_forget(settings: Settings, as_of: AsOf, say: Say = _quiet, *, user: str)
     """Forget a user: nothing that lies under the root, or in the endpoint's log, names the user any more, and nothing is kept from now on."""
     from recray import erasure
     from recray.release import bundles
-    from recray.state.log import open_log, sqlite_file
 
-    started, options = time.monotonic(), settings.serve
+    started = time.monotonic()
     with _at_work("forget", settings, say) as work:
-        log = None
-        if options.state != "sqlite" or sqlite_file(work.storage.root).exists():
-            log = open_log(options.state, work.storage.root, options.keep_days)
-        try:
+        with _log(settings) as log:
             found = erasure.forget(work.storage, user, log)
-        finally:
-            if log is not None:
-                log.close()
         say(f"the user is {'on' if found.new else 'on, as before,'} the opt-out list: no event is kept, and answers are those for nobody")
         say(f"dropped: {found.log} entries of the endpoint's log, {found.rows} rows of collected and bad events")
         for path in found.artifacts:
@@ -248,6 +242,34 @@ def run_forget(settings: Settings, as_of: AsOf, say: Say = _quiet, *, user: str)
             )
         metrics = {"new": found.new, "log_entries": found.log, "rows": found.rows, "bundles_that_remain": remains}
         return JobResult("forget", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2), warnings=work.warnings)
+
+
+def run_export(settings: Settings, as_of: AsOf, say: Say = _quiet, *, user: str, out: str | None) -> JobResult:
+    """Copy what is kept of a user to a file of JSON lines."""
+    from recray import export
+
+    started = time.monotonic()
+    file = Path(out or f"recray-export-{time.strftime('%Y%m%dT%H%M%S')}.jsonl")
+    with _log(settings) as log:
+        counts = export.export(Storage(settings.root()), user, log, file)
+    for kind, n in sorted(counts.items()):
+        say(f"{kind}: {n}")
+    say(f"{counts.total()} records in {file}" if counts else f"nothing is kept of this user; {file} is empty")
+    say("data.events is yours, and not in it; weights and aggregates name nobody")
+    return JobResult("export", "ok", outputs={"export": str(file)}, metrics=dict(counts), seconds=round(time.monotonic() - started, 2))
+
+
+@contextlib.contextmanager
+def _log(settings: Settings) -> Iterator[Log | None]:
+    """The endpoint's log while it is read or written; None where there is none yet."""
+    from recray.state.log import open_log
+
+    options, root = settings.serve, settings.root()
+    if options.state == "sqlite" and not sqlite_file(root).exists():
+        yield None
+        return
+    with contextlib.closing(open_log(options.state, root, options.keep_days)) as log:
+        yield log
 
 
 def run_canary(settings: Settings, bundle: str, share: float, *, shadow: bool, say: Say = _quiet) -> JobResult:

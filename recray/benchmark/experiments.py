@@ -23,7 +23,8 @@ SHARES = (0.05, 0.1, 0.5)
 USERS, CLICKED = 5_000, 0.05
 LOOKS = 20  # responses between two looks
 BURST, EVERY, SERVICE_MS, WAITING = 120, 1_000, 2.0, 16
-"""An overload: so many at once, after so many responses; each waits for those of its variant before it, and more than may wait are refused."""
+"""An overload: so many at once, after so many responses; each waits for those of its variant before it, and more than may wait are refused.
+They are logged as they are responded to: those that are refused at once, then the others as their turn comes."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,10 @@ def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int
     is_challenger = sides[user]
     ms = cell.latency(random, responses) * np.where(is_challenger, cell.slower, 1.0)
     failed = random.random(responses) < cell.failing + cell.more_failing * is_challenger
-    if cell.bursts:
-        _overload(ms, failed, is_challenger)
     clicked = random.random(responses) < CLICKED
+    order = _overload(ms, failed, is_challenger) if cell.bursts else np.arange(responses)
     own: int = 0
-    columns = (column.tolist() for column in (user, is_challenger, ms, failed, clicked))
+    columns = (column[order].tolist() for column in (user, is_challenger, ms, failed, clicked))
     for number, (who, of_challenger, took, broke, click) in enumerate(zip(*columns, strict=True)):
         own += of_challenger
         body: dict[str, Any] = {"trial": "c", "share": cell.share, "arm": "challenger" if of_challenger else "champion", "items": ()}
@@ -111,12 +111,19 @@ def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int
     return own if trial.ended() else None
 
 
-def _overload(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -> None:
+def _overload(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -> np.ndarray:
+    """Let some come at once; the order in which all are responded to."""
+    order = np.arange(len(ms))
     for first in range(0, len(ms) - BURST, EVERY):
+        turn = np.zeros(BURST, np.int64)
         for side in (True, False):
-            places = first + np.flatnonzero(is_challenger[first : first + BURST] == side)
-            ms[places] += SERVICE_MS * np.arange(len(places))
-            failed[places[WAITING:]] = True
+            places = np.flatnonzero(is_challenger[first : first + BURST] == side)
+            turn[places] = np.arange(len(places))
+        ms[first : first + BURST] += SERVICE_MS * turn
+        refused = turn >= WAITING
+        failed[first : first + BURST] |= refused
+        order[first : first + BURST] = first + np.argsort(np.where(refused, -1, turn), kind="stable")
+    return order
 
 
 def measure_experiments(_: Path, say: Say, runs: int = RUNS, responses: int = RESPONSES, worse_runs: int = WORSE_RUNS) -> dict[str, Any]:

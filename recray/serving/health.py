@@ -34,8 +34,7 @@ class ErrorTest:
     def read(self, user: str, day: int, *, of_challenger: bool, failed: bool) -> None:
         """A response of a variant, where the other one would have asked its model too."""
         self._recent[of_challenger].append(failed)
-        if failed:
-            self._test.count(user, day, of_challenger=of_challenger)
+        self._test.read(user, day, of_challenger=of_challenger, affected=failed)
 
     def read_alone(self, user: str, day: int, *, failed: bool) -> None:
         """A response of the challenger, where the champion would have had a nightly list."""
@@ -86,8 +85,7 @@ class LatencyTest:
         """A response of a variant, where the other one would have asked its model too; infinity for one that failed."""
         if self._limits is not None:
             for limit, test in zip(self._limits, self._tests, strict=True):
-                if ms > limit:
-                    test.count(user, day, of_challenger=of_challenger)
+                test.read(user, day, of_challenger=of_challenger, affected=ms > limit)
         if math.isinf(ms):
             return
         self._recent[of_challenger].append(ms)

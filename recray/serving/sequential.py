@@ -33,6 +33,13 @@ class ShareTest:
         self._day = 0
         self._users: set[int] = set()
         self._evidence = np.zeros(len(ODDS))
+        self._was_affected = False
+
+    def read(self, user: str, day: int, *, of_challenger: bool, affected: bool) -> None:
+        """A response, so many days after the beginning."""
+        if affected and not self._was_affected:
+            self.count(user, day, of_challenger=of_challenger)
+        self._was_affected = affected
 
     def count(self, user: str, day: int, *, of_challenger: bool) -> None:
         """A user was affected, so many days after the beginning; a clock that went back counts as the last day."""

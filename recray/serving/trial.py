@@ -63,8 +63,8 @@ class Trial:
         """Take in an entry of the log: a response to a request of this trial, or an outcome."""
         body = entry.body
         if entry.kind in ("outcome", "set_aside"):
-            if not self.shadow:
-                self.outcomes.add_outcome(body["request_id"], body["outcome"], body.get("item_id"), float(body["value"]))
+            if not self.shadow and "request_id" in body and "outcome" in body:
+                self.outcomes.add_outcome(body["request_id"], body["outcome"], body.get("item_id"), float(body.get("value", 1.0)))
         elif entry.kind == "decision" and (body.get("trial"), body.get("share")) == (self.challenger, self.share):
             if entry.user is None or entry.at_s < self.since_s or not self.counted(entry.user):
                 return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from recray.errors import SettingsError
 
 Kind = Literal["event", "decision", "outcome", "set_aside", "access"]
 RECENT = 1000  # of a user's events, at most
+SCANNED = 5000  # entries that are looked at in one go
 SAID_BEFORE, SAID_OTHERWISE = 0, -1  # in the place of a number: an entry of that kind and key was there, with the same body or another one
 
 
@@ -86,6 +87,17 @@ class Log(abc.ABC):
     @abc.abstractmethod
     def read(self, after: int, limit: int) -> list[tuple[int, Entry]]:
         """The next entries with a number above `after`, with their numbers."""
+
+    def of_user(self, user: str) -> Iterator[tuple[int, Entry]]:
+        """The user's entries, and what came of answers to the user, with their numbers. Reads the whole log."""
+        asked, number = set[str](), 0
+        while found := self.read(number, SCANNED):
+            number = found[-1][0]
+            for place, entry in found:  # an outcome comes after its answer
+                if entry.user == user or (entry.kind in ("outcome", "set_aside") and entry.body.get("request_id") in asked):
+                    if entry.kind == "decision":
+                        asked.add(entry.key)
+                    yield place, entry
 
     @abc.abstractmethod
     def last(self) -> int:

@@ -16,12 +16,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from recray.errors import StateError
-from recray.state.log import RECENT, Entry, Kind, Log
+from recray.state.log import RECENT, SCANNED, Entry, Kind, Log
 
 PREFIX = "recray"
 KEPT_S = 30 * 86_400  # how long a key is known at least, and a user's last events after the newest of them
 TIMEOUT_S = 1.0
-SCANNED = 5000  # entries that are looked at in one go
 
 # KEYS: counter, stream, identity. ARGV: identity, prefix, seconds kept, most events a user, then of each entry kind, key, user ("": none), JSON,
 # digest of the body; a key of before 0.2 holds '1' for any
@@ -101,22 +100,13 @@ class RedisLog(Log):
         self._call(lambda: self._redis.xtrim(f"{PREFIX}:log", minid=f"{through + 1}-0", approximate=False))
 
     def forget_user(self, user: str) -> int:
-        mine: list[tuple[int, Entry]] = []
-        asked: set[str] = set()
-        number = 0
-        while found := self.read(number, SCANNED):
-            number = found[-1][0]
-            for place, entry in found:  # an outcome comes after its answer
-                if entry.user == user or (entry.kind in ("outcome", "set_aside") and entry.body.get("request_id") in asked):
-                    mine.append((place, entry))
-                    if entry.kind == "decision":
-                        asked.add(entry.key)
-        for first in range(0, len(mine), SCANNED):
-            self._drop(mine[first : first + SCANNED])
+        entries = list(self.of_user(user))
+        for first in range(0, len(entries), SCANNED):
+            self._drop(entries[first : first + SCANNED])
         self._call(lambda: self._redis.delete(f"{PREFIX}:user:{user}"))
         with contextlib.suppress(redis.ResponseError):  # one is running, or a hosted one does not let us; the next one takes them too
             self._redis.bgrewriteaof()
-        return len(mine)
+        return len(entries)
 
     def _drop(self, some: list[tuple[int, Entry]]) -> None:
         self._call(lambda: self._redis.xdel(f"{PREFIX}:log", *(f"{place}-0" for place, _ in some)))

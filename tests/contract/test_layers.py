@@ -16,7 +16,8 @@ LEVEL = {
     "errors": 0, "schema": 0, "private": 0.05, "config": 0.1, "lease": 0.1, "storage": 0.2, "optout": 0.3,
     "dataset": 1.0, "model": 1.0, "bundle": 1.1, "inference": 1.2, "evaluation": 1.3, "privacy": 1.4, "snapshot": 1.1, "release": 1.2,
     "cluster": 2.0, "prepare": 2.1, "training": 2.1, "scoring": 2.1, "tracking": 2.1,
-    "state": 2.1, "promotion": 2.9, "erasure": 2.9, "serving": 3, "terminal": 3, "stages": 3.5, "follow": 3.6, "pipeline": 4, "supervise": 4,
+    "state": 2.1, "promotion": 2.9, "erasure": 2.9, "export": 2.9,
+    "serving": 3, "terminal": 3, "stages": 3.5, "follow": 3.6, "pipeline": 4, "supervise": 4,
     "submission": 4.1, "doctor": 4.1, "demo": 4.1, "benchmark": 4.1, "cli": 4.2,
 }  # fmt: skip
 

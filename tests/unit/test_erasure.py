@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
 import sqlite3
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,32 @@ def test_the_command_says_what_went_and_what_remains(root, whole, capsys):
     assert "on the opt-out list" in said and "6 entries of the endpoint's log" in said and "the weights of 1 bundles" in said
     assert holding(root, WHO) == []
     assert main(["forget", "nobody-ever", *where]) == 0 and "dropped: 0 entries" in capsys.readouterr().err
+
+
+def test_a_copy_has_all_that_is_kept_of_the_user_and_nothing_of_another(root, whole, tmp_path, capsys):
+    where, file = [*whole[1], f"storage.root={root}"], tmp_path / "copy.jsonl"
+    assert main(["export", WHO, "--out", str(file), *where]) == 0
+    assert "event: 3" in capsys.readouterr().err and file.stat().st_mode & 0o777 == 0o600
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    kinds = Counter(record["kind"] for record in records)
+    learned = Dataset.open(root / Snapshot.latest(Storage(root)).manifest["dataset"]).user_history(WHO)
+    once = {"event": 3, "decision": 3, "outcome": 3, "bad_row": 6, "published_list": 1}  # two in the log, of which one was collected; of two nights
+    assert kinds == {**once, "learned_event": len(learned.item_index)}
+    (listed,) = (record for record in records if record["kind"] == "published_list")
+    assert listed["item_ids"] == Snapshot.latest(Storage(root)).find(WHO).item_ids
+    places = {record["where"].split("/")[0].replace("log", "state") for record in records}
+    assert places == {path.split("/")[0] for path in holding(root, WHO)}
+    assert OTHER not in file.read_text()
+
+    assert main(["export", WHO, "--out", str(file), *where]) == 2 and "it exists" in capsys.readouterr().err
+    assert main(["export", "nobody-ever", "--out", str(tmp_path / "none.jsonl"), *where]) == 0
+    assert "nothing is kept" in capsys.readouterr().err and (tmp_path / "none.jsonl").read_text() == ""
+    with contextlib.closing(open_log("sqlite", root)) as log:
+        (read,) = (entry for _, entry in log.of_user(WHO) if entry.kind == "access")
+    assert read.body == {"by": "recray export", "what": "export"}, "that a history was read is logged"
+    run(root)
+    assert main(["export", WHO, "--out", str(tmp_path / "gone.jsonl"), *where]) == 0
+    assert [json.loads(line)["kind"] for line in (tmp_path / "gone.jsonl").read_text().splitlines()] == ["opted_out"]
 
 
 @pytest.mark.parametrize("state", ["sqlite", "redis_server"])

@@ -201,9 +201,9 @@ def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(sho
     monkeypatch.setattr(Predictor, "recommend", recommend)
     mine = [user for user in range(300) if answers(str(user), "other", 0.5)]
     theirs = [user for user in range(300) if user not in mine]
-    for start in range(0, LEAST + 20, 5):
+    for start in range(0, LEAST + 40, 2):  # of those that are slow together one counts
         assert handler.arms.trial is not None
-        asyncio.run(together(mine[start : start + 5], theirs[start : start + 5]))
+        asyncio.run(together(mine[start : start + 2], theirs[start : start + 2]))
     asyncio.run(handler.journal.writer.append([]))
     handler.look()
     assert handler.arms.trial is None and "quantile of latency" in Release.read(storage).ended
@@ -395,6 +395,28 @@ def test_a_user_counts_once_a_day_and_no_clock_that_goes_back_begins_one():
     assert test.is_significant
     test.count("new day", 2, of_challenger=True)
     assert not test.is_significant
+
+
+@pytest.mark.parametrize("waiting", [2, 8, 16, 24])
+def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_that_always_does_is_found(waiting):
+    """A queue of each variant: of those who come at once, the ones after the first `waiting` are affected. How many that are says how the crowd
+    was split, which is no fault of the variant that more of it came to."""
+    random = np.random.default_rng(waiting)
+
+    def significant(bursts=200, also=False):
+        test, user = ShareTest(0.5, 0.05), 0
+        for _ in range(bursts):
+            sides = random.random(40) < 0.5
+            places = np.where(sides, np.cumsum(sides), np.cumsum(~sides))
+            for place, of_challenger in sorted(zip(places.tolist(), sides.tolist(), strict=True)):  # as they were responded to
+                test.read(str(user), 0, of_challenger=of_challenger, affected=place > waiting or (also and of_challenger))
+                if test.is_significant:
+                    return True
+                user += 1
+        return False
+
+    assert sum(significant() for _ in range(100)) <= 10
+    assert significant(also=True)
 
 
 def test_an_overload_that_slows_everybody_ends_nothing_and_neither_do_failures_of_both():
