@@ -25,7 +25,7 @@ def recorded(name: str, found: object) -> object:
     """What is recorded under a name; `found` is recorded first if that was asked for."""
     path = RECORDS / name
     if RECORD:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     return json.loads(path.read_text())
 
