@@ -246,6 +246,26 @@ def test_at_the_endpoint_a_user_is_nobody_from_the_next_answer_on(root, whole, r
         assert left == [] and WHO not in str(redis.xrange("recray:log"))
 
 
+def test_whom_the_operator_excludes_is_in_no_dataset_and_nobody_at_the_endpoint(root, whole, tmp_path):
+    file = tmp_path / "excluded.txt"
+    file.write_text(f"{WHO}\nsomebody else\n")
+    settings = load_settings(None, [*whole[1], f"storage.root={root}", f"data.exclude_users={file}"])
+    dataset = prepare_here(settings)
+    assert dataset.user_history(WHO) is None and dataset.user_history(OTHER) is not None and dataset.manifest["opted_out"] > 3
+    assert holding(dataset.path, WHO) == []
+    handler = Handler(Storage(root), ServeSettings(timeout_s=5.0), settings.score, exclude_users=settings.data.exclude_users)
+
+    async def responses(user):
+        event = EventsRequest.model_validate({"user_id": user, "events": [{"item_id": "i0000001"}]})
+        return (await handler.recommend(RecommendRequest(user_id=user))).source, (await handler.events(event)).opted_out
+
+    assert asyncio.run(responses(WHO)) == ("popular", 1) and asyncio.run(responses(OTHER)) == ("realtime", 0)
+    file.write_text(f"{OTHER}\n")
+    handler.look()
+    assert asyncio.run(responses(WHO))[1] == 0 and asyncio.run(responses(OTHER)) == ("popular", 1)
+    handler.close()
+
+
 @given(st.lists(st.one_of(st.integers(-(2**63), 2**63 - 1), st.text(min_size=1, max_size=20)), min_size=1, max_size=8, unique_by=str))
 def test_who_is_on_the_list_is_known_by_any_way_to_write_the_id_and_by_nothing_else(tmp_path_factory, users):
     root = tmp_path_factory.mktemp("list")
