@@ -6,15 +6,21 @@ RecrayError
 │   └── PrivacySpentError  a training would pass the cap on ε
 └── (exit code 1)
     ├── DataError          input events or items that cannot be used
-    │   └── TooManyBadRowsError
+    │   ├── TooManyBadRowsError
+    │   └── ImpossibleSplitError
     ├── ArtifactError      a dataset, bundle or snapshot that is missing, damaged or another run's
     │   ├── MissingArtifactError
     │   ├── DamagedArtifactError
     │   └── OutputExistsError
+    ├── StorageError       the workspace cannot be written to
     ├── ClusterError       Ray cannot be reached or cannot place the work
+    ├── TrackingError      MLflow cannot be reached, or holds what does not fit
     ├── TrainingError      training stopped: a worker failed, a loss that is not finite
-    ├── RequestError       a question that the predictor cannot answer
-    └── StateError         the log of the endpoint cannot be reached, or does not keep what it is told
+    ├── RequestError       a request that the predictor cannot respond to
+    │   └── UnknownItemError
+    ├── UnavailableError   nobody can respond now
+    ├── PartUnavailableError  one part of the endpoint cannot; another one stands in
+    └── StateError         the event store cannot be reached, or does not keep what it acknowledges
 
 An error survives pickling between Ray processes, because `args` is all it is made of.
 """
@@ -22,7 +28,7 @@ An error survives pickling between Ray processes, because `args` is all it is ma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -109,8 +115,20 @@ class RequestError(RecrayError):
     """A request that the predictor cannot answer."""
 
 
+class UnknownItemError(RequestError):
+    """An item that the model does not know."""
+
+
 class UnavailableError(RecrayError):
     """Nobody can answer now; the caller may come again."""
+
+
+class PartUnavailableError(RecrayError):
+    """A part of the endpoint does not respond: `state`, `model` or `snapshot`. Another one stands in."""
+
+    def __init__(self, part: Literal["state", "model", "snapshot"], fix: str = "") -> None:
+        super().__init__(part, fix)
+        self.part = part
 
 
 class StateError(RecrayError):

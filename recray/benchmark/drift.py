@@ -29,7 +29,10 @@ from recray.follow import FILE
 from recray.inference.policy import OBSERVED, Policy
 from recray.promotion import policy_of
 from recray.serving.api import RecommendRequest
-from recray.serving.night import Night
+from recray.serving.modulation import observed_by_the_run
+from recray.serving.query import resolve_query
+from recray.serving.ranking import bind
+from recray.serving.state import ServingState
 from recray.stages import Say
 from recray.storage import Storage, read_json
 
@@ -206,15 +209,16 @@ def _planted(seen: np.ndarray) -> Planted:
 
 def _observed(storage: Storage) -> np.ndarray:
     """What the endpoint sees of each user, [USERS, D]."""
-    night = Night.load(storage)
-    asked = [RecommendRequest(user_id=user) for user in range(USERS)]
-    questions = [night.question(request) for request in asked]
-    return np.stack([night.predictor.observe(q.history, q.now, night.state(request)) for q, request in zip(questions, asked, strict=True)])
+    state = ServingState.load(storage)
+    queries = [resolve_query(RecommendRequest(user_id=user), state) for user in range(USERS)]
+    inputs = [bind(query, state) for query in queries]
+    pairs = zip(inputs, queries, strict=True)
+    return np.stack([state.predictor.observe(one.history, one.now_s, observed_by_the_run(query, state)) for one, query in pairs])
 
 
 def _live(storage: Storage) -> Policy | None:
     name = policy_of(storage)
-    return None if name is None else Policy.load(storage.policy(name), Night.load(storage).bundle_digest)
+    return None if name is None else Policy.load(storage.policy(name), ServingState.load(storage).bundle_digest)
 
 
 def _lead(world: Planted, seen: np.ndarray, policy: Policy | None) -> float:

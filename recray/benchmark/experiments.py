@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from recray.serving.trial import Trial
+from recray.serving.experiment import Experiment
 from recray.stages import Say
 from recray.state.log import Entry
 from recray.state.rewards import Rewards
@@ -88,7 +88,7 @@ def worse() -> dict[str, Cell]:
 def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int | None:
     """After how many of the challenger's responses the experiment ended; None if it did not, within so many of them."""
     random = np.random.default_rng([seed, int(1000 * cell.share)])
-    trial = Trial("c", cell.share, shadow=False, rewards=Rewards({"click": 1.0}, 1.0))
+    experiment = Experiment("c", cell.share, shadow=False, rewards=Rewards({"click": 1.0}, 1.0))
     sides = random.random(USERS) < cell.share
     user = random.integers(0, USERS, responses)
     is_challenger = sides[user]
@@ -101,14 +101,14 @@ def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int
     for number, (who, of_challenger, took, broke, click) in enumerate(zip(*columns, strict=True)):
         own += of_challenger
         body: dict[str, Any] = {"trial": "c", "share": cell.share, "arm": "challenger" if of_challenger else "champion", "items": ()}
-        trial.read(Entry("decision", str(number), str(who), 0.0, {**body, "degraded": ("model",) if broke else (), "model_ms": took}))
+        experiment.read(Entry("decision", str(number), str(who), 0.0, {**body, "degraded": ("model",) if broke else (), "model_ms": took}))
         if click:
-            trial.read(Entry("outcome", str(number), None, 0.0, {"request_id": str(number), "outcome": "click", "item_id": None, "value": 1.0}))
-        if number % LOOKS == 0 and trial.ended():
+            experiment.read(Entry("outcome", str(number), None, 0.0, {"request_id": str(number), "outcome": "click", "item_id": None, "value": 1.0}))
+        if number % LOOKS == 0 and experiment.reason_to_end():
             return own
         if within is not None and own >= within:
-            return own if trial.ended() else None
-    return own if trial.ended() else None
+            return own if experiment.reason_to_end() else None
+    return own if experiment.reason_to_end() else None
 
 
 def _overload(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -> np.ndarray:

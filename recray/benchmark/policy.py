@@ -31,7 +31,7 @@ from recray.evaluation.plots import gap_closed
 from recray.evaluation.protocol import Question
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy, explore
-from recray.serving.trial import Trial, answers
+from recray.serving.experiment import Experiment, is_in_share
 from recray.stages import Say
 from recray.state.log import Entry
 from recray.state.rewards import Rewards
@@ -210,22 +210,22 @@ def _worse(say: Say) -> dict[str, Any]:
 
 def _canary(world: Planted, act: Act, random: np.random.Generator, visits: float) -> int | None:
     """Requests that a challenger answered until its trial ended, of users who come so many times on the average; None if it went on."""
-    trial, mine, number = Trial("worse", SHARE, shadow=False, rewards=Rewards({"click": 1.0}, 1.0)), 0, 0
+    experiment, mine, number = Experiment("worse", SHARE, shadow=False, rewards=Rewards({"click": 1.0}, 1.0)), 0, 0
     while mine < MOST_CANARY:
         observation, cases = world.draw(500, random)
         better, worse = world.pay(cases, np.zeros((500, 1))), world.pay(cases, act(observation))
         for row in range(500):
             user = f"{random.integers(1 << 40)}"
-            theirs = answers(user, "worse", SHARE)
+            theirs = is_in_share(user, "worse", SHARE)
             body = {"trial": "worse", "share": SHARE, "arm": "challenger" if theirs else "champion", "items": (), "degraded": ()}
             for _ in range(random.geometric(1 / visits)):
                 number += 1
                 mine += theirs
-                trial.read(Entry("decision", str(number), user, 0.0, body))
+                experiment.read(Entry("decision", str(number), user, 0.0, body))
                 if random.random() < (worse if theirs else better)[row]:
                     clicked = {"request_id": str(number), "outcome": "click", "value": 1.0}
-                    trial.read(Entry("outcome", f"o{number}", None, 0.0, clicked))
-        if trial.ended():
+                    experiment.read(Entry("outcome", f"o{number}", None, 0.0, clicked))
+        if experiment.reason_to_end():
             return mine
     return None
 

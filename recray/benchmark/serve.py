@@ -36,7 +36,10 @@ from recray.errors import ClusterError
 from recray.inference import Predictor
 from recray.inference.memory import keep_freed_memory
 from recray.serving.api import RecommendRequest
-from recray.serving.night import Night
+from recray.serving.query import resolve_query
+from recray.serving.ranking import bind, rank_inputs
+from recray.serving.sources import look_up_complete_list
+from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.stages import Say
@@ -225,9 +228,9 @@ def measure_overload(folder: Path, say: Say) -> dict[str, Any]:
 
 def _strange(storage: Storage, bodies: Sequence[bytes]) -> int:
     """How many answers are none that the model gives to any user."""
-    night = Night.load(storage)
-    lists = [night.answer([night.question(RecommendRequest(user_id=user, k=10))])[0] for user in range(USERS)]
-    known = {tuple(sorted(item for item, _ in found.items)) for found in lists}
+    state = ServingState.load(storage)
+    lists = rank_inputs([bind(resolve_query(RecommendRequest(user_id=user, k=10), state), state) for user in range(USERS)])
+    known = {tuple(sorted(item for item, _ in ranked.items)) for ranked in lists}
     shown = (tuple(sorted(item["item_id"] for item in json.loads(body)["items"])) for body in bodies)
     return sum(items not in known for items in shown)
 
@@ -285,13 +288,13 @@ def _loaded(storage: Storage, users: int) -> dict[str, float]:
 def look_up(root: str, users: int) -> None:
     """Load the published night, look up users at random, and print what it took."""
     begun = time.perf_counter()
-    night = Night.load(Storage(root))
+    state = ServingState.load(Storage(root))
     load_s = time.perf_counter() - begun
     took = []
     for user in np.random.default_rng(0).integers(0, users, LOOK_UPS).tolist():
         request = RecommendRequest(user_id=user, k=10)
         begun = time.perf_counter()
-        assert night.look_up(request) is not None
+        assert look_up_complete_list(resolve_query(request, state), state) is not None
         took.append(time.perf_counter() - begun)
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     private = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous"))  # mapped files belong to all
@@ -310,11 +313,11 @@ def _predictor_ms(storage: Storage) -> float:
     """Median milliseconds of the model's answer to one user, without a server."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    night, took = Night.load(storage), []
+    state, took = ServingState.load(storage), []
     for user in range(TURNS):
-        question = night.question(RecommendRequest(user_id=user, k=10))
+        one = bind(resolve_query(RecommendRequest(user_id=user, k=10), state), state)
         begun = time.perf_counter()
-        _answer(night.predictor, question.history, question.now, question.context)
+        _answer(state.predictor, one.history, one.now_s, one.context)
         took.append(time.perf_counter() - begun)
         time.sleep(REST_S)
     return float(np.median(took[50:]) * 1000)
@@ -337,15 +340,15 @@ def plain(root: str, port: int) -> None:
     import uvicorn
 
     from recray.config import Settings
-    from recray.serving.handler import Handler
     from recray.serving.http import create_app
+    from recray.serving.service import Service
 
     torch.set_num_threads(1)
     keep_freed_memory()
     settings = Settings()
-    handler = Handler(Storage(root), settings.serve, settings.score)
-    uvicorn.run(create_app(handler), host="127.0.0.1", port=port, log_level="error", access_log=False)
-    handler.close()
+    service = Service(Storage(root), settings.serve, settings.score)
+    uvicorn.run(create_app(service), host="127.0.0.1", port=port, log_level="error", access_log=False)
+    service.close()
 
 
 @contextmanager

@@ -22,6 +22,17 @@ class Filters:
     allow: np.ndarray | None = None
     deny: np.ndarray | None = None
 
+    def barred(self, seen: np.ndarray) -> np.ndarray:
+        """Items that may not be shown to somebody with this history, int64 [n]; some twice, and 0 for those that are not known."""
+        parts = [items for items in (seen if self.new_only else None, self.deny) if items is not None]
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def shows(self, item_index: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Which of some items may be shown to somebody with this history, bool [n]."""
+        allowed = np.ones(len(item_index), bool) if self.allow is None else np.isin(item_index, self.allow)
+        shown: np.ndarray = allowed & ~np.isin(item_index, self.barred(seen))
+        return shown
+
 
 ANY_ITEM = Filters()
 
@@ -59,12 +70,7 @@ class Barred:
     def __init__(
         self, wanted: list[tuple[np.ndarray, Filters]], device: torch.device, later: Later | None = None, day: np.ndarray | None = None
     ) -> None:
-        barred = [
-            (row, items)
-            for row, (history, filters) in enumerate(wanted)
-            for items in (history if filters.new_only else None, filters.deny)
-            if items is not None and len(items)
-        ]
+        barred = [(row, filters.barred(history)) for row, (history, filters) in enumerate(wanted) if filters.new_only or filters.deny is not None]
         rows = np.repeat([row for row, _ in barred], [len(items) for _, items in barred]).astype(np.int64)
         self._rows = torch.from_numpy(rows).to(device)
         items = np.concatenate([items for _, items in barred]) if barred else np.zeros(0)

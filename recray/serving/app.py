@@ -17,10 +17,10 @@ from ray.serve.schema import ApplicationStatus
 from recray.config import Settings, load_settings
 from recray.errors import ClusterError, SettingsError
 from recray.inference.memory import keep_freed_memory
-from recray.serving.arms import first_night
+from recray.serving.deployment import first_state
 from recray.serving.guard import KEYS_VARIABLE, Keys, check
-from recray.serving.handler import Handler
 from recray.serving.http import create_app
+from recray.serving.service import Service
 from recray.serving.telemetry import RayTelemetry
 from recray.serving.traces import SECRET, VARIABLES, provider
 from recray.storage import Storage
@@ -42,22 +42,22 @@ class Endpoint:
         keep_freed_memory()
         sys.setswitchinterval(SWITCH_S)
         options: dict[str, Any] = {"private": settings.privacy.enabled, "policy": settings.policy, "exclude_users": settings.data.exclude_users}
-        self.handler = Handler(Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), **options)
+        self.service = Service(Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), **options)
         threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self.handler)
+        return create_app(self.service)
 
     def _watch(self, poll_s: float) -> None:
         wait = threading.Event()
         while not wait.wait(poll_s):
             try:
-                self.handler.look()
+                self.service.look()
             except Exception as error:  # whatever it is, it must be looked again
                 logging.getLogger("ray.serve").error("the watch failed once: %s", type(error).__name__)
 
     def __del__(self) -> None:
-        self.handler.close()
+        self.service.close()
 
 
 def build(settings: Settings) -> Any:
@@ -108,7 +108,7 @@ def _ready(settings: Settings) -> Keys:
     nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1  # type: ignore[no-untyped-call]
     if settings.serve.state == "sqlite" and nodes > 1:
         raise SettingsError(f"serve.state=sqlite is for one machine, this cluster has {nodes}", "name a Redis: serve.state=redis://host:port/0")
-    first_night(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error, private=settings.privacy.enabled)
+    first_state(Storage(settings.root()), settings.score, logging.getLogger("ray.serve").error, private=settings.privacy.enabled)
     return keys
 
 

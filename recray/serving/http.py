@@ -1,4 +1,4 @@
-"""HTTP in front of a `Handler`: the routes, the problem documents, and the limit on what is read. Any ASGI server runs it."""
+"""HTTP in front of a `Service`: the routes, the problem documents, and the limit on what is read. Any ASGI server runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import recray
-from recray.errors import RequestError, UnavailableError
+from recray.errors import RequestError, UnavailableError, UnknownItemError
 from recray.serving.api import (
     PROBLEMS,
     EventsRequest,
@@ -40,9 +40,8 @@ from recray.serving.api import (
     SimilarResponse,
 )
 from recray.serving.guard import RIGHTS, Guard
-from recray.serving.handler import Handler
 from recray.serving.problems import MEDIA_TYPE, FieldError, field_errors, problem
-from recray.serving.question import UnknownItemError
+from recray.serving.service import Service
 from recray.serving.traces import traced
 
 RETRY_AFTER = {"Retry-After": "1"}
@@ -56,9 +55,9 @@ DOCS_HEADERS = {
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
 
 
-def create_app(handler: Handler) -> ASGIApp:
-    """The ASGI application of a handler."""
-    return traced(Guard(Limit(_routes(handler), handler.options.max_body_bytes), handler.options), handler.traces)
+def create_app(service: Service) -> ASGIApp:
+    """The ASGI application of a service."""
+    return traced(Guard(Limit(_routes(service), service.options.max_body_bytes), service.options), service.traces)
 
 
 def openapi() -> str:
@@ -66,7 +65,7 @@ def openapi() -> str:
     return json.dumps(_routes(None).openapi(), indent=2)  # type: ignore[arg-type]
 
 
-def _routes(handler: Handler) -> FastAPI:
+def _routes(service: Service) -> FastAPI:
     api = FastAPI(
         title="recray",
         version=recray.__version__,
@@ -84,55 +83,55 @@ def _routes(handler: Handler) -> FastAPI:
     @api.post("/v1/recommend", summary="Recommend items", tags=["answers"], response_model_exclude_none=True)
     async def recommend(request: RecommendRequest) -> RecommendResponse:
         """For a user of the event log, for a history sent along, or for somebody unknown."""
-        return await handler.recommend(request)
+        return await service.recommend(request)
 
     @api.post("/v1/score", summary="Score candidates", tags=["answers"])
     async def score(request: ScoreRequest) -> ScoreResponse:
         """What the model thinks of items that were found elsewhere."""
-        return await handler.score(request)
+        return await service.score(request)
 
     @api.post("/v1/history", summary="What is known of a user", tags=["answers"])
     async def history(request: HistoryRequest) -> HistoryResponse:
         """The last events that answers are read from, those that the night does not know yet among them."""
-        return await handler.history(request)
+        return await service.history(request)
 
     @api.post("/v1/similar", summary="Find similar items", tags=["answers"], response_model_exclude_none=True)
     async def similar(request: SimilarRequest) -> SimilarResponse:
         """Items that the model takes for alike."""
-        return await handler.similar(request)
+        return await service.similar(request)
 
     @api.post("/v1/events", summary="Tell what a user did", tags=["log"])
     async def events(request: EventsRequest) -> EventsResponse:
         """On disk when it answers; the next recommendation for the user knows of it."""
-        return await handler.events(request)
+        return await service.intake.events(request)
 
     @api.post("/v1/feedback", summary="Tell what came of an answer", tags=["log"])
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:
         """On disk when it answers, after the answer that it is about."""
-        return await handler.feedback(request)
+        return await service.intake.feedback(request)
 
     @api.delete("/v1/users/{user_id}", summary="Forget a user", tags=["log"])
     async def forget(user_id: str) -> ForgetResponse:
         """From now on nothing is kept of what the user does, and answers are those for nobody. `recray forget` drops what lies in files."""
-        return await handler.forget(user_id)
+        return await service.intake.forget(user_id)
 
     @api.get("/v1/models", summary="What is served", tags=["operation"])
     async def models() -> ModelsResponse:
         """Bundle, dataset and snapshot behind the answers."""
-        return handler.models()
+        return service.models()
 
     @api.get("/healthz", summary="Is the replica alive", tags=["operation"])
     async def health() -> Health:
         """Answers as long as the process does."""
-        return Health(status="ok", night=handler.night.date)
+        return Health(status="ok", night=service.state.date)
 
     @api.get("/readyz", summary="Is everything there", tags=["operation"])
     async def ready() -> Health:
         """503 while nightly lists or the log are away: then others answer, and say so in `degraded`."""
-        away = handler.away()
+        away = service.unavailable_parts()
         if away:
             raise UnavailableError(f"away: {', '.join(away)}", "requests are answered all the same; see recray's log")
-        return Health(status="ok", night=handler.night.date)
+        return Health(status="ok", night=service.state.date)
 
     page = (Path(__file__).parent / "console.html").read_bytes()
 

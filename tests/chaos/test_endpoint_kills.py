@@ -34,7 +34,9 @@ from recray.prepare.files import collected_files
 from recray.release import Member, Release
 from recray.scoring.score import By, write_night
 from recray.serving.api import RecommendRequest
-from recray.serving.night import Night
+from recray.serving.query import resolve_query
+from recray.serving.ranking import bind, rank_inputs
+from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage, manifest_digest, write_json
 
@@ -231,8 +233,8 @@ class Continuous(threading.Thread):
 
 def _answers(storage: Storage) -> dict[str, set[tuple[str, ...]]]:
     """The first five of every list of the published night, and of everything that its model says."""
-    night = Night.load(storage)
-    live = [night.answer([night.question(RecommendRequest(user_id=user, k=5))])[0] for user in range(USERS)]
+    night = ServingState.load(storage)
+    live = rank_inputs([bind(resolve_query(RecommendRequest(user_id=user, k=5), night), night) for user in range(USERS)])
     return {
         "snapshot": {tuple(night.snapshot.find(user).item_ids[:5]) for user in range(USERS)},
         "realtime": {tuple(item for item, _ in found.items) for found in live},

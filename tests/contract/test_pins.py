@@ -28,8 +28,8 @@ from recray.config import ServeSettings, load_settings
 from recray.dataset.worlds import World
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
-from recray.serving.handler import Handler
 from recray.serving.http import create_app
+from recray.serving.service import Service
 from recray.storage import Storage
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
@@ -149,7 +149,7 @@ def test_responses_and_what_is_logged_of_them_are_those_recorded(published, case
     for file in (storage.root / "state").glob("*"):
         file.unlink()
     release_as(storage, bundle)
-    handler = Handler(storage, ServeSettings(timeout_s=60.0), settings.score, policy=settings.policy)
+    handler = Service(storage, ServeSettings(timeout_s=60.0), settings.score, policy=settings.policy)
     responses: dict[str, Any] = {}
 
     async def shadowed() -> None:
@@ -171,8 +171,8 @@ def test_responses_and_what_is_logged_of_them_are_those_recorded(published, case
                 post(name, "/v1/recommend", body)
         for path, body in OTHERS:
             post(json.dumps(body), path, body)
-        client.portal.call(handler.journal.writer.append, [])
-        logged = [entry for _, entry in handler.journal.writer.log.read(0, 1000)]
+        client.portal.call(handler.recorder.writer.append, [])
+        logged = [entry for _, entry in handler.recorder.writer.log.read(0, 1000)]
         responses["models"] = client.get("/v1/models").json()
     bodies = [{"kind": entry.kind, "user": entry.user, **without_drawn(entry.body)} for entry in logged]
     assert_same(f"responses_{case}.json", {"responses": without_drawn(responses), "logged": bodies})

@@ -26,7 +26,7 @@ from recray.errors import DataError, TrainingError
 from recray.inference import Predictor
 from recray.release import Release
 from recray.serving import app
-from recray.serving.night import Night
+from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage
 
@@ -261,11 +261,11 @@ def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and
     storage = Storage(tmp_path / "root")
     published = Snapshot.latest(storage)
     assert published.manifest["popular_only"] and published.manifest["popular_users"] == published.manifest["users"] > 0
-    assert Release.read(storage).champion is None and Night.load(storage).popular_only
+    assert Release.read(storage).champion is None and ServingState.load(storage).predictor.popular_only
 
     gates = changed["gates"].model_copy(update={"must_beat": ()})
     promoted = pipeline.run_nightly(settings.model_copy(update={**changed, "gates": gates}), FIRST)
-    assert promoted.status == "ok" and not Night.load(storage).popular_only
+    assert promoted.status == "ok" and not ServingState.load(storage).predictor.popular_only
     assert Snapshot.latest(storage).manifest["popular_users"] < published.manifest["users"]
 
 

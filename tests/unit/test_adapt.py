@@ -29,7 +29,7 @@ from recray.inference.policy import OBSERVED, Policy, explore, log_density
 from recray.lease import only_one
 from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
-from recray.serving.handler import Handler
+from recray.serving.service import Service
 from recray.stages import JobResult
 from recray.state.collect import collect, collected_folders
 from recray.state.log import Entry
@@ -101,7 +101,7 @@ def shop(world_folder, world_dataset, tmp_path):
         ],
     )  # fmt: skip
     storage = publish_untrained(settings, world_dataset, settings.root())
-    handler = Handler(storage, settings.serve, settings.score, policy=settings.policy)
+    handler = Service(storage, settings.serve, settings.score, policy=settings.policy)
     handler._exploration = replace(handler._exploration, random=np.random.default_rng(1))  # one round in 400 is refused by chance
     yield settings, storage, handler
     handler.close()
@@ -115,7 +115,7 @@ def talk(handler, visits, seed):
         answers = [await handler.recommend(RecommendRequest(user_id=user, k=3)) for user in users for _ in range(visits)]
         for answer in answers:
             if answer.controls and random.random() < 0.15 + 0.6 * (answer.controls["temperature"] > 0.2):
-                await handler.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
+                await handler.intake.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
 
     for first in range(0, 300, 10):
         asyncio.run(visit(range(first, first + 10)))
@@ -127,9 +127,9 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
         pipeline.run_adapt(settings, None)
     talk(handler, 5, 0)
     for number in range(200):  # guests have histories too, and ids that the event log could not hold
-        item = handler.night.popular_list[number % 20][0]
+        item = handler.state.popular_items[number % 20][0]
         asyncio.run(handler.recommend(RecommendRequest(user_id=f"!guest {number}", history=[Event(item_id=item)], k=3)))
-    asyncio.run(handler.journal.writer.append([]))  # what waits is written
+    asyncio.run(handler.recorder.writer.append([]))  # what waits is written
     result = pipeline.run_adapt(settings, None)
     folders, rewards = collected_folders(storage), Rewards.declared(settings.serve)
     ripe = read(folders, settings.policy, rewards, until_s=np.inf)
@@ -157,12 +157,12 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     assert (again.status, again.run_key, again.reason) == ("skipped", result.run_key, ""), "released by itself, it is not judged anew"
     (storage.policy("") / "torn").mkdir()
     assert pipeline.run_adapt(waits, None).run_key == result.run_key
-    before = handler.night
+    before = handler.state
     handler.look()
-    assert handler.night is not before and handler.night.policy == result.run_key
+    assert handler.state is not before and handler.state.policy == result.run_key
     answer = asyncio.run(handler.recommend(RecommendRequest(user_id=3, k=3)))
     assert answer.policy == result.run_key
-    live = Policy.load(storage.policy(result.run_key), handler.night.bundle_digest)
+    live = Policy.load(storage.policy(result.run_key), handler.state.bundle_digest)
     bundle = Bundle.open(storage.bundle("untrained"))
     other = settings.model_copy(update={"policy": recency})
     with pytest.raises(RefusedError, match="decides turns temperature, policy.actions says recency"):
@@ -262,7 +262,7 @@ def test_a_follower_learns_when_enough_is_ripe_alone_in_its_workspace_until_it_i
         with pytest.raises(RefusedError, match="another adapt --follow .process"):
             pipeline.run_adapt(settings, None, follow=True)
         talk(handler, 7, 0)
-        asyncio.run(handler.journal.writer.append([]))
+        asyncio.run(handler.recorder.writer.append([]))
         done = wait_for("a round", lambda: followed() if followed()["rounds"] else None, ended=follower.poll)
         assert (done["promoted"], done["refusals"], done["reason"]) == (1, 0, "") and done["policy"] == Release.read(storage).champion.policy
         assert done["over_trained"] > done["over_trained_low"] > 0 and 0 < done["outcome_age_s"] < 3600

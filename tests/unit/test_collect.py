@@ -22,7 +22,9 @@ from recray.prepare.partition import LIVE_POSITION, PartitionPlan, partition_row
 from recray.prepare.sources import inspect_events
 from recray.prepare.times import TimeRule
 from recray.serving.api import RecommendRequest
-from recray.serving.night import Night
+from recray.serving.query import resolve_query
+from recray.serving.ranking import bind
+from recray.serving.state import ServingState
 from recray.state import collect as collecting
 from recray.state.log import Entry, open_log
 from recray.state.rewards import Rewards
@@ -232,25 +234,25 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
 def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(world_folder, tmp_path):
     settings = load_settings(None, world_overrides(world_folder, tmp_path / "root"))
     first = prepare_here(settings)
-    night = Night.load(publish_untrained(settings, first, tmp_path / "one"))
+    night = ServingState.load(publish_untrained(settings, first, tmp_path / "one"))
     log = open_log("sqlite", settings.root())
     live = dt.datetime.fromtimestamp(first.as_of_s + 500, dt.UTC)
     log.append([Entry("event", "e1", "7", live.timestamp(), {"item_id": "i0000003", "event": "purchase", "value": 1.0})])
     fresh = log.recent("7", night.collected.get(log.identity, 0), night.dataset.as_of_s + 1)
     assert len(fresh) == 1
-    asked = night.question(RecommendRequest(user_id=7), fresh)
+    asked = bind(resolve_query(RecommendRequest(user_id=7), night, fresh), night)
     log.close()
 
     assert pipeline.run_collect(settings, None).metrics == {"collected_events": 1}
     assert pipeline.run_collect(settings, None).status == "skipped"
     second = prepare_here(settings)
     assert second.key != first.key and second.n_events == first.n_events + 1 and second.as_of_s == int(live.timestamp())
-    tonight = Night.load(publish_untrained(settings, second, tmp_path / "two"))
+    tonight = ServingState.load(publish_untrained(settings, second, tmp_path / "two"))
     log = open_log("sqlite", settings.root())
     assert tonight.collected == {log.identity: 1}
     assert log.recent("7", tonight.collected[log.identity], tonight.dataset.as_of_s + 1) == []
-    known = tonight.question(RecommendRequest(user_id=7))
+    known = bind(resolve_query(RecommendRequest(user_id=7), tonight), tonight)
     for mine, theirs in zip(asked.history, known.history, strict=True):
         assert mine.tolist() == theirs.tolist()
-    assert asked.now == known.now
+    assert asked.now_s == known.now_s
     log.close()

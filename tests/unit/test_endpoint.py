@@ -42,13 +42,15 @@ from recray.errors import RefusedError, RequestError, SettingsError, StateError,
 from recray.inference import Predictor
 from recray.serving import http as http_module
 from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest, SimilarRequest
-from recray.serving.arms import Arms
 from recray.serving.batching import Batcher, BusyError
+from recray.serving.deployment import Deployments
 from recray.serving.guard import new_key
-from recray.serving.handler import Handler
 from recray.serving.http import create_app
-from recray.serving.night import Night
+from recray.serving.ranking import rank_inputs
+from recray.serving.service import Service
+from recray.serving.state import ServingState
 from recray.serving.traces import provider
+from recray.snapshot.reader import Snapshot
 from recray.state.collect import collect
 from recray.state.log import Entry
 from recray.state.writer import QUICK
@@ -68,7 +70,7 @@ def handler(storage, world_settings, tmp_path, request):
     options = ServeSettings(state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0)
     if state != "sqlite":
         pytest.importorskip("redis").Redis.from_url(options.state).flushall()
-    made = Handler(storage, options, world_settings.score)
+    made = Service(storage, options, world_settings.score)
     yield made
     made.close()
     for file in (storage.root / "state").glob("*"):
@@ -148,7 +150,7 @@ def test_outcomes_are_kept_after_their_decision(address, handler):
     assert good(address, "/v1/feedback", outcome) == {"kept": True, "set_aside": False, "notes": []}
     assert good(address, "/v1/feedback", outcome) == {"kept": False, "set_aside": False, "notes": []}
     assert good(address, "/v1/feedback", {**outcome, "request_id": "never", "feedback_id": "f2"}) == {"kept": True, "set_aside": True, "notes": []}
-    entries = [entry for _, entry in handler.journal.writer.log.read(0, 100)]
+    entries = [entry for _, entry in handler.recorder.writer.log.read(0, 100)]
     assert [entry.kind for entry in entries] == ["decision", "outcome", "set_aside"]
     assert entries[0].body["items"] == ids(answer) and entries[0].user == "7" and entries[0].key == answer["request_id"]
     assert entries[1].body["request_id"] == answer["request_id"]
@@ -177,7 +179,7 @@ def test_what_was_scored_or_found_alike_can_be_rated(address, storage):
 
 
 def test_only_what_is_new_is_answered_by_a_list_too(address, monkeypatch, handler, world_dataset):
-    met = set(handler.night.predictor.ids_of(handler.night.stored_history(7).item_index))
+    met = set(handler.state.predictor.ids_of(handler.state.stored_history(7).item_index))
     plain, fresh = (good(address, "/v1/recommend", {**USER, "k": 50, "mode": "batch", **more}) for more in ({}, {"new_only": True}))
     assert {item["item_id"] for item in plain["items"]} & met
     assert fresh["items"] and not {item["item_id"] for item in fresh["items"]} & met
@@ -193,7 +195,7 @@ def test_an_event_of_a_type_that_nobody_knows_is_kept_and_changes_no_answer(addr
     before = good(address, "/v1/recommend", {**USER, "mode": "realtime"})["items"]
     good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001", "event": "teleport"}]})
     assert good(address, "/v1/recommend", {**USER, "mode": "realtime"})["items"] == before
-    assert [entry.body["event"] for _, entry in handler.journal.writer.log.read(0, 10) if entry.kind == "event"] == ["teleport"]
+    assert [entry.body["event"] for _, entry in handler.recorder.writer.log.read(0, 10) if entry.kind == "event"] == ["teleport"]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
@@ -242,8 +244,8 @@ def test_an_answer_says_which_events_carried_it(address, handler, mode):
     assert "why" not in plain["items"][0]
     told = good(address, "/v1/recommend", {**USER, "mode": mode, "explain": True})
     assert ids(told) == ids(plain) and told["source"] == plain["source"]
-    history = handler.night.stored_history(7)
-    met = set(handler.night.predictor.ids_of(history.item_index[history.item_index > 0]))
+    history = handler.state.stored_history(7)
+    met = set(handler.state.predictor.ids_of(history.item_index[history.item_index > 0]))
     for item in told["items"]:
         assert {reason["item_id"] for reason in item["why"]} <= met and len(item["why"]) <= 3
         shares = [reason["share"] for reason in item["why"]]
@@ -260,7 +262,7 @@ def test_a_history_is_what_answers_are_read_from(address, handler, world_dataset
     good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000009", "event": "purchase"}, {"item_id": "not in the table"}]})
     after = good(address, "/v1/history", {"user_id": 7, "last": 3})["events"]
     assert len(after) == 3 and after[0] == known[-1] and after[1]["fresh"] and after[2]["fresh"]
-    assert (after[1]["item_id"], after[1]["event"], after[1]["title"]) == ("i0000009", "purchase", handler.night.title("i0000009"))
+    assert (after[1]["item_id"], after[1]["event"], after[1]["title"]) == ("i0000009", "purchase", handler.state.title("i0000009"))
     assert after[2]["item_id"] is None
     assert good(address, "/v1/history", {"user_id": "nobody"})["events"] == []
 
@@ -294,7 +296,7 @@ def test_the_console_shows_ids_that_a_browsers_numbers_cannot_hold(tmp_path):
     events = {"user_id": [big + n % 40 for n in range(320)], "item_id": [big + 1 + n % 8 for n in range(320)], "timestamp": range(10**9, 10**9 + 320)}
     pq.write_table(pa.table({name: pa.array(values, pa.int64()) for name, values in events.items()}), tmp_path / "events.parquet")
     chosen = load_settings(None, [f"data.events=[{tmp_path / 'events.parquet'}]", f"storage.root={tmp_path / 'root'}", "split.validation_users=0.5"])
-    handler = Handler(publish_untrained(chosen, prepare_here(chosen), tmp_path / "root"), ServeSettings(timeout_s=5.0), chosen.score)
+    handler = Service(publish_untrained(chosen, prepare_here(chosen), tmp_path / "root"), ServeSettings(timeout_s=5.0), chosen.score)
     with served(handler) as address:
         shown = console_of(address, str(big + 3))
     handler.close()
@@ -427,7 +429,7 @@ def test_what_is_not_json_is_refused(address):
     ("host", "status"), [("rebound.example", 421), ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("shop", 200)]
 )
 def test_without_keys_a_request_must_be_sent_to_a_name_of_the_endpoint(storage, world_settings, host, status):
-    handler = Handler(storage, ServeSettings(hosts=("shop",)), world_settings.score)
+    handler = Service(storage, ServeSettings(hosts=("shop",)), world_settings.score)
     with served(handler) as address:
         for path, data in (("/v1/recommend", b"{}"), ("/console", None), ("/docs", None)):
             request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json", "Host": host})
@@ -515,7 +517,7 @@ def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world
     secret, entry = new_key("support", ["read", "history"])
     shop, other = new_key("shop", ["read"])
     (tmp_path / "keys.yaml").write_text(entry + other)
-    handler = Handler(storage, ServeSettings(keys=str(tmp_path / "keys.yaml"), timeout_s=5.0), world_settings.score)
+    handler = Service(storage, ServeSettings(keys=str(tmp_path / "keys.yaml"), timeout_s=5.0), world_settings.score)
     with served(handler) as address:
 
         def told(path, body, key):
@@ -528,10 +530,10 @@ def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world
 
         assert told("/v1/history", {"user_id": 7}, secret) == 200 and told("/v1/history", {"user_id": 7}, shop) == 403
         assert told("/v1/recommend", {"user_id": 8, "k": 2, "explain": True}, shop) == told("/v1/recommend", {"user_id": 9}, shop) == 200
-    asyncio.run(handler.journal.writer.append([]))
-    found = [(entry.user, entry.body) for _, entry in handler.journal.writer.log.read(0, 100) if entry.kind == "access"]
+    asyncio.run(handler.recorder.writer.append([]))
+    found = [(entry.user, entry.body) for _, entry in handler.recorder.writer.log.read(0, 100) if entry.kind == "access"]
     assert found == [("7", {"by": "support", "what": "history"}), ("8", {"by": "shop", "what": "explain"})]
-    folder, counts = collect(storage, handler.journal.writer.log)
+    folder, counts = collect(storage, handler.recorder.writer.log)
     rows = pq.read_table(folder / "access.parquet").to_pylist()
     assert counts["access"] == 2 and [(row["user_id"], row["by"], row["what"]) for row in rows] == [
         ("7", "support", "history"),
@@ -545,24 +547,24 @@ def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world
 
 def test_a_request_reads_one_night_however_many_come_meanwhile(handler, monkeypatch):
     """What is served is exchanged whenever a request waits."""
-    asyncio.run(handler.events(EventsRequest(user_id=7, events=[{"item_id": "i0000009"}])))
-    before, nights = handler.arms.now, itertools.cycle([handler.arms.now, (replace(handler.night, snapshot=None), None, None)])
-    monkeypatch.setattr(Arms, "now", property(lambda self: next(nights), lambda self, value: None), raising=False)
-    monkeypatch.setattr(Arms, "night", property(lambda self: self.now[0]))
+    asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000009"}])))
+    now = handler.deployments.current
+    deployments = itertools.cycle([now, replace(now, state=replace(now.state, snapshot=None))])
+    monkeypatch.setattr(Deployments, "current", property(lambda self: next(deployments), lambda self, value: None), raising=False)
     for ask in (
         lambda: handler.history(HistoryRequest(user_id=7)),
         lambda: handler.recommend(RecommendRequest(user_id=7, k=3)),
         lambda: handler.score(ScoreRequest(user_id=7, items=["i0000001"])),
-        lambda: handler.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])),
+        lambda: handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])),
         lambda: handler.similar(SimilarRequest(item_id="i0000001")),
     ):
-        while next(nights) is before:
+        while next(deployments) is now:
             pass
         assert asyncio.run(ask())
 
 
 def test_a_user_with_many_events_is_read_aside_and_as_far_as_the_model_reads(handler, monkeypatch):
-    history, log = handler.night.predictor.model.shape.history, handler.journal.writer.log
+    history, log = handler.state.predictor.model.shape.history, handler.recorder.writer.log
     entries = [Entry("event", f"7\0{n}", "7", time.time(), {"item_id": "i0000001", "event": "view", "value": 1.0}) for n in range(1000)]
     log.append(entries)
     read, inner = [], type(log).recent
@@ -583,7 +585,7 @@ def test_a_user_with_many_events_is_read_aside_and_as_far_as_the_model_reads(han
 @pytest.mark.parametrize("handler", ["redis_server"], indirect=True)
 def test_a_store_that_hangs_is_said_and_nobody_waits_long(handler):
     pid = pytest.importorskip("redis").Redis.from_url(handler.options.state).info()["process_id"]
-    handler.journal._options = handler.options.model_copy(update={"timeout_s": 2.0})
+    handler.recorder._options = handler.options.model_copy(update={"timeout_s": 2.0})
 
     async def talk(n):
         took = []
@@ -599,10 +601,10 @@ def test_a_store_that_hangs_is_said_and_nobody_waits_long(handler):
         assert {tuple(degraded) for _, degraded in took} == {("state",)}
         assert sum(seconds > 0.2 for seconds, _ in took) <= 1, "the first finds out, the others are not made to wait"
         with pytest.raises(UnavailableError, match="nothing is known to be kept"):
-            asyncio.run(handler.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])))
+            asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])))
     finally:
         os.kill(pid, signal.SIGCONT)
-    wait_for("the store to be found back", lambda: handler.look() or not handler.journal.away)
+    wait_for("the store to be found back", lambda: handler.look() or not handler.recorder.is_unavailable)
     assert asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3))).degraded == []
 
 
@@ -617,7 +619,7 @@ def test_lists_that_cannot_be_read_are_said_and_somebody_answers(address, handle
     def gone(*_):
         raise OSError("stale file handle")
 
-    monkeypatch.setattr(type(handler.night.snapshot), "find", gone)
+    monkeypatch.setattr(type(handler.state.snapshot), "find", gone)
     answer = good(address, "/v1/recommend", USER)
     assert answer["degraded"] == ["snapshot"] and answer["source"] == "realtime" and len(answer["items"]) == 5
     assert good(address, "/v1/recommend", {**USER, "mode": "batch"})["degraded"] == ["snapshot"]
@@ -625,7 +627,7 @@ def test_lists_that_cannot_be_read_are_said_and_somebody_answers(address, handle
 
 def test_where_only_private_bundles_may_answer_another_does_not(storage, world_settings):
     with pytest.raises(RefusedError, match="without privacy"):
-        Handler(storage, ServeSettings(), world_settings.score, private=True)
+        Service(storage, ServeSettings(), world_settings.score, private=True)
 
 
 def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypatch):
@@ -635,8 +637,8 @@ def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypa
     good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
     assert good(address, "/v1/recommend", USER)["source"] == "realtime"
     with monkeypatch.context() as patch:
-        patch.setattr(handler.journal.writer.log, "recent", gone)
-        patch.setattr(handler.journal.writer.log, "append", gone)
+        patch.setattr(handler.recorder.writer.log, "recent", gone)
+        patch.setattr(handler.recorder.writer.log, "append", gone)
         answer = good(address, "/v1/recommend", USER)
         assert (answer["source"], answer["degraded"]) == ("snapshot", ["state"]) and len(answer["items"]) == 5
         status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
@@ -672,17 +674,17 @@ def test_a_model_that_takes_too_long_is_not_waited_for(handler, monkeypatch):
 
 def test_without_a_snapshot_the_champion_answers(storage, world_settings, world_dataset, caplog):
     good_latest = storage.latest.read_bytes()
-    whole = Handler(storage, ServeSettings(), world_settings.score)
+    whole = Service(storage, ServeSettings(), world_settings.score)
     try:
         storage.latest.unlink()
-        bare = Handler(storage, ServeSettings(), world_settings.score)
-        assert bare.away() == ["snapshot"]
+        bare = Service(storage, ServeSettings(), world_settings.score)
+        assert bare.unavailable_parts() == ["snapshot"]
         answer = asyncio.run(bare.recommend(RecommendRequest(user_id=7, k=5, mode="batch")))
         assert answer.source == "popular" and answer.degraded == ["snapshot"] and len(answer.items) == 5
         assert asyncio.run(bare.recommend(RecommendRequest(user_id=7, k=5))).source == "realtime"
         storage.latest.write_bytes(good_latest)
         bare.look()
-        assert bare.away() == []
+        assert bare.unavailable_parts() == []
         storage.latest.write_bytes(b"{}")
         whole.look()
         assert "the old one stays" in caplog.text
@@ -694,14 +696,14 @@ def test_without_a_snapshot_the_champion_answers(storage, world_settings, world_
 
 
 def test_requests_that_come_together_are_answered_together(handler, monkeypatch):
-    sizes, inner, all_asked = [], Night.answer, threading.Event()
+    sizes, inner, all_asked = [], rank_inputs, threading.Event()
 
     def held(questions):
         sizes.append(len(questions))
         assert all_asked.wait(DEADLINE_S)
         return inner(questions)
 
-    handler._batcher._run = held
+    handler.ranker._champion_queue._run = held
     all_asked.set()
     alone = [asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=5 + user, mode="realtime"))) for user in range(8)]
     assert sizes == [1] * 8
@@ -711,7 +713,7 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
         requests = [RecommendRequest(user_id=user, k=5 + user, mode="realtime") for user in range(8)]
         tasks = [asyncio.create_task(handler.recommend(request)) for request in requests]
         async with asyncio.timeout(DEADLINE_S):
-            while sum(sizes[8:]) + handler._batcher.waiting < 8:
+            while sum(sizes[8:]) + handler.ranker._champion_queue.waiting < 8:
                 await asyncio.sleep(0.001)
         all_asked.set()
         return await asyncio.gather(*tasks)
@@ -754,7 +756,7 @@ def test_too_many_questions_are_told_to_come_again(handler, monkeypatch):
     async def full(_):
         raise BusyError
 
-    monkeypatch.setattr(handler._batcher, "ask", full)
+    monkeypatch.setattr(handler.ranker._champion_queue, "ask", full)
     with pytest.raises(UnavailableError, match="wait"):
         asyncio.run(handler.recommend(RecommendRequest(user_id=7, mode="realtime")))
 
@@ -770,18 +772,18 @@ def test_no_user_is_named_in_the_log_above_debug(handler, caplog, monkeypatch):
         for mode in ("auto", "realtime", "batch"):
             asyncio.run(handler.recommend(RecommendRequest(user_id=secret, mode=mode)))
         for tell in (
-            lambda: handler.events(EventsRequest(user_id=secret, events=[{"item_id": "i0000001"}])),
-            lambda: handler.feedback(FeedbackRequest(request_id="r", outcome="click")),
+            lambda: handler.intake.events(EventsRequest(user_id=secret, events=[{"item_id": "i0000001"}])),
+            lambda: handler.intake.feedback(FeedbackRequest(request_id="r", outcome="click")),
         ):
             with contextlib.suppress(UnavailableError):
                 asyncio.run(tell())
 
     all_of_it()
-    monkeypatch.setattr(Night, "look_up", fails)
+    monkeypatch.setattr(Snapshot, "find", fails)
     monkeypatch.setattr(Predictor, "recommend", fails)
     all_of_it()
-    monkeypatch.setattr(handler.journal.writer.log, "append", fails)
-    monkeypatch.setattr(handler.journal.writer.log, "recent", lambda *_: (_ for _ in ()).throw(StateError("gone")))
+    monkeypatch.setattr(handler.recorder.writer.log, "append", fails)
+    monkeypatch.setattr(handler.recorder.writer.log, "recent", lambda *_: (_ for _ in ()).throw(StateError("gone")))
     all_of_it()
     assert "does not answer" in caplog.text and "cannot be read" in caplog.text and "log is away" in caplog.text
     assert str(secret) not in caplog.text
@@ -806,7 +808,7 @@ def test_a_request_is_traced_from_its_caller_to_the_model(storage, world_setting
     receiver = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.server_port}")
-    handler = Handler(storage, ServeSettings(traces=1e-9), world_settings.score)
+    handler = Service(storage, ServeSettings(traces=1e-9), world_settings.score)
     caller = "0af7651916cd43dd8448eb211c80319c"
     with TestClient(create_app(handler), base_url="http://localhost") as client:
         for headers in ({"traceparent": f"00-{caller}-b7ad6b7169203331-01"}, {}):
@@ -831,11 +833,11 @@ def test_traces_that_cannot_be_sent_are_refused(monkeypatch):
 
 def test_the_types_of_ids_are_those_of_the_log(handler):
     with pytest.raises(RequestError, match="user_id"):
-        asyncio.run(handler.events(EventsRequest(user_id="x", events=[{"item_id": "i0000001"}])))
+        asyncio.run(handler.intake.events(EventsRequest(user_id="x", events=[{"item_id": "i0000001"}])))
     integers = SimpleNamespace(predictor=SimpleNamespace(item_ids=SimpleNamespace(type=__import__("pyarrow").int64())))
-    assert Night.item_id(integers, "7", "item_id") == 7
+    assert ServingState.require_item(integers, "7", "item_id") == 7
     with pytest.raises(RequestError, match="events.0.item_id"):
-        Night.item_id(integers, "seven", "events.0.item_id")
+        ServingState.require_item(integers, "seven", "events.0.item_id")
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b""])
@@ -843,8 +845,8 @@ def test_with_a_latest_that_names_nothing_the_champion_answers(storage, world_se
     latest = storage.latest.read_bytes()
     try:
         storage.latest.write_bytes(content)
-        bare = Handler(storage, ServeSettings(), world_settings.score)
-        assert bare.away() == ["snapshot"]
+        bare = Service(storage, ServeSettings(), world_settings.score)
+        assert bare.unavailable_parts() == ["snapshot"]
         bare.close()
     finally:
         storage.latest.write_bytes(latest)
@@ -854,4 +856,4 @@ def test_a_root_without_anything_is_refused(tmp_path, world_settings):
     from recray.errors import MissingArtifactError
 
     with pytest.raises(MissingArtifactError):
-        Handler(Storage(tmp_path), ServeSettings(), world_settings.score)
+        Service(Storage(tmp_path), ServeSettings(), world_settings.score)

@@ -29,7 +29,7 @@ from recray.errors import SettingsError
 from recray.lease import FAULT
 from recray.optout import OptOut
 from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest
-from recray.serving.handler import Handler
+from recray.serving.service import Service
 from recray.snapshot.reader import Snapshot
 from recray.state import collect as collecting
 from recray.state.log import Entry, key_of, open_log
@@ -217,24 +217,24 @@ def test_at_the_endpoint_a_user_is_nobody_from_the_next_answer_on(root, whole, r
     if state != "sqlite":
         redis = pytest.importorskip("redis").Redis.from_url(options.state)
         redis.flushall()
-    one, two = (Handler(Storage(root), options, settings.score) for _ in range(2))  # replicas
+    one, two = (Service(Storage(root), options, settings.score) for _ in range(2))  # replicas
 
     async def scenario():
         event = EventsRequest.model_validate({"user_id": WHO, "events": [{"item_id": "i0000001"}]})
         answer = await one.recommend(RecommendRequest(user_id=WHO))
-        await one.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
-        assert (await one.events(event)).kept == 1 and answer.source != "popular"
-        gone = await one.forget(WHO)
-        assert gone.new and gone.dropped >= 3 and not (await two.forget(WHO)).new
+        await one.intake.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
+        assert (await one.intake.events(event)).kept == 1 and answer.source != "popular"
+        gone = await one.intake.forget(WHO)
+        assert gone.new and gone.dropped >= 3 and not (await two.intake.forget(WHO)).new
         for handler in (one, two):
             handler.look()
-            kept = await handler.events(event)
+            kept = await handler.intake.events(event)
             assert (kept.kept, kept.opted_out) == (0, 1)
             assert (await handler.recommend(RecommendRequest(user_id=WHO))).source == "popular"
             assert (await handler.history(HistoryRequest(user_id=WHO))).events == []
             assert (await handler.score(ScoreRequest(user_id=WHO, items=["i0000001"]))).source == "popular"
             assert (await handler.recommend(RecommendRequest(user_id=OTHER))).source != "popular"
-        await one.journal.keep(lambda writer: writer.append([]))
+        await one.recorder.keep(lambda writer: writer.append([]))
 
     asyncio.run(scenario())
     one.close()
@@ -253,11 +253,11 @@ def test_whom_the_operator_excludes_is_in_no_dataset_and_nobody_at_the_endpoint(
     dataset = prepare_here(settings)
     assert dataset.user_history(WHO) is None and dataset.user_history(OTHER) is not None and dataset.manifest["opted_out"] > 3
     assert holding(dataset.path, WHO) == []
-    handler = Handler(Storage(root), ServeSettings(timeout_s=5.0), settings.score, exclude_users=settings.data.exclude_users)
+    handler = Service(Storage(root), ServeSettings(timeout_s=5.0), settings.score, exclude_users=settings.data.exclude_users)
 
     async def responses(user):
         event = EventsRequest.model_validate({"user_id": user, "events": [{"item_id": "i0000001"}]})
-        return (await handler.recommend(RecommendRequest(user_id=user))).source, (await handler.events(event)).opted_out
+        return (await handler.recommend(RecommendRequest(user_id=user))).source, (await handler.intake.events(event)).opted_out
 
     assert asyncio.run(responses(WHO)) == ("popular", 1) and asyncio.run(responses(OTHER)) == ("realtime", 0)
     file.write_text(f"{OTHER}\n")

@@ -13,7 +13,9 @@ from recray.config import load_settings
 from recray.dataset.ids import as_id, canonical_integer
 from recray.errors import RequestError
 from recray.serving.api import Event, EventsRequest, HistoryRequest, RecommendRequest
-from recray.serving.handler import Handler
+from recray.serving.query import resolve_query
+from recray.serving.ranking import bind
+from recray.serving.service import Service
 from recray.state.log import Entry, key_of, open_log
 
 STRANGE = ["007", "1_0", " 12 ", "٣", "+5", "7.0", "7 ", "-0", "0x7", "1e3", "", " ", str(2**63), "7\n", "７"]
@@ -43,7 +45,7 @@ def test_a_drawn_key_names_nothing():
 @pytest.fixture(scope="module")
 def handler(world_folder, world_dataset, tmp_path_factory):
     settings = load_settings(None, world_overrides(world_folder, tmp_path_factory.mktemp("ids")))
-    found = Handler(publish_untrained(settings, world_dataset, settings.root()), settings.serve, settings.score)
+    found = Service(publish_untrained(settings, world_dataset, settings.root()), settings.serve, settings.score)
     yield found
     found.close()
 
@@ -54,8 +56,8 @@ def test_text_that_is_no_integer_is_nobody_and_nothing_is_written_to_somebody(ha
     assert answer.source == "popular"
     assert asyncio.run(handler.history(HistoryRequest(user_id=text))).events == []
     with pytest.raises(RequestError, match="user_id"):
-        asyncio.run(handler.events(EventsRequest(user_id=text, events=[{"item_id": "i0000001"}])))
-    assert "event" not in {entry.kind for _, entry in handler.journal.writer.log.read(0, 10_000)}
+        asyncio.run(handler.intake.events(EventsRequest(user_id=text, events=[{"item_id": "i0000001"}])))
+    assert "event" not in {entry.kind for _, entry in handler.recorder.writer.log.read(0, 10_000)}
 
 
 def test_the_integer_and_its_text_are_one_user(handler):
@@ -66,18 +68,18 @@ def test_the_integer_and_its_text_are_one_user(handler):
 def test_a_blank_is_no_id_of_a_service_whose_ids_are_text(handler):
     assert as_id("", integral=False) is as_id(" \t", integral=False) is None and as_id(7, integral=False) == "7"
     with pytest.raises(RequestError, match=r"events.0.item_id: ' ' is blank"):
-        asyncio.run(handler.events(EventsRequest(user_id=7, events=[{"item_id": " "}])))
+        asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": " "}])))
 
 
 def test_what_comes_after_the_moment_asked_about_is_not_known(handler):
-    ids = handler.night.predictor.item_ids.to_pylist()
+    ids = handler.state.predictor.item_ids.to_pylist()
     begun, later = Event(item_id=ids[0], timestamp="2024-02-01T00:00:00"), Event(item_id=ids[1], timestamp="2024-02-03T00:00:00")
     asked = {"now": "2024-02-02T00:00:00", "k": 10}
     answers = [asyncio.run(handler.recommend(RecommendRequest(history=events, **asked))) for events in ([begun], [begun, later], [later, begun])]
     assert answers[0].items == answers[1].items == answers[2].items
     alone = asyncio.run(handler.recommend(RecommendRequest(history=[later], **asked)))
     assert alone.source == "popular"
-    stored = handler.night.question(RecommendRequest(user_id=7, now="1990-01-01T00:00:00"))
+    stored = bind(resolve_query(RecommendRequest(user_id=7, now="1990-01-01T00:00:00"), handler.state), handler.state)
     assert len(stored.history.item_index) == 0
 
 

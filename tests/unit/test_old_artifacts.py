@@ -16,7 +16,7 @@ from recray.dataset.worlds import World
 from recray.inference.policy import Policy
 from recray.release import Release
 from recray.serving.api import EventsRequest, RecommendRequest
-from recray.serving.handler import Handler
+from recray.serving.service import Service
 from recray.snapshot.reader import Snapshot
 from recray.state.log import open_log
 from recray.storage import Storage
@@ -45,7 +45,7 @@ def test_every_artifact_opens_whole(workspace):
 
 
 def test_answers_are_those_of_then(workspace, settings):
-    handler = Handler(workspace, settings.serve, settings.score, policy=settings.policy)
+    handler = Service(workspace, settings.serve, settings.score, policy=settings.policy)
     recorded = json.loads((WRITTEN / "responses.json").read_text())
     assert len(recorded) > 10 and {one["source"] for one in recorded} == {"snapshot", "realtime", "popular"}
     for one in recorded:
@@ -60,9 +60,11 @@ def test_the_log_of_events_goes_on(workspace, settings):
     log = open_log("sqlite", workspace.root)
     assert [entry.key for entry in log.recent("7", 0, 0.0)] == ["7\0e1", "7\0e2"] and log.last() == 26
     log.close()
-    handler = Handler(workspace, settings.serve, settings.score, policy=settings.policy)
-    item = handler.night.popular_list[0][0]
-    told = asyncio.run(handler.events(EventsRequest(user_id=7, events=[{"item_id": item, "event_id": "e2"}, {"item_id": item, "event_id": "e3"}])))
+    handler = Service(workspace, settings.serve, settings.score, policy=settings.policy)
+    item = handler.state.popular_items[0][0]
+    told = asyncio.run(
+        handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": item, "event_id": "e2"}, {"item_id": item, "event_id": "e3"}]))
+    )
     assert told.kept == 1, "e2 was kept by 0.1.0"
     handler.close()
 

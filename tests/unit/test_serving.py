@@ -20,8 +20,10 @@ from recray.errors import DamagedArtifactError, MissingArtifactError, RequestErr
 from recray.inference import Predictor
 from recray.scoring.score import ScoreBucket
 from recray.serving.api import RecommendRequest
-from recray.serving.night import Night
-from recray.serving.question import items_of
+from recray.serving.query import resolve_query
+from recray.serving.ranking import bind, rank_inputs
+from recray.serving.sources import look_up_complete_list, look_up_list
+from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import write_part
 from recray.storage import Storage
@@ -38,13 +40,14 @@ def storage(world_settings, world_dataset, tmp_path_factory) -> Storage:
 
 
 @pytest.fixture(scope="module")
-def night(storage) -> Night:
-    return Night.load(storage)
+def night(storage) -> ServingState:
+    return ServingState.load(storage)
 
 
 def ask(night, **body):
-    found = night.recommend(RecommendRequest(**body))
-    return SimpleNamespace(items=items_of(found), source=found.source)
+    query = resolve_query(RecommendRequest(**body), night)
+    ranked = (look_up_list if query.mode == "batch" else look_up_complete_list)(query, night) or rank_inputs([bind(query, night)])[0]
+    return SimpleNamespace(items=ranked.to_items(), source=ranked.source)
 
 
 def test_every_user_is_in_the_snapshot_once(storage, world_dataset):
@@ -115,7 +118,7 @@ def test_an_unknown_event_type_is_named(night):
 
 
 def test_the_context_of_a_request_is_heard(storage):
-    night = Night.load(storage)
+    night = ServingState.load(storage)
     torch.nn.init.normal_(night.predictor.model.context[0].table.weight[1:].data)
     history = [{"item_id": "i0000003"}]
     morning, evening, unknown = (ask(night, history=history, **now).items for now in ({"now": "2024-05-01T08:00"}, {"now": "2024-05-01T20:00"}, {}))
@@ -126,13 +129,13 @@ def test_the_context_of_a_request_is_heard(storage):
 
 def test_damaged_and_missing_snapshots_are_refused(storage, tmp_path):
     with pytest.raises(MissingArtifactError):
-        Night.load(Storage(tmp_path))
+        ServingState.load(Storage(tmp_path))
     part = next(Snapshot.latest(storage).path.glob("index-*.arrow"))
     content = part.read_bytes()
     try:
         part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(DamagedArtifactError, match=part.name):
-            Night.load(storage)
+            ServingState.load(storage)
     finally:
         part.write_bytes(content)
 
@@ -230,4 +233,4 @@ def _met(data, user_id) -> set:
 def test_what_comes_after_the_as_of_is_none_of_the_nights(clock, as_of_s, begins_s):
     """Also where the owner's events have no times: what was told has one, and was cut by it."""
     night = SimpleNamespace(dataset=SimpleNamespace(clock=clock, as_of_s=as_of_s))
-    assert Night.begins_s.fget(night) == begins_s
+    assert ServingState.begins_s.fget(night) == begins_s

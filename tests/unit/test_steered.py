@@ -23,10 +23,13 @@ from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
 from recray.release import Member, Release
 from recray.scoring.score import By, write_night
-from recray.serving import arms
+from recray.serving import deployment
 from recray.serving.api import RecommendRequest, ScoreRequest, SimilarRequest
-from recray.serving.handler import Handler
-from recray.serving.night import Night
+from recray.serving.deployment import Deployment
+from recray.serving.modulation import observed_by_the_run
+from recray.serving.query import resolve_query
+from recray.serving.service import Service, describe
+from recray.serving.state import ServingState
 from recray.state.log import Entry
 
 ACTIONS = ("temperature", "recency")
@@ -66,7 +69,7 @@ def with_section(settings, name, **changes):
 
 
 def made(storage, settings, **policy):
-    return Handler(storage, ServeSettings(timeout_s=5.0), settings.score, policy=PolicySettings(**policy))
+    return Service(storage, ServeSettings(timeout_s=5.0), settings.score, policy=PolicySettings(**policy))
 
 
 def ask(handler, user, **body):
@@ -74,16 +77,16 @@ def ask(handler, user, **body):
 
 
 def logged(handler):
-    asyncio.run(handler.journal.writer.append([]))
-    return {entry.key: entry.body for _, entry in handler.journal.writer.log.read(0, 1000)}
+    asyncio.run(handler.recorder.writer.append([]))
+    return {entry.key: entry.body for _, entry in handler.recorder.writer.log.read(0, 1000)}
 
 
 def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, world_settings, world_dataset):
     storage, bundle, plain, histories, *_ = shop
     write_night(storage, "steered", Dataset.open(storage.dataset(world_dataset.key)), By(bundle, "p"), world_settings.score, each_bucket)
     promotion.release_policy(storage, bundle, "p", 1.0)
-    night = Night.load(storage)
-    assert night.policy == "p" and night.name == "untrained+p" and night.describe().policy == "p"
+    night = ServingState.load(storage)
+    assert night.policy == "p" and night.name == "untrained+p" and describe(Deployment(night)).policy == "p"
     decided = Predictor.load(bundle.path, storage.policy("p"), dataset=world_dataset)
     now = world_dataset.now_s
     expected = decided.recommend(histories[:50], 5, now=now)
@@ -101,8 +104,9 @@ def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, 
     assert body["policy"] == "p" and body["log_density"] is None and body["mean"] == body["action"]
     state = plain.recommend(histories[49:50], 2, now=now, watched=True).state[0]
     assert body["observation"][-3:] == pytest.approx([*state, 1.0], rel=1e-4), "what the night saw, of the trained model as it is"
-    assert night.state(RecommendRequest(user_id=49, history=[])) is None, "of another history nothing is known"
-    assert night.state(RecommendRequest(user_id=10**9)) is None
+    other = resolve_query(RecommendRequest(user_id=49, history=[]), night)
+    assert observed_by_the_run(other, night) is None, "of another history nothing is known"
+    assert observed_by_the_run(resolve_query(RecommendRequest(user_id=10**9), night), night) is None
     handler.close()
 
 
@@ -255,7 +259,7 @@ def test_what_is_bounded_turns_less_also_where_it_explores(shop, root, world_set
     assert body["bound"] == 0.5 and abs(body["mean"][0] - 0.9) < 1e-6, "the log has the action itself, of which densities are"
     explores.close()
     free = made(storage, world_settings, sigma=2.0, explore=1.0, bound=0.1)
-    assert free.night.policy is None and "turns up to 0.5, and policy.bound is 0.1" in caplog.text
+    assert free.state.policy is None and "turns up to 0.5, and policy.bound is 0.1" in caplog.text
     assert max(abs(ask(free, user).controls["temperature"]) for user in range(50)) <= 0.1
     promotion.roll_back(storage)
     free.look()
@@ -269,7 +273,7 @@ def test_a_policy_waits_for_the_first_night_of_its_bundle(shop, root, world_sett
     new = Member("next", "digest", 0)
     Release(champion=new, challenger=Member("next", "digest", 0, "p"), share=0.5, since_s=1.0).write(storage)
     handler = made(storage, world_settings)
-    assert handler.arms.trial is None and {ask(handler, user).bundle for user in range(20)} == {"untrained"}
+    assert handler.deployments.current.experiment is None and {ask(handler, user).bundle for user in range(20)} == {"untrained"}
     handler.close()
 
 
@@ -299,7 +303,7 @@ def test_where_too_many_ask_lists_of_before_the_policy_answer(shop, root, world_
     async def busy(*_, **__):
         raise UnavailableError("too many wait", "come again")
 
-    monkeypatch.setattr(handler, "_model", busy)
+    monkeypatch.setattr(handler.ranker, "ask", busy)
     answer = ask(handler, 7)
     assert (answer.source, answer.policy, answer.controls) == ("snapshot", None, None)
     with pytest.raises(UnavailableError):
@@ -337,7 +341,7 @@ def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, c
     assert stages.sound_policy(work, bundle, "p") is None and "turns up to 1, and policy.bound is 0.5" in said[3]
     good = (storage.policy("p") / "policy.safetensors").read_bytes()
     (storage.policy("broken") / "policy.safetensors").write_bytes(good)
-    monkeypatch.setattr(handler.arms, "_released_again_at", 0.0)
+    monkeypatch.setattr(handler.deployments, "_released_again_at", 0.0)
     handler.look()
     assert ask(handler, 7).policy == "broken", "it is tried again after a while"
     (storage.policy("broken") / "policy.safetensors").write_bytes(b"")
@@ -345,7 +349,7 @@ def test_a_policy_that_cannot_be_read_stops_nobody(shop, root, world_settings, c
     Release(champion=Member.of(bundle)).write(storage)
     promotion.release_policy(storage, bundle, "broken", 0.5)
     handler = made(storage, world_settings)
-    assert handler.arms.trial is None and "is on trial and does not decide" in caplog.text
+    assert handler.deployments.current.experiment is None and "is on trial and does not decide" in caplog.text
     handler.close()
 
 
@@ -358,12 +362,12 @@ def tell_of_a_trial(handler, name, share, better):
         entries.append(Entry("decision", f"r{number}", f"u{number}", time.time(), body))
         if random.random() < (0.6 if arm == better else 0.2):
             entries.append(Entry("outcome", f"o{number}", None, time.time(), {"request_id": f"r{number}", "outcome": "click", "value": 1.0}))
-    handler.journal.writer.log.append(entries)
+    handler.recorder.writer.log.append(entries)
 
 
 @pytest.mark.parametrize(("better", "decides"), [("challenger", "p"), ("champion", None)])
 def test_a_trial_is_won_or_lost_also_by_what_was_logged_before_a_restart(shop, root, world_settings, better, decides, monkeypatch):
-    monkeypatch.setattr(arms, "JUST_S", 0.0)
+    monkeypatch.setattr(deployment, "JUST_S", 0.0)
     storage, bundle, *_ = shop
     release, _ = promotion.release_policy(storage, bundle, "p", 0.5)
     first = made(storage, world_settings)
@@ -373,12 +377,12 @@ def test_a_trial_is_won_or_lost_also_by_what_was_logged_before_a_restart(shop, r
     after = Release.read(storage)
     assert after.champion.policy == decides and not after.on_trial and (after.ended is None) == (decides is not None)
     again.look()
-    assert {ask(again, user).policy for user in range(20)} == {decides} and again.arms.trial is None
+    assert {ask(again, user).policy for user in range(20)} == {decides} and again.deployments.current.experiment is None
     again.close()
     if decides is None:  # brought back by hand
         assert promotion.begin_trial(storage, bundle, 0.5, policy="p").since_s > release.since_s
         later = made(storage, world_settings)
-        assert later.arms.trial.outcomes.users == {True: 0, False: 0}, "what came before is of another trial"
+        assert later.deployments.current.experiment.outcomes.users == {True: 0, False: 0}, "what came before is of another trial"
         later.close()
 
 

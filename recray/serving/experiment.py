@@ -1,9 +1,10 @@
-"""A challenger on trial: whom it answers, and when it has failed.
+"""An experiment: which users the challenger serves, and when it is rolled back.
 
-Users are drawn by a hash of the challenger and the user, so that one keeps to a variant for the whole trial and the next trial draws anew.
-A trial ends by itself where the challenger's responses fail or take too long, or where its outcomes are worse: three tests, which may be
-looked at all the time and together end a trial of equals with probability `LEVEL` at most. All replicas read the same event log, so that they
-come to the same decision. Nothing but `ended` decides; the flip is `recray.promotion.end_trial`.
+Users are assigned by a hash of the challenger and the user, so that one keeps to a variant for the whole experiment and the next experiment
+assigns anew. A challenger is rolled back automatically where its responses fail or take too long, or where its outcomes are significantly worse:
+three tests that are valid however often they are looked at, and together end an experiment of equal variants with probability `LEVEL` at most.
+All replicas read the same event store, so that they come to the same decision. Nothing but `reason_to_end` decides; the flip is
+`recray.promotion.end_trial`.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from recray.serving.sequential import DAY_S
 from recray.state.log import Entry
 from recray.state.rewards import Rewards
 
-LEVEL = 0.05  # of ending where the variants are alike; the three tests take less than it
+LEVEL = 0.05  # of ending where the variants are equal; the three tests take less than it
 assert ERRORS + ALONE + LATENCY + WORSE <= LEVEL
 
 
-def answers(user: str, challenger: str, share: float) -> bool:
-    """Whether a challenger answers a user at this share."""
+def is_in_share(user: str, challenger: str, share: float) -> bool:
+    """Whether a challenger serves a user at this share."""
     return float(xxhash.xxh64_intdigest(f"{challenger}\0{user}".encode())) / 2.0**64 < share
 
 
 @dataclass
-class Trial:
-    """The trial of a challenger (its run key) at a share of the users, or as a shadow, whose responses nobody sees.
+class Experiment:
+    """The experiment with a challenger (its run key) at a share of the users, or with shadow traffic, whose responses nobody sees.
 
-    since_s : when it began; what was logged before is of another trial
+    since_s : when it began; what was logged before is of another experiment
     rewards : what outcomes count
     refused : users of whose refused requests this replica has logged one
     counted : whose requests and outcomes it is judged by
@@ -55,12 +56,17 @@ class Trial:
         share = 0.5 if self.shadow else min(max(self.share, 1e-6), 1 - 1e-6)  # a shadow and the champion are asked the same
         self.errors, self.latency, self.outcomes = ErrorTest(share), LatencyTest(share), OutcomeTest(self.share, self.rewards)
 
-    def answers(self, user: str | None) -> bool:
-        """Whether the challenger answers this user."""
-        return user is not None and not self.shadow and answers(user, self.challenger, self.share)
+    def serves(self, user: str | None) -> bool:
+        """Whether the challenger serves this user."""
+        return user is not None and not self.shadow and is_in_share(user, self.challenger, self.share)
+
+    def labels(self, user: str | None) -> dict[str, Any]:
+        """What an impression is recorded with, for `read` to know it by."""
+        variant = "shadow" if self.shadow else "challenger" if self.serves(user) else "champion"
+        return {"trial": self.challenger, "share": self.share, "arm": variant}
 
     def read(self, entry: Entry) -> None:
-        """Take in an entry of the log: a response to a request of this trial, or an outcome."""
+        """Take in an entry of the log: a response to a request of this experiment, or an outcome."""
         body = entry.body
         if entry.kind in ("outcome", "set_aside"):
             if not self.shadow and "request_id" in body and "outcome" in body:
@@ -88,10 +94,10 @@ class Trial:
         self.errors.read(user, day, of_challenger=of_challenger, failed=failed)
         self.latency.read(user, day, math.inf if failed else body["model_ms"], of_challenger=of_challenger)
 
-    def ended(self) -> str | None:
-        """Why the trial has to end; None if it may go on."""
+    def reason_to_end(self) -> str | None:
+        """Why the challenger has to be rolled back; None if the experiment may go on."""
         return self.errors.reason() or self.latency.reason() or self.outcomes.reason()
 
-    def won(self) -> bool:
+    def has_won(self) -> bool:
         """Whether the challenger's outcomes are significantly better."""
         return self.outcomes.is_better()

@@ -24,11 +24,11 @@ from recray.privacy.accounting import Mechanism
 from recray.release import Release
 from recray.serving import outcomes as outcome_test
 from recray.serving.api import FeedbackRequest, RecommendRequest
-from recray.serving.handler import Handler
+from recray.serving.experiment import LEVEL, Experiment, is_in_share
 from recray.serving.health import LEAST
 from recray.serving.outcomes import OutcomeTest
 from recray.serving.sequential import ShareTest
-from recray.serving.trial import LEVEL, Trial, answers
+from recray.serving.service import Service
 from recray.state.log import Entry
 from recray.state.rewards import Credits, Rewards
 
@@ -47,7 +47,7 @@ def shop(world_settings, world_dataset, tmp_path_factory):
 def handler(shop, world_settings):
     storage, _, release = shop
     storage.release.write_bytes(release)
-    made = Handler(storage, ServeSettings(timeout_s=5.0), world_settings.score)
+    made = Service(storage, ServeSettings(timeout_s=5.0), world_settings.score)
     yield made
     made.close()
     for file in (storage.root / "state").glob("*"):
@@ -60,12 +60,12 @@ def ask(handler, user, **body):
 
 def test_users_keep_their_side_and_the_share_is_what_was_asked_for():
     users = [str(user) for user in range(20_000)]
-    chosen = [answers(user, "a", 0.1) for user in users]
+    chosen = [is_in_share(user, "a", 0.1) for user in users]
     assert np.mean(chosen) == pytest.approx(0.1, abs=0.01)
-    assert chosen == [answers(user, "a", 0.1) for user in users]
-    more = [answers(user, "a", 0.3) for user in users]
+    assert chosen == [is_in_share(user, "a", 0.1) for user in users]
+    more = [is_in_share(user, "a", 0.3) for user in users]
     assert all(b for a, b in zip(chosen, more, strict=True) if a), "who is in a share is in a larger one"
-    other = [answers(user, "b", 0.1) for user in users]
+    other = [is_in_share(user, "b", 0.1) for user in users]
     assert np.mean([a and b for a, b in zip(chosen, other, strict=True)]) == pytest.approx(0.01, abs=0.005), "another trial draws anew"
 
 
@@ -75,14 +75,14 @@ def test_a_challenger_answers_its_share_and_what_it_answered_is_told(shop, handl
     handler.look()
     assert handler.models().challenger == "other" and handler.models().share == 0.5
     found = {user: ask(handler, user) for user in range(40)}
-    sides = {user: answers(str(user), "other", 0.5) for user in found}
+    sides = {user: is_in_share(str(user), "other", 0.5) for user in found}
     assert {True, False} == set(sides.values())
     for user, answer in found.items():
         assert (answer.bundle, answer.source) == (("other", "realtime") if sides[user] else ("untrained", "snapshot"))
     assert ask(handler, next(user for user in sides if sides[user]), mode="batch").bundle == "untrained"
     assert asyncio.run(handler.recommend(RecommendRequest(k=3))).bundle == "untrained"
-    asyncio.run(handler.journal.writer.append([]))
-    bodies = {entry.key: entry.body for _, entry in handler.journal.writer.log.read(0, 100)}
+    asyncio.run(handler.recorder.writer.append([]))
+    bodies = {entry.key: entry.body for _, entry in handler.recorder.writer.log.read(0, 100)}
     assert {bodies[answer.request_id]["arm"] == "challenger" for user, answer in found.items() if sides[user]} == {True}
     promotion.end_trial(storage, "by hand")
     handler.look()
@@ -98,12 +98,12 @@ def test_a_shadow_answers_nobody_and_is_logged(shop, handler):
     async def talk():
         answer = await handler.recommend(RecommendRequest(user_id=3, k=3))
         await asyncio.gather(*handler._tasks)
-        await handler.journal.writer.append([])
+        await handler.recorder.writer.append([])
         return answer
 
     answer = asyncio.run(talk())
     assert answer.bundle == "untrained" and answer.source == "snapshot"
-    entries = {entry.key: entry.body for _, entry in handler.journal.writer.log.read(0, 10)}
+    entries = {entry.key: entry.body for _, entry in handler.recorder.writer.log.read(0, 10)}
     shadow = entries[f"{answer.request_id}.shadow"]
     assert shadow["bundle"] == "other" and shadow["arm"] == "shadow" and len(shadow["items"]) == 3
     assert "trial" not in entries[answer.request_id]
@@ -111,7 +111,7 @@ def test_a_shadow_answers_nobody_and_is_logged(shop, handler):
 
 def fails(monkeypatch, handler):
     """From now on the challenger's model fails."""
-    inner, broken = Predictor.recommend, handler.arms.challenger.predictor
+    inner, broken = Predictor.recommend, handler.deployments.current.challenger.predictor
 
     def sometimes(self, *args, **options):
         if self is broken:
@@ -132,28 +132,28 @@ def test_a_challenger_that_fails_is_covered_for_and_rolled_back(shop, handler, m
         fails(patch, handler)
         for user in range(60):
             answer = ask(handler, user, mode=mode)
-            if answers(str(user), "other", 0.5):
+            if is_in_share(str(user), "other", 0.5):
                 assert (answer.bundle, answer.source, answer.degraded) == ("untrained", "snapshot", ["model"])
-    asyncio.run(handler.journal.writer.append([]))
+    asyncio.run(handler.recorder.writer.append([]))
     handler.look()
-    assert handler.arms.trial is None and not Release.read(storage).on_trial
+    assert handler.deployments.current.experiment is None and not Release.read(storage).on_trial
     assert said in Release.read(storage).ended
 
 
 def test_replicas_come_to_one_decision_from_the_log_that_they_share(shop, handler, world_settings, monkeypatch):
     storage, challenger, _ = shop
     promotion.begin_trial(storage, challenger, 0.5)
-    other = Handler(storage, ServeSettings(timeout_s=5.0), world_settings.score)
+    other = Service(storage, ServeSettings(timeout_s=5.0), world_settings.score)
     handler.look()
-    trial = other.arms.trial
+    trial = other.deployments.current.experiment
     with monkeypatch.context() as patch:
         fails(patch, handler)
         for user in range(60):
             ask(handler, user, mode="realtime")
-    asyncio.run(handler.journal.writer.append([]))
-    assert trial.ended() is None
+    asyncio.run(handler.recorder.writer.append([]))
+    assert trial.reason_to_end() is None
     other.look()
-    assert other.arms.trial is None and "of its responses failed" in Release.read(storage).ended
+    assert other.deployments.current.experiment is None and "of its responses failed" in Release.read(storage).ended
     other.close()
 
 
@@ -167,22 +167,22 @@ def test_a_shadow_that_fails_is_rolled_back_too(shop, handler, monkeypatch):
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime"))
             assert not answer.degraded
             await asyncio.gather(*handler._tasks)
-        await handler.journal.writer.append([])
+        await handler.recorder.writer.append([])
 
     with monkeypatch.context() as patch:
         fails(patch, handler)
         asyncio.run(talk())
     handler.look()
-    assert handler.arms.trial is None and "100.0% of its responses failed" in Release.read(storage).ended
+    assert handler.deployments.current.experiment is None and "100.0% of its responses failed" in Release.read(storage).ended
 
 
 def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(shop, handler, monkeypatch):
     storage, challenger, _ = shop
     promotion.begin_trial(storage, challenger, 0.5)
     handler.look()
-    inner, slow, answered = Predictor.recommend, handler.arms.challenger.predictor, threading.Event()
+    inner, slow, answered = Predictor.recommend, handler.deployments.current.challenger.predictor, threading.Event()
     now_s = [0.0]  # the handler's clock, so that this machine's own pauses do not count
-    monkeypatch.setattr("recray.serving.handler.time", SimpleNamespace(monotonic=lambda: now_s[0], time=time.time))
+    monkeypatch.setattr("recray.serving.ranker.time", SimpleNamespace(monotonic=lambda: now_s[0], time=time.time))
 
     def recommend(self, *args, **options):
         if self is slow:
@@ -199,21 +199,21 @@ def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(sho
         await asyncio.gather(*ask)
 
     monkeypatch.setattr(Predictor, "recommend", recommend)
-    mine = [user for user in range(300) if answers(str(user), "other", 0.5)]
+    mine = [user for user in range(300) if is_in_share(str(user), "other", 0.5)]
     theirs = [user for user in range(300) if user not in mine]
     for start in range(0, LEAST + 40, 2):  # of those that are slow together one counts
-        assert handler.arms.trial is not None
+        assert handler.deployments.current.experiment is not None
         asyncio.run(together(mine[start : start + 2], theirs[start : start + 2]))
-    asyncio.run(handler.journal.writer.append([]))
+    asyncio.run(handler.recorder.writer.append([]))
     handler.look()
-    assert handler.arms.trial is None and "quantile of latency" in Release.read(storage).ended
+    assert handler.deployments.current.experiment is None and "quantile of latency" in Release.read(storage).ended
 
 
 def test_a_shadow_that_is_behind_is_left_out(shop, handler, monkeypatch):
     storage, challenger, _ = shop
     promotion.begin_trial(storage, challenger, 0.5, shadow=True)
     handler.look()
-    inner, slow, answered = Predictor.recommend, handler.arms.challenger.predictor, threading.Event()
+    inner, slow, answered = Predictor.recommend, handler.deployments.current.challenger.predictor, threading.Event()
 
     def recommend(self, *args, **options):
         if self is slow:
@@ -244,19 +244,19 @@ def test_a_challenger_whose_outcomes_are_worse_is_rolled_back(shop, handler):
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3))
             good = 0.6 if answer.bundle == "untrained" else 0.1
             if random.random() < good:
-                await handler.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
+                await handler.intake.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
             if n % 300 == 299:
                 handler.look()
 
     asyncio.run(talk())
     handler.look()
-    assert handler.arms.trial is None and "outcomes are worth -" in Release.read(storage).ended
+    assert handler.deployments.current.experiment is None and "outcomes are worth -" in Release.read(storage).ended
 
 
 def simulated(seed, users, share, champion, challenger, visits=3.0, spread=0.5):
     """The trial's reading of users who come more or less often, with rates of their own around the variant's; also whether it ended."""
     random = np.random.default_rng(seed)
-    trial, requests = Trial("c", share, shadow=False, rewards=CLICKS), 0
+    trial, requests = Experiment("c", share, shadow=False, rewards=CLICKS), 0
     for user in range(users):
         mine = random.random() < share
         rate = (challenger if mine else champion) * (random.gamma(1 / spread, spread) if spread else 1.0)
@@ -265,7 +265,7 @@ def simulated(seed, users, share, champion, challenger, visits=3.0, spread=0.5):
             trial.read(response(requests, user, mine, share))
             if random.random() < rate:
                 trial.read(click(requests))
-        if user % 20 == 0 and trial.ended():
+        if user % 20 == 0 and trial.reason_to_end():
             return trial, True
     return trial, False
 
@@ -290,7 +290,7 @@ def test_worse_challengers_are_found_and_better_ones_are_not_ended():
     assert all(simulated(seed, 4000, 0.3, 0.3, 0.1)[1] for seed in range(5))
     trial, over = simulated(1, 3000, 0.3, 0.1, 0.3)
     difference, bound = trial.outcomes.difference(0.05)
-    assert not over and difference == pytest.approx(0.2, abs=bound) and 0 < bound < 0.2 and trial.won()
+    assert not over and difference == pytest.approx(0.2, abs=bound) and 0 < bound < 0.2 and trial.has_won()
 
 
 @pytest.mark.parametrize("visits", [1.0, 3.0, 10.0])
@@ -302,15 +302,15 @@ def test_a_tenth_less_is_found_however_often_users_come(visits):
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1.0])
 def test_outcomes_that_all_pay_the_same_decide_nothing(reward):
-    trial = Trial("c", 0.3, shadow=False, rewards=Rewards({"click": reward}, 1.0))
+    trial = Experiment("c", 0.3, shadow=False, rewards=Rewards({"click": reward}, 1.0))
     for user in range(2000):
         trial.read(response(user, user, user % 3 == 0, 0.3))
         trial.read(click(user))
-        assert trial.ended() is None and not trial.won()
+        assert trial.reason_to_end() is None and not trial.has_won()
 
 
 def test_half_the_clicks_and_twice_the_skips_never_win():
-    random, trial = np.random.default_rng(0), Trial("c", 0.5, shadow=False, rewards=CLICKS)
+    random, trial = np.random.default_rng(0), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
     for n in range(4000):
         mine = bool(random.random() < 0.5)
         trial.read(response(n, n, mine))
@@ -318,10 +318,10 @@ def test_half_the_clicks_and_twice_the_skips_never_win():
             trial.read(click(n))
         if random.random() < (0.6 if mine else 0.3):
             trial.read(click(n, "skip"))
-        assert not trial.won()
-        if trial.ended():
+        assert not trial.has_won()
+        if trial.reason_to_end():
             break
-    assert "outcomes are worth -" in trial.ended()
+    assert "outcomes are worth -" in trial.reason_to_end()
 
 
 @given(data=st.data())
@@ -354,7 +354,7 @@ def test_what_counts_is_declared_bounded_of_the_list_and_once_in_whatever_order_
 
 
 def test_outcomes_of_another_item_or_of_no_declared_name_count_nothing_and_late_responses_all_the_same():
-    trial = Trial("c", 0.5, shadow=False, rewards=CLICKS)
+    trial = Experiment("c", 0.5, shadow=False, rewards=CLICKS)
     trial.read(click("1", item="a", kind="set_aside"))
     for number in range(6):
         trial.read(response(number, f"u{number}", bool(number % 2)))
@@ -420,7 +420,7 @@ def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_tha
 
 
 def test_an_overload_that_slows_everybody_ends_nothing_and_neither_do_failures_of_both():
-    random, trial, number = np.random.default_rng(1), Trial("c", 0.5, shadow=False, rewards=CLICKS), 0
+    random, trial, number = np.random.default_rng(1), Experiment("c", 0.5, shadow=False, rewards=CLICKS), 0
     for burst in range(60):
         slow = burst % 3 == 0
         for place in range(120):
@@ -428,18 +428,18 @@ def test_an_overload_that_slows_everybody_ends_nothing_and_neither_do_failures_o
             failed = slow and place > 100
             ms = (5.0 + place * slow) * float(random.lognormal(0, 0.3))
             trial.read(response(number, number, bool(random.random() < 0.5), model_ms=ms, degraded=["model"] if failed else []))
-        assert trial.ended() is None
+        assert trial.reason_to_end() is None
 
 
 def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays():
-    random, trial = np.random.default_rng(2), Trial("c", 0.5, shadow=False, rewards=CLICKS)
+    random, trial = np.random.default_rng(2), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
     for number in range(30_000):
         mine = bool(random.random() < 0.5)
         failed = random.random() < (0.004 if mine else 0.001)
         ms = (6.0 if mine else 5.0) * float(random.lognormal(0, 0.3))
         trial.read(response(number, number, mine, model_ms=ms, degraded=["model"] if failed else []))
         if number % 500 == 0:
-            assert trial.ended() is None
+            assert trial.reason_to_end() is None
     assert trial.errors._test.is_significant and trial.latency._tests[0].is_significant
 
 
@@ -451,15 +451,15 @@ def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder,
     promotion.begin_trial(storage, untrained(settings, dataset, storage.bundle("other"), "other", said), 0.5)
     found = {}
     for private in (False, True):
-        made = Handler(storage, ServeSettings(timeout_s=5.0), settings.score, private=private)
-        told = made.night.describe()
+        made = Service(storage, ServeSettings(timeout_s=5.0), settings.score, private=private)
+        told = made.models()
         assert (told.users, told.privacy.epsilon_of_all_trainings) == (None, 5.0), "how many users there are is nobody's business"
         for user in range(200):
             ask(made, user, mode="realtime")
-        asyncio.run(made.journal.writer.append([]))
+        asyncio.run(made.recorder.writer.append([]))
         made.look()
-        found[private] = sum(made.arms.trial.outcomes.users.values())
-        counted = {user for user in range(200) if made.arms.trial.counted(str(user))}
+        found[private] = sum(made.deployments.current.experiment.outcomes.users.values())
+        counted = {user for user in range(200) if made.deployments.current.experiment.counted(str(user))}
         made.close()
     held_out = {user for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.held_out)).to_pylist()}
     assert found == {False: 200, True: len(held_out & set(range(200)))} and counted == held_out & set(range(200)) and 20 < len(counted) < 80

@@ -1,0 +1,34 @@
+"""What a run and the event store know of a user, as the API shows it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+
+import numpy as np
+
+from recray.serving.api import KnownEvent
+from recray.serving.query import to_event
+from recray.serving.ranking import join_events
+from recray.serving.state import ServingState
+from recray.state.log import Entry
+
+
+def known_events(user_id: object, later: Sequence[Entry], last: int, state: ServingState) -> list[KnownEvent]:
+    """The last events of a user, oldest first. later : events that the run does not know"""
+    predictor = state.predictor
+    history = join_events(state.stored_history(user_id), [to_event(entry) for entry in later], state)
+    new = {(int(predictor.index_of([entry.body["item_id"]])[0]), int(entry.at_s)) for entry in later}
+    events = []
+    for item, event, time_s, _ in zip(*history.last(last), strict=True):
+        item_id = predictor.ids_of(np.array([item]))[0] if item else None
+        events.append(
+            KnownEvent(
+                item_id=item_id,
+                title=None if item_id is None else state.title(item_id),
+                event=predictor.event_types[int(event)],
+                timestamp=dt.datetime.fromtimestamp(int(time_s), dt.UTC) if predictor.has_time else None,
+                fresh=(int(item), int(time_s)) in new,
+            )
+        )
+    return events
