@@ -11,7 +11,8 @@ from scipy.special import zeta
 from policies import ope
 from policies.logs import Logged
 from recray.evaluation.gates import Check
-from recray.inference.policy import OBSERVED, Frozen, explore, log_density
+from recray.inference.modulation import explore, log_density
+from recray.inference.policy import OBSERVED, Frozen
 
 WRONG = 0.2  # of the 95 % intervals on shuffled rewards, at most: more than 4 of 20 is one chance in 400 where they hold
 DRAWS = 8

@@ -13,7 +13,8 @@ from torch import Tensor
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import Question
 from recray.inference import Filters, Predictor, Rules
-from recray.inference.policy import dials, observe, popularity_rank, turn
+from recray.inference.modulation import Slot, find_slots, to_controls
+from recray.inference.policy import observe, popularity_rank
 from recray.model.controls import Controls
 
 STATELESS = 0.2  # of the users, no state is known
@@ -86,7 +87,7 @@ class HeldOut:
             [question.history for question in asked],
             [question.target for question in asked],
             now=[question.now for question in asked],
-            controls=turn(action_NK, self._dials, self.predictor.model, self.predictor.event_types),
+            controls=to_controls(action_NK, self._dials, self.predictor.model, self.predictor.event_types),
             context=[question.context for question in asked],
         )
         return found.double()
@@ -114,7 +115,7 @@ class HeldOut:
             now=[question.now for question in asked],
             filters=self.filters,
             rules=self.rules,
-            controls=turn(action_NK, self._dials, self.predictor.model, self.predictor.event_types),
+            controls=to_controls(action_NK, self._dials, self.predictor.model, self.predictor.event_types),
             context=[question.context for question in asked],
         )
         return answer.item_index
@@ -149,5 +150,5 @@ class HeldOut:
         return found
 
 
-def _bounded(actions: Sequence[str], bound: float, predictor: Predictor) -> list[tuple[int, int | None, float]]:
-    return [(place, column, bound * scale) for place, column, scale in dials(actions, predictor.model, predictor.event_types)]
+def _bounded(actions: Sequence[str], bound: float, predictor: Predictor) -> list[Slot]:
+    return [(place, column, bound * scale) for place, column, scale in find_slots(actions, predictor.model, predictor.event_types)]

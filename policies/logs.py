@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from recray.config import PolicySettings
 from recray.errors import RefusedError
-from recray.inference.policy import OBSERVED, log_density
+from recray.inference.modulation import log_density
+from recray.inference.policy import OBSERVED
 from recray.state.rewards import Credits, Rewards
 
 LEAST = 100  # decisions that can say anything

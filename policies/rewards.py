@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from policies.logs import Logged
-from recray.inference.policy import OBSERVED, log_density
+from recray.inference.modulation import log_density
+from recray.inference.policy import OBSERVED
 
 
 class Rewards(Protocol):

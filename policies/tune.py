@@ -21,7 +21,8 @@ from recray.errors import DataError, RefusedError
 from recray.evaluation.evaluate import test_questions
 from recray.evaluation.protocol import Question, wanted
 from recray.inference import Predictor, Rules, Translation
-from recray.inference.policy import Policy, explore
+from recray.inference.modulation import explore
+from recray.inference.policy import Policy
 
 LEAST = 200  # users to learn from, and as many to be judged by
 JUDGED = 1 / 3  # of the users

@@ -20,14 +20,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recray import __version__
 from recray.dataset.features import VECTORS, Encoded, described, encode, joined
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import Dataset, released_day
 from recray.errors import ArtifactError, DamagedArtifactError
-from recray.model.recommender import Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import Shape
 from recray.schema import ITEM_ID
 from recray.storage import key_of, manifest_digest, open_sealed, sealed_directory
+from recray.version import __version__
 
 KIND = "bundle"
 LATER = ("items.fusion", "attention.event_bias.weight")  # zero where a bundle was written before they came: the same model

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import recray
 from recray.config import Settings, load_settings, parse_as_of, render_yaml
 from recray.errors import RecrayError, RefusedError, SettingsError
+from recray.version import __version__
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")
 
@@ -69,7 +69,7 @@ def job_main(*job: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="recray", description="An attention recommender on Ray: nightly scores and an endpoint.")
-    parser.add_argument("--version", action="version", version=f"recray {recray.__version__}")
+    parser.add_argument("--version", action="version", version=f"recray {__version__}")
     commands = parser.add_subparsers(dest="job", required=True, metavar="COMMAND")
     init = commands.add_parser("init", help="write a settings file in which every default is explained")
     init.add_argument("path", nargs="?", default="recray.yaml", help="the file to write (default: recray.yaml)")

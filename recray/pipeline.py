@@ -36,7 +36,7 @@ from recray.errors import (
 from recray.prepare import prepare as preparation
 from recray.prepare.rehearse import rehearse, without_items
 from recray.stages import AsOf, JobResult, Say, Work, date_of
-from recray.state.log import sqlite_file
+from recray.state.store import sqlite_file
 from recray.storage import Storage, check_place, key_of, read_json, storage_error, write_json
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def run_export(settings: Settings, as_of: AsOf, say: Say = _quiet, *, user: str,
 @contextlib.contextmanager
 def _log(settings: Settings) -> Iterator[Log | None]:
     """The endpoint's log while it is read or written; None where there is none yet."""
-    from recray.state.log import open_log
+    from recray.state.store import open_log
 
     options, root = settings.serve, settings.root()
     if options.state == "sqlite" and not sqlite_file(root).exists():

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from recray import __version__
 from recray.bundle import Bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset
@@ -22,6 +21,7 @@ from recray.evaluation.evaluate import evaluate, evaluate_key
 from recray.evaluation.statement import audits, objections
 from recray.release import Member, Release
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
+from recray.version import __version__
 
 KIND = "promotion"
 

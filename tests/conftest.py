@@ -24,7 +24,8 @@ from processes import running
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
-from recray.dataset.worlds import World
+from recray.testing.published import prepare_here
+from recray.testing.synthetic import SyntheticShop
 
 SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -32,16 +33,10 @@ hypothesis.settings.register_profile("any machine", hypothesis.settings(), deadl
 hypothesis.settings.load_profile("any machine")
 
 
-def prepare_here(settings: Settings, as_of=None) -> Dataset:
-    from recray.prepare.prepare import one_by_one, prepare
-
-    return prepare(settings, as_of, each=one_by_one)
-
-
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    World(users=300, items=120, events_per_user=15, seed=1).write(folder)
+    SyntheticShop(users=300, items=120, events_per_user=15, seed=1).write(folder)
     return folder
 
 
@@ -300,7 +295,7 @@ def start_redis(binary: str, folder: str, port: int) -> subprocess.Popen:
 @pytest.fixture(params=["sqlite", "redis"])
 def log(request, tmp_path):
     """An empty log of the endpoint, in sqlite and in a real Redis."""
-    from recray.state.log import open_log
+    from recray.state.store import open_log
 
     if request.param == "sqlite":
         found = open_log("sqlite", tmp_path)

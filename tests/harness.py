@@ -21,8 +21,8 @@ from conftest import world_overrides
 from forked import FORKS, run_job
 from processes import children, status, titled
 
-from recray.benchmark.submit import Head
 from recray.lease import FAULT
+from recray.testing.cluster import Head
 
 STAGES = ("prepare", "train", "evaluate", "promote", "score", "report")
 ARTIFACTS = ("datasets", "bundles", "evaluations", "promotions", "scores", "reports")

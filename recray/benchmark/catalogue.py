@@ -23,7 +23,8 @@ from recray.dataset.reader import History
 from recray.errors import TrainingError
 from recray.inference import Predictor
 from recray.model.losses import Criterion, Targets
-from recray.model.recommender import Batch, Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import Batch, Shape
 from recray.stages import Say
 from recray.training.loop import Loop, LoopSettings
 

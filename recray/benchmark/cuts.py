@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from recray import __version__
 from recray.benchmark.peers import cache
 from recray.benchmark.quality import CONFIDENCE, RESAMPLES, ndcg, ranks_of
 from recray.benchmark.utility import COMMON, OF_DATA, SPECIFICATION, WORLD, ranks_by, single
 from recray.bundle import Bundle, write_bundle
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
-from recray.dataset.worlds import START_S
 from recray.evaluation import metrics as m
 from recray.evaluation.protocol import Questions
 from recray.prepare.prepare import one_by_one, prepare
 from recray.privacy.accounting import mechanism_of
 from recray.stages import Say
 from recray.storage import key_of, sha256_file
+from recray.testing.synthetic import START_S
 from recray.training.batches import users_estimated
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
+from recray.version import __version__
 
 CUTS, FIRST_DAY, EVERY_DAYS = 12, 65, 5
 SEEDS = 3

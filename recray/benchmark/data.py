@@ -15,8 +15,8 @@ from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
 from recray.inference import Predictor
-from recray.prepare.prepare import one_by_one, prepare
 from recray.stages import Say
+from recray.testing.published import prepare_here
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -42,7 +42,7 @@ def prepared(data: str | None, root: Path, overrides: list[str], config: str | N
         known = ", ".join(sorted(path.stem for path in configs.glob("*.yaml")))
         raise SettingsError(f"no config is named after {name}", f"benchmarks know {known}")
     settings = load_settings(path, [f"storage.root={root}", *overrides])
-    return settings, prepare_alone(settings)
+    return settings, prepare_here(settings)
 
 
 def trained(data: str | None, folder: Path, overrides: list[str], say: Say) -> tuple[Settings, Dataset, Predictor, int]:
@@ -62,11 +62,6 @@ def find_data(data: str) -> Path:
     if not folder.is_dir():
         raise DataError(f"{folder} is not there", "name the folder of the data set, or set RECRAY_DATA to where it lies")
     return folder
-
-
-def prepare_alone(settings: Settings) -> Dataset:
-    """The dataset of the settings, made in this process without Ray."""
-    return prepare(settings, None, each=one_by_one)
 
 
 def write_for_peers(dataset: Dataset, path: Path) -> None:

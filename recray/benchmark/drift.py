@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from policies.rewards import Planted
-from recray.benchmark.nights import world_night
 from recray.benchmark.serve import running_serve
 from recray.follow import FILE
 from recray.inference.policy import OBSERVED, Policy
@@ -35,6 +34,7 @@ from recray.serving.ranking import bind
 from recray.serving.state import ServingState
 from recray.stages import Say
 from recray.storage import Storage, read_json
+from recray.testing.published import publish_synthetic
 
 USERS, ITEMS, EVENTS = 4000, 500, 25
 CLIENTS = 8
@@ -57,7 +57,7 @@ def measure_drift(folder: Path, say: Say) -> dict[str, Any]:
     """`lead`: share of the oracle's lead over the trained model after each round; `frozen`: of the policy as it was when the world changed;
     `regained_within`: rounds after the drift until 80 % of the lead were regained, None: never; `refused`: why a round published nothing, in
     words; `failed`: requests that were not answered."""
-    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=("model.history=50",))
+    storage = publish_synthetic(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=("model.history=50",))
     seen = _observed(storage)
     world = _planted(seen)
     leads: list[float] = []
@@ -93,7 +93,7 @@ def measure_follow(folder: Path, say: Say) -> dict[str, Any]:
     `regained_s`: seconds after it until 80 % of the new oracle's lead were there, None: never. The follower is killed once in between, and started
     again; `failed`: requests that were not answered.
     """
-    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=("model.history=50",))
+    storage = publish_synthetic(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=("model.history=50",))
     seen = _observed(storage)
     state = Clients(_planted(seen), seen)
     leads: list[tuple[float, float]] = []

@@ -30,7 +30,8 @@ from recray.evaluation.metrics import bootstrap_means, interval
 from recray.evaluation.plots import gap_closed
 from recray.evaluation.protocol import Question
 from recray.inference import Predictor
-from recray.inference.policy import OBSERVED, Frozen, Policy, explore
+from recray.inference.modulation import explore
+from recray.inference.policy import OBSERVED, Frozen, Policy
 from recray.serving.experiment import Experiment, is_in_share
 from recray.stages import Say
 from recray.state.log import Entry

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from recray.benchmark.checkouts import beside, environment_of
-from recray.dataset.worlds import World
 from recray.errors import RecrayError
 from recray.stages import Say
+from recray.testing.synthetic import SyntheticShop
 
 MILLIONS = (1, 10)
 ROUNDS = 9
@@ -48,7 +48,7 @@ def measure_prepare(folder: Path, say: Say) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for millions in MILLIONS:
         say(f"writing a world of {millions} million events")
-        world = World(users=50_000 * millions, items=20_000, events_per_user=20.0)
+        world = SyntheticShop(users=50_000 * millions, items=20_000, events_per_user=20.0)
         world.write(folder / f"world-{millions}")
         metrics.update(_measure(folder, millions, say))
     return metrics
@@ -59,7 +59,7 @@ def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
 
     Raises SettingsError for a folder that is no checkout.
     """
-    World(users=50_000, items=20_000, events_per_user=20.0).write(folder / "world")
+    SyntheticShop(users=50_000, items=20_000, events_per_user=20.0).write(folder / "world")
     return beside(other, "prepare", ROUNDS, lambda checkout: {"": _events_a_second(folder, checkout)}, "events/s", say)
 
 

@@ -22,7 +22,8 @@ from recray.benchmark.catalogue import RandomUsers, peak_bytes
 from recray.benchmark.checkouts import beside, environment_of
 from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
-from recray.model.recommender import PRESETS, Batch, Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import PRESETS, Batch, Shape
 from recray.privacy.engine import PrivateStep
 from recray.stages import Say
 from recray.training.loop import Loop, LoopSettings

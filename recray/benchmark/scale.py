@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from recray.benchmark.data import prepare_alone
 from recray.benchmark.score import scorer
 from recray.config import load_settings
-from recray.dataset.worlds import World
 from recray.evaluation.plots import growth
 from recray.stages import Say
+from recray.testing.published import prepare_here
+from recray.testing.synthetic import SyntheticShop
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -30,9 +30,9 @@ def measure_scale(folder: Path, say: Say) -> dict[str, Any]:
     trained, scored = [], []
     for users in USERS:
         home = folder / str(users)
-        World(users=users, items=ITEMS, events_per_user=EVENTS_PER_USER).write(home)
+        SyntheticShop(users=users, items=ITEMS, events_per_user=EVENTS_PER_USER).write(home)
         settings = load_settings(None, [f"data.events=[{home / 'events'}]", f"storage.root={home / 'root'}"])
-        dataset = prepare_alone(settings)
+        dataset = prepare_here(settings)
         loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
         trained.append((dataset.n_events, _fastest(lambda epoch, loop=loop: loop.train_epoch(epoch))))
         with scorer(home, settings, dataset, loop.best) as score:

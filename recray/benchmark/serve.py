@@ -28,8 +28,6 @@ import pyarrow as pa
 import torch
 
 from recray.benchmark.checkouts import beside, environment_of
-from recray.benchmark.load import Load, load, post
-from recray.benchmark.nights import world_night
 from recray.cluster import free_ports
 from recray.dataset.reader import Dataset, bucket_of
 from recray.errors import ClusterError
@@ -44,6 +42,8 @@ from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.stages import Say
 from recray.storage import Storage, open_sealed, sealed_directory
+from recray.testing.load import Load, load, post
+from recray.testing.published import publish_synthetic
 
 CLIENTS = 16
 SECONDS = 5.0
@@ -68,7 +68,7 @@ def measure_serve(folder: Path, say: Say) -> dict[str, Any]:
     `batching_ratio`: real-time answers a second with batching over those without, before and afterwards. `p99_over_p50`: of the real-time
     answers at 16 clients.
     """
-    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
+    storage = publish_synthetic(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
     lists = [post("/v1/recommend", {"user_id": user, "k": 10}) for user in range(USERS)]
     live = [post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)]
     metrics: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def measure_against(folder: Path, other: Path, say: Say) -> dict[str, float]:
 
     Raises SettingsError for a folder that is no checkout.
     """
-    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
+    storage = publish_synthetic(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
     lists = [post("/v1/recommend", {"user_id": user, "k": 10}) for user in range(USERS)]
     kinds = {"lists": lists, "realtime": [post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)]}
     told = [post("/v1/events", {"user_id": user, "events": [{"item_id": f"i{n:07d}"} for n in range(1, 4)]}) for user in range(200)]
@@ -145,7 +145,7 @@ def measure_state(folder: Path, say: Say) -> dict[str, Any]:
     With Redis stopped (SIGSTOP) while they ask: `hung_p99_ms`, `hung_max_ms`, and `hung_degraded`, the share of the responses that say so; without
     redis-server these are left out.
     """
-    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
+    storage = publish_synthetic(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
     others = [post("/v1/recommend", {"user_id": user, "k": 10}) for user in range(1, 500)]
     heavy = [post("/v1/recommend", {"user_id": 0, "k": 10})]
     events = [{"item_id": f"i{n % ITEMS + 1:07d}"} for n in range(100)]
@@ -200,7 +200,7 @@ def measure_overload(folder: Path, say: Say) -> dict[str, Any]:
 
     `wrong`: answers other than 200, 503 with Retry-After, or with items that the model does not give that user.
     """
-    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
+    storage = publish_synthetic(folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",))
     live = [post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)]
     with running_serve(storage, {}) as port:
         capacity = _at_saturation(port, live, "at capacity", say)
@@ -237,7 +237,7 @@ def _strange(storage: Storage, bodies: Sequence[bytes]) -> int:
 
 def measure_users(folder: Path, users: int, say: Say) -> dict[str, Any]:
     """A snapshot of so many users: seconds to load it, private memory beside that of a small one, and milliseconds of a look-up."""
-    storage = world_night(folder, users=USERS, items=ITEMS, events_per_user=20)
+    storage = publish_synthetic(folder, users=USERS, items=ITEMS, events_per_user=20)
     small = _loaded(storage, USERS)
     begun = time.perf_counter()
     _grow(storage, users)

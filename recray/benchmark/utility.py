@@ -19,13 +19,11 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from recray import __version__
 from recray.benchmark import vanilla_peer
-from recray.benchmark.data import prepare_alone, prepared
+from recray.benchmark.data import prepared
 from recray.benchmark.quality import BATCH, CONFIDENCE, RESAMPLES, hr, ndcg, ranks_of
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
-from recray.dataset.worlds import World
 from recray.errors import SettingsError
 from recray.evaluation import metrics as m
 from recray.evaluation.plots import utility
@@ -34,9 +32,12 @@ from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of
 from recray.privacy.counts import weighted_counts
 from recray.stages import Say
 from recray.storage import key_of, sha256_file
+from recray.testing.published import prepare_here
+from recray.testing.synthetic import SyntheticShop
 from recray.training.batches import TrainingBatches, users_estimated
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
+from recray.version import __version__
 
 EPSILONS = (1.0, 3.0, 8.0)
 TUNED_AT = EPSILONS[-1]
@@ -44,7 +45,7 @@ REPEATS = 3  # of the trainings at the last ε, each with weights, users and noi
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = ("full", "public features", "vanilla")
 WORLD = "world"
-SPECIFICATION = World(users=100_000, items=2_000, events_per_user=20.0, noise=0.1, repeat=0.0, seed=7)
+SPECIFICATION = SyntheticShop(users=100_000, items=2_000, events_per_user=20.0, noise=0.1, repeat=0.0, seed=7)
 NIGHTS = (1, 2, 3, 5, 7, 10, 14, 21, 30)
 
 COMMON = (
@@ -205,7 +206,7 @@ def _world(folder: Path, overrides: list[str]) -> tuple[Settings, Dataset]:
     SPECIFICATION.write(folder)
     named = [f"data.events=[{folder / 'events'}]", f"data.items={folder / 'items.parquet'}", f"data.features={FEATURES_OF_WORLD}"]
     settings = load_settings(None, [*named, f"storage.root={folder / 'root'}", *overrides])
-    return settings, prepare_alone(settings)
+    return settings, prepare_here(settings)
 
 
 def single(questions: Questions) -> list[Question]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from recray import __version__
 from recray.bundle import Bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset
@@ -19,6 +18,7 @@ from recray.evaluation.baselines import baselines
 from recray.evaluation.protocol import SETTINGS, Question, Questions, Ranker, wanted
 from recray.inference import Filters, Predictor
 from recray.storage import Storage, is_sealed, key_of, sealed_directory
+from recray.version import __version__
 
 KIND = "evaluation"
 MODEL = "recray"

@@ -11,7 +11,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from recray import __version__
 from recray.bundle import Bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset
@@ -23,6 +22,7 @@ from recray.evaluation.statement import audited, audits, lines
 from recray.evaluation.table import TITLES
 from recray.release import Release, bundles
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
+from recray.version import __version__
 
 KIND = "report"
 PAGE = "report.html"

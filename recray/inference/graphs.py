@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recray.model.controls import Controls
-from recray.model.recommender import Batch
+from recray.model.shape import Batch
 
 EVENTS = 32  # histories are filled up to a multiple of it
 WARM_UP = 2  # passes before a recording: what a library does at its first call cannot be recorded

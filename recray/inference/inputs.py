@@ -10,7 +10,7 @@ import torch
 from recray.dataset.popularity import DAY_S, Popularity, dated
 from recray.dataset.reader import History
 from recray.errors import RequestError
-from recray.model.recommender import Batch
+from recray.model.shape import Batch
 
 CACHED_DAYS = 64
 

@@ -1,7 +1,6 @@
 """The attention policy at run time: what it sees of a request, what it decides, and how likely it was to decide so.
 
-Plain numpy; whoever learned it (see `policies`) is not needed. An action lies in [-1, 1]^K; all zeros is the trained model
-exactly, and the answer to whatever the policy does not know.
+Plain numpy; whoever learned it (see `policies`) is not needed. For whatever the policy does not know it decides zeros, the trained model as it is.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.special import log_ndtr, ndtr, ndtri
 
 from recray.dataset.popularity import DAY_S
 from recray.dataset.reader import History
 from recray.errors import ArtifactError, DamagedArtifactError, MissingArtifactError, SettingsError
+from recray.inference.modulation import find_slots, to_controls
 from recray.model.controls import Controls
 from recray.storage import open_sealed, sealed_directory
 
@@ -43,7 +42,6 @@ OBSERVED = (
 CLOCK = [OBSERVED.index(name) for name in ("hour_sine", "hour_cosine", "weekend")]
 LOOKED_AT = 400  # last events that an observation is made of
 _NOTHING, _NO_TIMES = (0.0,) * 16, (0.0,) * 6  # of an empty history, and where no time is known
-LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
 MOST = 8  # actions
 FAR = 5.0  # standard deviations from the mean, beyond which it does not matter how far
 ANY = float(np.finfo(np.float32).max)
@@ -152,7 +150,7 @@ class Policy:
 
     Parameters
     ----------
-    actions : names of the controls that it moves, see `dials`
+    actions : names of the controls that it moves, see `recray.inference.modulation.find_slots`
     frozen : of the observations that it was learned on
     weights : `weight_0 [h, D]`, `bias_0 [h]`, … in order; tanh between the layers
     bundle_digest : of the bundle that it belongs to
@@ -193,6 +191,10 @@ class Policy:
         found = np.minimum(np.maximum(self._through(x), -1.0), 1.0)
         found[~(np.array(self.frozen.knows(observation_ND), bool) & self._sound)] = 0.0
         return found
+
+    def controls(self, observation_ND: np.ndarray, model: Recommender, event_types: Sequence[str]) -> Controls:
+        """What it decides for each observation, as a model takes it. Raises SettingsError for a control that the model does not have."""
+        return to_controls(self.bound * self.act(observation_ND), find_slots(self.actions, model, event_types), model, event_types)
 
     def _through(self, x: np.ndarray) -> Any:
         """Of the network: [..., D] to [..., K]."""
@@ -240,59 +242,3 @@ class Policy:
         frozen = Frozen(**{name.removeprefix("frozen_"): value.numpy() for name, value in tensors.items() if name.startswith("frozen_")})
         weights = {name: value for name, value in tensors.items() if not name.startswith("frozen_")}
         return cls(fields["actions"], frozen, weights, bundle_digest, fields["about"])
-
-
-def dials(actions: Sequence[str], model: Recommender, event_types: Sequence[str]) -> list[tuple[int, int | None, float]]:
-    """Field of `Controls`, its column (None: all of them) and what an action of one does, for each name.
-
-    Names: `temperature` (all heads) or `temperature.HEAD`, `recency`, `event.TYPE`, `weight.MODALITY` (`id` or a feature column, of the
-    history's items).
-    Raises SettingsError for a name that the model does not have.
-    """
-    modalities = ["id", *model.items.names][: model.items.modalities]
-    known: dict[str, tuple[int, int | None, float]] = {"temperature": (0, None, LOG_TEMPERATURE), "recency": (2, None, RECENCY_SLOPE)}
-    known |= {f"temperature.{head}": (0, head, LOG_TEMPERATURE) for head in range(model.shape.heads)}
-    known |= {f"event.{name}": (1, place, EVENT_BIAS) for place, name in enumerate(event_types)}
-    known |= {f"weight.{name}": (3, place, LOG_WEIGHT) for place, name in enumerate(modalities)}
-    if unknown := [name for name in actions if name not in known]:
-        raise SettingsError(f"policy.actions: {', '.join(unknown)}", f"known: {', '.join(known)}")
-    return [known[name] for name in actions]
-
-
-def turn(action_BK: np.ndarray | Tensor, chosen: Sequence[tuple[int, int | None, float]], model: Recommender, event_types: Sequence[str]) -> Controls:
-    """Actions as the model takes them, with their gradient if they have one; `chosen` are `dials`."""
-    found = Controls.zeros(len(action_BK), model.shape.heads, len(event_types), model.items.modalities)
-    used = set()
-    for (place, column, scale), values in zip(chosen, torch.as_tensor(action_BK).float().T, strict=True):
-        tensor = found[place]
-        assert tensor is not None
-        used.add(place)
-        if tensor.ndim == 1:
-            tensor += scale * values
-        elif column is None:
-            tensor += scale * values[:, None]
-        else:
-            tensor[:, column] += scale * values
-    return Controls(*(tensor if place in used else None for place, tensor in enumerate(found)))
-
-
-def explore(mean_NK: np.ndarray, sigma: float | np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Actions around the mean ones, float32 [N, K], drawn from normal distributions that are cut off at -1 and 1, and their log-density [N]."""
-    low, high = ndtr((-1.0 - mean_NK) / sigma), ndtr((1.0 - mean_NK) / sigma)
-    drawn = np.clip(mean_NK + sigma * ndtri(low + random.random(mean_NK.shape) * (high - low)), -1.0, 1.0).astype(np.float32)
-    return drawn, log_density(drawn, mean_NK, sigma)
-
-
-def log_density(action_NK: np.ndarray, mean_NK: np.ndarray, sigma: float | np.ndarray) -> np.ndarray:
-    """Logarithm of the density of actions under the distribution of `explore`, float64 [N]; sigma may be [N, 1].
-
-    The truncated normal distribution (Johnson, Kotz and Balakrishnan 1994, section 13.10): phi((a - m) / s) / (s Z), where Z is the
-    normal mass between -1 and 1.
-    """
-    action, mean = np.asarray(action_NK, np.float64), np.asarray(mean_NK, np.float64)
-    upper = np.abs(mean)  # by symmetry; the tails of a mean above 0 keep their digits
-    low, high = log_ndtr((upper - 1.0) / sigma), log_ndtr((upper + 1.0) / sigma)
-    inside = high + np.log1p(-np.exp(low - high))
-    each = -0.5 * ((action - mean) / sigma) ** 2 - np.log(sigma) - 0.5 * math.log(2 * math.pi) - inside
-    found: np.ndarray = each.sum(-1)
-    return found

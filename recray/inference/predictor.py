@@ -7,7 +7,7 @@ CPU and a GPU they agree to 1e-4; in half the bits, which is asked for, to 1e-2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,11 +25,13 @@ from recray.errors import RequestError
 from recray.inference.filters import ANY_ITEM, Barred, Filters, Later
 from recray.inference.graphs import Graphs
 from recray.inference.inputs import Inputs, make_room
-from recray.inference.policy import Policy, dials, observe, popularity_rank, turn
+from recray.inference.modulation import find_slots, to_controls
+from recray.inference.policy import observe, popularity_rank
 from recray.inference.rules import Rules
 from recray.inference.topk import merge, top_k
 from recray.model.controls import Controls
-from recray.model.recommender import Batch, Recommender
+from recray.model.recommender import Recommender
+from recray.model.shape import Batch
 from recray.schema import ITEM_ID
 
 if TYPE_CHECKING:
@@ -108,7 +110,6 @@ class Predictor:
     released_day : since when each item can be met, as `Dataset.released_day`, from which the model is told how fresh it is
     barred_until : the same, for what is not answered before that day, unless it was met before; None: nothing is
     retired : indices of items that are never answered
-    policy : decides how the attention is turned for each request, unless `controls` say so; None: the trained model as it is
     popular_only : every history is answered with the popular list, as one without a known item is
     half : a CPU's products of the histories in bfloat16, those with the items in float32; answers agree to some 1e-2 of their scale alone
     """
@@ -128,7 +129,6 @@ class Predictor:
         released_day: np.ndarray | None = None,
         barred_until: np.ndarray | None = None,
         retired: np.ndarray | None = None,
-        policy: Policy | None = None,
         popular_only: bool = False,
         half: bool = False,
     ) -> None:
@@ -141,9 +141,7 @@ class Predictor:
         self.context = list(context)
         self.device = next(model.parameters()).device
         self.retired = torch.from_numpy(np.zeros(0, np.int64) if retired is None else np.asarray(retired, np.int64)).to(self.device)
-        self.policy, self.popular_only, self.half = policy, popular_only, half
-        if policy is not None:
-            dials(policy.actions, model, event_types)  # says now what it does not have
+        self.popular_only, self.half = popular_only, half
         self._later = Later.of(barred_until, popularity, self.device) if barred_until is not None and has_time else None
         self._inputs = Inputs(
             popularity,
@@ -160,20 +158,19 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        bundle: str | Path,
-        policy: Policy | str | Path | None = None,
+        bundle: str | Path | Bundle,
         *,
         dataset: Dataset | None = None,
         device: str | torch.device = "cpu",
         popular_only: bool = False,
         half: bool = False,
     ) -> Predictor:
-        """Predictor of a bundle, and of an attention policy that was loaded for it or lies in a folder, after their digests were verified.
+        """Predictor of a bundle, after its digests were verified.
 
         With `dataset`, recent popularity and release days come from there instead of from the night the bundle was trained in; items that came
         since are scored by their features, and those that are gone are not answered. Raises MissingArtifactError, DamagedArtifactError.
         """
-        opened = Bundle.open(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         private = bool(opened.privacy["differential_privacy"])
         newcomers = None if dataset is None else opened.newcomers(dataset)
         item_ids, released, retired = opened.item_ids, opened.released_day, None
@@ -204,7 +201,6 @@ class Predictor:
             released_day=released,
             barred_until=barred_until,
             retired=retired,
-            policy=Policy.load(Path(policy), opened.digest) if isinstance(policy, str | Path) else policy,
             popular_only=popular_only,
             half=half,
         )
@@ -243,18 +239,18 @@ class Predictor:
         self._populars.clear()
         self._graphs = None  # they read the item vectors where they were
 
-    def quicken(self, users: int) -> None:
+    def capture_graphs(self, users: int, controls: Sequence[str] = ()) -> None:
         """On a GPU, record the forward pass of up to so many requests at once as CUDA graphs, before the first one comes; on a CPU nothing.
 
-        They hold until `refresh`.
+        They hold until `refresh`. controls : that requests may have
         """
         if self.device.type != "cuda":
             return
         one, moment = History(*(np.ones(1, kind) for kind in (np.int64, np.int64, np.int64, np.float32))), np.zeros(1, np.int64)
         batch = self._inputs.batch([one], moment, np.zeros((1, self.model.shape.context), np.int64)).to(self.device)
         turned: list[Controls | None] = [None]
-        if self.policy is not None and (controls := self.turned([dict.fromkeys(self.policy.actions, 0.0)])) is not None:
-            turned.append(Controls(*(None if part is None else part.to(self.device) for part in controls)))
+        if controls:
+            turned.append(Controls(*(None if part is None else part.to(self.device) for part in self.controls_of([dict.fromkeys(controls, 0.0)]))))
         self.model.eval()
         self._graphs = Graphs(self._hidden, (batch, turned), users, self.model.shape.history)
 
@@ -352,25 +348,20 @@ class Predictor:
         """What a policy sees of a request, float32 [len(OBSERVED)]. state : [2] of `Recommendations.state`, as the last night had it"""
         return observe(history, now, self._rank_V, has_time=self.has_time, state=state)
 
-    def turned(self, actions: Sequence[dict[str, float]]) -> Controls | None:
-        """The controls of requests that are each turned by what their names say (see `recray.inference.policy.dials`); None: none is.
+    def observe_all(self, histories: Sequence[History], now: int, states: np.ndarray) -> np.ndarray:
+        """As `observe`, float32 [N, len(OBSERVED)]. states : [N, 2]"""
+        return np.stack([self.observe(history, now, state) for history, state in zip(histories, states, strict=True)])
+
+    def controls_of(self, actions: Sequence[Mapping[str, float]]) -> Controls:
+        """The controls of requests that are each modulated by what their names say (see `recray.inference.modulation.find_slots`).
 
         Raises SettingsError for a name that the model does not have.
         """
         names = list(dict.fromkeys(name for action in actions for name in action))
         if not names:
-            return None
+            return Controls()
         values = np.array([[action.get(name, 0.0) for name in names] for action in actions])
-        return turn(values, dials(names, self.model, self.event_types), self.model, self.event_types)
-
-    def _decided(self, histories: Sequence[History], now: int | Sequence[int], state: np.ndarray | None = None) -> Controls | None:
-        """What the policy decides for each history, None without one."""
-        if self.policy is None or not histories:
-            return None
-        moments = np.broadcast_to(np.asarray(now, np.int64), len(histories))
-        states = np.full((len(histories), 2), np.nan, np.float32) if state is None else state
-        seen = np.stack([self.observe(*each) for each in zip(histories, moments.tolist(), states, strict=True)])
-        return turn(self.policy.bound * self.policy.act(seen), dials(self.policy.actions, self.model, self.event_types), self.model, self.event_types)
+        return to_controls(values, find_slots(names, self.model, self.event_types), self.model, self.event_types)
 
     @torch.no_grad()
     def recommend(
@@ -383,14 +374,12 @@ class Predictor:
         controls: Controls | None = None,
         rules: Rules | None = None,
         context: Sequence[np.ndarray] | None = None,
-        state: np.ndarray | None = None,
         watched: bool = False,
     ) -> Recommendations:
         """The k best items for each history at the moment `now` (seconds; ignored where no time is known).
 
-        `controls`: None leaves them to the policy. `rules` may choose others and another order (see `Rules`). `context` holds the codes [C] of each
-        request's context (see `recray.dataset.context.asked`); None: unknown. `state` [B, 2] is what the policy is told of earlier answers;
-        `watched`: say the state of these.
+        `controls`: None is the trained model as it is. `rules` may choose others and another order (see `Rules`). `context` holds the codes [C] of
+        each request's context (see `recray.dataset.context.asked`); None: unknown. `watched`: say the state of the responses.
         Raises RequestError for a k below 1 or an index outside the vocabulary.
         """
         if k < 1:
@@ -399,7 +388,6 @@ class Predictor:
         each = [filters] * len(histories) if isinstance(filters, Filters) else list(filters)
         item_index, scores = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         known = [self._known(history) for history in histories]
-        controls = self._decided(histories, now, state) if controls is None else controls
         seen = np.full((len(histories), 2), np.nan, np.float32)
         days = np.broadcast_to(np.asarray(now, np.int64), len(histories)) // DAY_S
         for rows, score, entropy in self._chunks(known, now, controls, context, watched=watched):
@@ -459,7 +447,6 @@ class Predictor:
         for index in candidates:
             self._inside(np.asarray(index))
         found = [np.zeros(len(items), np.float32) for items in candidates]
-        controls = self._decided(histories, now) if controls is None else controls
         for rows, score, _ in self._chunks([self._known(history) for history in histories], now, controls, context):
             for first in range(0, self.n_items + 1, ITEM_BLOCK):
                 scores = score(first, None).cpu().numpy()
@@ -512,7 +499,6 @@ class Predictor:
         self.model.eval()
         reach = self.model.roll_out(self.model.embed(batch, self._table_VD), batch)[0].cpu().numpy()
         self.model.train(was_training)
-        controls = self._decided([history], now) if controls is None else controls  # one decision, that of the whole history
         again = np.isin(known.item_index, items)  # what the copy term reads without any attention
         looked_at = np.sort(np.lexsort((reach, again))[-events:])
         if len(kept) == 1:

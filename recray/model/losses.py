@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recray.model.controls import Controls
-from recray.model.recommender import Batch, Recommender
+from recray.model.recommender import Recommender
+from recray.model.shape import Batch
 
 BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # scores at once: what a CPU's cache holds, what a GPU is busy with
 

@@ -9,33 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-if TYPE_CHECKING:
-    from recray.model.recommender import Shape
+from recray.model.shape import Packing, Shape
 
 NARROWEST = 16  # head that the kernel takes
 BLOCK = 128  # positions of the row that the kernel takes or leaves together
-
-
-class Packing(NamedTuple):
-    """Where the events of padded histories [B, T] lie in the row.
-
-    place_P int64: which of the B · T each position is, 0 for what fills the row; row_P int64: whose it is, -1 for that;
-    first_B int64: where each history begins; block int64 [P / BLOCK]: the first block that each block of positions sees.
-    """
-
-    place_P: Tensor
-    row_P: Tensor
-    first_B: Tensor
-    block: Tensor
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Packing:
-        return Packing(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
 
 class Row(NamedTuple):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recray import __version__, cluster, lease, schema
+from recray import cluster, lease, schema
 from recray.config import Settings
 from recray.dataset.context import CLOCK
 from recray.dataset.popularity import Popularity
@@ -32,6 +32,7 @@ from recray.prepare.sources import EventSource, RowGroup, as_id, inspect_events,
 from recray.prepare.split import check_cuts, cut_dates, held_out, split_shard
 from recray.prepare.times import PLAUSIBLE_US
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
+from recray.version import __version__
 
 EVENTS_PER_SHARD = 500_000
 JOINED = 0.95  # of the events and the items of the log are in the item table, or a note says how many

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from recray.errors import SettingsError
 from recray.model.fused import Linear, RMSNorm
 from recray.model.losses import BLOCK_SCORES, Targets
-from recray.model.recommender import Batch, Recommender
+from recray.model.recommender import Recommender
+from recray.model.shape import Batch
 from recray.privacy.audit import Canaries
 from recray.privacy.noise import GridNoise
 from recray.privacy.norms import Compared, layer_norms, lookup_norms

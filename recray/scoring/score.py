@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import __version__
 from recray.bundle import Bundle
 from recray.cluster import require, unwrapped, without_line
 from recray.config import ScoreSettings, Settings
 from recray.dataset.reader import Dataset
 from recray.inference import Filters, Predictor, Rules
 from recray.inference.memory import keep_freed_memory
-from recray.model.controls import Controls
+from recray.inference.policy import Policy
 from recray.model.device import device
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
+from recray.version import __version__
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -141,7 +141,9 @@ class ScoreBucket:
         keep_freed_memory()
         self.dataset = Dataset.open(dataset)
         place = device("score.gpus_per_actor", gpu=gpu)
-        self.predictor = Predictor.load(bundle, policy, dataset=self.dataset, device=place, popular_only=popular_only, half=precision == "bfloat16")
+        opened = Bundle.open(bundle)
+        self.policy = None if policy is None else Policy.load(Path(policy), opened.digest)
+        self.predictor = Predictor.load(opened, dataset=self.dataset, device=place, popular_only=popular_only, half=precision == "bfloat16")
         self.translation = self.predictor.translation(self.dataset)
         self.private = private
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
@@ -159,13 +161,16 @@ class ScoreBucket:
             users = range(start, min(start + self.batch_users, len(shard)))
             histories = [self.translation.history(shard.history(user)) for user in users]
             asked: dict[str, Any] = {"now": self.dataset.now_s, "filters": self.filters, "rules": self.rules}
-            if self.predictor.policy is None:
+            if self.policy is None:
                 answer = self.predictor.recommend(histories, self.k, watched=True, **asked)
                 state = answer.state
-            else:  # it is told of the trained model's answers
-                state = self.predictor.recommend(histories, 2, controls=Controls(), watched=True, **asked).state
-                answer = self.predictor.recommend(histories, self.k, state=state, **asked)
-            assert state is not None
+                assert state is not None
+            else:  # it observes the trained model's responses
+                state = self.predictor.recommend(histories, 2, watched=True, **asked).state
+                assert state is not None
+                observed = self.predictor.observe_all(histories, self.dataset.now_s, state)
+                controls = self.policy.controls(observed, self.predictor.model, self.predictor.event_types)
+                answer = self.predictor.recommend(histories, self.k, controls=controls, **asked)
             items.append(answer.item_index)
             scores.append(answer.scores)
             states.append(state)

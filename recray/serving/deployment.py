@@ -195,7 +195,7 @@ def _content(path: Path) -> bytes:
 
 def require_privacy(state: ServingState, *, private: bool) -> ServingState:
     """The state. Raises RefusedError if only privately trained bundles may serve and its bundle is none."""
-    policy = state.predictor.policy
+    policy = state.policy_network
     if private and policy is not None and not policy.about.get("private"):
         raise RefusedError(f"privacy.enabled, but policy {state.policy} was learned from all users", "recray tune with privacy.enabled makes another")
     if private and not state.is_private:

@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import recray
 from recray.errors import RequestError, UnavailableError, UnknownItemError
 from recray.serving.api import (
     PROBLEMS,
@@ -43,6 +42,7 @@ from recray.serving.guard import RIGHTS, Guard
 from recray.serving.problems import MEDIA_TYPE, FieldError, field_errors, problem
 from recray.serving.service import Service
 from recray.serving.traces import traced
+from recray.version import __version__
 
 RETRY_AFTER = {"Retry-After": "1"}
 FIELD = re.compile(r"([a-z_]+(?:\.\w+)*): ")  # that an error begins with
@@ -68,7 +68,7 @@ def openapi() -> str:
 def _routes(service: Service) -> FastAPI:
     api = FastAPI(
         title="recray",
-        version=recray.__version__,
+        version=__version__,
         description="Recommendations from the published night, the model behind it, and what users did since.",
         responses=PROBLEMS,
         docs_url=None,

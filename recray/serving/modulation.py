@@ -11,7 +11,7 @@ import numpy as np
 
 from recray.dataset.reader import History
 from recray.errors import RequestError, SettingsError
-from recray.inference.policy import dials, explore
+from recray.inference.modulation import explore, find_slots
 from recray.serving.query import Query
 from recray.serving.state import ServingState
 
@@ -66,7 +66,7 @@ def choose_modulation(query: Query, state: ServingState, history: History, now_s
     """What the query says, or what is decided for it. Raises RequestError for a control that the model does not have."""
     if query.controls is not None:
         try:
-            dials(list(query.controls), state.predictor.model, state.predictor.event_types)
+            find_slots(list(query.controls), state.predictor.model, state.predictor.event_types)
         except SettingsError as error:
             raise RequestError(error.what.replace("policy.actions", "controls"), error.fix) from None
         return Modulation(query.controls)
@@ -75,7 +75,7 @@ def choose_modulation(query: Query, state: ServingState, history: History, now_s
 
 
 def _decide(query: Query, state: ServingState, history: History, now_s: int, exploration: Exploration | None) -> Decision | None:
-    policy = state.predictor.policy
+    policy = state.policy_network
     if exploration is not None and not can_explore(state, exploration):
         exploration = None
     if state.is_stale or not asks_model(state, history):
@@ -107,7 +107,7 @@ def can_explore(state: ServingState, exploration: Exploration) -> bool:
     actions = exploration.actions
     if actions not in state.explorable:
         try:
-            dials(actions, state.predictor.model, state.predictor.event_types)
+            find_slots(actions, state.predictor.model, state.predictor.event_types)
             state.explorable[actions] = True
         except SettingsError as error:
             state.explorable[actions] = False

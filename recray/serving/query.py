@@ -59,10 +59,14 @@ class Query:
     candidates: tuple[Any, ...] | None = None
 
     @property
+    def sends_more(self) -> bool:
+        """Whether it says what a list that was made before cannot know."""
+        return bool(self.history is not None or self.sent_later or self.moment is not None or self.context or self.controls is not None)
+
+    @property
     def needs_model(self) -> bool:
-        """Whether it says more than a list that was made before can know."""
-        sent = self.history is not None or self.sent_later or self.moment is not None or self.context or self.controls is not None
-        return bool(sent or self.stored_later)
+        """Whether a list that was made before lacks something."""
+        return bool(self.stored_later) or self.sends_more
 
     @property
     def moment_s(self) -> int | None:
@@ -87,21 +91,25 @@ def resolve_query(request: RecommendRequest | ScoreRequest, state: ServingState,
         for number, event in enumerate(events):
             if event.event is not None and event.event not in event_types:
                 raise RequestError(f"{name}.{number}.event: nothing is known of {event.event!r}", f"known: {', '.join(event_types)}")
+    asks_for: dict[str, Any]
+    if isinstance(request, ScoreRequest):
+        asks_for = {"candidates": tuple(request.items)}
+    else:
+        allow = None if request.allow is None else tuple(request.allow)
+        items = ItemRule(request.new_only or state.filters_seen, allow, tuple(request.deny), request.where)
+        asks_for = {"k": request.k, "mode": request.mode, "controls": request.controls, "items": items}
+    user_id = None if request.user_id is None else state.snapshot.as_user(request.user_id)
     query = Query(
-        user_id=None if request.user_id is None else state.snapshot.as_user(request.user_id),
-        user=state.name_of_user(request.user_id),
+        user_id=user_id,
+        user=None if request.user_id is None else str(request.user_id if user_id is None else user_id),
         history=None if request.history is None else tuple(request.history),
         stored_later=tuple(to_event(entry) for entry in later) if request.history is None else (),
         sent_later=tuple(request.events),
         moment=request.now,
         context=request.context,
+        **asks_for,
     )
-    if isinstance(request, ScoreRequest):
-        return replace(query, candidates=tuple(request.items))
-    allow = None if request.allow is None else tuple(request.allow)
-    items = ItemRule(request.new_only or state.filters_seen, allow, tuple(request.deny), request.where)
-    query = replace(query, k=request.k, mode=request.mode, controls=request.controls, items=items)
-    if query.mode == "batch" and replace(query, stored_later=()).needs_model:
+    if query.mode == "batch" and query.sends_more:
         raise RequestError(OF_THE_MODEL, "use auto")
     return query
 

@@ -156,8 +156,8 @@ def rank_inputs(inputs: Sequence[ModelInput]) -> list[RankedItems]:
 
 
 def _controls(inputs: Sequence[ModelInput]) -> Controls:
-    """Of all inputs at once; what was decided is in their modulation, so the predictor's own policy is not asked."""
-    return inputs[0].state.predictor.turned([dict(one.modulation.controls) for one in inputs]) or Controls()
+    """Of all inputs at once."""
+    return inputs[0].state.predictor.controls_of([one.modulation.controls for one in inputs])
 
 
 def _rank_all(inputs: list[ModelInput]) -> list[RankedItems]:

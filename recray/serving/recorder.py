@@ -18,7 +18,8 @@ from recray.serving.api import Answer
 from recray.serving.experiment import Experiment
 from recray.serving.guard import ASKED_BY
 from recray.serving.state import ServingState
-from recray.state.log import Entry, Log, open_log
+from recray.state.log import Entry, Log
+from recray.state.store import open_log
 from recray.state.writer import Writer
 from recray.storage import Storage
 

@@ -302,7 +302,7 @@ def events_read(request: RecommendRequest | ScoreRequest, state: ServingState) -
     if isinstance(request, RecommendRequest) and (request.new_only or state.filters_seen):
         return RECENT
     length = state.predictor.model.shape.history
-    return min(length if state.predictor.policy is None else max(length, LOOKED_AT), RECENT)
+    return min(length if state.policy_network is None else max(length, LOOKED_AT), RECENT)
 
 
 def to_response(ranking: Ranking, deployment: Deployment, unavailable: Sequence[Part]) -> RecommendResponse:

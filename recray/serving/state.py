@@ -38,6 +38,7 @@ _LOG = logging.getLogger("ray.serve")
 class ServingState:
     """One published run, and the model bundle behind its real-time responses.
 
+    policy_network : decides how the attention is modulated; None: the trained model serves as it is
     bound : a policy that modulates further does not decide
     item_masks : item indices by attribute filter, remembered by `recray.serving.sources`
     explorable : whether the model has the controls of an exploration, by their names
@@ -51,6 +52,7 @@ class ServingState:
     bundle: str
     bundle_digest: str
     policy: str | None
+    policy_network: Policy | None
     privacy: dict[str, Any]
     popular_items: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
@@ -116,8 +118,8 @@ class ServingState:
             if loaded is None:
                 _LOG.error("policy %s does not decide, the trained model answers as it is: %s", policy, reason)
                 policy = None
-        predictor = Predictor.load(bundle.path, loaded, dataset=dataset, device=device, popular_only=popular_only)
-        predictor.quicken(GRAPH_REQUESTS)
+        predictor = Predictor.load(bundle, dataset=dataset, device=device, popular_only=popular_only)
+        predictor.capture_graphs(GRAPH_REQUESTS, () if loaded is None else loaded.actions)
         declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
         translation = predictor.translation(dataset)
         rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
@@ -126,9 +128,20 @@ class ServingState:
         filled = most_popular.item_index[0] > 0
         ids, scores = predictor.ids_of(most_popular.item_index[0][filled]), most_popular.scores[0][filled].tolist()
         popular_items = tuple(zip(ids, scores, strict=True))
-        loaded_at = dt.datetime.now(dt.UTC)
         return cls(
-            snapshot, dataset, predictor, translation, rules, bundle.key, bundle.digest, policy, bundle.privacy, popular_items, loaded_at, bound
+            snapshot=snapshot,
+            dataset=dataset,
+            predictor=predictor,
+            translation=translation,
+            rules=rules,
+            bundle=bundle.key,
+            bundle_digest=bundle.digest,
+            policy=policy,
+            policy_network=loaded,
+            privacy=bundle.privacy,
+            popular_items=popular_items,
+            loaded_at=dt.datetime.now(dt.UTC),
+            bound=bound,
         )
 
     @property

@@ -28,8 +28,8 @@ PLURALS = {"event": "events", "decision": "decisions", "outcome": "outcomes", "s
 def collect(work: Work) -> JobResult:
     """What the endpoint was told since the last time, as Parquet: events for prepare, decisions and outcomes."""
     from recray.state import collect as collecting
-    from recray.state.log import open_log
     from recray.state.rewards import Rewards
+    from recray.state.store import open_log
 
     started = time.monotonic()
     options = work.settings.serve

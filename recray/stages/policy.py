@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from recray import __version__, cluster, lease
+from recray import cluster, lease
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, RefusedError
@@ -15,6 +15,7 @@ from recray.stages.work import JobResult, Work, date_of, day_of, result_of, soun
 from recray.state.collect import collected_folders
 from recray.state.rewards import Rewards
 from recray.storage import Storage, is_sealed, key_of, read_json
+from recray.version import __version__
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from recray import __version__
 from recray.bundle import settings_key
 from recray.cluster import require, unwrapped
 from recray.config import Settings
@@ -31,6 +30,7 @@ from recray.training.canaries import Rows, made_up
 from recray.training.private import PrivateLoop, physical_users
 from recray.training.trainer import bundle_settings, mechanism_for
 from recray.training.worker import build_loop
+from recray.version import __version__
 
 FALSE_POSITIVES = (0.001, 0.01)
 OWN, CONTROL, ROWS, PRIVATE, PLAIN = "own ε", "no noise", "rows made up", "private", "not private"

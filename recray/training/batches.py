@@ -15,7 +15,7 @@ import torch
 from recray.dataset.popularity import DAY_S, dated
 from recray.dataset.reader import Dataset, Shard
 from recray.model.losses import Targets
-from recray.model.recommender import Batch
+from recray.model.shape import Batch
 
 POOL_BATCHES = 64  # batches that are sorted by length together; more pads less and shuffles less
 

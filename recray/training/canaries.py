@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recray.dataset.reader import Dataset, Shard
 from recray.model.losses import Targets
-from recray.model.recommender import Batch
+from recray.model.shape import Batch
 from recray.privacy.watch import Watch
 from recray.training.private import PrivateLoop, PrivateRows
 

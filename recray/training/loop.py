@@ -23,7 +23,8 @@ from recray.errors import TrainingError
 from recray.model.controls import Controls
 from recray.model.losses import Criterion, Targets
 from recray.model.packed import pack
-from recray.model.recommender import Batch, Recommender
+from recray.model.recommender import Recommender
+from recray.model.shape import Batch
 
 SCALAR_FACTOR = 10.0
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
-from recray.model.recommender import Batch, Recommender
+from recray.model.recommender import Recommender
+from recray.model.shape import Batch
 from recray.privacy.accounting import Mechanism
 from recray.privacy.counts import log_counts
 from recray.privacy.engine import PrivateStep

@@ -15,7 +15,6 @@ import pyarrow as pa
 import sqlalchemy as sa
 from safetensors.torch import load_file
 
-from recray import __version__
 from recray.bundle import KIND, Bundle, write_bundle
 from recray.cluster import first_line, own_signals, require, unwrapped
 from recray.config import Settings, expanded
@@ -23,13 +22,14 @@ from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, RefusedError, SettingsError, TrainingError
 from recray.evaluation.gates import incomparable
 from recray.evaluation.statement import markdown
-from recray.model.recommender import Shape
+from recray.model.shape import Shape
 from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.ledger import Ledger
 from recray.release import Release, bundles
 from recray.storage import Storage, blamed, is_sealed, key_of, no_room
 from recray.training.batches import users_estimated, users_learned
 from recray.training.worker import last_checkpoint, shape_of, train_worker
+from recray.version import __version__
 
 OnMetrics = Callable[[dict[str, float]], None]
 """Called in the driver with each new line of the learning curve."""

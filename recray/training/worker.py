@@ -24,7 +24,8 @@ from recray.inference import Filters, Predictor
 from recray.model.fused import Linear
 from recray.model.losses import Criterion
 from recray.model.packed import BLOCK, packs
-from recray.model.recommender import PRESETS, Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import PRESETS, Shape
 from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
 from recray.training.loop import Loop, LoopSettings, Validate

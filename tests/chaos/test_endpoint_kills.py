@@ -25,8 +25,6 @@ from preflight import absent
 from processes import titled
 
 from recray import pipeline
-from recray.benchmark.load import Driver, post
-from recray.benchmark.nights import each_bucket, publish_untrained, untrained
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
 from recray.demo import post as ask
@@ -39,6 +37,8 @@ from recray.serving.ranking import bind, rank_inputs
 from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage, manifest_digest, write_json
+from recray.testing.load import Driver, post
+from recray.testing.published import publish_untrained, score_buckets, untrained_bundle
 
 USERS = 300
 CLIENTS = 8
@@ -51,7 +51,7 @@ def shop(world_folder, world_dataset, tmp_path_factory):
     settings = load_settings(None, [*world_overrides(world_folder, root)])
     storage = publish_untrained(settings, world_dataset, root)
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 7})})
-    return settings, storage, untrained(other, world_dataset, storage.bundle("other"), "other")
+    return settings, storage, untrained_bundle(other, world_dataset, storage.bundle("other"), "other")
 
 
 class Served:
@@ -178,7 +178,7 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
     requests = [post("/v1/recommend", {"user_id": user, "k": 5, "mode": "realtime" if user % 3 == 0 else "batch"}) for user in range(10, USERS)]
     with Continuous(served.port, requests, rate=50.0) as running:
         running.has_seen_more()
-        second_path, _, _ = write_night(storage, "second", world_dataset, By(other), settings.score, each_bucket)
+        second_path, _, _ = write_night(storage, "second", world_dataset, By(other), settings.score, score_buckets)
         Release(champion=Member.of(other), previous=Release.read(storage).champion).write(storage)
         published = storage.latest.read_bytes()
         served.becomes(manifest_digest(second_path))

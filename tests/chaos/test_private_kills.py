@@ -7,13 +7,14 @@ import shutil
 import sqlite3
 
 import pytest
-from conftest import prepare_here, private_overrides
+from conftest import private_overrides
 from harness import AS_OF, QUICK, Job, kill
 from processes import titled
 
 from recray.config import load_settings, parse_as_of
 from recray.privacy.accounting import epsilon_of
 from recray.privacy.ledger import Ledger
+from recray.testing.published import prepare_here
 
 STEPS, EVERY = 60, 20
 MORE = (f"privacy.steps={STEPS}", f"privacy.report_every={EVERY}")

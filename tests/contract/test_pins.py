@@ -17,20 +17,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 from starlette.testclient import TestClient
 from test_surface import recorded
 
 from recray import promotion
-from recray.benchmark.nights import publish_untrained, untrained
 from recray.bundle import Bundle
 from recray.config import ServeSettings, load_settings
-from recray.dataset.worlds import World
 from recray.inference import Predictor
 from recray.inference.policy import OBSERVED, Frozen, Policy
 from recray.serving.http import create_app
 from recray.serving.service import Service
 from recray.storage import Storage
+from recray.testing.published import prepare_here, publish_untrained, untrained_bundle
+from recray.testing.synthetic import SyntheticShop
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -92,12 +92,12 @@ def requests_of(*users: int, filters: bool, sent: bool) -> list[tuple[str, str, 
 def published(tmp_path_factory):
     """A workspace with a published run, a challenger and a policy; its files of release and publication as they were."""
     folder = tmp_path_factory.mktemp("pins")
-    World(users=40, items=30, events_per_user=8, seed=1).write(folder)
+    SyntheticShop(users=40, items=30, events_per_user=8, seed=1).write(folder)
     settings = load_settings(None, [*world_overrides(folder, folder / "root"), "data.shards=2", "score.k=10"])
     dataset = prepare_here(settings)
     storage = publish_untrained(settings, dataset, folder / "root")
     other = load_settings(None, [*world_overrides(folder, folder / "root"), "data.shards=2", "train.seed=5"])
-    untrained(other, dataset, storage.bundle("challenger"), "challenger")
+    untrained_bundle(other, dataset, storage.bundle("challenger"), "challenger")
     bundle = Bundle.open(storage.bundle("untrained"))
     predictor = Predictor.load(bundle.path, dataset=dataset)
     histories = [predictor.translation(dataset).history(dataset.user_history(user)) for user in range(40)]

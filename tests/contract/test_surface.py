@@ -1,17 +1,18 @@
-"""What others build on: public names, the endpoint's OpenAPI, the hook that is the same as CI.
+"""What others build on: public names, the endpoint's OpenAPI, commands, settings; and the hook that is the same as CI.
 
 `RECRAY_RECORD=1 pytest tests/contract` writes down a surface that was changed on purpose.
 """
 
-import ast
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 import recray
+from recray import errors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECORDS = Path(__file__).parent / "records"
@@ -30,35 +31,29 @@ def recorded(name: str, found: object) -> object:
     return json.loads(path.read_text())
 
 
-def signature(node: ast.FunctionDef) -> str:
-    return f"({ast.unparse(node.args)})"
+def test_public_names_are_those_of_all():
+    assert recray.__all__ == sorted(recray.__all__)
+    for name in recray.__all__:
+        assert getattr(recray, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_the_sort"):
+        recray.nothing_of_the_sort  # noqa: B018
+    assert recray.__all__ == recorded("names.json", recray.__all__), CHANGED
 
 
-def public_names() -> dict[str, dict[str, str]]:
-    """Public functions with their parameters, classes with their public methods and fields, constants; by module."""
-    found: dict[str, dict[str, str]] = {}
-    for path in sorted(Path(recray.__file__).parent.rglob("*.py")):
-        module = ".".join(["recray", *path.relative_to(Path(recray.__file__).parent).with_suffix("").parts])
-        names: dict[str, str] = {}
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef):
-                names[node.name] = signature(node)
-            elif isinstance(node, ast.ClassDef):
-                names[node.name] = "class"
-                for inner in node.body:
-                    if isinstance(inner, ast.FunctionDef):
-                        names[f"{node.name}.{inner.name}"] = signature(inner)
-                    elif isinstance(inner, ast.AnnAssign):
-                        names[f"{node.name}.{ast.unparse(inner.target)}"] = ast.unparse(inner.annotation)
-        names = {name: what for name, what in names.items() if not any(part.startswith("_") for part in name.split(".") if part != "__init__")}
-        if names:
-            found[module.removesuffix(".__init__")] = names
-    return found
-
-
-def test_public_names_are_the_recorded_ones():
-    found = public_names()
-    assert found == recorded("names.json", found), CHANGED
+def test_the_drawing_of_the_errors_is_complete():
+    """Each class stands in the drawing once, below its base."""
+    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.RecrayError)}
+    drawn, path = {}, []
+    for line in errors.__doc__.splitlines():
+        if name := re.search(r"\b[A-Z]\w+Error\b", line):
+            depth = name.start() // 4
+            path[depth:] = [name[0]]
+            drawn[name[0]] = next((parent for parent in reversed(path[:-1]) if parent in classes), "Exception")
+        elif "exit code 1" in line:
+            path[1:] = ["(exit code 1)"]
+    assert drawn == {name: value.__base__.__name__ for name, value in classes.items()}
+    hidden = {"PartUnavailableError"}  # another part stands in, so nobody outside sees it
+    assert set(classes) - hidden <= set(recray.__all__)
 
 
 def test_the_endpoints_openapi_is_the_recorded_one():

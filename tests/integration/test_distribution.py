@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 from safetensors.torch import load_file
 
 from recray.config import load_settings
 from recray.errors import SettingsError
+from recray.testing.published import prepare_here
 from recray.training.trainer import bundle_settings, train_key
 from recray.training.worker import build_loop
 

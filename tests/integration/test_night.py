@@ -20,7 +20,6 @@ from recray import pipeline
 from recray.config import load_settings
 from recray.dataset.context import asked
 from recray.dataset.reader import Dataset
-from recray.dataset.worlds import World
 from recray.demo import post, with_port
 from recray.errors import DataError, TrainingError
 from recray.inference import Predictor
@@ -29,6 +28,7 @@ from recray.serving import app
 from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage
+from recray.testing.synthetic import SyntheticShop
 
 FIRST = dt.datetime(2024, 4, 20, 23, 59, 59, tzinfo=dt.UTC)
 SECOND = FIRST + dt.timedelta(days=1)
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("night")
-    World(users=300, items=120, events_per_user=15, seed=1).write(folder)
+    SyntheticShop(users=300, items=120, events_per_user=15, seed=1).write(folder)
     overrides = [*world_overrides(folder, folder / "root"), "serve.port=0", "serve.poll_s=0.2", "serve.timeout_s=30", "train.every_days=3"]
     return with_port(load_settings(None, overrides))
 

@@ -11,13 +11,13 @@ import yaml
 from conftest import world_overrides
 from harness import wait_for
 
-from recray.benchmark.nights import publish_untrained
-from recray.benchmark.submit import Head
 from recray.cluster import free_ports
 from recray.config import load_settings
 from recray.demo import post
 from recray.errors import MissingArtifactError, SettingsError
 from recray.serving.app import Arguments, deploy
+from recray.testing.cluster import Head
+from recray.testing.published import publish_untrained
 
 CONFIG = Path(__file__).resolve().parents[2] / "infra" / "serve" / "recray.yaml"
 

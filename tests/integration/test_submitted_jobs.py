@@ -16,9 +16,9 @@ from conftest import world_overrides
 from harness import wait_for
 
 from recray import lease
-from recray.benchmark.submit import Head
 from recray.cluster import free_ports
 from recray.demo import post
+from recray.testing.cluster import Head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "2024-04-20", "2024-04-21"

@@ -8,16 +8,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 from harness import wait_for
 
 from recray import stages
-from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.pipeline import run_promote, run_score
 from recray.release import Member, Release
 from recray.storage import Storage
+from recray.testing.published import prepare_here, untrained_bundle
 from recray.tracking import runs
 from recray.tracking.outbox import Outbox
 from recray.tracking.runs import Tracking
@@ -31,7 +31,7 @@ def shop(tmp_path, world_folder, own_home):
     dataset, storage = prepare_here(settings), Storage(settings.root())
     bundles = []
     for seed in range(2):
-        bundles.append(untrained(load_settings(None, [*overrides, f"train.seed={seed}"]), dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
+        bundles.append(untrained_bundle(load_settings(None, [*overrides, f"train.seed={seed}"]), dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
     return settings, storage, dataset, bundles
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import prepare_here
 
 from policies import gate
 from policies import tune as tuning
@@ -17,24 +16,25 @@ from policies.held_out import HeldOut
 from policies.logs import Logged
 from policies.rewards import Outcomes, Planted, clicks
 from recray import pipeline
-from recray.benchmark.nights import publish_untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
-from recray.dataset.worlds import World
 from recray.errors import DataError, RefusedError
 from recray.inference import Predictor
-from recray.inference.policy import OBSERVED, Policy, explore
+from recray.inference.modulation import explore
+from recray.inference.policy import OBSERVED, Policy
 from recray.release import Release
 from recray.snapshot.reader import Snapshot
 from recray.stages import published_dataset
 from recray.storage import Storage
+from recray.testing.published import prepare_here, publish_untrained
+from recray.testing.synthetic import SyntheticShop
 from recray.tracking.runs import Tracking
 
 
 @pytest.fixture(scope="module")
 def settings(ray_session, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
-    World(users=900, items=80, events_per_user=14, seed=3).write(folder)
+    SyntheticShop(users=900, items=80, events_per_user=14, seed=3).write(folder)
     return load_settings(
         None,
         [

@@ -20,12 +20,12 @@ from policies.gate import level_of
 from policies.logs import Logged, checked, count_fresh, digest, read
 from policies.rewards import Planted, clicks
 from recray import pipeline
-from recray.benchmark.nights import publish_untrained
 from recray.bundle import Bundle
 from recray.config import load_settings, render_yaml
 from recray.errors import RefusedError, StateError
 from recray.follow import FILE, run_follow
-from recray.inference.policy import OBSERVED, Policy, explore, log_density
+from recray.inference.modulation import explore, log_density
+from recray.inference.policy import OBSERVED, Policy
 from recray.lease import only_one
 from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
@@ -36,6 +36,7 @@ from recray.state.log import Entry
 from recray.state.rewards import Rewards
 from recray.state.sqlite import SqliteLog
 from recray.storage import Storage, read_json
+from recray.testing.published import publish_untrained
 
 pytestmark = pytest.mark.second
 

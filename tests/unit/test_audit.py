@@ -7,16 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from conftest import prepare_here, private_overrides
+from conftest import private_overrides
 from scipy.stats import norm
 
 from recray.config import load_settings
 from recray.errors import SettingsError
-from recray.model.recommender import PRESETS, Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import PRESETS, Shape
 from recray.privacy import engine, noise, norms
 from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.audit import Bound, Canaries, bound, chance_of, lower_bound, true_positives
 from recray.privacy.watch import Finding, Watch, repeats
+from recray.testing.published import prepare_here
 from recray.training.audit import _look, losses, watch
 from recray.training.batches import TrainingBatches, users_learned
 from recray.training.canaries import made_up

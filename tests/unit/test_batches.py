@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 
 from recray.config import load_settings
 from recray.inference.inputs import next_times
+from recray.testing.published import prepare_here
 from recray.training.batches import TrainingBatches
 
 

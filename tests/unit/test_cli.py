@@ -6,15 +6,15 @@ import signal
 import time
 
 import pytest
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 
 from recray import cli, demo
-from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import ClusterError, DamagedArtifactError, RefusedError
 from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
+from recray.testing.published import prepare_here, untrained_bundle
 
 
 def call(capsys, *arguments):
@@ -77,7 +77,7 @@ def test_a_damaged_dataset_stops_the_job_before_any_work(capsys, world_folder, t
 def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
     settings = load_settings(None, world_overrides(world_folder, tmp_path))
     path = tmp_path / "bundle"
-    untrained(settings, prepare_here(settings), path, "k")
+    untrained_bundle(settings, prepare_here(settings), path, "k")
     for name in ("model.safetensors", "items.parquet", "config.yaml", "popularity.parquet", "privacy.json", "metrics.json"):
         content = bytearray((path / name).read_bytes())
         content[len(content) // 2] ^= 1

@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import prepare_here, private_overrides, world_overrides
+from conftest import private_overrides, world_overrides
 
 from recray import pipeline
-from recray.benchmark.nights import publish_untrained
 from recray.config import DataSettings, load_settings
 from recray.dataset.reader import nothing_learned_of
 from recray.errors import StateError
@@ -26,9 +25,11 @@ from recray.serving.query import resolve_query
 from recray.serving.ranking import bind
 from recray.serving.state import ServingState
 from recray.state import collect as collecting
-from recray.state.log import Entry, open_log
+from recray.state.log import Entry
 from recray.state.rewards import Rewards
+from recray.state.store import open_log
 from recray.storage import Storage
+from recray.testing.published import prepare_here, publish_untrained
 from recray.tracking.runs import Tracking
 
 REWARDS = Rewards({"click": 1.0}, 1.0)

@@ -3,13 +3,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 
 from recray.config import load_settings
 from recray.dataset.context import asked, clock_code, code, codes
 from recray.errors import DataError, RequestError, SettingsError
 from recray.evaluation.protocol import Questions
 from recray.inference import Predictor
+from recray.testing.published import prepare_here
 from recray.training.batches import TrainingBatches
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop

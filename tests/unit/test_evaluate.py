@@ -1,19 +1,19 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 
-from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.evaluation.baselines import NEIGHBOURS, _below_one, _cosine, baselines
 from recray.evaluation.evaluate import MODEL, compare, evaluate, evaluate_key
 from recray.evaluation.protocol import Questions
 from recray.evaluation.table import render
 from recray.inference import Predictor
+from recray.testing.published import prepare_here, untrained_bundle
 
 
 def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dataset, tmp_path):
-    bundle = untrained(world_settings, world_dataset, tmp_path / "b", "b")
+    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
     table, ndcg = compare(world_settings, world_dataset, Predictor.load(bundle.path, dataset=world_dataset))
     assert {setting: values.mean() for setting, values in ndcg.items()} == {s: rows[MODEL]["ndcg@10"] for s, rows in table.items()}
     for rows in table.values():
@@ -75,7 +75,7 @@ def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, world_folder):
     overrides = [o for o in world_overrides(world_folder, tmp_path) if not o.startswith(("data.items", "data.features"))]
     settings = load_settings(None, [*overrides, f"data.events={tmp_path / 'e.parquet'}"])
     data = prepare_here(settings)
-    bundle = untrained(settings, data, tmp_path / "b", "b")
+    bundle = untrained_bundle(settings, data, tmp_path / "b", "b")
     table = evaluate(settings, evaluate_key(settings, data, bundle), data, bundle)
     assert "skipped" in table["new_only"][MODEL] and table["repeats"][MODEL]["users"] > 0
     render(table, 10)

@@ -10,13 +10,12 @@ import hypothesis
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import prepare_here, private_overrides
+from conftest import private_overrides
 from harness import DEADLINE_S
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recray import pipeline, promotion
-from recray.benchmark.nights import publish_untrained, untrained
 from recray.config import ServeSettings, load_settings
 from recray.errors import MissingArtifactError, RefusedError
 from recray.inference import Predictor
@@ -31,6 +30,7 @@ from recray.serving.sequential import ShareTest
 from recray.serving.service import Service
 from recray.state.log import Entry
 from recray.state.rewards import Credits, Rewards
+from recray.testing.published import prepare_here, publish_untrained, untrained_bundle
 
 CLICKS = Rewards({"click": 1.0, "skip": 0.0}, 1.0)
 
@@ -39,7 +39,7 @@ CLICKS = Rewards({"click": 1.0, "skip": 0.0}, 1.0)
 def shop(world_settings, world_dataset, tmp_path_factory):
     storage = publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("trial"))
     other = load_settings(None, ["train.seed=7"]).train
-    challenger = untrained(world_settings.model_copy(update={"train": other}), world_dataset, storage.bundle("other"), "other")
+    challenger = untrained_bundle(world_settings.model_copy(update={"train": other}), world_dataset, storage.bundle("other"), "other")
     return storage, challenger, storage.release.read_bytes()
 
 
@@ -448,7 +448,7 @@ def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder,
     dataset = prepare_here(settings)
     said = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 200).statement() | {"population": "users", "epsilon_of_all_trainings": 5.0}
     storage = publish_untrained(settings, dataset, settings.root(), said)
-    promotion.begin_trial(storage, untrained(settings, dataset, storage.bundle("other"), "other", said), 0.5)
+    promotion.begin_trial(storage, untrained_bundle(settings, dataset, storage.bundle("other"), "other", said), 0.5)
     found = {}
     for private in (False, True):
         made = Service(storage, ServeSettings(timeout_s=5.0), settings.score, private=private)

@@ -5,14 +5,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here
 
-from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.dataset.features import encode, notes
 from recray.errors import DataError
 from recray.inference import Predictor
 from recray.pipeline import run_validate
+from recray.testing.published import prepare_here, untrained_bundle
 
 
 def test_features_become_bags_of_tokens():
@@ -109,7 +108,7 @@ def test_a_poor_item_table_never_makes_a_score_that_is_not_a_number(poor, tmp_pa
     result = run_validate(poor, None)
     assert any(note.startswith("feature colour: no item has a value") for note in result.warnings)
     dataset = prepare_here(poor)
-    bundle = untrained(poor, dataset, tmp_path / "b", "b")
+    bundle = untrained_bundle(poor, dataset, tmp_path / "b", "b")
     predictor = Predictor.load(bundle.path, dataset=dataset)
     histories = [dataset.shard(0).history(row) for row in range(len(dataset.shard(0)))]
     scores = predictor.recommend(histories, 24, now=dataset.now_s).scores

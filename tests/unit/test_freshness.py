@@ -4,17 +4,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 
-from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, NEVER_SAID, freshness
-from recray.dataset.worlds import News
 from recray.errors import DataError
 from recray.evaluation.protocol import Questions
 from recray.inference import Filters, Predictor
 from recray.model import recommender
+from recray.testing.published import prepare_here, untrained_bundle
+from recray.testing.synthetic import SyntheticNews
 from recray.training.trainer import bundle_settings
 from recray.training.worker import build_loop
 
@@ -22,7 +22,7 @@ from recray.training.worker import build_loop
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("news")
-    News(users=400, articles=600, events_per_user=12, days=20).write(folder)
+    SyntheticNews(users=400, articles=600, events_per_user=12, days=20).write(folder)
     return folder
 
 
@@ -100,14 +100,14 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
 
 
 def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
-    bundle = untrained(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
+    bundle = untrained_bundle(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
     assert (Bundle.open(bundle.path).released_day == dataset.released_day).all()
     assert (Predictor.load(bundle.path)._inputs._released_day == dataset.released_day).all()
 
 
 def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
     """Not those of the night in which the bundle was trained."""
-    bundle = untrained(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
+    bundle = untrained_bundle(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
     table = pq.read_table(site / "items.parquet")
     never_met = np.setdiff1d(np.arange(1, dataset.n_items + 1), dataset.popularity.item_index)
     assert len(never_met) > 2
@@ -122,7 +122,7 @@ def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
             changed = table.set_column(3, "published", pa.array(days).cast(table["published"].type))
             pq.write_table(changed, tmp_path / f"{folder}.parquet")
         then, tonight = (prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / name}.parquet")) for name in ("then", "tonight"))
-        bundle = untrained(settings_of(site, tmp_path), then, tmp_path / f"b{first}", "b")
+        bundle = untrained_bundle(settings_of(site, tmp_path), then, tmp_path / f"b{first}", "b")
         predictor = Predictor.load(bundle.path, dataset=tonight)
         h = next(Questions(tonight, "test").batches(1))[0].history
         shown = predictor.recommend([h], tonight.n_items, now=tonight.now_s).item_index[0]
@@ -131,10 +131,10 @@ def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
 
 
 def test_the_news_site_is_drawn_from_its_seed_and_fades(site):
-    again = News(users=400, articles=600, events_per_user=12, days=20)
+    again = SyntheticNews(users=400, articles=600, events_per_user=12, days=20)
     events, items = pq.read_table(site / "events.parquet"), pq.read_table(site / "items.parquet")
     assert again.event_table() == events and again.item_table() == items
-    assert News(users=400, articles=600, events_per_user=12, days=20, seed=1).event_table() != events
+    assert SyntheticNews(users=400, articles=600, events_per_user=12, days=20, seed=1).event_table() != events
     place = pc.index_in(events["item_id"], items["item_id"].combine_chunks())
     age = (events["timestamp"].cast(pa.int64()).to_numpy() - items["published"].cast(pa.int64()).take(place).to_numpy()) / 86_400e6
     assert age.min() >= 0 and age.max() <= again.live_days

@@ -9,7 +9,8 @@ from policies import baselines, gate
 from policies.logs import Logged, checked
 from policies.rewards import Planted, clicks
 from recray.errors import RefusedError
-from recray.inference.policy import OBSERVED, Frozen, explore
+from recray.inference.modulation import explore
+from recray.inference.policy import OBSERVED, Frozen
 
 
 class Plays:

@@ -18,7 +18,8 @@ from recray.model.controls import Controls
 from recray.model.device import device
 from recray.model.losses import Criterion, Targets
 from recray.model.packed import BLOCK, mask_of, pack, packs
-from recray.model.recommender import Batch, Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import Batch, Shape
 from recray.training.loop import Loop, LoopSettings, _ahead
 from recray.training.worker import _row
 
@@ -211,7 +212,7 @@ def predictors() -> tuple[Predictor, Predictor]:
     events = ["buy", "cart", "view"]
     cpu, cuda = (Predictor(model().to(place), ids, events, popularity, prior_days=7, has_time=True) for place in ("cpu", "cuda"))
     for each in (cpu, cuda):
-        each.quicken(8)
+        each.capture_graphs(8)
     return cpu, cuda
 
 
@@ -246,7 +247,7 @@ def test_graphs_are_for_the_weights_that_they_were_made_with(predictors):
     cuda.refresh()
     assert cuda._graphs is None
     plain = cuda.recommend([history(9)], 5, now=NOW).scores
-    cuda.quicken(8)
+    cuda.capture_graphs(8)
     assert isinstance(cuda._graphs, Graphs)
     replayed = cuda.recommend([history(9)], 5, now=NOW).scores
     np.testing.assert_allclose(replayed, plain, atol=1e-5)

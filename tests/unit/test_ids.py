@@ -8,7 +8,6 @@ from conftest import world_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recray.benchmark.nights import publish_untrained
 from recray.config import load_settings
 from recray.dataset.ids import as_id, canonical_integer
 from recray.errors import RequestError
@@ -16,7 +15,9 @@ from recray.serving.api import Event, EventsRequest, HistoryRequest, RecommendRe
 from recray.serving.query import resolve_query
 from recray.serving.ranking import bind
 from recray.serving.service import Service
-from recray.state.log import Entry, key_of, open_log
+from recray.state.log import Entry, key_of
+from recray.state.store import open_log
+from recray.testing.published import publish_untrained
 
 STRANGE = ["007", "1_0", " 12 ", "٣", "+5", "7.0", "7 ", "-0", "0x7", "1e3", "", " ", str(2**63), "7\n", "７"]
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
-from conftest import prepare_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,8 +27,10 @@ from recray.prepare.formats import _Csv
 from recray.prepare.prepare import find_input, inspect
 from recray.prepare.times import MAX_US, OUTSIDE, SEEN, UNITS, TimeRule, see_unit, whole_us
 from recray.state import collect as collecting
-from recray.state.log import Entry, key_of, open_log
+from recray.state.log import Entry, key_of
+from recray.state.store import open_log
 from recray.storage import Storage
+from recray.testing.published import prepare_here
 
 T, DAY = 1_709_251_200, 86_400  # 2024-03-01
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recray.benchmark.nights import untrained
 from recray.bundle import LATER, Bundle, latest_bundle, settings_key
 from recray.errors import DamagedArtifactError, DataError, TrainingError
 from recray.inference import Predictor
+from recray.testing.published import untrained_bundle
 from recray.training.batches import TrainingBatches
 from recray.training.trainer import bundle_settings, train_key
 from recray.training.worker import build_loop, last_checkpoint, load_checkpoint, save_checkpoint
@@ -50,8 +50,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(world_settings, world_dataset, 
 
 def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
     chosen, key = bundle_settings(world_settings), train_key(world_settings, world_dataset)
-    bundle = untrained(world_settings, world_dataset, tmp_path / "bundles" / key, key)
-    again = untrained(world_settings, world_dataset, tmp_path / "again" / key, key)
+    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "bundles" / key, key)
+    again = untrained_bundle(world_settings, world_dataset, tmp_path / "again" / key, key)
     assert bundle.digest == again.digest
     predictor = Predictor.load(bundle.path)
     shard = world_dataset.shard(0)
@@ -73,7 +73,7 @@ def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
 
 
 def test_a_bundle_from_before_a_part_came_is_the_same_model_and_a_foreign_one_is_refused(world_settings, world_dataset, tmp_path):
-    bundle = untrained(world_settings, world_dataset, tmp_path / "b", "b")
+    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
     whole = bundle.model().state_dict()
     older = {name: tensor for name, tensor in whole.items() if not name.endswith(LATER)}
     assert len(older) < len(whole)

@@ -11,7 +11,8 @@ from recray.model.controls import Controls
 from recray.model.dropout import Dropout
 from recray.model.fused import Columns, Embedding, Linear, RMSNorm, swiglu
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
-from recray.model.recommender import FRESHNESS_BUCKETS, PRESETS, Batch, Recommender, Shape, value_bucket
+from recray.model.recommender import FRESHNESS_BUCKETS, Recommender, value_bucket
+from recray.model.shape import PRESETS, Batch, Shape
 
 V, B, T, E = 31, 3, 9, 3
 DAY = 86_400

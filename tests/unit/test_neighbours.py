@@ -18,17 +18,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here
 
 import recray.scoring.score as scoring
 import recray.training.trainer as trainer
 from recray import cluster, stages
 from recray.config import load_settings
 from recray.dataset.reader import Dataset, nothing_learned_of
-from recray.dataset.worlds import World
 from recray.privacy.noise import GridNoise
 from recray.stages import night
 from recray.storage import Storage
+from recray.testing.published import prepare_here
+from recray.testing.synthetic import SyntheticShop
 from recray.tracking.outbox import Outbox
 from recray.training.worker import build_loop, save_checkpoint
 
@@ -43,7 +43,7 @@ SMALL = (
 
 def of_types(folder: Path) -> tuple[pa.Table, Path, list[str]]:
     """A log whose types of events are nearly as frequent as each other, one of them that of one user alone; and items that nobody met."""
-    World(users=120, items=60, events_per_user=12, seed=5).write(folder)
+    SyntheticShop(users=120, items=60, events_per_user=12, seed=5).write(folder)
     events = pq.read_table(folder / "events")
     random = np.random.default_rng(0)
     kind = np.where(random.random(len(events)) < 0.5, "buy", "view").astype(object)

@@ -5,13 +5,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here, private_overrides, world_overrides
+from conftest import private_overrides, world_overrides
 
-from recray.benchmark.nights import untrained
 from recray.config import ScoreSettings, load_settings
 from recray.dataset.features import encode, joined
 from recray.dataset.popularity import Popularity
 from recray.inference import Predictor, Rules
+from recray.testing.published import prepare_here, untrained_bundle
 
 KINDS = {"category": "categorical", "price": "numeric", "tags": "multi", "title": "text", "image": "vector"}
 
@@ -48,7 +48,7 @@ def test_newcomers_are_scored_by_their_features_and_the_rest_as_before(world_fol
     (tmp_path / "after").mkdir()
     unseen = items.slice(0, 1).set_column(0, "item_id", pa.array(["j-unseen"]))  # nobody met it, so it has no id vector
     settings, before = prepared(world_folder, tmp_path / "before", pa.concat_tables([items, unseen]))
-    bundle = untrained(settings, before, tmp_path / "bundle", "bundle")
+    bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
     twin = unseen.set_column(0, "item_id", pa.array(["z-twin"]))
     bare = pa.table({name: pa.nulls(1, twin[name].type) for name in twin.column_names}).set_column(0, "item_id", pa.array(["z-bare"]))
     _, after = prepared(world_folder, tmp_path / "after", pa.concat_tables([items, unseen, twin, bare]))
@@ -71,7 +71,7 @@ def test_a_private_bundle_has_noised_counts_alone_and_newcomers_count_least(worl
     pq.write_table(items, tmp_path / "items.parquet")
     settings = load_settings(None, [*private_overrides(world_folder, tmp_path), *kinds])
     before = prepare_here(settings)
-    bundle = untrained(settings, before, tmp_path / "bundle", "bundle", {"differential_privacy": True})
+    bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle", {"differential_privacy": True})
     assert "events" in before.items.column_names and "events" not in bundle.items.column_names
     assert len(Popularity.load(bundle.path / "popularity.parquet", before.n_items).count) == 0
     twin = items.slice(0, 1).set_column(0, "item_id", pa.array(["z-twin"]))
@@ -99,7 +99,7 @@ def test_the_dial_lifts_what_is_known_by_features_alone(world_folder, items, tmp
     unseen = pa.concat_tables([items.slice(0, 1).set_column(0, "item_id", pa.array([name])) for name in ("j-known", "j-bare")])
     bare = pa.table({name: pa.nulls(1, unseen[name].type) for name in unseen.column_names}).set_column(0, "item_id", pa.array(["j-bare"]))
     settings, dataset = prepared(world_folder, tmp_path, pa.concat_tables([items, unseen.slice(0, 1), bare]))
-    predictor = Predictor.load(untrained(settings, dataset, tmp_path / "bundle", "bundle").path)
+    predictor = Predictor.load(untrained_bundle(settings, dataset, tmp_path / "bundle", "bundle").path)
     known, nothing = predictor.index_of(["j-known", "j-bare"])
     assert predictor.unseen[known] and not predictor.unseen[nothing] and not predictor.unseen[0]
     assert not (predictor.unseen & dataset.trained_items()).any()
@@ -112,7 +112,7 @@ def test_items_that_are_gone_are_not_answered(world_folder, items, tmp_path):
     (tmp_path / "before").mkdir()
     (tmp_path / "after").mkdir()
     settings, before = prepared(world_folder, tmp_path / "before", items)
-    bundle = untrained(settings, before, tmp_path / "bundle", "bundle")
+    bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
     _, after = prepared(world_folder, tmp_path / "after", items, "data.min_item_events=20")
     gone = set(before.items["item_id"].to_pylist()) - set(after.items["item_id"].to_pylist())
     assert 3 < len(gone) < len(before.items) - 3
@@ -127,7 +127,7 @@ def test_items_that_are_gone_are_not_answered(world_folder, items, tmp_path):
 def test_a_bundle_without_features_knows_nothing_of_newcomers(world_folder, items, tmp_path):
     (tmp_path / "before").mkdir()
     settings, before = prepared(world_folder, tmp_path / "before", items, "data.features={}")
-    bundle = untrained(settings, before, tmp_path / "bundle", "bundle")
+    bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
     (tmp_path / "after").mkdir()
     extra = pa.concat_tables([items, items.slice(0, 1).set_column(0, "item_id", pa.array(["z"]))])
     _, after = prepared(world_folder, tmp_path / "after", extra)
@@ -140,7 +140,7 @@ def test_what_is_declared_otherwise_now_is_not_taken_for_what_it_was(world_folde
     (tmp_path / "before").mkdir()
     (tmp_path / "after").mkdir()
     settings, before = prepared(world_folder, tmp_path / "before", items)
-    bundle = untrained(settings, before, tmp_path / "bundle", "bundle")
+    bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
     extra = pa.concat_tables([items, items.slice(0, 1).set_column(0, "item_id", pa.array(["z"]))])
     _, same = prepared(world_folder, tmp_path / "after", extra)
     assert bundle.newcomers(same)["item_id"].to_pylist() == ["z"]

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import prepare_here
 
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.dataset.reader import Dataset
-from recray.dataset.worlds import World
 from recray.inference.policy import Policy
 from recray.release import Release
 from recray.serving.api import EventsRequest, RecommendRequest
 from recray.serving.service import Service
 from recray.snapshot.reader import Snapshot
-from recray.state.log import open_log
+from recray.state.store import open_log
 from recray.storage import Storage
+from recray.testing.published import prepare_here
+from recray.testing.synthetic import SyntheticShop
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 
@@ -70,7 +70,7 @@ def test_the_log_of_events_goes_on(workspace, settings):
 
 
 def test_what_was_collected_is_read(workspace, tmp_path):
-    World(users=40, items=30, events_per_user=8, seed=1).write(tmp_path / "world")
+    SyntheticShop(users=40, items=30, events_per_user=8, seed=1).write(tmp_path / "world")
     data = [f"data.events=[{tmp_path / 'world' / 'events'}]", f"data.items={tmp_path / 'world' / 'items.parquet'}"]
     old = Dataset.open(workspace.dataset("a6e697f6d31ca8c2"))
     new = prepare_here(load_settings(WRITTEN / "settings.yaml", [*data, f"storage.root={workspace.root}"]))

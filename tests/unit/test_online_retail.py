@@ -5,12 +5,12 @@ from importlib import resources
 
 import numpy as np
 import pytest
-from conftest import prepare_here
 
 from recray.config import load_settings
 from recray.evaluation.baselines import baselines
 from recray.evaluation.evaluate import Judge
 from recray.evaluation.protocol import Questions
+from recray.testing.published import prepare_here
 
 # HR@10, NDCG@10, recall@10 printed by the reference implementation of the protocol (developer notes)
 REPEATS = {

@@ -6,7 +6,7 @@ import pytest
 
 from policies import ope
 from policies.rewards import Planted, clicks
-from recray.inference.policy import explore, log_density
+from recray.inference.modulation import explore, log_density
 
 pytestmark = pytest.mark.second
 

@@ -12,7 +12,8 @@ from recray.dataset.reader import History
 from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
 from recray.evaluation.protocol import Question
 from recray.inference import Predictor
-from recray.inference.policy import LOG_TEMPERATURE, OBSERVED, Frozen, Policy, dials, explore, log_density, observe, popularity_rank, turn
+from recray.inference.modulation import LOG_TEMPERATURE, explore, find_slots, log_density, to_controls
+from recray.inference.policy import OBSERVED, Frozen, Policy, observe, popularity_rank
 
 DAY = 86_400
 
@@ -155,7 +156,7 @@ def test_a_request_alone_is_decided_as_it_is_among_others():
 
 @pytest.fixture(scope="module")
 def predictor(world_settings, world_dataset, tmp_path_factory):
-    from recray.benchmark.nights import publish_untrained
+    from recray.testing.published import publish_untrained
 
     storage = publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("policy"))
     return Predictor.load(storage.bundle("untrained"), dataset=world_dataset)
@@ -164,12 +165,12 @@ def predictor(world_settings, world_dataset, tmp_path_factory):
 def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_dataset):
     model, kinds = predictor.model, predictor.event_types
     names = ["temperature", "temperature.1", "recency", f"event.{kinds[0]}", "weight.id", "weight.brand"]
-    chosen = dials(names, model, kinds)
+    chosen = find_slots(names, model, kinds)
     users = [world_dataset.user_history(user) for user in range(8)]
     histories = [predictor.translation(world_dataset).history(one) for one in users]
 
     def scores(action):
-        turned = turn(np.repeat(np.array([action]), len(users), 0), chosen, model, kinds)
+        turned = to_controls(np.repeat(np.array([action]), len(users), 0), chosen, model, kinds)
         items = [np.arange(1, predictor.n_items + 1)] * len(users)
         return np.stack(predictor.score(histories, items, now=world_dataset.now_s, controls=turned))
 
@@ -179,17 +180,17 @@ def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_datas
         action = np.zeros(len(names))
         action[place] = 1.0
         assert np.abs(scores(action) - plain).max() > 1e-6, names[place]
-    turned = turn(np.array([[1.0, -1.0, 0, 0, 0, 0]]), chosen, model, kinds)
+    turned = to_controls(np.array([[1.0, -1.0, 0, 0, 0, 0]]), chosen, model, kinds)
     assert turned.log_temperature.tolist() == [[pytest.approx(LOG_TEMPERATURE), pytest.approx(0.0, abs=1e-6)]]
     with pytest.raises(SettingsError, match=r"(?s)policy.actions: event.none.*known: temperature"):
-        dials(["event.none"], model, kinds)
+        find_slots(["event.none"], model, kinds)
 
 
 def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predictor, world_dataset):
-    chosen = dials(["temperature", "recency"], predictor.model, predictor.event_types)
+    chosen = find_slots(["temperature", "recency"], predictor.model, predictor.event_types)
     histories = [predictor.translation(world_dataset).history(world_dataset.user_history(user)) for user in range(6)]
     actions = np.random.default_rng(0).uniform(-1, 1, (6, 2))
-    steer = lambda rows: turn(rows, chosen, predictor.model, predictor.event_types)  # noqa: E731
+    steer = lambda rows: to_controls(rows, chosen, predictor.model, predictor.event_types)  # noqa: E731
     together = predictor.recommend(histories, 10, now=world_dataset.now_s, controls=steer(actions))
     for row, one in enumerate(histories):
         alone = predictor.recommend([one], 10, now=world_dataset.now_s, controls=steer(actions[row : row + 1]))

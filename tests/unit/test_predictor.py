@@ -9,7 +9,8 @@ from recray.errors import RequestError
 from recray.inference import Filters, Predictor, Rules
 from recray.inference.topk import top_k
 from recray.model.controls import Controls
-from recray.model.recommender import Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import Shape
 
 V, DAY = 40, 86_400
 NOW = 300 * DAY

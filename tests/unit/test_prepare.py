@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 
 from recray.config import load_settings
 from recray.dataset.reader import Dataset, bucket_of
@@ -14,6 +14,7 @@ from recray.prepare.files import _below
 from recray.prepare.partition import LIVE_POSITION
 from recray.prepare.prepare import one_by_one, prepare, prepare_key
 from recray.prepare.split import quantile
+from recray.testing.published import prepare_here
 
 
 def table(rows, **types):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from recray.errors import SettingsError
 from recray.model.losses import Targets
-from recray.model.recommender import PRESETS, Batch, Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import PRESETS, Batch, Shape
 from recray.privacy.engine import PrivateStep
 from recray.privacy.norms import layer_norms
 

@@ -11,20 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from conftest import prepare_here, private_overrides
+from conftest import private_overrides
 
-from recray.benchmark.nights import untrained
 from recray.config import load_settings
 from recray.dataset.reader import History
 from recray.errors import DataError, RefusedError, SettingsError
 from recray.evaluation.protocol import Questions
 from recray.inference import Predictor
-from recray.model.recommender import PRESETS, Recommender, Shape
+from recray.model.recommender import Recommender
+from recray.model.shape import PRESETS, Shape
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of, sigma_for
 from recray.privacy.counts import log_counts, weighted_counts
 from recray.privacy.engine import PrivateStep
 from recray.privacy.ledger import Ledger
 from recray.privacy.sampling import PoissonUsers
+from recray.testing.published import prepare_here, untrained_bundle
 from recray.training.batches import TrainingBatches, users_estimated
 from recray.training.trainer import _reserve, bundle_settings, mechanism_for
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
@@ -250,10 +251,10 @@ def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_
 def test_a_ledger_that_does_not_know_a_private_bundle_is_refused(world_folder, tmp_path, dataset):
     settings = private_settings(world_folder, tmp_path)
     said = {"differential_privacy": True, "population": "others"}
-    untrained(settings, dataset, tmp_path / "bundles" / "other", "other", said)
+    untrained_bundle(settings, dataset, tmp_path / "bundles" / "other", "other", said)
     mechanism = mechanism_for(settings, dataset)
     assert _reserve(settings, "first", dataset, mechanism, None)["run_key"] == "first", "of other users, as one without privacy"
-    untrained(settings, dataset, tmp_path / "bundles" / "mine", "mine", {**said, "population": settings.privacy.population})
+    untrained_bundle(settings, dataset, tmp_path / "bundles" / "mine", "mine", {**said, "population": settings.privacy.population})
     with pytest.raises(RefusedError, match="does not know bundle mine"):
         _reserve(settings, "second", dataset, mechanism, None)
     assert [run.run_key for run in Ledger.read(settings.ledger_url(), settings.privacy.population).runs()] == ["first"]

@@ -7,13 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 
 from recray import promotion
-from recray.benchmark.nights import untrained
 from recray.bundle import Bundle
 from recray.config import load_settings
-from recray.dataset.worlds import World
 from recray.errors import DamagedArtifactError, MissingArtifactError, RefusedError
 from recray.evaluation import gates, report
 from recray.evaluation.evaluate import evaluate, evaluate_key
@@ -22,6 +20,8 @@ from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
 from recray.storage import Storage, write_json
+from recray.testing.published import prepare_here, untrained_bundle
+from recray.testing.synthetic import SyntheticShop
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def shop(tmp_path_factory, world_folder):
     dataset, storage, bundles = prepare_here(settings), Storage(root), []
     for seed in range(3):
         other = load_settings(None, [*overrides, f"train.seed={seed}"])
-        bundles.append(untrained(other, dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
+        bundles.append(untrained_bundle(other, dataset, storage.bundle(f"b{seed}"), f"b{seed}"))
     return settings, storage, dataset, bundles
 
 
@@ -125,11 +125,11 @@ def test_a_release_that_points_nowhere_or_at_something_else_is_named(fresh):
 
 def test_a_bundle_of_other_data_is_refused(fresh, tmp_path):
     settings, _, dataset, (bundle, *_) = fresh
-    World(users=100, items=60, events_per_user=15, seed=9).write(tmp_path / "other")
+    SyntheticShop(users=100, items=60, events_per_user=15, seed=9).write(tmp_path / "other")
     other = load_settings(None, world_overrides(tmp_path / "other", tmp_path / "root"))
     check = gates.of_this_data(prepare_here(other), bundle, tmp_path / "gone")
     assert check.passed, "the same names: only what is not shared can tell data apart"
-    renamed = World(users=100, items=60, events_per_user=15, seed=9)
+    renamed = SyntheticShop(users=100, items=60, events_per_user=15, seed=9)
     renamed.write(tmp_path / "renamed")
     import pyarrow as pa
     import pyarrow.parquet as pq

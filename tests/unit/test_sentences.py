@@ -2,7 +2,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import prepare_here
 
 from recray.config import load_settings
 from recray.dataset.features import encode
@@ -10,6 +9,7 @@ from recray.errors import SettingsError
 from recray.prepare import sentences
 from recray.prepare.prepare import inspect, prepare_key
 from recray.storage import Storage
+from recray.testing.published import prepare_here
 
 PLOTS = [
     "A heist on a space station",

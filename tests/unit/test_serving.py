@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here, world_overrides
+from conftest import world_overrides
 from pydantic import ValidationError
 
-from recray.benchmark.nights import publish_untrained, untrained
 from recray.config import ScoreSettings, load_settings
 from recray.dataset.reader import bucket_of
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError, SettingsError
@@ -27,6 +26,7 @@ from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import write_part
 from recray.storage import Storage
+from recray.testing.published import prepare_here, publish_untrained, untrained_bundle
 
 K = 20  # score.k of the world
 NO_RULES = ScoreSettings().rules()
@@ -188,7 +188,7 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
     overrides = [*world_overrides(world_folder, tmp_path), f"data.events={tmp_path / 'e.parquet'}", "data.min_item_events=2"]
     settings = load_settings(None, overrides)
     data = prepare_here(settings)
-    bundle = untrained(settings, data, tmp_path / "b", "b")
+    bundle = untrained_bundle(settings, data, tmp_path / "b", "b")
     shared = {"policy": None, "bundle": str(bundle.path), "dataset": str(data.path), "batch_users": 64, "threads": 1, "rules": NO_RULES}
     bucket = int(bucket_of([999], data.n_shards)[0])
     part = ScoreBucket(**shared, folder=str(tmp_path), k=5, new_only=False)({"item": bucket})
@@ -211,7 +211,7 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
 
 
 def test_a_night_in_half_the_bits_is_nearly_the_same(world_settings, world_dataset, tmp_path):
-    bundle = untrained(world_settings, world_dataset, tmp_path / "b", "b")
+    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
     shared = {"policy": None, "bundle": str(bundle.path), "dataset": str(world_dataset.path), "batch_users": 64, "threads": 1, "rules": NO_RULES}
     nights = []
     for precision in ("float32", "bfloat16"):

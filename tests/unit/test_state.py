@@ -10,8 +10,9 @@ import pytest
 from harness import DEADLINE_S, wait_for
 
 from recray.errors import SettingsError, StateError
-from recray.state.log import RECENT, Entry, open_log
+from recray.state.log import RECENT, Entry
 from recray.state.sqlite import SqliteLog
+from recray.state.store import open_log
 from recray.state.writer import PATIENT, Writer
 
 

@@ -14,7 +14,6 @@ import torch
 
 from policies.logs import Logged, checked
 from recray import pipeline, promotion, stages
-from recray.benchmark.nights import each_bucket, publish_untrained
 from recray.bundle import Bundle
 from recray.config import PolicySettings, ServeSettings
 from recray.dataset.reader import Dataset
@@ -31,6 +30,7 @@ from recray.serving.query import resolve_query
 from recray.serving.service import Service, describe
 from recray.serving.state import ServingState
 from recray.state.log import Entry
+from recray.testing.published import publish_untrained, score_buckets
 
 ACTIONS = ("temperature", "recency")
 
@@ -42,6 +42,12 @@ def steady(predictor, histories, now, digest, value):
     seen = np.stack([predictor.observe(history, now, known) for history, known in told])
     weights = {"weight_0": torch.zeros(2, len(OBSERVED)), "bias_0": torch.tensor(value)}
     return Policy(ACTIONS, Frozen.of(seen), weights, digest, {"promoted": True, "reason": ""})
+
+
+def decided_by(storage, bundle, policy, predictor, histories, now):
+    """The controls that a policy decides for some histories, as a nightly run makes them, without what it saw of the users."""
+    observed = predictor.observe_all(histories, now, np.full((len(histories), 2), np.nan))
+    return Policy.load(storage.policy(policy), bundle.digest).controls(observed, predictor.model, predictor.event_types)
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +89,18 @@ def logged(handler):
 
 def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, world_settings, world_dataset):
     storage, bundle, plain, histories, *_ = shop
-    write_night(storage, "steered", Dataset.open(storage.dataset(world_dataset.key)), By(bundle, "p"), world_settings.score, each_bucket)
+    write_night(storage, "steered", Dataset.open(storage.dataset(world_dataset.key)), By(bundle, "p"), world_settings.score, score_buckets)
     promotion.release_policy(storage, bundle, "p", 1.0)
     night = ServingState.load(storage)
     assert night.policy == "p" and night.name == "untrained+p" and describe(Deployment(night)).policy == "p"
-    decided = Predictor.load(bundle.path, storage.policy("p"), dataset=world_dataset)
     now = world_dataset.now_s
-    expected = decided.recommend(histories[:50], 5, now=now)
-    turned = plain.recommend(histories[:50], 5, now=now, controls=plain.turned([{"temperature": 0.9, "recency": -0.8}] * 50))
+    expected = plain.recommend(histories[:50], 5, now=now, controls=decided_by(storage, bundle, "p", plain, histories[:50], now))
+    turned = plain.recommend(histories[:50], 5, now=now, controls=plain.controls_of([{"temperature": 0.9, "recency": -0.8}] * 50))
     assert np.array_equal(expected.item_index, turned.item_index)
     assert not np.array_equal(expected.scores, plain.recommend(histories[:50], 5, now=now).scores)
     handler = made(storage, world_settings)
     for user in range(50):
-        ids = decided.ids_of(expected.item_index[user])
+        ids = plain.ids_of(expected.item_index[user])
         listed, live = ask(handler, user), ask(handler, user, mode="realtime")
         assert (listed.source, live.source) == ("snapshot", "realtime")
         assert [item.item_id for item in listed.items] == [item.item_id for item in live.items] == ids
@@ -113,7 +118,7 @@ def test_nightly_lists_and_live_answers_are_what_the_policy_decides(shop, root, 
 def test_before_a_model_was_promoted_the_popular_list_answers_whatever_is_asked(shop, root, world_settings):
     storage, bundle, plain, histories, *_ = shop
     dataset = Dataset.open(storage.dataset(bundle.manifest["dataset"]))
-    write_night(storage, "meanwhile", dataset, By(bundle, popular_only=True), world_settings.score, each_bucket)
+    write_night(storage, "meanwhile", dataset, By(bundle, popular_only=True), world_settings.score, score_buckets)
     handler = made(storage, world_settings, sigma=0.5, explore=1.0)
     popular = [item.item_id for item in ask(handler, None).items]
     item = plain.ids_of(histories[7].item_index[-1:])[0]
@@ -245,11 +250,11 @@ def test_what_is_bounded_turns_less_also_where_it_explores(shop, root, world_set
     handler = made(storage, world_settings)
     answer = ask(handler, 7, mode="realtime")
     assert answer.controls == pytest.approx({"temperature": 0.45, "recency": -0.4})
-    halved = {"controls": plain.turned([{"temperature": 0.45, "recency": -0.4}]), "now": world_dataset.now_s}
+    halved = {"controls": plain.controls_of([{"temperature": 0.45, "recency": -0.4}]), "now": world_dataset.now_s}
     expected = plain.recommend(histories[7:8], 5, **halved).scores[0].tolist()
     assert [item.score for item in answer.items] == pytest.approx(expected, rel=1e-5)
-    night = Predictor.load(bundle.path, storage.policy("half"), dataset=world_dataset)
-    np.testing.assert_allclose(night.recommend(histories[7:8], 5, now=world_dataset.now_s).scores[0], expected, rtol=1e-5)
+    nightly = decided_by(storage, bundle, "half", plain, histories[7:8], world_dataset.now_s)
+    np.testing.assert_allclose(plain.recommend(histories[7:8], 5, now=world_dataset.now_s, controls=nightly).scores[0], expected, rtol=1e-5)
     handler.close()
     explores = made(storage, world_settings, sigma=2.0, explore=1.0)
     told = [ask(explores, user).controls["temperature"] for user in range(100)]
@@ -314,11 +319,11 @@ def test_where_too_many_ask_lists_of_before_the_policy_answer(shop, root, world_
 def test_a_rollback_that_was_stopped_before_it_scored_takes_nothing_more_away(shop, root, world_settings, world_dataset):
     storage, bundle, *_ = shop
     dataset = Dataset.open(storage.dataset(world_dataset.key))
-    write_night(storage, "steered again", dataset, By(bundle, "p"), world_settings.score, each_bucket)
+    write_night(storage, "steered again", dataset, By(bundle, "p"), world_settings.score, score_buckets)
     promotion.release_policy(storage, bundle, "p", 1.0)
     assert not pipeline._policy_gone(storage, Release.read(storage))
     assert pipeline._policy_gone(storage, promotion.roll_back(storage))
-    write_night(storage, "plain again", dataset, By(bundle), world_settings.score, each_bucket)
+    write_night(storage, "plain again", dataset, By(bundle), world_settings.score, score_buckets)
     assert not pipeline._policy_gone(storage, Release.read(storage))
 
 

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from recray.benchmark import cuts, utility
 from recray.benchmark.quality import ranks_of
 from recray.benchmark.vanilla_peer import Vanilla
-from recray.dataset.worlds import World
+from recray.testing.synthetic import SyntheticShop
 from recray.training.batches import TrainingBatches
 from recray.training.worker import build_loop
 
@@ -19,7 +19,7 @@ from recray.training.worker import build_loop
 @pytest.fixture(scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utility, "SPECIFICATION", World(users=300, items=60, events_per_user=12.0, repeat=0.0, seed=3))
+        patch.setattr(utility, "SPECIFICATION", SyntheticShop(users=300, items=60, events_per_user=12.0, repeat=0.0, seed=3))
         rest = ("privacy.delta=1e-4", "privacy.sampling_rate=1.0", "privacy.steps=4", "train.epochs=1")
         patch.setitem(utility.OF_DATA, "world", ("model.history=10", "split.held_out=0.3", *rest))
         patch.setattr(utility, "LEARNING_RATES", (1e-3, 1e-2))

@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import prepare_here
 
 from recray import pipeline
 from recray.config import load_settings
 from recray.errors import RecrayError
 from recray.prepare import rehearse
+from recray.testing.published import prepare_here
 
 T, DAY = 1_709_251_200, 86_400
 

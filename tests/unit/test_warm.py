@@ -4,9 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import prepare_here, private_overrides, world_overrides
+from conftest import private_overrides, world_overrides
 
-from recray.benchmark.nights import untrained
 from recray.bundle import write_bundle
 from recray.config import load_settings
 from recray.errors import SettingsError
@@ -14,6 +13,7 @@ from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
 from recray.storage import Storage
+from recray.testing.published import prepare_here, untrained_bundle
 from recray.training.trainer import _origin, bundle_settings, parent_of, train_key
 from recray.training.worker import build_loop, shape_of
 
@@ -62,7 +62,7 @@ def test_the_parent_is_the_champion_of_before_also_when_the_night_is_repeated(wo
     before, after = prepare_here(settings, EARLY), prepare_here(settings)
     assert parent_of(settings, after) is None
     anew = train_key(settings, after)
-    yesterday = untrained(settings, before, storage.bundle("yesterday"), "yesterday")
+    yesterday = untrained_bundle(settings, before, storage.bundle("yesterday"), "yesterday")
     Release(champion=Member.of(yesterday)).write(storage)
     assert parent_of(settings, after).key == "yesterday"
     assert parent_of(settings, before) is None, "a champion of the same night"
@@ -101,7 +101,7 @@ def test_where_no_time_is_known_a_night_is_another_by_its_data(world_folder, tmp
     (first, before), (second, after) = nights
     assert before.clock == "position" and before.as_of_s == after.as_of_s and before.digest != after.digest
     storage = Storage(first.root())
-    champion = untrained(first, before, storage.bundle("before"), "before")
+    champion = untrained_bundle(first, before, storage.bundle("before"), "before")
     Release(champion=Member.of(champion)).write(storage)
     assert parent_of(first, before) is None, "its own night's"
     assert parent_of(second, after).key == "before"
@@ -124,7 +124,7 @@ def test_a_private_training_begins_with_what_is_private_or_public_alone(world_fo
     statements = {"public": None, "other": {"differential_privacy": True, "population": "others"}}
     statements["mine"] = {"differential_privacy": True, "population": private.privacy.population}
     statements["unaccounted"] = statements["mine"]
-    bundles = {name: untrained(private, before, storage.bundle(name), name, said) for name, said in statements.items()}
+    bundles = {name: untrained_bundle(private, before, storage.bundle(name), name, said) for name, said in statements.items()}
     mechanism = Mechanism(1.0, 0.2, 12, 1.0, 1e-4, 200)
     ledger = Ledger.open(private.ledger_url(), private.privacy.population)
     ledger.reserve("mine", mechanism, None, 0)
@@ -142,9 +142,9 @@ def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tm
     private = load_settings(None, [*private_overrides(world_folder, tmp_path / "root"), "data.features={}"])
     plain = private.model_copy(update={"privacy": private.privacy.model_copy(update={"enabled": False})})
     dataset = prepare_here(plain)
-    public = untrained(plain, dataset, tmp_path / "public", "public")
-    other = untrained(plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"})
-    within = untrained(plain, dataset, Storage(plain.root()).bundle("within"), "within")
+    public = untrained_bundle(plain, dataset, tmp_path / "public", "public")
+    other = untrained_bundle(plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"})
+    within = untrained_bundle(plain, dataset, Storage(plain.root()).bundle("within"), "within")
 
     def begin(bundle, *more):
         asked = [*private_overrides(world_folder, tmp_path / "root"), f"privacy.public_start={bundle.path}", "privacy.counts_share=0", *more]

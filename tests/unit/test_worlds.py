@@ -1,11 +1,11 @@
 import numpy as np
 import pyarrow as pa
 
-from recray.dataset.worlds import World
+from recray.testing.synthetic import SyntheticShop
 
 
 def events(**kwargs) -> pa.Table:
-    return pa.concat_tables(World(**{"users": 400, "items": 200, "seed": 3, **kwargs}).event_tables())
+    return pa.concat_tables(SyntheticShop(**{"users": 400, "items": 200, "seed": 3, **kwargs}).event_tables())
 
 
 def test_the_same_seed_gives_the_same_world():
@@ -17,12 +17,12 @@ def test_sizes_and_types():
     table = events(users=2000, events_per_user=20)
     assert len(table) / 2000 == np.clip(len(table) / 2000, 18, 22)
     assert set(table["event"].unique().to_pylist()) == {"view", "cart", "purchase"}
-    assert World(users=10, items=5).social_table().num_rows == 30
+    assert SyntheticShop(users=10, items=5).social_table().num_rows == 30
 
 
 def test_taste_can_be_learned_and_noise_hides_it():
     def concentration(**kwargs):
-        world = World(users=400, items=200, seed=3, repeat=0.0, **kwargs)
+        world = SyntheticShop(users=400, items=200, seed=3, repeat=0.0, **kwargs)
         table = pa.concat_tables(world.event_tables())
         kind = world._categories()[[int(item[1:]) for item in table["item_id"].to_pylist()]]
         user = table["user_id"].to_numpy()

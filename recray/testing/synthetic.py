@@ -1,4 +1,4 @@
-"""Synthetic worlds: event logs of any size from a seed, for tests and for scale.
+"""Synthetic data: event logs of any size from a seed, for tests and for scale.
 
 Users have tastes that drift; items have a vector, a category, a brand, a price and a popularity; what a user meets
 follows taste, popularity and friends, and some of it is noise. The same seed and size always give the same rows.
@@ -20,7 +20,7 @@ _CHUNK_USERS = 20_000
 
 
 @dataclass(frozen=True)
-class World:
+class SyntheticShop:
     """Specification of a world.
 
     Parameters
@@ -136,7 +136,7 @@ class World:
 
 
 @dataclass(frozen=True)
-class News:
+class SyntheticNews:
     """Specification of a news site: articles live for days, are read by topic, freshness and quality, and most of tomorrow's
     reads are of articles that nobody has read yet.
 
@@ -232,10 +232,10 @@ def _word(number: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m recray.dataset.worlds news FOLDER` writes a news site of standard size."""
+    """`python -m recray.testing.synthetic news FOLDER` writes a news site of standard size."""
     if len(arguments) != 2 or arguments[0] != "news":
-        raise SystemExit("usage: python -m recray.dataset.worlds news FOLDER")
-    News().write(Path(arguments[1]))
+        raise SystemExit("usage: python -m recray.testing.synthetic news FOLDER")
+    SyntheticNews().write(Path(arguments[1]))
 
 
 if __name__ == "__main__":

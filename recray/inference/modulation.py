@@ -1,0 +1,86 @@
+"""How an action modulates the attention: the controls by name, and the densities of actions that explore. An action lies in [-1, 1]^K; all zeros
+is the trained model exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import log_ndtr, ndtr, ndtri
+
+from recray.errors import SettingsError
+from recray.model.controls import Controls
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recray.model.recommender import Recommender
+
+LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
+
+
+class Slot(NamedTuple):
+    """Where a control lies: field of `Controls`, column of it (None: all), and what an action of one adds there."""
+
+    field: int
+    column: int | None
+    scale: float
+
+
+def find_slots(names: Sequence[str], model: Recommender, event_types: Sequence[str]) -> list[Slot]:
+    """The slot of each control.
+
+    Names: `temperature` (all heads) or `temperature.HEAD`, `recency`, `event.TYPE`, `weight.MODALITY` (`id` or a feature column, of the
+    history's items).
+    Raises SettingsError for a name that the model does not have.
+    """
+    modalities = ["id", *model.items.names][: model.items.modalities]
+    known = {"temperature": Slot(0, None, LOG_TEMPERATURE), "recency": Slot(2, None, RECENCY_SLOPE)}
+    known |= {f"temperature.{head}": Slot(0, head, LOG_TEMPERATURE) for head in range(model.shape.heads)}
+    known |= {f"event.{name}": Slot(1, column, EVENT_BIAS) for column, name in enumerate(event_types)}
+    known |= {f"weight.{name}": Slot(3, column, LOG_WEIGHT) for column, name in enumerate(modalities)}
+    if unknown := [name for name in names if name not in known]:
+        raise SettingsError(f"policy.actions: {', '.join(unknown)}", f"known: {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def to_controls(action_BK: np.ndarray | Tensor, slots: Sequence[Slot], model: Recommender, event_types: Sequence[str]) -> Controls:
+    """Actions as the model takes them, with their gradient if they have one."""
+    controls = Controls.zeros(len(action_BK), model.shape.heads, len(event_types), model.items.modalities)
+    used = set()
+    for (field, column, scale), values in zip(slots, torch.as_tensor(action_BK).float().T, strict=True):
+        tensor = controls[field]
+        assert tensor is not None
+        used.add(field)
+        if tensor.ndim == 1:
+            tensor += scale * values
+        elif column is None:
+            tensor += scale * values[:, None]
+        else:
+            tensor[:, column] += scale * values
+    return Controls(*(tensor if field in used else None for field, tensor in enumerate(controls)))
+
+
+def explore(mean_NK: np.ndarray, sigma: float | np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Actions around the mean ones, float32 [N, K], drawn from normal distributions that are cut off at -1 and 1, and their log-density [N]."""
+    low, high = ndtr((-1.0 - mean_NK) / sigma), ndtr((1.0 - mean_NK) / sigma)
+    drawn = np.clip(mean_NK + sigma * ndtri(low + random.random(mean_NK.shape) * (high - low)), -1.0, 1.0).astype(np.float32)
+    return drawn, log_density(drawn, mean_NK, sigma)
+
+
+def log_density(action_NK: np.ndarray, mean_NK: np.ndarray, sigma: float | np.ndarray) -> np.ndarray:
+    """Logarithm of the density of actions under the distribution of `explore`, float64 [N]; sigma may be [N, 1].
+
+    The truncated normal distribution (Johnson, Kotz and Balakrishnan 1994, section 13.10): phi((a - m) / s) / (s Z), where Z is the
+    normal mass between -1 and 1.
+    """
+    action, mean = np.asarray(action_NK, np.float64), np.asarray(mean_NK, np.float64)
+    upper = np.abs(mean)  # by symmetry; the tails of a mean above 0 keep their digits
+    low, high = log_ndtr((upper - 1.0) / sigma), log_ndtr((upper + 1.0) / sigma)
+    inside = high + np.log1p(-np.exp(low - high))
+    each = -0.5 * ((action - mean) / sigma) ** 2 - np.log(sigma) - 0.5 * math.log(2 * math.pi) - inside
+    found: np.ndarray = each.sum(-1)
+    return found

@@ -1,0 +1,32 @@
+"""Which event store `serve.state` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recray.errors import SettingsError
+from recray.state.log import Log
+from recray.state.sqlite import SqliteLog
+
+
+def sqlite_file(root: Path) -> Path:
+    """Where the log lies if it is sqlite's."""
+    return root / "state" / "log.sqlite"
+
+
+def open_log(url: str, root: Path, keep_days: float = 0.0) -> Log:
+    """The log of `serve.state`: `sqlite` (under the root) or redis://host:port/database.
+
+    keep_days : how long an `event_id` has to be known at least
+
+    Raises SettingsError for another address, StateError where it cannot be opened or would not keep what it acknowledges.
+    """
+    if url == "sqlite":
+        return SqliteLog(sqlite_file(root))
+    if url.startswith(("redis://", "rediss://", "unix://")):
+        try:
+            from recray.state.redis import RedisLog
+        except ModuleNotFoundError:
+            raise SettingsError("serve.state names a Redis, which needs the package redis", "pip install recray[redis]") from None
+        return RedisLog(url, keep_days)
+    raise SettingsError(f"serve.state: {url!r} is neither sqlite nor redis://host:port/database", "choose one of them")
