@@ -151,4 +151,4 @@ class HeldOut:
 
 
 def _bounded(actions: Sequence[str], bound: float, predictor: Predictor) -> list[Slot]:
-    return [(place, column, bound * scale) for place, column, scale in find_slots(actions, predictor.model, predictor.event_types)]
+    return [slot._replace(scale=bound * slot.scale) for slot in find_slots(actions, predictor.model, predictor.event_types)]
