@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
-import numpy as np
 from scipy.special import ndtri
 
 from recray.state.rewards import Credits, Rewards
@@ -35,7 +35,7 @@ class OutcomeTest:
         self._credits = Credits(rewards)
         self._users: dict[str, tuple[int, float]] = {}  # responses and rewards of each
         self._whose: dict[str, tuple[str, bool]] = {}  # by request: the user, and whether the challenger responded
-        self._sums = {side: np.zeros(5) for side in (True, False)}  # over a variant's users: responses n, rewards y, nn, ny, yy
+        self._sums = {side: [0.0] * 5 for side in (True, False)}  # over a variant's users: responses n, rewards y, nn, ny, yy
 
     def add_response(self, request_id: str, user: str, items: list[Any], *, of_challenger: bool) -> None:
         if user not in self._users:
@@ -54,8 +54,13 @@ class OutcomeTest:
 
     def _add(self, user: str, of_challenger: bool, responses: int, reward: float) -> None:
         n, y = self._users[user]
-        self._users[user] = n + responses, y + reward
-        self._sums[of_challenger] += _products(n + responses, y + reward) - _products(n, y)
+        self._users[user] = more_n, more_y = n + responses, y + reward
+        sums = self._sums[of_challenger]
+        sums[0] += responses
+        sums[1] += reward
+        sums[2] += more_n * more_n - n * n
+        sums[3] += more_n * more_y - n * y
+        sums[4] += more_y * more_y - y * y
 
     def difference(self, level: float) -> tuple[float, float]:
         """The challenger's mean reward a response less the champion's, and how far the truth may be from it.
@@ -65,7 +70,7 @@ class OutcomeTest:
         n = sum(self.users.values())
         if not 0 < self.share < 1 or n < 2:
             return 0.0, math.inf
-        responses, rewards, *_, squared = self._sums[True] + self._sums[False]
+        responses, rewards, *_, squared = (sum(pair) for pair in zip(self._sums[True], self._sums[False], strict=True))
         middle = rewards / responses
         sums = {side: found[1] - middle * found[0] for side, found in self._sums.items()}
         squares = {side: found[4] - 2 * middle * found[3] + middle**2 * found[2] for side, found in self._sums.items()}
@@ -77,7 +82,7 @@ class OutcomeTest:
         inside, planned = n * RHO * RHO + 1.0, PLANNED / p / often  # users by then, who come as often
         bound = math.sqrt(variance * 2.0 * inside / (n * n * RHO * RHO) * math.log(math.sqrt(inside) / level))
         if n <= planned:
-            bound = min(bound, -float(ndtri(level / 4)) * math.sqrt(variance * planned) / n)
+            bound = min(bound, _upper_quantile(level / 4) * math.sqrt(variance * planned) / n)
         return float(mean / often), float(bound / often)
 
     def reason(self) -> str | None:
@@ -93,5 +98,7 @@ class OutcomeTest:
         return self.users[True] >= LEAST_USERS and difference - bound > 0
 
 
-def _products(n: int, y: float) -> np.ndarray:
-    return np.array([n, y, n * n, n * y, y * y])
+@cache
+def _upper_quantile(level: float) -> float:
+    """Of the standard normal distribution."""
+    return -float(ndtri(level))
