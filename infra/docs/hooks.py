@@ -1,0 +1,130 @@
+"""What MkDocs cannot do by itself: the pages that are generated, the README as the first page, and links to files outside of the pages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from recray.cli import _parser
+from recray.config import Settings
+from recray.serving.http import openapi
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LINK = re.compile(r"\]\((\.\.?/[^)#\s]+|[\w.][^)#:\s]*)(#[^)\s]+)?\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    for name, content in {"index": readme(), "configuration": configuration(), "commands": commands(), "rest": rest()}.items():
+        files.append(File.generated(config, f"{name}.md", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put files of the repository that a page links to into the site."""
+
+    def inside(match: re.Match[str]) -> str:
+        target = (Path(config.docs_dir) / page.file.src_uri).parent / match[1]
+        path = target.resolve()
+        if path.is_relative_to(config.docs_dir) or not path.is_file() or not path.is_relative_to(REPOSITORY):
+            return match[0]
+        uri = f"files/{path.relative_to(REPOSITORY).as_posix().replace('.md', '.txt').lstrip('.')}"
+        if files.get_file_from_path(uri) is None:
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
+        return f"]({uri}{match[2] or ''})"
+
+    return LINK.sub(inside, markdown)
+
+
+def readme() -> str:
+    """The README, as a page among the others."""
+    text = (REPOSITORY / "README.md").read_text().replace("](infra/docs/pages/", "](")
+    return re.sub(r"\]\(((?:jobs|recray|\.github|infra)/[^)]+)\)", r"](../../../\1)", text)
+
+
+def configuration() -> str:
+    """All settings by section."""
+    lines = [
+        "# Configuration",
+        "",
+        "A settings file is YAML with these sections. Any setting can be overridden on the command line: `train.epochs=3`.",
+        "",
+    ]
+    for section, field in Settings.model_fields.items():
+        model: Any = field.annotation
+        lines += [f"## {section}", "", "| setting | default | meaning |", "|---|---|---|"]
+        for name, setting in model.model_fields.items():
+            default = json.dumps(setting.get_default(call_default_factory=True), default=str, ensure_ascii=False)
+            lines.append(f"| `{section}.{name}` | `{cell(default)}` | {cell(setting.description or '')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def commands() -> str:
+    """The help of every command."""
+    (group,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    lines = ["# Commands", "", "Every job ends with one JSON line and an exit code; see [operations](operations.md#exit-codes).", ""]
+    for name, command in group.choices.items():
+        command.prog = f"recray {name}"
+        lines += [f"## recray {name}", "", "```text", command.format_help().rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def rest() -> str:
+    """The endpoint's OpenAPI document."""
+    document = json.loads(openapi())
+    schemas = document["components"]["schemas"]
+    lines = ["# REST API", "", "The same as the endpoint's own page `/docs`. Refusals are problem documents (RFC 9457).", ""]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            lines += [f"## {method.upper()} {path}", "", f"**{operation['summary']}.** {operation.get('description', '')}", ""]
+            for title, schema in (("Request", _schema(operation.get("requestBody"))), ("Response", _schema(operation["responses"].get("200")))):
+                if schema is not None:
+                    lines += [f"{title}: {_link(schema)}", ""]
+    lines += ["## Schemas", ""]
+    for name, schema in schemas.items():
+        lines += [f"### {name}", "", cell(schema.get("description", "")), ""]
+        if "properties" in schema:
+            lines += ["| field | type | meaning |", "|---|---|---|"]
+            required = schema.get("required", [])
+            for field, what in schema["properties"].items():
+                kind = cell(_type(what)) + ("" if field in required else ", optional")
+                lines.append(f"| `{field}` | {kind} | {cell(what.get('description', ''))} |")
+            lines.append("")
+        for example in schema.get("examples", []):
+            lines += ["```json", json.dumps(example, indent=2, ensure_ascii=False), "```", ""]
+    return "\n".join(lines)
+
+
+def _schema(content: dict[str, Any] | None) -> dict[str, Any] | None:
+    media = (content or {}).get("content", {}).get("application/json")
+    return None if media is None else media.get("schema")
+
+
+def _link(schema: dict[str, Any]) -> str:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return f"[{name}](#{name.lower()})" if name else _type(schema)
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return _link(schema)
+    if "anyOf" in schema:
+        return " or ".join(_type(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    return str(schema.get("type", "any"))
+
+
+def cell(text: str) -> str:
+    """Of a table: on one line, without what would end it."""
+    return text.replace("|", "\\|").replace("\n", " ").strip()
