@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import html
 import json
 import re
 from pathlib import Path
@@ -12,6 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from recray import errors
 from recray.cli import _parser
 from recray.config import Settings
 from recray.serving.http import openapi
@@ -22,7 +25,13 @@ LINK = re.compile(r"\]\((\.\.?/[^)#\s]+|[\w.][^)#:\s]*)(#[^)\s]+)?\)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    for name, content in {"index": readme(), "configuration": configuration(), "commands": commands(), "rest": rest()}.items():
+    for name, content in {
+        "index": readme(),
+        "configuration": configuration(),
+        "commands": commands(),
+        "rest": rest(),
+        "troubleshooting": troubleshooting(),
+    }.items():
         files.append(File.generated(config, f"{name}.md", content=content))
     return files
 
@@ -101,6 +110,51 @@ def rest() -> str:
         for example in schema.get("examples", []):
             lines += ["```json", json.dumps(example, indent=2, ensure_ascii=False), "```", ""]
     return "\n".join(lines)
+
+
+def troubleshooting() -> str:
+    """Every error that is raised on purpose, with its fix, as the code has them."""
+    lines = [
+        "# Troubleshooting",
+        "",
+        "Every error says what is wrong and how to fix it. Here are all of them, by kind; … stands for a name or a number.",
+        "",
+    ]
+    found: dict[str, set[tuple[str, str]]] = {}
+    for path in sorted((REPOSITORY / "recray").rglob("*.py")):
+        if "benchmark" in path.parts or "testing" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            kind = getattr(errors, name, None)
+            if isinstance(kind, type) and issubclass(kind, errors.RecrayError) and len(node.args) == 2:  # type: ignore[attr-defined]
+                what, fix = (_text(argument) for argument in node.args)  # type: ignore[attr-defined]
+                if what.strip("… ") and fix.strip("… "):
+                    found.setdefault(name, set()).add((what, fix))
+    for name, messages in sorted(found.items()):
+        code = getattr(errors, name).exit_code
+        lines += [
+            f"## {name}",
+            "",
+            f"{(getattr(errors, name).__doc__ or '').splitlines()[0]} Exit code {code}.",
+            "",
+            "| message | fix |",
+            "|---|---|",
+        ]
+        lines += [f"| {cell(html.escape(what))} | {cell(html.escape(fix))} |" for what, fix in sorted(messages)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _text(node: ast.expr) -> str:
+    """Of a string in code; … for what is not known before it runs."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _text(node.left) + _text(node.right)
+    return "…"
 
 
 def _schema(content: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -71,6 +71,8 @@ def test_the_site_builds_without_a_warning_and_has_every_setting_command_and_end
 
     assert all(f"recray {job}" in commands for job in JOBS)
     assert all(path in rest for path in ("/v1/recommend", "/v1/score", "/v1/similar", "/v1/events", "/v1/feedback", "/v1/history", "/v1/models"))
+    messages = (tmp_path / "troubleshooting.html").read_text()
+    assert messages.count("<tr>") > 150 and "another … (…) runs in …" in messages
     assert (tmp_path / "files" / "jobs" / "configs" / "shop.yaml").exists(), "what a page links to is there"
     assert not re.search(r"<(?:script|link)[^>]+(?:src|href)=.https?://", settings), "nothing is loaded from elsewhere"
 
