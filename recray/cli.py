@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recray.config import Settings, load_settings, parse_as_of, render_yaml
+from recray.config import FIRST_SETTINGS, Settings, load_settings, parse_as_of, render_yaml
 from recray.errors import RecrayError, RefusedError, SettingsError
 from recray.version import __version__
 
@@ -43,7 +43,7 @@ JOBS = {
 }
 SUBMITTED = ("collect", "prepare", "train", "evaluate", "promote", "tune", "adapt", "score", "nightly", "rollback", "audit")
 INIT_HEADING = """recray nightly --config {path}
-Every setting with its default. Override any on the command line: train.epochs=3"""
+What to decide first. `recray settings` prints all others with their defaults; override any on the command line: train.epochs=3"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args([argument for argument in arguments if argument not in overrides])
     if overrides:  # for init argparse knows none
         parsed.overrides = [*getattr(parsed, "overrides", []), *overrides]
-    if argv is not None or parsed.job == "init":
+    if argv is not None or parsed.job in ("init", "settings"):
         return _run(parsed)
     from recray.supervise import supervise
 
@@ -71,8 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="recray", description="An attention recommender on Ray: nightly scores and an endpoint.")
     parser.add_argument("--version", action="version", version=f"recray {__version__}")
     commands = parser.add_subparsers(dest="job", required=True, metavar="COMMAND")
-    init = commands.add_parser("init", help="write a settings file in which every default is explained")
+    init = commands.add_parser("init", help="write a settings file with what to decide first")
     init.add_argument("path", nargs="?", default="recray.yaml", help="the file to write (default: recray.yaml)")
+    printed = commands.add_parser("settings", help="print every setting with its value and meaning, as YAML")
+    printed.add_argument("section", nargs="?", choices=list(Settings.model_fields), metavar="SECTION", help=", ".join(Settings.model_fields))
+    printed.add_argument("--config", help="YAML settings whose values are printed; without it the defaults")
+    printed.set_defaults(overrides=[])
     for job, text in JOBS.items():
         command = commands.add_parser(job, help=text, description=text)
         if job == "promote":
@@ -204,6 +208,8 @@ def _run(arguments: argparse.Namespace, tell: Callable[[str], None] = print) -> 
     try:
         if arguments.job == "init":
             return _init(Path(arguments.path))
+        if arguments.job == "settings":
+            return _print_settings(arguments)
         result = _work(arguments, tell)
         tell(result.to_json())
         return int(result.exit_code)
@@ -327,8 +333,16 @@ def _submitted(arguments: argparse.Namespace, reporter: Any) -> Any:
 def _init(path: Path) -> int:
     if path.exists():
         raise SettingsError(f"{path} exists", "name another file: recray init other.yaml")
-    path.write_text(render_yaml(Settings(), INIT_HEADING.format(path=path)))
+    path.write_text(render_yaml(Settings(), INIT_HEADING.format(path=path), FIRST_SETTINGS))
     print(f"wrote {path}; next: recray validate --config {path}", file=sys.stderr)
+    return 0
+
+
+def _print_settings(arguments: argparse.Namespace) -> int:
+    settings = load_settings(arguments.config, arguments.overrides)
+    sections = [arguments.section] if arguments.section else list(Settings.model_fields)
+    shown = {section: list(type(getattr(settings, section)).model_fields) for section in sections}
+    print(render_yaml(settings, "Override any on the command line: train.epochs=3", shown), end="")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Settings of recray: typed, frozen and closed, read from YAML plus `section.field=value` overrides.
 
-Owns every default and its explanation; `recray init` and `jobs/configs` are rendered from here. An unknown key, a wrong
+Owns every default and its explanation; `recray init` and `recray settings` render them. An unknown key, a wrong
 type or two fields that cannot both hold are refused as `SettingsError` before any work starts. Fields marked `_place`
 say where or with what a job runs; they leave its result the same and stay out of run keys.
 """
@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 import zoneinfo
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -661,14 +661,28 @@ def _rename(content: dict[str, Any], path: str | Path | None) -> None:
             values[renamed] = values.pop(name)
 
 
-def render_yaml(settings: Settings, heading: str) -> str:
-    """The settings as commented YAML with every field visible, `heading` as its opening comment."""
+FIRST_SETTINGS = {
+    "storage": ("root",),
+    "data": ("events", "items", "columns", "features"),
+    "evaluate": ("primary_setting",),
+    "gates": ("must_beat",),
+    "score": ("k", "new_only"),
+    "serve": ("port", "outcomes"),
+    "tracking": ("uri",),
+}
+"""What a newcomer decides, and `recray init` writes."""
+
+
+def render_yaml(settings: Settings, heading: str, shown: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Settings as commented YAML, `heading` as its opening comment. shown : fields by section; None: all of them"""
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
-    for name in Settings.model_fields:
+    for name in Settings.model_fields if shown is None else shown:
         section = getattr(settings, name)
         lines += ["", f"{name}:"]
         dumped = section.model_dump(mode="json")
         for field_name, field in type(section).model_fields.items():
+            if shown is not None and field_name not in shown[name]:
+                continue
             value = yaml.safe_dump(dumped[field_name], default_flow_style=True, width=10_000).removesuffix("...\n").strip()
             lines.append(f"  {field_name}: {value}  # {field.description}")
     return "\n".join(lines) + "\n"
