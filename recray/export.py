@@ -76,19 +76,19 @@ def _records(storage: Storage, user_id: str, log: Log | None) -> Iterator[dict[s
 
 def _rows(storage: Storage, folder: Path, user_id: str) -> Iterator[dict[str, Any]]:
     """Rows of the Parquet files of a folder that name the user, or a request of the user's."""
-    asked = pa.array([], pa.string())
+    request_ids = pa.array([], pa.string())
     for path in sorted(folder.glob("[!.]*.parquet")):  # decisions before outcomes
         table = pq.read_table(path)
         if USER_ID in table.column_names:
             table = table.filter(pc.equal(table[USER_ID].cast(pa.string()), user_id))
         elif path.name == "outcomes.parquet":
-            table = table.filter(pc.is_in(table["request_id"].cast(pa.string()), value_set=asked))
+            table = table.filter(pc.is_in(table["request_id"].cast(pa.string()), value_set=request_ids))
         elif "line" in table.column_names:
             table = table.filter(pc.match_substring(table["line"], user_id))
         else:
             continue
         if path.name == "decisions.parquet":
-            asked = table["request_id"].cast(pa.string()).combine_chunks()
+            request_ids = table["request_id"].cast(pa.string()).combine_chunks()
         kind = "bad_row" if folder.parent.name == "quarantine" else path.stem.rstrip("s")
         for row in table.to_pylist():
             yield {"where": str(path.relative_to(storage.root)), "kind": kind, **row}
@@ -115,19 +115,19 @@ def _list(storage: Storage, user_id: str) -> Iterator[dict[str, Any]]:
     for path in _newest_first(storage.scores, "dt=*/*", SNAPSHOT):
         scored = Snapshot(path, open_sealed(path, SNAPSHOT, verify=False)).find(user_id)
         if scored is not None:
-            found = {"item_ids": scored.item_ids, "scores": scored.scores, "source": scored.source, "state": scored.state}
-            yield {"where": str(path.relative_to(storage.root)), "kind": "published_list", **found}
+            lists = {"item_ids": scored.item_ids, "scores": scored.scores, "source": scored.source, "state": scored.state}
+            yield {"where": str(path.relative_to(storage.root)), "kind": "published_list", **lists}
             return
 
 
 def _newest_first(folder: Path, pattern: str, kind: str) -> list[Path]:
     """Whole artifacts of a folder by what they know, the newest first."""
-    found = []
+    artifacts = []
     for path in folder.glob(pattern):
         if not path.name.startswith("."):
             with contextlib.suppress(ArtifactError):
-                found.append((open_sealed(path, kind, verify=False)["as_of_s"], path.name, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+                artifacts.append((open_sealed(path, kind, verify=False)["as_of_s"], path.name, path))
+    return [path for *_, path in sorted(artifacts, reverse=True)]
 
 
 def _iso(at_s: float) -> str:

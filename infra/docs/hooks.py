@@ -120,7 +120,7 @@ def troubleshooting() -> str:
         "Every error says what is wrong and how to fix it. Here are all of them, by kind; … stands for a name or a number.",
         "",
     ]
-    found: dict[str, set[tuple[str, str]]] = {}
+    messages: dict[str, set[tuple[str, str]]] = {}
     for path in sorted((REPOSITORY / "recray").rglob("*.py")):
         if "benchmark" in path.parts or "testing" in path.parts:
             continue
@@ -130,8 +130,8 @@ def troubleshooting() -> str:
             if isinstance(kind, type) and issubclass(kind, errors.RecrayError) and len(node.args) == 2:  # type: ignore[attr-defined]
                 what, fix = (_text(argument) for argument in node.args)  # type: ignore[attr-defined]
                 if what.strip("… ") and fix.strip("… "):
-                    found.setdefault(name, set()).add((what, fix))
-    for name, messages in sorted(found.items()):
+                    messages.setdefault(name, set()).add((what, fix))
+    for name, pairs in sorted(messages.items()):
         code = getattr(errors, name).exit_code
         lines += [
             f"## {name}",
@@ -141,7 +141,7 @@ def troubleshooting() -> str:
             "| message | fix |",
             "|---|---|",
         ]
-        lines += [f"| {cell(html.escape(what))} | {cell(html.escape(fix))} |" for what, fix in sorted(messages)]
+        lines += [f"| {cell(html.escape(what))} | {cell(html.escape(fix))} |" for what, fix in sorted(pairs)]
         lines.append("")
     return "\n".join(lines)
 

@@ -98,9 +98,9 @@ class Ranker:
                     finally:
                         model_ms = round(1000 * (time.monotonic() - started), 3)
                     return Ranking(ranked, route.state, model_input, tuple(unavailable), model_ms)
-                found = rank_without_model(source, query, champion)
-                if found is not None:
-                    return Ranking(found, champion, None, tuple(unavailable), model_ms, busy is not None)
+                listed = rank_without_model(source, query, champion)
+                if listed is not None:
+                    return Ranking(listed, champion, None, tuple(unavailable), model_ms, busy is not None)
             except PartUnavailableError as error:
                 unavailable[error.part] = None
             except UnavailableError as error:
