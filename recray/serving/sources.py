@@ -114,7 +114,8 @@ def rank_by_popularity(query: Query, state: ServingState) -> RankedItems:
     """The popularity fallback, without asking the model. Raises RequestError."""
     items: list[tuple[Any, float | None]] = list(state.popular_items)
     if not query.items.is_open:
-        shown = _shown(query, state, [item for item, _ in items])
+        index = state.predictor.index_of([item_id for item_id, _ in items])
+        shown = to_filters(query.items, state).shows(index, _seen_items(query, state))
         items = [pair for pair, is_shown in zip(items, shown.tolist(), strict=True) if is_shown]
     return RankedItems(items[: query.k], "popular")
 
@@ -142,17 +143,12 @@ def _allowed_items(query: Query, state: ServingState, scored: ScoredUser) -> tup
     rule = query.items
     if not (rule.deny or rule.allow is not None or rule.where or (rule.filter_seen and not state.filters_seen)):
         return items, answerable
-    filters = to_filters(rule, state)
-    barred = np.unique(filters.barred(_seen_items(query, state)))
+    filters, seen = to_filters(rule, state), _seen_items(query, state)
+    barred = np.unique(filters.barred(seen))
     barred = barred[barred > 0]
-    shown = _shown(query, state, scored.item_ids)
+    shown = filters.shows(state.predictor.index_of(scored.item_ids), seen)
     allowed = answerable - len(barred) if filters.allow is None else len(np.setdiff1d(filters.allow, barred))
     return [pair for pair, is_shown in zip(items, shown.tolist(), strict=True) if is_shown], allowed
-
-
-def _shown(query: Query, state: ServingState, item_ids: list[Any]) -> np.ndarray:
-    """Which of some items may be shown, bool [n]."""
-    return to_filters(query.items, state).shows(state.predictor.index_of(item_ids), _seen_items(query, state))
 
 
 def _seen_items(query: Query, state: ServingState) -> np.ndarray:
