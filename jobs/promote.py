@@ -1,4 +1,6 @@
-"""Submit: ray job submit -- python -m jobs.promote --config CONFIG [BUNDLE] [--as-of DATE] [section.field=value …]"""
+"""Submit: ray job submit -- python -m jobs.promote --config CONFIG [BUNDLE] [--as-of DATE]
+[section.field=value …]
+"""
 
 import sys
 

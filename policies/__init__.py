@@ -1,4 +1,5 @@
-"""Learned attention policies: rewards, the environment, the learner (RLlib), baselines, off-policy evaluation and the gate.
+"""Learned attention policies: rewards, the environment, the learner (RLlib), baselines, off-policy evaluation
+and promotion criteria.
 
-What is learned here is a `recray.inference.policy.Policy`, which serving evaluates without any of this.
+The result is a `recray.inference.policy.Policy`, which serving evaluates without this package.
 """

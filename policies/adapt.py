@@ -1,8 +1,9 @@
-"""From what answers that explored were worth to the next policy: MARWIL (RLlib) on logged decisions, from the live policy on; or PPO, paid
-what outcomes say by propensity.
+"""The next policy from the rewards of logged decisions that explored: MARWIL (RLlib), starting from the live
+policy; or PPO, with doubly robust estimates as rewards.
 
-A click says little, so MARWIL is not shown the outcomes but what a model of them says of each logged action, learned on other users
-(gradient boosting, cross-fitted). Rounds that the newest one contradicts are left out: the world has changed since.
+A single click is noisy. MARWIL therefore learns from a reward model's prediction for each logged action. The
+model is gradient boosting, cross-fitted, so it was fitted on other users. Rounds that contradict the newest
+one are left out, since user behaviour has changed.
 """
 
 from __future__ import annotations
@@ -19,35 +20,35 @@ import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from policies import gate
-from policies.held_out import HeldOut
-from policies.learner import Ppo, beginning, learn, module_config, plain, restore
-from policies.logs import Aside, Logged, checked, usable
-from policies.rewards import Outcomes
-from policies.tune import TIMED, deciding_share, rules_of
+from policies.held_out import HoldoutRewards
+from policies.learner import Ppo, initialize_state, learn, load_state, make_module_config, to_policy_weights
+from policies.logs import ExclusionCounts, LoggedDecisions, filter_usable, require_usable
+from policies.rewards import DoublyRobustRewards
+from policies.tune import TIMED_QUERIES, measure_decision_share, to_criteria
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.dataset.reader import Dataset, draw_of, nothing_learned_of
+from recray.dataset.reader import Dataset, draw_uniform, is_holdout
 from recray.errors import RefusedError
-from recray.evaluation.gates import Check
-from recray.evaluation.protocol import Question
+from recray.evaluation.criteria import Check
+from recray.evaluation.protocol import EvaluationQuery
 from recray.inference import Predictor, Rules
-from recray.inference.policy import OBSERVED, Frozen, Policy
+from recray.inference.policy import OBSERVED, ObservationNormalizer, Policy
 
 FOLDS = 3
-LEAST = 500  # decisions to learn from that can speak against older ones
-SURE = 2.0  # standard errors
-JUDGES = 1 / 3  # of the users
-LEAST_USERS = 50
-NUMBER = re.compile(r"-?\d{1,18}")
-LISTED = 300  # judges for whom lists are made
+MIN_ROUND_DECISIONS = 500  # decisions to learn from; a smaller round cannot contradict older ones
+STANDARD_ERRORS = 2.0  # of the difference that is a change
+EVALUATION_SHARE = 1 / 3  # of the users
+MIN_USERS = 50
+INTEGER_ID = re.compile(r"-?\d{1,18}")
+MAX_LISTED_USERS = 300  # evaluation users for whom lists are made
 MODULE = "default_policy"
 
 
 @dataclass(frozen=True)
 class Marwil:
-    """How MARWIL learns from a log; beta as in Wang et al. 2018, the others as RLlib names them.
+    """Hyperparameters of MARWIL; `beta` as in Wang et al. 2018, the others by RLlib's names.
 
-    sigma : width of the distribution whose mean is learned, where it begins
+    sigma : initial standard deviation of the distribution whose mean is learned
     """
 
     beta: float = 20.0
@@ -60,219 +61,335 @@ class Marwil:
 
 def adapt(
     settings: Settings,
-    rounds: list[Logged],
-    aside: Aside,
+    rounds: list[LoggedDecisions],
+    excluded: ExclusionCounts,
     dataset: Dataset,
     bundle: Bundle,
     live: Policy | None,
     policies: set[str],
     level: float,
-) -> tuple[Policy, gate.Verdict, Aside]:
-    """The next policy of a bundle from rounds of decisions, the gate's verdict, and how many decisions were set aside, by reason.
+) -> tuple[Policy, gate.Verdict, ExclusionCounts]:
+    """The next policy of a model bundle from rounds of decisions, the verdict of the promotion criteria, and
+    the number of excluded decisions by reason.
 
-    A third of the users, the same in every round, judge; nothing of theirs is ever learned from. They judge by what the live policy
-    decided in the rounds that are learned from: those since the world changed.
+    A third of the users evaluate: the same users in every round, and nothing is learned from their decisions.
+    They evaluate on the decisions of the live policy in the rounds that are learned from.
 
-    rounds, aside : of `policies.logs.read`
-    level : of the gate letting a policy pass that gains nothing
-    dataset : with the histories of the judges, for whom lists are made
-    policies : run keys of those that may have decided, "" for none
-    Raises RefusedError where the newest round can say too little, or where privacy is on and nobody is held out.
+    Raises RefusedError if the newest round is too small, or if privacy is on and there are no holdout users.
+
+    rounds, excluded : of `policies.logs.read_rounds`
+    dataset : with the histories of the evaluation users, for whom lists are made
+    policies : run keys of the policies that may have decided, "" for none
+    level : probability that a policy without a gain passes
     """
     options = settings.policy
     bound = options.bound if live is None else live.bound
-    if live is not None and live.actions != options.actions:
-        what = f"the policy that decides turns {', '.join(live.actions)}, policy.actions says {', '.join(options.actions)}"
-        raise RefusedError(what, "say what it turns, or let recray tune make one for the others")
-    if not rounds:
-        what = "".join(f"; {count} {reason}" for reason, count in aside.items())
-        raise RefusedError(f"no collected decision turned {', '.join(options.actions)}{what}", "explore: policy.sigma=0.3 policy.explore=0.1")
+    _require_controls(options.actions, rounds, excluded, live)
     if settings.privacy.enabled:
-        held_out = _held_out(settings, bundle)
-        told = sum(map(len, rounds))
-        rounds = [found.rows(held_out(found)) for found in rounds]
-        aside["of users who were not held out"] = told - sum(map(len, rounds))
-    sound, also = _sound(rounds, bundle.key, policies)
-    log, judged, left = _since_the_change(sound, live.about["key"] if live else "")
-    aside = +(aside + also + left)
+        is_holdout = _make_holdout_filter(settings, bundle)
+        total = sum(map(len, rounds))
+        rounds = [log.select(is_holdout(log)) for log in rounds]
+        excluded["of users outside the holdout"] = total - sum(map(len, rounds))
+
+    usable, unusable = _merge_usable_rounds(rounds, bundle.key, policies)
+    log, evaluation_log, outdated = _split_recent_rounds(usable, live.about["key"] if live else "")
+    excluded = +(excluded + unusable + outdated)
     policy = LEARNERS[options.learner](log, live, settings, bundle.digest)
     policy.about["bound"] = bound
-    diversity, latency, listed = _lists(settings, dataset, bundle, policy, judged)
-    verdict = gate.judge(judged, policy, replace(rules_of(settings), level=level), diversity=diversity, latency=latency)
-    if listed < LEAST_USERS:
-        text = f"the dataset knows {listed} of the judges, {LEAST_USERS} are needed to see how varied their lists are and what they take"
+
+    diversity, latency, listed = _measure_lists(settings, dataset, bundle, policy, evaluation_log)
+    verdict = gate.judge(
+        evaluation_log,
+        policy,
+        replace(to_criteria(settings), level=level),
+        diversity=diversity,
+        latency=latency,
+    )
+    if listed < MIN_USERS:
+        text = (
+            f"the dataset has {listed} of the evaluation users, {MIN_USERS} are needed to measure the "
+            "diversity and the latency of their lists"
+        )
         verdict = replace(verdict, checks=[*verdict.checks, Check("lists", passed=False, text=text)])
-    policy.about |= {"bundle": bundle.key, "promoted": verdict.passed, "reason": verdict.reason, "set_aside": aside}
+    policy.about |= {
+        "bundle": bundle.key,
+        "promoted": verdict.passed,
+        "reason": verdict.reason,
+        "set_aside": excluded,
+    }
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
-    return policy, verdict, aside
+    return policy, verdict, excluded
 
 
-def _sound(rounds: Sequence[Logged], bundle: str, policies: set[str]) -> tuple[list[Logged], Aside]:
-    """What can be used of the rounds, the newest last, small ones together, and what cannot. Raises RefusedError where the newest says nothing."""
-    found = [usable(one, bundle, policies) for one in rounds]
-    parts = _together([int((~_judges(one)).sum()) for one, _ in found])
-    checked(rounds[-1] if not len(found[-1][0]) else Logged.joined(rounds[parts[-1]]), bundle, policies)
-    return [Logged.joined([one for one, _ in found[part]]) for part in parts], sum((aside for _, aside in found), Aside())
+def _require_controls(
+    actions: tuple[str, ...], rounds: list[LoggedDecisions], excluded: ExclusionCounts, live: Policy | None
+) -> None:
+    """Raises RefusedError if the live policy has other controls, or if no decision has these."""
+    if live is not None and live.actions != actions:
+        raise RefusedError(
+            f"the live policy has the controls {', '.join(live.actions)}, policy.actions names "
+            f"{', '.join(actions)}",
+            "set policy.actions to its controls, or make a policy for the others with recray tune",
+        )
+    if not rounds:
+        reasons = "".join(f"; {count} {reason}" for reason, count in excluded.items())
+        raise RefusedError(
+            f"no collected decision has the controls {', '.join(actions)}{reasons}",
+            "explore: policy.exploration_scale=0.3 policy.exploration_share=0.1",
+        )
 
 
-def _since_the_change(rounds: Sequence[Logged], deciding: str) -> tuple[Logged, Logged, Aside]:
-    """What to learn from and what to be judged by, of the rounds since the world changed, and what is neither.
-
-    deciding : run key of the policy whose decisions judge
-    Raises RefusedError where the newest round has too few users for either.
+def _merge_usable_rounds(
+    rounds: Sequence[LoggedDecisions], bundle: str, policies: set[str]
+) -> tuple[list[LoggedDecisions], ExclusionCounts]:
+    """The usable decisions, in rounds of which small ones are merged, the newest last; and the number of the
+    others by reason. Raises RefusedError if the newest round has too few usable decisions.
     """
-    teaching = [found.rows(~_judges(found)) for found in rounds]
-    judging = [found.rows(_judges(found) & (found.policy == deciding)) for found in rounds]
-    for found, what in ((teaching[-1], "learn from"), (judging[-1], "be judged by")):
-        if _users(found) < LEAST_USERS:
+    filtered = [filter_usable(log, bundle, policies) for log in rounds]
+    parts = _group_rounds([int((~_is_evaluation_user(log)).sum()) for log, _ in filtered])
+    require_usable(
+        rounds[-1] if not len(filtered[-1][0]) else LoggedDecisions.concat(rounds[parts[-1]]),
+        bundle,
+        policies,
+    )
+    return [LoggedDecisions.concat([log for log, _ in filtered[part]]) for part in parts], sum(
+        (excluded for _, excluded in filtered), ExclusionCounts()
+    )
+
+
+def _split_recent_rounds(
+    rounds: Sequence[LoggedDecisions], live_key: str
+) -> tuple[LoggedDecisions, LoggedDecisions, ExclusionCounts]:
+    """The decisions to learn from and those to evaluate on, both of the rounds since user behaviour changed;
+    and the number of the others by reason.
+
+    Raises RefusedError if the newest round has too few users for either.
+
+    live_key : run key of the policy on whose decisions the next one is evaluated
+    """
+    training = [log.select(~_is_evaluation_user(log)) for log in rounds]
+    evaluation = [log.select(_is_evaluation_user(log) & (log.policy == live_key)) for log in rounds]
+    for log, purpose in ((training[-1], "learn from"), (evaluation[-1], "evaluate on")):
+        if _count_users(log) < MIN_USERS:
             raise RefusedError(
-                f"{_users(found)} users of the newest round to {what}, {LEAST_USERS} are needed", "wait for more, or raise policy.explore"
+                f"{_count_users(log)} users of the newest round to {purpose}, {MIN_USERS} are needed",
+                "wait for more decisions, or raise policy.exploration_share",
             )
-    enough = [place for place, found in enumerate(teaching) if _users(found) >= LEAST_USERS]
-    kept = enough[-since_the_change([teaching[place] for place in enough]) :]
-    aside = Aside()
-    for place, found in enumerate(rounds):
-        if place not in kept:
-            aside["before the world changed" if place in enough else "of a round with too few users"] += len(found)
-    return Logged.joined([teaching[place] for place in kept]), Logged.joined([judging[place] for place in kept]), aside
+
+    sufficient = [index for index, log in enumerate(training) if _count_users(log) >= MIN_USERS]
+    recent = sufficient[-count_rounds_since_change([training[index] for index in sufficient]) :]
+    excluded = ExclusionCounts()
+    for index, log in enumerate(rounds):
+        if index not in recent:
+            reason = (
+                "before user behaviour changed" if index in sufficient else "of a round with too few users"
+            )
+            excluded[reason] += len(log)
+    return (
+        LoggedDecisions.concat([training[index] for index in recent]),
+        LoggedDecisions.concat([evaluation[index] for index in recent]),
+        excluded,
+    )
 
 
-def _users(log: Logged) -> int:
+def _count_users(log: LoggedDecisions) -> int:
     return len(set(log.user.tolist()))
 
 
-def _together(counts: Sequence[int]) -> list[slice]:
-    """The rounds, oldest first, as many together as have `LEAST` decisions to learn from, if all have so many; the newest are no more than that
-    takes."""
-    found, end, n = [], len(counts), 0
-    for place in reversed(range(len(counts))):
-        n += counts[place]
-        if n >= LEAST:
-            found.append(slice(place, end))
-            end, n = place, 0
-    oldest = slice(0, found.pop().stop if found else end)
-    return [oldest, *reversed(found)]
+def _group_rounds(counts: Sequence[int]) -> list[slice]:
+    """Groups of rounds, oldest first, with at least `MIN_ROUND_DECISIONS` decisions to learn from, if all
+    have as many. The newest group has no more rounds than that needs.
+    """
+    groups, end, n = [], len(counts), 0
+    for index in reversed(range(len(counts))):
+        n += counts[index]
+        if n >= MIN_ROUND_DECISIONS:
+            groups.append(slice(index, end))
+            end, n = index, 0
+    oldest = slice(0, groups.pop().stop if groups else end)
+    return [oldest, *reversed(groups)]
 
 
-def _judges(log: Logged) -> np.ndarray:
-    return draw_of(pa.array(log.user), "judges") < JUDGES
+def _is_evaluation_user(log: LoggedDecisions) -> np.ndarray:
+    """Which decisions are of evaluation users, bool [n]."""
+    return draw_uniform(pa.array(log.user), "judges") < EVALUATION_SHARE
 
 
-def _held_out(settings: Settings, bundle: Bundle) -> Callable[[Logged], np.ndarray]:
-    """Which decisions are of users of whom the bundle learned nothing. Raises RefusedError where there are none."""
+def _make_holdout_filter(settings: Settings, bundle: Bundle) -> Callable[[LoggedDecisions], np.ndarray]:
+    """A function that says which decisions are of holdout users of the bundle. Raises RefusedError if there
+    are none.
+    """
     split = bundle.settings["split"]
-    if not split.get("held_out"):
-        raise RefusedError("adapt with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2, and train anew")
-    return lambda log: nothing_learned_of(pa.array(log.user), split)
+    if not split.get("holdout_users"):
+        raise RefusedError(
+            "adapt with privacy.enabled needs holdout users: training users are never queried",
+            "set split.holdout_users=0.2 and train again",
+        )
+    return lambda log: is_holdout(pa.array(log.user), split)
 
 
-def _lists(settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy, judged: Logged) -> tuple[float | None, float | None, int]:
-    """How varied the judges' lists are under the policy, as a share of the trained model's, how much of an answer's time it takes, and of how
-    many judges this is; None where the dataset knows nobody of them."""
+def _measure_lists(
+    settings: Settings, dataset: Dataset, bundle: Bundle, policy: Policy, evaluation_log: LoggedDecisions
+) -> tuple[float | None, float | None, int]:
+    """The diversity of the evaluation users' lists under the policy, as a share of the trained model's; a
+    decision's share of the response time; and the number of these users. None if the dataset has none of
+    them.
+    """
     predictor = Predictor.load(bundle.path, dataset=dataset)
-    translation = predictor.translation(dataset)
-    users = np.random.default_rng(0).permutation(np.unique(judged.user)).tolist()
-    if pa.types.is_integer(dataset.user_type):
-        users = [int(user) for user in users if NUMBER.fullmatch(user)]  # whoever is called otherwise is none of the dataset's
-    found = (dataset.user_history(user) for user in users[:LISTED])
-    histories = [translation.history(history) for history in found if history is not None]
-    unknown, nobody = np.zeros(len(predictor.context), np.int64), np.zeros(0, np.int64)
-    asked = [Question(0, 0, history, nobody, dataset.now_s, unknown) for history in histories if (history.item_index > 0).any()]
-    if not asked:
+    translation = predictor.vocabulary.translation(dataset)
+    users = np.random.default_rng(0).permutation(np.unique(evaluation_log.user)).tolist()
+    if pa.types.is_integer(dataset.user_type):  # other ids are not in the dataset
+        users = [int(user) for user in users if INTEGER_ID.fullmatch(user)]
+    stored = (dataset.user_history(user) for user in users[:MAX_LISTED_USERS])
+    histories = [translation.history(history) for history in stored if history is not None]
+    no_context, no_target = np.zeros(len(predictor.vocabulary.context), np.int64), np.zeros(0, np.int64)
+    queries = [
+        EvaluationQuery(0, 0, history, no_target, dataset.now_s, no_context)
+        for history in histories
+        if (history.item_index > 0).any()
+    ]
+    if not queries:
         return None, None, 0
-    new_only = settings.score.new_only
-    rules = Rules.declared(settings.score.rules(), dataset, translation.to_bundle, predictor.unseen)
-    some = HeldOut(
-        predictor, asked, policy.actions, k=settings.evaluate.k[0], new_only=new_only, listed_new_only=new_only, rules=rules, bound=policy.bound
+
+    filter_seen = settings.score.filter_seen
+    rules = Rules.from_settings(settings.score.rules(), dataset, translation.to_bundle, predictor.cold_V)
+    rewards = HoldoutRewards(
+        predictor,
+        queries,
+        policy.actions,
+        k=settings.evaluate.k[0],
+        filter_seen=filter_seen,
+        listed_filter_seen=filter_seen,
+        rules=rules,
+        bound=policy.bound,
     )
-    places = np.arange(len(asked))
-    mine, none = (some.lists(places, action) for action in (policy.act(some.observation), np.zeros((len(asked), len(policy.actions)))))
-    return some.variety(mine, none), deciding_share(predictor, asked[:TIMED], policy), len(asked)
+    rows = np.arange(len(queries))
+    lists, baseline_lists = (
+        rewards.recommend(rows, action)
+        for action in (policy.act(rewards.observation), np.zeros((len(queries), len(policy.actions))))
+    )
+    return (
+        rewards.relative_diversity(lists, baseline_lists),
+        measure_decision_share(predictor, queries[:TIMED_QUERIES], policy),
+        len(queries),
+    )
 
 
-def since_the_change(rounds: Sequence[Logged]) -> int:
-    """How many rounds there are since the world changed: the newest and those before it that foretell it as well as it foretells itself,
-    back to the first that does not."""
-    newest, kept = rounds[-1], 1
-    own = (smoothed(newest) - newest.reward) ** 2
+def count_rounds_since_change(rounds: Sequence[LoggedDecisions]) -> int:
+    """Number of rounds since user behaviour changed: the newest one and those before it whose model predicts
+    the newest as well as its own does, back to the first that does not.
+    """
+    newest, count = rounds[-1], 1
+    own_error = (predict_rewards(newest) - newest.reward) ** 2
     for older in reversed(rounds[:-1]):
-        worse = (_model(older).predict(_columns(newest)) - newest.reward) ** 2 - own
-        if worse.mean() > SURE * worse.std() / np.sqrt(len(worse)) + 1e-12:
+        worse = (_fit_reward_model(older).predict(_to_features(newest)) - newest.reward) ** 2 - own_error
+        if worse.mean() > STANDARD_ERRORS * worse.std() / np.sqrt(len(worse)) + 1e-12:
             break
-        kept += 1
-    return kept
+        count += 1
+    return count
 
 
-def smoothed(log: Logged, seed: int = 0) -> np.ndarray:
-    """What the logged actions are worth by a model that never saw the user, float64 [n]."""
-    codes = log.codes
+def predict_rewards(log: LoggedDecisions, seed: int = 0) -> np.ndarray:
+    """Predicted rewards of the logged actions, cross-fitted over users, float64 [n]."""
+    codes = log.user_codes
     fold = np.random.default_rng(seed).integers(0, FOLDS, int(codes.max()) + 1)[codes]
-    found = np.zeros(len(log))
-    for place in range(FOLDS):
-        found[fold == place] = _model(log.rows(fold != place)).predict(_columns(log.rows(fold == place)))
-    return found
+    predictions = np.zeros(len(log))
+    for number in range(FOLDS):
+        predictions[fold == number] = _fit_reward_model(log.select(fold != number)).predict(
+            _to_features(log.select(fold == number))
+        )
+    return predictions
 
 
-def learn_from(
-    log: Logged, live: Policy | None, actions: tuple[str, ...], bundle_digest: str, options: Marwil = Marwil(), *, seed: int = 0
+def learn_by_marwil(
+    log: LoggedDecisions,
+    live: Policy | None,
+    actions: tuple[str, ...],
+    bundle_digest: str,
+    options: Marwil = Marwil(),
+    *,
+    seed: int = 0,
 ) -> Policy:
-    """The next policy. live : to begin with; None: action 0 for everybody."""
-    frozen = Frozen.of(log.observation)
-    frozen = frozen if live is None else live.frozen.widened(frozen)
-    state = frozen.normalise(log.observation)
-    worth = smoothed(log, seed)
-    target = ((worth - worth.mean()) / max(worth.std(), 1e-9)).astype(np.float32)
-    learner, module = _learner(len(actions), options)
-    restore(module, beginning(module, options.sigma, live), None)
+    """The next policy by MARWIL.
+
+    live : policy to start from; None: action 0 for everybody
+    """
+    normalizer = ObservationNormalizer.of(log.observation)
+    normalizer = normalizer if live is None else live.normalizer.widen(normalizer)
+    state = normalizer.normalise(log.observation)
+    predicted = predict_rewards(log, seed)
+    target = ((predicted - predicted.mean()) / max(predicted.std(), 1e-9)).astype(np.float32)
+
+    learner, module = _build_learner(len(actions), options)
+    load_state(module, initialize_state(module, options.sigma, live), None)
     random = np.random.default_rng(seed)
     size = min(options.minibatch, len(log))
     for _ in range(options.epochs):
         order = random.permutation(len(log))
         for first in range(0, len(order) - size + 1, size):
-            some = order[first : first + size]
-            _update(learner, state[some], log.action[some].astype(np.float32), target[some])
+            rows = order[first : first + size]
+            _update(learner, state[rows], log.action[rows].astype(np.float32), target[rows])
     about = {"decisions": len(log), "learner": "marwil", "seed": seed}
-    return Policy(actions, frozen, plain(module.state_dict()), bundle_digest, about)
+    return Policy(actions, normalizer, to_policy_weights(module.state_dict()), bundle_digest, about)
 
 
-def _by_marwil(log: Logged, live: Policy | None, settings: Settings, bundle_digest: str) -> Policy:
-    return learn_from(log, live, settings.policy.actions, bundle_digest)
+def _learn_by_marwil(
+    log: LoggedDecisions, live: Policy | None, settings: Settings, bundle_digest: str
+) -> Policy:
+    return learn_by_marwil(log, live, settings.policy.actions, bundle_digest)
 
 
-def by_propensity(log: Logged, live: Policy | None, settings: Settings, bundle_digest: str) -> Policy:
-    """The next policy by PPO, paid what logged outcomes say by propensity; half of the users teach the model that helps. Needs a Ray session."""
+def learn_by_ppo(log: LoggedDecisions, live: Policy | None, settings: Settings, bundle_digest: str) -> Policy:
+    """The next policy by PPO, with doubly robust estimates as rewards. Half of the users fit the reward
+    model. Needs a Ray session.
+    """
     options = settings.policy
-    taught = np.random.default_rng(0).random(int(log.codes.max()) + 1)[log.codes] < 0.5
-    model = _model(log.rows(taught))
-    paid = Outcomes(log.rows(~taught), options.actions, lambda seen, action: model.predict(np.concatenate([seen, action], 1)))
+    is_model_user = np.random.default_rng(0).random(int(log.user_codes.max()) + 1)[log.user_codes] < 0.5
+    model = _fit_reward_model(log.select(is_model_user))
+    rewards = DoublyRobustRewards(
+        log.select(~is_model_user),
+        options.actions,
+        lambda observation, action: model.predict(np.concatenate([observation, action], 1)),
+    )
     start = live if live is not None and live.actions == options.actions else None
-    return learn(paid, Ppo(decisions=options.decisions, penalty=options.penalty), bundle_digest, seed=settings.split.seed, start=start)
+    return learn(
+        rewards,
+        Ppo(decisions=options.decisions, penalty=options.penalty),
+        bundle_digest,
+        seed=settings.split.seed,
+        start=start,
+    )
 
 
-LEARNERS = {"marwil": _by_marwil, "ppo": by_propensity}
+LEARNERS = {"marwil": _learn_by_marwil, "ppo": learn_by_ppo}
 
 
-def _learner(K: int, options: Marwil) -> tuple[Any, Any]:
+def _build_learner(K: int, options: Marwil) -> tuple[Any, Any]:
     from ray.rllib.algorithms.marwil import MARWILConfig
 
-    spaces = gymnasium.spaces.Box(-5.0, 5.0, (len(OBSERVED),), np.float32), gymnasium.spaces.Box(-1.0, 1.0, (K,), np.float32)
+    spaces = (
+        gymnasium.spaces.Box(-5.0, 5.0, (len(OBSERVED),), np.float32),
+        gymnasium.spaces.Box(-1.0, 1.0, (K,), np.float32),
+    )
     config = (
         MARWILConfig()  # type: ignore[no-untyped-call]
         .environment(observation_space=spaces[0], action_space=spaces[1])
         .training(beta=options.beta, lr=options.lr, vf_coeff=1.0, grad_clip=1.0)
-        .rl_module(model_config=module_config(options.hidden))
+        .rl_module(model_config=make_module_config(options.hidden))
     )
     learner = config.build_learner(spaces={"__env__": spaces, MODULE: spaces})
     learner.build()
     module = learner.module[MODULE]
-    module.get_train_action_dist_cls = truncated_normal  # type: ignore[method-assign]
+    module.get_train_action_dist_cls = make_truncated_normal  # type: ignore[method-assign]
     return learner, module
 
 
-def truncated_normal() -> type:
-    """RLlib's distribution of the actions that were logged: normal, cut off at -1 and 1, as `recray.inference.policy.explore` draws them.
+def make_truncated_normal() -> type:
+    """The distribution of the logged actions as a class for RLlib: normal, truncated at -1 and 1, as
+    `recray.inference.modulation.explore` draws them.
 
-    Fitted by the density of one that is not cut off, a mean near an end walks away from it, since no action lies beyond.
+    With the density of a normal distribution, a mean near an end would drift away from it, since no action
+    lies beyond.
     """
     from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussian
 
@@ -287,7 +404,7 @@ def truncated_normal() -> type:
 
 
 def _update(learner: Any, state: np.ndarray, action: np.ndarray, target: np.ndarray) -> None:
-    """One step on decisions that each were an episode: what they were worth is their value target."""
+    """One step on decisions, each an episode; `target` is their value target."""
     from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 
     columns = {"obs": state, "actions": action, "value_targets": target}
@@ -295,10 +412,16 @@ def _update(learner: Any, state: np.ndarray, action: np.ndarray, target: np.ndar
     learner.update(batch=MultiAgentBatch({MODULE: batch}, len(state)))
 
 
-def _model(log: Logged) -> HistGradientBoostingRegressor:
-    options = {"max_iter": 150, "max_depth": 4, "learning_rate": 0.05, "min_samples_leaf": 100, "random_state": 0}
-    return HistGradientBoostingRegressor(**options).fit(_columns(log), log.reward)
+def _fit_reward_model(log: LoggedDecisions) -> HistGradientBoostingRegressor:
+    options = {
+        "max_iter": 150,
+        "max_depth": 4,
+        "learning_rate": 0.05,
+        "min_samples_leaf": 100,
+        "random_state": 0,
+    }
+    return HistGradientBoostingRegressor(**options).fit(_to_features(log), log.reward)
 
 
-def _columns(log: Logged) -> np.ndarray:
+def _to_features(log: LoggedDecisions) -> np.ndarray:
     return np.concatenate([log.observation, log.action], 1)

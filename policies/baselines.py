@@ -1,4 +1,5 @@
-"""What a learned policy has to be better than, on the same requests: no action, one action for all, rules, and bandits.
+"""Baselines of a learned policy on the same requests: one action for all, a closed form, gradients, and
+bandits.
 
 Each is a function from observations [N, D] to actions [N, K].
 """
@@ -12,77 +13,108 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import qmc
 
-from policies.rewards import Differentiable, Listed, Rewards
-from recray.inference.policy import OBSERVED, Frozen
+from policies.rewards import DifferentiableRewards, IndexedRewards, Rewards
+from recray.inference.policy import OBSERVED, ObservationNormalizer
 
 Act = Callable[[np.ndarray], np.ndarray]
-GRID = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of a discrete arm along each control
+GRID = (-1.0, -0.5, 0.0, 0.5, 1.0)  # candidate actions along each control
 
 
-def constant(action_K: np.ndarray) -> Act:
+def repeat_action(action_K: np.ndarray) -> Act:
     """The same action for everybody."""
     return lambda observation: np.repeat(np.asarray(action_K, np.float32)[None], len(observation), 0)
 
 
-def best_global(rewards: Rewards, requests: int, *, seed: int = 0) -> Act:
-    """The best single action, by search: a Sobol sequence, then Powell's method from its best, always on the same requests."""
+def search_constant(rewards: Rewards, requests: int, *, seed: int = 0) -> Act:
+    """The best single action by search: a Sobol sequence, then Powell's method from its best point, always on
+    the same requests.
+    """
     _, cases = rewards.draw(requests, np.random.default_rng(seed))
     K = len(rewards.actions)
 
     def loss(action: np.ndarray) -> float:
         return -float(rewards.pay(cases, np.repeat(np.clip(action, -1, 1)[None], requests, 0)).mean())
 
-    tried = np.concatenate([np.zeros((1, K)), qmc.scale(qmc.Sobol(K, seed=seed).random(16 * K), -1, 1)])
-    first = min(tried, key=loss)
-    found = minimize(loss, first, method="Powell", bounds=[(-1, 1)] * K, options={"maxfev": 60 * K, "xtol": 0.01, "ftol": 1e-6})
-    return constant(found.x if found.fun < loss(first) else first)
+    candidates = np.concatenate([np.zeros((1, K)), qmc.scale(qmc.Sobol(K, seed=seed).random(16 * K), -1, 1)])
+    first = min(candidates, key=loss)
+    optimum = minimize(
+        loss,
+        first,
+        method="Powell",
+        bounds=[(-1, 1)] * K,
+        options={"maxfev": 60 * K, "xtol": 0.01, "ftol": 1e-6},
+    )
+    return repeat_action(optimum.x if optimum.fun < loss(first) else first)
 
 
-def by_length(rewards: Rewards, requests: int, *, seed: int = 0) -> Act:
-    """A closed form in the length of the history: clip(b + c (log(1 + n) - mean)) for each control, fitted by search."""
+def fit_by_length(rewards: Rewards, requests: int, *, seed: int = 0) -> Act:
+    """A function of the length of the history: clip(b + c (log(1 + n) - mean)) for each control, fitted by
+    search.
+    """
     observation, cases = rewards.draw(requests, np.random.default_rng(seed))
     column, K = OBSERVED.index("log_length"), len(rewards.actions)
     centre = float(observation[:, column].mean())
 
-    def act(observation: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    def act(observation: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         x = observation[:, column, None] - centre
-        return np.clip(chosen[:K] + chosen[K:] * x, -1, 1).astype(np.float32)
+        return np.clip(coefficients[:K] + coefficients[K:] * x, -1, 1).astype(np.float32)
 
-    def loss(chosen: np.ndarray) -> float:
-        return -float(rewards.pay(cases, act(observation, chosen)).mean())
+    def loss(coefficients: np.ndarray) -> float:
+        return -float(rewards.pay(cases, act(observation, coefficients)).mean())
 
-    tried = np.concatenate([np.zeros((1, 2 * K)), qmc.scale(qmc.Sobol(2 * K, seed=seed).random(32 * K), -1, 1)])
-    first = min(tried, key=loss)
-    found = minimize(loss, first, method="Powell", bounds=[(-1, 1)] * (2 * K), options={"maxfev": 120 * K, "xtol": 0.01, "ftol": 1e-6})
-    best = found.x if found.fun < loss(first) else first
+    candidates = np.concatenate(
+        [np.zeros((1, 2 * K)), qmc.scale(qmc.Sobol(2 * K, seed=seed).random(32 * K), -1, 1)]
+    )
+    first = min(candidates, key=loss)
+    optimum = minimize(
+        loss,
+        first,
+        method="Powell",
+        bounds=[(-1, 1)] * (2 * K),
+        options={"maxfev": 120 * K, "xtol": 0.01, "ftol": 1e-6},
+    )
+    best = optimum.x if optimum.fun < loss(first) else first
     return lambda observation: act(observation, best)
 
 
-class Tabled:
-    """Rewards whose few actions are each tried on every case once, and then looked up; for bandits over arms.
+class TabulatedRewards:
+    """Rewards of a few candidate actions. Each action is evaluated once on every case and then looked up; for
+    bandits.
 
-    The cases of `rewards` are places below its length.
+    The cases of `rewards` are indices.
     """
 
-    def __init__(self, rewards: Listed) -> None:
+    def __init__(self, rewards: IndexedRewards) -> None:
         self.rewards, self.actions = rewards, rewards.actions
-        self._paid: dict[bytes, np.ndarray] = {}
+        self._table: dict[bytes, np.ndarray] = {}
 
     def draw(self, n: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         return self.rewards.draw(n, random)
 
     def pay(self, cases: np.ndarray, action_NK: np.ndarray) -> np.ndarray:
-        found = np.zeros(len(cases))
+        paid = np.zeros(len(cases))
         for action in np.unique(action_NK, axis=0):
-            mine, everybody = (action_NK == action).all(1), np.arange(len(self.rewards))
-            if action.tobytes() not in self._paid:
-                self._paid[action.tobytes()] = self.rewards.pay(everybody, np.repeat(action[None], len(everybody), 0))
-            found[mine] = self._paid[action.tobytes()][cases[mine]]
-        return found
+            rows, all_cases = (action_NK == action).all(1), np.arange(len(self.rewards))
+            if action.tobytes() not in self._table:
+                self._table[action.tobytes()] = self.rewards.pay(
+                    all_cases, np.repeat(action[None], len(all_cases), 0)
+                )
+            paid[rows] = self._table[action.tobytes()][cases[rows]]
+        return paid
 
 
-def by_gradient(rewards: Differentiable, frozen: Frozen, *, hidden: int = 0, steps: int = 400, at_once: int = 256, seed: int = 0) -> Act:
-    """What gradients find: one action for all (`hidden` 0), or a network from the observation (a hyper-network of the attention)."""
+def fit_by_gradient(
+    rewards: DifferentiableRewards,
+    normalizer: ObservationNormalizer,
+    *,
+    hidden: int = 0,
+    steps: int = 400,
+    at_once: int = 256,
+    seed: int = 0,
+) -> Act:
+    """Fitted by gradient descent: one action for all (`hidden` 0), or a network from the observation (a
+    hyper-network of the attention).
+    """
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     K, D = len(rewards.actions), len(OBSERVED)
@@ -95,10 +127,13 @@ def by_gradient(rewards: Differentiable, frozen: Frozen, *, hidden: int = 0, ste
         torch.nn.init.zeros_(net.weight)
         torch.nn.init.zeros_(net.bias)
         net.weight.requires_grad_(False)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=3e-3 if hidden else 3e-2)
+    optimizer = torch.optim.Adam(
+        [parameter for parameter in net.parameters() if parameter.requires_grad], lr=3e-3 if hidden else 3e-2
+    )
+
     for _ in range(steps):
         observation, cases = rewards.draw(at_once, random)
-        action = net(torch.from_numpy(frozen.normalise(observation))).clamp(-1, 1).double()
+        action = net(torch.from_numpy(normalizer.normalise(observation))).clamp(-1, 1).double()
         loss = -rewards.value(cases, action).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -106,29 +141,43 @@ def by_gradient(rewards: Differentiable, frozen: Frozen, *, hidden: int = 0, ste
 
     @torch.no_grad()
     def act(observation: np.ndarray) -> np.ndarray:
-        found: np.ndarray = net(torch.from_numpy(frozen.normalise(observation))).clamp(-1, 1).numpy()
-        return found
+        result: np.ndarray = net(torch.from_numpy(normalizer.normalise(observation))).clamp(-1, 1).numpy()
+        return result
 
     return act
 
 
-def bandit(
-    rewards: Rewards, frozen: Frozen, decisions: int, *, thompson: bool, at_once: int = 256, alpha: float = 0.5, noise: float = 0.05, seed: int = 0
+def fit_bandit(
+    rewards: Rewards,
+    normalizer: ObservationNormalizer,
+    decisions: int,
+    *,
+    thompson: bool,
+    at_once: int = 256,
+    alpha: float = 0.5,
+    noise: float = 0.05,
+    seed: int = 0,
 ) -> Act:
-    """A linear contextual bandit over discrete arms, each along one control: LinUCB (Li et al. 2010), or linear Thompson sampling
-    (Agrawal and Goyal 2013). It learns by deciding, so many requests at once, and is then played greedily."""
+    """A linear contextual bandit over discrete candidate actions, each along one control: LinUCB (Li et al.
+    2010), or linear Thompson sampling (Agrawal and Goyal 2013). It learns from `decisions` decisions,
+    `at_once` at a time, and then acts greedily.
+    """
     random = np.random.default_rng(seed)
     K, D = len(rewards.actions), len(OBSERVED) + 1
-    arms = np.unique(np.concatenate([step * np.eye(K)[k][None] for k in range(K) for step in GRID]), axis=0)
-    A = np.repeat(np.eye(D)[None], len(arms), 0)
-    b = np.zeros((len(arms), D))
+    candidates = np.unique(
+        np.concatenate([step * np.eye(K)[k][None] for k in range(K) for step in GRID]), axis=0
+    )
+    A = np.repeat(np.eye(D)[None], len(candidates), 0)
+    b = np.zeros((len(candidates), D))
 
-    def state(observation: np.ndarray) -> np.ndarray:
-        return np.concatenate([frozen.normalise(observation), np.ones((len(observation), 1))], 1).astype(np.float64)
+    def to_state(observation: np.ndarray) -> np.ndarray:
+        return np.concatenate([normalizer.normalise(observation), np.ones((len(observation), 1))], 1).astype(
+            np.float64
+        )
 
     for _ in range(0, decisions, at_once):
         observation, cases = rewards.draw(at_once, random)
-        x, inverse = state(observation), np.linalg.inv(A)
+        x, inverse = to_state(observation), np.linalg.inv(A)
         theta = np.einsum("mij,mj->mi", inverse, b)
         if thompson:
             root = np.linalg.cholesky(inverse + 1e-12 * np.eye(D))
@@ -136,16 +185,16 @@ def bandit(
             score = x @ drawn.T
         else:
             score = x @ theta.T + alpha * noise * np.sqrt(np.einsum("ni,mij,nj->nm", x, inverse, x))
-        chosen = score.argmax(1)
-        paid = rewards.pay(cases, arms[chosen])
-        for arm in np.unique(chosen):
-            mine = chosen == arm
-            A[arm] += x[mine].T @ x[mine]
-            b[arm] += x[mine].T @ paid[mine]
+        selected = score.argmax(1)
+        paid = rewards.pay(cases, candidates[selected])
+        for index in np.unique(selected):
+            rows = selected == index
+            A[index] += x[rows].T @ x[rows]
+            b[index] += x[rows].T @ paid[rows]
     theta = np.einsum("mij,mj->mi", np.linalg.inv(A), b)
 
     def act(observation: np.ndarray) -> np.ndarray:
-        found: np.ndarray = arms[(state(observation) @ theta.T).argmax(1)].astype(np.float32)
-        return found
+        result: np.ndarray = candidates[(to_state(observation) @ theta.T).argmax(1)].astype(np.float32)
+        return result
 
     return act

@@ -1,4 +1,6 @@
-"""May a policy go live? Asked of a log that another policy made; every check says in words what it found."""
+"""The promotion criteria of policies: checks a policy against a log that another policy made. Each check
+states its result in words.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +11,57 @@ import numpy as np
 from scipy.special import zeta
 
 from policies import ope
-from policies.logs import Logged
-from recray.evaluation.gates import Check
+from policies.logs import LoggedDecisions
+from recray.evaluation.criteria import Check
 from recray.inference.modulation import explore, log_density
-from recray.inference.policy import OBSERVED, Frozen
+from recray.inference.policy import OBSERVED, ObservationNormalizer
 
-WRONG = 0.2  # of the 95 % intervals on shuffled rewards, at most: more than 4 of 20 is one chance in 400 where they hold
+# maximum share of the 95 % intervals on shuffled rewards that exclude 0: where the intervals hold, more than
+# 4 of 20 is one chance in 400
+MAX_SHUFFLED = 0.2
 DRAWS = 8
-EXPLORED = 0.5, 1.0  # of what the log explored, so far both explore where they are compared: what differs shows the more, the less they do
+# exploration of both policies in the comparison, as a share of the log's; the narrower it is, the clearer is
+# the difference
+EXPLORATION_SHARES = (0.5, 1.0)
+MIN_SEGMENT = 30  # decisions
 
 
 @dataclass(frozen=True)
-class Rules:
-    """threshold: what a policy has to gain for sure, as a share of what production earns; effective: samples after weighting, at least;
-    segment: what no segment may lose for sure, as a share of what it earns, nor what is played unexplored, by the model's word; most: weight
-    above which SWITCH-DR believes the model; diversity: of its lists, as a share of the trained model's; latency: share of the Predictor's time
-    that a decision may take; level: of a gain that is none."""
+class Criteria:
+    """What a policy has to reach.
+
+    threshold : significant gain, as a share of what production earns
+    effective : minimum effective sample size
+    segment : maximum significant loss of a segment, and maximum predicted loss without exploration, as a
+        share of what each earns
+    max_weight : weight above which SWITCH-DR uses the reward model
+    diversity : of its lists, as a share of the trained model's
+    latency : maximum share of the Predictor's time for a decision
+    level : probability that a policy without a gain passes
+    """
 
     threshold: float = 0.0
     effective: float = 500.0
     segment: float = -0.01
-    most: float = 20.0
+    max_weight: float = 20.0
     diversity: float = 0.9
     latency: float = 0.05
     confidence: float = 0.95
     level: float = 0.025
 
 
-ANY_ROUND = 0.1  # probability that any round of those after one another passes that gains nothing
+TOTAL_LEVEL = 0.1  # probability that any of the successive rounds promotes a policy without a gain
 DECAY = 1.2
 
 
-def level_of(number: int) -> float:
-    """Level of the gate in the round of that number since the live policy changed, from 1; all of them together have `ANY_ROUND`.
+def spend_level(number: int) -> float:
+    """Level of the criteria in a round, numbered from 1 since the live policy changed; the levels of all
+    rounds sum to `TOTAL_LEVEL`.
 
-    Spent as the power of the round's number, so that a change of habits after many rounds still has something to be shown with
-    (alpha spending; Foster and Stine 2008 for what begins anew with each discovery).
+    The level is a power of the round's number, so that a change of habits after many rounds can still be
+    shown (alpha spending; Foster and Stine 2008 for a budget that restarts with each discovery).
     """
-    return float(ANY_ROUND * number**-DECAY / zeta(DECAY))
+    return float(TOTAL_LEVEL * number**-DECAY / zeta(DECAY))
 
 
 @dataclass(frozen=True)
@@ -62,143 +77,240 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """What did not pass, in words; empty if all did."""
+        """The texts of the failed checks; empty if all passed."""
         return "; ".join(check.text for check in self.checks if not check.passed)
 
 
-class Acts(Protocol):
-    """What is judged: a `Policy`, or what acts as one does."""
+class ActingPolicy(Protocol):
+    """The policy under evaluation: a `Policy`, or an object with the same interface."""
 
     @property
-    def frozen(self) -> Frozen: ...
+    def normalizer(self) -> ObservationNormalizer: ...
 
     def act(self, observation_ND: np.ndarray, /) -> np.ndarray: ...
 
 
 def judge(
-    log: Logged, policy: Acts, rules: Rules = Rules(), *, seed: int = 0, diversity: float | None = None, latency: float | None = None
+    log: LoggedDecisions,
+    policy: ActingPolicy,
+    criteria: Criteria = Criteria(),
+    *,
+    seed: int = 0,
+    diversity: float | None = None,
+    latency: float | None = None,
 ) -> Verdict:
-    """The verdict on a policy by a checked log.
+    """The verdict on a policy from a log of usable decisions.
 
-    diversity : of the policy's lists, as a share of the trained model's; latency: a decision's share of the Predictor's time. None: not measured
+    diversity : of the policy's lists, as a share of the trained model's; None: not measured
+    latency : a decision's share of the Predictor's time; None: not measured
     """
-    mean, codes = policy.act(log.observation), log.codes
-    for share in EXPLORED:
-        w = weights(log, mean, share), weights(log, log.mean, share)
-        if min(map(ope.effective, w)) >= rules.effective:
+    mean, codes = policy.act(log.observation), log.user_codes
+    for share in EXPLORATION_SHARES:
+        w = importance_weights(log, mean, share), importance_weights(log, log.mean, share)
+        if min(map(ope.effective_sample_size, w)) >= criteria.effective:
             break
+
     zero = np.zeros_like(mean)
-    drawn = [np.stack([explore(one, share * log.sigma[:, None], random)[0] for random in _again(seed)]) for one in (mean, log.mean, zero)]
-    state, parts = policy.frozen.normalise(log.observation), thirds(log.observation)
-    q, *v, played, before = ope.modelled(state, log.action, log.reward, codes, *drawn, mean[None], log.mean[None], seed=seed)
-    trained = ope.dr(log.reward, w[0], q, v[0]) - ope.dr(log.reward, weights(log, zero, share), q, v[2])
-    over_trained = ope.bootstrap(trained, codes, rules.confidence, seed=seed)
-    found = ope.against_production(
-        log.reward, w, q, (v[0], v[1]), codes, parts, confidence=rules.confidence, level=rules.level, most=rules.most, seed=seed
-    )
-    earned = max(abs(found.production.value), 1e-12)
-    values = {name: interval.value for name, interval in found.intervals.items()}
-    unexplored = float((played - before).mean())  # what everybody gets whose answers do not explore; the model is too coarse to tell little
-    sure, weight = found.intervals["dr"], found.weight
-    told = ", ".join(f"{name} {value:+.4f}" for name, value in values.items())
-    gain = f"gains {sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}] a decision of {earned:.4f}, both explored {share:g} times as far as logged"
-    gain += f"; at least {found.surely:+.4f} at level {rules.level:.2g}"
-    densities = f"weights are {weight.value:.3f} on the average, not 1: actions were not played with the densities that were logged"
-    alone = f"played unexplored it gains {unexplored:+.4f} by the model, {rules.segment * earned:+.4f} at least are wanted"
-    support = f"{found.effective:.0f} effective samples of {len(log)}, {rules.effective:.0f} wanted"
-    checks = [
-        Check("estimators agree", all(value > 0 for value in values.values()), f"estimators disagree: {told}"),
-        Check("gain", found.surely > rules.threshold * earned, gain),
-        Check("unexplored", unexplored >= rules.segment * earned, alone),
-        Check("support", found.effective >= rules.effective, support),
-        Check("weights", 2 * weight.low - weight.value <= 1 <= 2 * weight.high - weight.value, densities),
-        Check("shuffled rewards", found.shuffled <= WRONG, f"{found.shuffled:.0%} of the intervals say that shuffled rewards gain or lose"),
+    drawn = [
+        np.stack(
+            [explore(centre, share * log.sigma[:, None], random)[0] for random in _make_generators(seed)]
+        )
+        for centre in (mean, log.mean, zero)
     ]
-    own = {name: float(np.average(log.reward[mask], weights=w[1][mask])) for name, mask in parts.items()}
-    checks += [*_kept(found.segments, own, rules), *_allowed(diversity, latency, rules)]
+    state, segments = policy.normalizer.normalise(log.observation), split_by_history_length(log.observation)
+    q, *v, played, before = ope.predict_rewards(
+        state, log.action, log.reward, codes, *drawn, mean[None], log.mean[None], seed=seed
+    )
+    trained = ope.dr(log.reward, w[0], q, v[0]) - ope.dr(
+        log.reward, importance_weights(log, zero, share), q, v[2]
+    )
+    over_trained = ope.bootstrap(trained, codes, criteria.confidence, seed=seed)
+    evaluation = ope.compare_with_production(
+        log.reward,
+        w,
+        q,
+        (v[0], v[1]),
+        codes,
+        segments,
+        confidence=criteria.confidence,
+        level=criteria.level,
+        max_weight=criteria.max_weight,
+        seed=seed,
+    )
+    # most users get responses without exploration; the reward model is too coarse for small differences
+    unexplored = float((played - before).mean())
+
+    checks = _check_evaluation(evaluation, share, unexplored, len(log), criteria)
+    own = {name: float(np.average(log.reward[mask], weights=w[1][mask])) for name, mask in segments.items()}
+    checks += [
+        *_check_segments(evaluation.segments, own, criteria),
+        *_check_limits(diversity, latency, criteria),
+    ]
     figures = {
         "explored": share,
-        "level": rules.level,
-        "dr_surely": found.surely,
+        "level": criteria.level,
+        "dr_surely": evaluation.lower,
         "over_trained": over_trained.value,
         "over_trained_low": over_trained.low,
         "over_trained_high": over_trained.high,
         "unexplored": unexplored,
-        "effective_samples": found.effective,
-        "shuffled": found.shuffled,
-        "largest_weight": found.largest,
-        "production": found.production.value,
+        "effective_samples": evaluation.effective,
+        "shuffled": evaluation.shuffled,
+        "largest_weight": evaluation.largest,
+        "production": evaluation.production.value,
         "decisions": float(len(log)),
     }
-    for name, interval in found.intervals.items():
+    for name, interval in evaluation.intervals.items():
         figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return Verdict(checks, figures | _measured(diversity, latency))
+    return Verdict(checks, figures | _to_figures(diversity, latency))
 
 
 def compare(
     observation: np.ndarray,
     paid: np.ndarray,
     none: np.ndarray,
-    rules: Rules = Rules(),
+    criteria: Criteria = Criteria(),
     *,
     diversity: float | None = None,
     latency: float | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """The verdict where both can be tried on the same users: what each [n] was paid under a policy, and under the trained model.
+    """The verdict where both can be tried on the same users: the rewards [n] under a policy, and under the
+    trained model.
 
     diversity : of the policy's lists, as a share of the trained model's
     """
     difference = paid - none
-    parts = thirds(observation)
-    gain, *by_part = ope.bootstraps([difference] * (1 + len(parts)), None, [None, *parts.values()], confidence=rules.confidence, seed=seed)
+    segments = split_by_history_length(observation)
+    gain, *by_segment = ope.bootstraps(
+        [difference] * (1 + len(segments)),
+        None,
+        [None, *segments.values()],
+        confidence=criteria.confidence,
+        seed=seed,
+    )
     earned = max(abs(float(none.mean())), 1e-12)
-    text = f"gains {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] a user of {earned:.4f}, over {len(paid)} users"
-    own = {name: float(none[mask].mean()) for name, mask in parts.items()}
-    checks = [Check("gain", gain.low > rules.threshold * earned, text), *_kept(dict(zip(parts, by_part, strict=True)), own, rules)]
-    checks += _allowed(diversity, latency, rules)
-    figures = {"users": float(len(paid)), "none": earned, "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-    return Verdict(checks, figures | _measured(diversity, latency))
+    text = (
+        f"gain {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] a user, compared with {earned:.4f}, "
+        f"over {len(paid)} users"
+    )
+    own = {name: float(none[mask].mean()) for name, mask in segments.items()}
+    checks = [
+        Check("gain", gain.low > criteria.threshold * earned, text),
+        *_check_segments(dict(zip(segments, by_segment, strict=True)), own, criteria),
+    ]
+    checks += _check_limits(diversity, latency, criteria)
+    figures = {
+        "users": float(len(paid)),
+        "none": earned,
+        "gain": gain.value,
+        "gain_low": gain.low,
+        "gain_high": gain.high,
+    }
+    return Verdict(checks, figures | _to_figures(diversity, latency))
 
 
-def _kept(parts: dict[str, ope.Interval], own: dict[str, float], rules: Rules) -> list[Check]:
-    """That no segment loses for sure of what it earns itself."""
-    found = []
-    for name, change in parts.items():
-        text = f"{name}: {change.value:+.4f} of {own[name]:.4f}, at best {change.high:+.4f}"
-        found.append(Check(f"segment {name}", change.high >= rules.segment * abs(own[name]), text))
-    return found
+def _check_evaluation(
+    evaluation: ope.Evaluation, share: float, unexplored: float, decisions: int, criteria: Criteria
+) -> list[Check]:
+    """The checks of the off-policy estimates.
+
+    share : exploration of both policies, as a share of the log's
+    unexplored : predicted gain of a decision without exploration
+    """
+    earned = max(abs(evaluation.production.value), 1e-12)
+    values = {name: interval.value for name, interval in evaluation.intervals.items()}
+    gain, weight = evaluation.intervals["dr"], evaluation.weight
+    estimates = ", ".join(f"{name} {value:+.4f}" for name, value in values.items())
+    gain_text = (
+        f"gain {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] a decision, compared with {earned:.4f}, "
+        f"both at {share:g} times the logged exploration"
+    )
+    gain_text += f"; lower bound {evaluation.lower:+.4f} at level {criteria.level:.2g}"
+    weight_text = (
+        f"the mean weight is {weight.value:.3f}, not 1: actions were not played with the logged densities"
+    )
+    unexplored_text = (
+        f"predicted gain without exploration {unexplored:+.4f}, required {criteria.segment * earned:+.4f}"
+    )
+    support_text = (
+        f"{evaluation.effective:.0f} effective samples of {decisions}, required {criteria.effective:.0f}"
+    )
+    return [
+        Check(
+            "estimators agree",
+            all(value > 0 for value in values.values()),
+            f"estimators disagree: {estimates}",
+        ),
+        Check("gain", evaluation.lower > criteria.threshold * earned, gain_text),
+        Check("unexplored", unexplored >= criteria.segment * earned, unexplored_text),
+        Check("support", evaluation.effective >= criteria.effective, support_text),
+        Check("weights", 2 * weight.low - weight.value <= 1 <= 2 * weight.high - weight.value, weight_text),
+        Check(
+            "shuffled rewards",
+            evaluation.shuffled <= MAX_SHUFFLED,
+            f"{evaluation.shuffled:.0%} of the intervals on shuffled rewards exclude 0",
+        ),
+    ]
 
 
-def _allowed(diversity: float | None, latency: float | None, rules: Rules) -> list[Check]:
-    """What its lists and its decisions may be, of what was measured."""
-    found = []
+def _check_segments(
+    changes: dict[str, ope.Interval], own: dict[str, float], criteria: Criteria
+) -> list[Check]:
+    """No segment may lose significantly, as a share of what it earns itself (`own`)."""
+    checks = []
+    for name, change in changes.items():
+        text = f"{name}: {change.value:+.4f} of {own[name]:.4f}, upper bound {change.high:+.4f}"
+        checks.append(Check(f"segment {name}", change.high >= criteria.segment * abs(own[name]), text))
+    return checks
+
+
+def _check_limits(diversity: float | None, latency: float | None, criteria: Criteria) -> list[Check]:
+    """The limits on diversity and latency, as far as they were measured."""
+    checks = []
     if diversity is not None:
-        found.append(Check("diversity", diversity >= rules.diversity, f"its lists are {diversity:.0%} as varied, {rules.diversity:.0%} wanted"))
+        checks.append(
+            Check(
+                "diversity",
+                diversity >= criteria.diversity,
+                f"the diversity of its lists is {diversity:.0%} of the trained model's, "
+                f"required {criteria.diversity:.0%}",
+            )
+        )
     if latency is not None:
-        text = f"a decision takes {latency:.1%} of the Predictor's time, {rules.latency:.0%} allowed"
-        found.append(Check("latency", latency <= rules.latency, text))
-    return found
+        text = f"a decision takes {latency:.1%} of the Predictor's time, {criteria.latency:.0%} allowed"
+        checks.append(Check("latency", latency <= criteria.latency, text))
+    return checks
 
 
-def _measured(diversity: float | None, latency: float | None) -> dict[str, float]:
-    return {name: value for name, value in (("diversity", diversity), ("latency", latency)) if value is not None}
+def _to_figures(diversity: float | None, latency: float | None) -> dict[str, float]:
+    return {
+        name: value for name, value in (("diversity", diversity), ("latency", latency)) if value is not None
+    }
 
 
-def weights(log: Logged, mean: np.ndarray, share: float = 1.0) -> np.ndarray:
-    """Density of the logged actions around other means, explored that share as far as the log did, over theirs, float64 [n]."""
-    found: np.ndarray = np.exp(log_density(log.action, mean, share * log.sigma[:, None]) - log.log_density)
-    return found
+def importance_weights(log: LoggedDecisions, mean: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """Density of the logged actions under exploration around `mean`, divided by the logged density, float64
+    [n].
+
+    share : of the exploration, relative to the log's
+    """
+    result: np.ndarray = np.exp(log_density(log.action, mean, share * log.sigma[:, None]) - log.log_density)
+    return result
 
 
-def _again(seed: int) -> list[np.random.Generator]:
-    """The same chance for whoever asks."""
+def _make_generators(seed: int) -> list[np.random.Generator]:
+    """The same random numbers for every policy."""
     return [np.random.default_rng([seed, draw]) for draw in range(DRAWS)]
 
 
-def thirds(observation: np.ndarray) -> dict[str, np.ndarray]:
-    """Requests by the length of the history, masks [n]."""
+def split_by_history_length(observation: np.ndarray) -> dict[str, np.ndarray]:
+    """Thirds of the requests by the length of the history, masks [n]; without those that are too small."""
     length = observation[:, OBSERVED.index("log_length")]
     low, high = np.quantile(length, [1 / 3, 2 / 3])
-    found = {"short histories": length <= low, "middle histories": (length > low) & (length <= high), "long histories": length > high}
-    return {name: mask for name, mask in found.items() if mask.sum() >= 30}
+    segments = {
+        "short histories": length <= low,
+        "middle histories": (length > low) & (length <= high),
+        "long histories": length > high,
+    }
+    return {name: mask for name, mask in segments.items() if mask.sum() >= MIN_SEGMENT}

@@ -1,4 +1,4 @@
-"""Logged decisions, checked: what an off-policy estimate may be made of, and what was set aside and why."""
+"""Logged decisions: which of them off-policy estimates may use, and why the others are excluded."""
 
 from __future__ import annotations
 
@@ -21,18 +21,31 @@ from recray.inference.modulation import log_density
 from recray.inference.policy import OBSERVED
 from recray.state.rewards import Credits, Rewards
 
-LEAST = 100  # decisions that can say anything
+MIN_DECISIONS = 100
 OTHER_BUNDLE, NOT_EXPLORED = "of another bundle", "not explored"
-DISORDER_S = 60.0  # how much later than others of its time a decision may have been written
-TOLD = {"policy", "actions", "observation", "mean", "action", "log_density", "sigma"}  # of a decision, in the log
+DISORDER_S = 60.0  # a decision may be written this much later than others of its time
+REQUIRED_FIELDS = {
+    "policy",
+    "actions",
+    "observation",
+    "mean",
+    "action",
+    "log_density",
+    "sigma",
+}  # of a decision in the log
 
 
 @dataclass(frozen=True)
-class Logged:
+class LoggedDecisions:
     """Decisions of one bundle.
 
-    observation [n, D]; mean [n, K]: what was served without exploration; action [n, K]; log_density [n] of the action, NaN where
-    nothing was explored; sigma [n]; reward [n]; user [n] any ids; bundle and policy [n]: digests.
+    observation : [n, D]
+    mean : [n, K], the action without exploration
+    action : [n, K], the action that was served
+    log_density : [n], of the action; NaN where nothing was explored
+    sigma, reward : [n]
+    user : [n], ids of any type
+    bundle, policy : [n], digests
     """
 
     observation: np.ndarray
@@ -48,98 +61,96 @@ class Logged:
     def __len__(self) -> int:
         return len(self.reward)
 
-    def rows(self, chosen: np.ndarray) -> Logged:
-        """Those of a mask or of places."""
-        return Logged(**{name: value[chosen] for name, value in vars(self).items()})
+    def select(self, rows: np.ndarray) -> LoggedDecisions:
+        """The decisions of a mask or of row numbers."""
+        return LoggedDecisions(**{name: values[rows] for name, values in vars(self).items()})
 
     @classmethod
-    def joined(cls, logs: Sequence[Logged]) -> Logged:
-        """One after the other."""
+    def concat(cls, logs: Sequence[LoggedDecisions]) -> LoggedDecisions:
+        """Several logs, one after the other."""
         return cls(**{name: np.concatenate([getattr(log, name) for log in logs]) for name in vars(logs[0])})
 
     @property
-    def codes(self) -> np.ndarray:
+    def user_codes(self) -> np.ndarray:
         """Users as numbers from 0, int64 [n]."""
-        found: np.ndarray = np.unique(self.user, return_inverse=True)[1]
-        return found
+        return np.unique(self.user, return_inverse=True)[1]
 
 
-Aside = Counter[str]
-"""How many decisions were set aside, by reason."""
+ExclusionCounts = Counter[str]
+"""Number of excluded decisions by reason."""
 
 
 @dataclass(frozen=True)
-class Ripe:
-    """Decisions whose outcomes are in.
+class MatureDecisions:
+    """Decisions whose attribution window has ended.
 
     rounds : oldest first
-    aside : how many were set aside, by reason
-    newest_s : when the newest of them was made; minus infinity where there are none
+    excluded : number of excluded decisions by reason
+    newest_s : time of the newest decision; minus infinity if there are none
     """
 
-    rounds: list[Logged]
-    aside: Aside
+    rounds: list[LoggedDecisions]
+    excluded: ExclusionCounts
     newest_s: float
 
 
-def count_fresh(folders: Sequence[Path], options: PolicySettings, *, after_s: float, until_s: float, bound: float | None = None) -> int:
-    """How many ripe decisions that explored are newer than a moment; as `read`, without reading what is older."""
+def count_fresh(
+    folders: Sequence[Path],
+    options: PolicySettings,
+    *,
+    after_s: float,
+    until_s: float,
+    bound: float | None = None,
+) -> int:
+    """Number of mature, explored decisions later than `after_s`. Parameters as in `read_rounds`, but older
+    folders are not read.
+    """
     count = 0
-    for file in reversed(_files(folders, "decisions")):
+    for file in reversed(_existing_files(folders, "decisions")):
         if _newest_s(file) < after_s - DISORDER_S:
             break
-        rows = _decisions(file, options.actions, options.bound if bound is None else bound, until_s)
+        rows = _read_decisions(file, options.actions, options.bound if bound is None else bound, until_s)
         count += sum(row.explored and row.at_s > after_s for row in rows)
     return count
 
 
-def read(folders: Sequence[Path], options: PolicySettings, rewards: Rewards, *, until_s: float, bound: float | None = None) -> Ripe:
-    """The ripe decisions that a policy or exploration made, in rounds.
+def read_rounds(
+    folders: Sequence[Path],
+    options: PolicySettings,
+    rewards: Rewards,
+    *,
+    until_s: float,
+    bound: float | None = None,
+) -> MatureDecisions:
+    """The mature decisions of a policy or of exploration, in rounds.
 
-    A round is a stretch of time: at least `round_s` long, with at least `round_decisions` that explored, the newest one up to `until_s`; there
-    are `rounds` of them at most, and the oldest may be shorter. How often was collected changes nothing of it. A decision's reward is the sum of
-    its outcomes, in whatever folder these are.
+    A round is a stretch of time. It is at least `round_s` long and has at least `round_decisions` explored
+    decisions; the newest one ends at `until_s`. There are at most `rounds` of them, and the oldest may be
+    shorter. The rounds do not depend on how often `recray collect` ran. The reward of a decision is the sum
+    of its outcomes, whichever folder these are in.
 
     folders : of `recray collect`, oldest first
     until_s : later decisions wait for their outcomes
-    bound : how far decisions have to turn; None: as the options say
+    bound : required bound of the decisions; None: `options.bound`
     """
-    rows: list[_Row] = []
-    cuts: list[int] = []
-    first = len(folders)
-    for place, folder in reversed(list(enumerate(folders))):
-        file = folder / "decisions.parquet"
-        if not file.exists():
-            continue
-        rows += _decisions(file, options.actions, options.bound if bound is None else bound, until_s)
-        first = place
-        if len(rows) >= options.rounds * options.round_decisions:
-            rows.sort(key=_moment, reverse=True)
-            cuts = _cuts(rows, options)
-            if len(cuts) == options.rounds and _newest_s(file) < rows[cuts[-1] - 1].at_s - DISORDER_S:
-                break
-    rows.sort(key=_moment, reverse=True)
-    cuts = _cuts(rows, options)
-    if len(cuts) < options.rounds and (not cuts or cuts[-1] < len(rows)):
-        cuts.append(len(rows))
+    rows, cuts, first = _read_recent(folders, options, options.bound if bound is None else bound, until_s)
     recent = rows[: cuts[-1]]
-    credits, worth = Credits(rewards, limit=None), dict[str, float]()
-    for row in recent:
-        worth[row.request_id] = credits.add_response(row.request_id, row.items)
-    for file in _files(folders[max(first - 1, 0) :], "outcomes"):
-        for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "outcome", "item_id", "value"]):
-            for outcome in batch.to_pylist():
-                key = outcome["request_id"]
-                if key in worth:
-                    worth[key] += credits.add_outcome(key, outcome["outcome"], outcome["item_id"], outcome["value"])
-    aside = Aside(row.reason for row in recent if row.reason)
-    rounds = [[row for row in rows[start:end] if not row.reason] for start, end in zip([0, *cuts], cuts, strict=False)]
-    return Ripe([_logged(some[::-1], worth) for some in rounds[::-1] if some], aside, rows[0].at_s if rows else -math.inf)
+    reward_of = _sum_outcomes(recent, _existing_files(folders[max(first - 1, 0) :], "outcomes"), rewards)
+    excluded = ExclusionCounts(row.reason for row in recent if row.reason)
+    rounds = [
+        [row for row in rows[start:end] if not row.reason]
+        for start, end in zip([0, *cuts], cuts, strict=False)
+    ]
+    return MatureDecisions(
+        [_to_log(round_rows[::-1], reward_of) for round_rows in rounds[::-1] if round_rows],
+        excluded,
+        rows[0].at_s if rows else -math.inf,
+    )
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A decision of a folder; `reason`: why it is set aside, empty where it is not."""
+    """A decision of a folder; `reason`: why it is excluded, empty if it is not."""
 
     at_s: float
     request_id: str
@@ -152,116 +163,198 @@ class _Row:
         return not self.reason and self.values["log_density"] is not None
 
 
-def _moment(row: _Row) -> tuple[float, str]:
+def _read_recent(
+    folders: Sequence[Path], options: PolicySettings, bound: float, until_s: float
+) -> tuple[list[_Row], list[int], int]:
+    """Decisions, newest first, as far back as the rounds need; where the rounds end in them; and the index of
+    the oldest folder that was read.
+    """
+    rows: list[_Row] = []
+    cuts: list[int] = []
+    first = len(folders)
+    for index, folder in reversed(list(enumerate(folders))):
+        file = folder / "decisions.parquet"
+        if not file.exists():
+            continue
+        rows += _read_decisions(file, options.actions, bound, until_s)
+        first = index
+        if len(rows) >= options.rounds * options.round_decisions:
+            rows.sort(key=_sort_key, reverse=True)
+            cuts = _cut_rounds(rows, options)
+            if len(cuts) == options.rounds and _newest_s(file) < rows[cuts[-1] - 1].at_s - DISORDER_S:
+                break
+    rows.sort(key=_sort_key, reverse=True)
+    cuts = _cut_rounds(rows, options)
+    if len(cuts) < options.rounds and (not cuts or cuts[-1] < len(rows)):
+        cuts.append(len(rows))
+    return rows, cuts, first
+
+
+def _sum_outcomes(rows: Sequence[_Row], files: Sequence[Path], rewards: Rewards) -> dict[str, float]:
+    """The reward of each decision by request id, from its outcomes in any of the files."""
+    credits, reward_of = Credits(rewards, limit=None), dict[str, float]()
+    for row in rows:
+        reward_of[row.request_id] = credits.add_response(row.request_id, row.items)
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "outcome", "item_id", "value"]):
+            for outcome in batch.to_pylist():
+                key = outcome["request_id"]
+                if key in reward_of:
+                    reward_of[key] += credits.add_outcome(
+                        key, outcome["outcome"], outcome["item_id"], outcome["value"]
+                    )
+    return reward_of
+
+
+def _sort_key(row: _Row) -> tuple[float, str]:
     return row.at_s, row.request_id
 
 
-def _cuts(rows: Sequence[_Row], options: PolicySettings) -> list[int]:
-    """Where whole rounds of rows, newest first, end."""
+def _cut_rounds(rows: Sequence[_Row], options: PolicySettings) -> list[int]:
+    """The ends of complete rounds in rows, newest first."""
     cuts, start, explored = [], 0, 0
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         explored += row.explored
         if explored >= options.round_decisions and rows[start].at_s - row.at_s >= options.round_s:
-            cuts.append(place + 1)
-            start, explored = place + 1, 0
+            cuts.append(index + 1)
+            start, explored = index + 1, 0
             if len(cuts) == options.rounds:
                 break
     return cuts
 
 
 def _newest_s(file: Path) -> float:
-    """When the last decision of a file was made."""
+    """Time of the last decision of a file."""
     newest = pc.max(pq.read_table(file, columns=["timestamp"])["timestamp"]).as_py()
     return -math.inf if newest is None else float(newest.timestamp())
 
 
-def digest(rounds: Sequence[Logged]) -> str:
-    """Names what was read."""
+def digest(rounds: Sequence[LoggedDecisions]) -> str:
+    """SHA-256 of the decisions, in hexadecimal."""
     sha = hashlib.sha256()
     for log in rounds:
         for values in vars(log).values():
-            sha.update(np.ascontiguousarray(values).tobytes() if values.dtype != object else "\0".join(map(str, values)).encode())
+            sha.update(
+                np.ascontiguousarray(values).tobytes()
+                if values.dtype != object
+                else "\0".join(map(str, values)).encode()
+            )
     return sha.hexdigest()
 
 
-def _files(folders: Sequence[Path], kind: str) -> list[Path]:
+def _existing_files(folders: Sequence[Path], kind: str) -> list[Path]:
     return [file for folder in folders if (file := folder / f"{kind}.parquet").exists()]
 
 
-def _decisions(file: Path, actions: tuple[str, ...], bound: float, until_s: float) -> list[_Row]:
+def _read_decisions(file: Path, actions: tuple[str, ...], bound: float, until_s: float) -> list[_Row]:
     rows = []
-    for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "user_id", "timestamp", "items", "bundle", "more"]):
+    for batch in pq.ParquetFile(file).iter_batches(
+        columns=["request_id", "user_id", "timestamp", "items", "bundle", "more"]
+    ):
         for row in batch.to_pylist():
             decision = json.loads(row["more"] or "{}").get("decision")
             at_s = row["timestamp"].timestamp()
             if decision is None or at_s > until_s:
                 continue
-            reason = ""
-            if not decision.keys() >= TOLD:
-                reason = "without " + ", ".join(sorted(TOLD - decision.keys()))
-            elif tuple(decision["actions"]) != actions or decision.get("bound", 1.0) != bound:
-                reason = "turned other controls, or as far as another bound"
-            elif [len(decision[name]) for name in ("observation", "mean", "action")] != [len(OBSERVED), len(actions), len(actions)]:
-                reason = "seen by another version of recray"
             values = {"user_id": row["user_id"], "bundle": row["bundle"], **decision}
-            rows.append(_Row(at_s, row["request_id"], row["items"], reason, values))
+            rows.append(
+                _Row(
+                    at_s, row["request_id"], row["items"], _exclusion_reason(decision, actions, bound), values
+                )
+            )
     return rows
 
 
-def _logged(rows: list[_Row], worth: dict[str, float]) -> Logged:
+def _exclusion_reason(decision: dict[str, Any], actions: tuple[str, ...], bound: float) -> str:
+    """Why a logged decision is excluded; empty if it is not."""
+    if not decision.keys() >= REQUIRED_FIELDS:
+        return "without " + ", ".join(sorted(REQUIRED_FIELDS - decision.keys()))
+    if tuple(decision["actions"]) != actions or decision.get("bound", 1.0) != bound:
+        return "of other controls or another bound"
+    if [len(decision[name]) for name in ("observation", "mean", "action")] != [
+        len(OBSERVED),
+        len(actions),
+        len(actions),
+    ]:
+        return "observed by another version of recray"
+    return ""
+
+
+def _to_log(rows: list[_Row], reward_of: dict[str, float]) -> LoggedDecisions:
     def column(name: str) -> np.ndarray:
         return np.array([row.values[name] for row in rows])
 
-    return Logged(
+    return LoggedDecisions(
         column("observation").astype(np.float32),
         column("mean").astype(np.float32),
         column("action").astype(np.float32),
         np.array([np.nan if (density := row.values["log_density"]) is None else density for row in rows]),
         column("sigma").astype(np.float64),
-        np.array([worth[row.request_id] for row in rows]),
+        np.array([reward_of[row.request_id] for row in rows]),
         np.array([row.values["user_id"] or row.request_id for row in rows]),
         column("bundle"),
         column("policy"),
     )
 
 
-def usable(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged, Aside]:
-    """The decisions that can be used, and how many were set aside for which reason; as `checked`, which refuses."""
-    finite = np.isfinite(log.observation).all(1) & np.isfinite(log.action).all(1) & np.isfinite(log.mean).all(1)
+def filter_usable(
+    log: LoggedDecisions, bundle_digest: str, policies: set[str]
+) -> tuple[LoggedDecisions, ExclusionCounts]:
+    """The usable decisions, and the number of the others by reason. Parameters as in `require_usable`, but
+    nothing is raised.
+    """
+    finite = (
+        np.isfinite(log.observation).all(1) & np.isfinite(log.action).all(1) & np.isfinite(log.mean).all(1)
+    )
     recomputed = np.full(len(log), np.nan)
     explored = ~np.isnan(log.log_density) & (log.sigma > 0)
     impossible = explored & np.isinf(log.log_density)
-    known = finite & explored & ~impossible
-    recomputed[known] = log_density(log.action[known], log.mean[known], log.sigma[known, None])
+    is_computable = finite & explored & ~impossible
+    recomputed[is_computable] = log_density(
+        log.action[is_computable], log.mean[is_computable], log.sigma[is_computable, None]
+    )
     reasons = {
         OTHER_BUNDLE: log.bundle != bundle_digest,
-        "of a policy that is not known": ~np.isin(log.policy, sorted(policies)),
+        "of an unknown policy": ~np.isin(log.policy, sorted(policies)),
         NOT_EXPLORED: ~explored,
         "not finite": ~finite,
         "reward is not finite": ~np.isfinite(log.reward),
         "of propensity zero or infinite": impossible,
         "density is not that of the action": np.abs(recomputed - log.log_density) > 1e-3,
     }
-    left, aside = np.ones(len(log), bool), Aside()
-    for reason, bad in reasons.items():
-        if count := int((left & bad).sum()):
-            aside[reason] = count
-        left &= ~bad
-    return log.rows(left), aside
+
+    usable, excluded = np.ones(len(log), bool), ExclusionCounts()
+    for reason, mask in reasons.items():
+        if count := int((usable & mask).sum()):
+            excluded[reason] = count
+        usable &= ~mask
+    return log.select(usable), excluded
 
 
-def checked(log: Logged, bundle_digest: str, policies: set[str]) -> tuple[Logged, Aside]:
-    """The decisions that can be used, and how many were set aside for which reason.
+def require_usable(
+    log: LoggedDecisions, bundle_digest: str, policies: set[str]
+) -> tuple[LoggedDecisions, ExclusionCounts]:
+    """The usable decisions, and the number of the others by reason.
+
+    Raises RefusedError if no decision was explored, if most are of another bundle, or if too few are usable.
 
     policies : digests of the policies that may have decided, "" for none
-    Raises RefusedError where no decision was explored, where another bundle decided most, or where too few are left.
     """
-    left, aside = usable(log, bundle_digest, policies)
-    told = "; ".join(f"{count} {reason}" for reason, count in aside.items())
-    if aside[NOT_EXPLORED] and not (~np.isnan(log.log_density) & (log.sigma > 0)).any():
-        raise RefusedError("no decision of this log was explored: it says nothing of other actions", "set policy.sigma above 0 for a share of users")
-    if aside[OTHER_BUNDLE] > len(log) / 2:
-        raise RefusedError(f"most of this log is of another bundle: {told}", "evaluate on decisions of this one")
-    if len(left) < LEAST:
-        raise RefusedError(f"{len(left)} of {len(log)} decisions can be used, of {LEAST} at least: {told}", "wait for more")
-    return left, aside
+    usable, excluded = filter_usable(log, bundle_digest, policies)
+    reasons = "; ".join(f"{count} {reason}" for reason, count in excluded.items())
+    if excluded[NOT_EXPLORED] and not (~np.isnan(log.log_density) & (log.sigma > 0)).any():
+        raise RefusedError(
+            "no decision of this log was explored: it has no information on other actions",
+            "set policy.exploration_scale above 0 for a share of users",
+        )
+    if excluded[OTHER_BUNDLE] > len(log) / 2:
+        raise RefusedError(
+            f"most of this log is of another bundle: {reasons}", "evaluate on decisions of this bundle"
+        )
+    if len(usable) < MIN_DECISIONS:
+        raise RefusedError(
+            f"{len(usable)} of {len(log)} decisions are usable, at least {MIN_DECISIONS} are needed: "
+            f"{reasons}",
+            "wait for more decisions",
+        )
+    return usable, excluded

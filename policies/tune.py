@@ -1,4 +1,6 @@
-"""A policy for a bundle, from held-out users: learned on some of what they did next, judged on the others'."""
+"""A policy for a model bundle from holdout users: learned on the next interactions of some, evaluated on
+those of the others.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,22 @@ import numpy as np
 import pyarrow as pa
 
 from policies import gate
-from policies.held_out import HeldOut
+from policies.held_out import HoldoutRewards
 from policies.learner import Ppo, learn
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.dataset.reader import Dataset, draw_of
+from recray.dataset.reader import Dataset, draw_uniform
 from recray.errors import DataError, RefusedError
-from recray.evaluation.evaluate import test_questions
-from recray.evaluation.protocol import Question, wanted
+from recray.evaluation.evaluate import select_test_queries
+from recray.evaluation.protocol import EvaluationQuery, targets_of
 from recray.inference import Predictor, Rules, Translation
 from recray.inference.modulation import explore
+from recray.inference.observer import Observer
 from recray.inference.policy import Policy
 
-LEAST = 200  # users to learn from, and as many to be judged by
-JUDGED = 1 / 3  # of the users
-TIMED = 200  # requests
+MIN_USERS = 200  # to learn from, and as many to evaluate on
+EVALUATION_SHARE = 1 / 3  # of the users
+TIMED_QUERIES = 200
 BATCH = 256
 
 
@@ -40,92 +43,165 @@ def tune(
     checkpoint: Path | None = None,
     on_metrics: Callable[[int, dict[str, float]], None] = lambda decisions, metrics: None,
 ) -> tuple[Policy, gate.Verdict]:
-    """Learn and judge. Needs a Ray session.
+    """Learn a policy and check it against the promotion criteria. Needs a Ray session.
 
-    start : a policy to begin with, of another bundle; live : of this one, which decides now: what is learned has to be better than it
-    checkpoint : as `policies.learner.learn`
-    Raises DataError for too few users, RefusedError where privacy is on and nobody is held out, SettingsError.
+    Raises DataError for too few users, RefusedError if privacy is on without holdout users of this bundle,
+    and SettingsError.
+
+    start : policy of another bundle to start from
+    live : live policy of this bundle, which the new one has to improve on; None: there is none
+    checkpoint, on_metrics : as in `policies.learner.learn`
     """
-    if settings.privacy.enabled and not settings.split.held_out:
-        raise RefusedError("policy.enabled with privacy.enabled: the trained on are not asked", "hold users out: split.held_out=0.2")
+    if settings.privacy.enabled and not settings.split.holdout_users:
+        raise RefusedError(
+            "policy.enabled with privacy.enabled needs holdout users: training users are never queried",
+            "set split.holdout_users=0.2",
+        )
     if settings.privacy.enabled and bundle.settings["split"] != settings.result_settings("split")["split"]:
-        raise RefusedError(f"bundle {bundle.key} was trained under another split, so others were held out", "tune with the settings of its training")
+        raise RefusedError(
+            f"bundle {bundle.key} was trained under another split, with other holdout users",
+            "tune with the settings of its training",
+        )
     predictor = Predictor.load(bundle.path, dataset=dataset)
-    questions, new_only = questions_of(settings, dataset, predictor)
-    if len(questions) * JUDGED < LEAST:
-        raise DataError(f"dataset {dataset.key} has {len(questions)} test users, too few for a policy", f"{round(LEAST / JUDGED)} are needed")
-    # the same users every night: what a policy begins with was not learned from those who judge it
-    judges = draw_of(pa.array([str(dataset.shard(question.shard).user_ids[question.row]) for question in questions]), "judges") < JUDGED
-    options, k = settings.policy, settings.evaluate.k[0]
-    rules = Rules.declared(settings.score.rules(), dataset, predictor.translation(dataset).to_bundle, predictor.unseen)
-    filtered: dict[str, Any] = {"new_only": new_only, "listed_new_only": settings.score.new_only, "rules": rules, "bound": options.bound}
-    judged, learned = (
-        HeldOut(predictor, [questions[place] for place in places], options.actions, metric=options.metric, k=k, **filtered)
-        for places in (np.flatnonzero(judges), np.flatnonzero(~judges))
+    queries, filter_seen = load_queries(settings, dataset, predictor)
+    if len(queries) * EVALUATION_SHARE < MIN_USERS:
+        raise DataError(
+            f"dataset {dataset.key} has {len(queries)} test users, too few for a policy",
+            f"at least {round(MIN_USERS / EVALUATION_SHARE)} are needed",
+        )
+    # the same users in every run, so that `start` was not learned from the users who evaluate it
+    is_evaluation_user = (
+        draw_uniform(
+            pa.array([str(dataset.shard(query.shard).user_ids[query.row]) for query in queries]), "judges"
+        )
+        < EVALUATION_SHARE
     )
+    options, k = settings.policy, settings.evaluate.k[0]
+    rules = Rules.from_settings(
+        settings.score.rules(), dataset, predictor.vocabulary.translation(dataset).to_bundle, predictor.cold_V
+    )
+    list_options: dict[str, Any] = {
+        "filter_seen": filter_seen,
+        "listed_filter_seen": settings.score.filter_seen,
+        "rules": rules,
+        "bound": options.bound,
+    }
+    evaluation, training = (
+        HoldoutRewards(
+            predictor,
+            [queries[row] for row in rows],
+            options.actions,
+            metric=options.metric,
+            k=k,
+            **list_options,
+        )
+        for rows in (np.flatnonzero(is_evaluation_user), np.flatnonzero(~is_evaluation_user))
+    )
+
     ppo = Ppo(decisions=options.decisions, penalty=options.penalty)
     if start is not None and start.bound != options.bound:
         start = None
     policy = learn(
-        learned,
+        training,
         ppo,
         bundle.digest,
         seed=settings.split.seed,
-        floor=options.diversity,
+        min_diversity=options.diversity,
         start=start,
         checkpoint=checkpoint,
         on_metrics=on_metrics,
     )
     policy.about["bound"] = options.bound
-    verdict = judge(settings, judged, policy, live)
-    policy.about |= {"bundle": bundle.key, "dataset": dataset.key, "as_of_s": dataset.as_of_s, "promoted": verdict.passed, "reason": verdict.reason}
+    verdict = judge(settings, evaluation, policy, live)
+    policy.about |= {
+        "bundle": bundle.key,
+        "dataset": dataset.key,
+        "as_of_s": dataset.as_of_s,
+        "promoted": verdict.passed,
+        "reason": verdict.reason,
+    }
     policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict
 
 
-def judge(settings: Settings, judged: HeldOut, policy: Policy, live: Policy | None = None) -> gate.Verdict:
-    """The gate's verdict by users that the policy was not learned from. live : to be better than; None: than the trained model as it is"""
-    places = np.arange(len(judged))
-    mine, none = (judged.lists(places, action) for action in (policy.act(judged.observation), np.zeros((len(judged), len(policy.actions)))))
-    now = none if live is None else judged.turning(live.actions, live.bound).lists(places, live.act(judged.observation))
-    latency = deciding_share(judged.predictor, judged.questions[:TIMED], policy)
-    paid, before = (judged.worth(places, found) for found in (mine, now))
-    return gate.compare(judged.observation, paid, before, rules_of(settings), diversity=judged.variety(mine, none), latency=latency)
+def judge(
+    settings: Settings, rewards: HoldoutRewards, policy: Policy, live: Policy | None = None
+) -> gate.Verdict:
+    """The verdict of the promotion criteria.
+
+    rewards : of users that the policy was not learned from
+    live : the policy to improve on; None: the trained model
+    """
+    rows = np.arange(len(rewards))
+    lists, baseline_lists = (
+        rewards.recommend(rows, action)
+        for action in (policy.act(rewards.observation), np.zeros((len(rewards), len(policy.actions))))
+    )
+    live_lists = (
+        baseline_lists
+        if live is None
+        else rewards.with_controls(live.actions, live.bound).recommend(rows, live.act(rewards.observation))
+    )
+    latency = measure_decision_share(rewards.predictor, rewards.queries[:TIMED_QUERIES], policy)
+    paid, before = (rewards.score_lists(rows, items) for items in (lists, live_lists))
+    return gate.compare(
+        rewards.observation,
+        paid,
+        before,
+        to_criteria(settings),
+        diversity=rewards.relative_diversity(lists, baseline_lists),
+        latency=latency,
+    )
 
 
-def rules_of(settings: Settings) -> gate.Rules:
-    """What the settings ask of a policy."""
+def to_criteria(settings: Settings) -> gate.Criteria:
+    """The promotion criteria of the settings."""
     options = settings.policy
-    return gate.Rules(threshold=options.threshold, segment=-options.segment, diversity=options.diversity, latency=options.latency)
+    return gate.Criteria(
+        threshold=options.threshold,
+        segment=-options.segment,
+        diversity=options.diversity,
+        latency=options.latency,
+    )
 
 
-def deciding_share(predictor: Predictor, questions: list[Question], policy: Policy, sigma: float | None = None) -> float:
-    """Median time to observe and decide, and to explore where `sigma` is said, as a share of the median time of the answer itself, one
-    request at a time."""
-    deciding, answering, random = [], [], np.random.default_rng(0)
-    for question in questions:
-        begun = time.perf_counter()
-        mean = policy.act(predictor.observe(question.history, question.now)[None])
+def measure_decision_share(
+    predictor: Predictor, queries: list[EvaluationQuery], policy: Policy, sigma: float | None = None
+) -> float:
+    """Median time to observe and decide, and to explore if `sigma` is set, as a share of the median time of
+    the recommendation itself, one request at a time.
+    """
+    observer = Observer(predictor)
+    decision_s, response_s, random = [], [], np.random.default_rng(0)
+    for query in queries:
+        started = time.perf_counter()
+        mean = policy.act(observer.observe(query.history, query.now)[None])
         if sigma is not None:
             explore(mean, sigma, random)
         decided = time.perf_counter()
-        predictor.recommend([question.history], 10, now=question.now, context=[question.context])
-        deciding.append(decided - begun)
-        answering.append(time.perf_counter() - decided)
-    return float(np.median(deciding) / np.median(answering))
+        predictor.recommend([query.history], 10, now=query.now, context=[query.context])
+        decision_s.append(decided - started)
+        response_s.append(time.perf_counter() - decided)
+    return float(np.median(decision_s) / np.median(response_s))
 
 
-def questions_of(settings: Settings, dataset: Dataset, predictor: Predictor) -> tuple[list[Question], bool]:
-    """The test users with a history and a target that the predictor knows, in its indices, and whether only new items count
-    (`evaluate.primary_setting`)."""
-    translation, new_only = predictor.translation(dataset), settings.evaluate.primary_setting == "new_only"
-    asked = (question for batch in test_questions(settings, dataset).batches(BATCH) for question in batch)
-    found = (_translated(question, translation, new_only=new_only) for question in asked)
-    return [question for question in found if len(question.target) and (question.history.item_index > 0).any()], new_only
+def load_queries(
+    settings: Settings, dataset: Dataset, predictor: Predictor
+) -> tuple[list[EvaluationQuery], bool]:
+    """The test users with a history and a target in the predictor's vocabulary, in its indices; and whether
+    the seen-item filter applies (`evaluate.protocol`).
+    """
+    translation = predictor.vocabulary.translation(dataset)
+    filter_seen = settings.evaluate.protocol == "filter_seen"
+    stored = (query for batch in select_test_queries(settings, dataset).batches(BATCH) for query in batch)
+    translated = (_translate(query, translation, filter_seen=filter_seen) for query in stored)
+    return [
+        query for query in translated if len(query.target) and (query.history.item_index > 0).any()
+    ], filter_seen
 
 
-def _translated(question: Question, translation: Translation, *, new_only: bool) -> Question:
-    """The question in the bundle's indices; of its targets those that the bundle knows."""
-    known = translation.to_bundle[wanted(question, new_only=new_only)]
-    history, context = translation.history(question.history), translation.context(question.context)
-    return replace(question, history=history, target=np.unique(known[known > 0]), context=context)
+def _translate(query: EvaluationQuery, translation: Translation, *, filter_seen: bool) -> EvaluationQuery:
+    """The query in the bundle's indices, with the targets that are in its vocabulary."""
+    target = translation.to_bundle[targets_of(query, filter_seen=filter_seen)]
+    history, context = translation.history(query.history), translation.context(query.context)
+    return replace(query, history=history, target=np.unique(target[target > 0]), context=context)

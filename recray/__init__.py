@@ -1,7 +1,8 @@
 """recray: an attention recommender that runs on Ray, from an event log to a served recommendation list.
 
-Importing this package loads neither ray nor torch nor mlflow: a public name is looked up when it is first used. What is not in `__all__` may
-change in any release; besides these names, the commands, the settings and the endpoint's OpenAPI document are what others build on.
+Importing this package loads neither ray nor torch nor mlflow: a public name is looked up when it is first
+used. What is not in `__all__` may change in any release; besides these names, the commands, the settings and
+the endpoint's OpenAPI document are what others build on.
 """
 
 from importlib import import_module
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         SettingsError,
         StateError,
         StorageError,
-        TooManyBadRowsError,
+        TooManyInvalidRowsError,
         TrackingError,
         TrainingError,
         UnavailableError,
@@ -55,7 +56,7 @@ __all__ = [
     "SettingsError",
     "StateError",
     "StorageError",
-    "TooManyBadRowsError",
+    "TooManyInvalidRowsError",
     "TrackingError",
     "TrainingError",
     "UnavailableError",

@@ -1,12 +1,12 @@
-"""The errors that recray raises on purpose. Each says what is wrong and what to do next.
+"""The errors that recray raises on purpose. Each names the problem and its fix.
 
 RecrayError
 ├── SettingsError          settings that cannot be used (exit code 2)
-├── RefusedError           a rule said no: nothing broke (exit code 3)
+├── RefusedError           a rule forbids it: nothing broke (exit code 3)
 │   └── PrivacySpentError  a training would pass the cap on ε
 └── (exit code 1)
     ├── DataError          input events or items that cannot be used
-    │   ├── TooManyBadRowsError
+    │   ├── TooManyInvalidRowsError
     │   └── ImpossibleSplitError
     ├── ArtifactError      a dataset, bundle or snapshot that is missing, damaged or another run's
     │   ├── MissingArtifactError
@@ -14,15 +14,15 @@ RecrayError
     │   └── OutputExistsError
     ├── StorageError       the workspace cannot be written to
     ├── ClusterError       Ray cannot be reached or cannot place the work
-    ├── TrackingError      MLflow cannot be reached, or holds what does not fit
+    ├── TrackingError      MLflow cannot be reached, or does not fit this workspace
     ├── TrainingError      training stopped: a worker failed, a loss that is not finite
     ├── RequestError       a request that the predictor cannot respond to
     │   └── UnknownItemError
-    ├── UnavailableError   nobody can respond now
-    ├── PartUnavailableError  one part of the endpoint cannot; another one stands in
-    └── StateError         the event store cannot be reached, or does not keep what it acknowledges
+    ├── UnavailableError   temporarily unavailable; try again
+    ├── PartUnavailableError  a part of the endpoint is unavailable; another part stands in
+    └── StateError         the event store cannot be reached, or would lose what it acknowledged
 
-An error survives pickling between Ray processes, because `args` is all it is made of.
+An error survives pickling between Ray processes, since it consists of its `args`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ T = TypeVar("T")
 
 
 class RecrayError(Exception):
-    """Base of all errors of recray. `what` names the thing, `fix` the next step to take."""
+    """Base of all errors of recray. `message` names the problem, `fix` the next step."""
 
     exit_code = 1
 
-    def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(what, fix)
-        self.what = what
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.message = message
         self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.what}\n  fix: {self.fix}" if self.fix else self.what
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
 
 
 class SettingsError(RecrayError):
@@ -54,7 +54,7 @@ class SettingsError(RecrayError):
 
 
 class RefusedError(RecrayError):
-    """A rule said no; nothing broke and nothing was published."""
+    """A rule forbids it; nothing broke and nothing was published."""
 
     exit_code = 3
 
@@ -67,16 +67,16 @@ class DataError(RecrayError):
     """Input that cannot be read or does not fit the schema."""
 
 
-class TooManyBadRowsError(DataError):
-    """More rows failed the checks than `data.max_bad_fraction` allows. `bad`: how many."""
+class TooManyInvalidRowsError(DataError):
+    """More rows failed the checks than `data.max_invalid_fraction` allows. `invalid_rows`: number of them."""
 
-    def __init__(self, what: str, fix: str = "", bad: int = 0) -> None:
-        super().__init__(what, fix)
-        self.bad = bad
+    def __init__(self, message: str, fix: str = "", invalid_rows: int = 0) -> None:
+        super().__init__(message, fix)
+        self.invalid_rows = invalid_rows
 
 
 class ImpossibleSplitError(DataError):
-    """No event lies where the settings of the split want some."""
+    """A part of the split has no events."""
 
 
 class ArtifactError(RecrayError):
@@ -84,7 +84,7 @@ class ArtifactError(RecrayError):
 
 
 class MissingArtifactError(ArtifactError):
-    """The dataset, bundle or snapshot is not there."""
+    """The dataset, model bundle or snapshot does not exist."""
 
 
 class DamagedArtifactError(ArtifactError):
@@ -92,7 +92,7 @@ class DamagedArtifactError(ArtifactError):
 
 
 class OutputExistsError(ArtifactError):
-    """The place for the output is taken by something that this run did not write."""
+    """The output path is taken by something that this run did not write."""
 
 
 class StorageError(RecrayError):
@@ -104,7 +104,7 @@ class ClusterError(RecrayError):
 
 
 class TrackingError(RecrayError):
-    """MLflow cannot be reached, or what it holds does not fit this storage."""
+    """MLflow cannot be reached, or its content does not fit this workspace."""
 
 
 class TrainingError(RecrayError):
@@ -112,7 +112,7 @@ class TrainingError(RecrayError):
 
 
 class RequestError(RecrayError):
-    """A request that the predictor cannot answer."""
+    """A request that the predictor cannot serve."""
 
 
 class UnknownItemError(RequestError):
@@ -120,11 +120,11 @@ class UnknownItemError(RequestError):
 
 
 class UnavailableError(RecrayError):
-    """Nobody can answer now; the caller may come again."""
+    """The service is temporarily unavailable; the caller may try again."""
 
 
 class PartUnavailableError(RecrayError):
-    """A part of the endpoint does not respond: `state`, `model` or `snapshot`. Another one stands in."""
+    """A part of the endpoint is unavailable: `state`, `model` or `snapshot`. Another part stands in."""
 
     def __init__(self, part: Literal["state", "model", "snapshot"], fix: str = "") -> None:
         super().__init__(part, fix)
@@ -132,28 +132,28 @@ class PartUnavailableError(RecrayError):
 
 
 class StateError(RecrayError):
-    """The log of events and outcomes cannot be reached, takes nothing, or would lose what it acknowledges."""
+    """The event store cannot be reached, does not write, or would lose what it acknowledged."""
 
 
 class Problems:
-    """Gathers errors, so that a person hears of all of them at once."""
+    """Collects errors, so that all of them are reported at once."""
 
     def __init__(self) -> None:
-        self.found: list[RecrayError] = []
+        self.errors: list[RecrayError] = []
 
-    def of(self, look: Callable[[], T]) -> T | None:
-        """What `look` returns; None where it raised a RecrayError, which is gathered."""
+    def collect(self, check: Callable[[], T]) -> T | None:
+        """The result of `check`; None if it raised a RecrayError, which is collected."""
         try:
-            return look()
+            return check()
         except RecrayError as error:
-            self.found.append(error)
+            self.errors.append(error)
             return None
 
     def raise_all(self) -> None:
-        """Raises what was gathered as one error of the first one's kind, a line each."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            lines = dict.fromkeys(error.what for error in self.found)
-            fixes = dict.fromkeys(error.fix for error in self.found if error.fix)
-            raise type(self.found[0])("\n".join(lines), "; ".join(fixes))
+        """Raise the collected errors as one of the class of the first, with a line each."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            lines = dict.fromkeys(error.message for error in self.errors)
+            fixes = dict.fromkeys(error.fix for error in self.errors if error.fix)
+            raise type(self.errors[0])("\n".join(lines), "; ".join(fixes))

@@ -1,4 +1,6 @@
-"""Shared fixtures: small worlds, datasets prepared without Ray, and the rule that a module leaves no process behind."""
+"""Shared fixtures: small worlds, datasets prepared without Ray, and the rule that a module leaves no process
+behind.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from recray.testing.synthetic import SyntheticShop
 
 SHARED = Path(os.environ.get("RECRAY_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
-hypothesis.settings.register_profile("any machine", hypothesis.settings(), deadline=None)  # no test waits for the clock
+hypothesis.settings.register_profile(
+    "any machine", hypothesis.settings(), deadline=None
+)  # no test waits for the clock
 hypothesis.settings.load_profile("any machine")
 
 
@@ -52,7 +56,7 @@ def world_overrides(folder: Path, root: Path) -> list[str]:
         "model.feature_buckets=256",
         "train.epochs=2",
         "train.threads=1",
-        "train.batch_positions=512",
+        "train.batch_tokens=512",
         "train.warmup_steps=5",
         "evaluate.bootstrap=100",
         "score.k=20",
@@ -73,13 +77,13 @@ def private_overrides(folder: Path, root: Path) -> list[str]:
         "privacy.steps=12",
         "privacy.report_every=5",
         "privacy.sampling_rate=0.2",
-        "split.held_out=0.25",
+        "split.holdout_users=0.25",
         "model.blocks=2",
         "data.shards=4",
         "train.learning_rate=0.001",
-        "train.average_decay=0",
+        "train.ema_decay=0",
         "train.warm_start=false",
-        "gates.must_beat=[]",
+        "promotion.must_beat=[]",
     ]
 
 
@@ -120,12 +124,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("jobs")
         elif "own_home" in fixtures:
             item.add_marker("own")
-    items.sort(key=lambda item: min((ORDER.index(mark.name) for mark in item.iter_markers() if mark.name in ORDER), default=ORDER.index("")))
+    items.sort(
+        key=lambda item: min(
+            (ORDER.index(mark.name) for mark in item.iter_markers() if mark.name in ORDER),
+            default=ORDER.index(""),
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def own_home(tmp_path_factory) -> Iterator[Path]:
-    """A home (and so a Ray token) of the module's own; afterwards no process that was started with it may be left."""
+    """A home (and so a Ray token) of the module's own; afterwards no process that was started with it may be
+    left.
+    """
     home = tmp_path_factory.mktemp("home")
     resource_tracker.ensure_running()  # it is the whole session's, with the session's home
     with pytest.MonkeyPatch.context() as patch:
@@ -175,7 +186,9 @@ RAYS_OWN = (
 
 
 QUICK_RAY = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Ray Train looks every two seconds whether a worker has something to say, and watches for machines that are taken away: here, not."""
+"""Ray Train looks every two seconds whether a worker has something to say, and watches for machines that are
+taken away: here, not.
+"""
 
 
 def _at_home(patch: pytest.MonkeyPatch, home: Path) -> None:
@@ -191,7 +204,9 @@ def assert_nothing_left(home: Path, before: dict[int, str] | None = None) -> Non
     from harness import wait_for
 
     def left() -> list[str]:
-        gc.collect()  # an actor lives as long as somebody has its handle, and the errors of a test are cycles that hold some
+        # an actor lives as long as somebody has its handle, and the errors of a test are cycles that hold
+        # some
+        gc.collect()
         found = {
             pid: title
             for pid, title in _processes(home).items()
@@ -204,12 +219,17 @@ def assert_nothing_left(home: Path, before: dict[int, str] | None = None) -> Non
 
 def _processes(home: Path) -> dict[int, str]:
     """Processes other than this one that have this home, with the beginning of their titles."""
-    return {process.pid: title[:160] for process, other, title in running() if other == home and process.pid != os.getpid()}
+    return {
+        process.pid: title[:160]
+        for process, other, title in running()
+        if other == home and process.pid != os.getpid()
+    }
 
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory):
-    """A real cluster for the jobs of many modules; its drivers give up a lost head after 10 s instead of 60."""
+    """A real cluster for the jobs of many modules; its drivers give up a lost head after 10 s instead of
+    60."""
     from forked import begin_forks
     from harness import Cluster
 
@@ -229,7 +249,9 @@ def workspace(head, world_folder, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _nothing_goes_on() -> Iterator[None]:
-    """A test leaves no job behind, which would hold the next one up, and no more threads of torch, which would get in each other's way."""
+    """A test leaves no job behind, which would hold the next one up, and no more threads of torch, which
+    would get in each other's way.
+    """
     torch = sys.modules.get("torch")
     threads = torch and torch.get_num_threads()
     yield
@@ -244,7 +266,10 @@ def postgres() -> Iterator[str]:
     """URL of a PostgreSQL server of our own, without a database."""
     from harness import wait_for
 
-    found = [*sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")), *(Path(path) for path in [shutil.which("initdb")] if path)]
+    found = [
+        *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
+        *(Path(path) for path in [shutil.which("initdb")] if path),
+    ]
     if not found:
         absent("PostgreSQL is not installed (Debian's package postgresql, or its bin folder in PATH)")
     binaries = found[-1].resolve().parent
@@ -261,7 +286,12 @@ def postgres() -> Iterator[str]:
             server = subprocess.Popen(serve, stdout=file, stderr=file, user=user, cwd=folder)
         try:
             ready = [binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", port]
-            wait_for("PostgreSQL", lambda: not subprocess.run(ready).returncode, saw=log.read_text, ended=server.poll)
+            wait_for(
+                "PostgreSQL",
+                lambda: not subprocess.run(ready).returncode,
+                saw=log.read_text,
+                ended=server.poll,
+            )
             yield f"postgresql://recray@127.0.0.1:{port}"
         finally:
             server.send_signal(signal.SIGINT)  # it ends the connections, then stops
@@ -286,9 +316,24 @@ def start_redis(binary: str, folder: str, port: int) -> subprocess.Popen:
     """A Redis server with its files in a folder, once it takes connections."""
     from harness import wait_for
 
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+    options = [
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        folder,
+        "--save",
+        "",
+        "--appendonly",
+        "yes",
+        "--appendfsync",
+        "always",
+    ]
     server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
-    with contextlib.closing(wait_for("Redis", lambda: socket.create_connection(("127.0.0.1", port), timeout=1), ended=server.poll)):
+    with contextlib.closing(
+        wait_for("Redis", lambda: socket.create_connection(("127.0.0.1", port), timeout=1), ended=server.poll)
+    ):
         return server
 
 

@@ -1,4 +1,6 @@
-"""A nightly run that keeps a copy of its workspace from before each stage, and from its end: `python tests/cutting.py CUTS OVERRIDE…`."""
+"""A nightly run that keeps a copy of its workspace from before each stage, and from its end: `python
+tests/cutting.py CUTS OVERRIDE…`.
+"""
 
 import shutil
 import sys
@@ -17,6 +19,6 @@ if __name__ == "__main__":
         if message.startswith("── "):
             shutil.copytree(settings.root(), cuts / fields["stage"])
 
-    result = pipeline.run_nightly(settings, parse_as_of(AS_OF), keep)
+    result = pipeline.run("nightly", settings, parse_as_of(AS_OF), keep)
     shutil.copytree(settings.root(), cuts / "end")
     print(result.to_json())

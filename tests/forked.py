@@ -1,7 +1,9 @@
-"""Jobs in forks of one process that has imported what they need: each is a process of its own, and begins in a moment.
+"""Jobs in forks of one process that has imported what they need: each is a process of its own, and begins in
+a moment.
 
-`FORKS.Process(target=run_job, …)` does what `python -m jobs.<job>` does, but for the four seconds of imports. Ray reads some of its
-environment when it is imported (whether a token is asked for), so the process begins with that of the cluster: `begin_forks`.
+`FORKS.Process(target=run_job, …)` does what `python -m jobs.<job>` does, but for the four seconds of imports.
+Ray reads some of its environment when it is imported (whether a token is asked for), so the process begins
+with that of the cluster: `begin_forks`.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ NEEDED = (
     "ray.train.torch",
     "recray.cli",
     "recray.evaluation.report",
-    "recray.pipeline",
+    "recray.pipeline.nightly",
     "recray.prepare.prepare",
-    "recray.promotion",
-    "recray.scoring.score",
+    "recray.evaluation.promotion",
+    "recray.snapshot.score",
     "recray.tracking.outbox",
     "recray.training.trainer",
 )
@@ -51,6 +53,8 @@ def run_job(job: str, arguments: Sequence[str], environment: dict[str, str], out
     sys.exit(job_main(job))
 
 
-if __name__ == "__main__":  # once in a new environment, so that not each process of the first tests compiles what it imports
+if (
+    __name__ == "__main__"
+):  # once in a new environment, so that not each process of the first tests compiles what it imports
     for name in NEEDED:
         importlib.import_module(name)

@@ -1,4 +1,6 @@
-"""Jobs as an operator runs them, in processes that can be hit at a known moment; what a right nightly run leaves; and waiting for events."""
+"""Jobs as an operator runs them, in processes that can be hit at a known moment; what a right nightly run
+leaves; and waiting for events.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from conftest import world_overrides
 from forked import FORKS, run_job
 from processes import children, status, titled
 
-from recray.lease import FAULT
+from recray.storage.lease import FAULT
 from recray.testing.cluster import Head
 
 STAGES = ("prepare", "train", "evaluate", "promote", "score", "report")
@@ -35,7 +37,12 @@ Value = TypeVar("Value")
 
 
 def wait_for(
-    what: str, condition: Callable[[], Value], *, saw: Callable[[], Any] | None = None, ended: Callable[[], Any] | None = None, every_s: float = 0.05
+    what: str,
+    condition: Callable[[], Value],
+    *,
+    saw: Callable[[], Any] | None = None,
+    ended: Callable[[], Any] | None = None,
+    every_s: float = 0.05,
 ) -> Value:
     """The first true value of a condition; an OSError or ValueError in it counts as not yet.
 
@@ -47,7 +54,9 @@ def wait_for(
     deadline = time.monotonic() + DEADLINE_S
     while True:
         last: Any = None
-        over = ended is not None and _is_over(ended())  # looked at first: what came just before the end counts
+        over = ended is not None and _is_over(
+            ended()
+        )  # looked at first: what came just before the end counts
         try:
             last = value = condition()
             if value:
@@ -56,7 +65,9 @@ def wait_for(
             last = error
         if over or time.monotonic() > deadline:
             why = "it ended" if over else f"{DEADLINE_S:.0f} s went by"
-            raise AssertionError(f"waited for {what}, but {why}; last seen: {last if saw is None else saw()!s}")
+            raise AssertionError(
+                f"waited for {what}, but {why}; last seen: {last if saw is None else saw()!s}"
+            )
         time.sleep(every_s)
 
 
@@ -68,7 +79,7 @@ def _is_over(state: Any) -> bool:
 class Job:
     """`python -m jobs.<name>` for the small data set under `root`, in a process of its own.
 
-    fault : commit point where the job kills or stops itself, as in `recray.lease.commit_point`
+    fault : commit point where the job kills or stops itself, as in `recray.storage.lease.commit_point`
     fork : False for a process that begins with nothing, as an operator's does
     """
 
@@ -91,11 +102,15 @@ class Job:
         self._folder = Path(tempfile.mkdtemp(prefix="recray-job-"))
         self.out, self.log = self._folder / "out", self._folder / "log"
         if fork:
-            self._process: Any = FORKS.Process(target=run_job, args=(name, words, environment, self.out, self.log))
+            self._process: Any = FORKS.Process(
+                target=run_job, args=(name, words, environment, self.out, self.log)
+            )
             self._process.start()
         else:
             with open(self.out, "w") as out, open(self.log, "w") as log:
-                self._process = subprocess.Popen([sys.executable, "-m", f"jobs.{name}", *words], env=environment, stdout=out, stderr=log)
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", f"jobs.{name}", *words], env=environment, stdout=out, stderr=log
+                )
 
     @classmethod
     def end_all(cls) -> None:
@@ -117,7 +132,11 @@ class Job:
         return next(iter(children(self.pid)), None)
 
     def alive(self) -> bool:
-        return self._process.poll() is None if isinstance(self._process, subprocess.Popen) else self._process.exitcode is None
+        return (
+            self._process.poll() is None
+            if isinstance(self._process, subprocess.Popen)
+            else self._process.exitcode is None
+        )
 
     @property
     def said(self) -> str:
@@ -125,7 +144,13 @@ class Job:
 
     def waits_for(self, what: str, condition: Callable[[], Value], every_s: float = 0.05) -> Value:
         """Wait for something that comes while the job runs."""
-        return wait_for(what, condition, saw=lambda: f"\n{self.said[-2000:]}", ended=lambda: not self.alive(), every_s=every_s)
+        return wait_for(
+            what,
+            condition,
+            saw=lambda: f"\n{self.said[-2000:]}",
+            ended=lambda: not self.alive(),
+            every_s=every_s,
+        )
 
     def logs(self, **fields: Any) -> dict[str, Any]:
         """Wait for a line of its log with these fields."""
@@ -138,12 +163,19 @@ class Job:
 
     def stops(self) -> int:
         """Wait until it stopped at its `fault`; the process that did."""
-        return self.waits_for("the job to stop itself", lambda: self.worker if status(self.worker) == psutil.STATUS_STOPPED else None)
+        return self.waits_for(
+            "the job to stop itself",
+            lambda: self.worker if status(self.worker) == psutil.STATUS_STOPPED else None,
+        )
 
     def end(self) -> tuple[int, dict[str, Any]]:
         """Exit code and last line, {} if there is none."""
         wait_for("the job to end", lambda: not self.alive(), saw=lambda: f"\n{self.said[-2000:]}")
-        code = self._process.returncode if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+        code = (
+            self._process.returncode
+            if isinstance(self._process, subprocess.Popen)
+            else self._process.exitcode
+        )
         lines = self.out.read_text().splitlines() if self.out.exists() else []
         return code, json.loads(lines[-1]) if lines else {}
 
@@ -156,20 +188,34 @@ class Job:
     def is_killed(self) -> None:
         """Wait until it ended itself at its `fault`."""
         code, result = self.end()
-        assert (code, result.get("status")) == (1, "failed") and "signal 9" in result["reason"], (result, self.said[-2000:])
+        assert (code, result.get("status")) == (1, "failed") and "signal 9" in result["reason"], (
+            result,
+            self.said[-2000:],
+        )
 
 
 class Workspace:
     """A workspace of the small data set where a nightly run ended, and how it was before each stage of it.
 
-    All jobs run at the path where that run was, since MLflow's store names it. `reference` has every file that the run
-    promises to write alike.
+    All jobs run at the path where that run was, since MLflow's store names it. `reference` has every file
+    that the run promises to write alike.
     """
 
     def __init__(self, folder: Path, world: Path, environment: dict[str, str]) -> None:
-        self.root, self._cuts, self.world, self.environment = folder / "root", folder / "cuts", world, environment
+        self.root, self._cuts, self.world, self.environment = (
+            folder / "root",
+            folder / "cuts",
+            world,
+            environment,
+        )
         self._cuts.mkdir()
-        words = [sys.executable, str(Path(__file__).with_name("cutting.py")), str(self._cuts), *world_overrides(world, self.root), *QUICK]
+        words = [
+            sys.executable,
+            str(Path(__file__).with_name("cutting.py")),
+            str(self._cuts),
+            *world_overrides(world, self.root),
+            *QUICK,
+        ]
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         self.reference = content(self.root)
@@ -220,7 +266,9 @@ def replica_logs(home: Path) -> list[str]:
     logs = []
     for pid in titled(home, "ray::ServeReplica"):
         paths = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
-        logs.append("".join(Path(path).read_text() for path in sorted(paths) if "/logs/serve/replica" in path))
+        logs.append(
+            "".join(Path(path).read_text() for path in sorted(paths) if "/logs/serve/replica" in path)
+        )
     return logs
 
 
@@ -235,18 +283,29 @@ def kill(*pids: int | None) -> None:
 
 def content(root: Path) -> dict[str, bytes]:
     """Every file that a nightly run promises to write alike, by its name under the root."""
-    found = {str(p.relative_to(root)): p.read_bytes() for name in ARTIFACTS for p in sorted((root / name).rglob("*")) if p.is_file()}
+    found = {
+        str(p.relative_to(root)): p.read_bytes()
+        for name in ARTIFACTS
+        for p in sorted((root / name).rglob("*"))
+        if p.is_file()
+    }
     return found | {name: (root / name).read_bytes() for name in ("LATEST.json", "RELEASE.json")}
 
 
 def assert_right(root: Path, reference: dict[str, bytes]) -> None:
-    """The files are those of an undisturbed run, nothing else lies there, one row a user, and MLflow has one of each."""
+    """The files are those of an undisturbed run, nothing else lies there, one row a user, and MLflow has one
+    of each.
+    """
     mine = content(root)
     assert sorted(mine) == sorted(reference)
     assert [name for name in mine if mine[name] != reference[name]] == []
     assert not [p for name in ARTIFACTS for p in (root / name).rglob(".*")], "scratch of an attempt was left"
     assert not list(root.glob("staging/*")) and not [p for p in root.glob("training/*") if p.is_dir()]
-    users = [user for part in sorted((root / "scores").rglob("part-*.parquet")) for user in pq.read_table(part)["user_id"].to_pylist()]
+    users = [
+        user
+        for part in sorted((root / "scores").rglob("part-*.parquet"))
+        for user in pq.read_table(part)["user_id"].to_pylist()
+    ]
     assert len(users) == len(set(users)) == 300
     assert_tracked(root, f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")
 
@@ -262,8 +321,12 @@ def assert_nothing_half_written(root: Path, reference: dict[str, bytes]) -> None
 
 
 def assert_tracked(root: Path, uri: str) -> None:
-    """One MLflow run and one version a bundle, no value twice, the alias where RELEASE.json has the champion, nothing spooled."""
-    with mock.patch.dict(os.environ, MLFLOW_SQLALCHEMYSTORE_POOLCLASS="NullPool"):  # else it goes on with a file that was replaced
+    """One MLflow run and one version a bundle, no value twice, the alias where RELEASE.json has the champion,
+    nothing spooled.
+    """
+    with mock.patch.dict(
+        os.environ, MLFLOW_SQLALCHEMYSTORE_POOLCLASS="NullPool"
+    ):  # else it goes on with a file that was replaced
         _assert_tracked(root, uri)
 
 
@@ -278,7 +341,11 @@ def _assert_tracked(root: Path, uri: str) -> None:
     for run in runs:
         curve = client.get_metric_history(run.info.run_id, "validation_ndcg")
         assert [point.step for point in curve] == list(range(1, len(curve) + 1)) and curve
-        assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} >= {"bundle", "evaluation", "promotions"}
+        assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} >= {
+            "bundle",
+            "evaluation",
+            "promotions",
+        }
     versions = client.search_model_versions("name = 'recray'")
     assert sorted(version.tags["recray.run_key"] for version in versions) == sorted(bundles)
     champion = json.loads((root / "RELEASE.json").read_text())["champion"]["run_key"]

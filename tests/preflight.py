@@ -1,4 +1,6 @@
-"""What would make tests fail for no fault of the code is said before the first one: a full disk, a taken port, what an aborted run left."""
+"""What would make tests fail for no fault of the code is said before the first one: a full disk, a taken
+port, what an aborted run left.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def problems() -> list[str]:
 
 
 def absent(what: str) -> None:
-    """Skip a test for want of something that this machine lacks. In CI that is a failure: there, nothing is left out unseen."""
+    """Skip a test for want of something that this machine lacks. In CI that is a failure: there, nothing is
+    left out unseen.
+    """
     if os.environ.get("CI"):
         pytest.fail(f"{what}; in CI no test is left out for that")
     pytest.skip(what)
@@ -47,7 +51,10 @@ def _taken_ports() -> list[str]:
     for port in NOBODY_LISTENS:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                found.append(f"something listens on 127.0.0.1:{port}, which tests take for a server that is not there: stop it")
+                found.append(
+                    f"something listens on 127.0.0.1:{port}, which tests take for a server that is not "
+                    "there: stop it"
+                )
     return found
 
 

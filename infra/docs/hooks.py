@@ -1,4 +1,6 @@
-"""What MkDocs cannot do by itself: the pages that are generated, the README as the first page, and links to files outside of the pages."""
+"""What MkDocs cannot do by itself: the pages that are generated, the README as the first page, and links to
+files outside of the pages.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from recray import errors
-from recray.cli import _parser
+from recray.cli import build_parser
 from recray.config import Settings
 from recray.serving.http import openapi
 
@@ -63,14 +65,17 @@ def configuration() -> str:
     lines = [
         "# Configuration",
         "",
-        "A settings file is YAML with these sections. Any setting can be overridden on the command line: `train.epochs=3`.",
+        "A settings file is YAML with these sections. Override any setting on the command line, for example "
+        "`train.epochs=3`.",
         "",
     ]
     for section, field in Settings.model_fields.items():
         model: Any = field.annotation
         lines += [f"## {section}", "", "| setting | default | meaning |", "|---|---|---|"]
         for name, setting in model.model_fields.items():
-            default = json.dumps(setting.get_default(call_default_factory=True), default=str, ensure_ascii=False)
+            default = json.dumps(
+                setting.get_default(call_default_factory=True), default=str, ensure_ascii=False
+            )
             lines.append(f"| `{section}.{name}` | `{cell(default)}` | {cell(setting.description or '')} |")
         lines.append("")
     return "\n".join(lines)
@@ -78,8 +83,15 @@ def configuration() -> str:
 
 def commands() -> str:
     """The help of every command."""
-    (group,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
-    lines = ["# Commands", "", "Every job ends with one JSON line and an exit code; see [operations](operations.md#exit-codes).", ""]
+    (group,) = (
+        action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    lines = [
+        "# Commands",
+        "",
+        "Every job ends with one JSON line and an [exit code](operations.md#exit-codes).",
+        "",
+    ]
     for name, command in group.choices.items():
         command.prog = f"recray {name}"
         lines += [f"## recray {name}", "", "```text", command.format_help().rstrip(), "```", ""]
@@ -90,11 +102,24 @@ def rest() -> str:
     """The endpoint's OpenAPI document."""
     document = json.loads(openapi())
     schemas = document["components"]["schemas"]
-    lines = ["# REST API", "", "The same as the endpoint's own page `/docs`. Refusals are problem documents (RFC 9457).", ""]
+    lines = [
+        "# REST API",
+        "",
+        "The endpoint's own page `/docs` has the same content. Errors are problem documents (RFC 9457).",
+        "",
+    ]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            lines += [f"## {method.upper()} {path}", "", f"**{operation['summary']}.** {operation.get('description', '')}", ""]
-            for title, schema in (("Request", _schema(operation.get("requestBody"))), ("Response", _schema(operation["responses"].get("200")))):
+            lines += [
+                f"## {method.upper()} {path}",
+                "",
+                f"**{operation['summary']}.** {operation.get('description', '')}",
+                "",
+            ]
+            for title, schema in (
+                ("Request", _schema(operation.get("requestBody"))),
+                ("Response", _schema(operation["responses"].get("200"))),
+            ):
                 if schema is not None:
                     lines += [f"{title}: {_link(schema)}", ""]
     lines += ["## Schemas", ""]
@@ -117,7 +142,8 @@ def troubleshooting() -> str:
     lines = [
         "# Troubleshooting",
         "",
-        "Every error says what is wrong and how to fix it. Here are all of them, by kind; … stands for a name or a number.",
+        "Every error names its cause and the fix. This page lists all errors by kind. An … stands for a name "
+        "or a number.",
         "",
     ]
     messages: dict[str, set[tuple[str, str]]] = {}

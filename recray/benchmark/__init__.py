@@ -1,33 +1,83 @@
-"""`recray benchmark`: what recray costs, measured on this machine, kept as one JSON file a run."""
+"""`recray benchmark`: measures recray on this machine and writes one JSON file a run."""
 
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from recray.benchmark.data import find_data
 from recray.errors import SettingsError
-from recray.stages import JobResult, Say
+from recray.stages import JobResult, ProgressLog
 
-PEERS = ("implicit", "rectools")
-ALONE = (
-    *("prepare", "submit", "catalogue", "scale", "privacy", "serve", "serve-overload", "serve-state"),
-    *("policy", "policy-drift", "policy-follow", "experiments"),
-)
+LIBRARIES = ("implicit", "rectools")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: the function that measures, and what it takes in this order beside the folder it works in.
+
+    function : `module.function` of `recray.benchmark`, imported when it runs
+    takes : of data, against, checkout, overrides, users, say and out
+    needs_data : `--data` must name a data set
+    returns_settings : it returns the settings of its runs before the metrics
+    """
+
+    function: str
+    takes: tuple[str, ...] = ("say",)
+    needs_data: bool = False
+    returns_settings: bool = False
+
+
+def _on_data(function: str, *takes: str, needs_data: bool = True) -> Benchmark:
+    return Benchmark(function, takes, needs_data, returns_settings=True)
+
+
+BENCHMARKS = {
+    "prepare": Benchmark("prepare.measure_prepare"),
+    "prepare --against": Benchmark("prepare.measure_against", ("checkout", "say")),
+    "submit": Benchmark("submit.measure_submit"),
+    "quality": _on_data("quality.measure_quality", "data", "against", "overrides", "say", "out"),
+    "ablations": _on_data("ablations.measure_ablations", "data", "overrides", "say", needs_data=False),
+    "features": _on_data("features.measure_features", "data", "overrides", "say"),
+    "slate": _on_data("slate.measure_slate", "data", "overrides", "say"),
+    "train": _on_data("train.measure_train", "data", "against", "overrides", "say"),
+    "score": _on_data("score.measure_score", "data", "against", "overrides", "say"),
+    "catalogue": Benchmark("catalogue.measure_catalogue"),
+    "scale": Benchmark("scale.measure_scale"),
+    "privacy": Benchmark("privacy.measure_privacy"),
+    "privacy --against": Benchmark("privacy.measure_against", ("checkout", "say")),
+    "privacy --data": _on_data("utility.measure_utility", "data", "overrides", "say", "out"),
+    "privacy --data cuts": _on_data("cuts.measure_cuts", "overrides", "say", "out"),
+    "serve": Benchmark("serve.measure_serve"),
+    "serve --against": Benchmark("serve.measure_against", ("checkout", "say")),
+    "serve-overload": Benchmark("serve.measure_overload"),
+    "serve-state": Benchmark("serve.measure_state"),
+    "serve-users": Benchmark("serve.measure_users", ("users", "say")),
+    "explain": _on_data("explain.measure_explain", "data", "overrides", "say", needs_data=False),
+    "policy": Benchmark("policy.measure_policy"),
+    "policy --data": _on_data("policy.measure_real", "data", "overrides", "say"),
+    "policy-drift": Benchmark("drift.measure_drift"),
+    "policy-follow": Benchmark("drift.measure_follow"),
+    "experiments": Benchmark("experiments.measure_experiments"),
+}
+"""By name and variant, and by what the command line names beside it."""
 
 
 def run(
-    what: str,
+    benchmark: str,
     out: Path,
-    say: Say,
+    say: ProgressLog,
     *,
     data: str | None = None,
     against: str | None = None,
@@ -38,120 +88,97 @@ def run(
     follow: bool = False,
     users: int | None = None,
 ) -> JobResult:
-    """Run one benchmark and keep its figures as a JSON file in `out`.
+    """Run one benchmark and write its figures as a JSON file in `out`.
 
-    data : folder of a data set, or its name under $RECRAY_DATA; for those that run on one
-    against : the peer that runs on the same data in the same run, of prepare another checkout; None: recray alone
-    overrides : of the settings, where data are named
-    overload, state, users : of serve, what is asked of the endpoint instead; drift, follow : of policy, a world that changes under a running endpoint
+    data : folder of a data set, or its name under $RECRAY_DATA, for benchmarks that run on one
+    against : baseline library that runs on the same data, or another checkout (prepare, privacy, serve);
+        None: recray alone
+    overrides : of the settings, with `data`
+    overload, state, users : other measurements of the endpoint, for serve
+    drift, follow : rewards that change under a running endpoint, for policy
     """
-    if (drift or follow) and (what != "policy" or not drift):
-        raise SettingsError(f"benchmark {what} takes no --drift and no --follow", "benchmark policy takes --drift, and --drift --follow")
-    if (overload or users or state) and what != "serve":
-        raise SettingsError(f"benchmark {what} takes no --overload, no --state and no --users", "they are for benchmark serve")
+    if (drift or follow) and (benchmark != "policy" or not drift):
+        raise SettingsError(
+            f"benchmark {benchmark} takes no --drift and no --follow",
+            "benchmark policy takes --drift, and --drift --follow",
+        )
+    if (overload or users or state) and benchmark != "serve":
+        raise SettingsError(
+            f"benchmark {benchmark} takes no --overload, no --state and no --users",
+            "they are for benchmark serve",
+        )
     variants = {"follow": follow, "drift": drift, "overload": overload, "state": state, "users": users}
-    what = next((f"{what}-{name}" for name, wanted in variants.items() if wanted), what)
+    benchmark = next((f"{benchmark}-{name}" for name, is_set in variants.items() if is_set), benchmark)
+
     started = time.monotonic()
-    if data is not None and what != "privacy":
-        from recray.benchmark.data import find_data
-
-        data = str(find_data(data).resolve())  # once: preparing it sets RECRAY_DATA
+    if data is not None and benchmark != "privacy":
+        data = str(find_data(data).resolve())  # before RECRAY_DATA is set to its folder
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
-        if what == "serve-users":
-            from recray.benchmark import serve
+        options = {"data": data, "against": against, "overrides": list(overrides), "users": users}
+        config, metrics = _measure(benchmark, Path(folder), {**options, "say": say, "out": out})
+        attachments = {path.name: path.read_bytes() for path in Path(folder).glob("keep/*")}
 
-            config: dict[str, Any] = {}
-            metrics = serve.measure_users(Path(folder), users or 1, say)
-        else:
-            config, metrics = _measure(what, Path(folder), say, data, against, overrides, out)
-        kept = {path.name: path.read_bytes() for path in Path(folder).glob("keep/*")}
-    result = JobResult(f"benchmark {what}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2))
+    result = JobResult(
+        f"benchmark {benchmark}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2)
+    )
     out.mkdir(parents=True, exist_ok=True)
-    named = f"{what}-{Path(data).name}" if data else what
-    path = out / f"{named}-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}.json"
-    content = {"benchmark": what, "metrics": metrics, "config": config, **machine()}
+    stem = f"{benchmark}-{Path(data).name}" if data else benchmark
+    path = out / f"{stem}-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}.json"
+    content = {"benchmark": benchmark, "metrics": metrics, "config": config, **machine()}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    for name, data_of in kept.items():
-        path.with_suffix(f".{name}").write_bytes(data_of)
+    for name, content_bytes in attachments.items():
+        path.with_suffix(f".{name}").write_bytes(content_bytes)
     result.outputs["result"] = str(path)
     return result
 
 
-def _measure(
-    what: str, folder: Path, say: Say, data: str | None, against: str | None, overrides: Sequence[str], out: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    if what == "privacy" and data:
-        if against:
-            raise SettingsError("benchmark privacy takes no --against", "leave it out; a transformer under Opacus runs beside ours")
-        from recray.benchmark import cuts, utility
+def _measure(name: str, folder: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a benchmark's runs, and its metrics. Raises SettingsError for options it does not take."""
+    variant, benchmark = _select(name, options)
+    flags = {"data": "--data", "against": "--against", "overrides": "settings"}
+    unknown = [
+        flag
+        for option, flag in flags.items()
+        if options[option] and option not in benchmark.takes and flag not in variant
+    ]
+    if unknown:
+        raise SettingsError(f"benchmark {name} takes no {' and no '.join(unknown)}", "leave it out")
+    if benchmark.needs_data and options["data"] is None:
+        raise SettingsError(f"benchmark {name} needs --data", "--data ml-1m, or the path of its folder")
+    if "against" in benchmark.takes and options["against"] not in (None, *LIBRARIES):
+        known = f"known: {', '.join(LIBRARIES)}"
+        raise SettingsError(f"benchmark {name}: --against {options['against']}", known)
+    if name == "train" and options["against"] == "implicit":
+        raise SettingsError(
+            "benchmark train compares epochs, and implicit has none",
+            "--against rectools, or another benchmark",
+        )
 
-        if data == "cuts":
-            return cuts.measure_cuts(folder, list(overrides), say, out)
-        return utility.measure_utility(folder, data, list(overrides), say, out)
-    if what == "policy" and data:
-        if against:
-            raise SettingsError("benchmark policy takes no --against", "leave it out")
-        from recray.benchmark import policy
+    module, _, function = benchmark.function.partition(".")
+    measure = getattr(importlib.import_module(f"recray.benchmark.{module}"), function)
+    values = {**options, "checkout": Path(options["against"] or "")}
+    result = measure(folder, *(values[option] for option in benchmark.takes))
+    return result if benchmark.returns_settings else ({}, result)
 
-        return policy.measure_real(folder, data, list(overrides), say)
-    if what in ("prepare", "privacy", "serve") and against and not data and not overrides:
-        from recray.benchmark import prepare, privacy, serve
 
-        measures_against = {"prepare": prepare.measure_against, "privacy": privacy.measure_against, "serve": serve.measure_against}
-        return {}, measures_against[what](folder, Path(against), say)
-    if against and against not in PEERS:
-        raise SettingsError(f"benchmark {what}: --against {against}", f"known: {', '.join(PEERS)}")
-    if what in ALONE:
-        if data or against or overrides:
-            raise SettingsError(f"benchmark {what} takes no --data, no --against and no settings", "leave them out")
-        from recray.benchmark import catalogue, drift, experiments, policy, prepare, privacy, scale, serve, submit
-
-        measures: dict[str, Callable[[Path, Say], dict[str, Any]]] = {
-            "prepare": prepare.measure_prepare,
-            "submit": submit.measure_submit,
-            "catalogue": catalogue.measure_catalogue,
-            "scale": scale.measure_scale,
-            "privacy": privacy.measure_privacy,
-            "serve": serve.measure_serve,
-            "serve-overload": serve.measure_overload,
-            "serve-state": serve.measure_state,
-            "policy": policy.measure_policy,
-            "policy-drift": drift.measure_drift,
-            "policy-follow": drift.measure_follow,
-            "experiments": experiments.measure_experiments,
-        }
-        return {}, measures[what](folder, say)
-    if what in ("ablations", "explain"):
-        if against:
-            raise SettingsError(f"benchmark {what} takes no --against", "leave it out")
-        from recray.benchmark import ablations, explain
-
-        measure = ablations.measure_ablations if what == "ablations" else explain.measure_explain
-        return measure(folder, data, list(overrides), say)
-    if data is None:
-        raise SettingsError(f"benchmark {what} needs --data", "--data ml-1m, or the path of its folder")
-    from recray.benchmark import features, quality, score, slate, train
-
-    if what == "train" and against == "implicit":
-        raise SettingsError("benchmark train compares epochs, which implicit does not have", "--against rectools, or another benchmark")
-
-    if what in ("features", "slate"):
-        if against:
-            raise SettingsError(f"benchmark {what} takes no --against", "leave it out")
-        return {"features": features.measure_features, "slate": slate.measure_slate}[what](folder, data, list(overrides), say)
-
-    if what == "quality":
-        return quality.measure_quality(folder, data, against, list(overrides), say, out)
-    return {"train": train.measure_train, "score": score.measure_score}[what](folder, data, against, list(overrides), say)
+def _select(name: str, options: dict[str, Any]) -> tuple[str, Benchmark]:
+    """The variant of a benchmark that its options mean."""
+    variant = name
+    if options["data"] is not None and f"{name} --data" in BENCHMARKS:
+        variant = f"{name} --data {options['data']}"
+        variant = variant if variant in BENCHMARKS else f"{name} --data"
+    elif options["against"] is not None and f"{name} --against" in BENCHMARKS:
+        variant = f"{name} --against"
+    return variant, BENCHMARKS[variant]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the package versions of the figures."""
     import torch
 
     packages = [name for name in ("recray", "ray", "torch", "pyarrow", "numpy") if find_spec(name)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found: dict[str, Any] = {"cpus": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()}
+    facts: dict[str, Any] = {"cpus": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()}
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return {"machine": found, "versions": {name: version(name) for name in packages}}
+        facts["gpu"] = torch.cuda.get_device_name()
+    return {"machine": facts, "versions": {name: version(name) for name in packages}}

@@ -1,8 +1,9 @@
-"""What each part of the model is worth: the same data, a training a variant, each with one part changed.
+"""Ablations: the contribution of each part of the model. Each variant is a training with one part changed.
 
-Every variant is asked for the same test users in both settings and held against the default, paired by user. One seed each, and the
-intervals are over users alone: other seeds differ by about as much. Each is also asked with its attention's logits doubled and halved,
-which a policy will want to do (sharper and blunter attention; with pointwise attention more and less of it).
+All variants run on the same test users under both protocols and are compared with the default, paired by
+user. Each has one seed, and the intervals are over users alone; other seeds differ by about as much. Each
+variant also runs with its attention's logits doubled and halved, as a policy may do (sharper and blunter
+attention; with pointwise attention more and less of it).
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from recray.benchmark.data import NO_RULES, prepared
+from recray.benchmark.data import NO_RULES, prepare_data
 from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.evaluation.evaluate import Judge, test_questions
-from recray.evaluation.protocol import Question, Ranker
+from recray.evaluation.evaluate import Evaluator, select_test_queries
+from recray.evaluation.protocol import EvaluationQuery, Ranker
 from recray.inference import Filters, Predictor
 from recray.model.controls import Controls
-from recray.stages import Say
+from recray.stages import ProgressLog
 from recray.training.loop import Loop
-from recray.training.trainer import bundle_settings
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop
 
 DEFAULT = "default"
@@ -37,10 +38,10 @@ VARIANTS: dict[str, list[str]] = {
     "relative position bias": ["model.relative=true"],
     "no learned positions": ["model.positions=false"],
     "no ages of events": ["model.time_bias=false"],
-    "no copy term": ["model.repeat=false", "model.repeat_by_item=false"],
-    "copy term for all items alike": ["model.repeat=true", "model.repeat_by_item=false"],
-    "copy term by item": ["model.repeat=true", "model.repeat_by_item=true"],
-    "no popularity prior": ["model.prior_days=0"],
+    "no copy term": ["model.repeat_consumption=false", "model.repeat_by_item=false"],
+    "copy term for all items alike": ["model.repeat_consumption=true", "model.repeat_by_item=false"],
+    "copy term by item": ["model.repeat_consumption=true", "model.repeat_by_item=true"],
+    "no popularity prior": ["model.popularity_prior_days=0"],
     "no item features": ["data.features={}", *NO_RULES],
     "full softmax": ["train.loss=softmax"],
     "sampled softmax": ["train.loss=sampled"],
@@ -50,15 +51,18 @@ VARIANTS: dict[str, list[str]] = {
     "trained in float32": ["train.precision=float32"],
     "trained in bfloat16": ["train.precision=bfloat16"],
 }
-TURNS = {"sharper": -math.log(2.0), "blunter": math.log(2.0)}  # log temperatures
+TEMPERATURES = {"sharper": -math.log(2.0), "blunter": math.log(2.0)}  # log temperatures
 
 
-def measure_ablations(folder: Path, data: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By variant and setting: NDCG, what the default is ahead by with its interval, and NDCG at half and at double temperature.
+def measure_ablations(
+    folder: Path, data: str | None, overrides: list[str], say: ProgressLog
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By variant and protocol: NDCG, the default's paired difference with its interval, and NDCG at half and
+    at double temperature.
 
-    A variant that is the default on these data is left out, and said to be. `epoch_s` are seconds with the validation.
+    A variant that equals the default on these data is skipped. `epoch_s` includes the validation.
 
-    data : as for `prepared`; None: the data that ships, as the demo has them
+    data : as for `prepare_data`; None: the shipped data, with the demo's settings
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     metrics: dict[str, Any] = {"variants": {}}
@@ -66,57 +70,94 @@ def measure_ablations(folder: Path, data: str | None, overrides: list[str], say:
     default: dict[str, Any] = {}
     config: dict[str, Any] = {}
     for name, changed in VARIANTS.items():
-        settings, dataset = prepared(data, folder / "root", [*overrides, *changed])
-        chosen = bundle_settings(settings)
-        loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
-        facts = _facts(loop, chosen)
+        settings, dataset = prepare_data(data, folder / "root", [*overrides, *changed])
+        variant_settings = bundle_settings(settings)
+        loop = build_loop(str(dataset.path), variant_settings, torch.device("cpu"))
+        facts = _facts(loop, variant_settings)
         if facts == default:
-            say(f"{name}: left out, it is the default here")
+            say(f"{name}: skipped, it equals the default here")
             continue
-        found, ndcg = _variant(loop, settings, dataset, reference)
+        figures, ndcg = _train_variant(loop, settings, dataset, reference)
         if name == DEFAULT:
-            reference, config, default = ndcg, chosen, facts
-            metrics |= {"users": len(ndcg["repeats"]), "items": dataset.n_items}
-            metrics |= {f"{setting}_ndcg": found[setting]["ndcg"] for setting in ndcg}
-        metrics["variants"][name] = {"changed": changed, **found}
-        told = "; ".join(f"{setting} " + ", ".join(f"{what} {value}" for what, value in found[setting].items()) for setting in ndcg)
-        say(f"{name}: {told}; {found['epochs']} epochs of {found['epoch_s']} s")
+            reference, config, default = ndcg, variant_settings, facts
+            metrics |= {"users": len(ndcg["with_repeats"]), "items": dataset.n_items}
+            metrics |= {f"{protocol}_ndcg": figures[protocol]["ndcg"] for protocol in ndcg}
+        metrics["variants"][name] = {"changed": changed, **figures}
+        summary = "; ".join(
+            f"{protocol} " + ", ".join(f"{metric} {value}" for metric, value in figures[protocol].items())
+            for protocol in ndcg
+        )
+        say(f"{name}: {summary}; {figures['epochs']} epochs of {figures['epoch_s']} s")
     return config, metrics
 
 
-def _facts(loop: Loop, chosen: dict[str, Any]) -> dict[str, Any]:
-    """What a training consists of, as far as the variants change it."""
+def _facts(loop: Loop, settings: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a training that the variants change."""
     features = loop.model.items.names
-    prior_days = chosen["model"]["prior_days"] if loop.model.shape.prior else 0
-    parts = loop.model.shape.to_dict() | {"features": features, "prior_days": prior_days}
-    return parts | {"loss": loop.criterion.loss, "half": loop.criterion.half, "jitter": chosen["train"]["temperature_jitter"]}
+    popularity_prior_days = settings["model"]["popularity_prior_days"] if loop.model.shape.prior else 0
+    facts = loop.model.shape.to_dict() | {
+        "features": features,
+        "popularity_prior_days": popularity_prior_days,
+    }
+    return facts | {
+        "loss": loop.criterion.loss,
+        "half": loop.criterion.half,
+        "jitter": settings["train"]["temperature_jitter"],
+    }
 
 
-def _variant(loop: Loop, settings: Settings, dataset: Dataset, reference: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Train to the early stop, and ask; NDCG of each user by setting."""
+def _train_variant(
+    loop: Loop, settings: Settings, dataset: Dataset, reference: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Train to the early stop and evaluate; the figures, and NDCG of each user by protocol."""
     seconds = [line["seconds"] for line in loop.run()]
     loop.average.load_state_dict(loop.best)
-    predictor = Predictor.of(loop.average.eval(), dataset, settings.model.prior_days)
-    judge = Judge(settings, dataset, test_questions(settings, dataset))
-    judged = judge.run(_ranker(predictor, 0.0), reference)
-    turned = {name: judge.run(_ranker(predictor, turn), {}) for name, turn in TURNS.items()}
+    predictor = Predictor.of(loop.average.eval(), dataset, settings.model.popularity_prior_days)
+    evaluator = Evaluator(settings, dataset, select_test_queries(settings, dataset))
+    rows = evaluator.run(_to_ranker(predictor, 0.0), reference)
+    modulated = {
+        name: evaluator.run(_to_ranker(predictor, log_temperature), {})
+        for name, log_temperature in TEMPERATURES.items()
+    }
     headline = f"ndcg@{settings.evaluate.k[0]}"
-    found: dict[str, Any] = {"epochs": len(seconds), "best_epoch": loop.progress.best_epoch, "epoch_s": round(float(np.mean(seconds)), 1)}
-    found["validation_ndcg"] = round(loop.progress.best_ndcg, 4)
-    asked = {setting: judged[setting] for setting in judged if headline in judged[setting][0]}  # the others have no test user
-    for setting, (row, _) in asked.items():
-        leads = {key.removeprefix("model_"): round(row[key], 4) for key in ("model_lead", "model_lead_low", "model_lead_high") if key in row}
-        by_turn = {name: round(rows[setting][0][headline], 4) for name, rows in turned.items()}
-        found[setting] = {"ndcg": round(row[headline], 4)} | leads | by_turn
-    return found, {setting: ndcg for setting, (_, ndcg) in asked.items()}
+
+    figures: dict[str, Any] = {
+        "epochs": len(seconds),
+        "best_epoch": loop.progress.best_epoch,
+        "epoch_s": round(float(np.mean(seconds)), 1),
+    }
+    figures["validation_ndcg"] = round(loop.progress.best_ndcg, 4)
+    # a protocol without test users has no headline
+    measured = {protocol: rows[protocol] for protocol in rows if headline in rows[protocol][0]}
+    for protocol, (row, _) in measured.items():
+        leads = {
+            key.removeprefix("model_"): round(row[key], 4)
+            for key in ("model_lead", "model_lead_low", "model_lead_high")
+            if key in row
+        }
+        by_temperature = {
+            name: round(other_rows[protocol][0][headline], 4) for name, other_rows in modulated.items()
+        }
+        figures[protocol] = {"ndcg": round(row[headline], 4)} | leads | by_temperature
+    return figures, {protocol: ndcg for protocol, (_, ndcg) in measured.items()}
 
 
-def _ranker(predictor: Predictor, log_temperature: float) -> Ranker:
+def _to_ranker(predictor: Predictor, log_temperature: float) -> Ranker:
     heads = predictor.model.shape.heads
 
-    def rank(questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
-        controls = Controls(log_temperature=torch.full((len(questions), heads), log_temperature)) if log_temperature else None
-        asks: dict[str, Any] = {"now": [q.now for q in questions], "context": [q.context for q in questions], "controls": controls}
-        return predictor.recommend([q.history for q in questions], k, filters=Filters(new_only=new_only), **asks).item_index
+    def rank(queries: list[EvaluationQuery], k: int, *, filter_seen: bool) -> np.ndarray:
+        controls = (
+            Controls(log_temperature=torch.full((len(queries), heads), log_temperature))
+            if log_temperature
+            else None
+        )
+        options: dict[str, Any] = {
+            "now": [query.now for query in queries],
+            "context": [query.context for query in queries],
+            "controls": controls,
+        }
+        return predictor.recommend(
+            [query.history for query in queries], k, filters=Filters(filter_seen=filter_seen), **options
+        ).item_index
 
     return rank

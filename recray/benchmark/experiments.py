@@ -1,4 +1,6 @@
-"""How often experiments of equal variants end, and how soon worse ones do: simulated responses and outcomes, read by the test that is served."""
+"""How often experiments of equal variants end, and how soon those of worse challengers do: simulated
+responses and outcomes, read by the test that the endpoint uses.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from recray.serving.experiment import Experiment
-from recray.stages import Say
+from recray.stages import ProgressLog
 from recray.state.log import Entry
 from recray.state.rewards import Rewards
 
@@ -21,17 +23,21 @@ RUNS, RESPONSES = 500, 20_000
 WORSE_RUNS, WITHIN = 100, 500  # of the challenger's own responses
 SHARES = (0.05, 0.1, 0.5)
 USERS, CLICKED = 5_000, 0.05
-LOOKS = 20  # responses between two looks
+CHECK_EVERY = 20  # responses
 BURST, EVERY, SERVICE_MS, WAITING = 120, 1_000, 2.0, 16
-"""An overload: so many at once, after so many responses; each waits for those of its variant before it, and more than may wait are refused.
-They are logged as they are responded to: those that are refused at once, then the others as their turn comes."""
+"""An overload: BURST simultaneous requests, once in EVERY responses. Each waits for those of its variant
+before it, and those beyond WAITING are refused. They are logged in the order of the responses: first the
+refused ones, then the others.
+"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of traffic. failing: share of the responses that fail; latency: draws n milliseconds.
+    """One kind of traffic.
 
-    more_failing, slower : what is wrong with the challenger
+    failing : share of the responses that fail
+    latency : draws n latencies in milliseconds
+    more_failing, slower : added failures and latency factor of the challenger
     """
 
     failing: float
@@ -61,21 +67,30 @@ def _sometimes_slow(share: float, random: np.random.Generator, n: int) -> np.nda
 LATENCIES = {"log-normal": _log_normal, "bimodal": _bimodal, "Pareto": _pareto}
 
 
-def equals() -> dict[str, Cell]:
-    """Cells in which the variants are alike."""
+def make_equal_cells() -> dict[str, Cell]:
+    """Cells whose variants are equal."""
     kinds: dict[str, tuple[float, Callable[[np.random.Generator, int], np.ndarray], bool]] = {
         **{f"{share:.0%} failing": (share, _log_normal, False) for share in (0.01, 0.03, 0.05)},
-        **{f"{share:.0%} slow at 5 x": (0.0, partial(_sometimes_slow, share), False) for share in (0.03, 0.05)},
+        **{
+            f"{share:.0%} slow at 5 x": (0.0, partial(_sometimes_slow, share), False)
+            for share in (0.03, 0.05)
+        },
         **{name: (0.0, latency, False) for name, latency in LATENCIES.items()},
         "bursts of 120": (0.01, _log_normal, True),
     }
-    return {f"{name}, share {share:g}": Cell(*kind[:2], share, kind[2]) for name, kind in kinds.items() for share in SHARES}
+    return {
+        f"{name}, share {share:g}": Cell(*kind[:2], share, kind[2])
+        for name, kind in kinds.items()
+        for share in SHARES
+    }
 
 
-def worse() -> dict[str, Cell]:
-    """Cells whose challenger is three times slower, or fails five points more."""
+def make_worse_cells() -> dict[str, Cell]:
+    """Cells whose challenger is three times slower, or fails five percentage points more."""
     cells = {
-        f"3 x slower, {name}, share {share:g}": Cell(0.01, latency, share, slower=3.0) for name, latency in LATENCIES.items() for share in SHARES
+        f"3 x slower, {name}, share {share:g}": Cell(0.01, latency, share, slower=3.0)
+        for name, latency in LATENCIES.items()
+        for share in SHARES
     }
     failing = {
         f"5 points more than {base:.0%}, share {share:g}": Cell(base, _log_normal, share, more_failing=0.05)
@@ -85,66 +100,103 @@ def worse() -> dict[str, Cell]:
     return cells | failing
 
 
-def run(cell: Cell, seed: int, responses: int, within: int | None = None) -> int | None:
-    """After how many of the challenger's responses the experiment ended; None if it did not, within so many of them."""
+def run_experiment(cell: Cell, seed: int, responses: int, within: int | None = None) -> int | None:
+    """Number of the challenger's responses when the experiment ended; None if it did not.
+
+    within : stop after this many of the challenger's responses; None: after all
+    """
     random = np.random.default_rng([seed, int(1000 * cell.share)])
     experiment = Experiment("c", cell.share, shadow=False, rewards=Rewards({"click": 1.0}, 1.0))
-    sides = random.random(USERS) < cell.share
+    is_challenger_user = random.random(USERS) < cell.share
     user = random.integers(0, USERS, responses)
-    is_challenger = sides[user]
+    is_challenger = is_challenger_user[user]
     ms = cell.latency(random, responses) * np.where(is_challenger, cell.slower, 1.0)
     failed = random.random(responses) < cell.failing + cell.more_failing * is_challenger
     clicked = random.random(responses) < CLICKED
-    order = _overload(ms, failed, is_challenger) if cell.bursts else np.arange(responses)
-    own: int = 0
+    order = _add_bursts(ms, failed, is_challenger) if cell.bursts else np.arange(responses)
+    challenger_responses: int = 0
     columns = (column[order].tolist() for column in (user, is_challenger, ms, failed, clicked))
-    for number, (who, of_challenger, took, broke, click) in enumerate(zip(*columns, strict=True)):
-        own += of_challenger
-        body: dict[str, Any] = {"trial": "c", "share": cell.share, "arm": "challenger" if of_challenger else "champion", "items": ()}
-        experiment.read(Entry("decision", str(number), str(who), 0.0, {**body, "degraded": ("model",) if broke else (), "model_ms": took}))
-        if click:
-            experiment.read(Entry("outcome", str(number), None, 0.0, {"request_id": str(number), "outcome": "click", "item_id": None, "value": 1.0}))
-        if number % LOOKS == 0 and experiment.reason_to_end():
-            return own
-        if within is not None and own >= within:
-            return own if experiment.reason_to_end() else None
-    return own if experiment.reason_to_end() else None
+    for number, (user_id, of_challenger, elapsed_ms, has_failed, has_click) in enumerate(
+        zip(*columns, strict=True)
+    ):
+        challenger_responses += of_challenger
+        body: dict[str, Any] = {
+            "trial": "c",
+            "share": cell.share,
+            "arm": "challenger" if of_challenger else "champion",
+            "items": (),
+        }
+        experiment.add_entry(
+            Entry(
+                "decision",
+                str(number),
+                str(user_id),
+                0.0,
+                {**body, "degraded": ("model",) if has_failed else (), "model_ms": elapsed_ms},
+            )
+        )
+        if has_click:
+            experiment.add_entry(
+                Entry(
+                    "outcome",
+                    str(number),
+                    None,
+                    0.0,
+                    {"request_id": str(number), "outcome": "click", "item_id": None, "value": 1.0},
+                )
+            )
+        if number % CHECK_EVERY == 0 and experiment.find_reason_to_end():
+            return challenger_responses
+        if within is not None and challenger_responses >= within:
+            return challenger_responses if experiment.find_reason_to_end() else None
+    return challenger_responses if experiment.find_reason_to_end() else None
 
 
-def _overload(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -> np.ndarray:
-    """Let some come at once; the order in which all are responded to."""
+def _add_bursts(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -> np.ndarray:
+    """Add the waiting times and refusals of simultaneous requests; the order of the responses."""
     order = np.arange(len(ms))
     for first in range(0, len(ms) - BURST, EVERY):
-        turn = np.zeros(BURST, np.int64)
-        for side in (True, False):
-            places = np.flatnonzero(is_challenger[first : first + BURST] == side)
-            turn[places] = np.arange(len(places))
-        ms[first : first + BURST] += SERVICE_MS * turn
-        refused = turn >= WAITING
+        queue_position = np.zeros(BURST, np.int64)
+        for variant in (True, False):
+            rows = np.flatnonzero(is_challenger[first : first + BURST] == variant)
+            queue_position[rows] = np.arange(len(rows))
+        ms[first : first + BURST] += SERVICE_MS * queue_position
+        refused = queue_position >= WAITING
         failed[first : first + BURST] |= refused
-        order[first : first + BURST] = first + np.argsort(np.where(refused, -1, turn), kind="stable")
+        order[first : first + BURST] = first + np.argsort(
+            np.where(refused, -1, queue_position), kind="stable"
+        )
     return order
 
 
-def measure_experiments(_: Path, say: Say, runs: int = RUNS, responses: int = RESPONSES, worse_runs: int = WORSE_RUNS) -> dict[str, Any]:
-    """`ended_most`: of so many experiments of equals, how many ended in the worst cell; `found_least`: the share of worse challengers that were
-    found within `WITHIN` of their responses, by the base of what fails."""
+def measure_experiments(
+    _: Path, say: ProgressLog, runs: int = RUNS, responses: int = RESPONSES, worse_runs: int = WORSE_RUNS
+) -> dict[str, Any]:
+    """`ended_most`: how many experiments of equal variants ended in the worst cell; `found_least`: the
+    minimum share of worse challengers that were rolled back within `WITHIN` of their responses.
+    """
     table: list[list[Any]] = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
 
-        def each(cell: Cell, n: int, within: int | None) -> list[int | None]:
-            most = responses if within is None else int(3 * within / cell.share)
-            return list(pool.map(partial(run, cell, responses=most, within=within), range(n), chunksize=max(1, n // 16)))
+        def run_all(cell: Cell, n: int, within: int | None) -> list[int | None]:
+            limit = responses if within is None else int(3 * within / cell.share)
+            return list(
+                pool.map(
+                    partial(run_experiment, cell, responses=limit, within=within),
+                    range(n),
+                    chunksize=max(1, n // 16),
+                )
+            )
 
-        for name, cell in equals().items():
-            ended = sum(own is not None for own in each(cell, runs, None))
+        for name, cell in make_equal_cells().items():
+            ended = sum(count is not None for count in run_all(cell, runs, None))
             table.append([name, ended, runs])
-            say(f"equals, {name}: {ended} of {runs} ended")
-        for name, cell in worse().items():
-            n_found = sum(own is not None for own in each(cell, worse_runs, WITHIN))
-            table.append([name, n_found, worse_runs])
-            say(f"{name}: {n_found} of {worse_runs} ended within {WITHIN} of the challenger's responses")
-    n = len(equals())
+            say(f"equal variants, {name}: {ended} of {runs} ended")
+        for name, cell in make_worse_cells().items():
+            ended = sum(count is not None for count in run_all(cell, worse_runs, WITHIN))
+            table.append([name, ended, worse_runs])
+            say(f"{name}: {ended} of {worse_runs} ended within {WITHIN} of the challenger's responses")
+    n = len(make_equal_cells())
     return {
         "runs": runs,
         "responses": responses,

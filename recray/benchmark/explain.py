@@ -1,7 +1,7 @@
-"""Whether explanations name what carried an answer: the events that they name are taken out of the history, and as many random ones.
+"""Deletion test of explanations (Samek et al., arXiv 1509.06321): the events that an explanation names are
+removed from the history, and as many random ones.
 
-The deletion test of Samek et al. (arXiv 1509.06321), for histories. Events of the item itself are left out of the second figure, since
-the copy term makes these easy to name.
+The second figure leaves out events of the item itself, which the repeat-consumption head makes easy to name.
 """
 
 from __future__ import annotations
@@ -11,51 +11,84 @@ from typing import Any
 
 import numpy as np
 
-from recray.benchmark.data import trained
+from recray.benchmark.data import train_model
 from recray.dataset.reader import History
-from recray.evaluation.evaluate import test_questions
+from recray.evaluation.evaluate import select_test_queries
 from recray.evaluation.metrics import bootstrap_means, interval
-from recray.evaluation.protocol import Question
+from recray.evaluation.protocol import EvaluationQuery
 from recray.inference import Filters, Predictor
-from recray.stages import Say
-from recray.training.trainer import bundle_settings
+from recray.inference.explain import explain
+from recray.stages import ProgressLog
+from recray.training.plan import bundle_settings
 
-NAMED = 3  # events taken out
-ASKED = 400  # users
+NAMED = 3  # removed events
+USERS = 400
 BATCH = 256
 
 
-def measure_explain(folder: Path, data: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How much lower the first item's score is without the named events and without random ones, means over test users with intervals.
+def measure_explain(
+    folder: Path, data: str | None, overrides: list[str], say: ProgressLog
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The drop of the first item's score without the named events and without random ones, means over test
+    users with intervals.
 
-    `repeats`: any first item; `new_only`: the first item that the user has not met. data: as for `prepared`; None: what ships
+    `with_repeats`: any first item; `filter_seen`: the first unseen item.
+
+    data : as for `prepare_data`; None: the shipped data
     """
-    settings, dataset, predictor, epochs = trained(data, folder, overrides, say)
-    questions = [q for batch in test_questions(settings, dataset).batches(BATCH) for q in batch if len(q.history.item_index) > 2 * NAMED]
+    settings, dataset, predictor, epochs = train_model(data, folder, overrides, say)
+    queries = [
+        query
+        for batch in select_test_queries(settings, dataset).batches(BATCH)
+        for query in batch
+        if len(query.history.item_index) > 2 * NAMED
+    ]
     random = np.random.default_rng(0)
-    random.shuffle(questions)
+    random.shuffle(queries)
     metrics: dict[str, Any] = {"epochs": epochs}
-    for setting in ("repeats", "new_only"):
-        drops = [_drops(predictor, question, random, new_only=setting == "new_only") for question in questions[:ASKED]]
+    for protocol in ("with_repeats", "filter_seen"):
+        drops = [
+            _measure_drops(predictor, query, random, filter_seen=protocol == "filter_seen")
+            for query in queries[:USERS]
+        ]
         values = np.array(drops)
         means = bootstrap_means(values, settings.evaluate.bootstrap, settings.evaluate.seed)
         low, high = interval(means[:, 0] - means[:, 1], settings.evaluate.confidence)
-        named, others = values.mean(0)
-        found = {"users": len(values), "named": named, "random": others, "difference": named - others, "low": low, "high": high}
-        found["named_lowers_more"] = float((values[:, 0] > values[:, 1]).mean())
-        metrics[setting] = {name: round(float(value), 4) for name, value in found.items()}
-        say(f"{setting}: {named:.3f} lower without the named events, {others:.3f} without random ones [{low:.3f}, {high:.3f}]")
+        named, at_random = values.mean(0)
+        figures = {
+            "users": len(values),
+            "named": named,
+            "random": at_random,
+            "difference": named - at_random,
+            "low": low,
+            "high": high,
+        }
+        figures["named_lowers_more"] = float((values[:, 0] > values[:, 1]).mean())
+        metrics[protocol] = {name: round(float(value), 4) for name, value in figures.items()}
+        say(
+            f"{protocol}: {named:.3f} lower without the named events, {at_random:.3f} without random ones "
+            f"[{low:.3f}, {high:.3f}]"
+        )
     return bundle_settings(settings), metrics
 
 
-def _drops(predictor: Predictor, question: Question, random: np.random.Generator, *, new_only: bool) -> tuple[float, float]:
-    """How much lower the score of the first item is without the events that carried it most, and without random ones."""
-    history = question.history.last(predictor.model.shape.history)
-    asks: dict[str, Any] = {"now": question.now, "context": [question.context]}
-    item = predictor.recommend([history], 1, filters=Filters(new_only=new_only), **asks).item_index[0]
-    told = predictor.explain(history, item, now=question.now, context=question.context)
-    named = told.position[np.argsort(-told.drop[0], kind="stable")[:NAMED]]
-    others = random.choice(len(history.item_index), NAMED, replace=False)
-    asked = [history, *(History(*(np.delete(values, places) for values in history)) for places in (named, others))]
-    whole, less, less_at_random = predictor.score(asked, [item] * 3, now=question.now, context=[question.context] * 3)
-    return float(whole[0] - less[0]), float(whole[0] - less_at_random[0])
+def _measure_drops(
+    predictor: Predictor, query: EvaluationQuery, random: np.random.Generator, *, filter_seen: bool
+) -> tuple[float, float]:
+    """The drop of the first item's score without the named events, and without random ones."""
+    history = query.history.last(predictor.model.shape.history)
+    options: dict[str, Any] = {"now": query.now, "context": [query.context]}
+    item = predictor.recommend([history], 1, filters=Filters(filter_seen=filter_seen), **options).item_index[
+        0
+    ]
+    explanation = explain(predictor, history, item, now=query.now, context=query.context)
+    named = explanation.position[np.argsort(-explanation.drop[0], kind="stable")[:NAMED]]
+    at_random = random.choice(len(history.item_index), NAMED, replace=False)
+    histories = [
+        history,
+        *(History(*(np.delete(values, positions) for values in history)) for positions in (named, at_random)),
+    ]
+    whole, without_named, without_random = predictor.score(
+        histories, [item] * 3, now=query.now, context=[query.context] * 3
+    )
+    return float(whole[0] - without_named[0]), float(whole[0] - without_random[0])

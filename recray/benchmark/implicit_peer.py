@@ -1,7 +1,9 @@
-"""Alternating least squares of implicit on a file of events. Runs in the peer's environment: python implicit_peer.py QUESTION.
+"""Alternating least squares of the baseline library implicit, on a file of events. Runs in the library's
+environment: python implicit_peer.py REQUEST.
 
-The question is that of `rectools_peer.py`; what a matrix factorisation does not have (blocks, heads, history) is not read, and
-what is left open is implicit's default. Asked with `patience`, it iterates once to its end: the curve has one line.
+The request is that of `rectools_peer.py`. Fields that a matrix factorisation does not have (blocks, heads,
+history) are ignored; the other parameters are implicit's defaults. With `patience` it trains once to its end,
+so the curve has one line.
 """
 
 import json
@@ -21,50 +23,65 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 RANKED_USERS = 500  # whose whole catalogue is ranked at once
 
 
-def main(question: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for."""
-    events = pd.read_parquet(question["events"])
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Train, and return what the request asks for."""
+    events = pd.read_parquet(request["events"])
     shape = (int(events.user.max()) + 1, int(events["item"].max()) + 1)
-    trained = _matrix(events[events.part == TRAIN], shape)
-    model = AlternatingLeastSquares(factors=question["dim"], num_threads=question["threads"], random_state=question["seed"])
+    trained = _to_matrix(events[events.part == TRAIN], shape)
+    model = AlternatingLeastSquares(
+        factors=request["dim"], num_threads=request["threads"], random_state=request["seed"]
+    )
     wall, cpu = time.monotonic(), time.process_time()
-    with threadpoolctl.threadpool_limits(1, "blas"):  # as implicit asks for: it has threads of its own
+    with threadpoolctl.threadpool_limits(1, "blas"):  # as implicit recommends: it has its own threads
         model.fit(trained, show_progress=False)
-        answer: dict[str, Any] = {"epoch_s": [(time.monotonic() - wall) / model.iterations]}
-        line = {"epoch": model.iterations, "seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-        if "patience" in question:
-            asked = events[(events.part == VALIDATION) & events.user.isin(question["validation_users"])]
-            ranks = np.array(list(_ranks(model, trained, asked).values()))
+        response: dict[str, Any] = {"epoch_s": [(time.monotonic() - wall) / model.iterations]}
+        line = {
+            "epoch": model.iterations,
+            "seconds": time.monotonic() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+        if "patience" in request:
+            queries = events[(events.part == VALIDATION) & events.user.isin(request["validation_users"])]
+            ranks = np.array(list(_rank_targets(model, trained, queries).values()))
             gain = np.where((ranks > 0) & (ranks <= K), 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0)
             curve = [{**line, "validation_ndcg": float(gain.mean())}]
-            return {"curve": curve, "ranks": _ranks(model, _matrix(events[events.part < TEST], shape), events[events.part == TEST])}
+            return {
+                "curve": curve,
+                "ranks": _rank_targets(
+                    model, _to_matrix(events[events.part < TEST], shape), events[events.part == TEST]
+                ),
+            }
         users = np.unique(events.user[events.part == TRAIN])
         times = []
-        for _ in range(question.get("recommend", 0)):
-            begun = time.monotonic()
+        for _ in range(request.get("recommend", 0)):
+            started = time.monotonic()
             model.recommend(users, trained[users], N=K, filter_already_liked_items=True)
-            times.append(time.monotonic() - begun)
-    return answer | {"users": len(users), "recommend_s": times}
+            times.append(time.monotonic() - started)
+    return response | {"users": len(users), "recommend_s": times}
 
 
-def _matrix(events: pd.DataFrame, shape: tuple[int, int]) -> sp.csr_matrix:
-    found = sp.csr_matrix((np.ones(len(events), np.float32), (events.user, events["item"])), shape)
-    found.data[:] = 1.0  # an item that was met twice was met
-    return found
+def _to_matrix(events: pd.DataFrame, shape: tuple[int, int]) -> sp.csr_matrix:
+    matrix = sp.csr_matrix((np.ones(len(events), np.float32), (events.user, events["item"])), shape)
+    matrix.data[:] = 1.0  # duplicates were added up
+    return matrix
 
 
-def _ranks(model: AlternatingLeastSquares, met: sp.csr_matrix, wanted: pd.DataFrame) -> dict[int, int]:
-    """Rank from 1 of each user's wanted item among all that the user did not meet."""
+def _rank_targets(
+    model: AlternatingLeastSquares, seen: sp.csr_matrix, targets: pd.DataFrame
+) -> dict[int, int]:
+    """Rank from 1 of each user's target among the unseen items; 0 for a target that is not ranked."""
     ranks: dict[int, int] = {}
-    for first in range(0, len(wanted), RANKED_USERS):
-        part = wanted[first : first + RANKED_USERS]
-        factors = model.recalculate_user(part.user.to_numpy(), met[part.user.to_numpy()])
+    for first in range(0, len(targets), RANKED_USERS):
+        part = targets[first : first + RANKED_USERS]
+        factors = model.recalculate_user(part.user.to_numpy(), seen[part.user.to_numpy()])
         scores = np.asarray(factors) @ np.asarray(model.item_factors).T
-        scores[met[part.user.to_numpy()].toarray() > 0] = -np.inf
-        scores[:, 0] = -np.inf  # items count from 1
-        own = scores[np.arange(len(part)), part["item"].to_numpy()]
-        found = 1 + (scores > own[:, None]).sum(1)
-        ranks |= dict(zip(part.user.tolist(), np.where(np.isfinite(own), found, 0).tolist(), strict=True))
+        scores[seen[part.user.to_numpy()].toarray() > 0] = -np.inf
+        scores[:, 0] = -np.inf  # padding
+        target_scores = scores[np.arange(len(part)), part["item"].to_numpy()]
+        position = 1 + (scores > target_scores[:, None]).sum(1)
+        ranks |= dict(
+            zip(part.user.tolist(), np.where(np.isfinite(target_scores), position, 0).tolist(), strict=True)
+        )
     return ranks
 
 

@@ -1,4 +1,6 @@
-"""How well the model ranks, and how soon, over several seeds and beside a peer that trains to its own early stop."""
+"""Ranking quality and training time of the model over several seeds, compared with a baseline library that
+trains to its own early stop.
+"""
 
 from __future__ import annotations
 
@@ -14,195 +16,293 @@ import pyarrow.parquet as pq
 import torch
 
 from recray.benchmark import peers
-from recray.benchmark.data import prepared, write_for_peers
-from recray.benchmark.train import peer_question, precision_of
+from recray.benchmark.data import prepare_data, write_events
+from recray.benchmark.train import make_request, precision_of
 from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
 from recray.evaluation import metrics as m
-from recray.evaluation.protocol import Question, Questions, wanted
+from recray.evaluation.protocol import EvaluationQueries, EvaluationQuery, targets_of
 from recray.inference import Filters, Predictor
 from recray.model.device import device
 from recray.model.recommender import Recommender
-from recray.stages import Say
+from recray.stages import ProgressLog
 from recray.storage import key_of, sha256_file
-from recray.training.trainer import bundle_settings
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop
 
 SEEDS = (0, 1, 2)
 K = 10
 BATCH = 256
-PEER_BATCH_USERS = 64  # half of its default: as good in fewer epochs, and these are what costs its time
-PEER_PATIENCE = 8
+LIBRARY_BATCH_USERS = 64  # half of its default: as good in fewer epochs, which take the time
+LIBRARY_PATIENCE = 8
 PACE_EPOCHS = 2
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
-def measure_quality(folder: Path, data: str, against: str | None, overrides: list[str], say: Say, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """HR@10 and NDCG@10 of the test users, means over seeds; beside a peer the paired difference of NDCG and the time to the
-    peer's validation NDCG, as CPU seconds of training and as seconds.
+def measure_quality(
+    folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """HR@10 and NDCG@10 of the test users, means over seeds. With a baseline library also the paired
+    difference of NDCG, and the time to the library's validation NDCG in CPU seconds and in seconds.
 
-    Ranks of every user's test item, and NDCG over time, are written to `folder/keep`; so is what the peer answered, and an
-    answer to the same question that lies in `out` is taken from there.
+    Ranks of every user's test item, and NDCG over time, are written to `folder/keep`, as is the library's
+    result. A result of the same request in `out` is reused.
     """
-    settings, dataset = prepared(data, folder / "root", overrides)
+    settings, dataset = prepare_data(data, folder / "root", overrides)
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     half = settings.score.precision == "bfloat16"
     if half and settings.train.use_gpu:
-        raise SettingsError("score.precision: bfloat16 is for CPUs, and this model is trained and asked on a GPU", "leave train.use_gpu out")
+        raise SettingsError(
+            "score.precision: bfloat16 is for CPUs, and this model is trained and evaluated on a GPU",
+            "leave train.use_gpu out",
+        )
     keep = folder / "keep"
     keep.mkdir()
-    chosen = bundle_settings(settings)
-    questions = Questions(dataset, "test")
-    asked = [question for batch in questions.batches(BATCH) for question in batch if len(wanted(question, new_only=True)) == 1]
-    number = _numbers(dataset)
-    users = [int(number[question.shard] + question.row) for question in asked]
+    training_settings = bundle_settings(settings)
+    queries = [
+        query
+        for batch in EvaluationQueries(dataset, "test").batches(BATCH)
+        for query in batch
+        if len(targets_of(query, filter_seen=True)) == 1
+    ]
+    first_number = _first_user_numbers(dataset)
+    users = [int(first_number[query.shard] + query.row) for query in queries]
+
     ranks, curves = {"user": np.array(users)}, []
-    theirs = _peer(against, chosen, dataset, folder, threads, say, out) if against else None
+    library_result = (
+        _train_library(against, training_settings, dataset, folder, threads, say, out) if against else None
+    )
     for seed in SEEDS:
-        settings_of = {**chosen, "train": {**chosen["train"], "seed": seed}}
-        curve, model, precision = _train(dataset, settings_of, say, seed)
-        for name, halved in [(f"recray_{seed}", False), (f"bfloat16_{seed}", True)][: 1 + half]:
-            ranks[name] = found = ranks_of(model, dataset, chosen, asked, half=halved)
-            say(f"{name}: HR@10 {hr(found).mean():.4f}, NDCG@10 {ndcg(found).mean():.4f}")
+        seed_settings = {**training_settings, "train": {**training_settings["train"], "seed": seed}}
+        curve, model, precision = _train(dataset, seed_settings, say, seed)
+        for name, is_bfloat16 in [(f"recray_{seed}", False), (f"bfloat16_{seed}", True)][: 1 + half]:
+            ranks[name] = ranks_of(model, dataset, training_settings, queries, half=is_bfloat16)
+            say(f"{name}: HR@10 {hr(ranks[name]).mean():.4f}, NDCG@10 {ndcg(ranks[name]).mean():.4f}")
         curves += [{"who": f"recray_{seed}", **line} for line in curve]
-    ours = [ranks[f"recray_{seed}"] for seed in SEEDS]
-    each = {"hr@10": [float(hr(r).mean()) for r in ours], "ndcg@10": [float(ndcg(r).mean()) for r in ours]}
-    metrics: dict[str, Any] = {"users": len(asked), "items": dataset.n_items, "seeds": {name: _rounded(found) for name, found in each.items()}}
-    metrics |= {name: round(float(np.mean(found)), 4) for name, found in each.items()} | {"train_precision": precision}
+
+    own_ranks = [ranks[f"recray_{seed}"] for seed in SEEDS]
+    by_metric = {
+        "hr@10": [float(hr(values).mean()) for values in own_ranks],
+        "ndcg@10": [float(ndcg(values).mean()) for values in own_ranks],
+    }
+    metrics: dict[str, Any] = {
+        "users": len(queries),
+        "items": dataset.n_items,
+        "seeds": {name: _round(values) for name, values in by_metric.items()},
+    }
+    metrics |= {name: round(float(np.mean(values)), 4) for name, values in by_metric.items()} | {
+        "train_precision": precision
+    }
     if half:
-        lists = [float(ndcg(ranks[f"bfloat16_{seed}"]).mean()) for seed in SEEDS]
-        metrics |= {"ndcg@10_bfloat16": round(float(np.mean(lists)), 4), "bfloat16_over_float32": round(sum(lists) / sum(each["ndcg@10"]), 5)}
-    if theirs is not None:
-        ranks[str(against)] = np.array([theirs["ranks"].get(str(user), 0) for user in users])
-        curves += [{"who": against, **line} for line in theirs["curve"]]
-        metrics |= _beside(ours, ranks[str(against)], curves, str(against)) | {"peer_taken_from": theirs.get("taken_from")}
-        alike = _selects_as_peers_do(chosen)
-        metrics |= _time_to_peer(curves, str(against), theirs["pace"] if alike else None)
-        if not alike:
-            say(f"no time to {against}: it selects by one new item of each user, and these settings by something else")
-        say(f"lead over {against} {metrics['ndcg_lead']:+.4f} [{metrics['ndcg_lead_low']:+.4f}, {metrics['ndcg_lead_high']:+.4f}]")
+        bfloat16_ndcg = [float(ndcg(ranks[f"bfloat16_{seed}"]).mean()) for seed in SEEDS]
+        metrics |= {
+            "ndcg@10_bfloat16": round(float(np.mean(bfloat16_ndcg)), 4),
+            "bfloat16_over_float32": round(sum(bfloat16_ndcg) / sum(by_metric["ndcg@10"]), 5),
+        }
+    if library_result is not None:
+        ranks[str(against)] = np.array([library_result["ranks"].get(str(user), 0) for user in users])
+        curves += [{"who": against, **line} for line in library_result["curve"]]
+        metrics |= _compare_ndcg(own_ranks, ranks[str(against)], str(against)) | {
+            "peer_taken_from": library_result.get("taken_from")
+        }
+        is_comparable = _selects_as_libraries_do(training_settings)
+        metrics |= _time_to_library_ndcg(
+            curves, str(against), library_result["pace"] if is_comparable else None
+        )
+        if not is_comparable:
+            say(
+                f"no time to {against}: it selects epochs by one unseen item of each user, and these "
+                "settings do not"
+            )
+        say(
+            f"NDCG@10 difference to {against} {metrics['ndcg_lead']:+.4f} [{metrics['ndcg_lead_low']:+.4f}, "
+            f"{metrics['ndcg_lead_high']:+.4f}]"
+        )
+
     pq.write_table(pa.table(ranks), keep / "ranks.parquet")
     pq.write_table(pa.Table.from_pylist(curves), keep / "curves.parquet")
-    return chosen, metrics
+    return training_settings, metrics
 
 
 def hr(ranks: np.ndarray) -> np.ndarray:
-    """Whether one wanted item at these ranks (from 1; 0: nowhere) is among the first ten."""
+    """Whether a target at these ranks (from 1; 0: not ranked) is in the top 10."""
     return ((ranks > 0) & (ranks <= K)).astype(float)
 
 
 def ndcg(ranks: np.ndarray) -> np.ndarray:
-    """NDCG@10 of one wanted item at these ranks."""
+    """NDCG@10 of a single target at these ranks."""
     return np.where(hr(ranks) > 0, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0)
 
 
-def _beside(ours: list[np.ndarray], theirs: np.ndarray, curves: list[dict[str, Any]], peer: str) -> dict[str, Any]:
-    lead = np.mean([ndcg(ranks) for ranks in ours], 0) - ndcg(theirs)
-    low, high = m.interval(m.bootstrap_means(lead[:, None], RESAMPLES, 0)[:, 0], CONFIDENCE)
-    found = {"peer": peer, "peer_hr@10": round(float(hr(theirs).mean()), 4), "peer_ndcg@10": round(float(ndcg(theirs).mean()), 4)}
-    found |= {"ndcg_lead": round(float(lead.mean()), 4), "ndcg_lead_low": round(low, 4), "ndcg_lead_high": round(high, 4)}
-    return found
+def _compare_ndcg(own_ranks: list[np.ndarray], library_ranks: np.ndarray, library: str) -> dict[str, Any]:
+    """The library's figures, and the paired difference of NDCG with its interval."""
+    difference = np.mean([ndcg(ranks) for ranks in own_ranks], 0) - ndcg(library_ranks)
+    low, high = m.interval(m.bootstrap_means(difference[:, None], RESAMPLES, 0)[:, 0], CONFIDENCE)
+    return {
+        "peer": library,
+        "peer_hr@10": round(float(hr(library_ranks).mean()), 4),
+        "peer_ndcg@10": round(float(ndcg(library_ranks).mean()), 4),
+        "ndcg_lead": round(float(difference.mean()), 4),
+        "ndcg_lead_low": round(low, 4),
+        "ndcg_lead_high": round(high, 4),
+    }
 
 
-def _selects_as_peers_do(chosen: dict[str, Any]) -> bool:
-    """Whether our validation NDCG means what the peers' does: of one new item for each user."""
+def _selects_as_libraries_do(settings: dict[str, Any]) -> bool:
+    """Whether the validation NDCG is that of the libraries: of one unseen item for each user."""
     return bool(
-        chosen["evaluate"]["primary_setting"] == "new_only"
-        and chosen["train"]["select_by"] == "primary"
-        and chosen["evaluate"]["k"][0] == K
-        and chosen["split"]["kind"] == "leave_one_out"
+        settings["evaluate"]["protocol"] == "filter_seen"
+        and settings["train"]["select_by"] == "protocol"
+        and settings["evaluate"]["k"][0] == K
+        and settings["split"]["kind"] == "leave_one_out"
     )
 
 
-def _time_to_peer(curves: list[dict[str, Any]], peer: str, pace: dict[str, float] | None) -> dict[str, Any]:
-    """Seconds to the peer's best validation NDCG, over its own.
+def _time_to_library_ndcg(
+    curves: list[dict[str, Any]], library: str, pace: dict[str, float] | None
+) -> dict[str, Any]:
+    """Seconds to the library's best validation NDCG, and their ratio to the library's.
 
-    pace : what the peer's seconds, by clock, are to be multiplied by, so that they are those of this machine and hour; None: no ratio
+    pace : factor of the library's seconds, by clock, that converts them to the current speed of this machine;
+        None: no ratio
     """
-    best = max((line for line in curves if line["who"] == peer), key=lambda line: line["validation_ndcg"])
-    found: dict[str, Any] = {"peer_validation_ndcg": round(best["validation_ndcg"], 4), "peer_epochs": best["epoch"], "peer_pace": pace}
+    best = max((line for line in curves if line["who"] == library), key=lambda line: line["validation_ndcg"])
+    times: dict[str, Any] = {
+        "peer_validation_ndcg": round(best["validation_ndcg"], 4),
+        "peer_epochs": best["epoch"],
+        "peer_pace": pace,
+    }
     for clock in ("seconds", "cpu_seconds"):
         reached: list[Any] = []
         for seed in SEEDS:
-            mine = [line for line in curves if line["who"] == f"recray_{seed}" and line["validation_ndcg"] >= best["validation_ndcg"]]
-            reached.append(round(mine[0][clock], 1) if mine else None)
-        found[f"{clock}_to_peer"], found[f"peer_{clock}"] = reached, round(best[clock], 1)
-        ratio = None if pace is None or None in reached else round(sum(reached) / len(reached) / (pace[clock] * best[clock]), 4)
-        found["time_to_peer_ratio" if clock == "seconds" else "cpu_time_to_peer_ratio"] = ratio
-    return found
+            as_good = [
+                line
+                for line in curves
+                if line["who"] == f"recray_{seed}" and line["validation_ndcg"] >= best["validation_ndcg"]
+            ]
+            reached.append(round(as_good[0][clock], 1) if as_good else None)
+        times[f"{clock}_to_peer"], times[f"peer_{clock}"] = reached, round(best[clock], 1)
+        ratio = (
+            None
+            if pace is None or None in reached
+            else round(sum(reached) / len(reached) / (pace[clock] * best[clock]), 4)
+        )
+        times["time_to_peer_ratio" if clock == "seconds" else "cpu_time_to_peer_ratio"] = ratio
+    return times
 
 
-def _train(dataset: Dataset, chosen: dict[str, Any], say: Say, seed: int) -> tuple[list[dict[str, float]], Recommender, str]:
-    """Train to the early stop; the learning curve with its clocks (validation left out), the model, and what its products were computed in."""
-    loop = build_loop(str(dataset.path), chosen, device("train.use_gpu", gpu=chosen["train"]["use_gpu"]))
-    spent, validate = {"wall": 0.0, "cpu": 0.0}, loop.validate
+def _train(
+    dataset: Dataset, settings: dict[str, Any], say: ProgressLog, seed: int
+) -> tuple[list[dict[str, float]], Recommender, str]:
+    """Train to the early stop; the learning curve with its clocks (without validation), the model, and the
+    precision of its products.
+    """
+    loop = build_loop(str(dataset.path), settings, device("train.use_gpu", gpu=settings["train"]["use_gpu"]))
+    validation_s, validate = {"wall": 0.0, "cpu": 0.0}, loop.validate
 
-    def timed(*arguments: Any) -> tuple[float, float]:
+    def validate_timed(*arguments: Any) -> tuple[float, float]:
         wall, cpu = time.monotonic(), time.process_time()
-        found = validate(*arguments)
-        spent["wall"] += time.monotonic() - wall
-        spent["cpu"] += time.process_time() - cpu
-        return found
+        result = validate(*arguments)
+        validation_s["wall"] += time.monotonic() - wall
+        validation_s["cpu"] += time.process_time() - cpu
+        return result
 
-    loop.validate = timed
+    loop.validate = validate_timed
     curve = []
     wall, cpu = time.monotonic(), time.process_time()
     for line in loop.run():
-        line["seconds"] = time.monotonic() - wall - spent["wall"]
-        line["cpu_seconds"] = time.process_time() - cpu - spent["cpu"]
+        line["seconds"] = time.monotonic() - wall - validation_s["wall"]
+        line["cpu_seconds"] = time.process_time() - cpu - validation_s["cpu"]
         curve.append(line)
-        say(f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, validation NDCG@10 {line['validation_ndcg']:.4f}")
+        say(
+            f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, "
+            f"validation NDCG@10 {line['validation_ndcg']:.4f}"
+        )
     loop.average.load_state_dict(loop.best)
     say(f"seed {seed}: epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
     return curve, loop.average.eval(), precision_of(loop)
 
 
-def ranks_of(model: Recommender, dataset: Dataset, chosen: dict[str, Any], asked: list[Question], *, half: bool = False) -> np.ndarray:
-    """Rank from 1 of the wanted item of each question among all that the user did not meet."""
-    predictor = Predictor.of(model, dataset, chosen["model"]["prior_days"], half=half)
+def ranks_of(
+    model: Recommender,
+    dataset: Dataset,
+    settings: dict[str, Any],
+    queries: list[EvaluationQuery],
+    *,
+    half: bool = False,
+) -> np.ndarray:
+    """Rank from 1 of each query's target among the unseen items.
+
+    half : compute in bfloat16
+    """
+    predictor = Predictor.of(model, dataset, settings["model"]["popularity_prior_days"], bfloat16=half)
     ranks = []
-    for first in range(0, len(asked), BATCH):
-        batch = asked[first : first + BATCH]
-        asks: dict[str, Any] = {"now": [q.now for q in batch], "context": [q.context for q in batch], "filters": Filters(new_only=True)}
-        answer = predictor.recommend([q.history for q in batch], dataset.n_items, **asks)
-        ranks += [1 + int(np.flatnonzero(answer.item_index[row] == wanted(q, new_only=True)[0])[0]) for row, q in enumerate(batch)]
+    for first in range(0, len(queries), BATCH):
+        batch = queries[first : first + BATCH]
+        options: dict[str, Any] = {
+            "now": [query.now for query in batch],
+            "context": [query.context for query in batch],
+            "filters": Filters(filter_seen=True),
+        }
+        ranked = predictor.recommend([query.history for query in batch], dataset.n_items, **options)
+        ranks += [
+            1 + int(np.flatnonzero(ranked.item_index[row] == targets_of(query, filter_seen=True)[0])[0])
+            for row, query in enumerate(batch)
+        ]
     return np.array(ranks)
 
 
-def _peer(peer: str, chosen: dict[str, Any], dataset: Dataset, folder: Path, threads: int, say: Say, out: Path) -> dict[str, Any]:
-    """Train a peer to its own early stop. It goes on where an earlier run with the same question was stopped.
+def _train_library(
+    library: str,
+    settings: dict[str, Any],
+    dataset: Dataset,
+    folder: Path,
+    threads: int,
+    say: ProgressLog,
+    out: Path,
+) -> dict[str, Any]:
+    """Train a baseline library to its own early stop; an interrupted run with the same request is resumed.
 
-    An answer that lies in `out` comes with its `pace`: what its first epochs take now, over what they took then.
+    A result in `out` is reused. Its `pace` is the current duration of the first epochs divided by the
+    recorded one.
     """
     events = folder / "events.parquet"
-    write_for_peers(dataset, events)
-    number = _numbers(dataset)
-    validation = Questions(dataset, "validation", max_users=chosen["train"]["validation_users"], seed=chosen["split"]["seed"])
-    users = [int(number[shard] + row) for shard, row, _, _ in validation.places]
-    question = peer_question(chosen, folder, threads) | {"batch_users": PEER_BATCH_USERS, "patience": PEER_PATIENCE, "validation_users": users}
-    asked = {name: value for name, value in question.items() if name not in ("events", "threads")}
-    key = key_of(peer, peers.PINS[peers.HOME[peer]], asked, sha256_file(events))
-    for answered in sorted(out.glob(f"*.{peer}-{key}.json")):
-        say(f"{peer} has trained to its early stop before: {answered}")
-        found: dict[str, Any] = json.loads(answered.read_text())
-        now = peers.ask(peer, question | {"keep": str(folder), "epochs_at_most": PACE_EPOCHS}, folder, say)["curve"]
-        then = found["curve"][len(now) - 1]
-        pace = {clock: round(now[-1][clock] / then[clock], 4) for clock in ("seconds", "cpu_seconds")}
-        say(f"{peer}: its first epochs take {pace['seconds']:.2f} of the seconds that they took then")
-        return found | {"taken_from": answered.name, "pace": pace}
+    write_events(dataset, events)
+    first_number = _first_user_numbers(dataset)
+    validation = EvaluationQueries(
+        dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"]
+    )
+    users = [int(first_number[shard] + row) for shard, row, _, _ in validation.positions]
+    request = make_request(settings, folder, threads) | {
+        "batch_users": LIBRARY_BATCH_USERS,
+        "patience": LIBRARY_PATIENCE,
+        "validation_users": users,
+    }
+    key_fields = {name: value for name, value in request.items() if name not in ("events", "threads")}
+    key = key_of(library, peers.PINS[peers.HOME[library]], key_fields, sha256_file(events))
+    for file in sorted(out.glob(f"*.{library}-{key}.json")):
+        say(f"{library} result reused: {file}")
+        result: dict[str, Any] = json.loads(file.read_text())
+        current = peers.run_library(
+            library, request | {"keep": str(folder), "epochs_at_most": PACE_EPOCHS}, folder, say
+        )["curve"]
+        recorded = result["curve"][len(current) - 1]
+        pace = {clock: round(current[-1][clock] / recorded[clock], 4) for clock in ("seconds", "cpu_seconds")}
+        say(f"{library}: its first epochs take {pace['seconds']:.2f} times the recorded seconds")
+        return result | {"taken_from": file.name, "pace": pace}
     keep = peers.cache() / "runs" / key
     keep.mkdir(parents=True, exist_ok=True)
-    say(f"{peer} trains to its early stop; where it stands is kept in {keep}")
-    found = peers.ask(peer, question | {"keep": str(keep)}, folder, say)
-    (folder / "keep" / f"{peer}-{key}.json").write_text(json.dumps(found) + "\n")
-    return found | {"pace": {"seconds": 1.0, "cpu_seconds": 1.0}}
+    say(f"{library} trains to its early stop; its state is saved in {keep}")
+    result = peers.run_library(library, request | {"keep": str(keep)}, folder, say)
+    (folder / "keep" / f"{library}-{key}.json").write_text(json.dumps(result) + "\n")
+    return result | {"pace": {"seconds": 1.0, "cpu_seconds": 1.0}}
 
 
-def _numbers(dataset: Dataset) -> np.ndarray:
-    """Number of the first user of each shard, as `write_for_peers` counts them."""
+def _first_user_numbers(dataset: Dataset) -> np.ndarray:
+    """Number of the first user of each shard, as `write_events` counts them."""
     return np.concatenate([[0], np.cumsum([len(shard) for shard in dataset.shards()])])
 
 
-def _rounded(values: list[float]) -> list[float]:
+def _round(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]

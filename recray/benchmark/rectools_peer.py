@@ -1,10 +1,11 @@
-"""SASRec of RecTools on a file of events. Runs in the peer's environment, which has no recray: python rectools_peer.py QUESTION.
+"""SASRec of the baseline library RecTools, on a file of events. Runs in the library's environment, which has
+no recray: python rectools_peer.py REQUEST.
 
-The question names `events` (Parquet: user, item, order, part), the shape of the network, and what is asked for: `epochs` to
-train and time, `recommend` rounds of top 10 for all users to time; or, with `patience`, training until the NDCG of
-`validation_users` did not grow for so many epochs, then the rank of every user's test item. That takes hours, so the folder
-`keep` holds where it stands after each epoch, and the same question goes on from there; `epochs_at_most` asks for the beginning of the
-curve alone. The answer is one JSON line.
+The request has `events` (Parquet: user, item, order, part), the shape of the network, and the work: `epochs`
+to train and time, and `recommend` rounds of the top 10 for all users to time. Or, with `patience`: training
+until the NDCG of `validation_users` has not grown for so many epochs, and the rank of every user's test item.
+That takes hours, so the state is saved in the folder `keep` after each epoch, and the same request resumes
+from it. `epochs_at_most` ends the curve early. The result is one JSON line.
 """
 
 import copy
@@ -31,52 +32,52 @@ RANKED_USERS = 500  # whose whole catalogue is ranked at once
 
 
 class Clock(Callback):  # type: ignore[misc]
-    """Seconds of each epoch, for all copies that are made of it."""
+    """Seconds of each epoch, shared by all copies of the callback."""
 
     seconds: list[float] = []
 
     def on_train_epoch_start(self, *_: object) -> None:
-        self._begun = time.monotonic()
+        self._started = time.monotonic()
 
     def on_train_epoch_end(self, *_: object) -> None:
-        self.seconds.append(time.monotonic() - self._begun)
+        self.seconds.append(time.monotonic() - self._started)
 
 
-def main(question: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for."""
-    torch.set_num_threads(question["threads"])
-    torch.manual_seed(question["seed"])
-    events = pd.read_parquet(question["events"])
-    model, clock = _model(question)
-    if "patience" in question:
-        return _until_it_stops(model, events, question)
-    dataset = _dataset(events[events.part == TRAIN])
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Train, and return what the request asks for."""
+    torch.set_num_threads(request["threads"])
+    torch.manual_seed(request["seed"])
+    events = pd.read_parquet(request["events"])
+    model, clock = _build_model(request)
+    if "patience" in request:
+        return _train_to_early_stop(model, events, request)
+    dataset = _to_dataset(events[events.part == TRAIN])
     model.fit(dataset)
-    answer: dict[str, Any] = {"epoch_s": clock.seconds}
-    if question.get("recommend"):
+    response: dict[str, Any] = {"epoch_s": clock.seconds}
+    if request.get("recommend"):
         users = events.user[events.part == TRAIN].unique()
         times = []
-        for _ in range(question["recommend"]):
-            begun = time.monotonic()
+        for _ in range(request["recommend"]):
+            started = time.monotonic()
             model.recommend(users, dataset, k=K, filter_viewed=True)
-            times.append(time.monotonic() - begun)
-        answer |= {"users": len(users), "recommend_s": times}
-    return answer
+            times.append(time.monotonic() - started)
+        response |= {"users": len(users), "recommend_s": times}
+    return response
 
 
-def _dataset(events: pd.DataFrame) -> Dataset:
+def _to_dataset(events: pd.DataFrame) -> Dataset:
     frame = pd.DataFrame({Columns.User: events.user, Columns.Item: events["item"], Columns.Weight: 1.0})
     frame[Columns.Datetime] = pd.Timestamp("2000-01-01") + pd.to_timedelta(events.order, unit="s")
     return Dataset.construct(frame)
 
 
-def _model(question: dict[str, Any]) -> tuple[SASRecModel, Clock]:
+def _build_model(request: dict[str, Any]) -> tuple[SASRecModel, Clock]:
     clock = Clock()
 
     def trainer() -> Trainer:
         return Trainer(
-            max_epochs=question.get("epochs", 1),
-            limit_train_batches=question.get("batches"),
+            max_epochs=request.get("epochs", 1),
+            limit_train_batches=request.get("batches"),
             callbacks=[clock],
             accelerator="cpu",
             logger=False,
@@ -86,49 +87,56 @@ def _model(question: dict[str, Any]) -> tuple[SASRecModel, Clock]:
         )
 
     model = SASRecModel(
-        n_factors=question["dim"],
-        n_blocks=question["blocks"],
-        n_heads=question["heads"],
-        session_max_len=question["history"],
-        dropout_rate=question["dropout"],
+        n_factors=request["dim"],
+        n_blocks=request["blocks"],
+        n_heads=request["heads"],
+        session_max_len=request["history"],
+        dropout_rate=request["dropout"],
         loss="softmax",
-        lr=question["learning_rate"],
-        batch_size=question["batch_users"],
-        epochs=question.get("epochs", 1),
+        lr=request["learning_rate"],
+        batch_size=request["batch_users"],
+        epochs=request.get("epochs", 1),
         recommend_torch_device="cpu",
         get_trainer_func=trainer,
     )
     return model, clock
 
 
-def _until_it_stops(model: SASRecModel, events: pd.DataFrame, question: dict[str, Any]) -> dict[str, Any]:
-    """Epoch by epoch with an early stop; the curve (epoch, seconds and CPU seconds of training so far, NDCG) and the ranks."""
-    trained = _dataset(events[events.part == TRAIN])
-    users = np.array(question["validation_users"])
-    kept = Path(question["keep"]) / "state.npz"
+def _train_to_early_stop(model: SASRecModel, events: pd.DataFrame, request: dict[str, Any]) -> dict[str, Any]:
+    """Train by epoch with an early stop; the curve (epoch, seconds and CPU seconds of training so far, NDCG)
+    and the ranks.
+    """
+    trained = _to_dataset(events[events.part == TRAIN])
+    users = np.array(request["validation_users"])
+    state_file = Path(request["keep"]) / "state.npz"
     curve: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
-    if kept.exists():
-        curve, best = _restore(model, trained, kept)
-    most = question.get("epochs_at_most", math.inf)
-    while len(curve) - _best_epoch(curve) < question["patience"] and len(curve) < most:
+    if state_file.exists():
+        curve, best = _restore(model, trained, state_file)
+    max_epochs = request.get("epochs_at_most", math.inf)
+    while len(curve) - _best_epoch(curve) < request["patience"] and len(curve) < max_epochs:
         epoch = len(curve) + 1
-        torch.manual_seed(question["seed"] * 10_000 + epoch)
+        torch.manual_seed(request["seed"] * 10_000 + epoch)
         wall, cpu = time.monotonic(), time.process_time()
         model.fit_partial(trained, min_epochs=1, max_epochs=1)
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-        ndcg = _ndcg(model, trained, events[events.part == VALIDATION], users)
+        ndcg = _measure_ndcg(model, trained, events[events.part == VALIDATION], users)
         before = curve[-1] if curve else {"seconds": 0.0, "cpu_seconds": 0.0}
-        line = {"epoch": epoch, "seconds": before["seconds"] + wall, "cpu_seconds": before["cpu_seconds"] + cpu, "validation_ndcg": ndcg}
+        line = {
+            "epoch": epoch,
+            "seconds": before["seconds"] + wall,
+            "cpu_seconds": before["cpu_seconds"] + cpu,
+            "validation_ndcg": ndcg,
+        }
         curve.append(line)
         if _best_epoch(curve) == epoch:
             best = copy.deepcopy(model.torch_model.state_dict())
-        _save(model, curve, best, kept)
+        _save(model, curve, best, state_file)
         print(json.dumps(line), file=sys.stderr, flush=True)
-    if len(curve) >= most:
+    if len(curve) >= max_epochs:
         return {"curve": curve}
     model.torch_model.load_state_dict(best)
-    ranks = _ranks(model, _dataset(events[events.part < TEST]), events[events.part == TEST])
+    ranks = _rank_targets(model, _to_dataset(events[events.part < TEST]), events[events.part == TEST])
     return {"curve": curve, "best_epoch": _best_epoch(curve), "ranks": ranks}
 
 
@@ -137,52 +145,58 @@ def _best_epoch(curve: list[dict[str, Any]]) -> int:
 
 
 def _save(model: SASRecModel, curve: list[dict[str, Any]], best: dict[str, Any], path: Path) -> None:
-    """Weights, best weights, the optimiser's moments and the curve as arrays."""
+    """Save weights, best weights, the optimizer's moments and the curve as arrays."""
     arrays: dict[str, Any] = {"curve": np.frombuffer(json.dumps(curve).encode(), np.uint8)}
-    moments = {f"{i}/{name}": value for i, state in model.lightning_model.optimizer.state_dict()["state"].items() for name, value in state.items()}
-    for what, tensors in (("weights", model.torch_model.state_dict()), ("best", best), ("moments", moments)):
-        arrays |= {f"{what}/{name}": tensor.numpy() for name, tensor in tensors.items()}
+    moments = {
+        f"{i}/{name}": value
+        for i, state in model.lightning_model.optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    for group, tensors in (("weights", model.torch_model.state_dict()), ("best", best), ("moments", moments)):
+        arrays |= {f"{group}/{name}": tensor.numpy() for name, tensor in tensors.items()}
     scratch = path.with_name("new.npz")
     np.savez(scratch, **arrays)
     os.replace(scratch, path)
 
 
 def _restore(model: SASRecModel, trained: Dataset, path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Put a model where it was saved, as `fit_partial` would have left it; the curve and the best weights."""
+    """Restore a saved model to its state after `fit_partial`; the curve and the best weights."""
     with np.load(path, allow_pickle=False) as arrays:
-        found: dict[str, dict[str, Any]] = {"weights": {}, "best": {}, "moments": {}}
+        groups: dict[str, dict[str, Any]] = {"weights": {}, "best": {}, "moments": {}}
         for name in arrays.files:
-            what, _, rest = name.partition("/")
+            group, _, rest = name.partition("/")
             if rest:
-                found[what][rest] = torch.from_numpy(arrays[name])
+                groups[group][rest] = torch.from_numpy(arrays[name])
         curve = json.loads(arrays["curve"].tobytes())
     model._build_model_from_dataset(trained)
     model.fit_trainer = copy.deepcopy(model._trainer)
     model.is_fitted = model.lightning_model.is_fitted = True
-    model.torch_model.load_state_dict(found["weights"])
+    model.torch_model.load_state_dict(groups["weights"])
     optimizer = model.lightning_model.configure_optimizers()
     moments: dict[int, dict[str, Any]] = {}
-    for name, value in found["moments"].items():
+    for name, value in groups["moments"].items():
         moments.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return curve, found["best"]
+    return curve, groups["best"]
 
 
-def _ndcg(model: SASRecModel, dataset: Dataset, wanted: pd.DataFrame, users: np.ndarray) -> float:
-    """Mean NDCG@10 of users with one wanted item each."""
+def _measure_ndcg(model: SASRecModel, dataset: Dataset, targets: pd.DataFrame, users: np.ndarray) -> float:
+    """Mean NDCG@10 of users with one target each."""
     lists = model.recommend(users, dataset, k=K, filter_viewed=True)
-    found = lists.merge(wanted, left_on=[Columns.User, Columns.Item], right_on=["user", "item"])
-    return float((1.0 / np.log2(1.0 + found[Columns.Rank])).sum() / len(users))
+    hits = lists.merge(targets, left_on=[Columns.User, Columns.Item], right_on=["user", "item"])
+    return float((1.0 / np.log2(1.0 + hits[Columns.Rank])).sum() / len(users))
 
 
-def _ranks(model: SASRecModel, dataset: Dataset, wanted: pd.DataFrame) -> dict[int, int]:
-    """Rank from 1 of each user's wanted item in the whole catalogue without what the user met; 0 for one that is not ranked."""
-    ranks = dict.fromkeys(wanted.user.tolist(), 0)
-    for first in range(0, len(wanted), RANKED_USERS):
-        part = wanted[first : first + RANKED_USERS]
+def _rank_targets(model: SASRecModel, dataset: Dataset, targets: pd.DataFrame) -> dict[int, int]:
+    """Rank from 1 of each user's target among the unseen items of the whole catalogue; 0 for a target that is
+    not ranked.
+    """
+    ranks = dict.fromkeys(targets.user.tolist(), 0)
+    for first in range(0, len(targets), RANKED_USERS):
+        part = targets[first : first + RANKED_USERS]
         lists = model.recommend(part.user.to_numpy(), dataset, k=dataset.item_id_map.size, filter_viewed=True)
-        found = lists.merge(part, left_on=[Columns.User, Columns.Item], right_on=["user", "item"])
-        ranks |= dict(zip(found[Columns.User].tolist(), found[Columns.Rank].tolist(), strict=True))
+        hits = lists.merge(part, left_on=[Columns.User, Columns.Item], right_on=["user", "item"])
+        ranks |= dict(zip(hits[Columns.User].tolist(), hits[Columns.Rank].tolist(), strict=True))
     return ranks
 
 

@@ -1,4 +1,6 @@
-"""What growth costs: seconds of a training epoch by events, and of the scores of all users by users, at four sizes, with a plot."""
+"""Scaling: seconds of a training epoch by events, and of scoring all users by users, at four sizes, with a
+plot.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,22 @@ import torch
 
 from recray.benchmark.score import scorer
 from recray.config import load_settings
-from recray.evaluation.plots import growth
-from recray.stages import Say
+from recray.evaluation.plots import plot_growth
+from recray.stages import ProgressLog
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop
-from recray.training.trainer import bundle_settings
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop
 
 USERS = (12_500, 25_000, 50_000, 100_000)
 ITEMS, EVENTS_PER_USER = 5_000, 20.0
-ROUNDS = 2  # the faster one counts: what else a machine does only ever adds
+ROUNDS = 2  # the faster one counts, since other work on the machine only adds time
 
 
-def measure_scale(folder: Path, say: Say) -> dict[str, Any]:
-    """Seconds at each size; `train_exponent`, `score_exponent`: slope of log seconds over log size, 1 where cost is linear."""
+def measure_scale(folder: Path, say: ProgressLog) -> dict[str, Any]:
+    """Seconds at each size; `train_exponent`, `score_exponent`: slope of log seconds over log size, 1 for a
+    linear cost.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     trained, scored = [], []
     for users in USERS:
@@ -34,25 +38,31 @@ def measure_scale(folder: Path, say: Say) -> dict[str, Any]:
         settings = load_settings(None, [f"data.events=[{home / 'events'}]", f"storage.root={home / 'root'}"])
         dataset = prepare_here(settings)
         loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
-        trained.append((dataset.n_events, _fastest(lambda epoch, loop=loop: loop.train_epoch(epoch))))
+        trained.append((dataset.n_events, _time_fastest(lambda epoch, loop=loop: loop.train_epoch(epoch))))
         with scorer(home, settings, dataset, loop.best) as score:
-            scored.append((dataset.n_users, _fastest(lambda _, score=score: score())))
-        say(f"{users:,} users: {dataset.n_events:,} events trained in {trained[-1][1]:.1f} s, all users scored in {scored[-1][1]:.1f} s")
+            scored.append((dataset.n_users, _time_fastest(lambda _, score=score: score())))
+        say(
+            f"{users:,} users: {dataset.n_events:,} events trained in {trained[-1][1]:.1f} s, all users "
+            f"scored in {scored[-1][1]:.1f} s"
+        )
     keep = folder / "keep"
     keep.mkdir()
-    (keep / "svg").write_text(growth(trained, scored))
+    (keep / "svg").write_text(plot_growth(trained, scored))
     metrics: dict[str, Any] = {"train": trained, "score": scored}
     metrics |= {"train_exponent": _exponent(trained), "score_exponent": _exponent(scored)}
-    say(f"seconds grow as events to the {metrics['train_exponent']}, as users to the {metrics['score_exponent']}")
+    say(
+        f"training time grows as events^{metrics['train_exponent']}, scoring time as "
+        f"users^{metrics['score_exponent']}"
+    )
     return metrics
 
 
-def _fastest(work: Any) -> float:
+def _time_fastest(run: Any) -> float:
     seconds = []
     for number in range(ROUNDS):
-        begun = time.monotonic()
-        work(number)
-        seconds.append(time.monotonic() - begun)
+        started = time.monotonic()
+        run(number)
+        seconds.append(time.monotonic() - started)
     return round(min(seconds), 3)
 
 

@@ -1,4 +1,4 @@
-"""Users scored per second, top 10 of everything that is new to them, beside a peer's `recommend`."""
+"""Users scored per second, top 10 unseen items, compared with a baseline library's `recommend`."""
 
 from __future__ import annotations
 
@@ -15,71 +15,92 @@ from typing import Any
 import torch
 
 from recray.benchmark import peers
-from recray.benchmark.data import prepared, write_for_peers
-from recray.benchmark.train import SAME, peer_question
+from recray.benchmark.data import prepare_data, write_events
+from recray.benchmark.train import SAME, make_request
 from recray.bundle import write_bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.model.device import device
-from recray.scoring.score import ScoreBucket
-from recray.stages import Say
-from recray.training.trainer import bundle_settings
+from recray.snapshot.score import ScoreBucket
+from recray.stages import ProgressLog
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop, shape_of
 
-ROUNDS, PEER_ROUNDS = 5, 2
+ROUNDS, LIBRARY_ROUNDS = 5, 2
 K = 10
 
 
-def measure_score(folder: Path, data: str, against: str | None, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Half of our rounds over all users, the peer's, the other half of ours: medians of each, and their ratio.
+def measure_score(
+    folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Half of recray's rounds over all users, the library's, the other half of recray's: medians of each, and
+    their ratio.
 
-    Ours is what the actors of the nightly job do, from mapped histories to written parts, each in a process with its share of the threads.
-    What the weights are does not matter, so they are those of the start.
+    A round of recray is the work of the nightly run's actors, from mapped histories to written parts, each in
+    a process with its share of the threads. The weights are the initial ones, since they do not matter.
     """
-    settings, dataset = prepared(data, folder / "root", [*SAME, *overrides])
+    settings, dataset = prepare_data(data, folder / "root", [*SAME, *overrides])
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    chosen = bundle_settings(settings)
-    weights = build_loop(str(dataset.path), chosen, torch.device("cpu")).best
+    training_settings = bundle_settings(settings)
+    weights = build_loop(str(dataset.path), training_settings, torch.device("cpu")).best
     seconds: list[float] = []
     actors = min(settings.score.actors, dataset.n_shards)
-    metrics: dict[str, Any] = {"users": dataset.n_users, "actors": actors, "precision": settings.score.precision}
+    metrics: dict[str, Any] = {
+        "users": dataset.n_users,
+        "actors": actors,
+        "precision": settings.score.precision,
+    }
     with scorer(folder, settings, dataset, weights) as score:
 
-        def rounds() -> None:
+        def run_rounds() -> None:
             for _ in range(ROUNDS):
-                begun = time.monotonic()
+                started = time.monotonic()
                 score()
-                seconds.append(time.monotonic() - begun)
+                seconds.append(time.monotonic() - started)
                 say(f"recray: {dataset.n_users / seconds[-1]:.0f} users/s")
 
-        rounds()
+        run_rounds()
         if against:
-            write_for_peers(dataset, folder / "events.parquet")
-            question = peer_question(chosen, folder, threads) | {"epochs": 1, "batches": 1, "recommend": PEER_ROUNDS}
-            answer = peers.ask(against, question, folder, say)
-            theirs = [answer["users"] / s for s in answer["recommend_s"]]
-            say(f"{against}: {', '.join(f'{rate:.0f}' for rate in theirs)} users/s")
-            rounds()
-            metrics |= {"peer": against, "peer_users_per_s": round(statistics.median(theirs), 1)}
-    rate = statistics.median(dataset.n_users / s for s in seconds)
+            write_events(dataset, folder / "events.parquet")
+            request = make_request(training_settings, folder, threads) | {
+                "epochs": 1,
+                "batches": 1,
+                "recommend": LIBRARY_ROUNDS,
+            }
+            response = peers.run_library(against, request, folder, say)
+            library_rates = [response["users"] / elapsed_s for elapsed_s in response["recommend_s"]]
+            say(f"{against}: {', '.join(f'{rate:.0f}' for rate in library_rates)} users/s")
+            run_rounds()
+            metrics |= {"peer": against, "peer_users_per_s": round(statistics.median(library_rates), 1)}
+    rate = statistics.median(dataset.n_users / elapsed_s for elapsed_s in seconds)
     metrics["users_per_s"] = round(rate, 1)
     if against:
-        metrics["users_per_s_ratio"] = round(rate / statistics.median(theirs), 2)
-        say(f"{metrics['users_per_s_ratio']} times the peer's users a second")
-    return chosen, metrics
+        metrics["users_per_s_ratio"] = round(rate / statistics.median(library_rates), 2)
+        say(f"{metrics['users_per_s_ratio']} times the library's users a second")
+    return training_settings, metrics
 
 
 @contextmanager
-def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, torch.Tensor]) -> Iterator[Callable[[], None]]:
-    """Scores all users with the weights `state`, as the actors of the nightly job do, and writes the parts below `folder`.
+def scorer(
+    folder: Path, settings: Settings, dataset: Dataset, state: dict[str, torch.Tensor]
+) -> Iterator[Callable[[], None]]:
+    """A function that scores all users with the weights `state`, as the nightly run's actors do, and writes
+    the parts below `folder`.
 
-    Raises SettingsError where they ask for a GPU and there is none.
+    Raises SettingsError if the settings require a GPU and there is none.
     """
-    chosen = bundle_settings(settings)
-    shape = shape_of(chosen["model"], dataset)
-    rest = {"features": chosen["data"]["features"], "prior_days": chosen["model"]["prior_days"], "settings": chosen, "metrics": {}}
-    bundle = write_bundle(folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **rest)
+    training_settings = bundle_settings(settings)
+    shape = shape_of(training_settings["model"], dataset)
+    content = {
+        "features": training_settings["data"]["features"],
+        "popularity_prior_days": training_settings["model"]["popularity_prior_days"],
+        "settings": training_settings,
+        "metrics": {},
+    }
+    bundle = write_bundle(
+        folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **content
+    )
     parts = folder / "parts"
     parts.mkdir()
     options = settings.score
@@ -91,21 +112,23 @@ def scorer(folder: Path, settings: Settings, dataset: Dataset, state: dict[str, 
         "dataset": str(dataset.path),
         "folder": str(parts),
         "k": K,
-        "new_only": True,
+        "filter_seen": True,
         "rules": options.rules(),
         "batch_users": options.batch_users,
         "threads": max(torch.get_num_threads() // actors, 1),
         "precision": options.precision,
         "gpu": options.gpus_per_actor > 0,
     }
-    with ProcessPoolExecutor(actors, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(arguments,)) as pool:
+    with ProcessPoolExecutor(
+        actors, multiprocessing.get_context("spawn"), initializer=_create_actor, initargs=(arguments,)
+    ) as pool:
         yield lambda: list(pool.map(_score, range(dataset.n_shards))).clear()
 
 
-_actor: ScoreBucket | None = None  # of a process that scores
+_actor: ScoreBucket | None = None  # of a scoring process
 
 
-def _begin(arguments: dict[str, Any]) -> None:
+def _create_actor(arguments: dict[str, Any]) -> None:
     global _actor
     _actor = ScoreBucket(**arguments)
 

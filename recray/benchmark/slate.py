@@ -1,10 +1,10 @@
-"""How well shown items are put in order: the AUC of clicked over not clicked items within an impression, on MIND's layout.
+"""Ranking of displayed items: the AUC of clicked over other items within an impression, on MIND's layout.
 
-`interactions.parquet` holds a row a shown item (impression_id, user_id, timestamp, item_id, event click or impression),
-`sessions.parquet` the clicks before each impression (impression_id, history), `items.parquet` what is known of some items.
-Impressions of the last fifth are asked about, each with its history and at its moment; the model learns from the histories and
-from the clicks before. Impressions that were shown and not clicked are never learned from, and most items have no text here, so
-this measures the ranking of a slate, not of content.
+`interactions.parquet` has a row for each displayed item (impression_id, user_id, timestamp, item_id, event
+click or impression), `sessions.parquet` the clicks before each impression (impression_id, history),
+`items.parquet` the features of some items. Queries are the impressions of the last fifth, each with its
+history and time. The model learns from the histories and from earlier clicks, never from displayed items
+without a click. Most items have no text here, so this measures the ranking of a slate, not of content.
 """
 
 from __future__ import annotations
@@ -18,67 +18,101 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from recray.benchmark.data import NO_RULES, find_data, prepared
-from recray.dataset.context import asked
+from recray.benchmark.data import NO_RULES, find_data, prepare_data
+from recray.dataset.context import encode_request
 from recray.dataset.reader import Dataset, History
 from recray.errors import DataError
 from recray.evaluation import metrics as m
 from recray.inference import Predictor
-from recray.stages import Say
-from recray.training.trainer import bundle_settings
+from recray.stages import ProgressLog
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop
 
 TEST_SHARE = 0.2
-STEP_S = 3600  # between the clicks of a history, whose times are not told
+STEP_S = 3600  # between the clicks of a history, which have no times
 BATCH = 128
 RESAMPLES, CONFIDENCE = 1000, 0.95
 
 
-def measure_slate(folder: Path, data: str, overrides: list[str], say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_slate(
+    folder: Path, data: str, overrides: list[str], say: ProgressLog
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean AUC over impressions, its interval, and the AUC of click counts before the test."""
     home = find_data(data)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    shown, sessions, cut = _read(home)
+    shown, sessions, cutoff_s = _read(home)
     _write(home, folder, shown, sessions)
-    given = [
+    options = [
         f"data.events={folder / 'events.parquet'}",
         f"data.items={folder / 'items.parquet'}",
-        "data.released=null",
+        "data.available_from=null",
         "data.context=[hour]",
         *NO_RULES,
     ]
-    given += ["data.features={title: text, category: categorical}", f"split.test_from={pd.Timestamp(cut, unit='s')}", *overrides]
-    settings, dataset = prepared(data, folder / "root", given, "news")
-    chosen = bundle_settings(settings)
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    options += [
+        "data.features={title: text, category: categorical}",
+        f"split.test_from={pd.Timestamp(cutoff_s, unit='s')}",
+        *overrides,
+    ]
+    settings, dataset = prepare_data(data, folder / "root", options, "news")
+    training_settings = bundle_settings(settings)
+    loop = build_loop(str(dataset.path), training_settings, torch.device("cpu"))
     for line in loop.run():
-        say(f"epoch {line['epoch']}: loss {line['loss']:.4f}, validation NDCG@10 {line['validation_ndcg']:.4f}")
+        say(
+            f"epoch {line['epoch']}: loss {line['loss']:.4f}, validation NDCG@10 "
+            f"{line['validation_ndcg']:.4f}"
+        )
     loop.average.load_state_dict(loop.best)
-    test = shown[shown.second >= cut]
-    scores = _scores(loop.average.eval(), dataset, chosen, test, sessions)
-    counts = shown[(shown.second < cut) & shown.clicked].item_id.value_counts()
-    popular = [counts.reindex(slate.item_id).fillna(0).to_numpy() for _, slate in test.groupby("impression_id", sort=True)]
+    test = shown[shown.second >= cutoff_s]
+    scores = _score_impressions(loop.average.eval(), dataset, training_settings, test, sessions)
+    counts = shown[(shown.second < cutoff_s) & shown.clicked].item_id.value_counts()
+    popular = [
+        counts.reindex(slate.item_id).fillna(0).to_numpy()
+        for _, slate in test.groupby("impression_id", sort=True)
+    ]
     clicked = [slate.clicked.to_numpy() for _, slate in test.groupby("impression_id", sort=True)]
-    found = np.array([(auc(s, c), auc(p, c)) for s, p, c in zip(scores, popular, clicked, strict=True) if c.any() and not c.all()])
-    low, high = m.interval(m.bootstrap_means(found[:, :1], RESAMPLES, 0)[:, 0], CONFIDENCE)
-    metrics = {"impressions": len(found), "auc": found[:, 0].mean(), "auc_low": low, "auc_high": high, "popular_auc": found[:, 1].mean()}
-    return chosen, {name: round(float(value), 4) for name, value in metrics.items()}
+    aucs = np.array(
+        [
+            (auc(model_scores, is_clicked), auc(popularity, is_clicked))
+            for model_scores, popularity, is_clicked in zip(scores, popular, clicked, strict=True)
+            if is_clicked.any() and not is_clicked.all()
+        ]
+    )
+    low, high = m.interval(m.bootstrap_means(aucs[:, :1], RESAMPLES, 0)[:, 0], CONFIDENCE)
+    metrics = {
+        "impressions": len(aucs),
+        "auc": aucs[:, 0].mean(),
+        "auc_low": low,
+        "auc_high": high,
+        "popular_auc": aucs[:, 1].mean(),
+    }
+    return training_settings, {name: round(float(value), 4) for name, value in metrics.items()}
 
 
 def auc(scores: np.ndarray, clicked: np.ndarray) -> float:
-    """Chance that a clicked item is above one that is not, ties half (Mann and Whitney 1947); both kinds must be there."""
+    """Probability that a clicked item ranks above one that is not, ties count half (Mann and Whitney 1947).
+    There must be items of both kinds.
+    """
     ranks = rankdata(scores)
     hits = int(clicked.sum())
     return float((ranks[clicked].sum() - hits * (hits + 1) / 2) / (hits * (len(scores) - hits)))
 
 
 def _read(home: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
-    """Shown items, sessions, and the second from which impressions are asked about."""
+    """Displayed items, sessions, and the cutoff in seconds, after which impressions are queries."""
     try:
-        shown = pd.read_parquet(home / "interactions.parquet", columns=["impression_id", "user_id", "item_id", "timestamp", "event"])
-        sessions = pd.read_parquet(home / "sessions.parquet", columns=["impression_id", "user_id", "timestamp", "history"])
+        shown = pd.read_parquet(
+            home / "interactions.parquet",
+            columns=["impression_id", "user_id", "item_id", "timestamp", "event"],
+        )
+        sessions = pd.read_parquet(
+            home / "sessions.parquet", columns=["impression_id", "user_id", "timestamp", "history"]
+        )
     except (OSError, ValueError) as error:
-        raise DataError(f"{home} is not laid out as MIND: {error}", "benchmark slate reads interactions, sessions and items .parquet") from None
+        raise DataError(
+            f"{home} does not have the layout of MIND: {error}",
+            "benchmark slate reads interactions, sessions and items .parquet",
+        ) from None
     for table in (shown, sessions):
         table["second"] = table.timestamp.astype("datetime64[s]").astype("int64")
     shown["clicked"] = shown.event == "click"
@@ -86,34 +120,55 @@ def _read(home: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
 
 
 def _write(home: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame) -> None:
-    """The events, which are each user's first history and all clicks (training ends at the cut), and all items."""
+    """Write all items and the events, which are each user's first history and all clicks; training ends at
+    the cutoff.
+    """
     first = sessions.loc[sessions.groupby("user_id").second.idxmin()]
-    past = first.assign(begin=first.second - STEP_S * (first.history.map(len) + 1)).explode("history").dropna(subset="history")
+    past = (
+        first.assign(begin=first.second - STEP_S * (first.history.map(len) + 1))
+        .explode("history")
+        .dropna(subset="history")
+    )
     past["second"] = past.begin + STEP_S * past.groupby("user_id").cumcount()
     clicks = shown[shown.clicked]
-    events = pd.concat([past.rename(columns={"history": "item_id"})[["user_id", "item_id", "second"]], clicks[["user_id", "item_id", "second"]]])
+    events = pd.concat(
+        [
+            past.rename(columns={"history": "item_id"})[["user_id", "item_id", "second"]],
+            clicks[["user_id", "item_id", "second"]],
+        ]
+    )
     events["timestamp"] = pd.to_datetime(events.second, unit="s")
     events[["user_id", "item_id", "timestamp"]].to_parquet(folder / "events.parquet", index=False)
-    described = pd.read_parquet(home / "items.parquet", columns=["item_id", "title", "category"]).drop_duplicates("item_id")
-    everything = pd.DataFrame({"item_id": pd.unique(pd.concat([events.item_id, shown.item_id, described.item_id]))})
-    everything.merge(described.astype({"category": "string"}), on="item_id", how="left").to_parquet(folder / "items.parquet", index=False)
+    described = pd.read_parquet(
+        home / "items.parquet", columns=["item_id", "title", "category"]
+    ).drop_duplicates("item_id")
+    all_items = pd.DataFrame(
+        {"item_id": pd.unique(pd.concat([events.item_id, shown.item_id, described.item_id]))}
+    )
+    all_items.merge(described.astype({"category": "string"}), on="item_id", how="left").to_parquet(
+        folder / "items.parquet", index=False
+    )
 
 
-def _scores(model: Any, dataset: Dataset, chosen: dict[str, Any], test: pd.DataFrame, sessions: pd.DataFrame) -> list[np.ndarray]:
+def _score_impressions(
+    model: Any, dataset: Dataset, settings: dict[str, Any], test: pd.DataFrame, sessions: pd.DataFrame
+) -> list[np.ndarray]:
     """Scores of the items of each impression, in the order of the impressions."""
-    predictor = Predictor.of(model, dataset, chosen["model"]["prior_days"])
+    predictor = Predictor.of(model, dataset, settings["model"]["popularity_prior_days"])
     before = sessions.set_index("impression_id").history
     slates = list(test.groupby("impression_id", sort=True))
-    found: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
     for start in range(0, len(slates), BATCH):
         histories, candidates, moments = [], [], []
         for number, slate in slates[start : start + BATCH]:
             second = int(slate.second.iloc[0])
-            items = predictor.index_of(list(before.loc[number]))
+            items = predictor.vocabulary.index_of(list(before.loc[number]))
             times = second - STEP_S * np.arange(len(items), 0, -1)
-            histories.append(History(items, np.zeros(len(items), np.int64), times, np.ones(len(items), np.float32)))
-            candidates.append(predictor.index_of(slate.item_id.tolist()))
+            histories.append(
+                History(items, np.zeros(len(items), np.int64), times, np.ones(len(items), np.float32))
+            )
+            candidates.append(predictor.vocabulary.index_of(slate.item_id.tolist()))
             moments.append(second)
-        contexts = [asked(dataset.context, {}, second) for second in moments]
-        found += predictor.score(histories, candidates, now=moments, context=contexts)
-    return found
+        contexts = [encode_request(dataset.context, {}, second) for second in moments]
+        scores += predictor.score(histories, candidates, now=moments, context=contexts)
+    return scores

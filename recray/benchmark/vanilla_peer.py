@@ -1,7 +1,7 @@
-"""The peer of private training: a transformer as one writes it by the book, made private by Opacus as it comes.
+"""The baseline of private training: a standard transformer, made private by Opacus' defaults.
 
-Its output matrix is a matrix of its own: a table of items that is read twice is what Opacus does not clip rightly. Shapes: B
-users, T events, V items and padding, D width.
+Its output layer has its own matrix, since Opacus does not clip correctly where an item table is used twice.
+Shapes: B users, T events, V items and padding, D width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PHYSICAL_USERS = 64
 
 
 class Vanilla(nn.Module):
-    """SASRec (arXiv 1808.09781) with layer norms before each part and an output layer of its own."""
+    """SASRec (arXiv 1808.09781) with a layer norm before each part and a separate output layer."""
 
     def __init__(self, items: int, dim: int, blocks: int, heads: int, history: int, dropout: float) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class Vanilla(nn.Module):
 
     def forward(self, item_BT: Tensor) -> Tensor:
         """Scores of all items after each event [B, T, V]."""
-        place_BT = torch.arange(item_BT.shape[1]).repeat(len(item_BT), 1)
-        x = self.dropout(self.items(item_BT) * self.scale + self.positions(place_BT))
+        position_BT = torch.arange(item_BT.shape[1]).repeat(len(item_BT), 1)
+        x = self.dropout(self.items(item_BT) * self.scale + self.positions(position_BT))
         for block in self.blocks:
             x = block(x)
-        found: Tensor = self.output(self.norm(x))
-        return found
+        result: Tensor = self.output(self.norm(x))
+        return result
 
 
 class _Block(nn.Module):
@@ -59,11 +59,14 @@ class _Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
-        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.qkv(self.before(x_BTD)).chunk(3, -1))
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
-        x = x_BTD + self.dropout(self.out(seen))
-        found: Tensor = x + self.dropout(self.narrow(F.relu(self.wide(self.between(x)))))
-        return found
+        q, k, v = (
+            part.view(B, T, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.before(x_BTD)).chunk(3, -1)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
+        x = x_BTD + self.dropout(self.out(attended))
+        result: Tensor = x + self.dropout(self.narrow(F.relu(self.wide(self.between(x)))))
+        return result
 
 
 class _NextItem(nn.Module):
@@ -72,15 +75,20 @@ class _NextItem(nn.Module):
     reduction = "mean"
 
     def forward(self, scores_BTV: Tensor, next_BT: Tensor) -> Tensor:
-        loss_BT = F.cross_entropy(scores_BTV.flatten(0, 1), next_BT.flatten(), reduction="none", ignore_index=0).view(next_BT.shape)
-        found: Tensor = loss_BT.sum(1) / (next_BT > 0).sum(1).clamp(min=1)
-        return found
+        loss_BT = F.cross_entropy(
+            scores_BTV.flatten(0, 1), next_BT.flatten(), reduction="none", ignore_index=0
+        ).view(next_BT.shape)
+        return loss_BT.sum(1) / (next_BT > 0).sum(1).clamp(min=1)
 
 
-def train(model: Vanilla, item_BT: np.ndarray, next_BT: np.ndarray, mechanism: Mechanism, learning_rate: float) -> None:
-    """So many noised steps of AdamW on users in rows, drawn by Opacus' Poisson sampler.
+def train(
+    model: Vanilla, item_BT: np.ndarray, next_BT: np.ndarray, mechanism: Mechanism, learning_rate: float
+) -> None:
+    """Train with the mechanism's number of noised AdamW steps, on users (rows) drawn by Opacus' Poisson
+    sampler.
 
-    The loader is Opacus' own: made from another, it would draw at 1 over the number of its batches.
+    The loader is created by its sampling rate: converted from another loader, it would sample at 1 over the
+    number of that loader's batches.
     """
     warnings.filterwarnings("ignore", module="opacus")
     warnings.filterwarnings("ignore", "Full backward hook is firing")
@@ -98,13 +106,15 @@ def train(model: Vanilla, item_BT: np.ndarray, next_BT: np.ndarray, mechanism: M
         poisson_sampling=False,
     )
     optimizer.expected_batch_size = mechanism.rate * len(data)
-    taken = 0
-    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=PHYSICAL_USERS, optimizer=optimizer) as batches:
-        while taken < mechanism.steps:
+    steps_done = 0
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=PHYSICAL_USERS, optimizer=optimizer
+    ) as batches:
+        while steps_done < mechanism.steps:
             for item, following in batches:
                 optimizer.zero_grad()
                 criterion(private(item), following).backward()
                 optimizer.step()
-                taken += not optimizer._is_last_step_skipped
-                if taken == mechanism.steps:
+                steps_done += not optimizer._is_last_step_skipped
+                if steps_done == mechanism.steps:
                     break

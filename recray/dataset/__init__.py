@@ -1,1 +1,1 @@
-"""Prepared event logs: immutable, memory-mapped, one row a user. Written by `recray.prepare`, read here."""
+"""Prepared event logs: immutable, memory-mapped, one row per user. Written by `recray.prepare`, read here."""

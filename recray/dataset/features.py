@@ -1,10 +1,10 @@
-"""Feature columns of the item table as the model takes them: bags of tokens, or vectors.
+"""Encodes feature columns of the item table for the model: as bags of tokens, or as vectors.
 
-Categories, lists, numbers and text are bags of hashed tokens, one mechanism for all; vectors (embeddings of images, audio or
-text made elsewhere, or by a sentence encoder when the data was prepared) stay vectors.
+Categories, lists, numbers and text become bags of hashed tokens. Vectors stay vectors: embeddings of images,
+audio or text, or those that a sentence encoder made when the data was prepared.
 
-An item without a value, with an empty text or with a vector that is not finite does not
-have the feature; a column that no item has, or that all have alike, tells nothing and does no harm (`notes` says so).
+An item without a value, with an empty text or with a non-finite vector lacks the feature. A column without
+values, or with one value for all items, has no effect (`describe_features` reports it).
 """
 
 from __future__ import annotations
@@ -21,123 +21,174 @@ import xxhash
 from recray.errors import DataError
 
 NUMERIC_BINS = 20
-ROWS = 1 << 14  # vectors that are brought to length one at once
-VECTORS = ("vector", "sentence")  # kinds that a dataset keeps as one vector an item
-MANY_MISSING = 0.5  # of the items, to be worth a note
-LONG_TEXT = 100_000  # characters, to be worth a note
+VECTOR_ROWS = 1 << 14  # vectors that are normalized at once
+VECTORS = ("vector", "sentence")  # kinds that a dataset stores as one vector per item
+MAX_MISSING = 0.5  # share of the items; above it there is a note
+LONG_TEXT = 100_000  # characters; above it there is a note
 _WORD = re.compile(r"\w+")
 
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""A feature of the vocabulary with padding first: tokens int64 [K] and where each item's begin, offsets int64 [V]; or
-vectors float32 [V, C] of length 1 (zero where there is none) and whether there is one, bool [V]."""
+"""A feature of the vocabulary with padding first: tokens int64 [K] and the start of each item's tokens, int64
+[V]; or unit vectors float32 [V, C] (zero where missing) and a mask of present ones, bool [V].
+"""
 
 
-def encode(items: pa.Table, features: dict[str, str], buckets: int, known: pa.Table | None = None, *, distinct: bool = True) -> dict[str, Encoded]:
-    """Every feature column, encoded. Raises DataError for vectors of several lengths.
+def encode_features(
+    items: pa.Table,
+    features: dict[str, str],
+    buckets: int,
+    reference: pa.Table | None = None,
+    *,
+    distinct: bool = True,
+) -> dict[str, Encoded]:
+    """Encode every feature column. Raises DataError for vectors of several lengths.
 
-    Numbers become the bin of their quantile among the distinct values and its neighbours, zero a token of its own; text its words and
-    the trigrams of its words, all hashed into `buckets`; vectors are centred, then scaled to length 1.
+    Numbers become the bin of their quantile among the distinct values and its neighbours, zero a token of its
+    own; text becomes its words and the trigrams of its words, all hashed into `buckets`; vectors are centred,
+    then scaled to length 1.
 
-    known : the table whose numbers decide the bins and whose vectors the centre, for items that come later; None: `items`
+    reference : table that defines the bins of numbers and the centre of vectors, for items added later; None:
+        `items`
     distinct : false: quantiles of all values, as bundles of 0.1.0 have them
     """
 
-    def encoded(name: str, kind: str) -> Encoded:
-        before = None if known is None else known[name]
-        return _vectors(items[name], name, before) if kind in VECTORS else _bags(_tokens(items[name], kind, before, distinct), name, buckets)
+    def encode_column(name: str, kind: str) -> Encoded:
+        reference_column = None if reference is None else reference[name]
+        return (
+            _normalize_vectors(items[name], name, reference_column)
+            if kind in VECTORS
+            else _hash_tokens(_tokenize(items[name], kind, reference_column, distinct), name, buckets)
+        )
 
-    return {name: encoded(name, kind) for name, kind in features.items()}
+    return {name: encode_column(name, kind) for name, kind in features.items()}
 
 
-def joined(first: Encoded, then: Encoded) -> Encoded:
-    """The feature of some items followed by that of others, whose own padding is left out."""
-    values, places = first
-    more, where = then
+def append_items(encoded: Encoded, added: Encoded) -> Encoded:
+    """The encoded feature with more items at its end, without the padding of these."""
+    values, offsets = encoded
+    added_values, added_offsets = added
     if values.ndim == 2:
-        return np.concatenate([values, more[1:]]), np.concatenate([places, where[1:]])
-    return np.concatenate([values, more]), np.concatenate([places, where[1:] + len(values)])
+        return np.concatenate([values, added_values[1:]]), np.concatenate([offsets, added_offsets[1:]])
+    return np.concatenate([values, added_values]), np.concatenate([offsets, added_offsets[1:] + len(values)])
 
 
-def described(encoded: dict[str, Encoded], count: int) -> np.ndarray:
-    """Which of `count` items have any feature, bool [count], padding not counted."""
-    found = np.zeros(count, bool)
-    for values, places in encoded.values():
-        found |= places[1:] if values.ndim == 2 else np.diff(places, append=len(values))[1:] > 0
-    return found
+def mask_described(encoded: dict[str, Encoded], count: int) -> np.ndarray:
+    """Which of `count` items have any feature, bool [count], without padding."""
+    is_described = np.zeros(count, bool)
+    for values, offsets in encoded.values():
+        is_described |= offsets[1:] if values.ndim == 2 else np.diff(offsets, append=len(values))[1:] > 0
+    return is_described
 
 
-def notes(items: pa.Table, features: dict[str, str], buckets: int) -> list[str]:
-    """What a person should know of the feature columns: which tell nothing, what many items lack, and what `buckets` cannot tell apart."""
-    found = []
+def describe_features(items: pa.Table, features: dict[str, str], buckets: int) -> list[str]:
+    """Notes about feature columns: without effect, missing for many items, or with more values than `buckets`
+    can distinguish.
+    """
+    notes = []
     for name, kind in features.items():
-        kind = "text" if kind == "sentence" else kind  # as the owner has it
-        first, second = encode(items, {name: kind}, 1 << 62)[name]
-        present = second[1:] if kind == "vector" else np.diff(second, append=len(first))[1:] > 0
-        distinct = {str(value) for value, there in zip(items[name].to_pylist(), present, strict=True) if there or kind == "vector"} - {"None"}
+        kind = "text" if kind == "sentence" else kind  # items are not encoded yet
+        values, offsets_or_mask = encode_features(items, {name: kind}, 1 << 62)[name]
+        present = (
+            offsets_or_mask[1:] if kind == "vector" else np.diff(offsets_or_mask, append=len(values))[1:] > 0
+        )
+        distinct = {
+            str(value)
+            for value, is_present in zip(items[name].to_pylist(), present, strict=True)
+            if is_present or kind == "vector"
+        } - {"None"}
         missing = 1.0 - float(present.mean()) if len(present) else 1.0
         if len(distinct) <= 1:
-            found.append(f"feature {name}: {'all items have the same value' if distinct else 'no item has a value'}; it tells nothing")
-        elif missing > MANY_MISSING:
-            found.append(f"feature {name}: {missing:.0%} of the items have no value")
+            notes.append(
+                f"feature {name}: "
+                f"{'all items have the same value' if distinct else 'no item has a value'}; it has no effect"
+            )
+        elif missing > MAX_MISSING:
+            notes.append(f"feature {name}: {missing:.0%} of the items have no value")
         if kind != "vector":
-            found += _crowded(name, kind, len(np.unique(first)), buckets)
+            notes += _describe_collisions(name, kind, len(np.unique(values)), buckets)
         if kind == "text" and (longest := pc.max(pc.utf8_length(items[name])).as_py() or 0) > LONG_TEXT:
-            found.append(f"feature {name}: a text has {longest} characters; the model takes the mean of all its words: shorten such texts")
-    return found
+            notes.append(
+                f"feature {name}: a text has {longest} characters; the model averages all its words: shorten "
+                "such texts"
+            )
+    return notes
 
 
-def _crowded(name: str, kind: str, tokens: int, buckets: int) -> list[str]:
-    """Whether many tokens have a bucket with another one: categories are then mixed up; text bears more, since an item has many words."""
-    shared = 1 - (1 - 1 / buckets) ** max(tokens - 1, 0)
-    if shared < (0.25 if kind != "text" else 0.9997):  # text: eight words a bucket
+def _describe_collisions(name: str, kind: str, tokens: int, buckets: int) -> list[str]:
+    """A note if many tokens share a bucket. Categories are then mixed up; text tolerates more, since an item
+    has many words.
+    """
+    collision_share = 1 - (1 - 1 / buckets) ** max(tokens - 1, 0)
+    if collision_share < (0.25 if kind != "text" else 0.9997):  # text: eight words per bucket
         return []
-    return [f"feature {name}: {tokens} values in {buckets} buckets, {shared:.0%} of them share one with another; raise model.feature_buckets"]
+    return [
+        f"feature {name}: {tokens} values in {buckets} buckets, {collision_share:.0%} of them share one with "
+        "another: raise model.feature_buckets"
+    ]
 
 
-def _tokens(column: pa.ChunkedArray, kind: str, known: pa.ChunkedArray | None, distinct: bool) -> Iterable[list[str]]:
+def _tokenize(
+    column: pa.ChunkedArray, kind: str, reference: pa.ChunkedArray | None, distinct: bool
+) -> Iterable[list[str]]:
     values = column.to_pylist()
     if kind == "numeric":
-        return _numeric(values, values if known is None else known.to_pylist(), distinct)
+        return _bin_numbers(values, values if reference is None else reference.to_pylist(), distinct)
     if kind == "text":
-        return ([] if value is None else _text(value) for value in values)
+        return ([] if value is None else _split_text(value) for value in values)
     if kind == "multi":
-        return (elements(value) for value in values)
-    return (_said([value]) for value in values)
+        return (to_elements(value) for value in values)
+    return (_to_texts([value]) for value in values)
 
 
-def elements(value: Any) -> list[str]:
-    """The values of a `multi` column in one item: a list (datasets of 0.1.0: or text with `|` between them); what is empty is none."""
+def to_elements(value: Any) -> list[str]:
+    """The values of a `multi` column in one item: a list (in datasets of 0.1.0 also text with `|` between
+    values), without empty ones.
+    """
     parts = [] if value is None else value.split("|") if isinstance(value, str) else value
-    return _said(parts)
+    return _to_texts(parts)
 
 
-def _said(values: Iterable[Any]) -> list[str]:
-    """Values as text, without those that are empty; 5.0 is 5, since a column of whole numbers is one of floats as soon as one is missing."""
-    real = [value for value in values if value is not None and value != "" and value == value]
-    return [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in real]
+def _to_texts(values: Iterable[Any]) -> list[str]:
+    """Values as text, without empty ones. 5.0 becomes 5: a column of integers is one of floats once one is
+    missing.
+    """
+    present = [value for value in values if value is not None and value != "" and value == value]
+    return [
+        str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in present
+    ]
 
 
-def _numeric(values: list[Any], others: list[Any], distinct: bool) -> Iterable[list[str]]:
-    number, known = (np.array([np.nan if v is None else float(v) for v in column]) for column in (values, others))
-    known = known[np.isfinite(known)]
-    zero = np.zeros(len(number), bool)
-    if distinct:  # what many items have must not take the room of all others
-        known, zero = np.unique(known[known != 0]), number == 0
-    edges = np.unique(np.quantile(known, np.linspace(0, 1, NUMERIC_BINS + 1)[1:-1])) if len(known) else np.zeros(0)
-    bins = np.searchsorted(edges, number, side="right")
+def _bin_numbers(values: list[Any], reference: list[Any], distinct: bool) -> Iterable[list[str]]:
+    numbers, reference_numbers = (
+        np.array([np.nan if v is None else float(v) for v in column]) for column in (values, reference)
+    )
+    reference_numbers = reference_numbers[np.isfinite(reference_numbers)]
+    is_zero = np.zeros(len(numbers), bool)
+    if distinct:  # a value that many items share must not take up most bins
+        reference_numbers, is_zero = np.unique(reference_numbers[reference_numbers != 0]), numbers == 0
+    edges = (
+        np.unique(np.quantile(reference_numbers, np.linspace(0, 1, NUMERIC_BINS + 1)[1:-1]))
+        if len(reference_numbers)
+        else np.zeros(0)
+    )
+    bins = np.searchsorted(edges, numbers, side="right")
     return (
-        [] if not np.isfinite(x) else ["zero"] if nought else [str(b - 1), str(b), str(b + 1)]
-        for b, x, nought in zip(bins, number, zero, strict=True)
+        [] if not np.isfinite(x) else ["zero"] if at_zero else [str(b - 1), str(b), str(b + 1)]
+        for b, x, at_zero in zip(bins, numbers, is_zero, strict=True)
     )
 
 
-def _text(value: str) -> list[str]:
+def _split_text(value: str) -> list[str]:
     words = _WORD.findall(value.lower())
-    return [token for word in words for token in (word, *(word[i : i + 3] for i in range(len(word) - 2) if len(word) > 3))]
+    return [
+        token
+        for word in words
+        for token in (word, *(word[i : i + 3] for i in range(len(word) - 2) if len(word) > 3))
+    ]
 
 
-def _bags(items: Iterable[list[str]], name: str, buckets: int) -> Encoded:
+def _hash_tokens(items: Iterable[list[str]], name: str, buckets: int) -> Encoded:
     tokens: list[int] = []
     offsets = [0]
     for item in items:
@@ -146,32 +197,42 @@ def _bags(items: Iterable[list[str]], name: str, buckets: int) -> Encoded:
     return np.array(tokens, np.int64), np.array(offsets, np.int64)
 
 
-def _vectors(column: pa.ChunkedArray, name: str, known: pa.ChunkedArray | None) -> Encoded:
-    found, present = _read_vectors(column, name)
-    others, there = (found, present) if known is None else _read_vectors(known, name)
-    centre = others.sum(0, dtype=np.float64) / there.sum() if there.sum() > 1 else np.zeros(others.shape[1])
-    if found.shape[1] != len(centre):  # from another encoder: of no use to this model
-        found, present = np.zeros((len(found), len(centre)), np.float32), np.zeros(len(found), bool)
-    for some in (slice(first, first + ROWS) for first in range(0, len(found), ROWS)):
-        centred = found[some] - centre
+def _normalize_vectors(column: pa.ChunkedArray, name: str, reference: pa.ChunkedArray | None) -> Encoded:
+    vectors, present = _read_vectors(column, name)
+    reference_vectors, is_reference = (
+        (vectors, present) if reference is None else _read_vectors(reference, name)
+    )
+    center = (
+        reference_vectors.sum(0, dtype=np.float64) / is_reference.sum()
+        if is_reference.sum() > 1
+        else np.zeros(reference_vectors.shape[1])
+    )
+    if vectors.shape[1] != len(center):  # from another encoder: this model cannot use them
+        vectors, present = np.zeros((len(vectors), len(center)), np.float32), np.zeros(len(vectors), bool)
+    for rows in (slice(first, first + VECTOR_ROWS) for first in range(0, len(vectors), VECTOR_ROWS)):
+        centred = vectors[rows] - center
         length = np.linalg.norm(centred, axis=1, keepdims=True)
-        present[some] &= (length > 0).squeeze(1)
-        found[some] = np.where(present[some, None], centred / np.maximum(length, 1e-300), 0.0)
-    return found, present
+        present[rows] &= (length > 0).squeeze(1)
+        vectors[rows] = np.where(present[rows, None], centred / np.maximum(length, 1e-300), 0.0)
+    return vectors, present
 
 
 def _read_vectors(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors as they are, float32 [V, C], and which items have one that can be used [V]; padding first, zeros where there is none."""
+    """Unscaled vectors, float32 [V, C], and which items have a finite one [V]; padding first, zeros where
+    there is none.
+    """
     values = column.combine_chunks()
     flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    there = values.is_valid().to_numpy(zero_copy_only=False)
-    size = np.where(there, pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False), 0)
+    is_valid = values.is_valid().to_numpy(zero_copy_only=False)
+    size = np.where(is_valid, pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False), 0)
     sizes = np.unique(size[size > 0])
     if len(sizes) > 1:
-        raise DataError(f"feature {name}: vectors of {sizes[0]} and of {sizes[-1]} numbers", "write vectors of one length")
-    found = np.zeros((len(values) + 1, int(sizes[0]) if len(sizes) else 1), np.float32)
+        raise DataError(
+            f"feature {name}: vectors of {sizes[0]} and of {sizes[-1]} numbers", "write vectors of one length"
+        )
+    vectors = np.zeros((len(values) + 1, int(sizes[0]) if len(sizes) else 1), np.float32)
     present = np.concatenate([[False], size > 0])
-    found[present] = flat.reshape(-1, found.shape[1]) if len(sizes) else 0.0
-    present &= np.isfinite(found).all(1)
-    found[~present] = 0.0
-    return found, present
+    vectors[present] = flat.reshape(-1, vectors.shape[1]) if len(sizes) else 0.0
+    present &= np.isfinite(vectors).all(1)
+    vectors[~present] = 0.0
+    return vectors, present

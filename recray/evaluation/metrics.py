@@ -1,6 +1,6 @@
-"""Ranking metrics and their intervals, numpy alone.
+"""Ranking metrics and their confidence intervals, in numpy alone.
 
-Shapes: U users, K length of the lists. A list holds item indices; 0 is an empty place.
+Shapes: U users, K length of the lists. A list holds item indices; 0 is an empty position.
 """
 
 from __future__ import annotations
@@ -11,50 +11,51 @@ METRICS = ("hr", "ndcg", "mrr", "recall")
 
 
 def hits(lists_UK: np.ndarray, targets: list[np.ndarray]) -> np.ndarray:
-    """Whether the item at each place is a target, bool [U, K]."""
-    found = np.zeros(lists_UK.shape, bool)
-    for row, wanted in enumerate(targets):
-        found[row] = np.isin(lists_UK[row], wanted) & (lists_UK[row] > 0)
-    return found
+    """Whether the item at each position is a target, bool [U, K]."""
+    is_hit = np.zeros(lists_UK.shape, bool)
+    for row, items in enumerate(targets):
+        is_hit[row] = np.isin(lists_UK[row], items) & (lists_UK[row] > 0)
+    return is_hit
 
 
 def per_user(lists_UK: np.ndarray, targets: list[np.ndarray], k: int) -> dict[str, np.ndarray]:
     """Metrics of each user at k, float64 [U] each; targets are distinct and not empty.
 
-    hr: any target among the first k. recall: share of the targets found. mrr: 1 / place of the first target.
-    ndcg: Σ 1 / log2(1 + place) over the found, over the same sum for min(k, targets) found at the top
-    (Järvelin and Kekäläinen 2002, binary gains).
+    hr: any target among the first k. recall: share of the targets in the list. mrr: 1 / rank of the first
+    target. ndcg: Σ 1 / log2(1 + rank) over the hits, divided by the same sum for min(k, targets) hits at the
+    top (Järvelin and Kekäläinen 2002, binary gains).
     """
-    found = hits(lists_UK[:, :k], targets)
-    sizes = np.array([len(wanted) for wanted in targets])
-    discount = 1.0 / np.log2(np.arange(2, found.shape[1] + 2))
+    is_hit = hits(lists_UK[:, :k], targets)
+    sizes = np.array([len(items) for items in targets])
+    discount = 1.0 / np.log2(np.arange(2, is_hit.shape[1] + 2))
     ideal = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))[np.minimum(sizes, k) - 1]
-    first = np.argmax(found, 1)
+    first = np.argmax(is_hit, 1)
     return {
-        "hr": found.any(1).astype(float),
-        "ndcg": (found * discount).sum(1) / ideal,
-        "mrr": np.where(found.any(1), 1.0 / (first + 1), 0.0),
-        "recall": found.sum(1) / sizes,
+        "hr": is_hit.any(1).astype(float),
+        "ndcg": (is_hit * discount).sum(1) / ideal,
+        "mrr": np.where(is_hit.any(1), 1.0 / (first + 1), 0.0),
+        "recall": is_hit.sum(1) / sizes,
     }
 
 
 def coverage(lists_UK: np.ndarray, k: int, n_items: int) -> float:
-    """Share of the catalogue that appears in anybody's first k."""
+    """Share of the catalogue that appears in the first k of any list."""
     shown = np.unique(lists_UK[:, :k])
     return float((shown > 0).sum() / n_items)
 
 
 def popularity_share(lists_UK: np.ndarray, k: int, popularity: np.ndarray) -> float:
-    """Share of shown places that go to the most popular tenth of the catalogue; `popularity` [items + 1]."""
+    """Share of the shown items that belong to the top 10 % by popularity; `popularity` [items + 1]."""
     head = np.argsort(-popularity[1:], kind="stable")[: max(len(popularity) // 10, 1)] + 1
     shown = lists_UK[:, :k]
     return float(np.isin(shown, head).sum() / max((shown > 0).sum(), 1))
 
 
 def bootstrap_means(values_UM: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means of M columns over resampled users, float64 [resamples, M]. Columns share resamples, so differences are paired.
+    """Means of M columns over resampled users, float64 [resamples, M], by the multinomial bootstrap of Efron
+    (1979).
 
-    The multinomial bootstrap of Efron (1979).
+    All columns share the resamples, so differences between them are paired.
     """
     random = np.random.default_rng(seed)
     users = len(values_UM)

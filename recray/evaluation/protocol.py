@@ -1,4 +1,4 @@
-"""Who is asked what: the users of a part of the split, their histories, the moment, and the targets."""
+"""The queries of an evaluation: users of a part of the split, their histories, query times and targets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from recray.dataset.reader import Dataset, History, Shard
 
-SETTINGS = ("repeats", "new_only")
+PROTOCOLS = ("with_repeats", "filter_seen")
 
 
 @dataclass(frozen=True)
-class Question:
-    """One user of the evaluation. `context` holds the codes [C] of what is known when the question is asked."""
+class EvaluationQuery:
+    """A query for one user at time `now` (seconds). `context` holds the context codes [C] at that time."""
 
     shard: int
     row: int
@@ -26,62 +26,67 @@ class Question:
 
 
 class Ranker(Protocol):
-    """Whatever recommends: the predictor or a baseline."""
+    """The predictor or a baseline."""
 
-    def __call__(self, questions: list[Question], k: int, *, new_only: bool) -> np.ndarray:
-        """Item indices [len(questions), k]."""
+    def __call__(self, queries: list[EvaluationQuery], k: int, /, *, filter_seen: bool) -> np.ndarray:
+        """Item indices [len(queries), k]."""
 
 
-class Questions:
-    """The users of `part` (validation or test) of a dataset, in the order of their indices.
+class EvaluationQueries:
+    """Queries for the users of `part` (validation or test) of a dataset, in the order of their indices.
 
-    max_users : a fixed random sample of so many; None for all
+    max_users : size of a fixed random sample; None for all
     """
 
     def __init__(self, dataset: Dataset, part: str, *, max_users: int | None = None, seed: int = 0) -> None:
         self.dataset, self.part = dataset, part
         first, last = (0, 1) if part == "validation" else (2, 3)
-        places = [
-            np.stack([np.full(len(rows), number), rows, s.split[rows, first], s.split[rows, last]], 1)
-            for number, s in enumerate(dataset.shards())
-            if len(rows := np.flatnonzero((s.split[:, last] > s.split[:, first]) & (s.split[:, first] > 0) & s.asked))
-        ]
-        self.places = np.concatenate(places) if places else np.zeros((0, 4), np.int64)
-        if max_users is not None and len(self.places) > max_users:
-            chosen = np.random.default_rng(seed).choice(len(self.places), max_users, replace=False)
-            self.places = self.places[np.sort(chosen)]
+        positions = []
+        for number, shard in enumerate(dataset.shards()):
+            begin, end = shard.split[:, first], shard.split[:, last]
+            rows = np.flatnonzero((end > begin) & (begin > 0) & shard.queried)
+            if len(rows):
+                positions.append(np.stack([np.full(len(rows), number), rows, begin[rows], end[rows]], 1))
+        # columns: shard, row in it, first target and end of the targets in the user's events
+        self.positions = np.concatenate(positions) if positions else np.zeros((0, 4), np.int64)
+        if max_users is not None and len(self.positions) > max_users:
+            sample = np.random.default_rng(seed).choice(len(self.positions), max_users, replace=False)
+            self.positions = self.positions[np.sort(sample)]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
-    def _at_cut(self) -> bool:
-        return self.dataset.cut_s(self.part) is not None and self.dataset.asked_at == "cut"
+    def batches(self, size: int, rank: int = 0, world: int = 1) -> Iterator[list[EvaluationQuery]]:
+        """Batches of this rank's share of the queries."""
+        own_positions = self.positions[rank::world]
+        for start in range(0, len(own_positions), size):
+            yield [self._query(*map(int, position)) for position in own_positions[start : start + size]]
 
-    def _now(self, target_s: int) -> int:
-        """The moment of a question: the cut, or when its target came, so that no later event is seen."""
-        cut = self.dataset.cut_s(self.part)
-        return cut if cut is not None and self._at_cut() else target_s
+    def _is_at_cutoff(self) -> bool:
+        return self.dataset.cut_s(self.part) is not None and self.dataset.query_time == "cutoff"
 
-    def batches(self, size: int, rank: int = 0, world: int = 1) -> Iterator[list[Question]]:
-        mine = self.places[rank::world]
-        for start in range(0, len(mine), size):
-            yield [self._question(*map(int, place)) for place in mine[start : start + size]]
+    def _query_time(self, target_s: int) -> int:
+        """The cutoff, or the time of the target, so that no later event is visible."""
+        cutoff_s = self.dataset.cut_s(self.part)
+        return cutoff_s if cutoff_s is not None and self._is_at_cutoff() else target_s
 
-    def _question(self, shard_number: int, row: int, first: int, last: int) -> Question:
+    def _query(self, shard_number: int, row: int, first: int, last: int) -> EvaluationQuery:
         shard = self.dataset.shard(shard_number)
-        now = self._now(int(shard.timestamp_s[shard.offsets[row] + first]))
+        now = self._query_time(int(shard.timestamp_s[shard.offsets[row] + first]))
         context = self._context(shard, int(shard.offsets[row]) + first)
-        return Question(shard_number, row, shard.history_before(row, first), shard.targets(row, first, last), now, context)
+        return EvaluationQuery(
+            shard_number, row, shard.history_before(row, first), shard.targets(row, first, last), now, context
+        )
 
     def _context(self, shard: Shard, event: int) -> np.ndarray:
-        """That of the target's moment; unknown where all users are asked at the cut."""
+        """Context of the target's event; unknown where users are queried at the cutoff."""
         names = self.dataset.context
-        if self._at_cut():
+        if self._is_at_cutoff():
             return np.zeros(len(names), np.int64)
-        found: np.ndarray = shard.context_of(names, np.array([event]))[0]
-        return found
+        result: np.ndarray = shard.context_of(names, np.array([event]))[0]
+        return result
 
 
-def wanted(question: Question, *, new_only: bool) -> np.ndarray:
-    """The targets that count in a setting."""
-    return np.setdiff1d(question.target, question.history.item_index) if new_only else question.target
+def targets_of(query: EvaluationQuery, *, filter_seen: bool) -> np.ndarray:
+    """Targets of a query; with `filter_seen` only unseen items."""
+    return np.setdiff1d(query.target, query.history.item_index) if filter_seen else query.target

@@ -1,6 +1,6 @@
-"""The report of a night: one HTML page that needs nothing else, the same in Markdown, and the figures as SVG.
+"""The report of a nightly run: a self-contained HTML page, the same in Markdown, and the plots as SVG.
 
-A sealed directory. It holds no path and no time of the machine, so that the same night has the same report.
+An immutable artifact. It holds no path and no wall-clock time, so the same run always has the same report.
 """
 
 from __future__ import annotations
@@ -13,160 +13,240 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recray.bundle import Bundle
 from recray.config import Settings
+from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError
 from recray.evaluation import plots
 from recray.evaluation.evaluate import KIND as EVALUATION
 from recray.evaluation.evaluate import MODEL, Table, evaluate_key, read_table
-from recray.evaluation.statement import audited, audits, lines
-from recray.evaluation.table import TITLES
-from recray.release import Release, bundles
+from recray.evaluation.statement import Line, describe_audits, describe_training, load_audits
+from recray.evaluation.table import TITLES, format_cells
+from recray.release import Release, list_bundles
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 from recray.version import __version__
 
 KIND = "report"
 PAGE = "report.html"
+CELLS = 7  # of a row
 
 
-def write(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Path, bool]:
-    """Write the report of a dataset's night and its bundle; returns its run key, its folder and whether it was there.
+def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[str, Path, bool]:
+    """Write the report of a dataset and its bundle; return its run key, its folder and whether it existed.
 
-    Raises MissingArtifactError if the night was not evaluated.
+    Raises MissingArtifactError if the bundle was not evaluated.
     """
     storage = Storage(settings.root())
-    evaluated = evaluate_key(settings, dataset, bundle)
-    if not is_sealed(storage.evaluation(evaluated), EVALUATION, evaluated):
-        raise MissingArtifactError(f"bundle {bundle.key} was not evaluated on dataset {dataset.key}", "run `recray evaluate` first")
+    evaluation_key = evaluate_key(settings, dataset, bundle)
+    if not is_sealed(storage.evaluation(evaluation_key), EVALUATION, evaluation_key):
+        raise MissingArtifactError(
+            f"bundle {bundle.key} was not evaluated on dataset {dataset.key}", "run `recray evaluate` first"
+        )
     release = Release.read(storage)
-    decided, decision = _decision(storage, release, dataset, bundle)
-    snapshot = _snapshot(storage, dataset)
-    key = key_of("report", evaluated, decided, snapshot and snapshot["run_key"], release.champion and release.champion.digest, __version__)
+    decision_key, decision = _find_decision(storage, release, dataset, bundle)
+    snapshot = _published_snapshot(storage, dataset)
+    key = key_of(
+        "report",
+        evaluation_key,
+        decision_key,
+        snapshot and snapshot["run_key"],
+        release.champion and release.champion.digest,
+        RESULTS_SINCE,
+    )
     path = storage.report(key)
     if is_sealed(path, KIND, key):
         return key, path, True
-    table, k = read_table(storage.evaluation(evaluated)), settings.evaluate.k[0]
+
+    table, k = read_table(storage.evaluation(evaluation_key)), settings.evaluate.k[0]
     privacy = bundle.privacy if bundle.privacy["differential_privacy"] else None
-    figures = _figures(table, bundle, k) + ([] if privacy is None else [_spent(storage, privacy)])
+    figures = _draw_figures(table, bundle, k)
+    if privacy is not None:
+        figures.append(_draw_privacy_spent(storage, privacy))
+    better_baselines = _describe_better_baselines(table, k)
     facts = {
-        "date": _date(dataset.as_of_s),
+        "date": _to_date(dataset.as_of_s),
         "dataset": dataset.manifest,
         "bundle": bundle,
         "champion": release.champion and release.champion.run_key,
         "decision": decision,
-        "below": bool(below := _below(table, k)),
-        "looks": [*_meanwhile(snapshot), *below, *([] if privacy else dataset.manifest.get("notes", []))],
+        "is_below_baseline": bool(better_baselines),
+        "notices": [
+            *_describe_fallback(snapshot),
+            *better_baselines,
+            *([] if privacy else dataset.manifest.get("notes", [])),
+        ],
         "privacy": privacy,
-        "privacy_lines": [*lines(privacy), audited(audits(storage.root, bundle.manifest["settings_key"]))] if privacy else [],
+        "privacy_lines": _privacy_lines(storage, bundle) if privacy else [],
         "snapshot": snapshot,
-        "settings": {setting: {"title": TITLES[setting], "rows": _rows(rows, k)} for setting, rows in table.items()},
-        "headlines": _headlines(table, settings.evaluate.primary_setting, k),
+        "protocols": {
+            protocol: {"title": TITLES[protocol], "rows": _to_rows(rows, k)}
+            for protocol, rows in table.items()
+        },
+        "headlines": _headlines(table, settings.evaluate.protocol, k),
         "k": k,
         "confidence": settings.evaluate.confidence,
         "figures": figures,
         "version": __version__,
     }
-    pages = Environment(loader=PackageLoader("recray.evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
-    plain = pages.overlay(autoescape=False)
-    with sealed_directory(path, KIND, key, {"dataset": dataset.key, "bundle": bundle.key}) as folder:
-        (folder / PAGE).write_text(pages.get_template("report.html").render(facts))
-        (folder / "report.md").write_text(plain.get_template("report.md").render(facts))
-        for figure in figures:
-            (folder / f"{figure['name']}.svg").write_text(figure["svg"])
+    _write_pages(path, key, dataset, bundle, facts)
     return key, path, False
 
 
-def _figures(table: Table, bundle: Bundle, k: int) -> list[dict[str, str]]:
+def _write_pages(path: Path, key: str, dataset: Dataset, bundle: Bundle, facts: dict[str, Any]) -> None:
+    html = Environment(
+        loader=PackageLoader("recray.evaluation"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
+    markdown = html.overlay(autoescape=False)
+    with sealed_directory(path, KIND, key, {"dataset": dataset.key, "bundle": bundle.key}) as folder:
+        (folder / PAGE).write_text(html.get_template("report.html").render(facts))
+        (folder / "report.md").write_text(markdown.get_template("report.md").render(facts))
+        for figure in facts["figures"]:
+            (folder / f"{figure['name']}.svg").write_text(figure["svg"])
+
+
+def _privacy_lines(storage: Storage, bundle: Bundle) -> list[Line]:
+    audits = load_audits(storage.root, bundle.manifest["settings_key"])
+    return [*describe_training(bundle.privacy), describe_audits(audits)]
+
+
+def _draw_figures(table: Table, bundle: Bundle, k: int) -> list[dict[str, str]]:
     drawn = [
-        ("metrics", "Ranking quality", f"NDCG@{k} over the whole catalogue; whiskers: bootstrap interval over users.", plots.metric_bars(table, k)),
-        ("segments", "For whom", "By length of the history and by whether training ever saw the target; users in brackets; beside the best baseline.",
-         plots.segments(table, k)),
-        ("breadth", "Breadth", "How much of the catalogue is shown, and how much of what is shown is popular anyway.", plots.breadth(table, k)),
+        ("metrics", "Ranking quality", f"NDCG@{k} over the whole catalogue. Whiskers: bootstrap interval "
+                                       "over users.", plots.plot_metrics(table, k)),
+        ("segments", "Segments", "By length of the history, and for warm targets (seen in training) and cold "
+                                 "ones, beside the best baseline. Number of users in brackets.",
+         plots.plot_segments(table, k)),
+        ("breadth", "Catalogue coverage", "Share of the catalogue that is shown, and share of the shown "
+                                          "items that belong to the top 10 % by popularity.",
+         plots.plot_coverage(table, k)),
     ]  # fmt: skip
     curve = bundle.metrics.get("curve")
     if curve:
-        text = "Loss on the training histories and NDCG of the validation users, whose best epoch is kept."
-        drawn.append(("curve", "Learning curve", text, plots.learning_curve(curve, bundle.metrics["best_epoch"], k)))
+        text = "Loss on the training histories and NDCG of the validation users. The best epoch is kept."
+        svg = plots.plot_learning_curve(curve, bundle.metrics["best_epoch"], k)
+        drawn.append(("curve", "Learning curve", text, svg))
     return [dict(zip(("name", "title", "text", "svg"), figure, strict=True)) for figure in drawn]
 
 
-def _spent(storage: Storage, privacy: dict[str, Any]) -> dict[str, str]:
-    """What the trainings of a population spent, by the dates of the private bundles that are there."""
-    statements = [(bundle.as_of_s, bundle.privacy) for bundle in map(Bundle.open, bundles(storage))]
-    mine = [(as_of_s, said) for as_of_s, said in statements if said.get("population") == privacy["population"]]
-    points = sorted((_date(as_of_s), said["epsilon_of_all_trainings"]) for as_of_s, said in mine if "epsilon_of_all_trainings" in said)
-    text = "ε at the δ of the last training, of a user in all trainings of the population up to each bundle."
-    return {"name": "spent", "title": "Privacy spent", "text": text, "svg": plots.spent(points, privacy.get("cap"))}
+def _draw_privacy_spent(storage: Storage, privacy: dict[str, Any]) -> dict[str, str]:
+    """The ε spent by the trainings of a population, by the dates of its private bundles."""
+    statements = [(bundle.as_of_s, bundle.privacy) for bundle in map(Bundle.open, list_bundles(storage))]
+    points = sorted(
+        (_to_date(as_of_s), statement["epsilon_of_all_trainings"])
+        for as_of_s, statement in statements
+        if statement.get("population") == privacy["population"] and "epsilon_of_all_trainings" in statement
+    )
+    return {
+        "name": "spent",
+        "title": "Privacy spent",
+        "text": "Total ε of a user in all trainings of the population up to each bundle, at the last δ.",
+        "svg": plots.plot_privacy_spent(points, privacy.get("cap")),
+    }
 
 
-def _rows(rows: dict[str, Any], k: int) -> list[dict[str, Any]]:
-    """A setting's table as text cells."""
+def _to_rows(rows: dict[str, Any], k: int) -> list[dict[str, Any]]:
+    """The table of a protocol as text cells."""
     shown = []
     for name, row in rows.items():
-        cells = ["–"] * 7
-        if "skipped" not in row:
-            cells = [f"{row[f'{metric}@{k}']:.4f}" for metric in ("hr", "ndcg", "mrr", "recall")]
-            cells += [f"{row[f'{share}@{k}']:.1%}" for share in ("coverage", "popularity_share")]
-            cells.append(f"{row['model_lead']:+.4f} [{row['model_lead_low']:+.4f}, {row['model_lead_high']:+.4f}]" if "model_lead" in row else "")
-        shown.append({"name": name, "cells": cells, "mine": name == MODEL, "why": row.get("skipped", "")})
+        cells = format_cells(row, k)
+        cells += [""] * (CELLS - len(cells))  # the model has no difference to itself
+        reason = row.get("skipped", "")
+        shown.append({"name": name, "cells": cells, "is_model": name == MODEL, "reason": reason})
     return shown
 
 
-def _headlines(table: Table, setting: str, k: int) -> list[dict[str, str]]:
-    """The few figures that a person looks at first."""
-    mine = table[setting][MODEL]
-    if "skipped" in mine:
+def _headlines(table: Table, protocol: str, k: int) -> list[dict[str, str]]:
+    """The figures at the top of the report."""
+    row = table[protocol][MODEL]
+    if "skipped" in row:
         return []
-    best = plots.best_baseline(table[setting], k)
-    lead = table[setting][best]
-    interval = f"[{mine[f'ndcg@{k}_low']:.4f}, {mine[f'ndcg@{k}_high']:.4f}]"
-    against = f"[{lead['model_lead_low']:+.4f}, {lead['model_lead_high']:+.4f}]"
+    best = plots.find_best_baseline(table[protocol], k)
+    baseline_row = table[protocol][best]
+    difference = baseline_row["model_lead"]
     return [
-        {"name": f"NDCG@{k}, {TITLES[setting]}", "value": f"{mine[f'ndcg@{k}']:.4f}", "note": interval, "look": ""},
-        {"name": f"lead over {best}", "value": f"{lead['model_lead']:+.4f}", "note": against, "look": "look" if lead["model_lead"] < 0 else ""},
-        {"name": f"hit rate@{k}", "value": f"{mine[f'hr@{k}']:.1%}", "note": f"of {mine['users']} test users", "look": ""},
-        {"name": f"coverage@{k}", "value": f"{mine[f'coverage@{k}']:.1%}", "note": "of the catalogue", "look": ""},
+        {
+            "name": f"NDCG@{k}, {TITLES[protocol]}",
+            "value": f"{row[f'ndcg@{k}']:.4f}",
+            "note": f"[{row[f'ndcg@{k}_low']:.4f}, {row[f'ndcg@{k}_high']:.4f}]",
+            "style": "",
+        },
+        {
+            "name": f"paired difference to {best}",
+            "value": f"{difference:+.4f}",
+            "note": f"[{baseline_row['model_lead_low']:+.4f}, {baseline_row['model_lead_high']:+.4f}]",
+            "style": "notice" if difference < 0 else "",
+        },
+        {
+            "name": f"hit rate@{k}",
+            "value": f"{row[f'hr@{k}']:.1%}",
+            "note": f"of {row['users']} test users",
+            "style": "",
+        },
+        {
+            "name": f"coverage@{k}",
+            "value": f"{row[f'coverage@{k}']:.1%}",
+            "note": "of the catalogue",
+            "style": "",
+        },
     ]
 
 
-def _meanwhile(snapshot: dict[str, Any] | None) -> list[str]:
+def _describe_fallback(snapshot: dict[str, Any] | None) -> list[str]:
     if snapshot is None or not snapshot.get("popular_only"):
         return []
-    return ["no model was promoted yet: everybody gets the popular list (gates.first_run: fallback)"]
+    return [
+        "no model was promoted yet: everybody gets the popularity fallback (promotion.first_run: fallback)"
+    ]
 
 
-def _below(table: Table, k: int) -> list[str]:
-    """The baselines whose NDCG is above the model's, in words."""
-    found = []
-    for setting, rows in table.items():
+def _describe_better_baselines(table: Table, k: int) -> list[str]:
+    """The baselines whose NDCG is above the model's, as text."""
+    texts = []
+    for protocol, rows in table.items():
         for name, row in rows.items():
             if row.get("model_lead", 0.0) < 0:
                 interval = f"[{row['model_lead_low']:+.4f}, {row['model_lead_high']:+.4f}]"
-                how = "which is better" if row["model_lead_high"] < 0 else "which is not told apart from it"
-                found.append(f"{TITLES[setting]}: NDCG@{k} is {row['model_lead']:+.4f} {interval} against {name}, {how}")
-    return found
+                is_significant = row["model_lead_high"] < 0
+                verdict = "which is significantly better" if is_significant else "not significant"
+                texts.append(
+                    f"{TITLES[protocol]}: NDCG@{k} is {row['model_lead']:+.4f} {interval} against {name}, "
+                    f"{verdict}"
+                )
+    return texts
 
 
-def _decision(storage: Storage, release: Release, dataset: Dataset, bundle: Bundle) -> tuple[str, dict[str, Any] | None]:
-    """The promotion that decided about this bundle on this dataset."""
-    found = []
+def _find_decision(
+    storage: Storage, release: Release, dataset: Dataset, bundle: Bundle
+) -> tuple[str, dict[str, Any] | None]:
+    """Run key and content of the promotion of this bundle on this dataset, preferring the current one; "" and
+    None without one.
+    """
+    decisions = []
     for path in sorted((storage.root / "promotions").glob("[!.]*/decision.json")):
         decision = read_json(path)
         if (decision["dataset"], decision["challenger"]) == (dataset.key, bundle.key):
-            now = path.parent.name == release.decision or decision["champion"] == (release.champion and release.champion.run_key)
-            found.append((now, path.parent.name, decision))
-    if not found:
+            is_current = path.parent.name == release.decision or decision["champion"] == (
+                release.champion and release.champion.run_key
+            )
+            decisions.append((is_current, path.parent.name, decision))
+    if not decisions:
         return "", None
-    _, key, decision = max(found, key=lambda entry: entry[:2])
+    _, key, decision = max(decisions, key=lambda entry: entry[:2])
     return key, decision
 
 
-def _snapshot(storage: Storage, dataset: Dataset) -> dict[str, Any] | None:
-    """The manifest of the published snapshot if it is of this dataset."""
+def _published_snapshot(storage: Storage, dataset: Dataset) -> dict[str, Any] | None:
+    """The manifest of the published snapshot; None if it belongs to another dataset."""
     if not storage.latest.exists():
         return None
-    manifest: dict[str, Any] = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
+    manifest: dict[str, Any] = read_json(
+        storage.root / read_json(storage.latest)["snapshot"] / "manifest.json"
+    )
     return manifest if manifest["dataset_digest"] == dataset.digest else None
 
 
-def _date(as_of_s: int) -> str:
+def _to_date(as_of_s: int) -> str:
     return str(dt.datetime.fromtimestamp(as_of_s, dt.UTC).date())

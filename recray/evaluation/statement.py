@@ -1,8 +1,8 @@
-"""The privacy page: what a private training promises, to whom, at what price, in lines for a person.
+"""The privacy page: what a private training guarantees, to whom, and at what ε.
 
-It answers what published check-lists ask of a claim (Ponomareva et al., "How to DP-fy ML", arXiv 2303.00654, section 5.3): the unit, the
-adjacency, the trust model, what is released and what is not protected, mechanism, accountant and its assumptions, ε of this training and of
-all together, tuning, and what an attack showed.
+It follows the reporting checklist of Ponomareva et al., "How to DP-fy ML", arXiv 2303.00654, section 5.3: the
+unit, the adjacency, the trust model, what is released and what is not protected, mechanism, accountant and
+its assumptions, ε of this training and in total, tuning, and the result of an attack.
 """
 
 from __future__ import annotations
@@ -14,69 +14,80 @@ from recray.storage import read_json
 
 
 class Line(NamedTuple):
-    """A heading and what is to be said under it."""
+    """A heading and its text."""
 
     name: str
     text: str
 
 
-def lines(statement: dict[str, Any]) -> list[Line]:
+def describe_training(statement: dict[str, Any]) -> list[Line]:
     """The page of a bundle's statement (`privacy.json`), heading by heading."""
-    said = {"counts_sigma": 0.0, "part": 0, "parts": 1, "randomness": "of the framework", **statement}
-    counts = f", item counts once at σ {said['counts_sigma']:.3g}" if said["counts_sigma"] else ""
-    part = "" if said["parts"] == 1 else f", part {said['part'] + 1} of {said['parts']}"
+    facts = {"counts_sigma": 0.0, "part": 0, "parts": 1, "randomness": "of the framework", **statement}
+    counts = f", item counts once at σ {facts['counts_sigma']:.3g}" if facts["counts_sigma"] else ""
+    part = "" if facts["parts"] == 1 else f", part {facts['part'] + 1} of {facts['parts']}"
     mechanism = (
-        f"{said['sampling']}-subsampled Gaussian, σ {said['sigma']:.3g}, q {said['rate']:g}, {said['steps']} steps, "
-        f"clipping norm {said['clipping_norm']:g}{counts}; about {said['users']} users{part}"
+        f"{facts['sampling']}-subsampled Gaussian, σ {facts['sigma']:.3g}, q {facts['rate']:g}, "
+        f"{facts['steps']} steps, "
+        f"clipping norm {facts['clipping_norm']:g}{counts}; about {facts['users']} users{part}"
     )
-    found = [
-        Line("ε of this training", f"{said['epsilon']:.2f} at δ {said['delta']:g}"),
-        Line(
-            "ε in total",
-            f"{said['epsilon_of_all_trainings']:.2f} after {said['trainings']} {'training' if said['trainings'] == 1 else 'trainings'} of population "
-            f"{said['population']}{_of_cap(said.get('cap'))}; all that was begun counts, also what tuning, crashes and refused bundles spent",
-        ),
-        Line("Unit", f"a user, {said['unit']}"),
-        Line("Neighbours", said["adjacency"]),
+    holdout = "users by a hash of their ids"
+    if "held_out" in facts:
+        holdout = f"{facts['held_out']:.0%} of the users, by a hash of their ids"
+    return [
+        Line("ε of this training", f"{facts['epsilon']:.2f} at δ {facts['delta']:g}"),
+        Line("ε in total", _describe_total(facts)),
+        Line("Unit", f"a user, {facts['unit']}"),
+        Line("Neighbours", facts["adjacency"]),
         Line("Mechanism", mechanism),
-        Line("Accountant", f"{said['accountant']}; users are drawn for each step by independent coins"),
-        Line("Randomness", said["randomness"]),
-        Line("Began with", said.get("began_with", "random weights")),
-        Line("Held out", f"{said['held_out']:.0%} of the users, by a hash of their ids" if "held_out" in said else "users by a hash of their ids"),
-        Line("Protected", said["protected"]),
-        *(Line("Not protected", text) for text in said["not_protected"]),
+        Line("Accountant", f"{facts['accountant']}; users are drawn for each step by independent coins"),
+        Line("Randomness", facts["randomness"]),
+        Line("Initial weights", facts.get("began_with", "random weights")),
+        Line("Holdout users", holdout),
+        Line("Protected", facts["protected"]),
+        *(Line("Not protected", text) for text in facts["not_protected"]),
     ]
-    return found
 
 
-def audits(root: Path, settings_key: str) -> dict[str, dict[str, Any]]:
-    """Audits of trainings with the settings of a bundle that were made to their end, by their keys."""
-    found = {path.stem: read_json(path) for path in sorted((root / "audits").glob("*.json"))}
-    return {key: content for key, content in found.items() if content.get("settings_key") == settings_key}
+def _describe_total(facts: dict[str, Any]) -> str:
+    trainings = "training" if facts["trainings"] == 1 else "trainings"
+    cap = facts.get("cap")
+    return (
+        f"{facts['epsilon_of_all_trainings']:.2f} after {facts['trainings']} {trainings} of population "
+        f"{facts['population']}{'' if cap is None else f', of a cap of {cap:g}'}; every started training "
+        "counts, also tuning, crashes and refused bundles"
+    )
 
 
-def objections(audit: dict[str, Any]) -> list[str]:
-    """What an audit found that a training promises and does not keep, in words."""
-    wrong = [f"ε {claim['claim']:.3g} is refuted" for claim in audit["claims"] if claim["verdict"] == "refuted"]
-    return wrong + [f"{check['name']}: {check['text']}" for check in audit["checks"] if not check["passed"]]
+def load_audits(root: Path, settings_key: str) -> dict[str, dict[str, Any]]:
+    """Complete audits of trainings with the settings of a bundle, by their keys."""
+    audits = {path.stem: read_json(path) for path in sorted((root / "audits").glob("*.json"))}
+    return {key: audit for key, audit in audits.items() if audit.get("settings_key") == settings_key}
 
 
-def audited(found: dict[str, dict[str, Any]]) -> Line:
-    """What the audits of a bundle's settings say."""
-    if not found:
-        return Line("Audit", "none was made with these settings: recray privacy audit")
-    said = []
-    for key, audit in found.items():
-        shown = max((run["epsilon"] for name, run in audit["runs"].items() if name == "own ε"), default=0.0)
-        words = "; ".join(objections(audit)) or "nothing was refuted, and contributions, rates, noise and ledger were as accounted for"
-        said.append(f"{key}: {words}; {audit['canaries']} canaries show an ε above {shown:.2f}")
-    return Line("Audit", ". ".join(said))
+def list_violations(audit: dict[str, Any]) -> list[str]:
+    """The guarantees of a training that an audit refuted, and its failed checks, as text."""
+    refuted = [
+        f"ε {claim['claim']:.3g} is refuted" for claim in audit["claims"] if claim["verdict"] == "refuted"
+    ]
+    return refuted + [f"{check['name']}: {check['text']}" for check in audit["checks"] if not check["passed"]]
 
 
-def _of_cap(cap: float | None) -> str:
-    return "" if cap is None else f", of a cap of {cap:g}"
+def describe_audits(audits: dict[str, dict[str, Any]]) -> Line:
+    """Results of the audits of a bundle's settings."""
+    if not audits:
+        return Line("Audit", "no audit with these settings; run recray privacy audit")
+    texts = []
+    for key, audit in audits.items():
+        epsilon = max((run["epsilon"] for name, run in audit["runs"].items() if name == "own ε"), default=0.0)
+        result = (
+            "; ".join(list_violations(audit))
+            or "nothing was refuted; contributions, rates, noise and ledger were as accounted for"
+        )
+        texts.append(f"{key}: {result}; {audit['canaries']} canaries show an ε above {epsilon:.2f}")
+    return Line("Audit", ". ".join(texts))
 
 
-def markdown(statement: dict[str, Any], title: str) -> str:
-    """The page as a file beside the weights."""
-    return "\n".join([f"# Privacy of {title}", "", *(f"- **{line.name}**: {line.text}" for line in lines(statement)), ""])
+def to_markdown(statement: dict[str, Any], title: str) -> str:
+    """The page as a Markdown file beside the weights."""
+    lines = [f"- **{line.name}**: {line.text}" for line in describe_training(statement)]
+    return "\n".join([f"# Privacy of {title}", "", *lines, ""])

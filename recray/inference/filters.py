@@ -1,4 +1,4 @@
-"""Which items an answer may hold."""
+"""Which items a recommendation list may hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from recray.dataset.popularity import NEVER_SAID, Popularity
+from recray.dataset.popularity import UNKNOWN_DAY, Popularity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,81 +16,110 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Filters:
-    """Which items may be answered. `new_only` leaves out the whole history; `allow` and `deny` hold item indices."""
+    """Which items a request may get. `filter_seen` leaves out the whole history; `allow` and `deny` hold item
+    indices.
+    """
 
-    new_only: bool = False
+    filter_seen: bool = False
     allow: np.ndarray | None = None
     deny: np.ndarray | None = None
 
-    def barred(self, seen: np.ndarray) -> np.ndarray:
-        """Items that may not be shown to somebody with this history, int64 [n]; some twice, and 0 for those that are not known."""
-        parts = [items for items in (seen if self.new_only else None, self.deny) if items is not None]
+    def excluded_items(self, seen: np.ndarray) -> np.ndarray:
+        """Items that a user with these seen items may not get, int64 [n]. Items may occur twice; 0 stands for
+        unknown items.
+        """
+        parts = [items for items in (seen if self.filter_seen else None, self.deny) if items is not None]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
-    def shows(self, item_index: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Which of some items may be shown to somebody with this history, bool [n]."""
+    def is_allowed(self, item_index: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Which of these items a user with these seen items may get, bool [n]."""
         allowed = np.ones(len(item_index), bool) if self.allow is None else np.isin(item_index, self.allow)
-        shown: np.ndarray = allowed & ~np.isin(item_index, self.barred(seen))
-        return shown
+        return allowed & ~np.isin(item_index, self.excluded_items(seen))
 
 
 ANY_ITEM = Filters()
 
 
 @dataclass(frozen=True)
-class Later:
-    """Items [n] and the day since which each can be met, int64 [n], latest first; `minus_days` are the days where they are looked up."""
+class AvailabilityFilter:
+    """Items [n] and the day from which each is available, int64 [n], latest first. `minus_days` holds the
+    negative days, ascending, for look-up.
+    """
 
     minus_days: np.ndarray
     items: Tensor
     days: Tensor
 
     @classmethod
-    def of(cls, released_day: np.ndarray, popularity: Popularity, device: torch.device) -> Later:
-        """Of days [V]; an item that was met before is there since then, whatever is said of it."""
-        found = released_day.astype(np.int64)
-        np.minimum.at(found, popularity.item_index, popularity.day)
-        items = np.flatnonzero(found > NEVER_SAID)
-        items = items[np.argsort(-found[items], kind="stable")]
-        return cls(-found[items], torch.from_numpy(items).to(device), torch.from_numpy(found[items]).to(device))
+    def from_days(
+        cls, available_day: np.ndarray, popularity: Popularity, device: torch.device
+    ) -> AvailabilityFilter:
+        """From days [V]. An item is available from its first interaction, even if its day is later."""
+        first_day = available_day.astype(np.int64)
+        np.minimum.at(first_day, popularity.item_index, popularity.day)
+        items = np.flatnonzero(first_day > UNKNOWN_DAY)
+        items = items[np.argsort(-first_day[items], kind="stable")]
+        return cls(
+            -first_day[items],
+            torch.from_numpy(items).to(device),
+            torch.from_numpy(first_day[items]).to(device),
+        )
 
-    def than(self, day: int) -> Later:
-        """Those that can be met later than on a day."""
+    def select_unavailable(self, day: int) -> AvailabilityFilter:
+        """The items that become available only after this day."""
         count = int(np.searchsorted(self.minus_days, -day))
-        return Later(self.minus_days[:count], self.items[:count], self.days[:count])
+        return AvailabilityFilter(self.minus_days[:count], self.items[:count], self.days[:count])
 
 
-class Barred:
-    """What may not be answered to some histories, as places of the score matrix: row and item; and what nobody can meet yet.
+class ExcludedItems:
+    """Cells of a score matrix (row and item) that must not be served.
 
-    later : items by the day since which they can be met; None where that is not known
-    day : int64 [rows], the day on which each is asked
+    requests : the seen items and the filters of each row
+    availability : items by the day from which they are available; None where that is unknown
+    day : int64 [rows], the day of each query
     """
 
     def __init__(
-        self, wanted: list[tuple[np.ndarray, Filters]], device: torch.device, later: Later | None = None, day: np.ndarray | None = None
+        self,
+        requests: list[tuple[np.ndarray, Filters]],
+        device: torch.device,
+        availability: AvailabilityFilter | None = None,
+        day: np.ndarray | None = None,
     ) -> None:
-        barred = [(row, filters.barred(history)) for row, (history, filters) in enumerate(wanted) if filters.new_only or filters.deny is not None]
-        rows = np.repeat([row for row, _ in barred], [len(items) for _, items in barred]).astype(np.int64)
+        excluded = [
+            (row, filters.excluded_items(seen))
+            for row, (seen, filters) in enumerate(requests)
+            if filters.filter_seen or filters.deny is not None
+        ]
+        rows = np.repeat([row for row, _ in excluded], [len(items) for _, items in excluded]).astype(np.int64)
         self._rows = torch.from_numpy(rows).to(device)
-        items = np.concatenate([items for _, items in barred]) if barred else np.zeros(0)
+        items = np.concatenate([items for _, items in excluded]) if excluded else np.zeros(0)
         self._items = torch.from_numpy(items.astype(np.int64)).to(device)
-        self._allowed = {row: torch.from_numpy(f.allow.astype(np.int64)).to(device) for row, (_, f) in enumerate(wanted) if f.allow is not None}
+        self._allowed = {
+            row: torch.from_numpy(filters.allow.astype(np.int64)).to(device)
+            for row, (_, filters) in enumerate(requests)
+            if filters.allow is not None
+        }
 
-        self._later = self._day = None
-        if later is not None and day is not None and len((later := later.than(int(day.min()))).days):
-            self._later, self._day = later, torch.from_numpy(day).to(device)
+        self._unavailable = self._day = None
+        if availability is not None and day is not None:
+            unavailable = availability.select_unavailable(int(day.min()))
+            if len(unavailable.days):
+                self._unavailable, self._day = unavailable, torch.from_numpy(day).to(device)
 
     def apply(self, scores: Tensor, first: int) -> Tensor:
-        """Scores [rows, n] of the items from `first` on, -inf where an item is barred."""
-        if self._later is not None and self._day is not None:
-            here = (self._later.items >= first) & (self._later.items < first + scores.shape[1])
-            columns, days = self._later.items[here] - first, self._later.days[here]
+        """Scores [rows, n] of the items from `first` on, with -inf for excluded items."""
+        stop = first + scores.shape[1]
+        if self._unavailable is not None and self._day is not None:
+            in_block = (self._unavailable.items >= first) & (self._unavailable.items < stop)
+            columns, days = self._unavailable.items[in_block] - first, self._unavailable.days[in_block]
             scores[:, columns] = scores[:, columns].masked_fill(days > self._day[:, None], -torch.inf)
-        inside = (self._items >= first) & (self._items < first + scores.shape[1])
-        scores[self._rows[inside], self._items[inside] - first] = -torch.inf
+
+        in_block = (self._items >= first) & (self._items < stop)
+        scores[self._rows[in_block], self._items[in_block] - first] = -torch.inf
+
         for row, items in self._allowed.items():
             keep = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
-            keep[items[(items >= first) & (items < first + scores.shape[1])] - first] = True
+            keep[items[(items >= first) & (items < stop)] - first] = True
             scores[row, ~keep] = -torch.inf
         return scores

@@ -1,21 +1,22 @@
-"""How the C library handles memory that a forward pass gives back."""
+"""How the C library handles memory that a forward pass frees."""
 
 from __future__ import annotations
 
 import ctypes
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of mallopt(3)
-LARGEST = 32 << 20  # bytes; glibc takes no larger threshold of mappings
-KEPT = 512 << 20
+MAX_MMAP_BYTES = 32 << 20  # the largest threshold of mappings that glibc takes
+KEPT_BYTES = 512 << 20
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep up to `KEPT` freed bytes for the next pass instead of handing the kernel the pages back after each.
+    """Let this process keep up to `KEPT_BYTES` of freed memory for the next pass instead of returning its
+    pages to the kernel.
 
-    By default glibc returns what lies above a few megabytes, and every batch pays again for the faults of its pages, up to half of its
-    time, depending on what else happens to be allocated. Does nothing where the C library has no such setting.
+    By default glibc returns all above a few megabytes. Every batch then pays again for its page faults, up to
+    half of its time. Does nothing where the C library has no such setting.
     """
-    setting = getattr(ctypes.CDLL(None), "mallopt", None)
-    if setting is not None:
-        setting(MMAP_THRESHOLD, LARGEST)
-        setting(TRIM_THRESHOLD, KEPT)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, MAX_MMAP_BYTES)
+        mallopt(TRIM_THRESHOLD, KEPT_BYTES)

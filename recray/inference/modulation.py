@@ -1,10 +1,12 @@
-"""How an action modulates the attention: the controls by name, and the densities of actions that explore. An action lies in [-1, 1]^K; all zeros
-is the trained model exactly."""
+"""How an action modulates the attention: the controls by name, and the densities of exploring actions.
+
+An action lies in [-1, 1]^K; all zeros is exactly the trained model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,11 +21,12 @@ if TYPE_CHECKING:
 
     from recray.model.recommender import Recommender
 
-LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0  # what an action of one does
+# the effect of an action of 1
+LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0
 
 
 class Slot(NamedTuple):
-    """Where a control lies: field of `Controls`, column of it (None: all), and what an action of one adds there."""
+    """Position of a control: field of `Controls`, column in it (None: all), and what an action of 1 adds."""
 
     field: int
     column: int | None
@@ -33,22 +36,24 @@ class Slot(NamedTuple):
 def find_slots(names: Sequence[str], model: Recommender, event_types: Sequence[str]) -> list[Slot]:
     """The slot of each control.
 
-    Names: `temperature` (all heads) or `temperature.HEAD`, `recency`, `event.TYPE`, `weight.MODALITY` (`id` or a feature column, of the
-    history's items).
+    Names: `temperature` (all heads) or `temperature.HEAD`, `recency`, `event.TYPE`, `weight.MODALITY` (`id`
+    or a feature column of the history's items).
     Raises SettingsError for a name that the model does not have.
     """
     modalities = ["id", *model.items.names][: model.items.modalities]
-    known = {"temperature": Slot(0, None, LOG_TEMPERATURE), "recency": Slot(2, None, RECENCY_SLOPE)}
-    known |= {f"temperature.{head}": Slot(0, head, LOG_TEMPERATURE) for head in range(model.shape.heads)}
-    known |= {f"event.{name}": Slot(1, column, EVENT_BIAS) for column, name in enumerate(event_types)}
-    known |= {f"weight.{name}": Slot(3, column, LOG_WEIGHT) for column, name in enumerate(modalities)}
-    if unknown := [name for name in names if name not in known]:
-        raise SettingsError(f"policy.actions: {', '.join(unknown)}", f"known: {', '.join(known)}")
-    return [known[name] for name in names]
+    slots = {"temperature": Slot(0, None, LOG_TEMPERATURE), "recency": Slot(2, None, RECENCY_SLOPE)}
+    slots |= {f"temperature.{head}": Slot(0, head, LOG_TEMPERATURE) for head in range(model.shape.heads)}
+    slots |= {f"event.{name}": Slot(1, column, EVENT_BIAS) for column, name in enumerate(event_types)}
+    slots |= {f"weight.{name}": Slot(3, column, LOG_WEIGHT) for column, name in enumerate(modalities)}
+    if unknown := [name for name in names if name not in slots]:
+        raise SettingsError(f"policy.actions: {', '.join(unknown)}", f"known: {', '.join(slots)}")
+    return [slots[name] for name in names]
 
 
-def to_controls(action_BK: np.ndarray | Tensor, slots: Sequence[Slot], model: Recommender, event_types: Sequence[str]) -> Controls:
-    """Actions as the model takes them, with their gradient if they have one."""
+def to_controls(
+    action_BK: np.ndarray | Tensor, slots: Sequence[Slot], model: Recommender, event_types: Sequence[str]
+) -> Controls:
+    """Actions [B, K] as controls of the model, with their gradient if they have one."""
     controls = Controls.zeros(len(action_BK), model.shape.heads, len(event_types), model.items.modalities)
     used = set()
     for (field, column, scale), values in zip(slots, torch.as_tensor(action_BK).float().T, strict=True):
@@ -64,23 +69,46 @@ def to_controls(action_BK: np.ndarray | Tensor, slots: Sequence[Slot], model: Re
     return Controls(*(tensor if field in used else None for field, tensor in enumerate(controls)))
 
 
-def explore(mean_NK: np.ndarray, sigma: float | np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Actions around the mean ones, float32 [N, K], drawn from normal distributions that are cut off at -1 and 1, and their log-density [N]."""
+def controls_of(
+    actions: Sequence[Mapping[str, float]], model: Recommender, event_types: Sequence[str]
+) -> Controls:
+    """The controls of requests that are each modulated by named actions (see `find_slots`).
+
+    Raises SettingsError for a name that the model does not have.
+    """
+    names = list(dict.fromkeys(name for action in actions for name in action))
+    if not names:
+        return Controls()
+    values = np.array([[action.get(name, 0.0) for name in names] for action in actions])
+    return to_controls(values, find_slots(names, model, event_types), model, event_types)
+
+
+def explore(
+    mean_NK: np.ndarray, sigma: float | np.ndarray, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Actions float32 [N, K] around the mean actions, and their log-densities [N].
+
+    They are drawn from normal distributions truncated to [-1, 1].
+    """
     low, high = ndtr((-1.0 - mean_NK) / sigma), ndtr((1.0 - mean_NK) / sigma)
-    drawn = np.clip(mean_NK + sigma * ndtri(low + random.random(mean_NK.shape) * (high - low)), -1.0, 1.0).astype(np.float32)
+    drawn = np.clip(
+        mean_NK + sigma * ndtri(low + random.random(mean_NK.shape) * (high - low)), -1.0, 1.0
+    ).astype(np.float32)
     return drawn, log_density(drawn, mean_NK, sigma)
 
 
 def log_density(action_NK: np.ndarray, mean_NK: np.ndarray, sigma: float | np.ndarray) -> np.ndarray:
-    """Logarithm of the density of actions under the distribution of `explore`, float64 [N]; sigma may be [N, 1].
+    """Log-density of actions under the distribution of `explore`, float64 [N]; sigma may be [N, 1].
 
-    The truncated normal distribution (Johnson, Kotz and Balakrishnan 1994, section 13.10): phi((a - m) / s) / (s Z), where Z is the
-    normal mass between -1 and 1.
+    The truncated normal distribution (Johnson, Kotz and Balakrishnan 1994, section 13.10): phi((a - m) / s) /
+    (s Z), where Z is the normal mass between -1 and 1.
     """
     action, mean = np.asarray(action_NK, np.float64), np.asarray(mean_NK, np.float64)
-    upper = np.abs(mean)  # by symmetry; the tails of a mean above 0 keep their digits
+    upper = np.abs(mean)  # by symmetry; a mean above 0 keeps the digits of the tails
     low, high = log_ndtr((upper - 1.0) / sigma), log_ndtr((upper + 1.0) / sigma)
     inside = high + np.log1p(-np.exp(low - high))
-    each = -0.5 * ((action - mean) / sigma) ** 2 - np.log(sigma) - 0.5 * math.log(2 * math.pi) - inside
-    found: np.ndarray = each.sum(-1)
-    return found
+    log_densities = (
+        -0.5 * ((action - mean) / sigma) ** 2 - np.log(sigma) - 0.5 * math.log(2 * math.pi) - inside
+    )
+    result: np.ndarray = log_densities.sum(-1)
+    return result

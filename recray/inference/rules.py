@@ -1,9 +1,9 @@
-"""What a shop declares about its lists, beside what the model finds: boosts, exclusions, caps, and dials for diversity and for
-what training never saw.
+"""Business rules of recommendation lists: boosts, exclusions, caps, diversity, and a boost for cold items.
 
-Boosts and exclusions change scores before the best items are looked for. Caps and diversity choose among the best: greedily,
-maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998). The scores of an answer stay those of the model plus boosts.
-Shapes: B lists, P candidates, k places, V items and padding, D width.
+Boosts and exclusions change the scores before the best items are selected. Caps and diversity then select
+among the best, greedily by maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998). The scores in a
+list stay those of the model plus boosts.
+Shapes: B lists, P candidates, k positions, V items and padding, D width.
 """
 
 from __future__ import annotations
@@ -23,134 +23,165 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from recray.dataset.features import elements
+from recray.dataset.features import to_elements
 from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
 
-MOST = 60.0  # boost of a count; e to it, times any count, is a number still
+MAX_COUNT_BOOST = 60.0  # exp of it, times any count, is still finite in float32
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?", re.ASCII)
-POOL = 500  # candidates that lists are made diverse of, always as many, so that no list depends on how long another is; then by score
+# candidates among which diversity selects, before the rest follow by score; a fixed number, so that no list
+# depends on the length of another
+POOL = 500
 
 
 @dataclass(frozen=True)
 class Rules:
     """Rules in item indices.
 
-    diversity : 0 (by score alone) to 1 (as unlike one another as can be)
-    boost_V : float32 [V], added to scores; -inf for what is never answered
-    caps : for each capped column the number of an item's value, int64 [V] (-1: it has none), and how many of one value a list may hold
-    unseen_V : float32 [V], added to what the model finds alone: how popular an item is that nobody met is no matter of features
+    diversity : 0 (by score alone) to 1 (as unlike one another as possible)
+    boost_V : float32 [V], added to scores; -inf for excluded items
+    caps : for each capped column the code of an item's value, int64 [V] (-1: no value), and how many items of
+        one value a list may hold
+    cold_boost_V : float32 [V], added only to scores of the model, because no cold item is popular
     """
 
     diversity: float
     boost_V: Tensor
     caps: tuple[tuple[Tensor, int], ...]
-    unseen_V: Tensor | None = None
+    cold_boost_V: Tensor | None = None
 
     @classmethod
-    def declared(cls, declared: dict[str, Any], dataset: Dataset, to_bundle: np.ndarray, unseen: np.ndarray) -> Rules | None:
-        """The `diversity`, `boosts`, `exclude`, `caps` and `unseen` of `ScoreSettings`, by a dataset's item table; None for none.
+    def from_settings(
+        cls, settings: dict[str, Any], dataset: Dataset, to_bundle: np.ndarray, cold_V: np.ndarray
+    ) -> Rules | None:
+        """The `diversity`, `boosts`, `exclude`, `caps` and `cold_item_boost` of `ScoreSettings`, applied to a
+        dataset's item table; None where they change nothing.
 
         to_bundle : index of each of the dataset's items in a bundle (`Translation.to_bundle`)
-        unseen : bool [V], which of the bundle's items the dial of that name lifts (`Predictor.unseen`)
+        cold_V : bool [V], which of the bundle's items are cold (`Predictor.cold_V`)
+
         Raises RefusedError for a column that the dataset does not have.
         """
-        lifted = declared.get("unseen", 0.0) * torch.from_numpy(unseen).float()  # snapshots of before the dial have none
-        boost = torch.zeros(len(unseen))
-        to = torch.from_numpy(to_bundle)
-        for name, value in declared["boosts"].items():
-            boost[to[1:][_matches(dataset, name)]] += value
-        for name in declared["exclude"]:
-            boost[to[1:][_matches(dataset, name)]] = -torch.inf
+        # older snapshots have no cold_item_boost
+        cold_boost = settings.get("cold_item_boost", 0.0) * torch.from_numpy(cold_V).float()
+        boost = torch.zeros(len(cold_V))
+        bundle_index = torch.from_numpy(to_bundle)
+        for name, value in settings["boosts"].items():
+            boost[bundle_index[1:][_match_rule(dataset, name)]] += value
+        for name in settings["exclude"]:
+            boost[bundle_index[1:][_match_rule(dataset, name)]] = -torch.inf
         boost[0] = 0.0
-        caps = tuple((_groups(dataset, column, to, len(unseen) - 1), limit) for column, limit in declared["caps"].items())
-        if not (declared["diversity"] or boost.any() or lifted.any() or caps):
+        caps = tuple(
+            (_value_codes(dataset, column, bundle_index, len(cold_V) - 1), limit)
+            for column, limit in settings["caps"].items()
+        )
+        if not (settings["diversity"] or boost.any() or cold_boost.any() or caps):
             return None
-        return cls(declared["diversity"], boost, caps, lifted if lifted.any() else None)
+        return cls(settings["diversity"], boost, caps, cold_boost if cold_boost.any() else None)
 
-    def boosted(self, scores: Tensor, first: int) -> Tensor:
+    def add_boosts(self, scores: Tensor, first: int) -> Tensor:
         """Scores [..., n] of the items from `first` on, with boosts."""
         return scores + self.boost_V[first : first + scores.shape[-1]].to(scores.device)
 
-    def of_scores(self, scores: Tensor, first: int) -> Tensor:
-        """What a model finds [..., n] of the items from `first` on, with boosts and the dial."""
-        found = self.boosted(scores, first)
-        return found if self.unseen_V is None else found + self.unseen_V[first : first + scores.shape[-1]].to(scores.device)
+    def adjust_scores(self, scores: Tensor, first: int) -> Tensor:
+        """Model scores [..., n] of the items from `first` on, with boosts and the boost for cold items."""
+        boosted = self.add_boosts(scores, first)
+        if self.cold_boost_V is None:
+            return boosted
+        return boosted + self.cold_boost_V[first : first + scores.shape[-1]].to(scores.device)
 
-    def of_counts(self, counts: Tensor, first: int) -> Tensor:
-        """Counts [..., n] of the items from `first` on, boosted as if their score were log(1 + count), which they become below zero."""
+    def adjust_counts(self, counts: Tensor, first: int) -> Tensor:
+        """Counts [..., n] of the items from `first` on, boosted as if their score were log(1 + count).
+
+        A negative score is returned as it is, not as a count.
+        """
         boost = self.boost_V[first : first + counts.shape[-1]].to(counts.device)
-        score, most = counts.log1p() + boost, boost.clamp(max=MOST)
-        return torch.where(score < 0, score, counts * most.exp() + most.expm1())
+        score, clamped = counts.log1p() + boost, boost.clamp(max=MAX_COUNT_BOOST)
+        return torch.where(score < 0, score, counts * clamped.exp() + clamped.expm1())
 
-    def pool(self, k: int) -> int:
-        """How many of the best items to choose k from."""
+    def pool_size(self, k: int) -> int:
+        """How many of the best items `rerank` needs to select k."""
         return max(k, POOL) if self.diversity or self.caps else k
 
     @cached_property
-    def room(self) -> int:
-        """How many places a list can have: more than the caps leave are never filled."""
+    def max_length(self) -> int:
+        """Upper bound of the length of a list under exclusions and caps."""
         allowed = self.boost_V[1:] > -torch.inf
-        found = [int(allowed.sum())]
-        for group_V, limit in self.caps:
-            group = group_V[1:][allowed]
-            found.append(int((group < 0).sum() + group[group >= 0].bincount().clamp(max=limit).sum()))
-        return min(found)
+        bounds = [int(allowed.sum())]
+        for code_V, limit in self.caps:
+            code = code_V[1:][allowed]
+            bounds.append(int((code < 0).sum() + code[code >= 0].bincount().clamp(max=limit).sum()))
+        return min(bounds)
 
-    def choose(self, index_BP: Tensor, scores_BP: Tensor, vectors_VD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """k of P items in a new order, and their scores [B, k]; index 0 and -inf where a cap leaves a place empty.
+    def rerank(
+        self, index_BP: Tensor, scores_BP: Tensor, vectors_VD: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """k of P items in a new order, and their scores [B, k].
+
+        A position that a cap leaves empty has index 0 and score -inf.
 
         index_BP : items by descending score, 0 with score -inf where there are fewer
-        vectors_VD : item vectors, whose cosine is likeness
+        vectors_VD : item vectors, whose cosine is the similarity
         """
         if not (self.diversity or self.caps):
             return index_BP[:, :k], scores_BP[:, :k]
+
         rows = torch.arange(len(index_BP), device=index_BP.device)
         free = scores_BP > -torch.inf
-        worth, unit_BPD = scores_BP, None
+        value, unit_BPD = scores_BP, None
         if self.diversity:
             first = min(POOL, index_BP.shape[1])
-            relevance = _relevance(scores_BP[:, :first], free[:, :first])
+            relevance = _to_relevance(scores_BP[:, :first], free[:, :first])
             unit_BPD = torch.nn.functional.normalize(vectors_VD[index_BP[:, :first]], dim=-1)
-            likeness = torch.zeros_like(relevance)
-            behind = -2.0 - torch.arange(index_BP.shape[1] - first, device=index_BP.device) / index_BP.shape[1]  # below every other, in their order
-            worth = torch.cat([relevance, behind.expand(len(index_BP), -1)], 1)
-        values = [group_V.to(index_BP.device)[index_BP] for group_V, _ in self.caps]
+            similarity = torch.zeros_like(relevance)
+            # candidates beyond the pool come after all others, in their order
+            rest = -2.0 - torch.arange(index_BP.shape[1] - first, device=index_BP.device) / index_BP.shape[1]
+            value = torch.cat([relevance, rest.expand(len(index_BP), -1)], 1)
+
+        codes = [code_V.to(index_BP.device)[index_BP] for code_V, _ in self.caps]
         picks: list[Tensor] = []
         for _ in range(min(k, index_BP.shape[1])):
             if unit_BPD is not None:
-                worth[:, :first] = (1 - self.diversity) * relevance - self.diversity * likeness
-            pick = worth.masked_fill(~free, -torch.inf).argmax(1)
+                value[:, :first] = (1 - self.diversity) * relevance - self.diversity * similarity
+            pick = value.masked_fill(~free, -torch.inf).argmax(1)
             picks.append(torch.where(free.any(1), pick, -1))
             if unit_BPD is not None:
-                likeness = torch.maximum(likeness, (unit_BPD @ unit_BPD[rows, pick.clamp(max=first - 1)][:, :, None]).squeeze(2))
+                similarity = torch.maximum(
+                    similarity, (unit_BPD @ unit_BPD[rows, pick.clamp(max=first - 1)][:, :, None]).squeeze(2)
+                )
             free[rows, pick] = False
-            chosen = torch.stack(picks, 1)
-            for (_, limit), value_BP in zip(self.caps, values, strict=True):
-                taken = torch.where(chosen >= 0, value_BP.gather(1, chosen.clamp(min=0)), -1)
-                mine = value_BP[rows, pick]
-                full = ((taken == mine[:, None]).sum(1) >= limit) & (mine >= 0)
-                free &= ~(full[:, None] & (value_BP == mine[:, None]))
-        place = torch.stack(picks, 1)
-        there = place >= 0
+            selected = torch.stack(picks, 1)
+            for (_, limit), code_BP in zip(self.caps, codes, strict=True):
+                selected_codes = torch.where(selected >= 0, code_BP.gather(1, selected.clamp(min=0)), -1)
+                code = code_BP[rows, pick]
+                is_full = ((selected_codes == code[:, None]).sum(1) >= limit) & (code >= 0)
+                free &= ~(is_full[:, None] & (code_BP == code[:, None]))
+
+        position = torch.stack(picks, 1)
+        is_filled = position >= 0
         return (
-            torch.where(there, index_BP.gather(1, place.clamp(min=0)), 0),
-            torch.where(there, scores_BP.gather(1, place.clamp(min=0)), -torch.inf),
+            torch.where(is_filled, index_BP.gather(1, position.clamp(min=0)), 0),
+            torch.where(is_filled, scores_BP.gather(1, position.clamp(min=0)), -torch.inf),
         )
 
 
-def unmatched(declared: dict[str, Any], dataset: Dataset) -> list[str]:
-    """The `feature=value` of boosts and exclusions that no item of the dataset has. Raises RefusedError as `Rules.declared`."""
-    return [name for name in (*declared["boosts"], *declared["exclude"]) if not _matches(dataset, name).any()]
+def find_unmatched(settings: dict[str, Any], dataset: Dataset) -> list[str]:
+    """The `feature=value` of boosts and exclusions that no item of the dataset has. Raises RefusedError as
+    `Rules.from_settings`.
+    """
+    names = (*settings["boosts"], *settings["exclude"])
+    return [name for name in names if not _match_rule(dataset, name).any()]
 
 
-def leaves_nothing(declared: dict[str, Any], dataset: Dataset) -> bool:
-    """Whether the exclusions leave no item of the dataset. Raises RefusedError as `Rules.declared`."""
-    return bool(declared["exclude"]) and bool(torch.stack([_matches(dataset, name) for name in declared["exclude"]]).any(0).all())
+def is_everything_excluded(settings: dict[str, Any], dataset: Dataset) -> bool:
+    """Whether the exclusions leave no item of the dataset. Raises RefusedError as `Rules.from_settings`."""
+    return bool(settings["exclude"]) and bool(
+        torch.stack([_match_rule(dataset, name) for name in settings["exclude"]]).any(0).all()
+    )
 
 
-def _relevance(scores_BP: Tensor, free: Tensor) -> Tensor:
-    """Scores from 1 (the best) to 0 (the last that is free)."""
+def _to_relevance(scores_BP: Tensor, free: Tensor) -> Tensor:
+    """Scores scaled from 1 (the best) to 0 (the worst that is free)."""
     worst = torch.where(free, scores_BP, torch.inf).amin(1, keepdim=True)
     span = (scores_BP[:, :1] - worst).clamp(min=1e-9)
     return torch.where(free, (scores_BP - worst) / span, 0.0)
@@ -160,87 +191,101 @@ def _column(dataset: Dataset, column: str) -> pa.ChunkedArray:
     if column not in dataset.items.column_names:
         raise RefusedError(
             f"a rule of section score is about {column!r}, which dataset {dataset.key} does not have",
-            "name it in data.features and prepare the dataset again, or take the rule out",
+            "name it in data.features and prepare the dataset again, or remove the rule",
         )
     return dataset.items[column]
 
 
-def _matches(dataset: Dataset, name: str) -> Tensor:
+def _match_rule(dataset: Dataset, name: str) -> Tensor:
     """Which items have the value of `column=value`, bool [items]."""
     column, _, value = name.partition("=")
     _column(dataset, column)
-    return torch.from_numpy(having(dataset, column, [value]))
+    return torch.from_numpy(match_values(dataset, column, [value]))
 
 
-def having(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
-    """Which items have one of the values in a column, bool [items]: a list if one of its elements is it, a number if it is equal in the
-    precision of the column (0.85 in float32, 1 in decimal(10, 2))."""
-    found = dataset.items[column].combine_chunks()
-    multi = dataset.manifest["settings"]["data"]["features"].get(column) == "multi"
+def match_values(dataset: Dataset, column: str, values: Sequence[Any]) -> np.ndarray:
+    """Which items have one of the values in a column, bool [items].
+
+    A list matches if one of its elements does. Numbers are compared in the precision of the column (0.85 in
+    float32, 1 in decimal(10, 2)).
+    """
+    cells = dataset.items[column].combine_chunks()
+    is_multi = dataset.manifest["settings"]["data"]["features"].get(column) == "multi"
     texts = {str(value).lower() if isinstance(value, bool) else str(value) for value in values}
-    kind = found.type.value_type if pa.types.is_nested(found.type) or pa.types.is_dictionary(found.type) else found.type
-    numbers = {in_precision(number, kind) for text in texts if (number := _number(text)) is not None}
+    is_wrapped = pa.types.is_nested(cells.type) or pa.types.is_dictionary(cells.type)
+    kind = cells.type.value_type if is_wrapped else cells.type
+    numbers = {to_precision(number, kind) for text in texts if (number := _to_number(text)) is not None}
 
-    def is_one(here: Any) -> bool:
-        if here is None or isinstance(here, bool):
-            return here is not None and str(here).lower() in {text.lower() for text in texts}
-        return here in numbers if isinstance(here, int | float | Decimal) else str(here) in texts
+    def is_match(value: Any) -> bool:
+        if value is None or isinstance(value, bool):
+            return value is not None and str(value).lower() in {text.lower() for text in texts}
+        return value in numbers if isinstance(value, int | float | Decimal) else str(value) in texts
 
-    def has(here: Any) -> bool:
-        parts = here.split("|") if multi and isinstance(here, str) else here
-        return any(is_one(part) for part in parts if part != "") if multi and isinstance(parts, list) else is_one(here)
+    def has_match(cell: Any) -> bool:
+        parts = cell.split("|") if is_multi and isinstance(cell, str) else cell
+        if is_multi and isinstance(parts, list):
+            return any(is_match(part) for part in parts if part != "")
+        return is_match(cell)
 
-    if pa.types.is_nested(found.type):
-        return np.fromiter((has(here) for here in found.to_pylist()), bool, len(found))
-    if pa.types.is_float16(found.type):  # which Arrow does not encode
-        found = found.cast(pa.float32())
-    encoded = found if pa.types.is_dictionary(found.type) else found.dictionary_encode()
-    known = np.array([*(has(here) for here in encoded.dictionary.to_pylist()), False])
-    chosen: np.ndarray = known[pc.fill_null(encoded.indices.cast(pa.int64()), len(known) - 1).to_numpy()]
-    return chosen
+    if pa.types.is_nested(cells.type):
+        return np.fromiter((has_match(cell) for cell in cells.to_pylist()), bool, len(cells))
+    if pa.types.is_float16(cells.type):  # which Arrow does not encode
+        cells = cells.cast(pa.float32())
+    encoded = cells if pa.types.is_dictionary(cells.type) else cells.dictionary_encode()
+    matches = np.array([*(has_match(cell) for cell in encoded.dictionary.to_pylist()), False])
+    result: np.ndarray = matches[pc.fill_null(encoded.indices.cast(pa.int64()), len(matches) - 1).to_numpy()]
+    return result
 
 
-def between(column: pa.ChunkedArray, low: int | float | None, high: int | float | None) -> np.ndarray:
-    """Which numbers of a column lie between two bounds, both included, in the precision of the column, bool [n]; none that is null."""
-    known = column.is_valid().to_numpy()
+def match_range(column: pa.ChunkedArray, low: int | float | None, high: int | float | None) -> np.ndarray:
+    """Which numbers of a column lie between two bounds, both included, in the precision of the column, bool
+    [n]; nulls never do.
+    """
+    is_valid = column.is_valid().to_numpy()
     if pa.types.is_decimal(column.type):
-        values = np.array([number if number is None else Fraction(number) for number in column.to_pylist()], object)[known]
+        values = np.array(
+            [number if number is None else Fraction(number) for number in column.to_pylist()], object
+        )[is_valid]
     else:
         values = pc.drop_null(column).to_numpy()
-    chosen = np.ones(len(values), bool)
+    inside = np.ones(len(values), bool)
     if low is not None:
-        chosen &= values >= in_precision(Fraction(str(low)), column.type)
+        inside &= values >= to_precision(Fraction(str(low)), column.type)
     if high is not None:
-        chosen &= values <= in_precision(Fraction(str(high)), column.type)
-    found = np.zeros(len(column), bool)
-    found[known] = chosen
-    return found
+        inside &= values <= to_precision(Fraction(str(high)), column.type)
+    matches = np.zeros(len(column), bool)
+    matches[is_valid] = inside
+    return matches
 
 
-def in_precision(number: Fraction, kind: pa.DataType) -> Any:
-    """A number as a column of that type holds it; whole ones are exact, whatever their size."""
+def to_precision(number: Fraction, kind: pa.DataType) -> Any:
+    """A number as a column of this type holds it; integers stay exact, whatever their size."""
     if pa.types.is_decimal(kind):
         return number
     if pa.types.is_integer(kind) and number.denominator == 1:
         return int(number)
-    precision = np.float32 if pa.types.is_float32(kind) else np.float16 if pa.types.is_float16(kind) else np.float64
+    precision = (
+        np.float32 if pa.types.is_float32(kind) else np.float16 if pa.types.is_float16(kind) else np.float64
+    )
     try:
         return float(precision(float(number)))
     except OverflowError:
         return math.inf if number > 0 else -math.inf
 
 
-def _number(text: str) -> Fraction | None:
+def _to_number(text: str) -> Fraction | None:
     return Fraction(text) if _NUMBER.fullmatch(text) else None
 
 
-def _groups(dataset: Dataset, column: str, to: Tensor, n_items: int) -> Tensor:
-    """Number of each of the bundle's items' value, int64 [V]; -1 for none, which an empty one is."""
+def _value_codes(dataset: Dataset, column: str, bundle_index: Tensor, n_items: int) -> Tensor:
+    """Code of the value of each of the bundle's items, int64 [V]; -1 for no value or an empty one."""
     encoded = _column(dataset, column).combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
-    found = torch.full((n_items + 1,), -1)
-    number = np.array([*(place if elements([value]) else -1 for place, value in enumerate(encoded.dictionary.to_pylist())), -1])
-    found[to[1:]] = torch.from_numpy(number[pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy()])
-    found[0] = -1
-    return found
+    values = encoded.dictionary.to_pylist()
+    codes = [code if to_elements([value]) else -1 for code, value in enumerate(values)]
+    item_codes = np.array([*codes, -1])[pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy()]
+    code_V = torch.full((n_items + 1,), -1)
+    code_V[bundle_index[1:]] = torch.from_numpy(item_codes)
+    code_V[0] = -1
+    return code_V

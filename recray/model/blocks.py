@@ -1,7 +1,8 @@
-"""One transformer block, pre-norm, from switchable parts.
+"""One pre-norm transformer block with selectable parts.
 
-`residual` gated: x + sigmoid(W x) * update (LiGR, arXiv 2502.03417), or plain: x + update. `feed` swiglu (Shazeer, arXiv
-2002.05202), relu (SASRec, arXiv 1808.09781), or none (HSTU, arXiv 2402.17152).
+- `residual`: gated, x + sigmoid(W x) * update (LiGR, arXiv 2502.03417), or plain, x + update.
+- `feed`: swiglu (Shazeer, arXiv 2002.05202), relu (SASRec, arXiv 1808.09781) or none (HSTU, arXiv
+  2402.17152).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recray.model.attention import NORM_EPS, Attention, Seen
+from recray.model.attention import NORM_EPS, Attention, AttentionInputs
 from recray.model.controls import Controls
 from recray.model.dropout import Dropout
 from recray.model.fused import Linear, RMSNorm, swiglu
@@ -23,8 +24,8 @@ class SwiGLU(nn.Module):
         self.out = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.out(swiglu(self.into(x)))
-        return found
+        result: Tensor = self.out(swiglu(self.into(x)))
+        return result
 
 
 class GatedResidual(nn.Module):
@@ -47,11 +48,14 @@ class PlainResidual(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
-        found: Tensor = x + self.dropout(update)
-        return found
+        result: Tensor = x + self.dropout(update)
+        return result
 
 
-RESIDUALS: dict[str, type[GatedResidual] | type[PlainResidual]] = {"gated": GatedResidual, "plain": PlainResidual}
+RESIDUALS: dict[str, type[GatedResidual] | type[PlainResidual]] = {
+    "gated": GatedResidual,
+    "plain": PlainResidual,
+}
 
 
 class Block(nn.Module):
@@ -63,14 +67,24 @@ class Block(nn.Module):
         self.feed: nn.Module | None = None
         if feed != "none":
             self.feed_norm = RMSNorm(dim, eps=NORM_EPS)
-            self.feed = SwiGLU(dim, 2 * dim) if feed == "swiglu" else nn.Sequential(Linear(dim, 4 * dim), nn.ReLU(), Linear(4 * dim, dim))
+            self.feed = (
+                SwiGLU(dim, 2 * dim)
+                if feed == "swiglu"
+                else nn.Sequential(Linear(dim, 4 * dim), nn.ReLU(), Linear(4 * dim, dim))
+            )
             self.feed_residual = RESIDUALS[residual](dim, dropout)
 
-    def forward(self, x: Tensor, seen: Seen | Row, controls: Controls | None, asked: Tensor | None = None) -> Tensor:
-        """New states [B, T, D]; with `asked` int64 [B] those of one position a user alone, [B, 1, D]."""
-        update = self.attention(self.attention_norm(x), seen, controls, asked)
-        if asked is not None:
-            x = x[torch.arange(len(x), device=x.device), asked][:, None]
+    def forward(
+        self,
+        x: Tensor,
+        inputs: AttentionInputs | Row,
+        controls: Controls | None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """New states [B, T, D]; with `position` int64 [B] only those of one position per user, [B, 1, D]."""
+        update = self.attention(self.attention_norm(x), inputs, controls, position)
+        if position is not None:
+            x = x[torch.arange(len(x), device=x.device), position][:, None]
         x = self.attention_residual(x, update)
         if self.feed is not None:
             x = self.feed_residual(x, self.feed(self.feed_norm(x)))

@@ -1,10 +1,12 @@
-"""Run-time controls of the attention: what may change per request, on the history side only.
+"""Run-time attention controls, which may differ per request.
 
-All zeros is the trained model exactly. The item table is the same for every request, so controls cost no second table.
+All zeros is exactly the trained model. Controls act only on the history, so all requests share one
+item table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,10 +16,11 @@ from torch import Tensor
 class Controls(NamedTuple):
     """Controls of a batch of B requests; None stands for zeros.
 
-    log_temperature [B, H]: attention logits of head group h (its head in every block) are divided by exp(value);
-    event_bias [B, E]: added to the attention logits of events of a type;
-    recency_slope [B]: times -log(1 + age) added to the attention logits, age in days (in events where no time is known);
-    log_modality_weight [B, M]: item vectors of the history weigh their modality m (0 is the id) by exp(value).
+    log_temperature : [B, H], divides the attention logits of head h in every block by exp(value)
+    event_bias : [B, E], added to the attention logits of events of a type
+    recency_slope : [B], times -log(1 + age) added to the attention logits; age in days, or in events where
+        times are unknown
+    log_modality_weight : [B, M], weighs modality m of the history's item vectors by exp(value); 0 is the id
     """
 
     log_temperature: Tensor | None = None
@@ -27,4 +30,17 @@ class Controls(NamedTuple):
 
     @classmethod
     def zeros(cls, batch: int, heads: int, event_types: int, modalities: int) -> Controls:
-        return cls(torch.zeros(batch, heads), torch.zeros(batch, event_types), torch.zeros(batch), torch.zeros(batch, modalities))
+        return cls(
+            torch.zeros(batch, heads),
+            torch.zeros(batch, event_types),
+            torch.zeros(batch),
+            torch.zeros(batch, modalities),
+        )
+
+    def select(self, rows: Tensor, device: torch.device) -> Controls:
+        """Of some requests, on a device."""
+        return self.map(lambda tensor: tensor[rows].to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Controls:
+        """Apply `change` to each control that is set."""
+        return Controls(*(None if tensor is None else change(tensor) for tensor in self))

@@ -1,4 +1,4 @@
-"""Dropout whose mask costs an eighth of the random numbers on a CPU: one byte an element."""
+"""Dropout whose mask needs one random byte per element on a CPU, an eighth of the usual cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Module):
-    """Zeroes elements with a chance of `p`, rounded to 1/256 on a CPU, and scales the rest, so that the mean stays."""
+    """Zero elements with probability `p` and scale the others to keep the mean.
+
+    A CPU rounds `p` to a multiple of 1/256.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -19,7 +22,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        cut = min(round(256 * self.p), 255)
+        threshold = min(round(256 * self.p), 255)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        mask = (words.view(torch.uint8)[: x.numel()] >= cut).to(x.dtype)
-        return x * mask.mul_(256 / (256 - cut)).view(x.shape)
+        mask = (words.view(torch.uint8)[: x.numel()] >= threshold).to(x.dtype)
+        return x * mask.mul_(256 / (256 - threshold)).view(x.shape)

@@ -1,6 +1,6 @@
-"""Parts of a block whose backward is written by hand, because autograd's costs more passes over memory than a CPU likes.
+"""Layers with hand-written backward passes: on a CPU they read memory less often than autograd's.
 
-On other devices and in other precisions they are the ordinary ones. Shapes: [..., D] states.
+On other devices and in other precisions they are the ordinary torch layers. Shapes: [..., D] states.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + b; where `halved`, a CPU trains it with products in bfloat16, summed in float32, of float32 states and weights."""
+    """x Wᵀ + b.
+
+    If `halved`, a CPU trains it with products in bfloat16, summed in float32. States and weights stay
+    float32.
+    """
 
     halved = False
 
@@ -22,8 +26,10 @@ class Linear(nn.Linear):
         """[..., inputs] -> [..., outputs]."""
         if not (self.halved and self.training and x.device.type == "cpu" and x.dtype == torch.float32):
             return F.linear(x, self.weight, self.bias)
-        found: Tensor = _HalvedLinear.apply(x.flatten(0, -2), self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return found.view(*x.shape[:-1], self.out_features)
+        flat = x.flatten(0, -2)
+        product = _HalvedLinear.apply(flat, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        result: Tensor = product.view(*x.shape[:-1], self.out_features)
+        return result
 
 
 class _HalvedLinear(torch.autograd.Function):
@@ -32,15 +38,19 @@ class _HalvedLinear(torch.autograd.Function):
         x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        found = torch.mm(x, weight.mT).float()
-        return found if bias is None else found.add_(bias)
+        product = torch.mm(x, weight.mT).float()
+        return product if bias is None else product.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         half = grad.to(torch.bfloat16)
-        return torch.mm(half, weight).float(), torch.mm(half.mT, x).float(), grad.sum(0) if ctx.biased else None
+        return (
+            torch.mm(half, weight).float(),
+            torch.mm(half.mT, x).float(),
+            grad.sum(0) if ctx.biased else None,
+        )
 
 
 class RMSNorm(nn.RMSNorm):
@@ -49,19 +59,20 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised states, of the shape of x."""
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            ordinary: Tensor = super().forward(x)
-            return ordinary
-        found: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
-        return found
+            return super().forward(x)
+        result: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])).add_(eps).rsqrt_()
+        scale = (
+            (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])).add_(eps).rsqrt_()
+        )
         ctx.save_for_backward(x, weight, scale)
-        found: Tensor = (x * scale).mul_(weight)
-        return found
+        result: Tensor = (x * scale).mul_(weight)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -69,18 +80,20 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         normal = x * scale
         grad_weight = (grad * normal).flatten(0, -2).sum(0)
-        wanted = grad * weight
-        along = (wanted * normal).mean(-1, keepdim=True)
-        return wanted.sub_(normal.mul_(along)).mul_(scale), grad_weight, None
+        scaled = grad * weight
+        along = (scaled * normal).mean(-1, keepdim=True)
+        return scaled.sub_(normal.mul_(along)).mul_(scale), grad_weight, None
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(first half) · second half of the last dimension [..., 2 H] -> [..., H] (Shazeer, arXiv 2002.05202)."""
+    """silu(first half) · second half of the last dimension [..., 2 H] -> [..., H] (Shazeer, arXiv
+    2002.05202).
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         gate, value = x.chunk(2, -1)
         return F.silu(gate) * value
-    found: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
-    return found
+    result: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -95,22 +108,22 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         gate, value = x.chunk(2, -1)
-        found = torch.empty_like(x)
-        into_gate, into_value = found.chunk(2, -1)
-        torch.mul(grad, F.silu(gate), out=into_value)
-        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=into_gate)
-        return found
+        gradient = torch.empty_like(x)
+        gate_gradient, value_gradient = gradient.chunk(2, -1)
+        torch.mul(grad, F.silu(gate), out=value_gradient)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=gate_gradient)
+        return gradient
 
 
 class Columns(nn.Embedding):
-    """A narrow table that is read column by column, which is how attention adds what it says to the logits of each head."""
+    """A narrow table that is read by column: attention adds one column to the logits of each head."""
 
     def forward(self, index: Tensor) -> Tensor:
         """[D, ...] of the indices [...]: `Embedding` with the last dimension first."""
         if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
             return F.embedding(index, self.weight).movedim(-1, 0)
-        found: Tensor = _Columns.apply(index, self.weight)  # type: ignore[no-untyped-call]
-        return found
+        result: Tensor = _Columns.apply(index, self.weight)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _Columns(torch.autograd.Function):
@@ -124,11 +137,13 @@ class _Columns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         index = ctx.saved_tensors[0].flatten()
-        return None, torch.stack([torch.bincount(index, column.flatten(), ctx.rows) for column in grad], 1).to(grad.dtype)
+        return None, torch.stack(
+            [torch.bincount(index, column.flatten(), ctx.rows) for column in grad], 1
+        ).to(grad.dtype)
 
 
 class Embedding(nn.Embedding):
-    """A narrow table that a batch looks up millions of times; without padding, maximal norm and sparse gradients."""
+    """A narrow table with millions of lookups per batch; no padding, no maximal norm, no sparse gradients."""
 
     def forward(self, index: Tensor) -> Tensor:
         """Rows [..., D] of the indices [...]."""
@@ -136,11 +151,11 @@ class Embedding(nn.Embedding):
 
 
 def lookup(index: Tensor, table: Tensor) -> Tensor:
-    """Rows [..., D] of a narrow table [V, D]; its gradient is counted, column by column."""
+    """Rows [..., D] of a narrow table [V, D]; the gradient is a weighted count per column."""
     if table.device.type != "cpu" or table.dtype != torch.float32:
         return F.embedding(index, table)
-    found: Tensor = _Lookup.apply(index, table)  # type: ignore[no-untyped-call]
-    return found
+    result: Tensor = _Lookup.apply(index, table)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Lookup(torch.autograd.Function):
@@ -155,4 +170,6 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         index = ctx.saved_tensors[0].flatten()
         columns = grad.flatten(0, -2).unbind(-1)
-        return None, torch.stack([torch.bincount(index, column, ctx.rows) for column in columns], 1).to(grad.dtype)
+        return None, torch.stack([torch.bincount(index, column, ctx.rows) for column in columns], 1).to(
+            grad.dtype
+        )

@@ -1,9 +1,11 @@
-"""Item vectors: an id vector and one vector per feature column, fused by attention over these modalities; or a learned linear
-map of fixed vectors of the features.
+"""Item vectors: an id vector and one vector per feature column, fused by attention over these modalities.
+Alternatively, a learned linear map of fixed feature codes.
 
-A feature column is a bag of tokens per item, whose vector is the mean of its tokens' vectors, or a vector per item, which is
-projected. Items that training never saw keep no id vector and live from their features. A modality that an item does not
-have takes no part. Shapes: V items and padding (or a selection of them), D width, M modalities (the id first), K tokens, C
+A feature column is a bag of tokens per item (the mean of the tokens' vectors) or a vector per item
+(projected). Cold items, which are not in the training events, have no id vector: their features alone
+describe them. A modality that an item lacks takes no part.
+
+Shapes: V items and padding (or a selection of them), D width, M modalities (the id first), K tokens, C
 numbers of a vector, F width of the fixed vectors.
 """
 
@@ -15,11 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FIXED_WIDTH = 128
-"""F. Random codes of that many numbers are nearly at right angles: as many features can be told apart as an item table has."""
+"""F. Random codes of this width are nearly orthogonal, so the features of an item table stay distinguishable.
+"""
 
 
 class TokenBags(nn.Module):
-    """One feature column: `tokens` int64 [K] of all items one after the other, `offsets` int64 [V] where each begins."""
+    """One feature column of tokens.
+
+    tokens : int64 [K], the tokens of all items, concatenated
+    offsets : int64 [V], the first token of each item
+    """
 
     tokens_K: Tensor
     offsets_V: Tensor
@@ -29,22 +36,24 @@ class TokenBags(nn.Module):
         super().__init__()
         self.register_buffer("tokens_K", torch.as_tensor(tokens, dtype=torch.int64))
         self.register_buffer("offsets_V", torch.as_tensor(offsets, dtype=torch.int64))
-        self.register_buffer("size_V", self.offsets_V.diff(append=torch.tensor([len(tokens)])), persistent=False)
+        self.register_buffer(
+            "size_V", self.offsets_V.diff(append=torch.tensor([len(tokens)])), persistent=False
+        )
         self.table = nn.EmbeddingBag(buckets, dim, mode="mean")
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Vectors [V, D] of all items, or of those in `index`."""
-        tokens, offsets = (self.tokens_K, self.offsets_V) if index is None else self._chosen(index)
-        found: Tensor = self.table(tokens, offsets)
-        return found
+        tokens, offsets = (self.tokens_K, self.offsets_V) if index is None else self._select(index)
+        result: Tensor = self.table(tokens, offsets)
+        return result
 
     def present(self, index: Tensor | None = None) -> Tensor:
         """Whether an item has a token, bool [V]."""
-        found = self.size_V > 0
-        return found if index is None else found[index]
+        present = self.size_V > 0
+        return present if index is None else present[index]
 
-    def _chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, index: Tensor) -> tuple[Tensor, Tensor]:
         sizes = self.size_V[index]
         offsets = sizes.cumsum(0) - sizes
         where = torch.arange(int(sizes.sum()), device=index.device)
@@ -66,8 +75,8 @@ class VectorColumn(nn.Module):
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Vectors [V, D] of all items, or of those in `index`; zero where there is none."""
-        found: Tensor = self.project(self.values_VC if index is None else self.values_VC[index])
-        return found
+        result: Tensor = self.project(self.values_VC if index is None else self.values_VC[index])
+        return result
 
     def present(self, index: Tensor | None = None) -> Tensor:
         """Whether an item has a vector, bool [V]."""
@@ -75,17 +84,18 @@ class VectorColumn(nn.Module):
 
 
 class ItemEncoder(nn.Module):
-    """All item vectors at once.
+    """Encodes all items at once.
 
     Parameters
     ----------
     seen : bool [V]
-        Items that training saw; padding (index 0) is False.
-    features : name -> (tokens [K], offsets [V]) or (vectors [V, C], present [V]), as `recray.dataset.features` makes them
-    id_dropout : share of the items that a training step takes for unseen, so that features learn to speak for those that are
-        (DropoutNet, Volkovs et al., NeurIPS 2017)
-    fixed : item vectors are a learned linear map (`adapter`) of random codes of the features, which stay as they were drawn;
-        there are no id vectors, and one modality, which is the whole
+        Items of the training events; padding (index 0) is False.
+    features : name -> (tokens [K], offsets [V]) or (vectors [V, C], present [V]), from
+        `recray.dataset.features`
+    id_dropout : share of the items that a training step treats as cold, so that features learn to represent
+        cold items (DropoutNet, Volkovs et al., NeurIPS 2017)
+    fixed : item vectors are a learned linear map (`adapter`) of random codes of the features, which are never
+        trained; there are no id vectors, and the whole is one modality
     """
 
     seen_V: Tensor
@@ -107,7 +117,10 @@ class ItemEncoder(nn.Module):
         self.names = sorted(features)
         width = FIXED_WIDTH if fixed else dim
         self.features = nn.ModuleList(
-            VectorColumn(*features[name], width) if features[name][0].ndim == 2 else TokenBags(*features[name], buckets, width) for name in self.names
+            VectorColumn(*features[name], width)
+            if features[name][0].ndim == 2
+            else TokenBags(*features[name], buckets, width)
+            for name in self.names
         )
         self._codes: tuple[list[tuple[int, int]], Tensor] | None = None
         self.adapter = nn.Linear(width, dim, bias=False) if fixed else None
@@ -124,17 +137,20 @@ class ItemEncoder(nn.Module):
 
     @torch.no_grad()
     def codes(self, index: Tensor | None = None) -> Tensor:
-        """The fixed vectors [V, F], of length one; zero for an item without features. Made once for the tables as they are."""
+        """The fixed vectors [V, F], of length one; zero for an item without features.
+
+        They are cached until a feature table changes.
+        """
         tables = [(table.data_ptr(), table._version) for table in self.features.parameters()]
         if self._codes is None or self._codes[0] != tables:
-            found = torch.zeros(len(self.seen_V), FIXED_WIDTH, device=self.seen_V.device)
+            codes = torch.zeros(len(self.seen_V), FIXED_WIDTH, device=self.seen_V.device)
             for column in self._columns:
-                found += F.normalize(column(), dim=1)
-            self._codes = tables, F.normalize(found, dim=1)
+                codes += F.normalize(column(), dim=1)
+            self._codes = tables, F.normalize(codes, dim=1)
         return self._codes[1] if index is None else self._codes[1][index]
 
     def parts(self, index: Tensor | None = None) -> Tensor:
-        """Vectors by modality [M, V, D]; zero where an item does not have it."""
+        """Vectors by modality [M, V, D]; zero where an item lacks it."""
         return self._parts(index, self._seen(index))
 
     def _parts(self, index: Tensor | None, seen: Tensor) -> Tensor:
@@ -151,8 +167,7 @@ class ItemEncoder(nn.Module):
 
     def _ids(self, index: Tensor | None, seen: Tensor) -> Tensor:
         assert self.ids is not None
-        found: Tensor = (self.ids.weight if index is None else self.ids(index)) * seen[:, None]
-        return found
+        return (self.ids.weight if index is None else self.ids(index)) * seen[:, None]
 
     def present(self, index: Tensor | None = None) -> Tensor:
         """Which item has which modality, bool [M, V]."""
@@ -167,8 +182,8 @@ class ItemEncoder(nn.Module):
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Item vectors [V, D]."""
         if self.adapter is not None:
-            mapped: Tensor = self.adapter(self.codes(index))
-            return mapped
+            result: Tensor = self.adapter(self.codes(index))
+            return result
         seen = self._seen(index)
         if self.fusion is None:
             return self._ids(index, seen)
@@ -177,9 +192,11 @@ class ItemEncoder(nn.Module):
         return self.fuse(self._parts(index, seen), self._present(index, seen))
 
     def fuse(self, parts: Tensor, present: Tensor, log_weight: Tensor | None = None) -> Tensor:
-        """Attention over the modalities of an item, times how many it has: at zero `fusion` the plain sum.
+        """Attention over the modalities of an item, times their number: with zero `fusion` the plain sum.
 
-        parts [M, ..., D], present bool [M, ...], log_weight [M, ...] added to the logits of the modalities.
+        parts : [M, ..., D]
+        present : bool [M, ...]
+        log_weight : [M, ...], added to the logits of the modalities
         """
         if self.fusion is None:
             return parts[0] if log_weight is None else parts[0] * log_weight[0].exp()[..., None]

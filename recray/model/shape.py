@@ -1,4 +1,4 @@
-"""What a network consists of, and the batches that it reads."""
+"""The architecture of a network and the batches that it reads."""
 
 from __future__ import annotations
 
@@ -9,17 +9,50 @@ import torch
 from torch import Tensor
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "ligr": {"attention": "softmax", "residual": "gated", "feed": "swiglu", "scores": "dot", "positions": True, "relative": False},
-    "sasrec": {"attention": "softmax", "residual": "plain", "feed": "relu", "scores": "dot", "positions": True, "relative": False},
-    "dp": {"attention": "softmax", "residual": "plain", "feed": "swiglu", "scores": "dot", "positions": True, "relative": False},
-    "hstu": {"attention": "pointwise", "residual": "plain", "feed": "none", "scores": "cosine", "positions": False, "relative": True},
+    "ligr": {
+        "attention": "softmax",
+        "residual": "gated",
+        "feed": "swiglu",
+        "scores": "dot",
+        "positions": True,
+        "relative": False,
+    },
+    "sasrec": {
+        "attention": "softmax",
+        "residual": "plain",
+        "feed": "relu",
+        "scores": "dot",
+        "positions": True,
+        "relative": False,
+    },
+    "dp": {
+        "attention": "softmax",
+        "residual": "plain",
+        "feed": "swiglu",
+        "scores": "dot",
+        "positions": True,
+        "relative": False,
+    },
+    "hstu": {
+        "attention": "pointwise",
+        "residual": "plain",
+        "feed": "none",
+        "scores": "cosine",
+        "positions": False,
+        "relative": True,
+    },
 }
-"""Parts of the networks of the literature: LiGR (arXiv 2502.03417), SASRec (arXiv 1808.09781), HSTU (arXiv 2402.17152)."""
+"""Architectures of the literature: LiGR (arXiv 2502.03417), SASRec (arXiv 1808.09781), HSTU (arXiv
+2402.17152).
+"""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the network consists of; with the state dict it is all that rebuilds it. The parts are those of `ModelSettings`."""
+    """Architecture of a network. Together with the state dict it rebuilds the network.
+
+    The fields are described in `ModelSettings`.
+    """
 
     event_types: int
     dim: int = 64
@@ -50,13 +83,15 @@ class Shape:
 
 
 class Packing(NamedTuple):
-    """Where the events of padded histories [B, T] lie in the row.
+    """Positions of the events of padded histories [B, T] in the packed row.
 
-    place_P int64: which of the B · T each position is, 0 for what fills the row; row_P int64: whose it is, -1 for that;
-    first_B int64: where each history begins; block int64 [P / BLOCK]: the first block that each block of positions sees.
+    source_P : int64, index of each position among the B · T events; 0 for padding
+    row_P : int64, index of each position's user; -1 for padding
+    first_B : int64, first position of each history
+    block : int64 [P / BLOCK], first block that each block of positions attends to
     """
 
-    place_P: Tensor
+    source_P: Tensor
     row_P: Tensor
     first_B: Tensor
     block: Tensor
@@ -68,11 +103,16 @@ class Packing(NamedTuple):
 class Batch(NamedTuple):
     """Histories padded on the right with 0, and the queries into them.
 
-    item, event [B, T]; value [B, T] as logged; time [B, T] seconds (or positions); now [B, T] the moment at which position t
-    is asked; user, position [N] of the queries; prior [P, V] log(1 + recent count) by day and
-    fresh [P, V] the bucket of an item's age on it, or int64 [P] the days themselves as long as it is open which items compete; day [N]
-    the queries' rows in them; context [N, C] codes of each request's context, 0 unknown; packing: where the events lie for a model that
-    trains on all histories in one row, None for one that goes through them padded.
+    item_BT, event_BT : item indices and event types
+    value_BT : as logged
+    time_BT : seconds, or positions
+    now_BT : time at which position t is queried
+    user_N, position_N : of the queries
+    prior_PV, fresh_PV : log(1 + recent count) and bucket of an item's age, by day; int64 [P] days while the
+        candidate items are not drawn yet
+    day_N : the queries' rows in them
+    context_NC : codes of each request's context; 0 unknown
+    packing : for a model that trains on packed histories; None for padded ones
     """
 
     item_BT: Tensor

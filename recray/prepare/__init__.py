@@ -1,1 +1,1 @@
-"""From the owner's Parquet to a dataset: read, check, partition by user, sort, split. Runs on Ray Data."""
+"""From event files to a dataset: read, check, partition by user, sort, split. Runs on Ray Data."""

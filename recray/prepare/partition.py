@@ -1,6 +1,7 @@
-"""First pass, one Ray task a row group: check the rows, quarantine the bad, scatter the good over the shards of users.
+"""First pass, one Ray task per row group: check the rows, quarantine invalid ones, scatter valid ones to the
+shards of users.
 
-A task writes into a folder of its own and renames it when it is complete, so that a repeated task changes nothing.
+A task writes into a folder of its own and renames it when it is complete, so a repeated task changes nothing.
 """
 
 from __future__ import annotations
@@ -21,66 +22,69 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from recray import schema
-from recray.dataset.context import codes
-from recray.dataset.ids import CANONICAL, canonical_integer
-from recray.dataset.reader import bucket_of, nothing_learned_of
+from recray.dataset import schema
+from recray.dataset.context import encode_column
+from recray.dataset.ids import CANONICAL, to_canonical_integer
+from recray.dataset.reader import assign_buckets, is_holdout
 from recray.errors import DataError
-from recray.optout import OptOut
 from recray.prepare.files import InputFile
 from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, Batch, open_file
-from recray.prepare.sources import RowGroup, as_id, is_blank
-from recray.prepare.times import MAX_US, OUTSIDE, UNDER_US, TimeRule, signed
+from recray.prepare.sources import RowGroup, is_blank, to_id_column
+from recray.prepare.times import MAX_US, OUT_OF_RANGE, SUB_MICROSECOND, TimeRule, to_signed
 from recray.storage import read_json, write_json
+from recray.storage.opt_out import OptOut
 
 BATCH_ROWS = 131_072
-LARGEST = (1 << 63) - 1
-LIVE_POSITION = 1 << 62  # where an order is all that is known, live events come after everything that the owner has
+MAX_INT64 = (1 << 63) - 1
+LIVE_POSITION = 1 << 62  # without times, collected events come after all of data.events
 FUTURE = "time is in the future"
-WORDS = re.compile(r"[\s,;|\t\"'{}\[\]:]+")  # what stands between the words of a line that is no row
-P = "p"  # staged column: what orders events of one time
-ROW = "row"  # staged column: a digest of what the others hold less exactly, so that rows which differ are told apart
+WORD_SEPARATORS = re.compile(r"[\s,;|\t\"'{}\[\]:]+")  # between the words of an invalid line
+STAGED_POSITION = "p"  # staged column: orders events of one time
+# staged column: a digest of values that other columns store less exactly, so that distinct rows stay distinct
+ROW_DIGEST = "row"
 
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """What every task of the first pass needs to know."""
+    """Input of every task of the first pass."""
 
     columns: dict[str, str]
     types: dict[str, pa.DataType]
     clock: str
     times: TimeRule
     as_of_us: int | None
-    future_us: int | None  # a time from here on has not come yet; None: the as-of says what counts
+    future_us: int | None  # later times are in the future and invalid; None: there is an as-of
     min_value: float | None
-    remembers_low: bool  # whether the owner's events below it are staged, so that the endpoint's copies of them are known as such
-    loses: bool  # whether there is a column ROW
-    pointed: tuple[str, ...]  # ids that text files write as 7.0
-    whole_items: bool  # whether data.items alone says which items there are, and has whole numbers
-    described_by: dict[str, Any] | None  # the split whose held-out users alone say which types of events there are, and when the data end
+    # whether events below min_value are staged, so that the endpoint's copies of them are recognized
+    keeps_low_values: bool
+    has_row_digests: bool  # whether there is a column ROW_DIGEST
+    integral_float_ids: tuple[str, ...]  # ids that text files write as 7.0
+    needs_integer_items: bool  # whether data.items alone defines the catalogue, with integer ids
+    # the split whose holdout users alone define the event types and the end of the data; None: all users do
+    holdout_split: dict[str, Any] | None
     default_event: str
     opted_out: OptOut
-    first_live: int  # number of the first row group that was collected from the endpoint
+    first_live: int  # number of the first row group that the endpoint collected
     shards: int
     staging: Path
     quarantine: Path
 
     @property
     def has_order(self) -> bool:
-        """Whether a position orders what happened at one time."""
+        """Whether a position orders events of one time."""
         return self.clock == schema.TIMESTAMP and schema.POSITION in self.columns
 
 
 @dataclass
 class Stats:
-    """What the first pass counted: rows = bad + opted_out + late + low + events; late rows come after as-of, low ones are worth less than
-    `data.min_value`.
+    """Counts of the first pass: rows = bad + opted_out + late + low + events. Late rows are after the as-of,
+    low rows below `data.min_value`.
 
-    last_us : the newest time, of the users who describe the data (`PartitionPlan.described_by`)
-    clocked : whether any time of theirs has a time of day
-    event_types : events of each type, theirs
-    negative : events that are worth 0 or less
-    words : events whose user or item is called like nothing (`NULL_IDS`)
+    last_us : newest time, of the users who describe the data (`PartitionPlan.holdout_split`)
+    clocked : whether any time of these users has a time of day
+    event_types : events of each type, of these users
+    negative : events with a value of 0 or less
+    words : events whose user or item id is a word for null (`NULL_IDS`)
     padded : ids that begin or end with a blank
     """
 
@@ -102,77 +106,105 @@ class Stats:
         for name in ("rows", "bad", "late", "low", "opted_out", "events", "negative", "words", "padded"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.clocked |= other.clocked
-        for mine, theirs in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
-            for key, count in theirs.items():
-                mine[key] = mine.get(key, 0) + count
-        self.saw(other.last_us)
+        for counts, other_counts in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
+            for key, count in other_counts.items():
+                counts[key] = counts.get(key, 0) + count
+        self.update_last_us(other.last_us)
 
-    def saw(self, last_us: int | None) -> None:
+    def update_last_us(self, last_us: int | None) -> None:
         """Take a time into account for `last_us`."""
         if last_us is not None:
             self.last_us = last_us if self.last_us is None else max(last_us, self.last_us)
 
 
 def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
-    """Scatter one row group into `plan.staging/<number>/`: an Arrow file a shard, `items.arrow` and `stats.json`."""
-    final = plan.staging / f"{group.number:06d}"
-    if final.exists():
+    """Scatter one row group into `plan.staging/<number>/`: one Arrow file per shard, `items.arrow` and
+    `stats.json`.
+    """
+    target = plan.staging / f"{group.number:06d}"
+    if target.exists():
         return
     scratch = plan.staging / f".{group.number:06d}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir(parents=True)
     stats = Stats()
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
-    counts: list[pa.Table] = []
-    bad: list[pa.Table] = []
-    for staged in _read(plan, group):
-        good, rejected, clocked = _check(plan, staged)
+    item_counts: list[pa.Table] = []
+    invalid_tables: list[pa.Table] = []
+    for batch in _stage_batches(plan, group):
+        valid, invalid, clocked = _split_invalid(plan, batch)
         if len(plan.opted_out):
-            gone, theirs_bad = (_by_user(rows, lambda users: plan.opted_out.among(users.to_pylist())) for rows in (good, rejected))
-            if "line" in rejected.column_names:
-                lines = rejected["line"].to_pylist()
-                theirs_bad |= np.array([line is not None and plan.opted_out.among(WORDS.split(line)).any() for line in lines], bool)
-            stats.opted_out += int(gone.sum() + theirs_bad.sum())
-            good, clocked, rejected = good.filter(pa.array(~gone)), clocked[~gone], rejected.filter(pa.array(~theirs_bad))
-        described = describing(plan, good)
-        stats.clocked |= bool(clocked[described].any())
-        stats.rows += len(staged.table) + len(staged.broken)
-        bad.append(rejected)
+            is_opted_out, is_opted_out_invalid = (
+                _mask_opted_out(plan.opted_out, rows) for rows in (valid, invalid)
+            )
+            stats.opted_out += int(is_opted_out.sum() + is_opted_out_invalid.sum())
+            valid, clocked, invalid = (
+                valid.filter(pa.array(~is_opted_out)),
+                clocked[~is_opted_out],
+                invalid.filter(pa.array(~is_opted_out_invalid)),
+            )
+
+        describes = mask_describing_users(plan, valid)
+        stats.clocked |= bool(clocked[describes].any())
+        stats.rows += len(batch.table) + len(batch.invalid_lines)
+        invalid_tables.append(invalid)
+
         if plan.as_of_us is not None:
-            kept = good["t"].to_numpy() <= plan.as_of_us
-            stats.late += int((~kept).sum())
-            good, described = good.filter(pa.array(kept)), described[kept]
-        told = good
+            is_kept = valid["t"].to_numpy() <= plan.as_of_us
+            stats.late += int((~is_kept).sum())
+            valid, describes = valid.filter(pa.array(is_kept)), describes[is_kept]
+        with_low_values = valid
         if plan.min_value is not None:
-            kept = good[schema.VALUE].to_numpy() >= np.float32(plan.min_value)
-            stats.low += int((~kept).sum())
-            good, described = good.filter(pa.array(kept)), described[kept]
-        _scatter(told if plan.remembers_low and not group.live else good, plan.shards, scratch, writers)
-        if not len(good):
+            is_kept = valid[schema.VALUE].to_numpy() >= np.float32(plan.min_value)
+            stats.low += int((~is_kept).sum())
+            valid, describes = valid.filter(pa.array(is_kept)), describes[is_kept]
+
+        staged = with_low_values if plan.keeps_low_values and not group.live else valid
+        _scatter_to_shards(staged, plan.shards, scratch, writers)
+        if not len(valid):
             continue
-        theirs = good if described.all() else good.filter(pa.array(described))
+
+        describing_rows = valid if describes.all() else valid.filter(pa.array(describes))
         if plan.clock == schema.TIMESTAMP:
-            stats.saw(pc.max(theirs["t"]).as_py())
+            stats.update_last_us(pc.max(describing_rows["t"]).as_py())
         if schema.VALUE in plan.columns:
-            stats.negative += int((good[schema.VALUE].to_numpy() <= 0).sum())
-        stats.words += _count_ids(good, lambda text: pc.is_in(text, pa.array(NULL_IDS)))
-        stats.padded += _count_ids(good, lambda text: pc.not_equal(pc.utf8_trim_whitespace(text), text))
-        _count(stats.event_types, theirs[schema.EVENT])
-        counts.append(good.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
+            stats.negative += int((valid[schema.VALUE].to_numpy() <= 0).sum())
+        stats.words += _count_matching_ids(valid, lambda text: pc.is_in(text, pa.array(NULL_IDS)))
+        stats.padded += _count_matching_ids(
+            valid, lambda text: pc.not_equal(pc.utf8_trim_whitespace(text), text)
+        )
+        _add_counts(stats.event_types, describing_rows[schema.EVENT])
+        item_counts.append(valid.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
+
     for writer in writers.values():
         writer.close()
-    rejected = pa.concat_tables(bad, promote_options="default")
-    stats.bad = len(rejected)
-    _count(stats.reasons, rejected["reason"])
-    _write_quarantine(plan, group, rejected)
+    invalid = pa.concat_tables(invalid_tables, promote_options="default")
+    stats.bad = len(invalid)
+    _add_counts(stats.reasons, invalid["reason"])
+    _write_quarantine(plan, group, invalid)
     stats.events = stats.rows - stats.bad - stats.opted_out - stats.late - stats.low
-    _write_counts(counts, scratch / "items.arrow")
+    _write_counts(item_counts, scratch / "items.arrow")
     write_json(scratch / "stats.json", asdict(stats))
     try:
-        os.rename(scratch, final)
+        os.rename(scratch, target)
     except OSError:
-        if not final.exists():
+        if not target.exists():
             raise
         shutil.rmtree(scratch)
+
+
+def _mask_opted_out(opted_out: OptOut, rows: pa.Table) -> np.ndarray:
+    """Rows of users who opted out, bool [rows]; an invalid line that contains such an id counts as theirs."""
+    is_opted_out = _mask_by_user(rows, lambda users: opted_out.mask_members(users.to_pylist()))
+    if "line" in rows.column_names:
+        lines = rows["line"].to_pylist()
+        is_opted_out |= np.array(
+            [
+                line is not None and opted_out.mask_members(WORD_SEPARATORS.split(line)).any()
+                for line in lines
+            ],
+            bool,
+        )
+    return is_opted_out
 
 
 def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[Stats, pa.Table]]:
@@ -183,23 +215,35 @@ def read_stats(plan: PartitionPlan, groups: int) -> Iterator[tuple[Stats, pa.Tab
             yield Stats(**read_json(folder / "stats.json")), reader.read_all()
 
 
-def example(quarantine: Path) -> str:
-    """One bad row, for a person: what the file says, and which file that is."""
-    for part in sorted(quarantine.glob("[!.]*.parquet")):
-        row = {name: value for name, value in pq.read_table(part).slice(0, 1).to_pylist()[0].items() if name not in ("file", "reason", ROW)}
+def format_invalid_row(quarantine: Path) -> str:
+    """One invalid row as an example for the user: its content and its file."""
+    for file in sorted(quarantine.glob("[!.]*.parquet")):
+        row = {
+            name: value
+            for name, value in pq.read_table(file).slice(0, 1).to_pylist()[0].items()
+            if name not in ("file", "reason", ROW_DIGEST)
+        }
         if row.get("line") is not None:
-            said = repr(row["line"][:200])
+            content = repr(row["line"][:200])
         else:
-            given = {name.removeprefix("given_"): value for name, value in row.items() if name.startswith("given_")}
-            said = ", ".join(
-                f"{name} {value!r}" for name, value in {**{name: row[name] for name in (schema.USER_ID, schema.ITEM_ID)}, **given}.items()
+            originals = {
+                name.removeprefix("given_"): value for name, value in row.items() if name.startswith("given_")
+            }
+            content = ", ".join(
+                f"{name} {value!r}"
+                for name, value in {
+                    **{name: row[name] for name in (schema.USER_ID, schema.ITEM_ID)},
+                    **originals,
+                }.items()
             )
-        return f"{said} in {pq.read_table(part, columns=['file'])['file'][0].as_py()}"
-    return "none that was kept"
+        return f"{content} in {pq.read_table(file, columns=['file'])['file'][0].as_py()}"
+    return "none was kept"
 
 
 def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
-    """Staged events of one shard in the order (file, row), with the column `live`."""
+    """Staged events of one shard in the order (file, row), with the column `live`: whether the endpoint
+    collected them.
+    """
     tables = []
     if not plan.staging.is_dir():
         raise DataError(f"{plan.staging} vanished while it was read", "run one prepare at a time")
@@ -208,7 +252,11 @@ def read_partition(plan: PartitionPlan, groups: int, shard: int) -> pa.Table:
         if file.exists():
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
             tables.append(table.append_column("live", pa.repeat(number >= plan.first_live, len(table))))
-    return pa.concat_tables(tables) if tables else staged_schema(plan).append(pa.field("live", pa.bool_())).empty_table()
+    return (
+        pa.concat_tables(tables)
+        if tables
+        else staged_schema(plan).append(pa.field("live", pa.bool_())).empty_table()
+    )
 
 
 def staged_schema(plan: PartitionPlan) -> pa.Schema:
@@ -222,143 +270,187 @@ def staged_schema(plan: PartitionPlan) -> pa.Schema:
     ]
     fields += [(name, plan.types[name]) for name in (schema.BASKET, schema.EVENT_ID) if name in plan.types]
     if plan.has_order:
-        fields.append((P, pa.int64()))
-    if plan.loses:
-        fields.append((ROW, pa.uint64()))
+        fields.append((STAGED_POSITION, pa.int64()))
+    if plan.has_row_digests:
+        fields.append((ROW_DIGEST, pa.uint64()))
     fields += [(name, pa.int16()) for name in plan.columns if name.startswith(schema.CONTEXT)]
     return pa.schema(fields)
 
 
 @dataclass
-class _Staged:
-    """A batch in the staged columns, and what is wrong with its rows: by reason, bool [rows].
+class _StagedBatch:
+    """A batch in the staged columns, with masks of its invalid rows: by reason, bool [rows].
 
-    given : what the file says in the columns that could not be read, by column
+    originals : the columns as the file has them, where values could not be read, by column
     clocked : which times have a time of day
-    broken : lines of the file that are no rows
+    invalid_lines : lines of the file that could not be parsed
     """
 
     table: pa.Table
-    wrong: dict[str, np.ndarray]
-    given: dict[str, pa.ChunkedArray]
+    invalid: dict[str, np.ndarray]
+    originals: dict[str, pa.ChunkedArray]
     clocked: np.ndarray
-    broken: list[str]
+    invalid_lines: list[str]
 
 
-def _read(plan: PartitionPlan, group: RowGroup) -> Iterator[_Staged]:
+def _stage_batches(plan: PartitionPlan, group: RowGroup) -> Iterator[_StagedBatch]:
     """Batches of one row group. Raises DataError for a file that cannot be read."""
     with open_file(group.file) as file:
         columns = None if group.live else list(plan.columns.values())
         for batch in file.batches(group.part, BATCH_ROWS, columns):
-            staged = (_Live if group.live else _Owned)(plan, batch, group.file)
+            staged = (_CollectedRows if group.live else _OwnerRows)(plan, batch, group.file)
             yield staged.stage()
 
 
-class _Owned:
-    """Rows of the owner's, column by column in the staged types."""
+class _OwnerRows:
+    """Rows of `data.events`, staged column by column."""
 
     def __init__(self, plan: PartitionPlan, batch: Batch, file: InputFile) -> None:
-        self.plan, self.rows, self.file, self.broken = plan, batch.rows, file, list(batch.broken)
-        self.wrong: dict[str, np.ndarray] = {}
-        self.given: dict[str, pa.ChunkedArray] = {}
+        self.plan, self.rows, self.file, self.invalid_lines = (
+            plan,
+            batch.rows,
+            file,
+            list(batch.invalid_lines),
+        )
+        self.invalid: dict[str, np.ndarray] = {}
+        self.originals: dict[str, pa.ChunkedArray] = {}
         self.clocked = np.zeros(len(self.rows), bool)
         if file.format == "jsonl":
-            self._without_odd(batch.odd)
+            self._mask_invalid_values(batch.invalid_values)
 
-    def _without_odd(self, odd: Mapping[str, np.ndarray]) -> None:
-        """Rows of JSON with a list, an object or half a character where a single value belongs are bad, and null there."""
-        for name, column in self.plan.columns.items():
-            given = self.rows[column]
-            mask = given.is_valid().to_numpy() if pa.types.is_nested(given.type) else odd.get(column)
+    def _mask_invalid_values(self, invalid_values: Mapping[str, np.ndarray]) -> None:
+        """Mark JSON rows with a list, an object or half a character in place of a single value as invalid,
+        and put null there.
+        """
+        for name, column_name in self.plan.columns.items():
+            column = self.rows[column_name]
+            mask = (
+                column.is_valid().to_numpy()
+                if pa.types.is_nested(column.type)
+                else invalid_values.get(column_name)
+            )
             if mask is not None and mask.any():
-                self.wrong[f"{name.removeprefix(schema.CONTEXT)} is a list, an object or half a character"] = mask
-                empty = pa.nulls(len(given), pa.string())
-                kept = empty if pa.types.is_nested(given.type) else pc.if_else(pa.array(mask), pa.scalar(None, pa.string()), given)
-                self.rows = self.rows.set_column(self.rows.schema.get_field_index(column), column, kept)
+                self.invalid[
+                    f"{name.removeprefix(schema.CONTEXT)} is a list, an object or half a character"
+                ] = mask
+                nulls = pa.nulls(len(column), pa.string())
+                masked = (
+                    nulls
+                    if pa.types.is_nested(column.type)
+                    else pc.if_else(pa.array(mask), pa.scalar(None, pa.string()), column)
+                )
+                self.rows = self.rows.set_column(
+                    self.rows.schema.get_field_index(column_name), column_name, masked
+                )
 
-    def stage(self) -> _Staged:
+    def stage(self) -> _StagedBatch:
         plan, count = self.plan, len(self.rows)
-        staged = {name: self.column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
-        staged["t"] = self.column(plan.clock) if plan.clock in plan.columns else pa.array(np.zeros(count, np.int64))
+        staged = {name: self.stage_column(name) for name in (schema.USER_ID, schema.ITEM_ID)}
+        staged["t"] = (
+            self.stage_column(plan.clock)
+            if plan.clock in plan.columns
+            else pa.array(np.zeros(count, np.int64))
+        )
         if schema.EVENT in plan.columns:
-            staged[schema.EVENT] = pc.fill_null(self.column(schema.EVENT), plan.default_event)
+            staged[schema.EVENT] = pc.fill_null(self.stage_column(schema.EVENT), plan.default_event)
         else:
             staged[schema.EVENT] = pa.array([plan.default_event]).take(pa.array(np.zeros(count, np.int8)))
-        staged[schema.VALUE] = self.column(schema.VALUE) if schema.VALUE in plan.columns else pa.array(np.ones(count, np.float32))
+        staged[schema.VALUE] = (
+            self.stage_column(schema.VALUE)
+            if schema.VALUE in plan.columns
+            else pa.array(np.ones(count, np.float32))
+        )
         for name in (schema.BASKET, schema.EVENT_ID):
             if name in plan.columns:
-                staged[name] = self.column(name)
+                staged[name] = self.stage_column(name)
         if plan.has_order:
-            staged[P] = pc.fill_null(self.column(schema.POSITION), np.iinfo(np.int64).max)
-        if plan.loses:
-            staged[ROW] = pa.array(self.digest())
+            staged[STAGED_POSITION] = pc.fill_null(self.stage_column(schema.POSITION), np.iinfo(np.int64).max)
+        if plan.has_row_digests:
+            staged[ROW_DIGEST] = pa.array(self.digest_rows())
         for name in plan.columns:
             if name.startswith(schema.CONTEXT):
-                staged[name] = pa.array(codes(name.removeprefix(schema.CONTEXT), self.column(name)))
-        return _Staged(pa.table(staged), self.wrong, self.given, self.clocked, self.broken)
+                staged[name] = pa.array(
+                    encode_column(name.removeprefix(schema.CONTEXT), self.stage_column(name))
+                )
+        return _StagedBatch(pa.table(staged), self.invalid, self.originals, self.clocked, self.invalid_lines)
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        """A column in the staged type; what cannot be read is null there and named in `wrong`."""
-        kind = self.plan.types[name]
-        found = self.rows[self.plan.columns[name]]
+    def stage_column(self, name: str) -> pa.ChunkedArray:
+        """A column in its staged type; a value that cannot be read is null there and marked in `invalid`."""
+        staged_type = self.plan.types[name]
+        column = self.rows[self.plan.columns[name]]
         if name == schema.TIMESTAMP:
-            return self._time(found)
+            return self._stage_time(column)
         if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET):
             where, is_text = f"{self.file.uri}: {self.plan.columns[name]}", self.file.format != "parquet"
-            if self.plan.whole_items and name == schema.ITEM_ID and pa.types.is_string(found.type):
-                found = self._whole_numbers(found)
-            ids = as_id(found, kind, where, text=is_text, pointed=name in self.plan.pointed)
-            return _said(ids) if name == schema.BASKET else ids
+            if self.plan.needs_integer_items and name == schema.ITEM_ID and pa.types.is_string(column.type):
+                column = self._to_integer_text(column)
+            ids = to_id_column(
+                column,
+                staged_type,
+                where,
+                is_text_file=is_text,
+                is_integral=name in self.plan.integral_float_ids,
+            )
+            return _blank_to_null(ids) if name == schema.BASKET else ids
         if name == schema.VALUE:
-            return self._value(found)
+            return self._stage_value(column)
         if name == schema.POSITION:
-            return self._position(found)
-        said = _said(found.cast(pa.string()) if pa.types.is_string(kind) else found, text=self.file.format != "parquet")
-        if name in self.plan.pointed and self.file.format != "parquet":
-            said = pc.replace_substring_regex(said, rf"^(-?[0-9]+){POINT_ZERO}", r"\1")
-        return said.cast(kind)
+            return self._stage_position(column)
+        text = _blank_to_null(
+            column.cast(pa.string()) if pa.types.is_string(staged_type) else column,
+            is_text_file=self.file.format != "parquet",
+        )
+        if name in self.plan.integral_float_ids and self.file.format != "parquet":
+            text = pc.replace_substring_regex(text, rf"^(-?[0-9]+){POINT_ZERO}", r"\1")
+        return text.cast(staged_type)
 
-    def _whole_numbers(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Ids where data.items alone says which there are, and has whole numbers: other text is no item."""
-        text = pc.replace_substring_regex(_said(column, text=True), rf"^(-?[0-9]+){POINT_ZERO}", r"\1")
-        other = pc.fill_null(pc.invert(pc.match_substring_regex(text, CANONICAL)), False)
-        if pc.any(other).as_py():
-            self.wrong["item_id is no whole number, as those of data.items are"] = other.to_numpy()
-        return pc.if_else(other, pa.scalar(None, pa.string()), text)
+    def _to_integer_text(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Item ids where `data.items` alone defines the catalogue, with integer ids: any other text is not an
+        item.
+        """
+        text = pc.replace_substring_regex(
+            _blank_to_null(column, is_text_file=True), rf"^(-?[0-9]+){POINT_ZERO}", r"\1"
+        )
+        is_other = pc.fill_null(pc.invert(pc.match_substring_regex(text, CANONICAL)), False)
+        if pc.any(is_other).as_py():
+            self.invalid["item_id is no whole number, as those of data.items are"] = is_other.to_numpy()
+        return pc.if_else(is_other, pa.scalar(None, pa.string()), text)
 
-    def _time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        found = self.plan.times.read(column)
-        self.clocked = found.clocked
-        if found.unreadable is not None and found.unreadable.any():
-            self.wrong["time is no ISO 8601 (2024-03-01 10:00:00)"] = found.unreadable
-        self.given[schema.TIMESTAMP] = column
-        return found.us
+    def _stage_time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        times = self.plan.times.read(column)
+        self.clocked = times.clocked
+        if times.unreadable is not None and times.unreadable.any():
+            self.invalid["time is no ISO 8601 (2024-03-01 10:00:00)"] = times.unreadable
+        self.originals[schema.TIMESTAMP] = column
+        return times.us
 
-    def digest(self) -> np.ndarray:
-        """A number for what each row says in the columns that are staged less exactly, uint64 [rows]."""
-        found = np.zeros(len(self.rows), np.uint64)
+    def digest_rows(self) -> np.ndarray:
+        """A digest of each row over the columns that are staged with less precision, uint64 [rows]."""
+        digests = np.zeros(len(self.rows), np.uint64)
         for name, column in self.plan.columns.items():
-            given = self.rows[column]
+            values = self.rows[column]
             if name == schema.TIMESTAMP:
-                given = _below_us(given, self.plan.times.unit)
+                values = _sub_microseconds(values, self.plan.times.unit)
             elif name != schema.VALUE and not name.startswith(schema.CONTEXT):
                 continue
-            if given is not None:
-                found = found * np.uint64(0x9E3779B97F4A7C15) + digest_of(given)
-        return found
+            if values is not None:
+                digests = digests * np.uint64(0x9E3779B97F4A7C15) + digest_values(values)
+        return digests
 
-    def _position(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def _stage_position(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         if pa.types.is_uint64(column.type):
-            large = pc.fill_null(pc.greater(column, pa.scalar(LARGEST, pa.uint64())), False)
-            if pc.any(large).as_py():
-                self.wrong["position has more than 63 bits"] = large.to_numpy()
-            return signed(column)
+            is_too_large = pc.fill_null(pc.greater(column, pa.scalar(MAX_INT64, pa.uint64())), False)
+            if pc.any(is_too_large).as_py():
+                self.invalid["position has more than 63 bits"] = is_too_large.to_numpy()
+            return to_signed(column)
         if not pa.types.is_string(column.type):
             return column.cast(pa.int64())
         text = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), POINT_ZERO, "")
-        return pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text).cast(pa.int64())
+        return pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text).cast(
+            pa.int64()
+        )
 
-    def _value(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def _stage_value(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         if not pa.types.is_string(column.type):
             return column.cast(pa.float32(), safe=False)
         text = pc.utf8_trim_whitespace(column)
@@ -366,178 +458,244 @@ class _Owned:
         try:
             return text.cast(pa.float32())
         except pa.ArrowInvalid:
-            values = pa.chunked_array([pa.array([_number(one) for one in text.to_pylist()], pa.float32())])
-            self.wrong["value is not a number"] = pc.and_(pc.is_valid(text), pc.is_null(values)).to_numpy()
-            self.given[schema.VALUE] = column
+            values = pa.chunked_array(
+                [pa.array([_parse_float(number) for number in text.to_pylist()], pa.float32())]
+            )
+            self.invalid["value is not a number"] = pc.and_(pc.is_valid(text), pc.is_null(values)).to_numpy()
+            self.originals[schema.VALUE] = column
             return values
 
 
-class _Live(_Owned):
-    """What was collected from the endpoint; null for an id that the owner's type cannot hold."""
+class _CollectedRows(_OwnerRows):
+    """Rows that the endpoint collected; null for an id that does not fit the type of `data.events`."""
 
-    def digest(self) -> np.ndarray:
-        found: np.ndarray = digest_of(self.rows[schema.VALUE]) * np.uint64(0x9E3779B97F4A7C15) + digest_of(self.rows["context"])
-        return found
+    def digest_rows(self) -> np.ndarray:
+        result: np.ndarray = digest_values(self.rows[schema.VALUE]) * np.uint64(
+            0x9E3779B97F4A7C15
+        ) + digest_values(self.rows["context"])
+        return result
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        kind = self.plan.types[name]
+    def stage_column(self, name: str) -> pa.ChunkedArray:
+        staged_type = self.plan.types[name]
         if name == schema.TIMESTAMP:
-            found = TimeRule().read(self.rows[name])
-            self.clocked = found.clocked
-            return found.us
+            times = TimeRule().read(self.rows[name])
+            self.clocked = times.clocked
+            return times.us
         if name == schema.POSITION:
             return pc.add(self.rows["number"], LIVE_POSITION)
         if name == schema.BASKET:
-            return pa.chunked_array([pa.nulls(len(self.rows), kind)])
+            return pa.chunked_array([pa.nulls(len(self.rows), staged_type)])
         if name == schema.EVENT_ID and name not in self.rows.column_names:
-            return pa.chunked_array([pa.nulls(len(self.rows), kind)])
+            return pa.chunked_array([pa.nulls(len(self.rows), staged_type)])
         if name.startswith(schema.CONTEXT):
-            field = name.removeprefix(schema.CONTEXT)
-            given = [None if text is None else json.loads(text).get(field) for text in self.rows["context"].to_pylist()]
-            return pa.chunked_array([[None if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in given]], kind)
-        if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(kind):
-            return pa.chunked_array([[None if text is None else canonical_integer(text) for text in self.rows[name].to_pylist()]], kind)
-        return _said(self.rows[name].cast(kind)) if name == schema.EVENT else self.rows[name].cast(kind)
+            context_name = name.removeprefix(schema.CONTEXT)
+            values = [
+                None if text is None else json.loads(text).get(context_name)
+                for text in self.rows["context"].to_pylist()
+            ]
+            return pa.chunked_array(
+                [
+                    [
+                        None
+                        if value is None
+                        else str(value).lower()
+                        if isinstance(value, bool)
+                        else str(value)
+                        for value in values
+                    ]
+                ],
+                staged_type,
+            )
+        if name in (schema.USER_ID, schema.ITEM_ID) and pa.types.is_integer(staged_type):
+            return pa.chunked_array(
+                [
+                    [
+                        None if text is None else to_canonical_integer(text)
+                        for text in self.rows[name].to_pylist()
+                    ]
+                ],
+                staged_type,
+            )
+        column = self.rows[name].cast(staged_type)
+        return _blank_to_null(column) if name == schema.EVENT else column
 
 
-def digest_of(column: pa.ChunkedArray) -> np.ndarray:
-    """A number for each value of a column, the same for the same value, uint64 [n]; that of null is one of its own."""
+def digest_values(column: pa.ChunkedArray) -> np.ndarray:
+    """A digest of each value of a column, equal for equal values, uint64 [n]. Null has a digest of its
+    own.
+    """
     if pa.types.is_timestamp(column.type) or pa.types.is_integer(column.type):
         column = column.cast(pa.int64(), safe=False)
     elif pa.types.is_floating(column.type):
         column = column.cast(pa.float64())
     else:
         encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
-        known = np.array([*(xxhash.xxh64_intdigest(text.encode()) for text in encoded.dictionary.to_pylist()), 1], np.uint64)
-        found: np.ndarray = known[pc.fill_null(encoded.indices, len(known) - 1).to_numpy()]
-        return found
+        digests = np.array(
+            [*(xxhash.xxh64_intdigest(text.encode()) for text in encoded.dictionary.to_pylist()), 1],
+            np.uint64,
+        )
+        result: np.ndarray = digests[pc.fill_null(encoded.indices, len(digests) - 1).to_numpy()]
+        return result
     values = pc.fill_null(column, 0).to_numpy().view(np.uint64)
     mixed = (values ^ (values >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers: np.ndarray = np.where(column.is_null().to_numpy(), np.uint64(1), mixed ^ (mixed >> np.uint64(32)))
-    return numbers
+    return np.where(column.is_null().to_numpy(), np.uint64(1), mixed ^ (mixed >> np.uint64(32)))
 
 
-def _below_us(times: pa.ChunkedArray, unit: str) -> pa.ChunkedArray | None:
-    """What times say more exactly than a microsecond; None where they cannot."""
-    if pa.types.is_timestamp(times.type) or (pa.types.is_integer(times.type) and unit == "ns"):
-        return times
-    if not pa.types.is_string(times.type):
+def _sub_microseconds(column: pa.ChunkedArray, unit: str) -> pa.ChunkedArray | None:
+    """The part of times below a microsecond; None if their type holds none."""
+    if pa.types.is_timestamp(column.type) or (pa.types.is_integer(column.type) and unit == "ns"):
+        return column
+    if not pa.types.is_string(column.type):
         return None
     if unit == "ns":
-        return times
-    digits = pc.struct_field(pc.extract_regex(times, UNDER_US), "more")
+        return column
+    digits = pc.struct_field(pc.extract_regex(column, SUB_MICROSECOND), "digits")
     return pc.fill_null(digits, "")
 
 
-def _said(column: pa.ChunkedArray, *, text: bool = False) -> pa.ChunkedArray:
-    """Text, with null for what is blank, and in a text file for a word for nothing."""
+def _blank_to_null(column: pa.ChunkedArray, *, is_text_file: bool = False) -> pa.ChunkedArray:
+    """Text, with null for blanks, and in a text file for words that stand for null."""
     if not pa.types.is_string(column.type):
         return column
-    if text:
+    if is_text_file:
         column = pc.if_else(pc.is_in(column, pa.array(NULL_IDS)), pa.scalar(None, pa.string()), column)
     blank = is_blank(column)
     return pc.if_else(blank, pa.scalar(None, pa.string()), column) if pc.any(blank).as_py() else column
 
 
-def _number(text: str | None) -> float | None:
+def _parse_float(text: str | None) -> float | None:
     try:
         return None if text is None else float(text)
     except ValueError:
         return None
 
 
-def describing(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
+def mask_describing_users(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
     """Rows of users who describe the data, bool [rows]."""
-    if plan.described_by is None:
+    if plan.holdout_split is None:
         return np.ones(len(rows), bool)
-    split = plan.described_by
-    return _by_user(rows, lambda users: nothing_learned_of(users, split))
+    holdout_split = plan.holdout_split
+    return _mask_by_user(rows, lambda users: is_holdout(users, holdout_split))
 
 
-def _by_user(rows: pa.Table, which: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
-    """Rows of the users of whom something is true, bool [rows]; rows without a user are not among them."""
+def _mask_by_user(rows: pa.Table, predicate: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+    """Rows of the users for whom a predicate holds, bool [rows]; false for rows without a user."""
     users = rows[schema.USER_ID].combine_chunks().dictionary_encode()
     users = users.combine_chunks() if isinstance(users, pa.ChunkedArray) else users
-    found: np.ndarray = np.append(which(users.dictionary), False)[pc.fill_null(users.indices, len(users.dictionary)).to_numpy()]
-    return found
+    result: np.ndarray = np.append(predicate(users.dictionary), False)[
+        pc.fill_null(users.indices, len(users.dictionary)).to_numpy()
+    ]
+    return result
 
 
-def _check(plan: PartitionPlan, staged: _Staged) -> tuple[pa.Table, pa.Table, np.ndarray]:
-    """Good rows, and bad rows with the columns `reason` (the first that applies) and `given_…` (what the file says of time and value);
-    which of the good rows have a time of day."""
-    table = staged.table
-    t, value = table["t"], table[schema.VALUE]
-    # a value that is missing stands for 1; one that is not a number is an error
-    broken = pc.and_(pc.is_valid(value), pc.invert(pc.fill_null(pc.is_finite(value), True)))
-    checks = {reason: pa.chunked_array([pa.array(mask)]) for reason, mask in staged.wrong.items()}
+def _split_invalid(plan: PartitionPlan, batch: _StagedBatch) -> tuple[pa.Table, pa.Table, np.ndarray]:
+    """Valid rows, invalid rows, and which valid rows have a time of day.
+
+    Invalid rows have the columns `reason` (the first that applies) and `given_…` (time and value as the file
+    has them).
+    """
+    table = batch.table
+    checks = _check_rows(plan, batch)
+    valid, clocked = table, batch.clocked
+    invalid = table.slice(0, 0).append_column("reason", pa.array([], pa.string()))
+    if checks:
+        reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
+        for text, is_failed in reversed(checks.items()):
+            reason = pc.if_else(is_failed, text, reason)
+        is_invalid = pc.is_valid(reason)
+        clocked = clocked[~is_invalid.to_numpy()]
+        invalid = table.append_column("reason", reason)
+        for name, column in batch.originals.items():
+            invalid = invalid.append_column(f"given_{name}", column.cast(pa.string()))
+        invalid, valid = invalid.filter(is_invalid), table.filter(pc.invert(is_invalid))
+
+    if batch.invalid_lines:
+        lines = pa.table(
+            {
+                "reason": pa.repeat(pa.scalar("line is no row"), len(batch.invalid_lines)),
+                "line": pa.array(batch.invalid_lines, pa.string()),
+            }
+        )
+        invalid = pa.concat_tables([invalid, lines], promote_options="default")
+
+    value_position = valid.schema.get_field_index(schema.VALUE)
+    valid = valid.set_column(value_position, schema.VALUE, pc.fill_null(valid[schema.VALUE], 1.0))
+    return valid, invalid, clocked
+
+
+def _check_rows(plan: PartitionPlan, batch: _StagedBatch) -> dict[str, pa.ChunkedArray]:
+    """Failed checks by reason, bool [rows] each, the most important first."""
+    table = batch.table
+    time, value = table["t"], table[schema.VALUE]
+    checks = {reason: pa.chunked_array([pa.array(mask)]) for reason, mask in batch.invalid.items()}
     for name in (schema.USER_ID, schema.ITEM_ID):
         checks[f"{name} is null"] = pc.is_null(table[name])
         if pa.types.is_string(table[name].type):
             checks[f"{name} is blank"] = is_blank(table[name])
             too_long = pc.greater(pc.utf8_length(table[name]), schema.LONGEST_ID)
             checks[f"{name} has more than {schema.LONGEST_ID} letters"] = pc.fill_null(too_long, False)
-    checks |= {f"{'position' if plan.clock == schema.POSITION else 'time'} is null": pc.is_null(t), "value is not finite": broken}
+
+    # a missing value counts as 1; NaN and infinity are errors
+    is_infinite = pc.and_(pc.is_valid(value), pc.invert(pc.fill_null(pc.is_finite(value), True)))
+    checks |= {
+        f"{'position' if plan.clock == schema.POSITION else 'time'} is null": pc.is_null(time),
+        "value is not finite": is_infinite,
+    }
     if plan.clock == schema.TIMESTAMP:
-        checks[plan.times.outside] = pc.fill_null(pc.or_(pc.less_equal(t, OUTSIDE), pc.greater(t, MAX_US)), False)
+        is_outside = pc.or_(pc.less_equal(time, OUT_OF_RANGE), pc.greater(time, MAX_US))
+        checks[plan.times.outside] = pc.fill_null(is_outside, False)
         if plan.future_us is not None:
-            checks[FUTURE] = pc.fill_null(pc.greater(t, plan.future_us), False)
-    checks = {text: failed for text, failed in checks.items() if pc.any(failed).as_py()}
-    good, clocked = table, staged.clocked
-    rejected = table.slice(0, 0).append_column("reason", pa.array([], pa.string()))
-    if checks:
-        reason: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
-        for text, failed in reversed(checks.items()):
-            reason = pc.if_else(failed, text, reason)
-        bad = pc.is_valid(reason)
-        clocked = clocked[~bad.to_numpy()]
-        rejected = table.append_column("reason", reason)
-        for name, column in staged.given.items():
-            rejected = rejected.append_column(f"given_{name}", column.cast(pa.string()))
-        rejected, good = rejected.filter(bad), table.filter(pc.invert(bad))
-    if staged.broken:
-        lines = pa.table({"reason": pa.repeat(pa.scalar("line is no row"), len(staged.broken)), "line": pa.array(staged.broken, pa.string())})
-        rejected = pa.concat_tables([rejected, lines], promote_options="default")
-    where = good.schema.get_field_index(schema.VALUE)
-    return good.set_column(where, schema.VALUE, pc.fill_null(good[schema.VALUE], 1.0)), rejected, clocked
+            checks[FUTURE] = pc.fill_null(pc.greater(time, plan.future_us), False)
+    return {reason: is_failed for reason, is_failed in checks.items() if pc.any(is_failed).as_py()}
 
 
-def _scatter(good: pa.Table, shards: int, folder: Path, writers: dict[int, pa.ipc.RecordBatchFileWriter]) -> None:
-    users = good[schema.USER_ID].combine_chunks().dictionary_encode()
+def _scatter_to_shards(
+    rows: pa.Table, shards: int, folder: Path, writers: dict[int, pa.ipc.RecordBatchFileWriter]
+) -> None:
+    users = rows[schema.USER_ID].combine_chunks().dictionary_encode()
     if isinstance(users, pa.ChunkedArray):
         users = users.combine_chunks()
-    bucket = bucket_of(users.dictionary.to_pylist(), shards)[users.indices.to_numpy()]
-    order = np.argsort(bucket, kind="stable")
-    edges = np.searchsorted(bucket[order], np.arange(shards + 1))
-    good = good.take(pa.array(order)).combine_chunks()
+    shard_of_row = assign_buckets(users.dictionary.to_pylist(), shards)[users.indices.to_numpy()]
+    order = np.argsort(shard_of_row, kind="stable")
+    edges = np.searchsorted(shard_of_row[order], np.arange(shards + 1))
+    rows = rows.take(pa.array(order)).combine_chunks()
     for shard in np.flatnonzero(np.diff(edges)).tolist():
         if shard not in writers:
-            writers[shard] = pa.ipc.new_file(folder / f"{shard:05d}.arrow", good.schema)
-        writers[shard].write_table(good.slice(edges[shard], edges[shard + 1] - edges[shard]))
+            writers[shard] = pa.ipc.new_file(folder / f"{shard:05d}.arrow", rows.schema)
+        writers[shard].write_table(rows.slice(edges[shard], edges[shard + 1] - edges[shard]))
 
 
-def _count_ids(good: pa.Table, condition: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> int:
-    """Users and items of the rows of which something is true, where they are text."""
-    texts = [good[name] for name in (schema.USER_ID, schema.ITEM_ID) if pa.types.is_string(good[name].type)]
+def _count_matching_ids(rows: pa.Table, condition: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> int:
+    """Count the text ids of users and items for which a condition holds."""
+    texts = [rows[name] for name in (schema.USER_ID, schema.ITEM_ID) if pa.types.is_string(rows[name].type)]
     return sum(int(pc.sum(condition(text)).as_py() or 0) for text in texts)
 
 
-def _count(into: dict[str, int], column: pa.ChunkedArray) -> None:
+def _add_counts(totals: dict[str, int], column: pa.ChunkedArray) -> None:
     for entry in column.value_counts().to_pylist():
-        into[entry["values"]] = into.get(entry["values"], 0) + entry["counts"]
+        totals[entry["values"]] = totals.get(entry["values"], 0) + entry["counts"]
 
 
 def _write_counts(counts: list[pa.Table], path: Path) -> None:
-    table = pa.concat_tables(counts) if counts else pa.table({schema.ITEM_ID: [], "count_all": pa.array([], pa.int64())})
+    table = (
+        pa.concat_tables(counts)
+        if counts
+        else pa.table({schema.ITEM_ID: [], "count_all": pa.array([], pa.int64())})
+    )
     if counts:
-        table = table.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")]).rename_columns([schema.ITEM_ID, "count_all"])
+        table = (
+            table.group_by(schema.ITEM_ID)
+            .aggregate([("count_all", "sum")])
+            .rename_columns([schema.ITEM_ID, "count_all"])
+        )
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
 
 
-def _write_quarantine(plan: PartitionPlan, group: RowGroup, rejected: pa.Table) -> None:
-    if not len(rejected):
+def _write_quarantine(plan: PartitionPlan, group: RowGroup, invalid: pa.Table) -> None:
+    if not len(invalid):
         return
     plan.quarantine.mkdir(parents=True, exist_ok=True)
     scratch = plan.quarantine / f".{group.number:06d}.{uuid.uuid4().hex[:8]}"
-    pq.write_table(rejected.append_column("file", pa.array([group.file.uri] * len(rejected))), scratch)
+    pq.write_table(invalid.append_column("file", pa.array([group.file.uri] * len(invalid))), scratch)
     os.rename(scratch, plan.quarantine / f"{group.number:06d}.parquet")

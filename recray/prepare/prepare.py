@@ -1,4 +1,4 @@
-"""The prepare stage: footers, first pass, vocabulary, second pass, split, sealed dataset."""
+"""The prepare stage: inspect files, first pass, vocabulary, second pass, split, immutable dataset."""
 
 from __future__ import annotations
 
@@ -17,44 +17,62 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recray import cluster, lease, schema
+from recray import cluster
 from recray.config import Settings
+from recray.config.formats import RESULTS_SINCE
+from recray.dataset import schema
 from recray.dataset.context import CLOCK
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
-from recray.errors import DataError, Problems, RecrayError, RefusedError, SettingsError, TooManyBadRowsError
-from recray.optout import OptOut
-from recray.prepare.files import InputFile, Listing, collected_files, digest_files, list_files
-from recray.prepare.partition import FUTURE, PartitionPlan, Stats, example, partition_row_group, read_stats
+from recray.errors import (
+    DataError,
+    Problems,
+    RecrayError,
+    RefusedError,
+    SettingsError,
+    TooManyInvalidRowsError,
+)
+from recray.prepare.files import InputFile, Listing, digest_files, list_collected_files, list_files
+from recray.prepare.partition import (
+    FUTURE,
+    PartitionPlan,
+    Stats,
+    format_invalid_row,
+    partition_row_group,
+    read_stats,
+)
 from recray.prepare.sentences import digest_encoder, encode_sentences, find_encoder
-from recray.prepare.shards import ShardCounts, ShardPlan, build_shard, count_shard, recounts
-from recray.prepare.sources import EventSource, RowGroup, as_id, inspect_events, read_items
-from recray.prepare.split import check_cuts, cut_dates, held_out, split_shard
+from recray.prepare.shards import ShardCounts, ShardPlan, build_shard, count_shard, merge_counts
+from recray.prepare.sources import EventSource, RowGroup, inspect_events, read_items, to_id_column
+from recray.prepare.split import check_cuts, cut_dates, mask_holdout, split_shard
 from recray.prepare.times import PLAUSIBLE_US
-from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
+from recray.storage import Storage, is_sealed, key_of, lease, read_json, sealed_directory
+from recray.storage.opt_out import OptOut
 from recray.version import __version__
 
 EVENTS_PER_SHARD = 500_000
-JOINED = 0.95  # of the events and the items of the log are in the item table, or a note says how many
-MOST_EVENT_TYPES = 1 << 15  # an index of one has 16 bits
-LEFT_OUT = {
-    "late_rows": "events after the end (--as-of, or the last event of the users who are held out)",
+MIN_MATCHED_SHARE = 0.95  # of events and items should be in the item table; below it there is a note
+MAX_EVENT_TYPES = 1 << 15  # their indices have 16 bits
+DROPPED_WORDS = {
+    "late_rows": "events after the end (--as-of, or the last event of the holdout users)",
     "opted_out": "events of users who opted out",
     "low_rows": "events below data.min_value",
     "few": "users with fewer events than data.min_user_events",
     "unlisted": "events of items that data.items does not name",
     "rare": "items with fewer events than data.min_item_events",
-    "told_twice": "events of the endpoint that the log has too",
+    "told_twice": "collected events that data.events has too",
 }
-TASK_RETRIES = 3  # of a task whose worker was lost
-AHEAD = dt.timedelta(hours=36)  # what a time zone taken for UTC, or a date that means its end, may be ahead
+TASK_RETRIES = 3  # if a worker is lost
+MAX_AHEAD = dt.timedelta(hours=36)  # a local time read as UTC, or a date for its end, may be so far ahead
 
 
 @dataclass(frozen=True)
 class Input:
-    """The files that a dataset is made of, and the sha256 of their contents: of the events, the items and the sentence encoder.
+    """The files that a dataset is made of, and the sha256 of their contents: of events, items and the
+    sentence encoder.
 
-    What comes into a folder later is the next night's. `notes` say what was left out; a dataset does not keep them, since they name places.
+    Files that arrive later belong to the next run. A dataset does not store `notes` about skipped files,
+    since they name paths.
     """
 
     events: tuple[InputFile, ...]
@@ -64,41 +82,60 @@ class Input:
     notes: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises DataError if a file is another than it was."""
-        files, before = (*self.events, *self.collected, *self.items), [*self.digests[0], *self.digests[1]]
-        for file, digest, now in zip(files, before, digest_files(files), strict=True):
-            if digest != now:
-                raise DataError(f"{file.uri} was written to while it was read", "repeat the job when it is complete")
+        """Raises DataError if a file changed since it was listed."""
+        files, expected = (*self.events, *self.collected, *self.items), [*self.digests[0], *self.digests[1]]
+        for file, digest, actual in zip(files, expected, digest_files(files), strict=True):
+            if digest != actual:
+                raise DataError(
+                    f"{file.uri} changed while it was read", "repeat the job when the file is complete"
+                )
 
 
-def prepare_key(settings: Settings, as_of: dt.datetime | None, given: Input | None = None) -> str:
-    """Run key of prepare: settings, the content of the input files (`find_input`, unless they are given), who opted out, as-of and version."""
+def prepare_key(settings: Settings, as_of: dt.datetime | None, inputs: Input | None = None) -> str:
+    """Run key of prepare: settings, content of the input files (None: `find_input`), opted-out users, as-of
+    and version.
+    """
     opted_out = OptOut.of(settings.root(), settings.data.exclude_users).digest
-    gone = () if opted_out is None else (opted_out,)
-    return key_of("prepare", settings.result_settings("data", "split"), (given or find_input(settings)).digests, as_of, __version__, *gone)
+    opted_out_part = () if opted_out is None else (opted_out,)
+    return key_of(
+        "prepare",
+        settings.key_settings("data", "split"),
+        (inputs or find_input(settings)).digests,
+        as_of,
+        RESULTS_SINCE,
+        *opted_out_part,
+    )
 
 
-def _encoder(settings: Settings) -> Path | None:
-    """The sentence encoder, where a feature needs one."""
+def _find_encoder(settings: Settings) -> Path | None:
+    """The folder of the sentence encoder, None if no feature needs it."""
     return find_encoder(settings.data.text_encoder) if "sentence" in settings.data.features.values() else None
 
 
 def find_input(settings: Settings) -> Input:
-    """What there is now. Raises DataError, SettingsError for what is not there."""
+    """The current input files. Raises DataError, SettingsError for missing ones."""
     events, collected, items = list_input(settings)
-    encoder = _encoder(settings)
-    digests = [digest_files(events.files + collected), digest_files(items.files), *([[digest_encoder(encoder)]] if encoder else [])]
+    encoder = _find_encoder(settings)
+    digests = [
+        digest_files(events.files + collected),
+        digest_files(items.files),
+        *([[digest_encoder(encoder)]] if encoder else []),
+    ]
     return Input(events.files, collected, items.files, digests, events.notes + items.notes)
 
 
 def list_input(settings: Settings) -> tuple[Listing, tuple[InputFile, ...], Listing]:
-    """The files of the events, of what was collected, and of the item table. Raises DataError."""
+    """The files of the events, the collected files, and those of the item table. Raises DataError."""
     items = list_files((settings.data.items,), "data.items") if settings.data.items else Listing()
-    return list_files(settings.data.events, without=settings.root()), collected_files(settings.root()), items
+    return (
+        list_files(settings.data.events, excluded=settings.root()),
+        list_collected_files(settings.root()),
+        items,
+    )
 
 
-def on_ray_data(task: Callable[[int], None], count: int) -> None:
-    """Run task(0) … task(count - 1) as Ray Data tasks of one CPU each, on the connected Ray or one that is started."""
+def run_on_ray_data(task: Callable[[int], None], count: int) -> None:
+    """Run task(0) … task(count - 1) as Ray Data tasks of one CPU each, on the connected Ray or a new one."""
     import ray
 
     cluster.start()
@@ -107,111 +144,153 @@ def on_ray_data(task: Callable[[int], None], count: int) -> None:
         task(int(row["item"]))
         return row
 
-    with cluster.unwrapped():
-        ray.data.from_items(list(range(count)), override_num_blocks=count).map(run, num_cpus=1, ray_remote_args_fn=_retries).materialize()
+    with cluster.unwrap_errors():
+        ray.data.from_items(list(range(count)), override_num_blocks=count).map(
+            run, num_cpus=1, ray_remote_args_fn=_retry_options
+        ).materialize()
 
 
-def one_by_one(task: Callable[[int], None], count: int) -> None:
-    """Run the tasks of prepare in this process."""
+def run_in_process(task: Callable[[int], None], count: int) -> None:
+    """Run task(0) … task(count - 1) in this process."""
     for number in range(count):
         task(number)
 
 
-def _collected(files: tuple[InputFile, ...]) -> dict[str, int]:
-    """The last number of the endpoint's log that is in the data, by the identity of the log."""
-    found: dict[str, int] = {}
+def _last_collected(files: tuple[InputFile, ...]) -> dict[str, int]:
+    """The last number of each event store that is in the data, by the identity of the store."""
+    last_numbers: dict[str, int] = {}
     for file in files:
         manifest = read_json(Path(file.uri).parent / "manifest.json")
-        found[manifest["log"]] = max(found.get(manifest["log"], 0), manifest["last"])
-    return found
+        last_numbers[manifest["log"]] = max(last_numbers.get(manifest["log"], 0), manifest["last"])
+    return last_numbers
 
 
-def _retries() -> dict[str, Any]:
+def _retry_options() -> dict[str, Any]:
     return {"max_retries": TASK_RETRIES}
 
 
-Each = Callable[[Callable[[int], None], int], None]
-"""Runs a task for each number below a count, in any order and in any process."""
+TaskRunner = Callable[[Callable[[int], None], int], None]
+"""Runs task(0) … task(count - 1), in any order and in any process."""
 
 
-def inspect(settings: Settings, as_of: dt.datetime | None = None, given: Input | None = None) -> tuple[EventSource, pa.Table | None]:
-    """What the input consists of, and the item table. Raises DataError, SettingsError for what cannot be prepared, all of it at once."""
+def inspect_input(
+    settings: Settings, as_of: dt.datetime | None = None, inputs: Input | None = None
+) -> tuple[EventSource, pa.Table | None]:
+    """The event source and the item table. Raises DataError, SettingsError with all problems at once."""
     problems, data = Problems(), settings.data
-    problems.of(partial(_encoder, settings))
-    if given is None:
-        root = problems.of(settings.root)
-        listed = problems.of(partial(list_files, data.events, without=root or Path(os.devnull)))
-        described = problems.of(partial(list_files, (data.items,), "data.items")) if data.items else Listing()
-        collected = () if root is None else problems.of(partial(collected_files, root)) or ()
-        events, files = (None if found is None else found.files for found in (listed, described))
+    problems.collect(partial(_find_encoder, settings))
+    if inputs is None:
+        root = problems.collect(settings.root)
+        event_listing = problems.collect(partial(list_files, data.events, excluded=root or Path(os.devnull)))
+        item_listing = (
+            problems.collect(partial(list_files, (data.items,), "data.items")) if data.items else Listing()
+        )
+        collected = () if root is None else problems.collect(partial(list_collected_files, root)) or ()
+        events, files = (
+            None if listing is None else listing.files for listing in (event_listing, item_listing)
+        )
     else:
-        events, collected, files = given.events, given.collected, given.items
-    source = None if events is None else problems.of(partial(inspect_events, data, events, collected))
-    described_by = None if files is None else problems.of(partial(read_items, data, files))
+        events, collected, files = inputs.events, inputs.collected, inputs.items
+    source = None if events is None else problems.collect(partial(inspect_events, data, events, collected))
+    item_result = None if files is None else problems.collect(partial(read_items, data, files))
     if source is not None and source.clock != schema.TIMESTAMP:
-        problems.found += _without_times(settings, source.clock, as_of)
+        problems.errors += _check_without_times(settings, source.clock, as_of)
     problems.raise_all()
-    assert source is not None and described_by is not None
-    items, notes = described_by
+    assert source is not None and item_result is not None
+    items, notes = item_result
     source = replace(source, notes=(*source.notes, *notes))
-    theirs, mine = source.types[schema.ITEM_ID], None if items is None else items[schema.ITEM_ID].type
-    if data.catalogue == "items" and mine is not None and mine != theirs:  # an event of something else does not make text of the others' ids
-        source = replace(source, types={**source.types, schema.ITEM_ID: mine})
-    elif files and items is not None and mine != theirs:
-        items = items.set_column(0, schema.ITEM_ID, as_id(items[schema.ITEM_ID], pa.string(), files[0].uri))
-        note = "item ids are whole numbers in one of data.events and data.items and text in the other: both are read as text"
-        source = replace(source, types={**source.types, schema.ITEM_ID: pa.string()}, notes=(*source.notes, note))
+    event_id_type, item_id_type = (
+        source.types[schema.ITEM_ID],
+        None if items is None else items[schema.ITEM_ID].type,
+    )
+    if (
+        data.catalogue == "items" and item_id_type is not None and item_id_type != event_id_type
+    ):  # the item table decides: an unknown id in an event must not turn all ids into text
+        source = replace(source, types={**source.types, schema.ITEM_ID: item_id_type})
+    elif files and items is not None and item_id_type != event_id_type:
+        items = items.set_column(
+            0, schema.ITEM_ID, to_id_column(items[schema.ITEM_ID], pa.string(), files[0].uri)
+        )
+        note = (
+            "item ids are whole numbers in one of data.events and data.items, and text in the other: "
+            "both are read as text"
+        )
+        source = replace(
+            source, types={**source.types, schema.ITEM_ID: pa.string()}, notes=(*source.notes, note)
+        )
     return source, items
 
 
-def _without_times(settings: Settings, clock: str, as_of: dt.datetime | None) -> Iterator[RecrayError]:
-    """What cannot be had where no event has a time."""
+def _check_without_times(settings: Settings, clock: str, as_of: dt.datetime | None) -> Iterator[RecrayError]:
+    """Errors for settings that need times, where events have none."""
     if settings.split.kind == "time":
-        yield DataError("split.kind=time needs a timestamp column", "map one with data.columns.timestamp=…, or use split.kind=leave_one_out")
-    if read_off := [name for name in settings.data.context if name in CLOCK]:
-        yield DataError(f"data.context: {read_off[0]} needs a timestamp column", "map one with data.columns.timestamp=…, or leave it out")
+        yield DataError(
+            "split.kind=time needs a timestamp column",
+            "map one with data.columns.timestamp=…, or use split.kind=leave_one_out",
+        )
+    if clock_names := [name for name in settings.data.context if name in CLOCK]:
+        yield DataError(
+            f"data.context: {clock_names[0]} needs a timestamp column",
+            "map one with data.columns.timestamp=…, or leave it out",
+        )
     if clock == "file_order" and settings.split.kind == "leave_one_out":
-        yield DataError("without a timestamp or a position only split.kind=random is possible", "map data.columns.timestamp or .position")
+        yield DataError(
+            "without a timestamp or a position only split.kind=random is possible",
+            "map data.columns.timestamp or .position",
+        )
     if as_of is not None:
-        yield SettingsError("--as-of says up to when events count, but data.events has no times", "leave it out, or map data.columns.timestamp")
+        yield SettingsError(
+            "--as-of limits events by time, but data.events has no times",
+            "leave it out, or map data.columns.timestamp",
+        )
 
 
 def prepare(
     settings: Settings,
     as_of: dt.datetime | None,
-    given: Input | None = None,
-    each: Each = on_ray_data,
+    inputs: Input | None = None,
+    run_tasks: TaskRunner = run_on_ray_data,
     inspected: tuple[EventSource, pa.Table | None] | None = None,
 ) -> Dataset:
-    """Write the dataset of an input (None: what there is now), or open it if it is there. `each` runs the tasks.
+    """Write the dataset of the input files (None: the current ones), or open it if it exists.
 
-    inspected : what `inspect` found, or a part of it
+    run_tasks : runs the tasks of both passes
+    inspected : the result of `inspect_input`, or a sample of it
 
-    Raises DataError and its kinds, OutputExistsError, RefusedError for events of the future.
+    Raises DataError and its kinds, OutputExistsError, RefusedError for events in the future.
     """
-    given = given or find_input(settings)
-    storage, key = Storage(settings.root()), prepare_key(settings, as_of, given)
+    inputs = inputs or find_input(settings)
+    storage, key = Storage(settings.root()), prepare_key(settings, as_of, inputs)
     final = storage.dataset(key)
     with lease.commit():
-        shutil.rmtree(storage.staging, ignore_errors=True)  # left by an attempt that was killed, maybe when it had all but this to do
+        shutil.rmtree(storage.staging, ignore_errors=True)  # of an attempt that was killed
     if is_sealed(final, KIND, key):
         return Dataset.open(final)
-    source, items = inspected or inspect(settings, as_of, given)
-    plan = _plan(settings, as_of, source, storage, key)
+
+    source, items = inspected or inspect_input(settings, as_of, inputs)
+    plan = _plan_partition(settings, as_of, source, storage, key)
     try:
-        each(partial(_partition, plan, source.row_groups), len(source.row_groups))
-        totals = _totals(plan, source, settings, as_of, kept=inspected is None)
-        last_us = _last_us(plan, totals)
+        run_tasks(partial(_partition_group, plan, source.row_groups), len(source.row_groups))
+        totals = _sum_stats(plan, source, settings, as_of, keeps_quarantine=inspected is None)
+        last_us = _default_as_of_us(plan, totals)
         as_of_s = int(as_of.timestamp()) if as_of else last_us // 1_000_000
-        encoder = _encoder(settings)
-        clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
-        until_us = last_us if plan.described_by is not None and as_of is None and plan.clock == schema.TIMESTAMP else None
-        shard_plan = ShardPlan(plan, len(source.row_groups), clocked, until_us, settings.split, settings.data)
-        item_table, joins, dropped = _item_table(_item_counts(shard_plan, each), settings, items)
+        encoder = _find_encoder(settings)
+
+        shard_plan = _plan_shards(plan, source, settings, as_of, last_us)
+        item_table, join_notes, dropped = _build_item_table(
+            _count_items(shard_plan, run_tasks), settings, items
+        )
         if settings.data.min_user_events > 1:
-            item_table = _left(replace(shard_plan, item_ids=item_table[schema.ITEM_ID].combine_chunks()), item_table, items, totals, each)
+            item_table = _drop_unused_items(
+                replace(shard_plan, item_ids=item_table[schema.ITEM_ID].combine_chunks()),
+                item_table,
+                items,
+                totals,
+                run_tasks,
+            )
         vocabulary = item_table[schema.ITEM_ID].combine_chunks()
-        types, default = _event_types(settings, totals)
+        types, default = _order_event_types(settings, totals)
+
         fields: dict[str, Any] = {
             "recray": __version__,
             "settings": settings.result_settings("data", "split"),
@@ -228,224 +307,357 @@ def prepare(
             "opted_out": totals.opted_out,
             **dropped,
             "reasons": totals.reasons,
-            "collected": _collected(given.collected),
+            "collected": _last_collected(inputs.collected),
             "text_encoder": None if encoder is None else digest_encoder(encoder),
         }
         with sealed_directory(final, KIND, key, fields) as folder:
             (folder / "shards").mkdir()
             (folder / "splits").mkdir()
-            if settings.split.held_out:
+            if settings.split.holdout_users:
                 (folder / "held_out").mkdir()
-            shard_plan = replace(shard_plan, item_ids=vocabulary, event_types=types, default_event=types.index(default), out=folder / "shards")
-            each(partial(build_shard, shard_plan), plan.shards)
-            counted = sum((ShardCounts(**read_json(shard_plan.counts(number))) for number in range(plan.shards)), ShardCounts())
+            shard_plan = replace(
+                shard_plan,
+                item_ids=vocabulary,
+                event_types=types,
+                default_event=types.index(default),
+                out=folder / "shards",
+            )
+            counted = _build_shards(shard_plan, run_tasks)
             fields["late_rows"] += counted.late
-            fields |= asdict(counted) | {"notes": [*source.notes, *joins, *_notes(settings, plan, totals, counted, kept=inspected is None)]}
-            events = _finish(folder, fields, settings)
+            fields |= asdict(counted) | {
+                "notes": [
+                    *source.notes,
+                    *join_notes,
+                    *_describe_rows(settings, plan, totals, counted, keeps_quarantine=inspected is None),
+                ]
+            }
+            events = _write_splits(folder, fields, settings)
             item_table = item_table.set_column(item_table.schema.get_field_index("events"), "events", events)
-            pq.write_table(_with_sentences(item_table, settings, storage), folder / "items.parquet")
+            pq.write_table(_encode_texts(item_table, settings, storage), folder / "items.parquet")
             if inspected is None:
-                given.check()
+                inputs.check()
     finally:
         shutil.rmtree(plan.staging, ignore_errors=True)
     return Dataset.open(final)
 
 
-def _plan(settings: Settings, as_of: dt.datetime | None, source: EventSource, storage: Storage, key: str) -> PartitionPlan:
-    """What the first pass needs to know."""
+def _plan_partition(
+    settings: Settings, as_of: dt.datetime | None, source: EventSource, storage: Storage, key: str
+) -> PartitionPlan:
+    """The plan of the first pass."""
     return PartitionPlan(
         columns=source.columns,
         types=source.types,
         clock=source.clock,
         times=source.times,
         as_of_us=_microseconds(as_of) if as_of else None,
-        future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + AHEAD),
+        future_us=None if as_of else _microseconds(dt.datetime.now(dt.UTC) + MAX_AHEAD),
         min_value=settings.data.min_value,
-        remembers_low=settings.data.min_value is not None and any(group.live for group in source.row_groups),
-        loses=source.loses,
-        pointed=source.pointed,
-        whole_items=settings.data.catalogue == "items" and pa.types.is_integer(source.types[schema.ITEM_ID]),
-        described_by=settings.split.model_dump() if settings.split.held_out else None,
+        keeps_low_values=settings.data.min_value is not None
+        and any(group.live for group in source.row_groups),
+        has_row_digests=source.is_lossy,
+        integral_float_ids=source.integral_float_ids,
+        needs_integer_items=settings.data.catalogue == "items"
+        and pa.types.is_integer(source.types[schema.ITEM_ID]),
+        holdout_split=settings.split.model_dump() if settings.split.holdout_users else None,
         default_event=settings.data.default_event or schema.DEFAULT_EVENT,
         opted_out=OptOut.of(storage.root, settings.data.exclude_users),
         first_live=next((group.number for group in source.row_groups if group.live), len(source.row_groups)),
         shards=settings.data.shards or max(4, -(-source.rows // EVENTS_PER_SHARD)),
-        staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",  # its own, whatever a late task of another attempt still writes
+        # a folder of its own, since a late task of another attempt may still write
+        staging=storage.staging / f"{key}-{uuid.uuid4().hex[:8]}",
         quarantine=storage.quarantine(key),
     )
 
 
-def left_out(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """How much of the input a dataset's settings left out, by the names of `LEFT_OUT`; what is 0 is not there."""
-    return {name: manifest[name] for name in LEFT_OUT if manifest.get(name)}
+def _plan_shards(
+    plan: PartitionPlan, source: EventSource, settings: Settings, as_of: dt.datetime | None, last_us: int
+) -> ShardPlan:
+    """The plan of the second pass, before the vocabulary is known."""
+    clocked = any(stats.clocked for stats, _ in read_stats(plan, plan.first_live))
+    ends_with_holdout = plan.holdout_split is not None and as_of is None and plan.clock == schema.TIMESTAMP
+    return ShardPlan(
+        plan,
+        len(source.row_groups),
+        clocked,
+        last_us if ends_with_holdout else None,
+        settings.split,
+        settings.data,
+    )
 
 
-def left_out_words(manifest: Mapping[str, Any]) -> str:
-    """The same for a person, each after a comma."""
-    return "".join(f", {count} {LEFT_OUT[name]}" for name, count in left_out(manifest).items())
+def _build_shards(plan: ShardPlan, run_tasks: TaskRunner) -> ShardCounts:
+    """Run the second pass and add up its counts."""
+    run_tasks(partial(build_shard, plan), plan.partition.shards)
+    counts = (
+        ShardCounts(**read_json(plan.shard_counts_path(number))) for number in range(plan.partition.shards)
+    )
+    return sum(counts, ShardCounts())
+
+
+def count_dropped(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Counts of input that the settings left out, by the names of `DROPPED_WORDS`, without zeros."""
+    return {name: manifest[name] for name in DROPPED_WORDS if manifest.get(name)}
+
+
+def describe_dropped(manifest: Mapping[str, Any]) -> str:
+    """The same as text, each count after a comma."""
+    return "".join(f", {count} {DROPPED_WORDS[name]}" for name, count in count_dropped(manifest).items())
 
 
 def _microseconds(moment: dt.datetime) -> int:
     return (moment - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
-def _moment(us: int | None) -> str:
+def _format_time(us: int | None) -> str:
     moment = dt.datetime.now(dt.UTC) if us is None else dt.datetime.fromtimestamp(us / 1e6, dt.UTC)
     return moment.isoformat(sep=" ", timespec="minutes")
 
 
-def _partition(plan: PartitionPlan, groups: tuple[RowGroup, ...], number: int) -> None:
+def _partition_group(plan: PartitionPlan, groups: tuple[RowGroup, ...], number: int) -> None:
     partition_row_group(plan, groups[number])
 
 
-def _totals(plan: PartitionPlan, source: EventSource, settings: Settings, as_of: dt.datetime | None, *, kept: bool) -> Stats:
-    """Sum of the row groups' statistics. Raises TooManyBadRowsError, DataError if as-of leaves nothing.
+def _sum_stats(
+    plan: PartitionPlan,
+    source: EventSource,
+    settings: Settings,
+    as_of: dt.datetime | None,
+    *,
+    keeps_quarantine: bool,
+) -> Stats:
+    """Sum of the statistics of all row groups. Raises TooManyInvalidRowsError, DataError if no event
+    remains.
 
-    kept : whether the quarantine stays, so that a person can look there
+    keeps_quarantine : whether the quarantine stays, so that the error can name it
     """
     totals = Stats()
     for stats, _ in read_stats(plan, len(source.row_groups)):
         totals.add(stats)
-    if totals.bad > settings.data.max_bad_fraction * totals.rows:
-        if totals.reasons.get(FUTURE, 0) > settings.data.max_bad_fraction * totals.rows:
+    if totals.bad > settings.data.max_invalid_fraction * totals.rows:
+        if totals.reasons.get(FUTURE, 0) > settings.data.max_invalid_fraction * totals.rows:
             raise RefusedError(
-                f"{totals.reasons[FUTURE]} of {totals.rows} events have times of the future, by this machine's clock, {_moment(None)}: "
-                f"either it was set back, or the times have another unit or zone; for example {example(plan.quarantine)}",
-                "set the clock, read only what has happened with --as-of, or say the unit: data.time_unit=date if they are digits such as 2024030110",
+                f"{totals.reasons[FUTURE]} of {totals.rows} events have times in the future by this "
+                f"machine's clock, {_format_time(None)}: "
+                "the clock is slow, or the times have another unit or zone; for example "
+                f"{format_invalid_row(plan.quarantine)}",
+                "set the clock, limit the events with --as-of, or set the unit: "
+                "data.time_unit=date for digits such as 2024030110",
             )
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
-        raise TooManyBadRowsError(
-            f"{totals.bad} of {totals.rows} rows are bad ({reasons}), for example {example(plan.quarantine)}"
-            + (f"; they are in {plan.quarantine}" if kept else ""),
+        raise TooManyInvalidRowsError(
+            f"{totals.bad} of {totals.rows} rows are invalid ({reasons}), for example "
+            f"{format_invalid_row(plan.quarantine)}"
+            + (f"; they are in {plan.quarantine}" if keeps_quarantine else ""),
             ("check data.time_unit and data.timezone, " if plan.times.outside in totals.reasons else "")
-            + "mend the input, or allow more with data.max_bad_fraction",
+            + "fix the input, or allow more with data.max_invalid_fraction",
             totals.bad,
         )
-    if len(totals.event_types) > MOST_EVENT_TYPES:
-        raise DataError(f"data.events has {len(totals.event_types)} types of events", "name the column of the types: data.columns.event=YOUR_COLUMN")
-    if not totals.events and totals.late:
-        raise DataError(f"no event at or before as-of {as_of}: {totals.late} come later", "choose a later --as-of")
-    if not totals.events:
-        what = f"no event is left of {totals.rows} rows: {totals.bad} are bad, {totals.low} are worth less than data.min_value"
-        raise DataError(what, "mend the input, or lower data.min_value")
-    if plan.clock == schema.TIMESTAMP and settings.data.time_unit == "auto" and (totals.last_us or 0) < PLAUSIBLE_US:
+    if len(totals.event_types) > MAX_EVENT_TYPES:
         raise DataError(
-            f"the newest event is of {_moment(totals.last_us)}: seconds read as milliseconds or nanoseconds look so",
-            "write the times again, or set data.time_unit to their unit if they are right",
+            f"data.events has {len(totals.event_types)} types of events",
+            "map the column of the types: data.columns.event=YOUR_COLUMN",
+        )
+    if not totals.events and totals.late:
+        raise DataError(
+            f"no event at or before as-of {as_of}: {totals.late} come later", "choose a later --as-of"
+        )
+    if not totals.events:
+        problem = (
+            f"no event remains of {totals.rows} rows: {totals.bad} are invalid, {totals.low} have a value "
+            "below data.min_value"
+        )
+        raise DataError(problem, "fix the input, or lower data.min_value")
+    if (
+        plan.clock == schema.TIMESTAMP
+        and settings.data.time_unit == "auto"
+        and (totals.last_us or 0) < PLAUSIBLE_US
+    ):
+        raise DataError(
+            f"the newest event is of {_format_time(totals.last_us)}: seconds read as milliseconds or "
+            "nanoseconds look like this",
+            "fix the times, or set data.time_unit if they are right",
         )
     return totals
 
 
-def _last_us(plan: PartitionPlan, totals: Stats) -> int:
-    """The as-of that nobody named: the newest event, or the end of its day where no event has a time of day. Where users are held out it is
-    the newest of theirs: the last moment of another one would tell of that one."""
+def _default_as_of_us(plan: PartitionPlan, totals: Stats) -> int:
+    """The as-of where none is given: the newest event, or the end of its day if no event has a time of
+    day.
+
+    With holdout users it is the newest of their events: another user's last event would reveal something
+    about that user.
+    """
     if totals.last_us is None:
-        if plan.described_by is not None and plan.as_of_us is None and plan.clock == schema.TIMESTAMP:
-            raise DataError("no event is of a user who is held out, and theirs say when the data end", "raise split.held_out, or name --as-of")
+        if plan.holdout_split is not None and plan.as_of_us is None and plan.clock == schema.TIMESTAMP:
+            raise DataError(
+                "no event is of a holdout user, and their events define the end of the data",
+                "raise split.holdout_users, or set --as-of",
+            )
         return 0
     return totals.last_us if totals.clocked else plan.times.end_of_day(totals.last_us)
 
 
-def _notes(settings: Settings, plan: PartitionPlan, totals: Stats, counted: ShardCounts, *, kept: bool) -> list[str]:
-    """What a person should know of the rows, counted. kept : whether the quarantine stays"""
-    found = []
+def _describe_rows(
+    settings: Settings, plan: PartitionPlan, totals: Stats, counted: ShardCounts, *, keeps_quarantine: bool
+) -> list[str]:
+    """Notes about the counts of rows.
+
+    keeps_quarantine : whether the quarantine stays
+    """
+    notes = []
     if totals.bad:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(totals.reasons.items()))
-        where = "see quarantine/ under storage.root" if kept else f"for example {example(plan.quarantine)}"
-        found.append(f"{totals.bad} of {totals.rows} rows are bad and left out ({reasons}); {where}")
+        where = (
+            "see quarantine/ under storage.root"
+            if keeps_quarantine
+            else f"for example {format_invalid_row(plan.quarantine)}"
+        )
+        notes.append(f"{totals.bad} of {totals.rows} rows are invalid and left out ({reasons}); {where}")
     if totals.words:
-        found.append(
-            f"{totals.words} events have an id such as 'nan', 'None' or 'NULL': if a program wrote these for nothing, write null, or drop them"
+        notes.append(
+            f"{totals.words} events have an id such as 'nan', 'None' or 'NULL': if it stands for a missing "
+            "id, write null, or drop the events"
         )
     if totals.padded:
-        found.append(f"{totals.padded} ids in events begin or end with a blank, and are others than those without: mend them if that is not meant")
+        notes.append(
+            f"{totals.padded} ids in events begin or end with a blank, and differ from those without: "
+            "fix them if that is not intended"
+        )
     if counted.duplicates:
-        what = "left out" if settings.data.duplicates == "drop" else "kept: data.duplicates=drop leaves them out"
-        found.append(f"{counted.duplicates} events equal another in all mapped columns and are {what}")
+        action = (
+            "left out"
+            if settings.data.duplicates == "drop"
+            else "kept: set data.duplicates=drop to leave them out"
+        )
+        notes.append(f"{counted.duplicates} events equal another in all mapped columns and are {action}")
     if totals.negative and settings.data.min_value is None:
-        found.append(f"{totals.negative} events have a value of 0 or less (returns?) and count like the others: data.min_value leaves them out")
-    return found
+        notes.append(
+            f"{totals.negative} events have a value of 0 or less (returns?) and count like all others: "
+            "set data.min_value to leave them out"
+        )
+    return notes
 
 
-def _event_types(settings: Settings, totals: Stats) -> tuple[list[str], str]:
-    """The types of events in the order of their indices, and the one that an event of none, or of another one, counts as.
+def _order_event_types(settings: Settings, totals: Stats) -> tuple[list[str], str]:
+    """The event types in the order of their indices, and the type that stands for a missing or unknown
+    one.
 
-    The most frequent comes first; where users are held out it is they alone who have types, in the order of their names.
+    The most frequent type comes first. With holdout users only their types exist, in order of name.
     """
-    found = {name: 0 for name in [settings.data.default_event] if name} | totals.event_types
-    order = sorted(found, key=lambda name: (-found[name], name)) or [schema.DEFAULT_EVENT]
-    return sorted(order) if settings.split.held_out else order, settings.data.default_event or order[0]
+    counts = {name: 0 for name in [settings.data.default_event] if name} | totals.event_types
+    order = sorted(counts, key=lambda name: (-counts[name], name)) or [schema.DEFAULT_EVENT]
+    return sorted(order) if settings.split.holdout_users else order, settings.data.default_event or order[0]
 
 
-def _item_counts(plan: ShardPlan, each: Each) -> pa.Table:
-    """The events of each item, without those that repeat another one where these are left out."""
+def _count_items(plan: ShardPlan, run_tasks: TaskRunner) -> pa.Table:
+    """Events of each item, without duplicates if these are dropped."""
     if plan.data.duplicates == "drop":
-        whoever = replace(plan, data=plan.data.model_copy(update={"min_user_events": 1}))
-        each(partial(count_shard, whoever), plan.partition.shards)
-        counts = recounts(plan, schema.ITEM_ID)
+        all_users_plan = replace(plan, data=plan.data.model_copy(update={"min_user_events": 1}))
+        run_tasks(partial(count_shard, all_users_plan), plan.partition.shards)
+        counts = merge_counts(plan, schema.ITEM_ID)
     else:
-        counts = pa.concat_tables([found for _, found in read_stats(plan.partition, plan.groups) if len(found)])
+        counts = pa.concat_tables(
+            [table for _, table in read_stats(plan.partition, plan.groups) if len(table)]
+        )
         counts = counts.group_by(schema.ITEM_ID).aggregate([("count_all", "sum")])
     return counts.rename_columns([schema.ITEM_ID, "events"])
 
 
-def _left(plan: ShardPlan, item_table: pa.Table, items: pa.Table | None, totals: Stats, each: Each) -> pa.Table:
-    """The item table without items that only users with few events met, unless they are described; event types that only those had go from
-    the totals too. Raises DataError where nobody is left."""
-    each(partial(count_shard, plan), plan.partition.shards)
-    counts, types = (recounts(plan, name) for name in (schema.ITEM_ID, schema.EVENT))
+def _drop_unused_items(
+    plan: ShardPlan, item_table: pa.Table, items: pa.Table | None, totals: Stats, run_tasks: TaskRunner
+) -> pa.Table:
+    """The item table without items that only users with few events interacted with, unless the owner's table
+    lists them. Event types of only those users are removed from the totals. Raises DataError if no user
+    remains.
+    """
+    run_tasks(partial(count_shard, plan), plan.partition.shards)
+    counts, types = (merge_counts(plan, name) for name in (schema.ITEM_ID, schema.EVENT))
     if not len(counts):
         raise DataError("no user has data.min_user_events events", "lower data.min_user_events")
-    totals.event_types = dict(zip(types[schema.EVENT].to_pylist(), types["count_all"].to_pylist(), strict=True))
-    known = [counts[schema.ITEM_ID], *([] if items is None else [items[schema.ITEM_ID]])]
-    stay = pc.is_in(item_table[schema.ITEM_ID], value_set=pa.chunked_array([chunk for column in known for chunk in column.chunks]).combine_chunks())
-    return item_table.filter(stay).combine_chunks()
+    totals.event_types = dict(
+        zip(types[schema.EVENT].to_pylist(), types["count_all"].to_pylist(), strict=True)
+    )
+    used_ids = [counts[schema.ITEM_ID], *([] if items is None else [items[schema.ITEM_ID]])]
+    is_used = pc.is_in(
+        item_table[schema.ITEM_ID],
+        value_set=pa.chunked_array(
+            [chunk for column in used_ids for chunk in column.chunks]
+        ).combine_chunks(),
+    )
+    return item_table.filter(is_used).combine_chunks()
 
 
-def _item_table(counts: pa.Table, settings: Settings, items: pa.Table | None) -> tuple[pa.Table, list[str], dict[str, int]]:
-    """The items in ascending order of their ids, with the column `events`; how the owner's table joins the events; and what is left out, by
-    the names of `LEFT_OUT`. Raises DataError."""
-    notes = [] if items is None else _joins(counts, items)
+def _build_item_table(
+    counts: pa.Table, settings: Settings, items: pa.Table | None
+) -> tuple[pa.Table, list[str], dict[str, int]]:
+    """The items in ascending order of their ids, with the column `events`; notes on how they match the
+    events; and counts of what is left out, by the names of `DROPPED_WORDS`. Raises DataError.
+    """
+    notes = [] if items is None else _check_join(counts, items)
     dropped = {"unlisted": 0, "rare": 0}
     if items is not None:
-        alone = settings.data.catalogue == "items"
-        known = pa.chunked_array([*([] if alone else counts[schema.ITEM_ID].chunks), *items[schema.ITEM_ID].chunks]).unique()
-        if alone:
-            listed = pc.is_in(counts[schema.ITEM_ID], value_set=known)
-            dropped["unlisted"] = pc.sum(counts["events"].filter(pc.invert(listed))).as_py() or 0
-        events = counts["events"].take(pc.index_in(known, counts[schema.ITEM_ID].combine_chunks()))
-        described = items.take(pc.index_in(known, items[schema.ITEM_ID].combine_chunks()))
-        columns = {schema.ITEM_ID: known, "events": pc.fill_null(events, 0)}
-        dated = [schema.RELEASED] if settings.data.released else []
-        counts = pa.table({**columns, **{name: described[name] for name in (*settings.data.features, *dated)}})
-    left = counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events)).sort_by(schema.ITEM_ID).combine_chunks()
-    if not len(left):
+        is_closed = settings.data.catalogue == "items"
+        item_ids = pa.chunked_array(
+            [*([] if is_closed else counts[schema.ITEM_ID].chunks), *items[schema.ITEM_ID].chunks]
+        ).unique()
+        if is_closed:
+            is_listed = pc.is_in(counts[schema.ITEM_ID], value_set=item_ids)
+            dropped["unlisted"] = pc.sum(counts["events"].filter(pc.invert(is_listed))).as_py() or 0
+        events = counts["events"].take(pc.index_in(item_ids, counts[schema.ITEM_ID].combine_chunks()))
+        described_items = items.take(pc.index_in(item_ids, items[schema.ITEM_ID].combine_chunks()))
+        columns = {schema.ITEM_ID: item_ids, "events": pc.fill_null(events, 0)}
+        date_columns = [schema.AVAILABLE_FROM] if settings.data.available_from else []
+        counts = pa.table(
+            {**columns, **{name: described_items[name] for name in (*settings.data.features, *date_columns)}}
+        )
+    item_table = (
+        counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events))
+        .sort_by(schema.ITEM_ID)
+        .combine_chunks()
+    )
+    if not len(item_table):
         raise DataError(f"no item has {settings.data.min_item_events} events", "lower data.min_item_events")
-    return left, notes, {**dropped, "rare": len(counts) - len(left)}
+    return item_table, notes, {**dropped, "rare": len(counts) - len(item_table)}
 
 
-def _joins(counts: pa.Table, items: pa.Table) -> list[str]:
-    """How many events and items of the log are in the item table, where that is not nearly all. Raises DataError where none is."""
-    there = pc.is_in(counts[schema.ITEM_ID], value_set=items[schema.ITEM_ID].combine_chunks())
-    events = pc.sum(counts["events"].filter(there)).as_py() or 0
-    share, of_items = events / max(pc.sum(counts["events"]).as_py(), 1), int(pc.sum(there).as_py() or 0)
-    if min(share, of_items / max(len(counts), 1)) >= JOINED:
+def _check_join(counts: pa.Table, items: pa.Table) -> list[str]:
+    """A note if many events or items have no row in the item table. Raises DataError if none has one."""
+    is_described = pc.is_in(counts[schema.ITEM_ID], value_set=items[schema.ITEM_ID].combine_chunks())
+    events = pc.sum(counts["events"].filter(is_described)).as_py() or 0
+    event_share = events / max(pc.sum(counts["events"]).as_py(), 1)
+    item_count = int(pc.sum(is_described).as_py() or 0)
+    if min(event_share, item_count / max(len(counts), 1)) >= MIN_MATCHED_SHARE:
         return []
-    mine, theirs = counts[schema.ITEM_ID].filter(pc.invert(there)), items[schema.ITEM_ID]
-    theirs = theirs.filter(pc.invert(pc.is_in(theirs, value_set=counts[schema.ITEM_ID].combine_chunks())))
-    examples = f"data.events has {_examples(mine)}, data.items {_examples(theirs)}"
+
+    undescribed_ids, unused_ids = (
+        counts[schema.ITEM_ID].filter(pc.invert(is_described)),
+        items[schema.ITEM_ID],
+    )
+    unused_ids = unused_ids.filter(
+        pc.invert(pc.is_in(unused_ids, value_set=counts[schema.ITEM_ID].combine_chunks()))
+    )
+    examples = (
+        f"data.events has {_format_examples(undescribed_ids)}, data.items {_format_examples(unused_ids)}"
+    )
     if not events:
-        raise DataError(f"no item of data.events is in data.items: {examples}", "write the ids of both alike (blanks, case, leading zeros)")
-    return [f"{share:.1%} of the events and {of_items} of {len(counts)} items of data.events are in data.items; without the others: {examples}"]
+        raise DataError(
+            f"no item of data.events is in data.items: {examples}",
+            "write the ids in both the same way (blanks, case, leading zeros)",
+        )
+    return [
+        f"{event_share:.1%} of the events and {item_count} of {len(counts)} items of data.events are in "
+        f"data.items; without a match: {examples}"
+    ]
 
 
-def _examples(ids: pa.ChunkedArray) -> str:
-    return ", ".join(repr(one) for one in ids.slice(0, 3).to_pylist()) or "none that is missing"
+def _format_examples(ids: pa.ChunkedArray) -> str:
+    return ", ".join(repr(item_id) for item_id in ids.slice(0, 3).to_pylist()) or "none missing"
 
 
-def _with_sentences(items: pa.Table, settings: Settings, storage: Storage) -> pa.Table:
-    """The item table with vectors in the place of texts of kind `sentence`."""
-    encoder = _encoder(settings)
+def _encode_texts(items: pa.Table, settings: Settings, storage: Storage) -> pa.Table:
+    """The item table with vectors in place of texts of kind `sentence`."""
+    encoder = _find_encoder(settings)
     for name, kind in settings.data.features.items():
         if encoder is not None and kind == "sentence":
             vectors = encode_sentences(items[name], encoder, storage.sentences(digest_encoder(encoder)))
@@ -453,36 +665,44 @@ def _with_sentences(items: pa.Table, settings: Settings, storage: Storage) -> pa
     return items
 
 
-def _finish(folder: Path, fields: dict[str, Any], settings: Settings) -> pa.Array:
-    """Count users and events, decide the cuts, write the splits and the popularity. Returns the events of each item.
+def _write_splits(folder: Path, fields: dict[str, Any], settings: Settings) -> pa.Array:
+    """Count users and events, set the cuts, write the splits and the popularity. Returns the events of each
+    item.
 
-    Raises DataError for a split that is impossible, or that would let an event at or after the cut be learned.
+    Raises DataError for a split that is impossible, or that would put an event at or after the cut into
+    training.
     """
     probe = Dataset(folder, {**fields, "run_key": "", "users": 0, "events": 0, "cuts": {}})
     has_time = probe.has_time
     popularity = Popularity.count_events(np.zeros(0, np.int64), None, probe.n_items)
     users = events = 0
-    asked = []
+    holdout_masks = []
     for number in range(probe.n_shards):
         np.save(folder / "splits" / f"{number:05d}.npy", np.zeros((0, 4), np.int32))
         shard = probe._map(number)
-        asked.append(held_out(shard, settings.split) if settings.split.held_out else None)
+        holdout_masks.append(mask_holdout(shard, settings.split) if settings.split.holdout_users else None)
         users += len(shard)
         events += len(shard.item_index)
-        popularity = popularity + Popularity.count_events(shard.item_index, shard.timestamp_s if has_time else None, probe.n_items)
+        popularity = popularity + Popularity.count_events(
+            shard.item_index, shard.timestamp_s if has_time else None, probe.n_items
+        )
 
-    def kept_times() -> Iterator[np.ndarray]:
-        for number, keep in enumerate(asked):  # what is learned must not say when the split is
-            shard = probe._map(number)  # anew each time: what was mapped and read stays in this process's memory
-            yield shard.timestamp_s if keep is None else shard.timestamp_s[np.repeat(keep, np.diff(shard.offsets))]
+    def iterate_times() -> Iterator[np.ndarray]:
+        for number, mask in enumerate(holdout_masks):  # the split must not depend on training users
+            shard = probe._map(number)  # map it again: pages that were read stay in memory while it is mapped
+            yield (
+                shard.timestamp_s
+                if mask is None
+                else shard.timestamp_s[np.repeat(mask, np.diff(shard.offsets))]
+            )
 
-    cuts = cut_dates(settings.split, kept_times) if settings.split.kind == "time" else {}
+    cuts = cut_dates(settings.split, iterate_times) if settings.split.kind == "time" else {}
     for number in range(probe.n_shards):
         shard = probe._map(number)
         split = split_shard(shard, settings.split, cuts)
         check_cuts(replace(shard, split=split), cuts)
         np.save(folder / "splits" / f"{number:05d}.npy", split)
-        if (mask := asked[number]) is not None:
+        if (mask := holdout_masks[number]) is not None:
             np.save(folder / "held_out" / f"{number:05d}.npy", mask)
     popularity.save(folder / "popularity.parquet")
     fields.update(users=users, events=events, cuts=cuts)

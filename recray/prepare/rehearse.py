@@ -1,4 +1,4 @@
-"""What prepare would say of an input, found out on a sample of its rows: what would refuse it, all at once, and what a person should know."""
+"""Runs prepare on a sample of the rows and reports all problems at once, with notes for the user."""
 
 from __future__ import annotations
 
@@ -11,87 +11,113 @@ import pyarrow as pa
 
 from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.errors import DataError, ImpossibleSplitError, RecrayError, RefusedError, TooManyBadRowsError
-from recray.prepare.prepare import Input, list_input, one_by_one, prepare
+from recray.errors import DataError, ImpossibleSplitError, RecrayError, RefusedError, TooManyInvalidRowsError
+from recray.prepare.prepare import Input, list_input, prepare, run_in_process
 from recray.prepare.sources import EventSource, RowGroup
 
-ROWS = 1_000_000
+SAMPLE_ROWS = 1_000_000
 
 
 @dataclass
 class Rehearsal:
-    """What became of a sample of `rows` rows: a dataset, unless a problem left none, and notes of files and rows.
+    """The result of preparing a sample of `rows` rows: a dataset, unless a problem prevented it, and notes
+    about files and rows.
 
-    where : what to say before what only the sample says, nothing of all rows
-    as_asked : whether the dataset is of the settings as they are, not of what a problem left of them
+    prefix : put before notes that hold for the sample only; empty if all rows were used
+    is_unmodified : whether the dataset was made with the settings as they are, none dropped after a problem
     """
 
     rows: int
-    where: str
+    prefix: str
     dataset: Dataset | None = None
-    as_asked: bool = True
+    is_unmodified: bool = True
     problems: list[RecrayError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def rehearse(settings: Settings, as_of: dt.datetime | None, folder: Path, source: EventSource, items: pa.Table | None) -> Rehearsal:
-    """Prepare a sample of the rows in a folder of its own, by this process alone.
+def rehearse(
+    settings: Settings, as_of: dt.datetime | None, folder: Path, source: EventSource, items: pa.Table | None
+) -> Rehearsal:
+    """Prepare a sample of the rows in a folder of its own, in this process.
 
-    After a problem it goes on without what the problem was about, so that one does not hide the next. What is wrong with a sample is a note,
-    unless more of its rows are bad than all may be.
+    After a problem it drops the setting that caused it and continues, so that one problem does not hide the
+    next. A problem of the sample is a note, unless its invalid rows alone exceed the limit for all rows.
     """
-    events, collected, described = list_input(settings)
-    given = Input(events.files, collected, described.files, [[], []])  # what is thrown away needs no digests
-    sample = _sample(source)
+    events, collected, item_listing = list_input(settings)
+    inputs = Input(
+        events.files, collected, item_listing.files, [[], []]
+    )  # a temporary dataset needs no digests
+    sample = _sample_groups(source)
     is_whole = sample.rows == source.rows
-    where = "" if is_whole else f"in a sample of {sample.rows} of {source.rows} rows: "
-    found = Rehearsal(sample.rows, where, notes=[*events.notes, *described.notes])
-    chosen = _with(settings, storage={"root": str(folder)})
+    prefix = "" if is_whole else f"in a sample of {sample.rows} of {source.rows} rows: "
+    rehearsal = Rehearsal(sample.rows, prefix, notes=[*events.notes, *item_listing.notes])
+    sample_settings = _update_sections(settings, storage={"root": str(folder)})
     if not is_whole:
-        chosen = _with(chosen, data={"min_user_events": 1, "min_item_events": min(settings.data.min_item_events, 1)})
+        sample_settings = _update_sections(
+            sample_settings,
+            data={"min_user_events": 1, "min_item_events": min(settings.data.min_item_events, 1)},
+        )
     while True:
         try:
-            found.dataset = prepare(chosen, as_of, given, one_by_one, (sample, items))
-            found.notes += [note if note in source.notes else f"{found.where}{note}" for note in found.dataset.manifest["notes"]]
-            return found
+            rehearsal.dataset = prepare(sample_settings, as_of, inputs, run_in_process, (sample, items))
+            rehearsal.notes += [
+                note if note in source.notes else f"{rehearsal.prefix}{note}"
+                for note in rehearsal.dataset.manifest["notes"]
+            ]
+            return rehearsal
         except (DataError, RefusedError) as error:
-            found.as_asked = False
-            if is_whole or (isinstance(error, TooManyBadRowsError) and error.bad > settings.data.max_bad_fraction * source.rows):
-                found.problems.append(error)
+            rehearsal.is_unmodified = False
+            if is_whole or (
+                isinstance(error, TooManyInvalidRowsError)
+                and error.invalid_rows > settings.data.max_invalid_fraction * source.rows
+            ):
+                rehearsal.problems.append(error)
             else:
-                found.notes.append(f"{found.where}{error.what}")
-            if isinstance(error, TooManyBadRowsError) and chosen.data.max_bad_fraction < 1:
-                chosen = _with(chosen, data={"max_bad_fraction": 1.0})
-            elif isinstance(error, ImpossibleSplitError) and chosen.split.kind == "time":
-                chosen = _with(chosen, split={"kind": "random"})
+                rehearsal.notes.append(f"{rehearsal.prefix}{error.message}")
+            if isinstance(error, TooManyInvalidRowsError) and sample_settings.data.max_invalid_fraction < 1:
+                sample_settings = _update_sections(sample_settings, data={"max_invalid_fraction": 1.0})
+            elif isinstance(error, ImpossibleSplitError) and sample_settings.split.kind == "time":
+                sample_settings = _update_sections(sample_settings, split={"kind": "random"})
             elif items is not None:
-                items, chosen = None, without_items(chosen)
+                items, sample_settings = None, without_items(sample_settings)
             else:
-                return found
+                return rehearsal
 
 
 def without_items(settings: Settings) -> Settings:
     """The settings without an item table."""
-    return _with(settings, data={"items": None, "features": {}, "released": None})
+    return _update_sections(settings, data={"items": None, "features": {}, "available_from": None})
 
 
-def _with(settings: Settings, **sections: dict[str, object]) -> Settings:
-    return settings.model_copy(update={name: getattr(settings, name).model_copy(update=changed) for name, changed in sections.items()})
+def _update_sections(settings: Settings, **sections: dict[str, object]) -> Settings:
+    return settings.model_copy(
+        update={name: getattr(settings, name).model_copy(update=values) for name, values in sections.items()}
+    )
 
 
-def _sample(source: EventSource) -> EventSource:
-    """Some row groups: of every file, as far as it goes, and from all over it; all of them where they are few."""
-    if source.rows <= ROWS:
+def _sample_groups(source: EventSource) -> EventSource:
+    """Some row groups, spread evenly over every file; all of them if there are few rows."""
+    if source.rows <= SAMPLE_ROWS:
         return source
-    by_file = [list(groups) for _, groups in itertools.groupby(source.row_groups, key=lambda group: group.file)]
-    firsts, others = [groups[0] for groups in by_file], [group for groups in by_file for group in groups[1:]]
-    chosen = _spread(firsts, ROWS)
-    chosen += _spread(others, ROWS - sum(group.rows for group in chosen))
-    chosen.sort(key=lambda group: group.number)
-    return replace(source, row_groups=tuple(replace(group, number=number) for number, group in enumerate(chosen or firsts[:1])))
+    by_file = [
+        list(groups) for _, groups in itertools.groupby(source.row_groups, key=lambda group: group.file)
+    ]
+    first_groups, rest = (
+        [groups[0] for groups in by_file],
+        [group for groups in by_file for group in groups[1:]],
+    )
+    selected = _spread_evenly(first_groups, SAMPLE_ROWS)
+    selected += _spread_evenly(rest, SAMPLE_ROWS - sum(group.rows for group in selected))
+    selected.sort(key=lambda group: group.number)
+    return replace(
+        source,
+        row_groups=tuple(
+            replace(group, number=number) for number, group in enumerate(selected or first_groups[:1])
+        ),
+    )
 
 
-def _spread(groups: list[RowGroup], rows: int) -> list[RowGroup]:
-    """Every so many of the groups, so that they have about so many rows."""
+def _spread_evenly(groups: list[RowGroup], rows: int) -> list[RowGroup]:
+    """Every n-th of the groups, so that they have about `rows` rows."""
     step = max(-(-sum(group.rows for group in groups) // max(rows, 1)), 1)
     return groups[::step] if rows > 0 else []

@@ -1,8 +1,8 @@
-"""Text columns of kind `sentence`: one vector an item from a sentence encoder, made once when the data is prepared.
+"""Text columns of kind `sentence`: prepare computes one vector per item with a sentence encoder.
 
-The encoder is a folder that sentence-transformers reads, or an installed package that carries one (the extra `recray[text]`).
-A text is encoded alone, so that its vector does not depend on what else is encoded; vectors are kept under the storage root by
-the text's hash, so that a night encodes what is new.
+The encoder is a folder that sentence-transformers reads, or an installed package that contains one (the extra
+`recray[text]`). Each text is encoded alone, so its vector does not depend on the others. Vectors are cached
+in the workspace by the hash of the text, so a nightly run encodes only new texts.
 """
 
 from __future__ import annotations
@@ -17,27 +17,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recray.config import expanded
+from recray.config import expand_path
 from recray.errors import DamagedArtifactError, SettingsError
 from recray.storage import sha256_file
 
-EXTRA = 'pip install "recray[text]", or name the folder of a sentence-transformers model in data.text_encoder'
+INSTALL_HINT = (
+    'pip install "recray[text]", or name the folder of a sentence-transformers model in data.text_encoder'
+)
 
 
 def find_encoder(name: str) -> Path:
-    """The folder of an encoder: `name` itself, or `model` in the installed package of that name. Raises SettingsError."""
-    folder = expanded(name, "data.text_encoder")
+    """The folder of an encoder: `name` itself, or `model` in the installed package of that name. Raises
+    SettingsError.
+    """
+    folder = expand_path(name, "data.text_encoder")
     if not folder.is_dir():
         try:
-            found = importlib.util.find_spec(name.replace("-", "_"))
+            spec = importlib.util.find_spec(name.replace("-", "_"))
         except (ImportError, ValueError):
-            found = None
-        places = [] if found is None else list(found.submodule_search_locations or [])
-        folder = Path(places[0]) / "model" if places else folder
+            spec = None
+        locations = [] if spec is None else list(spec.submodule_search_locations or [])
+        folder = Path(locations[0]) / "model" if locations else folder
     if not (folder / "modules.json").is_file():
-        raise SettingsError(f"data.text_encoder: {name!r} is neither a folder with a model nor a package that carries one", EXTRA)
+        raise SettingsError(
+            f"data.text_encoder: {name!r} is neither a folder with a model nor a package that contains one",
+            INSTALL_HINT,
+        )
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise SettingsError("a feature of kind sentence needs sentence-transformers, which is not installed", EXTRA)
+        raise SettingsError(
+            "a feature of kind sentence needs sentence-transformers, which is not installed", INSTALL_HINT
+        )
     return folder
 
 
@@ -48,45 +57,57 @@ def digest_encoder(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def encode_sentences(column: pa.ChunkedArray, folder: Path, kept: Path) -> pa.Array:
-    """A vector for each text of a column, list<float32> [n]; null for a text that is missing or empty.
+def encode_sentences(column: pa.ChunkedArray, folder: Path, cache_file: Path) -> pa.Array:
+    """A vector for each text of a column, list<float32> [n]; null for a missing or empty text.
 
-    kept : Parquet file of the vectors made so far, read and replaced
+    cache_file : Parquet file of cached vectors, read and replaced
     """
     texts = [(text or "").strip() for text in column.to_pylist()]
     hashes = [hashlib.sha256(text.encode()).hexdigest()[:32] if text else None for text in texts]
-    known = _read(kept)
-    missing = {key: text for key, text in zip(hashes, texts, strict=True) if key is not None and key not in known}
+    vectors = _read_vectors(cache_file)
+    missing = {
+        key: text for key, text in zip(hashes, texts, strict=True) if key is not None and key not in vectors
+    }
     if missing:
-        known |= _encode(missing, folder)
-        _write(kept, known)
-    return pa.array([None if key is None else known[key] for key in hashes], pa.list_(pa.float32()))
+        vectors |= _encode_each(missing, folder)
+        _write_vectors(cache_file, vectors)
+    return pa.array([None if key is None else vectors[key] for key in hashes], pa.list_(pa.float32()))
 
 
-def _encode(texts: dict[str, str], folder: Path) -> dict[str, np.ndarray]:
+def _encode_each(texts: dict[str, str], folder: Path) -> dict[str, np.ndarray]:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    return {key: model.encode([text], show_progress_bar=False)[0].astype(np.float32) for key, text in texts.items()}
+    return {
+        key: model.encode([text], show_progress_bar=False)[0].astype(np.float32)
+        for key, text in texts.items()
+    }
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read_vectors(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     try:
         table = pq.read_table(path)
         return dict(zip(table["key"].to_pylist(), table["vector"].to_numpy(), strict=True))
     except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise DamagedArtifactError(f"{path} cannot be read: {error}", "remove it; the texts will be encoded again") from None
+        raise DamagedArtifactError(
+            f"{path} cannot be read: {error}", "remove it: the texts are encoded again"
+        ) from None
 
 
-def _write(path: Path, known: dict[str, np.ndarray]) -> None:
+def _write_vectors(path: Path, vectors: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        pq.write_table(pa.table({"key": list(known), "vector": pa.array(list(known.values()), pa.list_(pa.float32()))}), scratch)
+        pq.write_table(
+            pa.table(
+                {"key": list(vectors), "vector": pa.array(list(vectors.values()), pa.list_(pa.float32()))}
+            ),
+            scratch,
+        )
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)

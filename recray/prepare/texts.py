@@ -1,4 +1,6 @@
-"""Texts that hold several values: lists as JSON, Python, numpy or Hive write them, and values with a separator between them."""
+"""Texts that hold several values: lists as JSON, Python, numpy or Hive write them, and values with a
+separator.
+"""
 
 from __future__ import annotations
 
@@ -12,60 +14,92 @@ import tokenize
 from typing import Any
 
 _NAN = re.compile(r"\bnan\b(?=\s*[,\])}])")
-_ONE = re.compile(r"\'([^\']*)\'|\"([^\"]*)\"")
-_QUOTED = re.compile(rf"(?:{_ONE.pattern})(?:\s+(?:{_ONE.pattern}))*")  # as numpy writes texts
-_APART = re.compile(r"[\'\"]\s+[\'\"]")
+_QUOTED_TEXT = re.compile(r"\'([^\']*)\'|\"([^\"]*)\"")
+_QUOTED_TEXTS = re.compile(  # as numpy writes texts
+    rf"(?:{_QUOTED_TEXT.pattern})(?:\s+(?:{_QUOTED_TEXT.pattern}))*"
+)
+_ADJACENT_QUOTES = re.compile(r"[\'\"]\s+[\'\"]")
 _NUMBERS = re.compile(r"-?[0-9.]+(?:\s+-?[0-9.]+)*")
-OTHER_SIGNS = "/\t>:&+"  # that may separate values, where most texts have one
+OTHER_SEPARATORS = "/\t>:&+"  # suggested to the user where most texts contain one
 
 
-def values_of(text: str, between: str | None) -> list[str]:
-    """The values of a text: those of a list that it writes, else what stands between the separators (None: it is one value)."""
-    found = written_list(text)
-    if found is None:
-        return [part.strip() for part in (text.split(between) if between else [text]) if part.strip()]
-    return [one if isinstance(one, str) else json.dumps(one) for one in found if one is not None]
+def split_values(text: str, separator: str | None) -> list[str]:
+    """The values of a text: of the list that it is, else the parts between separators (None: the whole text
+    is one value).
+    """
+    values = parse_list(text)
+    if values is None:
+        return [part.strip() for part in (text.split(separator) if separator else [text]) if part.strip()]
+    return [value if isinstance(value, str) else json.dumps(value) for value in values if value is not None]
 
 
-def written_list(text: str) -> list[Any] | None:
-    """The values of a text that is a list as JSON, Python, numpy or Hive write it; None for another text."""
+def parse_list(text: str) -> list[Any] | None:
+    """The values of a text that is a list as JSON, Python, numpy or Hive write it; None for any other
+    text.
+    """
     if text[:1] not in "[({" and not text.startswith("frozenset("):
         return None
-    found: Any = None
+    parsed: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-    if found is None and not (_APART.search(text) and _side_by_side(text)):
+        parsed = json.loads(text)
+    if parsed is None and not (_ADJACENT_QUOTES.search(text) and _has_adjacent_texts(text)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = ast.literal_eval(_NAN.sub("None", text).removeprefix("frozenset(").removesuffix(")" if text.startswith("frozenset(") else ""))
-    if isinstance(found, list | tuple | set):
-        return sorted(found, key=repr) if isinstance(found, set) else list(found)
+            parsed = ast.literal_eval(
+                _NAN.sub("None", text)
+                .removeprefix("frozenset(")
+                .removesuffix(")" if text.startswith("frozenset(") else "")
+            )
+    if isinstance(parsed, list | tuple | set):
+        return sorted(parsed, key=repr) if isinstance(parsed, set) else list(parsed)
+
     if not (text.startswith("[") and text.endswith("]")):
         return None
-    inner = text[1:-1].strip()
-    if quoted := _QUOTED.fullmatch(inner) and _ONE.findall(inner):
-        return [one or other for one, other in quoted]
-    parts = inner.split() if _NUMBERS.fullmatch(inner) else inner.split(",")
+    content = text[1:-1].strip()
+    if quoted := _QUOTED_TEXTS.fullmatch(content) and _QUOTED_TEXT.findall(content):
+        return [single_quoted or double_quoted for single_quoted, double_quoted in quoted]
+    parts = content.split() if _NUMBERS.fullmatch(content) else content.split(",")
     return [part.strip() for part in parts if part.strip()]
 
 
-def _side_by_side(text: str) -> bool:
-    """Whether quoted texts stand side by side, with nothing between them: numpy writes two so, Python reads one."""
+def _has_adjacent_texts(text: str) -> bool:
+    """Whether quoted texts stand side by side without a comma: numpy writes two texts so, Python reads them
+    as one.
+    """
     with contextlib.suppress(tokenize.TokenError, SyntaxError):
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-        return any(one == other == tokenize.STRING for one, other in itertools.pairwise(kinds))
+        return any(
+            current == following == tokenize.STRING for current, following in itertools.pairwise(kinds)
+        )
     return True
 
 
-def see_separator(texts: list[str | None]) -> tuple[str | None, str]:
-    """What stands between the values of texts: the one of | ; and , that most of them have outside of JSON, None for none; and what a person
-    should know of that, nothing where it is beyond doubt."""
-    plain = [text for text in texts if text is not None and text.strip() and written_list(text.strip()) is None]
-    counts = {sign: sum(sign in text for text in plain) for sign in "|;,"}
-    sign = max(counts, key=lambda one: counts[one])
-    if not plain or not counts[sign]:
-        other = next((one for one in OTHER_SIGNS if sum(one in text for text in plain) > len(plain) / 2), None)
-        return None, "" if other is None else f"no text has | ; or , in it, so each is one value; most have {other!r}: data.separator={other!r}?"
-    others = [f"{count} texts have {other!r} too" for other, count in counts.items() if other != sign and count]
-    if sign == "|" and not others:
-        return sign, ""
-    return sign, f"{sign!r} is taken for what separates its values{f' ({chr(59).join(others)})' if others else ''}; data.separator says so"
+def infer_separator(texts: list[str | None]) -> tuple[str | None, str]:
+    """The separator of texts with several values: the one of | ; and , that most of them contain outside of
+    lists, None for none.
+
+    Also returns a note for the user, empty if the separator is beyond doubt.
+    """
+    plain = [text for text in texts if text is not None and text.strip() and parse_list(text.strip()) is None]
+    counts = {separator: sum(separator in text for text in plain) for separator in "|;,"}
+    separator = max(counts, key=lambda candidate: counts[candidate])
+    if not plain or not counts[separator]:
+        common = [sign for sign in OTHER_SEPARATORS if sum(sign in text for text in plain) > len(plain) / 2]
+        if not common:
+            return None, ""
+        return (
+            None,
+            f"no text contains | ; or , so each is one value; most contain {common[0]!r}: set "
+            f"data.separator={common[0]!r} if it separates values",
+        )
+    also_present = ";".join(
+        f"{count} texts also contain {other!r}"
+        for other, count in counts.items()
+        if other != separator and count
+    )
+    if separator == "|" and not also_present:
+        return separator, ""
+    details = f" ({also_present})" if also_present else ""
+    return (
+        separator,
+        f"{separator!r} is taken as the separator of its values{details}; set data.separator to confirm it",
+    )

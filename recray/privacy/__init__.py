@@ -1,1 +1,3 @@
-"""User-level differential privacy: clipping, Poisson sampling, accounting. The unit is a user, one row of a batch."""
+"""User-level differential privacy: clipping, Poisson sampling, accounting. The unit is a user, one row of a
+batch.
+"""

@@ -1,10 +1,11 @@
-"""One private step: every user's gradient is clipped to C, the sum is noised, the weights move.
+"""One private step: clip every user's gradient to C, add noise to the sum, and update the weights.
 
-Opacus finds the norms of the blocks' layers and leads the step; the noise is on a grid (`recray.privacy.noise`), and the tables, which
-histories read and scores are compared with, have norms of their own (`recray.privacy.norms`). The loss of a user is the mean over its
-queries of the cross-entropy over the whole catalogue. Two passes backward: one for the norms, one for the clipped sum.
+Opacus computes the norms of the blocks' layers and runs the step. The noise is on a grid
+(`recray.privacy.noise`). The tables, which histories look up and hidden states are scored against, have their
+own norms (`recray.privacy.norms`). The loss of a user is its queries' mean cross-entropy over the whole
+catalogue. Two backward passes compute the norms and the clipped sum.
 
-Shapes as in `recray.model.recommender`; B users of a physical batch, Q queries of the user that has most.
+Shapes as in `recray.model.recommender`; B users of a physical batch, Q maximal number of queries of a user.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from recray.model.recommender import Recommender
 from recray.model.shape import Batch
 from recray.privacy.audit import Canaries
 from recray.privacy.noise import GridNoise
-from recray.privacy.norms import Compared, layer_norms, lookup_norms
-from recray.privacy.watch import Watch
+from recray.privacy.norms import ScoredTable, layer_norms, lookup_norms
+from recray.privacy.watch import StepMonitor
 
 TINY = 1e-6
 TABLES = ("items.ids.weight", "items.adapter.weight", "positions.weight", "events.weight")
 BIASES = ".event_bias.weight"
 
-warnings.filterwarnings("ignore", "Full backward hook is firing")  # of a table, whose inputs are numbers of rows
+# of a table, whose inputs are row indices
+warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 register_norm_sampler(Linear)(layer_norms)
 register_grad_sampler(Linear)(compute_linear_grad_sample)
@@ -46,11 +48,15 @@ register_grad_sampler(RMSNorm)(compute_rms_norm_grad_sample)
 
 
 class _Hooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
-    """Opacus' norms of every layer but the tables that histories read: of what the item table's two uses share it knows nothing,
-    and a user could contribute 1.25 C."""
+    """Opacus' norms of all layers except the tables that histories look up.
+
+    Opacus ignores the cross term of the item table's two uses; with it, a user could contribute 1.25 C.
+    """
 
     def __init__(self, model: Recommender, clipping_norm: float) -> None:
-        self._tables = [module for module in (model.items, model.positions, model.events) if module is not None]
+        self._tables = [
+            module for module in (model.items, model.positions, model.events) if module is not None
+        ]
         super().__init__(model, loss_reduction="sum", strict=False, max_grad_norm=clipping_norm)
 
     def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
@@ -58,46 +64,49 @@ class _Hooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
             yield from super().iterate_submodules(module)
 
 
-class _Alone(DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """Opacus' optimizer with the noise of `recray.privacy.noise`, drawn on the host also where the sum is on a GPU."""
+class _LocalOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """Opacus' optimizer with the noise of `recray.privacy.noise`, which is always drawn on the host."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self.noise = GridNoise(self.noise_multiplier, self.max_grad_norm, sum(parameter.numel() for parameter in self.params))
-
-    def add_noise(self) -> None:
-        for parameter in self.params:
-            whole = self.noise.rounded(parameter.summed_grad)
-            parameter.grad = self.noise.released(whole + self.noise.drawn_like(whole))
-
-
-class _Together(DistributedDPOptimizerFastGradientClipping, _Alone):  # type: ignore[misc]
-    """The ranks add up whole numbers, which is exact in any order; the noise is among those of rank 0."""
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.noise = GridNoise(
+            self.noise_multiplier, self.max_grad_norm, sum(parameter.numel() for parameter in self.params)
+        )
 
     def add_noise(self) -> None:
         for parameter in self.params:
-            whole = self.noise.rounded(parameter.summed_grad)
+            multiples = self.noise.to_grid(parameter.summed_grad)
+            parameter.grad = self.noise.from_grid(multiples + self.noise.draw_like(multiples))
+
+
+class _DistributedOptimizer(DistributedDPOptimizerFastGradientClipping, _LocalOptimizer):  # type: ignore[misc]
+    """Sums multiples of the grid over the ranks, which is exact in any order; rank 0 adds the noise."""
+
+    def add_noise(self) -> None:
+        for parameter in self.params:
+            multiples = self.noise.to_grid(parameter.summed_grad)
             if self.rank == 0:
-                whole += self.noise.drawn_like(whole)
-            dist.all_reduce(whole)
-            parameter.grad = self.noise.released(whole)
+                multiples += self.noise.draw_like(multiples)
+            dist.all_reduce(multiples)
+            parameter.grad = self.noise.from_grid(multiples)
 
     def reduce_gradients(self) -> None:
-        """They are those of all ranks already, over one rank's share of the expected users."""
+        """Gradients are already sums over all ranks, divided by one rank's share of the expected users."""
         for parameter in self.params:
             parameter.grad /= self.world_size
 
 
 class PrivateStep:
-    """Steps of differentially private training of one model, on one rank or several that share a process group.
+    """Takes differentially private steps of one model, on one rank or on several that share a process group.
 
     Parameters
     ----------
-    clipping_norm : C, what one user's gradient is shortened to
-    noise_multiplier : σ; the sum over the users gets Gaussian noise of standard deviation σ C, once over all ranks
-    expected_users : users of a step over all ranks, on average; the noised sum is divided by it
+    clipping_norm : C, the maximal norm of one user's gradient
+    noise_multiplier : σ; the sum over the users gets Gaussian noise of standard deviation σ C, once for all
+        ranks
+    expected_users : mean number of users of a step over all ranks; divides the noised sum
 
-    Raises SettingsError for a model with a part whose norm is not known exactly.
+    Raises SettingsError for a model with a parameter whose exact norm is unknown.
     """
 
     def __init__(
@@ -115,22 +124,26 @@ class PrivateStep:
             model.temperature.requires_grad_(False)  # a public constant
         self.layers = _layers(model)
         self.hooks = _Hooks(model, clipping_norm)
-        self.roots = [parameter for name, parameter in model.named_parameters() if name.endswith(BIASES)]  # no way back to x leads by them
+        # the backward pass to x does not pass through them
+        self.roots = [parameter for name, parameter in model.named_parameters() if name.endswith(BIASES)]
         world = dist.get_world_size() if dist.is_initialized() else 1
-        self.optimizer = (_Together if dist.is_initialized() else _Alone)(
+        self.optimizer = (_DistributedOptimizer if dist.is_initialized() else _LocalOptimizer)(
             optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=clipping_norm,
             expected_batch_size=expected_users / world,
         )
         self.canaries: Canaries | None = None
-        """Planted by an audit, which looks at every step; None: there is none."""
-        self.watch: Watch | None = None
-        """An audit's; None: nobody looks."""
+        """Canaries of an audit, observed in every step; None: no audit."""
+        self.monitor: StepMonitor | None = None
+        """Monitor of an audit; None: no audit."""
         self.optimizer.attach_step_hook(self._observe)
 
     def step(self, physical: Iterable[tuple[Batch, Targets]]) -> None:
-        """One update from this rank's users, a row of a batch each, in physical batches that memory can hold; there may be none."""
+        """One update from this rank's users, one per row of a batch, in physical batches that fit the memory.
+
+        There may be no users.
+        """
         self.optimizer.zero_grad()
         for parameter in self.optimizer.params:
             parameter.grad = torch.zeros_like(parameter)
@@ -138,32 +151,42 @@ class PrivateStep:
             self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
         if self.canaries is not None:
             self.canaries.plant([_grad(parameter) for parameter in self.optimizer.params])
-        if self.watch is not None:
-            self.watch.sums(_over_ranks([_grad(parameter) for parameter in self.optimizer.params]))
+        if self.monitor is not None:
+            self.monitor.record_sum(_over_ranks([_grad(parameter) for parameter in self.optimizer.params]))
         self.optimizer.step()
         if self.model.items.ids is not None:
-            with torch.no_grad():
-                self.model.items.ids.weight[0] = 0.0  # padding: nothing but noise, from which its source could be guessed
+            with torch.no_grad():  # padding has only noise, which could reveal the state of its generator
+                self.model.items.ids.weight[0] = 0.0
 
     def _observe(self, optimizer: DPOptimizerFastGradientClipping) -> None:
         if self.canaries is not None:
-            self.canaries.observe([_grad(parameter) for parameter in optimizer.params], optimizer.expected_batch_size)
-        if self.watch is not None:
-            self.watch.releases([_grad(parameter) for parameter in optimizer.params], optimizer.expected_batch_size)
+            self.canaries.observe(
+                [_grad(parameter) for parameter in optimizer.params], optimizer.expected_batch_size
+            )
+        if self.monitor is not None:
+            self.monitor.record_release(
+                [_grad(parameter) for parameter in optimizer.params], optimizer.expected_batch_size
+            )
 
-    def alone(self, batch: Batch, targets: Targets) -> tuple[list[Tensor], float]:
-        """What the users of a batch, one for an audit, would add to the sum of a step, and the largest norm before it is clipped."""
-        kept = [parameter.grad for parameter in self.optimizer.params]
+    def contribution_of(self, batch: Batch, targets: Targets) -> tuple[list[Tensor], float]:
+        """Contribution of a batch's users to the sum of a step, and their largest norm before clipping.
+
+        An audit calls it with one user.
+        """
+        saved = [parameter.grad for parameter in self.optimizer.params]
         for parameter in self.optimizer.params:
             parameter.grad = torch.zeros_like(parameter)
         norm = self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
-        found = [_grad(parameter) for parameter in self.optimizer.params]
-        for parameter, gradient in zip(self.optimizer.params, kept, strict=True):
+        contribution = [_grad(parameter) for parameter in self.optimizer.params]
+        for parameter, gradient in zip(self.optimizer.params, saved, strict=True):
             parameter.grad = gradient
-        return found, float(norm.max())
+        return contribution, float(norm.max())
 
     def clipped_sum(self, batch: Batch, targets: Targets) -> Tensor:
-        """Adds the users' clipped gradients to every `.grad`; their norms before clipping [B], which are not private."""
+        """Add the users' clipped gradients to every `.grad`; returns their norms before clipping [B].
+
+        These norms are not private.
+        """
         model = self.model.train()
         with torch.no_grad():
             table = model.items()
@@ -172,30 +195,37 @@ class PrivateStep:
         x.requires_grad_()
         hidden = model.finish(model.states(x, batch))
         self.hooks.enable_hooks()
-        compared = _Catalogue(model, batch, targets, hidden.detach(), table, output)
+        catalogue = _CatalogueLoss(model, batch, targets, hidden.detach(), table, output)
         fixed = model.items.adapter is not None
-        asked = hidden[batch.user_N, batch.position_N]
-        by_x, *_ = torch.autograd.grad(asked, [x, *self.roots], compared.gradient_ND, retain_graph=True)
+        query_states = hidden[batch.user_N, batch.position_N]
+        by_x, *_ = torch.autograd.grad(
+            query_states, [x, *self.roots], catalogue.gradient_ND, retain_graph=True
+        )
         by_items = by_x * math.sqrt(model.shape.dim) * (batch.item_BT > 0)[:, :, None]
-        by_adapter = compared.adapter_gradients(by_items, model.items.codes()) if fixed else None
-        norm = self._norms(batch, by_x, compared.norms(by_items) if by_adapter is None else by_adapter.square().sum((1, 2)))
+        by_adapter = catalogue.adapter_gradients(by_items, model.items.codes()) if fixed else None
+        norm = self._norms(
+            batch, by_x, catalogue.norms(by_items) if by_adapter is None else by_adapter.square().sum((1, 2))
+        )
         factor = (self.clipping_norm / (norm + TINY)).clamp(max=1.0)
         self.hooks.disable_hooks()
-        torch.autograd.backward(asked, compared.gradient_ND * factor[batch.user_N, None])
+        torch.autograd.backward(query_states, catalogue.gradient_ND * factor[batch.user_N, None])
         self.hooks.enable_hooks()
         assert x.grad is not None
         self._add_tables(batch, x.grad)
         if by_adapter is not None and model.items.adapter is not None:
             _grad(model.items.adapter.weight).add_(torch.tensordot(factor, by_adapter, 1))
         elif model.items.ids is not None:
-            ids = compared.table_gradient(factor)
+            ids = catalogue.table_gradient(factor)
             ids.index_add_(0, batch.item_BT.flatten(), x.grad.flatten(0, 1), alpha=math.sqrt(model.shape.dim))
             ids[0] = 0.0
             _grad(model.items.ids.weight).add_(ids)
         return norm
 
     def _norms(self, batch: Batch, by_x: Tensor, squared: Tensor) -> Tensor:
-        """Norm of each user's whole gradient [B], given the squared norm of what it does to the item vectors' parameters."""
+        """Norm of each user's whole gradient [B].
+
+        squared : squared norm of its part for the parameters of the item vectors
+        """
         if self.model.positions is not None:
             squared = squared + by_x.square().sum((1, 2))
         if self.model.events is not None:
@@ -207,7 +237,7 @@ class PrivateStep:
 
     @torch.no_grad()
     def _add_tables(self, batch: Batch, by_x: Tensor) -> None:
-        """The clipped sums of the other tables that the histories read."""
+        """Add the clipped sums of the other tables that the histories look up."""
         model = self.model
         if model.positions is not None:
             _grad(model.positions.weight)[: by_x.shape[1]] += by_x.sum(0)
@@ -215,76 +245,118 @@ class PrivateStep:
             _grad(model.events.weight).index_add_(0, batch.event_BT.flatten(), by_x.flatten(0, 1))
 
 
-class _Catalogue:
-    """The loss over the catalogue of a physical batch: gradients by hidden states, norms and clipped sum of the item table."""
+class _CatalogueLoss:
+    """Catalogue loss of a physical batch: gradients by hidden states, norms and clipped sum of the item
+    table.
+    """
 
-    def __init__(self, model: Recommender, batch: Batch, targets: Targets, hidden_BTD: Tensor, table_VD: Tensor, output_VD: Tensor) -> None:
+    def __init__(
+        self,
+        model: Recommender,
+        batch: Batch,
+        targets: Targets,
+        hidden_BTD: Tensor,
+        table_VD: Tensor,
+        output_VD: Tensor,
+    ) -> None:
         B, V = len(batch.item_BT), len(output_VD)
         self.item_BT, self.output_VD = batch.item_BT, output_VD
         self.length_V = None if model.temperature is None else table_VD.norm(dim=1).clamp(min=1e-12)
         count = torch.bincount(batch.user_N, minlength=B)
         order = torch.argsort(batch.user_N, stable=True)
         slot_N = torch.empty_like(order)
-        slot_N[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[batch.user_N[order]]
+        slot_N[order] = (
+            torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[batch.user_N[order]]
+        )
         Q = int(count.max()) if len(count) else 0
         self.hidden_BQD = hidden_BTD.new_zeros(B, Q, hidden_BTD.shape[2])
         self.hidden_BQD[batch.user_N, slot_N] = hidden_BTD[batch.user_N, batch.position_N]
         weight_BQ = hidden_BTD.new_zeros(B, Q)
         weight_BQ[batch.user_N, slot_N] = 1.0 / count[batch.user_N].to(weight_BQ.dtype)
-        wanted = targets.offsets.diff()
-        query = torch.repeat_interleave(torch.arange(len(wanted), device=wanted.device), wanted)
-        share = weight_BQ[batch.user_N, slot_N][query] / wanted[query]
+        target_count = targets.offsets.diff()
+        query = torch.repeat_interleave(
+            torch.arange(len(target_count), device=target_count.device), target_count
+        )
+        share = weight_BQ[batch.user_N, slot_N][query] / target_count[query]
         self.gradient_BQV = hidden_BTD.new_empty(B, Q, V)
         by_hidden = torch.zeros_like(self.hidden_BQD)
-        self.blocks: list[tuple[slice, Compared]] = []
+        self.blocks: list[tuple[slice, ScoredTable]] = []
         size = max(BLOCK_SCORES[hidden_BTD.device.type] // max(Q * V, 1), 1)
         for first in range(0, B if Q else 0, size):
             users = slice(first, min(first + size, B))
-            mine = (batch.user_N[query] >= users.start) & (batch.user_N[query] < users.stop)
-            place = (batch.user_N[query[mine]] - first, slot_N[query[mine]], targets.item[mine])
+            in_block = (batch.user_N[query] >= users.start) & (batch.user_N[query] < users.stop)
+            target_index = (
+                batch.user_N[query[in_block]] - first,
+                slot_N[query[in_block]],
+                targets.item[in_block],
+            )
             scores = self.gradient_BQV[users]
             torch.mm(self.hidden_BQD[users].flatten(0, 1), output_VD.mT, out=scores.flatten(0, 1))
             scores[:, :, 0] = -math.inf
-            kept = None if self.length_V is None else scores.clone().index_fill_(2, place[2].new_zeros(1), 0.0)
+            raw_scores = (
+                None
+                if self.length_V is None
+                else scores.clone().index_fill_(2, target_index[2].new_zeros(1), 0.0)
+            )
             if model.offset_V is not None:
                 scores += model.offset_V
             gradient = torch.softmax(scores, 2, out=scores).mul_(weight_BQ[users, :, None])
-            gradient.index_put_(place, -share[mine], accumulate=True)
+            gradient.index_put_(target_index, -share[in_block], accumulate=True)
             by_hidden[users] = gradient @ output_VD
-            self.blocks.append((users, Compared(self.item_BT[users], self.hidden_BQD[users], gradient, kept, self.length_V)))
+            self.blocks.append(
+                (
+                    users,
+                    ScoredTable(
+                        self.item_BT[users], self.hidden_BQD[users], gradient, raw_scores, self.length_V
+                    ),
+                )
+            )
         self.gradient_ND = by_hidden[batch.user_N, slot_N]
 
     def norms(self, gradient_BTD: Tensor) -> Tensor:
-        """Squared norm of each user's gradient of the table [B], given that of the rows which its history reads (padding: zero)."""
+        """Squared norm of each user's gradient of the table [B].
+
+        gradient_BTD : gradients by the looked-up rows; zero for padding
+        """
         along_BT = None if self.length_V is None else (gradient_BTD * self.output_VD[self.item_BT]).sum(2)
-        found = lookup_norms(self.item_BT, gradient_BTD) if not self.blocks else torch.empty_like(gradient_BTD[:, 0, 0])
-        for users, compared in self.blocks:
-            found[users] = compared.table_norms(gradient_BTD[users], None if along_BT is None else along_BT[users])
-        return found
+        squared = (
+            lookup_norms(self.item_BT, gradient_BTD)
+            if not self.blocks
+            else torch.empty_like(gradient_BTD[:, 0, 0])
+        )
+        for users, scored in self.blocks:
+            squared[users] = scored.table_norms(
+                gradient_BTD[users], None if along_BT is None else along_BT[users]
+            )
+        return squared
 
     def adapter_gradients(self, gradient_BTD: Tensor, codes_VF: Tensor) -> Tensor:
-        """Each user's gradient of the map from fixed codes to item vectors [B, D, F], given that of the vectors which its history
-        reads: Σ_t d_t f(x_t)ᵀ + Σ_s h_s (Σ_v p_sv f_v)ᵀ."""
+        """Each user's gradient of the map from fixed codes to item vectors [B, D, F].
+
+        It is Σ_t d_t f(x_t)ᵀ + Σ_s h_s (Σ_v p_sv f_v)ᵀ.
+
+        gradient_BTD : gradients d_t by the looked-up vectors
+        """
         read = torch.bmm(gradient_BTD.mT, codes_VF[self.item_BT])
         return read + torch.bmm(self.hidden_BQD.mT, self.gradient_BQV @ codes_VF)
 
     def table_gradient(self, factor_B: Tensor) -> Tensor:
-        """Sum over the users of factor times their gradient of the table, as far as scores are compared with it [V, D]."""
+        """Sum over the users of factor times their gradient of the table by its scores [V, D]."""
         weighted = (self.hidden_BQD * factor_B[:, None, None]).flatten(0, 1)
-        found: Tensor = self.gradient_BQV.flatten(0, 1).mT @ weighted
+        gradient = self.gradient_BQV.flatten(0, 1).mT @ weighted
         if self.length_V is None:
-            return found
-        radial = (found * self.output_VD).sum(1, keepdim=True)
-        found = (found - radial * self.output_VD) / self.length_V[:, None]
-        return found
+            return gradient
+        radial = (gradient * self.output_VD).sum(1, keepdim=True)
+        result: Tensor = (gradient - radial * self.output_VD) / self.length_V[:, None]
+        return result
 
 
 def _over_ranks(gradients: list[Tensor]) -> list[Tensor]:
-    """Sums over all ranks, in tensors of their own."""
-    found = [gradient.double() for gradient in gradients]
-    for gradient in found if dist.is_initialized() else ():
+    """Sums over all ranks, in new tensors."""
+    sums = [gradient.double() for gradient in gradients]
+    for gradient in sums if dist.is_initialized() else ():
         dist.all_reduce(gradient)
-    return found
+    return sums
 
 
 def _grad(parameter: Tensor) -> Tensor:
@@ -294,7 +366,10 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def _layers(model: Recommender) -> list[nn.Parameter]:
-    """The parameters whose norms Opacus finds. Raises SettingsError unless every trainable one has exactly one source of its norm."""
+    """The parameters whose norms Opacus computes.
+
+    Raises SettingsError unless every trainable parameter has exactly one source of its norm.
+    """
     sources = {name: 0 for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name in TABLES:
         if name in sources:
@@ -306,12 +381,14 @@ def _layers(model: Recommender) -> list[nn.Parameter]:
                 sources[name] += 1
                 layers.append(parameter)
     if model.temperature is not None and model.items.adapter is not None:
-        sources["items.adapter.weight"] = 0  # its norm is known for a dot product alone
+        sources["items.adapter.weight"] = 0  # its norm is exact only for dot-product scores
     wrong = sorted(name for name, count in sources.items() if count != 1)
     if wrong:
         raise SettingsError(
-            f"privacy: nobody knows exactly what one user adds to {', '.join(wrong)}",
-            "use model.preset=dp or sasrec without time_bias, values, repeat, prior_days, context and learned features (model.items=features "
-            "keeps them fixed; with a dot product)",
+            f"privacy: the exact contribution of one user to {', '.join(wrong)} is unknown",
+            "use model.preset=dp or sasrec without time_bias, values, repeat_consumption, "
+            "popularity_prior_days, context and learned features (model.items=features with dot-product "
+            "scores "
+            "keeps features fixed)",
         )
     return layers

@@ -1,10 +1,12 @@
-"""What was spent of the privacy of a population, for the life of its data: an append-only list in a database.
+"""The privacy ledger: an append-only record of the ε that a population has spent, kept as long as its data.
 
-A training reserves its steps and the release of its item counts before the first one, takes them piece by piece (a piece is on
-disk before its first step), and commits. What a crash left is counted: the whole reservation until it is committed, then all
-that was taken, released or not. A population is a set of users, known by salted hashes; it may grow, but nobody may be in two.
+A training reserves its steps and the release of its item counts before the first step. It then takes them in
+chunks (each is on disk before its first step) and commits. Until the commit, the whole reservation counts as
+spent; afterwards, all steps taken, including those that a crash wasted. A population is a set of users,
+stored as salted hashes. It may grow, but no user may be in two populations.
 
-sqlite by default, where nodes share no file system Postgres (14 or later, `recray[postgres]`) by its URL. Nothing in it is secret but the salt.
+The database is sqlite by default, or PostgreSQL (14 or later, `recray[postgres]`) by URL where nodes share no
+file system. Only the salt is secret.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from sqlalchemy.engine import Connection, Engine
 
 from recray.config import sqlite_file
 from recray.errors import MissingArtifactError, PrivacySpentError, RefusedError, StorageError
-from recray.privacy.accounting import Mechanism, Steps, epsilon_of, grouped, sigma_for
+from recray.privacy.accounting import Mechanism, Steps, epsilon_of, group_steps, sigma_for
 
 RESERVE, TAKE, COMMIT = "reserve", "take", "commit"
 BATCH = 10_000
-_CLOSE = "; recray privacy close frees what a training reserved that will not go on"
+_CLOSE = "; recray privacy close releases the reservation of an abandoned training"
 
 _schema = sa.MetaData()
 _salt = sa.Table("salt", _schema, sa.Column("value", sa.LargeBinary, nullable=False))
@@ -56,17 +58,20 @@ _entries = sa.Table(
     sa.Column("part", sa.Integer, nullable=False, server_default="0"),
     sa.Column("parts", sa.Integer, nullable=False, server_default="1"),
 )
-_LATER = ("counts", "counts_sigma", "part", "parts")  # columns of entries that a ledger of before does not have
+# columns of entries that older ledgers lack
+_ADDED_COLUMNS = ("counts", "counts_sigma", "part", "parts")
 _TABLES = ("entries", "members", "salt")
 _REFUSE = "the ledger is append-only"
 _APPEND_ONLY = {
     "sqlite": [
-        f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action} BEFORE {action} ON {table} BEGIN SELECT RAISE(ABORT, '{_REFUSE}'); END"
+        f"CREATE TRIGGER IF NOT EXISTS {table}_no_{action} BEFORE {action} ON {table} BEGIN SELECT "
+        f"RAISE(ABORT, '{_REFUSE}'); END"
         for table in _TABLES
         for action in ("update", "delete")
     ],
     "postgresql": [
-        f"CREATE OR REPLACE FUNCTION append_only() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION '{_REFUSE}'; END $$",
+        "CREATE OR REPLACE FUNCTION append_only() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE "
+        f"EXCEPTION '{_REFUSE}'; END $$",
         *(
             f"CREATE OR REPLACE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
             "FOR EACH STATEMENT EXECUTE FUNCTION append_only()"
@@ -74,26 +79,30 @@ _APPEND_ONLY = {
         ),
     ],
 }
-_LOCK = 0x7265637261  # of Postgres, held while the tables are made
+_LOCK = 0x7265637261  # advisory lock of PostgreSQL, held while the tables are created
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training in the ledger: steps and releases of item counts, each reserved and taken, and whether it committed."""
+    """One training in the ledger: its reserved and taken steps and item counts, and whether it committed."""
 
     run_key: str
     mechanism: Mechanism
-    reserved: int
-    taken: int
+    steps_reserved: int
+    steps_taken: int
     counts_reserved: int
     counts_taken: int
     committed: bool
-    begun: str
+    started_at: str
 
     @property
     def counted(self) -> list[Steps]:
-        """What is counted as spent."""
-        steps, counts = (self.taken, self.counts_taken) if self.committed else (self.reserved, self.counts_reserved)
+        """The steps that count as spent."""
+        steps, counts = (
+            (self.steps_taken, self.counts_taken)
+            if self.committed
+            else (self.steps_reserved, self.counts_reserved)
+        )
         return [Steps(self.mechanism.sigma, self.mechanism.rate, steps), *self.mechanism.releases(counts)]
 
 
@@ -105,170 +114,240 @@ class Ledger:
 
     @classmethod
     def open(cls, url: str, population: str) -> Ledger:
-        """Open a ledger, or begin it. Raises StorageError if the database cannot be used."""
-        named: sa.URL | str = "(not a URL)"
+        """Open or create a ledger. Raises StorageError if the database cannot be used."""
+        shown_url: sa.URL | str = "(not a URL)"
         try:
-            named = sa.engine.make_url(url)
-            if named.drivername == "postgresql":
-                named = named.set(drivername="postgresql+psycopg")
-            engine = sa.create_engine(named)
+            shown_url = sa.engine.make_url(url)
+            if shown_url.drivername == "postgresql":
+                shown_url = shown_url.set(drivername="postgresql+psycopg")
+            engine = sa.create_engine(shown_url)
             if engine.dialect.name not in _APPEND_ONLY:
-                raise StorageError(f"privacy.ledger {named!r}: a ledger on {engine.dialect.name} is not known to last", "name sqlite or PostgreSQL")
+                raise StorageError(
+                    f"privacy.ledger {shown_url!r}: {engine.dialect.name} is not supported",
+                    "use sqlite or PostgreSQL",
+                )
             if engine.dialect.name == "sqlite":
                 _durable(engine)
             with engine.begin() as connection:
-                _begin(connection)
+                _create_tables(connection)
         except (sa.exc.SQLAlchemyError, ImportError) as error:
-            mend = 'pip install "recray[postgres]"' if getattr(error, "name", None) == "psycopg" else "mend the URL or the database"
-            raise StorageError(f"privacy.ledger {named!r} cannot be opened: {error}", mend) from None
+            fix = (
+                'pip install "recray[postgres]"'
+                if getattr(error, "name", None) == "psycopg"
+                else "fix the URL or the database"
+            )
+            raise StorageError(f"privacy.ledger {shown_url!r} cannot be opened: {error}", fix) from None
         return cls(engine, population)
 
     @classmethod
     def read(cls, url: str, population: str) -> Ledger:
-        """Open one that is there. Raises MissingArtifactError if it is a file that is not."""
+        """Open an existing ledger. Raises MissingArtifactError if its file does not exist."""
         file = sqlite_file(url)
         if file and not os.path.exists(file):
-            raise MissingArtifactError(f"no ledger at {file}", "the first private training begins it")
+            raise MissingArtifactError(f"no ledger at {file}", "the first private training creates it")
         return cls.open(url, population)
 
     def admit(self, user_ids: Iterable[str]) -> int:
-        """Note who is learned from; how many were not known. Raises RefusedError if one belongs to another population."""
-        with self._alone() as connection:
+        """Record users of the population; returns the number of new ones.
+
+        Raises RefusedError if one belongs to another population.
+        """
+        with self._exclusive() as connection:
             return self._admit(connection, user_ids)
 
-    def reserve(self, run_key: str, mechanism: Mechanism, cap: float | None, done: int = 0, user_ids: Iterable[str] = ()) -> int:
-        """Admit users, and make sure that the steps which `done` leaves of a training are reserved, and the counts that it begins
-        with; how many steps were added. Refused, it leaves nothing behind.
+    def reserve(
+        self,
+        run_key: str,
+        mechanism: Mechanism,
+        cap: float | None,
+        done_steps: int = 0,
+        user_ids: Iterable[str] = (),
+    ) -> int:
+        """Admit users and reserve the remaining steps of a training and its item counts.
 
-        Raises PrivacySpentError, with what would fit, if all steps of the population together would pass ε `cap`; RefusedError if
-        the run was begun with another mechanism, or in another ledger, or has ended, δ is larger than before, or one of the users belongs
-        to another population.
+        Returns the number of added steps. A refusal changes nothing.
+
+        done_steps : steps that the training has completed
+        cap : largest ε of all steps of the population; None: no cap
+
+        Raises PrivacySpentError, with a proposal that fits, if the cap would be exceeded. Raises RefusedError
+        if the training began with another mechanism, began in another ledger, or has ended; if δ is larger
+        than before; or if a user belongs to another population.
         """
-        with self._alone() as connection:
+        with self._exclusive() as connection:
             self._admit(connection, user_ids)
             runs = self._runs(connection)
-            mine = next((run for run in runs if run.run_key == run_key), None)
-            if mechanism.delta > (pinned := min((run.mechanism.delta for run in runs), default=1.0)):
+            run = next((other for other in runs if other.run_key == run_key), None)
+            if mechanism.delta > (promised := min((other.mechanism.delta for other in runs), default=1.0)):
                 raise RefusedError(
-                    f"privacy.delta: {mechanism.delta:g}, but population {self.population} was promised {pinned:g}", f"set privacy.delta={pinned:g}"
+                    f"privacy.delta: {mechanism.delta:g}, but population {self.population} was promised "
+                    f"{promised:g}",
+                    f"set privacy.delta={promised:g}",
                 )
-            if mine is not None and mine.mechanism != mechanism:
-                raise RefusedError(
-                    f"training {run_key} was begun with {mine.mechanism}, not with {mechanism}",
-                    "go on as it was begun; other settings make another training",
-                )
-            if mine is None and done:
-                raise RefusedError(
-                    f"training {run_key} has taken {done} steps that this ledger does not know",
-                    "name the ledger that it was begun with (privacy.ledger, privacy.population), or begin another training with another train.seed",
-                )
-            if mine is not None and mine.committed:
-                raise RefusedError(
-                    f"training {run_key} has committed, but what it made is gone", "train with another train.seed, which counts as another training"
-                )
-            reserved, taken = (mine.reserved, mine.taken) if mine else (0, 0)
-            missing = max(taken + mechanism.steps - done - reserved, 0)
+            _check_resumable(run_key, run, mechanism, done_steps)
+
+            steps_reserved, steps_taken = (run.steps_reserved, run.steps_taken) if run else (0, 0)
+            missing = max(steps_taken + mechanism.steps - done_steps - steps_reserved, 0)
             counts = 0
-            if mechanism.counts_sigma and not done:  # those of an attempt before went with it
-                counts = max(1 + (mine.counts_taken - mine.counts_reserved if mine else 0), 0)
+            if mechanism.counts_sigma and not done_steps:  # counts of an earlier attempt were lost with it
+                counts = max(1 + (run.counts_taken - run.counts_reserved if run else 0), 0)
             if not (missing or counts):
                 return 0
-            wanted, released = Steps(mechanism.sigma, mechanism.rate, missing), mechanism.releases(counts)
+            requested, released = Steps(mechanism.sigma, mechanism.rate, missing), mechanism.releases(counts)
             if cap is not None:
-                theirs = [run for run in runs if run.mechanism.parts != mechanism.parts or run.mechanism.part == mechanism.part]
-                before = _worst(theirs, mechanism.delta)
-                if epsilon_of([*before, *released, wanted], mechanism.delta) > cap:
-                    raise _over(cap, before, released, wanted, mechanism.delta)
+                same_users = [
+                    other
+                    for other in runs
+                    if other.mechanism.parts != mechanism.parts or other.mechanism.part == mechanism.part
+                ]
+                before = _most_spent(same_users, mechanism.delta)
+                if epsilon_of([*before, *released, requested], mechanism.delta) > cap:
+                    raise _cap_exceeded(cap, before, released, requested, mechanism.delta)
             self._append(connection, run_key, RESERVE, missing, mechanism, counts)
             return missing
 
-    def take(self, run_key: str, steps: int, counts: int = 0) -> None:
-        """Note that steps are about to be taken, or counts to be released. Raises RefusedError if they were not reserved."""
-        with self._alone() as connection:
-            mine = self._one(connection, run_key)
-            if mine.taken + steps > mine.reserved or mine.counts_taken + counts > mine.counts_reserved or mine.committed:
-                ended = ", and committed" if mine.committed else ""
-                what = f"training {run_key} took {mine.taken} of {mine.reserved} reserved steps{ended}; {steps} more are too many"
+    def take_steps(self, run_key: str, steps: int, counts: int = 0) -> None:
+        """Record steps and releases of counts before they happen.
+
+        Raises RefusedError if they were not reserved.
+        """
+        with self._exclusive() as connection:
+            run = self._run_of(connection, run_key)
+            if (
+                run.steps_taken + steps > run.steps_reserved
+                or run.counts_taken + counts > run.counts_reserved
+                or run.committed
+            ):
+                ended = ", and committed" if run.committed else ""
+                problem = (
+                    f"training {run_key} took {run.steps_taken} of {run.steps_reserved} reserved steps"
+                    f"{ended}; {steps} more exceed the reservation"
+                )
                 if counts:
-                    released = f"released its counts {mine.counts_taken} of {mine.counts_reserved} reserved times"
-                    what = f"training {run_key} {released}{ended}; {counts} more is too many"
-                raise RefusedError(what, "reserve them first")
-            self._append(connection, run_key, TAKE, steps, mine.mechanism, counts)
+                    released = (
+                        f"released its counts {run.counts_taken} of {run.counts_reserved} reserved times"
+                    )
+                    problem = f"training {run_key} {released}{ended}; {counts} more exceeds the reservation"
+                raise RefusedError(problem, "reserve them first")
+            self._append(connection, run_key, TAKE, steps, run.mechanism, counts)
 
     def commit(self, run_key: str) -> None:
-        """End a training: what it took is spent, the rest of its reservation is free. A second time nothing happens."""
-        with self._alone() as connection:
-            mine = self._one(connection, run_key)
-            if not mine.committed:
-                self._append(connection, run_key, COMMIT, mine.taken, mine.mechanism)
+        """End a training: its steps taken are spent, and the rest of its reservation is released.
+
+        A repeated commit changes nothing.
+        """
+        with self._exclusive() as connection:
+            run = self._run_of(connection, run_key)
+            if not run.committed:
+                self._append(connection, run_key, COMMIT, run.steps_taken, run.mechanism)
 
     def runs(self) -> list[Run]:
-        """The trainings of the population, as they began."""
+        """The trainings of the population, in the order of their start."""
         with self.engine.connect() as connection:
             return self._runs(connection)
 
     def spent(self) -> list[Steps]:
-        """All steps that count, by mechanism: those of the user of whom most was learned, at the δ of the last training."""
+        """Spent steps by mechanism, of the user with the largest ε at the δ of the last training."""
         runs = self.runs()
-        return _worst(runs, runs[-1].mechanism.delta) if runs else []
+        return _most_spent(runs, runs[-1].mechanism.delta) if runs else []
 
     def statement(self) -> dict[str, Any]:
-        """What the population has spent, for a statement: trainings, and ε at the δ of the last one."""
+        """Spent privacy for a statement: number of trainings, and ε at the δ of the last one."""
         runs = self.runs()
         delta = runs[-1].mechanism.delta if runs else 0.0
-        return {"population": self.population, "trainings": len(runs), "epsilon_of_all_trainings": round(epsilon_of(self.spent(), delta), 4)}
+        return {
+            "population": self.population,
+            "trainings": len(runs),
+            "epsilon_of_all_trainings": round(epsilon_of(self.spent(), delta), 4),
+        }
 
-    def holds(self, run_key: str) -> bool:
-        """Whether a training of this key was accounted for to its end."""
+    def has_committed(self, run_key: str) -> bool:
+        """Whether a training of this key has committed."""
         return any(run.run_key == run_key and run.committed for run in self.runs())
 
     def members(self) -> int:
-        """Users of the population."""
+        """Number of users of the population."""
         with self.engine.connect() as connection:
-            count = sa.select(sa.func.count()).select_from(_members).where(_members.c.population == self.population)
+            count = (
+                sa.select(sa.func.count())
+                .select_from(_members)
+                .where(_members.c.population == self.population)
+            )
             return int(connection.execute(count).scalar_one())
 
-    def _one(self, connection: Connection, run_key: str) -> Run:
+    def _run_of(self, connection: Connection, run_key: str) -> Run:
         for run in self._runs(connection):
             if run.run_key == run_key:
                 return run
         raise RefusedError(f"training {run_key} has reserved nothing", "reserve before the first step")
 
     def _runs(self, connection: Connection) -> list[Run]:
-        rows = connection.execute(sa.select(_entries).where(_entries.c.population == self.population).order_by(_entries.c.number)).all()
-        found: dict[str, list[Any]] = {}
+        rows = connection.execute(
+            sa.select(_entries).where(_entries.c.population == self.population).order_by(_entries.c.number)
+        ).all()
+        entries_of: dict[str, list[Any]] = {}
         for row in rows:
-            found.setdefault(row.run_key, []).append(row)
-        return [_run(key, entries) for key, entries in found.items()]
+            entries_of.setdefault(row.run_key, []).append(row)
+        return [_run(key, entries) for key, entries in entries_of.items()]
 
-    def _append(self, connection: Connection, run_key: str, kind: str, steps: int, mechanism: Mechanism, counts: int = 0) -> None:
-        fields = {name: getattr(mechanism, name) for name in ("sigma", "rate", "clipping_norm", "delta", "users", "counts_sigma", "part", "parts")}
+    def _append(
+        self,
+        connection: Connection,
+        run_key: str,
+        kind: str,
+        steps: int,
+        mechanism: Mechanism,
+        counts: int = 0,
+    ) -> None:
+        fields = {
+            name: getattr(mechanism, name)
+            for name in ("sigma", "rate", "clipping_norm", "delta", "users", "counts_sigma", "part", "parts")
+        }
         at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        row = {"at": at, "population": self.population, "run_key": run_key, "kind": kind, "steps": steps, "counts": counts, **fields}
+        row = {
+            "at": at,
+            "population": self.population,
+            "run_key": run_key,
+            "kind": kind,
+            "steps": steps,
+            "counts": counts,
+            **fields,
+        }
         connection.execute(sa.insert(_entries), row)
 
     def _admit(self, connection: Connection, user_ids: Iterable[str]) -> int:
         new = 0
-        salt = self._salted(connection)
+        salt = self._read_salt(connection)
         for batch in _batches(user_ids):
             users = [hashlib.sha256(salt + user.encode()).digest()[:16] for user in batch]
-            found: dict[bytes, str] = {}
+            population_of: dict[bytes, str] = {}
             for first in range(0, len(users), 500):
-                wanted = _members.c.user.in_(users[first : first + 500])
-                found |= {bytes(row.user): row.population for row in connection.execute(sa.select(_members).where(wanted))}
-            others = {population for population in found.values() if population != self.population}
-            if others:
+                is_in_batch = _members.c.user.in_(users[first : first + 500])
+                population_of |= {
+                    bytes(row.user): row.population
+                    for row in connection.execute(sa.select(_members).where(is_in_batch))
+                }
+            other_populations = {
+                population for population in population_of.values() if population != self.population
+            }
+            if other_populations:
                 raise RefusedError(
-                    f"privacy.population {self.population}: users of it are in the ledger of {', '.join(sorted(others))}",
-                    "what is spent of a user is kept in one place: name that population, or train on other users",
+                    f"privacy.population {self.population}: some of its users belong to population "
+                    f"{', '.join(sorted(other_populations))}",
+                    "the ε of a user is counted in one population: set that population, or train on other "
+                    "users",
                 )
-            rows = [{"user": user, "population": self.population} for user in dict.fromkeys(users) if user not in found]
+            rows = [
+                {"user": user, "population": self.population}
+                for user in dict.fromkeys(users)
+                if user not in population_of
+            ]
             new += len(rows)
             if rows:
                 connection.execute(sa.insert(_members), rows)
         return new
 
-    def _salted(self, connection: Connection) -> bytes:
+    def _read_salt(self, connection: Connection) -> bytes:
         salt = connection.execute(sa.select(_salt.c.value)).scalar()
         if salt is None:
             salt = os.urandom(32)
@@ -276,87 +355,156 @@ class Ledger:
         return bytes(salt)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[Connection]:
-        """A transaction that no other writer overlaps, on disk when it ends."""
+    def _exclusive(self) -> Iterator[Connection]:
+        """An exclusive write transaction, which is on disk when it ends."""
         with self.engine.begin() as connection:
             if self.engine.dialect.name == "postgresql":
                 connection.exec_driver_sql("LOCK TABLE entries IN EXCLUSIVE MODE")
             yield connection
 
 
-def _worst(runs: Sequence[Run], delta: float) -> list[Steps]:
-    """What the user is part of who has spent most: a user may be in any part, in each way that the users were parted."""
-    parted: dict[int, set[int]] = {}
+def _check_resumable(run_key: str, run: Run | None, mechanism: Mechanism, done_steps: int) -> None:
+    """Raises RefusedError if a training cannot start or resume, given its entries in the ledger."""
+    if run is not None and run.mechanism != mechanism:
+        raise RefusedError(
+            f"training {run_key} began with {run.mechanism}, not with {mechanism}",
+            "resume it with its own settings; other settings are another training",
+        )
+    if run is None and done_steps:
+        raise RefusedError(
+            f"training {run_key} has taken {done_steps} steps that are not in this ledger",
+            "set the ledger that it began with (privacy.ledger, privacy.population), or start a new training "
+            "with another train.seed",
+        )
+    if run is not None and run.committed:
+        raise RefusedError(
+            f"training {run_key} has committed, but its bundle is missing",
+            "train with another train.seed, which counts as another training",
+        )
+
+
+def _most_spent(runs: Sequence[Run], delta: float) -> list[Steps]:
+    """Steps of the user with the largest spent ε.
+
+    A user may be in any part of each split of the population.
+    """
+    parts_by_split: dict[int, set[int]] = {}
     for run in runs:
-        parted.setdefault(run.mechanism.parts, set()).add(run.mechanism.part)
-    chosen = [dict(zip(parted, parts, strict=True)) for parts in itertools.product(*map(sorted, parted.values()))]
-    users = [grouped([steps for run in runs if parts[run.mechanism.parts] == run.mechanism.part for steps in run.counted]) for parts in chosen]
+        parts_by_split.setdefault(run.mechanism.parts, set()).add(run.mechanism.part)
+    combinations = [
+        dict(zip(parts_by_split, parts, strict=True))
+        for parts in itertools.product(*map(sorted, parts_by_split.values()))
+    ]
+    users = [
+        group_steps(
+            [
+                steps
+                for run in runs
+                if parts[run.mechanism.parts] == run.mechanism.part
+                for steps in run.counted
+            ]
+        )
+        for parts in combinations
+    ]
     return max(users, key=lambda spent: epsilon_of(spent, delta))
 
 
 def _run(key: str, entries: list[Any]) -> Run:
     first = entries[0]
-    of = {kind: [row for row in entries if row.kind == kind] for kind in (RESERVE, TAKE, COMMIT)}
-    steps = {kind: sum(row.steps for row in rows) for kind, rows in of.items()}
-    counts = {kind: sum(row.counts for row in rows) for kind, rows in of.items()}
+    rows_of = {kind: [row for row in entries if row.kind == kind] for kind in (RESERVE, TAKE, COMMIT)}
+    steps = {kind: sum(row.steps for row in rows) for kind, rows in rows_of.items()}
+    counts = {kind: sum(row.counts for row in rows) for kind, rows in rows_of.items()}
     mechanism = Mechanism(
-        first.sigma, first.rate, first.steps, first.clipping_norm, first.delta, first.users, first.counts_sigma, first.part, first.parts
+        first.sigma,
+        first.rate,
+        first.steps,
+        first.clipping_norm,
+        first.delta,
+        first.users,
+        first.counts_sigma,
+        first.part,
+        first.parts,
     )
-    return Run(key, mechanism, steps[RESERVE], steps[TAKE], counts[RESERVE], counts[TAKE], bool(of[COMMIT]), first.at)
+    return Run(
+        key,
+        mechanism,
+        steps[RESERVE],
+        steps[TAKE],
+        counts[RESERVE],
+        counts[TAKE],
+        bool(rows_of[COMMIT]),
+        first.at,
+    )
 
 
-def _over(cap: float, before: Sequence[Steps], released: Sequence[Steps], wanted: Steps, delta: float) -> PrivacySpentError:
-    """The refusal, with what would fit."""
+def _cap_exceeded(
+    cap: float, before: Sequence[Steps], released: Sequence[Steps], requested: Steps, delta: float
+) -> PrivacySpentError:
+    """The error of an exceeded cap, with a proposal that fits."""
     spent, counted = (epsilon_of(steps, delta) for steps in (before, [*before, *released]))
     before = [*before, *released]
-    total = epsilon_of([*before, wanted], delta)
+    total = epsilon_of([*before, requested], delta)
     counts = f" and item counts at σ {released[0].sigma:.3g}" if released else ""
-    asked = f"{wanted.number} steps at σ {wanted.sigma:.3g}{counts}"
-    what = f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {asked} it would be {total:.2f}"
-    scored = "to score with the weights that are there costs nothing"
+    request = f"{requested.number} steps at σ {requested.sigma:.3g}{counts}"
+    problem = (
+        f"privacy.cap: ε {cap:g} at δ {delta:g}; {spent:.2f} is spent, with {request} it would be {total:.2f}"
+    )
+    scoring = "scoring with existing weights costs nothing"
     if spent >= cap:
-        return PrivacySpentError(what, f"nothing fits any more: raise the cap; {scored}{_CLOSE}")
+        return PrivacySpentError(problem, f"nothing fits: raise the cap; {scoring}{_CLOSE}")
     if counted >= cap:
         return PrivacySpentError(
-            what, f"the item counts alone do not fit: lower privacy.epsilon (or raise privacy.sigma), or raise the cap; {scored}{_CLOSE}"
+            problem,
+            "the item counts alone do not fit: lower privacy.epsilon (or raise privacy.sigma), or raise "
+            f"the cap; {scoring}{_CLOSE}",
         )
-    low, high = 0, wanted.number
+    low, high = 0, requested.number
     while high - low > 1:
         middle = (low + high) // 2
-        within = epsilon_of([*before, wanted._replace(number=middle)], delta) <= cap
+        within = epsilon_of([*before, requested._replace(number=middle)], delta) <= cap
         low, high = (middle, high) if within else (low, middle)
-    sigma = sigma_for(cap, delta, wanted.rate, wanted.number, before)
-    return PrivacySpentError(what, f"what would fit: σ of {sigma:.3g} or more, or at most {low} steps; {scored}{_CLOSE}")
+    sigma = sigma_for(cap, delta, requested.rate, requested.number, before)
+    return PrivacySpentError(
+        problem, f"these fit: σ of {sigma:.3g} or more, or at most {low} steps; {scoring}{_CLOSE}"
+    )
 
 
-def _begin(connection: Connection) -> None:
-    """The tables, the columns that came after a ledger was begun, and what keeps them append-only; nothing where all is there."""
+def _create_tables(connection: Connection) -> None:
+    """Create missing tables and columns, and the triggers that keep them append-only."""
     dialect = connection.engine.dialect
     if dialect.name == "postgresql":
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
-    known = sa.inspect(connection)
-    there = {column["name"] for column in known.get_columns("entries")} if known.has_table("entries") else set()
-    if dialect.name == "postgresql" and there.issuperset(_LATER):
-        return  # who may only read and append has no right to more
+    inspector = sa.inspect(connection)
+    columns = (
+        {column["name"] for column in inspector.get_columns("entries")}
+        if inspector.has_table("entries")
+        else set()
+    )
+    if dialect.name == "postgresql" and columns.issuperset(_ADDED_COLUMNS):
+        return  # a role that may only read and append cannot create tables
     _schema.create_all(connection)
-    for column in (_entries.c[name] for name in _LATER if there and name not in there):
-        connection.exec_driver_sql(f"ALTER TABLE entries ADD COLUMN {sa.schema.CreateColumn(column).compile(dialect=dialect)}")
+    for column in (_entries.c[name] for name in _ADDED_COLUMNS if columns and name not in columns):
+        connection.exec_driver_sql(
+            f"ALTER TABLE entries ADD COLUMN {sa.schema.CreateColumn(column).compile(dialect=dialect)}"
+        )
     for statement in _APPEND_ONLY[dialect.name]:
         connection.exec_driver_sql(statement)
 
 
 def _durable(engine: Engine) -> None:
-    """sqlite: a transaction is on disk when it ends, and writers come one after the other."""
+    """sqlite: transactions are on disk when they end, and writers run one at a time."""
 
     @sa.event.listens_for(engine, "connect")
-    def _connected(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below
+    def _set_pragmas(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # `_begin_immediate` begins transactions
         connection.execute("PRAGMA busy_timeout=30000")
-        connection.execute("PRAGMA journal_mode=DELETE")  # a write-ahead log would need the memory of one machine
-        connection.execute("PRAGMA synchronous=EXTRA")  # the folder too: a journal that comes back would undo what was noted
+        # a write-ahead log would need the shared memory of one machine
+        connection.execute("PRAGMA journal_mode=DELETE")
+        # the folder is synced too: a journal that reappears would undo a transaction
+        connection.execute("PRAGMA synchronous=EXTRA")
 
     @sa.event.listens_for(engine, "begin")
-    def _begun(connection: Connection) -> None:
+    def _begin_immediate(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 

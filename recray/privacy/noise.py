@@ -1,14 +1,14 @@
-"""Gaussian noise on a grid, from a cryptographic generator: what is released says nothing by its last bits.
+"""Gaussian noise on a grid, from a cryptographic generator: the lowest bits of a release reveal nothing.
 
-A sum of floating point numbers and noise of floating point numbers leaves a trace of each in the last bits of what they make: numbers that
-nobody else touches lie on the generator's own lattice, and a neighbour is recognised whatever ε is promised (Mironov, CCS 2012). So the sum
-is rounded to whole multiples of a grid, the noise too, and these whole numbers are added, which is exact. What is released is a
-function of the whole numbers alone.
+The sum of a floating-point number and floating-point noise shows traces of both in its lowest bits. An
+attacker can recognise a neighbouring data set from them, whatever the ε (Mironov, CCS 2012). Therefore sum
+and noise are both rounded to multiples of a grid and added as integers, which is exact. The release is a
+function of these integers alone.
 
-Rounding may move two neighbouring sums apart, by γ in each number; for that, and for the arithmetic of 32 bits by which the sum was made,
-the noise is a little larger than what is accounted for. What the tails lack is part of δ (`recray.privacy.accounting.TAILS`).
-Draws are numbers of 64 bits, so that the probability of a multiple is off by
-some 2⁻³⁵ of itself; nothing pays for that.
+Rounding may move two neighbouring sums apart, by γ in each number, and sums in 32 bits have errors. The noise
+is slightly larger than accounted for, to cover both. δ covers the missing tails
+(`recray.privacy.accounting.TAILS`). Draws have 64 bits, so the probability of a multiple has a relative error
+of about 2⁻³⁵, which nothing covers.
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
 GRID = 2.0**-18
-"""γ as a share of the noise's standard deviation, at most."""
+"""Upper bound of γ, as a share of the noise's standard deviation."""
 ARITHMETIC = 2.0**-10
-"""Of a contribution, by which sums in 32 bits may be wrong."""
-CHUNK = 1 << 20  # draws at once
+"""Error bound of sums in 32 bits, as a share of a contribution."""
+CHUNK = 1 << 20  # numbers drawn at once
 
 
 class GridNoise:
-    """Noise for sums to which each neighbour adds a vector of a length of at most `contribution`.
+    """Noise for sums to which one user adds a vector with a norm of at most `contribution`.
 
     Parameters
     ----------
-    multiplier : σ, the noise multiplier that is accounted for; 0: no noise, which only an audit's control asks for
+    multiplier : σ, the accounted noise multiplier; 0: no noise, only for the control of an audit
     contribution : C
-    numbers : length of the vector, over all its tensors
+    numbers : length of the vector over all its tensors
     """
 
     def __init__(self, multiplier: float, contribution: float, numbers: int) -> None:
         deviation = multiplier * contribution
         self.grid = 2.0 ** math.floor(math.log2(deviation or contribution * GRID)) * GRID
-        moved = contribution * (1.0 + ARITHMETIC) + self.grid * math.sqrt(numbers)
-        self.deviation = multiplier * moved
+        contribution_bound = contribution * (1.0 + ARITHMETIC) + self.grid * math.sqrt(numbers)
+        self.deviation = multiplier * contribution_bound
         """Standard deviation of the noise, in units of the sum."""
 
-    def rounded(self, total: Tensor) -> Tensor:
-        """A sum in whole multiples of the grid, int64."""
+    def to_grid(self, total: Tensor) -> Tensor:
+        """Round a sum to multiples of the grid, int64."""
         return torch.round(total.double() / self.grid).long()
 
-    def drawn_like(self, whole: Tensor) -> Tensor:
-        """Noise in whole multiples of the grid, int64, on the same device."""
+    def draw_like(self, multiples: Tensor) -> Tensor:
+        """Draw noise as multiples of the grid, int64, on the same device."""
         if not self.deviation:
-            return torch.zeros_like(whole)
-        drawn = gaussian(whole.numel())
-        drawn *= self.deviation / self.grid
-        return torch.from_numpy(np.rint(drawn).astype(np.int64)).view_as(whole).to(whole.device)
+            return torch.zeros_like(multiples)
+        noise = gaussian(multiples.numel())
+        noise *= self.deviation / self.grid
+        return torch.from_numpy(np.rint(noise).astype(np.int64)).view_as(multiples).to(multiples.device)
 
-    def released(self, whole: Tensor) -> Tensor:
-        """Whole multiples of the grid as numbers of the sum, float32."""
-        return (whole.double() * self.grid).float()
+    def from_grid(self, multiples: Tensor) -> Tensor:
+        """Convert multiples of the grid to numbers of the sum, float32."""
+        return (multiples.double() * self.grid).float()
 
 
 def gaussian(count: int) -> np.ndarray:
-    """Independent standard normal numbers, float64 [count], by Box and Muller's method from fresh randomness of the system."""
-    found = np.empty(count + count % 2)
-    for first in range(0, len(found), CHUNK):
-        part = found[first : first + CHUNK]
+    """Independent standard normal numbers, float64 [count]: the Box-Muller transform of system randomness."""
+    normal = np.empty(count + count % 2)
+    for first in range(0, len(normal), CHUNK):
+        part = normal[first : first + CHUNK]
         half = len(part) // 2
         bits = random_bits(len(part))
         radius = bits[:half].astype(np.float64)
@@ -83,16 +83,16 @@ def gaussian(count: int) -> np.ndarray:
         np.sin(angle, out=part[half:])
         part[:half] *= radius
         part[half:] *= radius
-    return found[:count]
+    return normal[:count]
 
 
 def uniform(count: int) -> np.ndarray:
-    """Independent numbers of [0, 1), float64 [count], from fresh randomness of the system."""
+    """Independent uniform numbers in [0, 1), float64 [count], from system randomness."""
     return (random_bits(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def random_bits(count: int) -> np.ndarray:
-    """uint64 [count] of ChaCha20 (RFC 8439), under a key that the operating system draws for this call alone."""
+    """uint64 [count] of ChaCha20 (RFC 8439), with a new key from the operating system for each call."""
     stream = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
     return np.frombuffer(b"".join(stream.update(bytes(size)) for size in _pieces(8 * count)), np.uint64)
 

@@ -1,4 +1,4 @@
-"""What can be afforded: noise for a cap, cadence of trainings, and shards of users by night. Accounting alone, no data."""
+"""Privacy plan: the noise that keeps a cap, for cadences of training and shards of users. Needs no data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from recray.errors import SettingsError
-from recray.privacy.accounting import Steps, epsilon_of, share_out
+from recray.privacy.accounting import Steps, epsilon_of, split_noise
 
 CADENCES = (1, 7, 30)
 SHARDS = (1, 7)
@@ -14,11 +14,11 @@ SHARDS = (1, 7)
 
 @dataclass(frozen=True)
 class Option:
-    """Train every `every_days`, each time on one of `shards` parts of the users.
+    """Train every `every_days` days, each time on one of `shards` parts of the users.
 
-    trainings : of which one user is part, in the days planned for
-    sigma : noise multiplier of each that keeps the cap; None: nothing does
-    epsilon : of one user after all of them with the noise that the settings have
+    trainings : of one user, within the planned days
+    sigma : noise multiplier of each training that keeps the cap; None: none does
+    epsilon : of one user after all trainings, with the noise of the settings
     """
 
     every_days: int
@@ -39,20 +39,30 @@ def options(
     *,
     counts_share: float = 0.0,
 ) -> list[Option]:
-    """What each cadence needs and spends in so many days, after what was spent before.
+    """Required noise and spent ε of each cadence over `days`, after the steps spent `before`.
 
     cap : ε of a user
-    noise : noise multipliers of one training's steps and item counts (0: none) as the settings have them
-    counts_share : of the counts, where the noise is to keep the cap
+    noise : noise multipliers of one training's steps and item counts (0: none) in the settings
+    counts_share : share of the counts, for the noise that keeps the cap
     """
-    cells = [(every, shards, -(-days // (every * shards))) for every in CADENCES for shards in SHARDS]
-    known = {}
-    for count in {trainings for _, _, trainings in cells}:
+    cadences = [
+        (every_days, shards, -(-days // (every_days * shards)))
+        for every_days in CADENCES
+        for shards in SHARDS
+    ]
+    noise_and_epsilon = {}
+    for count in {trainings for _, _, trainings in cadences}:
         try:
-            needed = share_out(cap, delta, rate, count * steps, counts_share, count, before)[0]
+            needed = split_noise(cap, delta, rate, count * steps, counts_share, count, before)[0]
         except SettingsError:
             needed = None
         sigma, counts_sigma = noise
         released = [Steps(counts_sigma, 1.0, count)] if counts_sigma else []
-        known[count] = needed, epsilon_of([*before, Steps(sigma, rate, count * steps), *released], delta)
-    return [Option(every, shards, trainings, *known[trainings]) for every, shards, trainings in cells]
+        noise_and_epsilon[count] = (
+            needed,
+            epsilon_of([*before, Steps(sigma, rate, count * steps), *released], delta),
+        )
+    return [
+        Option(every_days, shards, trainings, *noise_and_epsilon[trainings])
+        for every_days, shards, trainings in cadences
+    ]

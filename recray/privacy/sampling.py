@@ -1,6 +1,6 @@
-"""Poisson sampling of users: each is in a step with the same chance, whatever the others are.
+"""Poisson sampling of users: each is in a step with the same probability, independently of the others.
 
-Every rank draws for users of its own, from fresh randomness of the system. Steps without a user are steps too.
+Every rank draws its own users from new system randomness. A step may have no user.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from recray.privacy.noise import uniform
 
 
 class PoissonUsers:
-    """Users rank, rank + world, rank + 2 world, … of `users`, drawn for one step after the other.
+    """Draws from users rank, rank + world, rank + 2 world, … of `users`, step by step.
 
     Parameters
     ----------
-    rate : chance of each user to be in a step
-    entropy : seeds the generator; None: the system's randomness, as privacy needs it
+    rate : probability of each user to be in a step
+    entropy : seed of the generator; None: system randomness, which privacy requires
     """
 
-    def __init__(self, users: int, rate: float, *, rank: int = 0, world: int = 1, entropy: int | None = None) -> None:
-        self.mine = np.arange(rank, users, world)
+    def __init__(
+        self, users: int, rate: float, *, rank: int = 0, world: int = 1, entropy: int | None = None
+    ) -> None:
+        self.own_users = np.arange(rank, users, world)
         self.rate = rate
         self._draw = uniform if entropy is None else np.random.default_rng(entropy).random
 
     def draw(self) -> np.ndarray:
-        """Users of the next step, ascending, int64; there may be none."""
-        found: np.ndarray = self.mine[self._draw(len(self.mine)) < self.rate]
-        return found
+        """Users of the next step, int64 in ascending order; may be empty."""
+        return self.own_users[self._draw(len(self.own_users)) < self.rate]

@@ -1,4 +1,4 @@
-"""Requests and answers of the endpoint, with the examples that its OpenAPI page shows."""
+"""Requests and responses of the endpoint, with the examples of its OpenAPI page."""
 
 from __future__ import annotations
 
@@ -17,47 +17,49 @@ from pydantic import (
     WrapValidator,
 )
 
-from recray.schema import LONGEST_ID
+from recray.dataset.schema import LONGEST_ID
 from recray.serving.problems import Problem
 
 Text = Annotated[str, StringConstraints(max_length=200)]
-Id = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | Annotated[str, StringConstraints(max_length=LONGEST_ID)]
-Number = Annotated[float, Field(ge=-3e38, le=3e38, allow_inf_nan=False)]  # what 32 bits hold
+Id = (
+    Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
+    | Annotated[str, StringConstraints(max_length=LONGEST_ID)]
+)
+Number = Annotated[float, Field(ge=-3e38, le=3e38, allow_inf_nan=False)]  # the range of float32
 
 
-FIRST_S = 631_152_000  # the year 1990: a smaller number is hardly one of seconds
+FIRST_S = 631_152_000  # the year 1990; a smaller number is hardly a time in seconds
 LAST_S = 7_258_118_400  # the year 2200
-
+MOST_EVENTS = 1000
+MOST_ITEMS = 10_000
+MAX_K = 1000
 
 _DATETIME: TypeAdapter[dt.datetime] = TypeAdapter(dt.datetime)
 
 
-def _utc(given: Any, _: ValidatorFunctionWrapHandler) -> dt.datetime:
-    if not isinstance(given, str | dt.datetime):
+def _to_utc(value: Any, _: ValidatorFunctionWrapHandler) -> dt.datetime:
+    if not isinstance(value, str | dt.datetime):
         raise ValueError("write ISO 8601 as text, 2024-03-01T10:00:00Z")
-    moment = _DATETIME.validate_python(given)
+    moment = _DATETIME.validate_python(value)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
     if not 0 <= moment.timestamp() < LAST_S:
         raise ValueError("lies outside 1970 to 2200")
-    if moment.timestamp() < FIRST_S and isinstance(given, str) and re.fullmatch(r"\s*[-+]?[0-9._]+\s*", given):  # digits of a date, or days
+    is_number = isinstance(value, str) and re.fullmatch(r"\s*[-+]?[0-9._]+\s*", value)
+    if is_number and moment.timestamp() < FIRST_S:  # digits of a date, or days
         raise ValueError("as seconds since 1970 lies before 1990: write ISO 8601, 2024-03-01T10:00:00Z")
     return moment
 
 
-Moment = Annotated[dt.datetime, WrapValidator(_utc)]
-
-MOST_EVENTS = 1000
-MOST_ITEMS = 10_000
-MOST_ANSWERS = 1000
+Moment = Annotated[dt.datetime, WrapValidator(_to_utc)]
 
 
-def _no_truth(given: Any) -> Any:
-    if isinstance(given, bool):
-        raise ValueError("a number is wanted")
-    return given
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected")
+    return value
 
 
-Bound = Annotated[int | Number, BeforeValidator(_no_truth)]
+Bound = Annotated[int | Number, BeforeValidator(_refuse_bool)]
 
 
 class _Closed(BaseModel):
@@ -69,14 +71,16 @@ def _examples(*bodies: dict[str, Any]) -> ConfigDict:
 
 
 class Event(_Closed):
-    """Something that a user did."""
+    """A user's interaction with an item."""
 
     item_id: Id = Field(description="the item, as in the item table", examples=["85123A"])
-    timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: at the moment of the request")
+    timestamp: Moment | None = Field(
+        None, description="when, UTC unless an offset is given; null: at the moment of the request"
+    )
     event: Text | None = Field(
         None,
-        description="event type; null: data.default_event, or the most frequent one of the log. One that the log does not know yet is kept for the "
-        "next night, and refused where an answer is to be read from it",
+        description="event type; null: data.default_event, or the most frequent one of the log. A type that "
+        "the model does not know yet is kept for the next run in /v1/events, and refused elsewhere",
         examples=["purchase"],
     )
     value: Number = Field(1.0, description="rating, quantity, dwell …")
@@ -89,49 +93,67 @@ class Range(_Closed):
     max: Bound | None = None
 
 
-class _Question(_Closed):
-    """Who asks, in which moment, about which items."""
+class _BaseRequest(_Closed):
+    """The user, their events and the query time."""
 
-    user_id: Id | None = Field(None, description="a user of the event log; unknown users get the popular list")
-    history: list[Event] | None = Field(None, max_length=MOST_EVENTS, description="the user's events; taken instead of the stored history")
-    events: list[Event] = Field([], max_length=MOST_EVENTS, description="what came after the stored history, for this answer alone")
-    context: dict[Text, Text | int | bool] = Field(
-        {}, max_length=64, description="what is known of the request: fields of data.context, as in the log"
+    user_id: Id | None = Field(
+        None, description="a user of the event log; an unknown user gets the popularity fallback"
     )
-    now: Moment | None = Field(None, description="the moment asked about; null: just after the night's as-of or the last event known")
+    history: list[Event] | None = Field(
+        None, max_length=MOST_EVENTS, description="the user's events, instead of the stored history"
+    )
+    events: list[Event] = Field(
+        [], max_length=MOST_EVENTS, description="events after the stored history, for this response alone"
+    )
+    context: dict[Text, Text | int | bool] = Field(
+        {}, max_length=64, description="context of the request: fields of data.context, as in the event log"
+    )
+    now: Moment | None = Field(
+        None,
+        description="query time; null: just after the as-of of the published run, or after the last event",
+    )
 
 
-class RecommendRequest(_Question):
-    """Who asks, and for what."""
+class RecommendRequest(_BaseRequest):
+    """A recommendation list for a user or a history."""
 
     model_config = _examples(
         {"user_id": 17850, "k": 5},
-        {"history": [{"item_id": "85123A", "timestamp": "2011-12-08T10:00:00"}], "k": 5, "new_only": True},
+        {"history": [{"item_id": "85123A", "timestamp": "2011-12-08T10:00:00"}], "k": 5, "filter_seen": True},
         {"user_id": "somebody new", "k": 5},
     )
 
-    k: int = Field(10, ge=1, le=MOST_ANSWERS, description="how many items")
+    k: int = Field(10, ge=1, le=MAX_K, description="how many items")
     mode: Literal["auto", "batch", "realtime"] = Field(
-        "auto", description="auto: the nightly list when nothing is new for the user, else the model now; batch: the list alone; realtime: the model"
+        "auto",
+        description="auto: the batch recommendations when nothing is new for the user, else the model now; "
+        "batch: the batch recommendations alone; realtime: the model",
     )
     controls: dict[Text, Annotated[float, Field(ge=-1, le=1)]] | None = Field(
         None,
         max_length=8,
-        description="how the attention over the history is turned, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; "
-        "null: as the policy decides, {}: not at all",
+        description="attention controls, -1 to 1 each: temperature, recency, event.TYPE, "
+        "weight.FEATURE; null: as the policy decides, {}: no modulation",
         examples=[{"temperature": 0.5}],
     )
-    explain: bool = Field(False, description="say which past events carried each recommendation, and how much; takes the model some passes")
-    new_only: bool = Field(False, description="leave out items of the history")
-    allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="answer none but these items")
-    deny: list[Id] = Field([], max_length=MOST_ITEMS, description="items that must not be answered")
+    explain: bool = Field(
+        False,
+        description="return the past events that carried each recommendation, and their shares; costs "
+        "several passes of the model",
+    )
+    filter_seen: bool = Field(False, description="seen-item filter: leave out the items of the history")
+    allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="recommend only these items")
+    deny: list[Id] = Field([], max_length=MOST_ITEMS, description="items that must not be recommended")
     where: dict[Text, Annotated[list[Text | int | Number | bool], Field(max_length=1000)] | Range] = Field(
-        {}, max_length=16, description="columns of the item table: values of which an item must have one, or bounds", examples=[{"price": {"max": 5}}]
+        {},
+        max_length=16,
+        description="columns of the item table: values of which an item must have one, or bounds",
+        examples=[{"price": {"max": 5}}],
     )
 
 
-class ScoreRequest(_Question):
-    """Candidates that were found elsewhere."""
+class ScoreRequest(_BaseRequest):
+    """Candidates to score."""
 
     model_config = _examples({"user_id": 17850, "items": ["22423", "85123A"]})
 
@@ -139,7 +161,7 @@ class ScoreRequest(_Question):
 
 
 class HistoryRequest(_Closed):
-    """Whose history."""
+    """The last events of a user."""
 
     model_config = _examples({"user_id": 17850, "last": 20})
 
@@ -148,47 +170,67 @@ class HistoryRequest(_Closed):
 
 
 class SimilarRequest(_Closed):
-    """Items whose vectors point where another one's does."""
+    """Items that are similar to an item, by the cosine of their vectors."""
 
     model_config = _examples({"item_id": "85123A", "k": 5})
 
-    item_id: Id = Field(description="the item to be like")
-    k: int = Field(10, ge=1, le=MOST_ANSWERS, description="how many items")
+    item_id: Id = Field(description="the item to compare with")
+    k: int = Field(10, ge=1, le=MAX_K, description="how many items")
 
 
 class LoggedEvent(Event):
-    """An event to keep."""
+    """An event for the event store."""
 
-    event_id: Text | None = Field(None, min_length=1, description="yours; an event that was kept before under it is not kept twice")
+    event_id: Text | None = Field(
+        None, min_length=1, description="your id; a second event with the same id is not kept"
+    )
 
 
 class EventsRequest(_Closed):
-    """What a user just did."""
+    """New events of a user."""
 
-    model_config = _examples({"user_id": 17850, "events": [{"item_id": "85123A", "event": "purchase", "event_id": "order 7, line 1"}]})
+    model_config = _examples(
+        {
+            "user_id": 17850,
+            "events": [{"item_id": "85123A", "event": "purchase", "event_id": "order 7, line 1"}],
+        }
+    )
 
-    user_id: Id = Field(description="who did it")
+    user_id: Id = Field(description="the user")
     events: list[LoggedEvent] = Field(min_length=1, max_length=MOST_EVENTS, description="oldest first")
-    context: dict[Text, Text | int | bool] = Field({}, max_length=64, description="fields of data.context, as in the log")
+    context: dict[Text, Text | int | bool] = Field(
+        {}, max_length=64, description="fields of data.context, as in the event log"
+    )
 
 
 class FeedbackRequest(_Closed):
-    """What came of an answer."""
+    """An outcome of a response."""
 
-    model_config = _examples({"request_id": "0192f0c1", "outcome": "click", "item_id": "22423", "feedback_id": "click 99"})
+    model_config = _examples(
+        {"request_id": "0192f0c1", "outcome": "click", "item_id": "22423", "feedback_id": "click 99"}
+    )
 
-    request_id: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="of the answer")
+    request_id: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(
+        description="of the response"
+    )
     outcome: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")] = Field(
         description="click, purchase, skip …: `serve.outcomes` names them"
     )
-    item_id: Id | None = Field(None, description="of which item of the answer; null: of the answer as a whole")
-    value: Number = Field(1.0, description="how much: times what `serve.outcomes` says, 0 at least and `serve.outcome_bound` at most")
+    item_id: Id | None = Field(None, description="the item of the response; null: the response as a whole")
+    value: Number = Field(
+        1.0,
+        description="factor of the reward that `serve.outcomes` declares, from 0 to `serve.outcome_bound`",
+    )
     timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: now")
-    feedback_id: Text | None = Field(None, min_length=1, description="yours; an outcome that was kept before under it is not kept twice")
+    feedback_id: Text | None = Field(
+        None, min_length=1, description="your id; a second outcome with the same id is not kept"
+    )
 
 
 class Reason(BaseModel):
-    """An event that carried a recommendation. `share`: of what all events together carried; `attention`: how much of it the model saw."""
+    """An event that carried a recommendation. `share`: its share of the contributions of all events;
+    `attention`: its share of the attention.
+    """
 
     item_id: Id
     event: str
@@ -198,7 +240,7 @@ class Reason(BaseModel):
 
 
 class Item(BaseModel):
-    """`title`, `why` and `text` are there where `explain` was asked."""
+    """A recommended item. `explain` adds `title`, `why` and `text`."""
 
     item_id: Id
     score: float
@@ -211,24 +253,28 @@ Source = Literal["snapshot", "realtime", "popular"]
 Part = Literal["state", "model", "snapshot"]
 
 
-class Answer(BaseModel):
-    """`degraded` names what was away, so that another part had to answer."""
+class BaseResponse(BaseModel):
+    """`as_of`: the last day of the published run's data. `degraded`: parts that were unavailable, so that a
+    fallback served.
+    """
 
     request_id: str
-    night: str
+    as_of: str
     bundle: str
     degraded: list[Part] = []
 
 
-class RecommendResponse(Answer):
-    """Items best first. `source`: snapshot (the nightly list), realtime (the model ran now), popular (nothing is known)."""
+class RecommendResponse(BaseResponse):
+    """Items, best first. `source`: snapshot (batch recommendations), realtime (the model), popular
+    (popularity fallback).
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
                     "request_id": "0192f0c1",
-                    "night": "2011-12-09",
+                    "as_of": "2011-12-09",
                     "bundle": "1f0a3c5577d0e2b4",
                     "degraded": [],
                     "source": "snapshot",
@@ -238,26 +284,28 @@ class RecommendResponse(Answer):
         }
     )
 
-    policy: str | None = Field(None, description="the attention policy behind the bundle")
-    controls: dict[str, float] | None = Field(None, description="how it turned the attention for this answer, -1 to 1 each")
+    policy: str | None = Field(None, description="the attention policy of the bundle")
+    controls: dict[str, float] | None = Field(
+        None, description="the policy's attention controls for this response, -1 to 1 each"
+    )
     source: Source
     items: list[Item]
 
 
 class ScoredItem(BaseModel):
     item_id: Id
-    score: float | None = Field(description="null for an item that is not known")
+    score: float | None = Field(description="null for an unknown item")
 
 
-class ScoreResponse(Answer):
-    """The candidates in the order in which they were asked about."""
+class ScoreResponse(BaseResponse):
+    """The candidates in the order of the request."""
 
     source: Literal["realtime", "popular"]
     items: list[ScoredItem]
 
 
 class KnownEvent(BaseModel):
-    """An event that answers are read from. `fresh`: the night does not know it yet."""
+    """An event of the history. `fresh`: the published run does not know it yet."""
 
     item_id: Id | None = Field(description="null for an item that the model does not know")
     title: str | None
@@ -273,77 +321,100 @@ class HistoryResponse(BaseModel):
     degraded: list[Part] = []
 
 
-class SimilarResponse(Answer):
-    """Most alike first; scores are cosines."""
+class SimilarResponse(BaseResponse):
+    """Most similar first; scores are cosines."""
 
     items: list[Item]
 
 
 class EventsResponse(BaseModel):
-    """On disk."""
+    """The event store has it on disk."""
 
     kept: int = Field(description="events that are new")
-    duplicates: int = Field(description="events that were kept before under the same event_id, and say the same")
-    conflicts: int = Field(0, description="events whose event_id was kept before with another item, event, value or context; the first one stays")
-    unknown: int = Field(0, description="kept events whose item or type the model does not know yet; the next night may")
+    duplicates: int = Field(description="events that were kept before, with the same event_id and content")
+    conflicts: int = Field(
+        0,
+        description="events whose event_id was kept before with another item, event, value or context; the "
+        "first one stays",
+    )
+    unknown: int = Field(
+        0,
+        description="kept events whose item or type the model does not know yet; the next run may "
+        "include them",
+    )
     opted_out: int = Field(0, description="events of a user who opted out, which are not kept")
 
 
 class ForgetResponse(BaseModel):
-    """On disk: nothing of the user is kept or read any more."""
+    """The opt-out is on disk: nothing of the user is kept or read from now on."""
 
     new: bool = Field(description="false: the user had opted out before")
-    dropped: int = Field(description="entries of the log that went: events, answers, what came of them")
+    dropped: int = Field(description="entries erased from the event store: events, impressions, outcomes")
 
 
 class FeedbackResponse(BaseModel):
-    """On disk."""
+    """The event store has it on disk."""
 
     kept: bool = Field(description="false: kept before under the same feedback_id")
-    set_aside: bool = Field(description="true: nobody knows that request_id yet; it counts if its answer is found in the log when that is collected")
-    notes: list[str] = Field(default_factory=list, description="why it counts nothing, or less than was sent, for trials and policies")
+    set_aside: bool = Field(
+        description="true: no response of that request_id is known yet; the outcome counts if the response "
+        "is in the event store when it is collected"
+    )
+    notes: list[str] = Field(
+        default_factory=list,
+        description="why its reward for experiments and policies is 0, or less than was sent",
+    )
 
 
 class Privacy(BaseModel):
-    """What the training of the bundle promises: each user who was learned from is protected with all events."""
+    """The guarantee of the bundle's training, for each user with all events."""
 
     epsilon: float = Field(description="ε of this training")
-    epsilon_of_all_trainings: float | None = Field(None, description="of all trainings of the population, as the bundle was written")
+    epsilon_of_all_trainings: float | None = Field(
+        None, description="ε of all trainings of the population, when the bundle was written"
+    )
     delta: float
 
 
 class ModelsResponse(BaseModel):
-    """What is being served."""
+    """The bundle, dataset and snapshot that serve."""
 
     bundle: str
-    policy: str | None = Field(None, description="the attention policy that decides for it")
+    policy: str | None = Field(None, description="its attention policy")
     bundle_digest: str
     snapshot: str
     dataset: str
-    night: str
-    users: int | None = Field(description="null: they are protected, and how many there are is not said")
+    as_of: str
+    users: int | None = Field(description="null: with privacy, the number of users is not published")
     items: int
     privacy: Privacy | None = Field(None, description="null: the bundle was trained without privacy")
-    popular_only: bool = Field(False, description="no model was promoted yet: the popular list answers everybody (gates.first_run: fallback)")
+    popular_only: bool = Field(
+        False,
+        description="no model was promoted yet: the popularity fallback serves everybody "
+        "(promotion.first_run: fallback)",
+    )
     loaded_at: dt.datetime
-    challenger: str | None = Field(None, description="bundle on trial, and its policy behind a plus sign")
-    share: float = Field(0.0, description="of the users whom it answers")
-    shadow: bool = Field(False, description="it answers all, and nobody sees it")
+    challenger: str | None = Field(None, description="bundle of the experiment, or BUNDLE+POLICY")
+    share: float = Field(0.0, description="share of the users in the experiment")
+    shadow: bool = Field(False, description="the challenger gets shadow traffic")
 
 
 class Health(BaseModel):
     status: Literal["ok"]
-    night: str | None
+    as_of: str | None
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    401: {"model": Problem, "description": "No known API key"},
-    403: {"model": Problem, "description": "The key has not the scope"},
-    404: {"model": Problem, "description": "Nothing is known under that name"},
-    408: {"model": Problem, "description": "The request did not arrive whole in time"},
+    401: {"model": Problem, "description": "No valid API key"},
+    403: {"model": Problem, "description": "The key lacks the scope"},
+    404: {"model": Problem, "description": "No such item or path"},
+    408: {"model": Problem, "description": "The request did not arrive completely in time"},
     415: {"model": Problem, "description": "The body is not JSON"},
     413: {"model": Problem, "description": "The body is too large"},
-    422: {"model": Problem, "description": "The request makes no sense; `errors` names the fields"},
-    429: {"model": Problem, "description": "Too many requests; Retry-After says when to come again"},
-    503: {"model": Problem, "description": "Too busy, or a part is away; Retry-After says when to come again"},
+    422: {"model": Problem, "description": "The request is invalid; `errors` names the fields"},
+    429: {"model": Problem, "description": "Too many requests; retry after Retry-After seconds"},
+    503: {
+        "model": Problem,
+        "description": "Overloaded, or a part is unavailable; retry after Retry-After seconds",
+    },
 }

@@ -1,4 +1,4 @@
-"""Micro-batching that waits for nobody: one thread runs the model on whatever questions wait when it gets free."""
+"""Micro-batching without a delay: when one thread gets free, it runs the model on all queries that wait."""
 
 from __future__ import annotations
 
@@ -10,101 +10,110 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-Q = TypeVar("Q")
-A = TypeVar("A")
+Q = TypeVar("Q")  # query
+R = TypeVar("R")  # result
 
 
 class BusyError(Exception):
-    """More questions wait than may."""
+    """The queue is full."""
 
 
 @dataclass
-class _Waiting(Generic[Q, A]):
-    question: Q
+class _QueuedQuery(Generic[Q, R]):
+    query: Q
     loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[A]
+    result: asyncio.Future[R]
 
 
-class Batcher(Generic[Q, A]):
-    """Asks `run` with lists of questions, one list at a time, from one thread.
+class Batcher(Generic[Q, R]):
+    """Calls `run` with batches of queries, one batch at a time, from one thread.
 
-    A lone question is run at once; those that come while the thread is at work are run together afterwards. A batch that fails is
-    asked again one by one, so that a question hurts nobody but itself.
+    A single query runs at once. Queries that arrive while the thread is busy run together afterwards. The
+    queries of a batch that fails are run one by one, so that an invalid query affects no other.
 
-    run : answers in the order of the questions
-    most : questions of one batch
-    waiting : questions that may wait; more raise BusyError
-    on_batch : told the size of each batch
+    run : returns results in the order of the queries
+    max_batch : maximum number of queries in a batch
+    max_waiting : maximum number of queued queries; more raise BusyError
+    on_batch : called with the size of each batch
     """
 
     def __init__(
-        self, run: Callable[[Sequence[Q]], Sequence[A]], most: int, waiting: int, on_batch: Callable[[int], None] = lambda size: None
+        self,
+        run: Callable[[Sequence[Q]], Sequence[R]],
+        max_batch: int,
+        max_waiting: int,
+        on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self._run, self._most, self._limit, self._on_batch = run, most, waiting, on_batch
-        self._queue: deque[_Waiting[Q, A]] = deque()
+        self._run, self._on_batch = run, on_batch
+        self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._queue: deque[_QueuedQuery[Q, R]] = deque()
         self._ready = threading.Condition()
         self._open = True
-        self._thread = threading.Thread(target=self._work, name="recray-model", daemon=True)
+        self._thread = threading.Thread(target=self._run_batches, name="recray-model", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """How many questions wait now."""
+        """Number of queued queries."""
         return len(self._queue)
 
-    async def ask(self, question: Q) -> A:
-        """The answer to a question. Raises BusyError, and whatever `run` raises for it."""
+    async def submit(self, query: Q) -> R:
+        """The result of a query. Raises BusyError, and the errors of `run`."""
         loop = asyncio.get_running_loop()
-        one: _Waiting[Q, A] = _Waiting(question, loop, loop.create_future())
+        queued: _QueuedQuery[Q, R] = _QueuedQuery(query, loop, loop.create_future())
         with self._ready:
-            if len(self._queue) >= self._limit:
+            if len(self._queue) >= self._max_waiting:
                 raise BusyError
-            self._queue.append(one)
+            self._queue.append(queued)
             self._ready.notify()
-        return await one.done
+        return await queued.result
 
     def close(self) -> None:
-        """Answer what waits, then stop."""
+        """Run the queued queries, then stop."""
         with self._ready:
             self._open = False
             self._ready.notify()
         self._thread.join()
 
-    def _work(self) -> None:
+    def _run_batches(self) -> None:
         while True:
             with self._ready:
                 while self._open and not self._queue:
                     self._ready.wait()
-                batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._most))]
+                batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
             if not batch:
                 return
-            batch = [one for one in batch if not one.done.cancelled()]  # nobody waits for those any more
+            batch = [queued for queued in batch if not queued.result.cancelled()]
             if batch:
-                self._answer(batch)
+                self._run_batch(batch)
 
-    def _answer(self, batch: list[_Waiting[Q, A]]) -> None:
+    def _run_batch(self, batch: list[_QueuedQuery[Q, R]]) -> None:
         self._on_batch(len(batch))
         try:
-            answers = self._run([one.question for one in batch])
+            results = self._run([queued.query for queued in batch])
         except Exception as error:
             if len(batch) == 1:
-                failed = error  # `error` is gone when it is told
-                _wake(batch, lambda one, _: one.done.set_exception(failed), [None])
+                failure = error  # `error` is unbound when the loop calls
+                _deliver(batch, lambda queued, _: queued.result.set_exception(failure), [None])
                 return
-            for one in batch:
-                self._answer([one])
+            for queued in batch:
+                self._run_batch([queued])
             return
-        _wake(batch, lambda one, answer: one.done.set_result(answer), answers)
+        _deliver(batch, lambda queued, result: queued.result.set_result(result), results)
 
 
-def _wake(batch: list[_Waiting[Q, A]], tell: Callable[[_Waiting[Q, A], Any], None], answers: Sequence[Any]) -> None:
-    """Tell those who wait, with one call an event loop."""
+def _deliver(
+    batch: list[_QueuedQuery[Q, R]],
+    set_result: Callable[[_QueuedQuery[Q, R], Any], None],
+    results: Sequence[Any],
+) -> None:
+    """Set the results of a batch, with one call per event loop."""
 
-    def all_of(loop: asyncio.AbstractEventLoop) -> None:
-        for one, answer in zip(batch, answers, strict=True):
-            if one.loop is loop and not one.done.done():
-                tell(one, answer)
+    def set_results(loop: asyncio.AbstractEventLoop) -> None:
+        for queued, result in zip(batch, results, strict=True):
+            if queued.loop is loop and not queued.result.done():
+                set_result(queued, result)
 
-    for loop in {one.loop for one in batch}:
-        with contextlib.suppress(RuntimeError):  # a loop that was closed has nobody who waits
-            loop.call_soon_threadsafe(all_of, loop)
+    for loop in {queued.loop for queued in batch}:
+        with contextlib.suppress(RuntimeError):  # a loop that was closed
+            loop.call_soon_threadsafe(set_results, loop)

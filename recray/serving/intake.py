@@ -1,4 +1,4 @@
-"""What the endpoint is told: events, outcomes, and whom to forget. On disk when it responds."""
+"""Takes in events, outcomes and opt-outs. They are on disk when the endpoint responds."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ from typing import Any
 
 from recray.config import ServeSettings
 from recray.errors import RequestError, UnavailableError
-from recray.optout import OptOut
-from recray.serving.api import EventsRequest, EventsResponse, FeedbackRequest, FeedbackResponse, ForgetResponse
+from recray.serving.api import (
+    EventsRequest,
+    EventsResponse,
+    FeedbackRequest,
+    FeedbackResponse,
+    ForgetResponse,
+)
 from recray.serving.deployment import Deployments
-from recray.serving.recorder import EventRecorder, new_id
+from recray.serving.recorder import EventRecorder, make_id
 from recray.serving.telemetry import Telemetry
-from recray.state.log import SAID_BEFORE, SAID_OTHERWISE, Entry, key_of
+from recray.state.log import CONFLICT, DUPLICATE, Entry, make_key
+from recray.storage.opt_out import OptOut
 
-FORGET_S = 60.0  # in which a store has dropped a user
-AHEAD_S = 86_400.0  # what the clock of whoever reports events may be ahead
+FORGET_S = 60.0  # timeout of erasing a user from the event store
+AHEAD_S = 86_400.0  # tolerance for clocks of clients that are ahead
 
 
 class Intake:
     """Keeps events and outcomes in the event store."""
 
-    def __init__(self, deployments: Deployments, recorder: EventRecorder, opted_out: OptOut, options: ServeSettings, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        deployments: Deployments,
+        recorder: EventRecorder,
+        opted_out: OptOut,
+        options: ServeSettings,
+        telemetry: Telemetry,
+    ) -> None:
         self._deployments, self._recorder, self._opted_out = deployments, recorder, opted_out
         self._options, self._telemetry = options, telemetry
 
     async def events(self, request: EventsRequest) -> EventsResponse:
-        """Keep events: on disk when it returns. Raises RequestError, UnavailableError: then none was kept."""
+        """Keep events; on disk when it returns. Raises RequestError, UnavailableError: then none was kept."""
         state, now_s = self._deployments.current.state, time.time()
         user = state.require_user(request.user_id)
         if user in self._opted_out:
@@ -36,45 +49,74 @@ class Intake:
         for number, event in enumerate(request.events):
             body: dict[str, Any] = {
                 "item_id": state.require_item(event.item_id, f"events.{number}.item_id"),
-                "event": event.event or state.predictor.default_event,
+                "event": event.event or state.predictor.vocabulary.default_event,
                 "value": event.value,
             }
             if request.context:
                 body["context"] = request.context
             at_s = now_s
             if event.timestamp is not None:
-                at_s = body["timestamp"] = event.timestamp.timestamp()  # said, so that the same name with another time is a conflict
+                at_s = body["timestamp"] = (
+                    event.timestamp.timestamp()
+                )  # said, so that the same name with another time is a conflict
             if at_s > now_s + AHEAD_S:
-                raise RequestError(f"events.{number}.timestamp: {event.timestamp} lies in the future", "send UTC, or an offset")
-            entries.append(Entry("event", key_of(user, event.event_id) if event.event_id else new_id(), user, at_s, body))
-        numbers = await self._recorder.keep(lambda writer: writer.append(entries))
+                raise RequestError(
+                    f"events.{number}.timestamp: {event.timestamp} lies in the future",
+                    "send UTC, or an offset",
+                )
+            key = make_key(user, event.event_id) if event.event_id else make_id()
+            entries.append(Entry("event", key, user, at_s, body))
+        numbers = await self._recorder.write(lambda writer: writer.append(entries))
         kept = [entry for entry, number in zip(entries, numbers, strict=True) if number > 0]
         self._telemetry.kept["event"] += len(kept)
         self._telemetry.lags_s.extend(now_s - entry.at_s for entry in entries)
-        event_types = state.predictor.event_types
-        unknown = sum(not (state.knows_item(entry.body["item_id"]) and entry.body["event"] in event_types) for entry in kept)
-        return EventsResponse(kept=len(kept), duplicates=numbers.count(SAID_BEFORE), conflicts=numbers.count(SAID_OTHERWISE), unknown=unknown)
+        event_types = state.predictor.vocabulary.event_types
+        unknown = sum(
+            not (state.knows_item(entry.body["item_id"]) and entry.body["event"] in event_types)
+            for entry in kept
+        )
+        return EventsResponse(
+            kept=len(kept),
+            duplicates=numbers.count(DUPLICATE),
+            conflicts=numbers.count(CONFLICT),
+            unknown=unknown,
+        )
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackResponse:
-        """Keep an outcome, after its decision: on disk when it returns. Raises UnavailableError: then it was not kept."""
-        body = {"request_id": request.request_id, "outcome": request.outcome, "item_id": request.item_id, "value": request.value}
+        """Keep an outcome, after its impression; on disk when it returns. Raises RequestError,
+        UnavailableError.
+        """
+        body = {
+            "request_id": request.request_id,
+            "outcome": request.outcome,
+            "item_id": request.item_id,
+            "value": request.value,
+        }
         at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
         if at_s > time.time() + AHEAD_S:
             raise RequestError(f"timestamp: {request.timestamp} lies in the future", "send UTC, or an offset")
-        key = key_of(request.request_id, request.feedback_id) if request.feedback_id else new_id()
+        key = make_key(request.request_id, request.feedback_id) if request.feedback_id else make_id()
         entry = Entry("outcome", key, None, at_s, body)
-        kept, known = await self._recorder.keep(lambda writer: writer.outcome(entry, request.request_id))
-        self._telemetry.kept["outcome" if known else "set_aside"] += kept
+        is_new, is_known = await self._recorder.write(
+            lambda writer: writer.append_outcome(entry, request.request_id)
+        )
+        self._telemetry.kept["outcome" if is_known else "set_aside"] += is_new
         self._telemetry.lags_s.append(time.time() - at_s)
-        return FeedbackResponse(kept=kept, set_aside=not known, notes=self._notes(request))
+        return FeedbackResponse(kept=is_new, set_aside=not is_known, notes=self._note_reward(request))
 
-    def _notes(self, request: FeedbackRequest) -> list[str]:
-        """Why an outcome counts nothing, or less than was sent."""
+    def _note_reward(self, request: FeedbackRequest) -> list[str]:
+        """Why the reward of an outcome is 0, or less than was sent."""
         options, notes = self._options, dict[str, str]()
         if request.outcome not in options.outcomes:
-            notes["undeclared"] = f"outcome: {request.outcome} is none of serve.outcomes ({', '.join(options.outcomes)}): it counts nothing"
+            notes["undeclared"] = (
+                f"outcome: {request.outcome} is not in serve.outcomes ({', '.join(options.outcomes)}): "
+                "its reward is 0"
+            )
         if request.item_id is not None and not self._deployments.current.state.knows_item(request.item_id):
-            notes["unknown_item"] = f"item_id: {request.item_id} is no item of what is served: it counts nothing unless the response listed it"
+            notes["unknown_item"] = (
+                f"item_id: the model does not know {request.item_id}: its reward is 0 unless the response "
+                "listed it"
+            )
         if not 0 <= request.value <= options.outcome_bound:
             bounded = min(max(request.value, 0.0), options.outcome_bound)
             notes["bounded"] = f"value: {request.value:g} counts as {bounded:g} (serve.outcome_bound)"
@@ -83,15 +125,22 @@ class Intake:
         return list(notes.values())
 
     async def forget(self, user_id: str) -> ForgetResponse:
-        """Take a user off: from now on nothing is kept of, and no answer read from, what the user did. Raises RequestError, UnavailableError.
+        """Opt a user out: from now on no event of the user is kept or read. Raises RequestError,
+        UnavailableError.
 
-        `recray forget`, or the next night, takes what was collected and published before.
+        `recray forget`, or the next run, erases what was collected and published before.
         """
         user = self._deployments.current.state.require_user(user_id)
         try:
             new = await asyncio.to_thread(self._opted_out.add, user)
         except OSError as error:
-            raise UnavailableError(f"the list of who opted out cannot be written: {error.strerror}", "come again") from error
-        await self._recorder.keep(lambda writer: writer.append([]))  # what waits here is written now, and dropped below
-        dropped = await self._recorder.keep(lambda writer: asyncio.to_thread(writer.log.forget_user, user), FORGET_S)
+            raise UnavailableError(
+                f"the opt-out list cannot be written: {error.strerror}", "retry later"
+            ) from error
+        await self._recorder.write(
+            lambda writer: writer.append([])
+        )  # writes the queue, so that its entries are erased too
+        dropped = await self._recorder.write(
+            lambda writer: asyncio.to_thread(writer.log.forget_user, user), FORGET_S
+        )
         return ForgetResponse(new=new, dropped=dropped)

@@ -1,24 +1,29 @@
-"""A request, resolved once: who asks, after which events, for which moment, and which items may be shown. It knows ids, and no model."""
+"""A request, resolved once: user, events, query time and item filters, as ids and without a model."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from recray.errors import RequestError
 from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest
 from recray.serving.state import ServingState
 from recray.state.log import Entry
+from recray.storage.opt_out import OptOut
 
 Mode = Literal["auto", "batch", "realtime"]
-OF_THE_MODEL = "mode: batch answers with the nightly list, which history, events, now, context and controls cannot change"
+_Request = TypeVar("_Request", RecommendRequest, ScoreRequest)
+BATCH_IS_FIXED = (
+    "mode: batch serves the batch recommendations, which history, events, now, context and controls cannot "
+    "change"
+)
 
 
 @dataclass(frozen=True)
 class ItemRule:
-    """Which items a request allows: ids, columns of the item table, and whether items of the history are left out."""
+    """Items that a request allows: by id, by columns of the item table, and by the seen-item filter."""
 
     filter_seen: bool = False
     allow: tuple[Any, ...] | None = None
@@ -26,22 +31,22 @@ class ItemRule:
     where: Mapping[str, list[Any] | Range] = field(default_factory=dict)
 
     @property
-    def is_open(self) -> bool:
-        """Whether it allows every item."""
+    def allows_all(self) -> bool:
+        """Whether every item is allowed."""
         return not (self.filter_seen or self.allow is not None or self.deny or self.where)
 
 
 @dataclass(frozen=True)
 class Query:
-    """What `/v1/recommend` and `/v1/score` ask.
+    """The query of a request to `/v1/recommend` or `/v1/score`.
 
-    user_id : in the type of the event log, None for nobody that it could know
-    user : the same as the event store has it, or the id as it was sent; None for nobody
-    history : events sent along instead of the stored ones; None: the stored ones
-    stored_later : events of the event store that the stored history lacks, oldest first
-    sent_later : events sent along, after all others
-    moment : the moment asked about; None: just after the last event known
-    controls : how the request modulates the attention; None: as the policy decides
+    user_id : in the type of the event log; None for no user, or an id that the log cannot contain
+    user : the same as text, as in the event store, or the id as sent; None for no user
+    history : events of the request instead of the stored ones; None: the stored ones
+    new_events : events of the event store that the stored history lacks, oldest first
+    sent_events : events of the request, after all others
+    moment : query time; None: just after the last event
+    controls : attention controls of the request; None: the policy decides
     candidates : items to score; None: all items are ranked
     """
 
@@ -50,8 +55,8 @@ class Query:
     k: int = 0
     mode: Mode = "realtime"
     history: tuple[Event, ...] | None = None
-    stored_later: tuple[Event, ...] = ()
-    sent_later: tuple[Event, ...] = ()
+    new_events: tuple[Event, ...] = ()
+    sent_events: tuple[Event, ...] = ()
     moment: dt.datetime | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
     controls: Mapping[str, float] | None = None
@@ -59,63 +64,92 @@ class Query:
     candidates: tuple[Any, ...] | None = None
 
     @property
-    def sends_more(self) -> bool:
-        """Whether it says what a list that was made before cannot know."""
-        return bool(self.history is not None or self.sent_later or self.moment is not None or self.context or self.controls is not None)
+    def has_request_data(self) -> bool:
+        """Whether the request contains data that a precomputed list does not know."""
+        return bool(
+            self.history is not None
+            or self.sent_events
+            or self.moment is not None
+            or self.context
+            or self.controls is not None
+        )
 
     @property
     def needs_model(self) -> bool:
-        """Whether a list that was made before lacks something."""
-        return bool(self.stored_later) or self.sends_more
+        """Whether a precomputed list is not enough."""
+        return bool(self.new_events) or self.has_request_data
 
     @property
     def moment_s(self) -> int | None:
+        """Query time in seconds since 1970."""
         return None if self.moment is None else int(self.moment.timestamp())
 
     def without_model(self) -> Query:
-        """What is left of it where no model responds: a list that was made before, without the items that came up since."""
-        later = (*(self.history or ()), *self.stored_later, *self.sent_later) if self.items.filter_seen else ()
-        items = replace(self.items, deny=(*self.items.deny, *(event.item_id for event in later)))
+        """The query for a precomputed list, where no model responds: new items are excluded if seen items
+        are.
+        """
+        events = (
+            (*(self.history or ()), *self.new_events, *self.sent_events) if self.items.filter_seen else ()
+        )
+        items = replace(self.items, deny=(*self.items.deny, *(event.item_id for event in events)))
         return Query(self.user_id, self.user, self.k, "batch", items=items)
 
 
-def resolve_query(request: RecommendRequest | ScoreRequest, state: ServingState, later: Sequence[Entry] = ()) -> Query:
+def resolve_query(
+    request: RecommendRequest | ScoreRequest, state: ServingState, new_entries: Sequence[Entry] = ()
+) -> Query:
     """The query of a request.
 
-    later : events of the user that the published run does not know
+    new_entries : events of the user that the published run does not know
 
-    Raises RequestError where the request contradicts itself, or names an event type that is not known.
+    Raises RequestError for a request that contradicts itself or names an unknown event type.
     """
-    event_types = state.predictor.event_types
+    event_types = state.predictor.vocabulary.event_types
     for name, events in (("history", request.history or ()), ("events", request.events)):
         for number, event in enumerate(events):
             if event.event is not None and event.event not in event_types:
-                raise RequestError(f"{name}.{number}.event: nothing is known of {event.event!r}", f"known: {', '.join(event_types)}")
-    asks_for: dict[str, Any]
+                raise RequestError(
+                    f"{name}.{number}.event: unknown type {event.event!r}", f"known: {', '.join(event_types)}"
+                )
+    fields: dict[str, Any]
     if isinstance(request, ScoreRequest):
-        asks_for = {"candidates": tuple(request.items)}
+        fields = {"candidates": tuple(request.items)}
     else:
         allow = None if request.allow is None else tuple(request.allow)
-        items = ItemRule(request.new_only or state.filters_seen, allow, tuple(request.deny), request.where)
-        asks_for = {"k": request.k, "mode": request.mode, "controls": request.controls, "items": items}
-    user_id = None if request.user_id is None else state.snapshot.as_user(request.user_id)
+        items = ItemRule(request.filter_seen or state.filters_seen, allow, tuple(request.deny), request.where)
+        fields = {"k": request.k, "mode": request.mode, "controls": request.controls, "items": items}
+    user_id = None if request.user_id is None else state.snapshot.to_user_id(request.user_id)
     query = Query(
         user_id=user_id,
         user=None if request.user_id is None else str(request.user_id if user_id is None else user_id),
         history=None if request.history is None else tuple(request.history),
-        stored_later=tuple(to_event(entry) for entry in later) if request.history is None else (),
-        sent_later=tuple(request.events),
+        new_events=tuple(to_event(entry) for entry in new_entries) if request.history is None else (),
+        sent_events=tuple(request.events),
         moment=request.now,
         context=request.context,
-        **asks_for,
+        **fields,
     )
-    if query.mode == "batch" and query.sends_more:
-        raise RequestError(OF_THE_MODEL, "use auto")
+    if query.mode == "batch" and query.has_request_data:
+        raise RequestError(BATCH_IS_FIXED, "use auto")
     return query
 
 
+def has_opted_out(user_id: Any, state: ServingState, opted_out: OptOut) -> bool:
+    """Whether the user of a request opted out."""
+    return bool(len(opted_out)) and user_id is not None and state.to_user_name(user_id) in opted_out
+
+
+def admit_request(request: _Request, state: ServingState, opted_out: OptOut) -> _Request:
+    """The request. If its user opted out, it becomes one of an unknown user."""
+    if has_opted_out(request.user_id, state, opted_out):
+        return request.model_copy(update={"user_id": None})
+    return request
+
+
 def to_event(entry: Entry) -> Event:
-    """An event of the event store as one of a request."""
+    """An event of the event store as an event of a request."""
     moment = dt.datetime.fromtimestamp(entry.at_s, dt.UTC)
     body = entry.body
-    return Event.model_construct(item_id=body["item_id"], event=body.get("event"), value=body.get("value", 1.0), timestamp=moment)
+    return Event.model_construct(
+        item_id=body["item_id"], event=body.get("event"), value=body.get("value", 1.0), timestamp=moment
+    )

@@ -1,4 +1,4 @@
-"""Queries as a model takes them, and its passes over many at once."""
+"""Queries as inputs of a model, and its passes over batches of them."""
 
 from __future__ import annotations
 
@@ -11,40 +11,50 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray.dataset.context import asked
+from recray.dataset.context import encode_request
 from recray.dataset.reader import History
 from recray.errors import RequestError, UnavailableError, UnknownItemError
 from recray.inference import Filters
-from recray.inference.rules import between, having
+from recray.inference.explain import explain
+from recray.inference.modulation import controls_of
+from recray.inference.rules import match_range, match_values
+from recray.inference.similar import find_similar
 from recray.model.controls import Controls
 from recray.serving.api import Event, Item, Range, Reason, Source
 from recray.serving.explain import to_reasons
-from recray.serving.modulation import Exploration, Modulation, asks_model, choose_modulation
+from recray.serving.modulation import Exploration, Modulation, choose_modulation, is_ranked_by_model
 from recray.serving.query import ItemRule, Query
 from recray.serving.state import EMPTY_HISTORY, ServingState
 
-MASKS = 64  # attribute filters whose items are remembered
+MAX_MASKS = 64  # attribute filters whose items are cached
 
 
 @dataclass(frozen=True)
 class RankedItems:
-    """Items, best first, with their scores (None: not known), and which source ranked them; `reasons` of each where they were asked for."""
+    """Items, best first, with their scores (None: unknown item), their source, and the reasons of each if
+    requested.
+    """
 
     items: list[tuple[Any, float | None]]
     source: Source
     reasons: list[list[Reason]] | None = None
 
     def to_items(self) -> list[Item]:
-        """As the API shows them."""
-        return [Item.model_construct(item_id=item, score=score, title=None, why=None, text=None) for item, score in self.items if score is not None]
+        """The items with scores, as in a response."""
+        return [
+            Item.model_construct(item_id=item, score=score, title=None, why=None, text=None)
+            for item, score in self.items
+            if score is not None
+        ]
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A query in the indices of one state's bundle: the `k` best items are asked for, or the scores of `candidates` (outside ids).
+    """A query in the indices of one state's bundle, for the `k` best items or the scores of `candidates`
+    (outside ids).
 
     context : codes [C]
-    explain : say which events carried the candidates, instead of scoring them
+    explain : find the events that carried the candidates, instead of scoring them
     """
 
     state: ServingState
@@ -58,83 +68,106 @@ class ModelInput:
     explain: bool = False
 
     def explaining(self, candidates: Sequence[Any]) -> ModelInput:
-        """The same, asked what carried some items."""
+        """The same input, to explain some items."""
         return replace(self, candidates=tuple(candidates), explain=True)
 
 
-def bind(query: Query, state: ServingState, exploration: Exploration | None = None) -> ModelInput:
-    """A query as a state's model takes it. Raises RequestError for a context, a control or a column that it does not have.
+def bind_query(query: Query, state: ServingState, exploration: Exploration | None = None) -> ModelInput:
+    """A query as input of a state's model. Raises RequestError for a context, a control or a column that the
+    state does not have.
 
     exploration : for a response that explores
     """
-    history, now_s = _history_of(query, state)
-    context = asked(state.predictor.context, query.context, None if query.moment is None else now_s)
+    history, now_s = _assemble_history(query, state)
+    context = encode_request(
+        state.predictor.vocabulary.context, query.context, None if query.moment is None else now_s
+    )
     filters = Filters() if query.candidates is not None else to_filters(query.items, state)
     modulation = choose_modulation(query, state, history, now_s, exploration)
     return ModelInput(state, history, now_s, context, modulation, query.k, filters, query.candidates)
 
 
-def _history_of(query: Query, state: ServingState) -> tuple[History, int]:
-    """The history, and the moment that is asked about."""
-    later = [*(query.history or ()), *query.stored_later, *query.sent_later]
-    history = EMPTY_HISTORY if query.history is not None or query.user_id is None else state.stored_history(query.user_id)
-    history = join_events(history, later, state, query.moment_s)
+def _assemble_history(query: Query, state: ServingState) -> tuple[History, int]:
+    """The history and the query time."""
+    events = [*(query.history or ()), *query.new_events, *query.sent_events]
+    stored = EMPTY_HISTORY
+    if query.history is None and query.user_id is not None:
+        stored = state.stored_history(query.user_id)
+    history = join_events(stored, events, state, query.moment_s)
+
     if query.moment_s is not None:
-        if state.predictor.has_time:
-            known = history.timestamp_s <= query.moment_s
-            history = history if known.all() else History(*(values[known] for values in history))
+        if state.predictor.catalogue.has_time:
+            is_past = history.timestamp_s <= query.moment_s
+            history = history if is_past.all() else History(*(values[is_past] for values in history))
         return history, query.moment_s
     now_s = state.dataset.now_s
-    if later and len(history.timestamp_s):
+    if events and len(history.timestamp_s):
         now_s = max(now_s, int(history.timestamp_s.max()) + 1)
     return history, now_s
 
 
-def join_events(stored: History, events: Sequence[Event], state: ServingState, moment_s: int | None = None) -> History:
-    """A stored history and what came after it, in order of time, without events of a type that the bundle has not met."""
+def join_events(
+    stored: History, events: Sequence[Event], state: ServingState, moment_s: int | None = None
+) -> History:
+    """A stored history and the events after it, in order of time, without event types that the bundle does
+    not know.
+    """
     predictor = state.predictor
-    events = [event for event in events if event.event is None or event.event in predictor.event_types]
+    events = [
+        event for event in events if event.event is None or event.event in predictor.vocabulary.event_types
+    ]
     if not events:
         return stored
-    if predictor.has_time:
+    if predictor.catalogue.has_time:
         now_s = state.dataset.now_s if moment_s is None else moment_s
-        times = np.array([now_s if event.timestamp is None else int(event.timestamp.timestamp()) for event in events], np.int64)
+        times = np.array(
+            [now_s if event.timestamp is None else int(event.timestamp.timestamp()) for event in events],
+            np.int64,
+        )
     else:
         times = np.arange(len(events)) + (int(stored.timestamp_s.max()) + 1 if len(stored.timestamp_s) else 0)
-    types = predictor.event_index([event.event for event in events])
-    items = predictor.index_of([event.item_id for event in events])
-    later = History(items, types, times, np.array([event.value for event in events], np.float32))
-    joined = History(*(np.concatenate(pair) for pair in zip(stored, later, strict=True)))
-    order = np.argsort(joined.timestamp_s, kind="stable")
-    return History(*(values[order] for values in joined))
+    types = predictor.vocabulary.event_index([event.event for event in events])
+    items = predictor.vocabulary.index_of([event.item_id for event in events])
+    new = History(items, types, times, np.array([event.value for event in events], np.float32))
+    history = History(*(np.concatenate(pair) for pair in zip(stored, new, strict=True)))
+    order = np.argsort(history.timestamp_s, kind="stable")
+    return History(*(values[order] for values in history))
 
 
 def to_filters(rule: ItemRule, state: ServingState) -> Filters:
-    """The items of a rule, by index. Raises RequestError for a column that the item table does not have, or that holds no numbers."""
+    """The item rule in item indices. Raises RequestError for a column that the item table lacks, or that is
+    not numeric.
+    """
     predictor = state.predictor
-    allow = None if rule.allow is None else np.unique(predictor.index_of(rule.allow))
+    allow = None if rule.allow is None else np.unique(predictor.vocabulary.index_of(rule.allow))
     for column, condition in rule.where.items():
-        mask = _items_where(column, condition, state)
+        mask = _find_items_where(column, condition, state)
         allow = mask if allow is None else np.intersect1d(allow, mask)
-    deny = np.unique(predictor.index_of(rule.deny)) if rule.deny else None
-    return Filters(rule.filter_seen, None if allow is None else allow[allow > 0], None if deny is None else deny[deny > 0])
+    deny = np.unique(predictor.vocabulary.index_of(rule.deny)) if rule.deny else None
+    return Filters(
+        rule.filter_seen,
+        None if allow is None else allow[allow > 0],
+        None if deny is None else deny[deny > 0],
+    )
 
 
-def _items_where(column: str, condition: list[Any] | Range, state: ServingState) -> np.ndarray:
-    """Indices of the items that an attribute filter leaves."""
+def _find_items_where(column: str, condition: list[Any] | Range, state: ServingState) -> np.ndarray:
+    """Indices of the items that an attribute filter allows."""
     dataset, masks = state.dataset, state.item_masks
     key = json.dumps([column, condition.model_dump() if isinstance(condition, Range) else condition])
     if key not in masks:
         if column not in dataset.features:
-            raise RequestError(f"where: no column {column!r}", f"known: {', '.join(dataset.features) or 'none'}")
+            raise RequestError(
+                f"where: no column {column!r}", f"known: {', '.join(dataset.features) or 'none'}"
+            )
         if isinstance(condition, Range):
             dtype = dataset.items[column].type
             if not (pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype)):
-                raise RequestError(f"where: {column!r} holds no numbers", "name a list of values")
-            rows = between(dataset.items[column], condition.min, condition.max)
+                raise RequestError(f"where: {column!r} is not numeric", "send a list of values")
+            rows = match_range(dataset.items[column], condition.min, condition.max)
         else:
-            rows = having(dataset, column, condition)
-        if len(masks) >= MASKS:
+            rows = match_values(dataset, column, condition)
+        if len(masks) >= MAX_MASKS:
             del masks[next(iter(masks))]
         masks[key] = np.unique(state.translation.to_bundle[1:][rows])
     return masks[key]
@@ -144,37 +177,42 @@ _Rank = Callable[[list[ModelInput]], list[RankedItems]]
 
 
 def rank_inputs(inputs: Sequence[ModelInput]) -> list[RankedItems]:
-    """What the models say, in the order of the inputs: one pass for all inputs of one state and kind."""
+    """Rankings in the order of the inputs, with one pass of a model for all inputs of one state and kind."""
     groups: dict[tuple[int, _Rank], list[int]] = {}
-    for number, one in enumerate(inputs):
-        rank: _Rank = _explain if one.explain else _rank_all if one.candidates is None else _score_candidates
-        groups.setdefault((id(one.state), rank), []).append(number)
+    for number, model_input in enumerate(inputs):
+        rank: _Rank = _rank_all if model_input.candidates is None else _score_candidates
+        if model_input.explain:
+            rank = _explain_candidates
+        groups.setdefault((id(model_input.state), rank), []).append(number)
     ranked: dict[int, RankedItems] = {}
     for (_, rank), numbers in groups.items():
         ranked |= zip(numbers, rank([inputs[number] for number in numbers]), strict=True)
     return [ranked[number] for number in range(len(inputs))]
 
 
-def _controls(inputs: Sequence[ModelInput]) -> Controls:
-    """Of all inputs at once."""
-    return inputs[0].state.predictor.controls_of([one.modulation.controls for one in inputs])
+def _stack_controls(inputs: Sequence[ModelInput]) -> Controls:
+    """The attention controls of all inputs."""
+    predictor = inputs[0].state.predictor
+    actions = [model_input.modulation.controls for model_input in inputs]
+    return controls_of(actions, predictor.model, predictor.vocabulary.event_types)
 
 
 def _rank_all(inputs: list[ModelInput]) -> list[RankedItems]:
     state, predictor = inputs[0].state, inputs[0].state.predictor
     best = predictor.recommend(
-        [one.history for one in inputs],
-        max(one.k for one in inputs),
-        now=[one.now_s for one in inputs],
-        filters=[one.filters for one in inputs],
+        [model_input.history for model_input in inputs],
+        max(model_input.k for model_input in inputs),
+        now=[model_input.now_s for model_input in inputs],
+        filters=[model_input.filters for model_input in inputs],
         rules=state.rules,
-        controls=_controls(inputs),
-        context=[one.context for one in inputs],
+        controls=_stack_controls(inputs),
+        context=[model_input.context for model_input in inputs],
     )
     ranked = []
-    for row, one in enumerate(inputs):
-        index, scores = best.item_index[row][: one.k], best.scores[row][: one.k]
-        ids = predictor.ids_of(index[index > 0])
+    for row, model_input in enumerate(inputs):
+        index = best.item_index[row][: model_input.k]
+        scores = best.scores[row][: model_input.k]
+        ids = predictor.vocabulary.ids_of(index[index > 0])
         source: Source = "realtime" if best.source[row] == "model" else "popular"
         ranked.append(RankedItems(list(zip(ids, scores[index > 0].tolist(), strict=True)), source))
     return ranked
@@ -182,39 +220,55 @@ def _rank_all(inputs: list[ModelInput]) -> list[RankedItems]:
 
 def _score_candidates(inputs: list[ModelInput]) -> list[RankedItems]:
     state, predictor = inputs[0].state, inputs[0].state.predictor
-    index = [predictor.index_of(one.candidates or ()) for one in inputs]
+    index = [predictor.vocabulary.index_of(model_input.candidates or ()) for model_input in inputs]
     scores = predictor.score(
-        [one.history for one in inputs],
+        [model_input.history for model_input in inputs],
         index,
-        now=[one.now_s for one in inputs],
-        controls=_controls(inputs),
-        context=[one.context for one in inputs],
+        now=[model_input.now_s for model_input in inputs],
+        controls=_stack_controls(inputs),
+        context=[model_input.context for model_input in inputs],
     )
     ranked = []
-    for one, items, values in zip(inputs, index, scores, strict=True):
-        triples = zip(one.candidates or (), items.tolist(), values.tolist(), strict=True)
-        source: Source = "realtime" if asks_model(state, one.history) else "popular"
-        ranked.append(RankedItems([(item_id, value if item else None) for item_id, item, value in triples], source))
+    for model_input, items, values in zip(inputs, index, scores, strict=True):
+        triples = zip(model_input.candidates or (), items.tolist(), values.tolist(), strict=True)
+        source: Source = "realtime" if is_ranked_by_model(state, model_input.history) else "popular"
+        ranked.append(
+            RankedItems([(item_id, value if item else None) for item_id, item, value in triples], source)
+        )
     return ranked
 
 
-def _explain(inputs: list[ModelInput]) -> list[RankedItems]:
+def _explain_candidates(inputs: list[ModelInput]) -> list[RankedItems]:
     ranked = []
-    for one in inputs:
-        predictor, ids = one.state.predictor, one.candidates or ()
-        explanation = predictor.explain(one.history, predictor.index_of(ids), now=one.now_s, context=one.context, controls=_controls([one]))
-        reasons = to_reasons(explanation, one.history, one.state)
+    for model_input in inputs:
+        predictor, ids = model_input.state.predictor, model_input.candidates or ()
+        explanation = explain(
+            predictor,
+            model_input.history,
+            predictor.vocabulary.index_of(ids),
+            now=model_input.now_s,
+            context=model_input.context,
+            controls=_stack_controls([model_input]),
+        )
+        reasons = to_reasons(explanation, model_input.history, model_input.state)
         ranked.append(RankedItems([(item_id, None) for item_id in ids], "realtime", reasons))
     return ranked
 
 
-def similar_items(item_id: Any, k: int, state: ServingState) -> RankedItems:
-    """Items like an item, with their cosines. Raises UnknownItemError, UnavailableError where no model may serve."""
+def rank_similar_items(item_id: Any, k: int, state: ServingState) -> RankedItems:
+    """The most similar items of an item, with their cosines. Raises UnknownItemError, and UnavailableError
+    where no model was promoted yet.
+    """
     predictor = state.predictor
     if predictor.popular_only:
-        raise UnavailableError("no model was promoted yet: the popular list alone is served", "see the report of the last night")
-    item = int(predictor.index_of([item_id])[0])
+        raise UnavailableError(
+            "no model was promoted yet: only the popularity fallback serves",
+            "see the report of the last nightly run",
+        )
+    item = int(predictor.vocabulary.index_of([item_id])[0])
     if not item:
-        raise UnknownItemError(f"item_id: no item {item_id!r}", "ask for one of the item table")
-    index, cosines = predictor.similar(item, k, int(time.time()))
-    return RankedItems(list(zip(predictor.ids_of(index), cosines.tolist(), strict=True)), "realtime")
+        raise UnknownItemError(f"item_id: no item {item_id!r}", "send an id of the item table")
+    index, cosines = find_similar(predictor, item, k, int(time.time()))
+    return RankedItems(
+        list(zip(predictor.vocabulary.ids_of(index), cosines.tolist(), strict=True)), "realtime"
+    )

@@ -1,4 +1,4 @@
-"""What the endpoint records: events, impressions, outcomes. The event store may be unavailable, and no response waits for it."""
+"""Records events, impressions and outcomes. The event store may be unavailable; no response waits for it."""
 
 from __future__ import annotations
 
@@ -14,138 +14,170 @@ from typing import Any
 
 from recray.config import ServeSettings
 from recray.errors import PartUnavailableError, StateError, UnavailableError
-from recray.serving.api import Answer
+from recray.serving.api import BaseResponse
 from recray.serving.experiment import Experiment
-from recray.serving.guard import ASKED_BY
+from recray.serving.guard import KEY_NAME
 from recray.serving.state import ServingState
 from recray.state.log import Entry, Log
 from recray.state.store import open_log
 from recray.state.writer import Writer
 from recray.storage import Storage
 
-AWAY_S = 1.0  # how long a log that could not be opened is not tried again
-READING = 0.125  # of the time that a request waits for the model, it waits for the log
+RETRY_S = 1.0  # pause after a failure of the event store
+READ_SHARE = 0.125  # timeout of a read, as a share of serve.timeout_s
 MOST_RECORDED = 1000  # items of a response
-MOST_REFUSED = 100_000  # users whose refusal is recorded
+MOST_REFUSED = 100_000  # users with a recorded refusal
 
-_ids = random.Random(secrets.token_bytes(32))  # the system's own are ten times slower
+_ids = random.Random(secrets.token_bytes(32))  # the system's random numbers are ten times slower
 
 
-def new_id() -> str:
-    """128 random bits."""
+def make_id() -> str:
+    """A random id of 128 bits."""
     return f"{_ids.getrandbits(128):032x}"
 
 
 class EventRecorder:
-    """A `Writer` that may be unavailable: opened when it can be, left alone for a while when it fails.
+    """Records in an event store that may be unavailable: it is opened when possible, and paused after a
+    failure.
 
-    writer : None until the event store could be opened
+    writer : None until the event store is open
     """
 
     def __init__(self, storage: Storage, options: ServeSettings) -> None:
         self._storage, self._options = storage, options
-        self._said = logging.getLogger("ray.serve")
+        self._logger = logging.getLogger("ray.serve")
         self._opening = threading.Lock()
         self._failed = False
-        self._away_until = 0.0
+        self._retry_at = 0.0
         self.writer: Writer | None = None
-        self._open()
+        self._open_log()
 
     @property
     def log(self) -> Log | None:
-        """The log, None where it could not be opened yet."""
+        """The event store, None until it is open."""
         return None if self.writer is None else self.writer.log
 
     @property
     def is_unavailable(self) -> bool:
-        """Whether the event store did not respond when it was last asked."""
+        """Whether the last access to the event store failed."""
         return self.writer is None or self._failed
 
-    async def recent_events(self, user: str, state: ServingState, limit: int) -> list[Entry]:
-        """Events of a user, at most so many, that a run does not know.
+    async def read_recent_events(self, user: str, state: ServingState, limit: int) -> list[Entry]:
+        """The last events of a user that are not in a run, at most `limit`.
 
-        Raises PartUnavailableError where the store is unavailable: then it is not asked until `look` finds it back.
+        Raises PartUnavailableError; an unavailable store is not read until `reconnect` succeeds.
         """
         if self.writer is None or self._failed:
             raise PartUnavailableError("state")
         collected = state.collected.get(self.writer.log.identity, 0)
         try:
-            return await self.writer.recent(user, collected, state.begins_s, limit, self._options.timeout_s * READING)
+            return await self.writer.recent(
+                user, collected, state.begins_s, limit, self._options.timeout_s * READ_SHARE
+            )
         except StateError as error:
-            self._failed_with(error)
+            self._record_failure(error)
             raise PartUnavailableError("state") from error
 
-    def record_impression(self, response: Answer, item_ids: Sequence[Any], user: str | None, elapsed_ms: float, more: dict[str, Any]) -> None:
-        """Record a response, behind: what comes of it is reported by its id. more : what else is recorded of it"""
+    def record_impression(
+        self,
+        response: BaseResponse,
+        item_ids: Sequence[Any],
+        user: str | None,
+        elapsed_ms: float,
+        details: dict[str, Any],
+    ) -> None:
+        """Record a response in the background; its outcomes refer to its id.
+
+        details : further fields of the entry, `source` among them
+        """
         body = {
             "items": list(item_ids[:MOST_RECORDED]),
-            "source": more.pop("source"),
-            "night": response.night,
+            "source": details.pop("source"),
+            "night": response.as_of,
             "bundle": response.bundle,
             "degraded": response.degraded,
             "ms": round(elapsed_ms, 3),
-            **more,
+            **details,
         }
-        self._later(Entry("decision", response.request_id, user, time.time(), body))
+        self._enqueue(Entry("decision", response.request_id, user, time.time(), body))
 
     def record_refusal(self, user: str | None, experiment: Experiment | None) -> None:
-        """Record that the champion's queue was full, once for each user of an experiment: as many its tests count."""
+        """Record that the champion's queue was full, once for each user of an experiment: its tests count
+        users.
+        """
         if experiment is None or experiment.shadow or user is None or user in experiment.refused:
             return
         if len(experiment.refused) >= MOST_REFUSED:
             experiment.refused.clear()
         experiment.refused.add(user)
-        body = {"items": [], "asked": "refused", "degraded": [], **experiment.labels(user), "model_ms": 0.0, "refused": True}
-        self._later(Entry("decision", new_id(), user, time.time(), body))
+        body = {
+            "items": [],
+            "asked": "refused",
+            "degraded": [],
+            **experiment.to_labels(user),
+            "model_ms": 0.0,
+            "refused": True,
+        }
+        self._enqueue(Entry("decision", make_id(), user, time.time(), body))
 
-    def record_access(self, user: str | None, what: str) -> None:
-        """Record that somebody reads what a user did, and with which key, behind."""
+    def record_access(self, user: str | None, purpose: str) -> None:
+        """Record in the background that a user's events are read, and with which API key."""
         if user is not None:
-            self._later(Entry("access", new_id(), user, time.time(), {"by": ASKED_BY.get(), "what": what}))
+            self._enqueue(
+                Entry("access", make_id(), user, time.time(), {"by": KEY_NAME.get(), "what": purpose})
+            )
 
-    def _later(self, entry: Entry) -> None:
-        """As `Writer.later`; nothing where the store is unavailable."""
+    def _enqueue(self, entry: Entry) -> None:
+        """As `Writer.enqueue`; nothing where the store is not open."""
         if self.writer is not None:
-            self.writer.later(entry)
+            self.writer.enqueue(entry)
 
-    async def keep(self, write: Callable[[Writer], Any], timeout_s: float | None = None) -> Any:
-        """What `write` returns. Raises UnavailableError where the log is away, or takes longer (None: than `serve.timeout_s`)."""
+    async def write(self, operation: Callable[[Writer], Any], timeout_s: float | None = None) -> Any:
+        """The result of `operation` with the writer.
+
+        timeout_s : None: `serve.timeout_s`
+
+        Raises UnavailableError where the event store is unavailable, or does not respond in time.
+        """
         timeout_s = timeout_s or self._options.timeout_s
-        if self.writer is None and time.monotonic() >= self._away_until:
-            await asyncio.to_thread(self._open)
+        if self.writer is None and time.monotonic() >= self._retry_at:
+            await asyncio.to_thread(self._open_log)
         if self.writer is None:
-            raise UnavailableError("the log is away: nothing was kept", "come again")
+            raise UnavailableError("the event store is unavailable: nothing was kept", "retry later")
         error: StateError
         try:
             async with asyncio.timeout(timeout_s):
-                return await write(self.writer)
-        except StateError as failed:
-            error = failed
+                return await operation(self.writer)
+        except StateError as state_error:
+            error = state_error
         except TimeoutError:
-            error = StateError(f"it did not take anything within {timeout_s:g} s")
-        self._failed_with(error)
-        raise UnavailableError("the log is away: nothing is known to be kept", "come again, with the same event_id or feedback_id") from error
+            error = StateError(f"it did not respond within {timeout_s:g} s")
+        self._record_failure(error)
+        raise UnavailableError(
+            "the event store is unavailable: whether anything was kept is unknown",
+            "retry later, with the same event_id or feedback_id",
+        ) from error
 
-    def look(self) -> None:
-        """Open a log that is away, or find out whether it is back."""
+    def reconnect(self) -> None:
+        """Open the event store, or check whether it is available again."""
         if self.writer is None:
-            self._open()
+            self._open_log()
         elif self._failed:
             with contextlib.suppress(StateError):
                 self.writer.log.last()
                 self._failed = False
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the queue, then close the event store."""
         if self.writer is not None:
             self.writer.close()
             self.writer.log.close()
 
-    def _failed_with(self, error: StateError) -> None:
-        self._failed, self._away_until = True, time.monotonic() + AWAY_S
-        self._said.error("the log is away: %s", error.what)
+    def _record_failure(self, error: StateError) -> None:
+        self._failed, self._retry_at = True, time.monotonic() + RETRY_S
+        self._logger.error("the event store is unavailable: %s", error.message)
 
-    def _open(self) -> None:
+    def _open_log(self) -> None:
         with self._opening:
             if self.writer is not None:
                 return
@@ -153,4 +185,4 @@ class EventRecorder:
                 log = open_log(self._options.state, self._storage.root, self._options.keep_days)
                 self.writer, self._failed = Writer(log), False
             except StateError as error:
-                self._failed_with(error)
+                self._record_failure(error)

@@ -1,4 +1,4 @@
-"""Where a response comes from: which sources are asked, in which order, and those that need no model."""
+"""The sources of a response: their order for a query, and those that need no model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from recray.snapshot.reader import ScoredUser
 
 
 class RankingSource(Enum):
-    """What may rank. The first one that has a response is the one that responds."""
+    """A source that ranks; the first one of a route that succeeds responds."""
 
-    COMPLETE_LIST = auto()  # the nightly list, where nothing is asked that it does not know
+    COMPLETE_LIST = auto()  # the batch recommendations, where they are current and long enough
     MODEL = auto()
-    LIST = auto()  # the nightly list as it is, or the popularity fallback for somebody who has none
+    LIST = auto()  # the batch recommendations as they are, or the popularity fallback for a user without
     POPULARITY = auto()
 
 
@@ -38,7 +38,7 @@ MODEL_FIRST = (RankingSource.MODEL, RankingSource.COMPLETE_LIST, RankingSource.L
 
 @dataclass(frozen=True)
 class Route:
-    """Which state serves a query, by which sources in turn, and whether the response explores.
+    """State and sources (in order) that serve a query, and its exploration.
 
     is_challengers : whether the state is the challenger's
     """
@@ -49,48 +49,50 @@ class Route:
     is_challengers: bool = False
 
 
-def choose_route(query: Query, deployment: Deployment, exploration: Exploration | None, share: float) -> Route:
+def choose_route(
+    query: Query, deployment: Deployment, exploration: Exploration | None, share: float
+) -> Route:
     """The route of a query.
 
-    exploration : how responses explore, None: not at all
-    share : of the users whose responses explore
+    exploration : how responses explore; None: not at all
+    share : share of the users whose responses explore
     """
     state, experiment, challenger = deployment.state, deployment.experiment, deployment.challenger
-    if exploration is not None and not (explores(query.user, share) and can_explore(state, exploration)):
+    if exploration is not None and not (is_exploring(query.user, share) and can_explore(state, exploration)):
         exploration = None
     order = ORDER[query.mode]
-    if query.mode == "auto" and (exploration is not None or not state.lists_are_current):
+    if query.mode == "auto" and (exploration is not None or not state.has_current_lists):
         order = MODEL_FIRST
     if experiment is None or challenger is None or query.mode == "batch" or not experiment.serves(query.user):
         return Route(state, order, exploration)
     return Route(challenger, MODEL_FIRST, exploration, is_challengers=True)
 
 
-def explores(user: str | None, share: float) -> bool:
-    """Whether responses for a user explore: a share of the users, other ones than an experiment's."""
+def is_exploring(user: str | None, share: float) -> bool:
+    """Whether responses for a user explore. The share is drawn independently of an experiment's."""
     return user is not None and is_in_share(user, "exploration", share)
 
 
 def look_up_complete_list(query: Query, state: ServingState) -> RankedItems | None:
-    """The nightly list, None where it lacks something that is asked for.
+    """The batch recommendations, None where they do not satisfy the query.
 
-    Raises PartUnavailableError where it cannot be read, RequestError.
+    Raises PartUnavailableError where they cannot be read, RequestError.
     """
     adds_filter = query.items.filter_seen and not state.filters_seen
     if query.mode == "realtime" or query.needs_model or adds_filter:
         return None
-    scored = _find(query, state)
+    scored = _find_scored_user(query, state)
     if scored is None:
         return None
-    items, allowed = _allowed_items(query, state, scored)
+    items, allowed = _filter_list(query, state, scored)
     if len(items) < min(query.k, allowed):
         return None
-    return _as_ranked(items, scored, query.k)
+    return _to_ranked_items(items, scored, query.k)
 
 
-def lists_serve(query: Query, route: Route, champion: ServingState) -> bool:
-    """Whether the champion's complete list would have served a query that the challenger was asked."""
-    if query.mode != "auto" or route.exploration is not None or not champion.lists_are_current:
+def is_list_sufficient(query: Query, route: Route, champion: ServingState) -> bool:
+    """Whether the champion's complete list would have served a query that the challenger served."""
+    if query.mode != "auto" or route.exploration is not None or not champion.has_current_lists:
         return False
     try:
         return look_up_complete_list(query, champion) is not None
@@ -99,57 +101,63 @@ def lists_serve(query: Query, route: Route, champion: ServingState) -> bool:
 
 
 def look_up_list(query: Query, state: ServingState) -> RankedItems:
-    """The nightly list as it is, or the popularity fallback for somebody who has none.
+    """The batch recommendations as they are, or the popularity fallback for a user without.
 
-    Raises PartUnavailableError where it cannot be read, RequestError.
+    Raises PartUnavailableError where they cannot be read, RequestError.
     """
-    scored = _find(query, state)
+    scored = _find_scored_user(query, state)
     if scored is None:
         return rank_by_popularity(query, state)
-    items, _ = _allowed_items(query, state, scored)
-    return _as_ranked(items, scored, query.k)
+    items, _ = _filter_list(query, state, scored)
+    return _to_ranked_items(items, scored, query.k)
 
 
 def rank_by_popularity(query: Query, state: ServingState) -> RankedItems:
-    """The popularity fallback, without asking the model. Raises RequestError."""
+    """The popularity fallback, without the model. Raises RequestError."""
     items: list[tuple[Any, float | None]] = list(state.popular_items)
-    if not query.items.is_open:
-        index = state.predictor.index_of([item_id for item_id, _ in items])
-        shown = to_filters(query.items, state).shows(index, _seen_items(query, state))
+    if not query.items.allows_all:
+        index = state.predictor.vocabulary.index_of([item_id for item_id, _ in items])
+        shown = to_filters(query.items, state).is_allowed(index, _load_seen_items(query, state))
         items = [pair for pair, is_shown in zip(items, shown.tolist(), strict=True) if is_shown]
     return RankedItems(items[: query.k], "popular")
 
 
-def _find(query: Query, state: ServingState) -> ScoredUser | None:
+def _find_scored_user(query: Query, state: ServingState) -> ScoredUser | None:
     if query.user_id is None:
         return None
     try:
         return state.snapshot.find(query.user_id)
     except Exception as error:
         log = logging.getLogger("ray.serve")
-        log.error("the nightly lists cannot be read: %s", type(error).__name__)
-        log.debug("the nightly lists cannot be read", exc_info=error)
+        log.error("the batch recommendations cannot be read: %s", type(error).__name__)
+        log.debug("the batch recommendations cannot be read", exc_info=error)
         raise PartUnavailableError("snapshot") from error
 
 
-def _as_ranked(items: list[tuple[Any, float | None]], scored: ScoredUser, k: int) -> RankedItems:
+def _to_ranked_items(items: list[tuple[Any, float | None]], scored: ScoredUser, k: int) -> RankedItems:
     return RankedItems(items[:k], "popular" if scored.source == "popular" else "snapshot")
 
 
-def _allowed_items(query: Query, state: ServingState, scored: ScoredUser) -> tuple[list[tuple[Any, float | None]], int]:
-    """Of a user's list what may be shown, and how many items of the catalogue might be."""
+def _filter_list(
+    query: Query, state: ServingState, scored: ScoredUser
+) -> tuple[list[tuple[Any, float | None]], int]:
+    """The items of a user's list that the query allows, and how many items of the catalogue it allows."""
     items: list[tuple[Any, float | None]] = list(zip(scored.item_ids, scored.scores, strict=True))
-    answerable = state.predictor.answerable
+    n_available = state.predictor.n_available
     rule = query.items
-    if not (rule.deny or rule.allow is not None or rule.where or (rule.filter_seen and not state.filters_seen)):
-        return items, answerable
-    filters, seen = to_filters(rule, state), _seen_items(query, state)
-    barred = np.unique(filters.barred(seen))
-    barred = barred[barred > 0]
-    shown = filters.shows(state.predictor.index_of(scored.item_ids), seen)
-    allowed = answerable - len(barred) if filters.allow is None else len(np.setdiff1d(filters.allow, barred))
+    if not (
+        rule.deny or rule.allow is not None or rule.where or (rule.filter_seen and not state.filters_seen)
+    ):
+        return items, n_available
+    filters, seen = to_filters(rule, state), _load_seen_items(query, state)
+    excluded = np.unique(filters.excluded_items(seen))
+    excluded = excluded[excluded > 0]
+    shown = filters.is_allowed(state.predictor.vocabulary.index_of(scored.item_ids), seen)
+    allowed = n_available - len(excluded)
+    if filters.allow is not None:
+        allowed = len(np.setdiff1d(filters.allow, excluded))
     return [pair for pair, is_shown in zip(items, shown.tolist(), strict=True) if is_shown], allowed
 
 
-def _seen_items(query: Query, state: ServingState) -> np.ndarray:
+def _load_seen_items(query: Query, state: ServingState) -> np.ndarray:
     return np.zeros(0, np.int64) if query.user_id is None else state.stored_history(query.user_id).item_index

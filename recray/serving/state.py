@@ -1,4 +1,6 @@
-"""What requests are served from: one published run, with the predictor behind it. It never changes; the next run replaces it as a whole."""
+"""State of serving: one published run with its predictor. It never changes; the next run replaces it as a
+whole.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,14 @@ import pyarrow as pa
 
 from recray.bundle import Bundle
 from recray.config import ScoreSettings
-from recray.dataset.ids import as_id
+from recray.dataset.ids import to_typed_id
 from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
 from recray.inference import Predictor, Rules, Translation
+from recray.inference.observer import Observer
 from recray.inference.policy import Policy
 from recray.release import Release
-from recray.serving.api import MOST_ANSWERS
+from recray.serving.api import MAX_K
 from recray.snapshot.reader import Snapshot
 from recray.storage import MANIFEST, Storage, manifest_digest
 
@@ -29,18 +32,18 @@ if TYPE_CHECKING:
     import torch
 
 EMPTY_HISTORY = History(*(np.zeros(0, np.int64) for _ in range(4)))
-GRAPH_REQUESTS = 32  # that a GPU serves by a CUDA graph, at once; more keep it busy as they are
-STALE_S = 7 * 86_400  # after which, without another run, nothing is decided: the trained model serves as it is
+GRAPH_REQUESTS = 32  # largest batch with a CUDA graph; a larger one keeps a GPU busy without
+STALE_S = 7 * 86_400  # after so long without another run, no policy decides: the unmodified model serves
 _LOG = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
 class ServingState:
-    """One published run, and the model bundle behind its real-time responses.
+    """One published run, and the model bundle of its real-time responses.
 
-    policy_network : decides how the attention is modulated; None: the trained model serves as it is
-    bound : a policy that modulates further does not decide
-    item_masks : item indices by attribute filter, remembered by `recray.serving.sources`
+    policy_network : decides the attention modulation; None: the unmodified model serves
+    bound : a policy with a larger bound is not used
+    item_masks : cache of item indices by attribute filter
     explorable : whether the model has the controls of an exploration, by their names
     """
 
@@ -66,182 +69,232 @@ class ServingState:
         snapshot = Snapshot.latest(storage)
         dataset = Dataset.open(storage.root / snapshot.manifest["dataset"])
         if dataset.digest != snapshot.manifest["dataset_digest"]:
-            raise DamagedArtifactError(f"dataset of {snapshot.path} is not the one it was scored with", "score the night again")
+            raise DamagedArtifactError(
+                f"dataset of {snapshot.path} is not the one it was scored with", "score the run again"
+            )
         bundle = Bundle.open(storage.root / snapshot.manifest["bundle"])
         if bundle.digest != snapshot.manifest["bundle_digest"]:
-            raise DamagedArtifactError(f"bundle of {snapshot.path} is not the one it was scored with", "score the night again")
+            raise DamagedArtifactError(
+                f"bundle of {snapshot.path} is not the one it was scored with", "score the run again"
+            )
         popular_only = bool(snapshot.manifest.get("popular_only"))
-        return cls._create(snapshot, dataset, bundle, snapshot.manifest.get("policy"), device, bound, popular_only=popular_only)
-
-    @classmethod
-    def without_lists(cls, storage: Storage, score: ScoreSettings, device: str | torch.device = "cpu", bound: float = 1.0) -> ServingState:
-        """The champion on the last dataset, where no lists can be read. Raises MissingArtifactError, DamagedArtifactError."""
-        datasets = [Dataset.open(path) for path in sorted((storage.root / "datasets").glob("[!.]*"))]
-        if not datasets:
-            raise MissingArtifactError(f"no dataset in {storage.root}", "run `recray nightly` first, or check storage.root")
-        champion = Release.read(storage).champion
-        if champion is None:
-            raise MissingArtifactError(f"no champion in {storage.root}", "run `recray nightly` first, or check storage.root")
-        dataset, bundle = max(datasets, key=lambda dataset: dataset.as_of_s), champion.open(storage)
-        manifest = {
-            "as_of_s": dataset.as_of_s,
-            "bundle": f"bundles/{bundle.key}",
-            "bundle_digest": bundle.digest,
-            "new_only": score.new_only,
-            "user_type": str(dataset.user_type),
-            "rules": score.rules(),
-        }
-        return cls._create(Snapshot.stand_in(storage, manifest), dataset, bundle, champion.policy, device, bound)
+        return _build_state(
+            snapshot,
+            dataset,
+            bundle,
+            snapshot.manifest.get("policy"),
+            device,
+            bound,
+            popular_only=popular_only,
+        )
 
     def with_bundle(self, bundle: Bundle, policy: str | None = None) -> ServingState:
-        """The same run with another bundle and policy behind it; `policy` of what is returned is None where it does not decide.
+        """The same run with another bundle and policy; `policy` of the result is None if it cannot be used.
 
         Raises MissingArtifactError, DamagedArtifactError of the bundle.
         """
-        return self._create(self.snapshot, self.dataset, bundle, policy, self.predictor.device, self.bound)
+        return _build_state(self.snapshot, self.dataset, bundle, policy, self.predictor.device, self.bound)
 
-    @classmethod
-    def _create(
-        cls,
-        snapshot: Snapshot,
-        dataset: Dataset,
-        bundle: Bundle,
-        policy: str | None,
-        device: str | torch.device,
-        bound: float,
-        *,
-        popular_only: bool = False,
-    ) -> ServingState:
-        loaded = None
-        if policy is not None:
-            loaded, reason = Policy.sound(Storage(bundle.path.parent.parent).policy(policy), bundle.digest, bound=bound)
-            if loaded is None:
-                _LOG.error("policy %s does not decide, the trained model answers as it is: %s", policy, reason)
-                policy = None
-        predictor = Predictor.load(bundle, dataset=dataset, device=device, popular_only=popular_only)
-        predictor.capture_graphs(GRAPH_REQUESTS, () if loaded is None else loaded.actions)
-        declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
-        translation = predictor.translation(dataset)
-        rules = None if declared is None else Rules.declared(declared, dataset, translation.to_bundle, predictor.unseen)
-
-        most_popular = predictor.recommend([EMPTY_HISTORY], MOST_ANSWERS, now=dataset.now_s, rules=rules)
-        filled = most_popular.item_index[0] > 0
-        ids, scores = predictor.ids_of(most_popular.item_index[0][filled]), most_popular.scores[0][filled].tolist()
-        popular_items = tuple(zip(ids, scores, strict=True))
-        return cls(
-            snapshot=snapshot,
-            dataset=dataset,
-            predictor=predictor,
-            translation=translation,
-            rules=rules,
-            bundle=bundle.key,
-            bundle_digest=bundle.digest,
-            policy=policy,
-            policy_network=loaded,
-            privacy=bundle.privacy,
-            popular_items=popular_items,
-            loaded_at=dt.datetime.now(dt.UTC),
-            bound=bound,
-        )
+    @cached_property
+    def observer(self) -> Observer:
+        """Observes requests for the policy."""
+        return Observer(self.predictor)
 
     @property
     def is_private(self) -> bool:
-        """Whether users were protected while the bundle was trained."""
+        """Whether the bundle was trained with differential privacy."""
         return bool(self.privacy["differential_privacy"])
 
     @property
     def name(self) -> str:
-        """Of what serves: the bundle, and the policy behind a plus sign where there is one."""
+        """BUNDLE, or BUNDLE+POLICY."""
         return self.bundle if self.policy is None else f"{self.bundle}+{self.policy}"
 
     @property
     def has_lists(self) -> bool:
-        """Whether there are nightly lists."""
+        """Whether there are batch recommendations."""
         return bool(self.snapshot.manifest["users"])
 
     @property
     def filters_seen(self) -> bool:
-        """Whether the lists, and so all responses, leave out the items of the history."""
-        return bool(self.snapshot.manifest["new_only"])
+        """Whether the lists, and so all responses, have the seen-item filter."""
+        return bool(self.snapshot.manifest["filter_seen"])
 
     @property
-    def lists_are_current(self) -> bool:
-        """Whether the lists are of the policy that decides now, which may be released, or taken away, after they were made."""
+    def has_current_lists(self) -> bool:
+        """Whether the lists are of the current policy, which may be released or withdrawn after they were
+        scored.
+        """
         return bool(self.snapshot.manifest.get("policy") == self.policy)
 
     @cached_property
     def date(self) -> str:
-        """The day with which the run's data end, UTC."""
+        """The last day of the run's data, UTC."""
         return str(dt.datetime.fromtimestamp(self.snapshot.as_of_s, dt.UTC).date())
 
     @cached_property
     def digest(self) -> str:
-        """Of the snapshot's manifest; empty where there are no lists."""
+        """Digest of the snapshot's manifest; empty where there are no lists."""
         return manifest_digest(self.snapshot.path) if self.has_lists else ""
 
     @property
     def collected(self) -> dict[str, int]:
-        """How far event stores are in this run's histories: a number by the identity of a store."""
+        """Last entry of each event store in this run's histories, by the identity of the store."""
         return dict(self.dataset.manifest.get("collected", {}))
 
     @property
     def begins_s(self) -> float:
-        """From when on an event is none of this run's, whatever was collected; infinity where neither times nor an as-of are known."""
-        return self.dataset.as_of_s + 1 if self.dataset.clock == "timestamp" or self.dataset.as_of_s else math.inf
+        """Events from this moment on are not in the run, whatever was collected; infinity without times and
+        as-of.
+        """
+        return (
+            self.dataset.as_of_s + 1
+            if self.dataset.clock == "timestamp" or self.dataset.as_of_s
+            else math.inf
+        )
 
     @property
     def is_stale(self) -> bool:
-        """Whether the run is so old that what it saw of users says nothing any more."""
-        return time.time() > self._written_s + STALE_S
+        """Whether the run is too old for policy decisions."""
+        return time.time() > self.written_s + STALE_S
 
     @cached_property
-    def _written_s(self) -> float:
+    def written_s(self) -> float:
+        """When the run was written, seconds since 1970."""
         return ((self.snapshot if self.has_lists else self.dataset).path / MANIFEST).stat().st_mtime
 
     def stored_history(self, user_id: Any) -> History:
-        """What the run knows of a user, in the bundle's indices; an empty one for somebody unknown."""
-        user_id = self.snapshot.as_user(user_id)
+        """The history of a user in the run, in the bundle's indices; empty for an unknown user."""
+        user_id = self.snapshot.to_user_id(user_id)
         history = None if user_id is None else self.dataset.user_history(user_id)
         return EMPTY_HISTORY if history is None else self.translation.history(history)
 
-    def name_of_user(self, user_id: Any) -> str | None:
-        """The user as the event store has them, however a request wrote the id; None for nobody."""
+    def to_user_name(self, user_id: Any) -> str | None:
+        """The user as text, as in the event store, however a request wrote the id; None for no user."""
         if user_id is None:
             return None
-        typed = self.snapshot.as_user(user_id)
+        typed = self.snapshot.to_user_id(user_id)
         return str(user_id if typed is None else typed)
 
     def require_user(self, user_id: Any) -> str:
-        """A user as the event store names them. Raises RequestError for an id that the event log cannot hold."""
-        typed = self.snapshot.as_user(user_id)
+        """The user as text, as in the event store. Raises RequestError for an id that the event log cannot
+        contain.
+        """
+        typed = self.snapshot.to_user_id(user_id)
         if typed is None:
-            integral = self.snapshot.manifest["user_type"] != "string"
-            raise RequestError(f"user_id: {user_id!r} is {_no_id(integral, 'users of the event log')}", "send the id of the event log")
+            is_integral = self.snapshot.manifest["user_type"] != "string"
+            problem = _describe_invalid_id("users of the event log", is_integral=is_integral)
+            raise RequestError(f"user_id: {user_id!r} is {problem}", "send the id of the event log")
         return str(typed)
 
     def require_item(self, item_id: Any, field: str) -> Any:
-        """An item's id in the type of the item table. Raises RequestError, which names the field, for one that it cannot hold."""
-        integral = pa.types.is_integer(self.predictor.item_ids.type)
-        typed = as_id(item_id, integral=integral)
+        """An item's id in the type of the item table. Raises RequestError, which names the field, for an id
+        that the table cannot contain.
+        """
+        is_integral = pa.types.is_integer(self.predictor.vocabulary.item_ids.type)
+        typed = to_typed_id(item_id, is_integral=is_integral)
         if typed is None:
-            raise RequestError(f"{field}: {item_id!r} is {_no_id(integral, 'items of the item table')}", "send the id of the item table")
+            problem = _describe_invalid_id("items of the item table", is_integral=is_integral)
+            raise RequestError(f"{field}: {item_id!r} is {problem}", "send the id of the item table")
         return typed
 
     def knows_item(self, item_id: Any) -> bool:
-        """Whether an id of a request is that of an item which the model knows."""
+        """Whether the model knows the item of a request."""
         try:
-            return bool(self.predictor.index_of([self.require_item(item_id, "item_id")])[0])
+            return bool(self.predictor.vocabulary.index_of([self.require_item(item_id, "item_id")])[0])
         except RequestError:
             return False
 
-    def title(self, item_id: Any) -> str:
-        """An item's title, its id where the item table has none."""
+    def find_title(self, item_id: Any) -> str:
+        """An item's title, or its id where the item table has no title."""
         table = self.dataset.items
         if "title" not in table.column_names:
             return str(item_id)
-        row = int(self.translation.to_dataset[int(self.predictor.index_of([item_id])[0])])
+        row = int(self.translation.to_dataset[int(self.predictor.vocabulary.index_of([item_id])[0])])
         return str(table["title"][row - 1].as_py() or item_id) if row else str(item_id)
 
 
-def _no_id(integral: bool, whose: str) -> str:
-    return f"no integer as it is written, as the ids of the {whose} are" if integral else "blank"
+def load_without_lists(
+    storage: Storage, score: ScoreSettings, device: str | torch.device = "cpu", bound: float = 1.0
+) -> ServingState:
+    """The champion on the last dataset, where no batch recommendations can be read. Raises
+    MissingArtifactError, DamagedArtifactError.
+    """
+    datasets = [Dataset.open(path) for path in sorted((storage.root / "datasets").glob("[!.]*"))]
+    if not datasets:
+        raise MissingArtifactError(
+            f"no dataset in {storage.root}", "run `recray nightly` first, or check storage.root"
+        )
+    champion = Release.read(storage).champion
+    if champion is None:
+        raise MissingArtifactError(
+            f"no champion in {storage.root}", "run `recray nightly` first, or check storage.root"
+        )
+    dataset, bundle = max(datasets, key=lambda dataset: dataset.as_of_s), champion.open(storage)
+    manifest = {
+        "as_of_s": dataset.as_of_s,
+        "bundle": f"bundles/{bundle.key}",
+        "bundle_digest": bundle.digest,
+        "filter_seen": score.filter_seen,
+        "user_type": str(dataset.user_type),
+        "rules": score.rules(),
+    }
+    return _build_state(
+        Snapshot.create_empty(storage, manifest), dataset, bundle, champion.policy, device, bound
+    )
+
+
+def _build_state(
+    snapshot: Snapshot,
+    dataset: Dataset,
+    bundle: Bundle,
+    policy: str | None,
+    device: str | torch.device,
+    bound: float,
+    *,
+    popular_only: bool = False,
+) -> ServingState:
+    loaded = None
+    if policy is not None:
+        loaded, reason = Policy.load_usable(
+            Storage(bundle.path.parent.parent).policy(policy), bundle.digest, bound=bound
+        )
+        if loaded is None:
+            _LOG.error("policy %s is not used, the unmodified model serves: %s", policy, reason)
+            policy = None
+    predictor = Predictor.load(bundle, dataset=dataset, device=device, popular_only=popular_only)
+    predictor.encoder.capture_graphs(GRAPH_REQUESTS, () if loaded is None else loaded.actions)
+    declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
+    translation = predictor.vocabulary.translation(dataset)
+    rules = (
+        None
+        if declared is None
+        else Rules.from_settings(declared, dataset, translation.to_bundle, predictor.cold_V)
+    )
+
+    most_popular = predictor.recommend([EMPTY_HISTORY], MAX_K, now=dataset.now_s, rules=rules)
+    filled = most_popular.item_index[0] > 0
+    ids, scores = (
+        predictor.vocabulary.ids_of(most_popular.item_index[0][filled]),
+        most_popular.scores[0][filled].tolist(),
+    )
+    popular_items = tuple(zip(ids, scores, strict=True))
+    return ServingState(
+        snapshot=snapshot,
+        dataset=dataset,
+        predictor=predictor,
+        translation=translation,
+        rules=rules,
+        bundle=bundle.key,
+        bundle_digest=bundle.digest,
+        policy=policy,
+        policy_network=loaded,
+        privacy=bundle.privacy,
+        popular_items=popular_items,
+        loaded_at=dt.datetime.now(dt.UTC),
+        bound=bound,
+    )
+
+
+def _describe_invalid_id(owners: str, *, is_integral: bool) -> str:
+    return f"not an integer, as the ids of the {owners} are" if is_integral else "blank"

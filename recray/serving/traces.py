@@ -1,6 +1,7 @@
-"""OpenTelemetry traces of requests, where they are asked for: one span a request, one for each wait for the log and for the model.
+"""OpenTelemetry traces, with `serve.traces`: spans of a request, and of its waits for event store and model.
 
-Where they go is what the standard variables say (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, …). No span names a user.
+The standard variables set the destination (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, …). No span names
+a user.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 VARIABLES = "OTEL_"
-SECRET = "HEADERS"  # in the name of a variable that may hold a token
-QUIET: dict[str, Any] = {"record_exception": False, "set_status_on_exception": False}  # what an exception says may name a user
+SECRET = "HEADERS"  # in the name of a variable that may contain a token
+# the text of an exception may name a user
+QUIET: dict[str, Any] = {"record_exception": False, "set_status_on_exception": False}
 
 
-def provider(share: float) -> TracerProvider | None:
-    """What makes and sends spans: of this share of the requests, and of those that came with a sampled trace; None for none.
+def make_provider(share: float) -> TracerProvider | None:
+    """Creates and sends spans of a share of the requests, and of requests with a sampled trace; None for no
+    share.
 
     Raises SettingsError where recray was installed without traces.
     """
@@ -32,28 +35,32 @@ def provider(share: float) -> TracerProvider | None:
         import opentelemetry.instrumentation.asgi  # noqa: F401
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ModuleNotFoundError:
-        raise SettingsError("serve.traces needs the OpenTelemetry exporter", "pip install recray[traces]") from None
+        raise SettingsError(
+            "serve.traces needs the OpenTelemetry exporter", "pip install recray[traces]"
+        ) from None
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
-    named = Resource.create({SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME", "recray")})
-    made = TracerProvider(sampler=ParentBasedTraceIdRatio(share), resource=named)
-    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return made
+    resource = Resource.create({SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME", "recray")})
+    provider = TracerProvider(sampler=ParentBasedTraceIdRatio(share), resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
 
 
-def tracer(made: TracerProvider | None) -> Tracer:
-    """For spans within a request; one that does nothing where there are no traces."""
-    return NoOpTracer() if made is None else made.get_tracer("recray")
+def make_tracer(provider: TracerProvider | None) -> Tracer:
+    """A tracer for spans within a request; without traces it does nothing."""
+    return NoOpTracer() if provider is None else provider.get_tracer("recray")
 
 
-def traced(app: ASGIApp, made: TracerProvider | None) -> ASGIApp:
-    """The application with a span around each request, which goes on with the caller's trace (`traceparent`)."""
-    if made is None:
+def trace_app(app: ASGIApp, provider: TracerProvider | None) -> ASGIApp:
+    """The application with a span per request, which continues the caller's trace (`traceparent`)."""
+    if provider is None:
         return app
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
-    wrapped: ASGIApp = OpenTelemetryMiddleware(app, tracer_provider=made, exclude_spans=["send", "receive"], excluded_urls="healthz,readyz")
-    return wrapped
+    result: ASGIApp = OpenTelemetryMiddleware(
+        app, tracer_provider=provider, exclude_spans=["send", "receive"], excluded_urls="healthz,readyz"
+    )
+    return result

@@ -1,1 +1,1 @@
-"""Nightly scores on disk: parts sealed as one directory, made visible by one flip of `LATEST.json`."""
+"""Batch recommendations on disk: an immutable artifact that `LATEST.json` publishes in one step."""

@@ -1,4 +1,4 @@
-"""Reading the published snapshot, one user at a time."""
+"""Reads the published snapshot, one user at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recray.dataset.ids import as_id
-from recray.dataset.reader import bucket_of_one
+from recray.dataset.ids import to_typed_id
+from recray.dataset.reader import assign_bucket
+from recray.dataset.schema import USER_ID
 from recray.errors import DamagedArtifactError
-from recray.schema import USER_ID
 from recray.snapshot.writer import KIND, index_name, part_name
 from recray.storage import Storage, manifest_digest, open_sealed, read_json
 
 
 @dataclass(frozen=True)
 class ScoredUser:
-    """One row: items best first, their scores, the source of the list (`model` or `popular`), and what a policy is told of it, if known."""
+    """One row: items best first, their scores, the source of the list (`model` or `popular`), and the state
+    that a policy observes, if known.
+    """
 
     item_ids: list[Any]
     scores: list[float]
@@ -30,7 +32,7 @@ class ScoredUser:
 
 
 class Snapshot:
-    """An opened snapshot. A bucket's index is mapped when first asked for; nothing of it is copied into this process."""
+    """An opened snapshot. A bucket's index is mapped into memory at its first use."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
@@ -43,38 +45,42 @@ class Snapshot:
 
     @classmethod
     def latest(cls, storage: Storage) -> Snapshot:
-        """The published snapshot, after the files that are read here were verified. Raises MissingArtifactError, DamagedArtifactError."""
+        """The published snapshot, after its index files were verified. Raises MissingArtifactError,
+        DamagedArtifactError.
+        """
         entry = read_json(storage.latest)
         if not isinstance(entry, dict) or not {"snapshot", "manifest_sha256"} <= entry.keys():
-            raise DamagedArtifactError(f"{storage.latest} names no snapshot", "score the night again")
+            raise DamagedArtifactError(f"{storage.latest} names no snapshot", "repeat `recray score`")
         path = storage.root / entry["snapshot"]
-        manifest = open_sealed(path, KIND, verify=_read_here)
+        manifest = open_sealed(path, KIND, verify=_is_served)
         if manifest_digest(path) != entry["manifest_sha256"]:
-            raise DamagedArtifactError(f"{path} is not the snapshot that was published", "score the night again")
+            raise DamagedArtifactError(
+                f"{path} is not the snapshot that was published", "repeat `recray score`"
+            )
         return cls(path, manifest)
 
     @classmethod
-    def stand_in(cls, storage: Storage, manifest: dict[str, Any]) -> Snapshot:
-        """A snapshot without a user, for serving where none can be read. `manifest`: as a snapshot's, but for its files."""
+    def create_empty(cls, storage: Storage, manifest: dict[str, Any]) -> Snapshot:
+        """A snapshot without users, for serving where none can be read. `manifest`: as a snapshot's, without
+        its files.
+        """
         return cls(storage.scores, {**manifest, "run_key": "", "buckets": 1, "k": 0, "users": 0, "files": {}})
 
     def find(self, user_id: Any) -> ScoredUser | None:
         """The user's row, or None. An id that does not fit the snapshot's type is unknown."""
-        user_id = self.as_user(user_id)
-        if user_id is None:
+        user_id = self.to_user_id(user_id)
+        if user_id is None or not self.manifest["users"]:
             return None
-        if not self.manifest["users"]:
-            return None
-        index = self._index(bucket_of_one(user_id, self.buckets))
+        index = self._index(assign_bucket(user_id, self.buckets))
         users = index[USER_ID]
         row = bisect_left(range(len(users)), user_id, key=lambda row: users[row].as_py())
         if row == len(users) or users[row].as_py() != user_id:
             return None
         return ScoredUser(*(index[name][row].as_py() for name in ("item_ids", "scores", "source", "state")))
 
-    def as_user(self, user_id: Any) -> Any:
-        """A user's id in the type of the event log, None for what it cannot hold."""
-        return as_id(user_id, integral=self.manifest["user_type"] != "string")
+    def to_user_id(self, user_id: Any) -> Any:
+        """A user's id in the type of the event log; None if it does not fit."""
+        return to_typed_id(user_id, is_integral=self.manifest["user_type"] != "string")
 
     def _index(self, bucket: int) -> pa.RecordBatch:
         with self._lock:
@@ -85,9 +91,12 @@ class Snapshot:
     def _open(self, bucket: int) -> pa.RecordBatch:
         if index_name(bucket) in self.manifest["files"]:
             return pa.ipc.open_file(pa.memory_map(str(self.path / index_name(bucket)))).get_batch(0)
-        table = pq.read_table(self.path / part_name(bucket)).combine_chunks()  # snapshots of 0.1.0 have no index
-        return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
+        # snapshots of 0.1.0 have no index
+        table = pq.read_table(self.path / part_name(bucket)).combine_chunks()
+        return pa.RecordBatch.from_arrays(
+            [column.combine_chunks() for column in table.columns], schema=table.schema
+        )
 
 
-def _read_here(name: str) -> bool:
+def _is_served(name: str) -> bool:
     return not name.startswith("part-")

@@ -1,36 +1,25 @@
-"""The stages of a night: what each reads, which key names its result, when it is skipped, and what it tells MLflow.
+"""The stages of a nightly run: what each reads, the run key of its result, and its report to MLflow."""
 
-A stage is safe to repeat: its run key names its output, and an output that is there is not made again. MLflow is told
-through an outbox, so that no stage needs it.
-
-What needs torch or MLflow is imported by the stage that uses it: the driver of prepare stays small.
-"""
-
-from recray.stages.night import audit, collect, current_bundle, evaluate, prepare, promote, report, score, train
-from recray.stages.policy import adapt, keep_policy, published_dataset, tune
-from recray.stages.work import AsOf, JobResult, Say, Work, date_of, day_of, deliver, result_of, sound_policy
+from recray.stages.context import (
+    AsOf,
+    JobContext,
+    JobResult,
+    ProgressLog,
+    StageReport,
+    load_usable_policy,
+    run_stage,
+    to_date,
+    to_day,
+)
 
 __all__ = [
     "AsOf",
+    "JobContext",
     "JobResult",
-    "Say",
-    "Work",
-    "adapt",
-    "audit",
-    "collect",
-    "current_bundle",
-    "date_of",
-    "day_of",
-    "deliver",
-    "evaluate",
-    "keep_policy",
-    "prepare",
-    "promote",
-    "published_dataset",
-    "report",
-    "result_of",
-    "score",
-    "sound_policy",
-    "train",
-    "tune",
+    "ProgressLog",
+    "StageReport",
+    "to_date",
+    "to_day",
+    "run_stage",
+    "load_usable_policy",
 ]

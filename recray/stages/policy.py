@@ -1,4 +1,6 @@
-"""The stages that make an attention policy: `tune` from held-out users, `adapt` from what answers that explored were worth."""
+"""The stages that learn an attention policy: `tune` from holdout users, `adapt` from the outcomes of
+responses that explored.
+"""
 
 from __future__ import annotations
 
@@ -6,185 +8,250 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from recray import cluster, lease
+from policies import gate, logs
+from policies.adapt import adapt as learn_from_logs
+from policies.tune import tune as learn_from_users
+from recray import cluster
 from recray.config import Settings
+from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, RefusedError
-from recray.stages.night import collect
-from recray.stages.work import JobResult, Work, date_of, day_of, result_of, sound_policy, tell
+from recray.evaluation.criteria import explain_incomparable
+from recray.inference.policy import KIND, Policy
+from recray.release import Release, load_champion, read_policy_key, release_policy, require_private
+from recray.stages.context import (
+    JobContext,
+    Record,
+    StageReport,
+    load_usable_policy,
+    run_stage,
+    to_date,
+    to_day,
+)
 from recray.state.collect import collected_folders
 from recray.state.rewards import Rewards
-from recray.storage import Storage, is_sealed, key_of, read_json
-from recray.version import __version__
+from recray.storage import Storage, is_sealed, key_of, lease, read_json
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle
-    from recray.inference.policy import Policy
 
 
-def tune(work: Work, dataset: Dataset) -> JobResult:
-    """An attention policy for the champion, learned from held-out users; where the gate lets it pass it goes on trial, or live."""
-    from policies.tune import tune as learn_policy
-    from recray.evaluation.gates import incomparable
-    from recray.inference.policy import KIND
-    from recray.promotion import champion_of, keep_private, policy_of
+def tune(context: JobContext, dataset: Dataset) -> StageReport:
+    """Learn an attention policy for the champion from holdout users. One that meets its promotion criteria
+    goes into an experiment, or live.
+    """
+    storage, settings = context.storage, context.settings
+    bundle = load_champion(storage)
+    require_private(settings, bundle)
+    live = load_usable_policy(context, bundle, read_policy_key(storage))
+    if reason := explain_incomparable(dataset, bundle):
+        raise RefusedError(f"bundle {bundle.key} {reason}", "tune on the data of its run")
+    sections = settings.key_settings("policy", "evaluate", "privacy", "split", "score")
+    request = key_of("tune", sections, dataset.key, dataset.digest, bundle.digest, RESULTS_SINCE)
+    if live is not None and live.about.get("asked") == request:  # an earlier attempt of this job made it
+        live = load_usable_policy(context, bundle, live.about["against"])
 
-    started = time.monotonic()
-    storage, settings = work.storage, work.settings
-    bundle = champion_of(storage)
-    keep_private(settings, bundle)
-    private = settings.privacy.enabled
-    live = sound_policy(work, bundle, policy_of(storage))
-    if why := incomparable(dataset, bundle):
-        raise RefusedError(f"bundle {bundle.key} {why}", "tune on the data of its night")
-    chosen = settings.result_settings("policy", "evaluate", "privacy", "split", "score")
-    asked = key_of("tune", chosen, dataset.key, dataset.digest, bundle.digest, __version__)
-    if live is not None and live.about.get("asked") == asked:  # this job made it, before
-        live = sound_policy(work, bundle, live.about["against"])
-    start = live if live is not None and live.actions == settings.policy.actions else _policy_before(work, bundle)
-    before, against = (policy and policy.about.get("key") for policy in (start, live))
-    key = key_of(asked, before, against)
+    start = live
+    if live is None or live.actions != settings.policy.actions:
+        start = _earlier_policy(context, bundle)
+    start_key, against = (policy and policy.about.get("key") for policy in (start, live))
+    key = key_of(request, start_key, against)
     path = storage.policy(key)
-    skipped = is_sealed(path, KIND, key)
-    if not skipped:
+    is_new = not is_sealed(path, KIND, key)
+    if is_new:
         cluster.start()
-        work.say(f"a policy for bundle {bundle.key}" + (f", which begins as {before}" if start else ""))
-
-        def told(decisions: int, metrics: dict[str, float]) -> None:
-            gain = f"{settings.policy.metric} {metrics['reward']:+.4f} to the trained model's"
-            work.say(f"{decisions:,} decisions, {gain}", level="debug", decisions=decisions, **metrics)
-
+        context.say(f"a policy for bundle {bundle.key}" + (f", starting from {start_key}" if start else ""))
         with lease.commit():
             storage.staging.mkdir(parents=True, exist_ok=True)
         checkpoint = storage.staging / f"{key}.safetensors"
-        policy, _ = learn_policy(settings, dataset, bundle, start=start, live=live, checkpoint=checkpoint, on_metrics=told)
-        policy.about |= {"key": key, "asked": asked, "against": against, "private": private}
+        policy, _ = learn_from_users(
+            settings,
+            dataset,
+            bundle,
+            start=start,
+            live=live,
+            checkpoint=checkpoint,
+            on_metrics=_make_progress(context),
+        )
+        policy.about |= {
+            "key": key,
+            "asked": request,
+            "against": against,
+            "private": settings.privacy.enabled,
+        }
         policy.save(path, key)
         checkpoint.unlink(missing_ok=True)
-    return _released(work, "tune", key, bundle, dataset.as_of_s, started, skipped=skipped)
+    return _release(context, key, bundle, dataset.as_of_s, is_new=is_new)
 
 
-def adapt(work: Work, *, enough: int = 0) -> JobResult:
-    """The champion's next attention policy from what answers that explored were worth; the gate decides as for `tune`.
+def _make_progress(context: JobContext) -> Any:
+    metric = context.settings.policy.metric
 
-    Collects first. Raises RefusedError where there is too little to learn from.
+    def log_progress(decisions: int, metrics: dict[str, float]) -> None:
+        gain = f"{metric} {metrics['reward']:+.4f} compared with the unmodified model"
+        context.say(f"{decisions:,} decisions, {gain}", level="debug", decisions=decisions, **metrics)
 
-    enough : decisions that have to be ripe and were in no round before; with fewer nothing is done
+    return log_progress
+
+
+def adapt(context: JobContext, *, enough: int = 0) -> StageReport:
+    """Learn the champion's next attention policy from the outcomes of responses that explored; promotion
+    criteria apply as in `tune`.
+
+    enough : required number of new mature decisions, in no round before; with fewer, nothing is learned
+
+    Collects first. Raises RefusedError where the data do not suffice.
     """
-    from policies import logs
-    from policies.adapt import adapt as learn_policy
-    from policies.gate import level_of
-    from recray.inference.policy import KIND
-    from recray.promotion import champion_of, keep_private, policy_of
+    storage, options = context.storage, context.settings.policy
+    bundle = load_champion(storage)
+    require_private(context.settings, bundle)
+    deciding, last = read_policy_key(storage), _last_adapted(storage, bundle)
+    is_same_start = last is not None and deciding in (last["key"], last["against"])
+    if last is not None and time.time() < last["made_s"] + 3600 * options.every_hours:
+        context.say(f"policy {last['key']} is not {options.every_hours:g} hours old")
+        if is_same_start:  # an attempt may have ended before the release
+            return _release(context, last["key"], bundle, int(last["made_s"]), is_new=False)
+        return StageReport(last["key"], {"policy": str(storage.policy(last["key"]))}, is_new=False)
 
-    started = time.monotonic()
-    storage, settings = work.storage, work.settings
-    bundle = champion_of(storage)
-    keep_private(settings, bundle)
-    private, name, last = settings.privacy.enabled, policy_of(storage), _last_adapted(storage, bundle)
-    as_then = last is not None and name in (last["key"], last["against"])
-    if last is not None and time.time() < last["made_s"] + 3600 * settings.policy.every_hours:
-        work.say(f"policy {last['key']} is not {settings.policy.every_hours:g} hours old")
-        if as_then:  # an attempt may have ended before it was released
-            return _released(work, "adapt", last["key"], bundle, int(last["made_s"]), started, skipped=True)
-        return result_of("adapt", True, last["key"], {"policy": str(storage.policy(last["key"]))}, {}, started, work)
-    collect(work)
-    live = sound_policy(work, bundle, name)
-    options, dataset, now_s = settings.policy, published_dataset(storage), time.time()
-    rewards, bound = Rewards.declared(settings.serve), options.bound if live is None else live.bound
+    run_stage("collect", context)
+    live = load_usable_policy(context, bundle, deciding)
+    now_s, rewards = time.time(), Rewards.declared(context.settings.serve)
+    bound = options.bound if live is None else live.bound
     folders, until_s = collected_folders(storage), now_s - options.attribution_window_s
     if enough:
-        fresh = logs.count_fresh(folders, options, after_s=last.get("newest_s", 0.0) if last is not None else 0.0, until_s=until_s, bound=bound)
+        after_s = 0.0 if last is None else last.get("newest_s", 0.0)
+        fresh = logs.count_fresh(folders, options, after_s=after_s, until_s=until_s, bound=bound)
         if fresh < enough:
-            return result_of("adapt", True, "" if last is None else last["key"], {}, {"fresh": fresh}, started, work)
-    ripe = logs.read(folders, options, rewards, until_s=until_s, bound=bound)
-    chosen = settings.result_settings("policy", "privacy", "split", "score", "evaluate")
-    asked = key_of("adapt", chosen, dataset.digest, bundle.digest, logs.digest(ripe.rounds), __version__)
-    key = key_of(asked, name)
-    if last is not None and as_then and last["asked"] == asked:
+            return StageReport("" if last is None else last["key"], metrics={"fresh": fresh}, is_new=False)
+
+    mature = logs.read_rounds(folders, options, rewards, until_s=until_s, bound=bound)
+    dataset = open_published_dataset(storage)
+    sections = context.settings.key_settings("policy", "privacy", "split", "score", "evaluate")
+    request = key_of(
+        "adapt", sections, dataset.digest, bundle.digest, logs.digest(mature.rounds), RESULTS_SINCE
+    )
+    key, number = key_of(request, deciding), 1
+    if last is not None and is_same_start and last["asked"] == request:
         key = last["key"]
-    number = last["round"] + 1 if last is not None and last["against"] == name and "round" in last else 1
-    path = storage.policy(key)
-    skipped = is_sealed(path, KIND, key)
-    if not skipped:
-        known = {"", *(found.name for found in storage.policy("").glob("[!.]*"))}
-        if options.learner == "ppo":
-            cluster.start()
-        policy, _, aside = learn_policy(settings, ripe.rounds, ripe.aside, dataset, bundle, live, known, level_of(number))
-        for reason, count in aside.items():
-            work.warn(f"{count} decisions were set aside: {reason}")
-        policy.about |= {"key": key, "asked": asked, "against": name, "round": number, "made_s": now_s, "private": private}
-        policy.about["newest_s"] = ripe.newest_s
-        policy.save(path, key)
-    return _released(work, "adapt", key, bundle, int(now_s), started, skipped=skipped)
+    if last is not None and last["against"] == deciding and "round" in last:
+        number = last["round"] + 1
+    is_new = not is_sealed(storage.policy(key), KIND, key)
+    if is_new:
+        about = {
+            "key": key,
+            "asked": request,
+            "against": deciding,
+            "round": number,
+            "made_s": now_s,
+            "private": context.settings.privacy.enabled,
+            "newest_s": mature.newest_s,
+        }
+        _learn_round(context, mature, dataset, bundle, live, about)
+    return _release(context, key, bundle, int(now_s), is_new=is_new)
+
+
+def _learn_round(
+    context: JobContext,
+    mature: logs.MatureDecisions,
+    dataset: Dataset,
+    bundle: Bundle,
+    live: Policy | None,
+    about: dict[str, Any],
+) -> None:
+    """Learn the policy of a round, and write it."""
+    settings, storage = context.settings, context.storage
+    policy_keys = {"", *(path.name for path in storage.policy("").glob("[!.]*"))}
+    if settings.policy.learner == "ppo":
+        cluster.start()
+    level = gate.spend_level(about["round"])
+    policy, _, set_aside = learn_from_logs(
+        settings, mature.rounds, mature.excluded, dataset, bundle, live, policy_keys, level
+    )
+    for reason, count in set_aside.items():
+        context.warn(f"{count} decisions were set aside: {reason}")
+    policy.about |= about
+    policy.save(storage.policy(about["key"]), about["key"])
 
 
 def _last_adapted(storage: Storage, bundle: Bundle) -> dict[str, Any] | None:
-    """What is known of the last policy that `adapt` made for a bundle, among those that can be read."""
-    made = []
+    """The manifest of the last policy that `adapt` made for a bundle, among those that can be read."""
+    adapted = []
     for path in storage.policy("").glob("[!.]*"):
         with contextlib.suppress(ArtifactError, OSError, KeyError, ValueError):
             about = read_json(path / "policy.json")["about"]
             if "made_s" in about and about["bundle"] == bundle.key:
-                made.append(about)
-    return max(made, key=lambda about: float(about["made_s"]), default=None)
+                adapted.append(about)
+    return max(adapted, key=lambda about: float(about["made_s"]), default=None)
 
 
-def published_dataset(storage: Storage) -> Dataset:
-    """What the published night was scored from. Raises MissingArtifactError, DamagedArtifactError."""
+def open_published_dataset(storage: Storage) -> Dataset:
+    """The dataset of the published run. Raises MissingArtifactError, DamagedArtifactError."""
     published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
     return Dataset.open(storage.root / published["dataset"], verify=True)
 
 
-def keep_policy(settings: Settings, policy: Policy, key: str) -> None:
-    """Raises RefusedError for a policy that its gate refused, or that was learned from users who were promised privacy."""
+def require_usable_policy(settings: Settings, policy: Policy, key: str) -> None:
+    """Raises RefusedError for a policy that did not meet its promotion criteria, or that was learned from
+    users with privacy.
+    """
     if not policy.about["promoted"]:
         raise RefusedError(f"policy {key}: {policy.about['reason']}", "recray tune makes another one")
     if settings.privacy.enabled and not policy.about.get("private"):
-        raise RefusedError(f"privacy.enabled, but policy {key} was learned from all users", "recray tune with privacy.enabled makes another one")
+        raise RefusedError(
+            f"privacy.enabled, but policy {key} was learned from all users",
+            "recray tune with privacy.enabled makes another one",
+        )
 
 
-def _released(work: Work, job: str, key: str, bundle: Bundle, as_of_s: int, started: float, *, skipped: bool) -> JobResult:
-    """Say what the gate said of a policy, let it go where it may, and tell MLflow."""
-    from recray.inference.policy import Policy
-    from recray.promotion import release_policy
-    from recray.release import Release
-
-    storage, settings = work.storage, work.settings
+def _release(context: JobContext, key: str, bundle: Bundle, as_of_s: int, *, is_new: bool) -> StageReport:
+    """Report the checks of a policy's promotion criteria, and release it where they passed."""
+    storage, options = context.storage, context.settings.policy
     about = Policy.load(storage.policy(key), bundle.digest).about
     for check in about["checks"]:
-        work.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
-    reason, before = about["reason"], Release.read(storage)
-    release = before
+        context.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
+    before = release = Release.read(storage)
+    reason = about["reason"]
     if about["promoted"]:
-        release, reason = release_policy(storage, bundle, key, settings.policy.share, trial_s=settings.policy.trial_days * 86_400)
-    live = "decides for everybody" if release.champion and release.champion.policy == key else f"answers {release.share:.0%} of the users"
-    work.say(f"policy {key} {'does not go live: ' + reason if reason else live}")
+        release, reason = release_policy(
+            storage, bundle, key, options.experiment_share, experiment_s=options.experiment_days * 86_400
+        )
+
+    if reason:
+        status = f"does not go live: {reason}"
+    elif release.champion and release.champion.policy == key:
+        status = "decides for everybody"
+    else:
+        status = f"serves {release.share:.0%} of the users"
+    context.say(f"policy {key} {status}")
     metrics: dict[str, Any] = {**about["figures"], "promoted": int(about["promoted"])}
-    values = {f"policy_{name}": value for name, value in metrics.items()}
-    document = {f"policies/{date_of(as_of_s)}-{key}.json": about}
-    tell(work, key, bundle, 3, as_of_s, {"metrics": {"values": values, "step": day_of(as_of_s)}, "documents": document})
+    entry: dict[str, Any] = {
+        "metrics": {
+            "values": {f"policy_{name}": value for name, value in metrics.items()},
+            "step": to_day(as_of_s),
+        },
+        "documents": {f"policies/{to_date(as_of_s)}-{key}.json": about},
+    }
     outputs = {"policy": str(storage.policy(key)), "release": str(storage.release)}
-    result = result_of(job, skipped and release == before, key, outputs, metrics, started, work)
-    result.reason = reason
-    return result
+    changed = is_new or release != before
+    return StageReport(key, outputs, metrics, changed, reason, Record(bundle, as_of_s, entry))
 
 
-def _policy_before(work: Work, bundle: Bundle) -> Policy | None:
-    """A policy of another bundle that turns the same controls and can be begun with: the champion's before this one, or one on trial that
-    did not lose."""
-    from recray.inference.policy import Policy
-    from recray.release import Release
-
-    release = Release.read(work.storage)
+def _earlier_policy(context: JobContext, bundle: Bundle) -> Policy | None:
+    """A policy of another bundle with the same controls to start from: the previous champion's, or one of an
+    experiment that was not rolled back.
+    """
+    release, settings = Release.read(context.storage), context.settings
     for member in (release.previous, release.challenger):
-        lost = member is not None and member.name in release.rolled_back
-        if member is not None and not lost and member.policy is not None and member.digest != bundle.digest:
-            try:
-                found = Policy.load(work.storage.policy(member.policy), member.digest)
-            except ArtifactError as error:
-                work.warn(error.what)
-                continue
-            if found.actions == work.settings.policy.actions and (found.about.get("private") or not work.settings.privacy.enabled):
-                return found
+        if member is None or member.policy is None or member.digest == bundle.digest:
+            continue
+        if member.name in release.rolled_back:
+            continue
+        try:
+            policy = Policy.load(context.storage.policy(member.policy), member.digest)
+        except ArtifactError as error:
+            context.warn(error.message)
+            continue
+        is_private_enough = policy.about.get("private") or not settings.privacy.enabled
+        if policy.actions == settings.policy.actions and is_private_enough:
+            return policy
     return None

@@ -1,1 +1,3 @@
-"""What users do between two nights, on disk before it is acknowledged: `log` (the contract), its two stores, and `writer`."""
+"""The event store, on disk before an entry is acknowledged: `log` (the contract), `sqlite` and `redis` (its
+implementations), `writer`, `collect` and `rewards`.
+"""

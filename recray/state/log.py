@@ -1,7 +1,8 @@
-"""The log of the endpoint: events, decisions and outcomes, in one order, each once.
+"""The event store: events, impressions (decisions) and outcomes of the endpoint, in one order, each once.
 
-A store promises: what `append` returned for is on disk; all entries of one call are there or none; a number, once seen, has no
-smaller one appear after it, so a reader who remembers the last number misses nothing and reads nothing twice.
+A store promises that an entry is on disk when `append` returns, and that all entries of one call are stored
+or none. After a number was read, no smaller one appears: a reader who remembers the last number misses
+nothing and reads nothing twice.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Kind = Literal["event", "decision", "outcome", "set_aside", "access"]
-RECENT = 1000  # of a user's events, at most
-SCANNED = 5000  # entries that are looked at in one go
-SAID_BEFORE, SAID_OTHERWISE = 0, -1  # in the place of a number: an entry of that kind and key was there, with the same body or another one
+MAX_RECENT = 1000  # last events of a user that are read at most
+SCAN_ENTRIES = 5000  # entries per read of a scan
+# in place of a number, if an entry of that kind and key exists, with the same body or another one
+DUPLICATE, CONFLICT = 0, -1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the log.
+    """One entry of the store.
 
-    key : names it; a second entry of the same kind and key is dropped
-    user : id as text, None where nobody is known
-    at_s : moment of what happened, seconds since 1970
-    body : what else is known, as JSON
+    key : unique per kind; a second entry of the same kind and key is dropped
+    user : id as text, None if unknown
+    at_s : time of what happened, seconds since 1970
+    body : other data, as JSON
     """
 
     kind: Kind
@@ -36,16 +38,16 @@ class Entry:
     body: dict[str, Any]
 
     @property
-    def named(self) -> str | None:
-        """What the caller called it, None where the key was drawn; see `key_of`."""
-        first, nul, rest = self.key.partition("\0")
-        if nul and not first:
-            length, _, both = rest.partition("\0")
-            return both[int(length) :]
-        return rest if nul else None
+    def external_id(self) -> str | None:
+        """The id that the caller gave it, None if the key was drawn at random; see `make_key`."""
+        first, separator, rest = self.key.partition("\0")
+        if separator and not first:
+            length, _, owner_and_name = rest.partition("\0")
+            return owner_and_name[int(length) :]
+        return rest if separator else None
 
     @property
-    def said(self) -> str:
+    def body_digest(self) -> str:
         """Digest of the body."""
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -57,25 +59,30 @@ class Entry:
         return cls(**json.loads(text))
 
 
-def key_of(whose: str, named: str) -> str:
-    """Key of an entry that the caller named: whose it is, and the name. No two pairs have the same."""
-    pair = f"{whose}\0{named}"
-    return pair if pair.count("\0") == 1 and whose else f"\0{len(whose)}\0{whose}{named}"
+def make_key(owner: str, name: str) -> str:
+    """Key of an entry with an id from the caller, unique for each pair of owner and name."""
+    pair = f"{owner}\0{name}"
+    return pair if pair.count("\0") == 1 and owner else f"\0{len(owner)}\0{owner}{name}"
 
 
 class Log(abc.ABC):
-    """Blocking; for any thread. Every method raises StateError where the store cannot be reached or takes nothing."""
+    """An event store. Blocking; may be used from any thread. Every method raises StateError if the store
+    cannot be reached or cannot be written.
+    """
 
-    quick = False  # whether `recent` of few events is faster than another thread
+    is_fast = False  # whether reading a few events is faster than a switch to another thread
 
     @abc.abstractmethod
     def append(self, entries: Sequence[Entry]) -> list[int]:
-        """Number of each entry, in order; SAID_BEFORE or SAID_OTHERWISE for one that was there before. On disk when it returns."""
+        """Number of each entry, in order; DUPLICATE or CONFLICT for one that exists. On disk when it
+        returns.
+        """
 
     @abc.abstractmethod
-    def recent(self, user: str, after: int, from_s: float, limit: int = RECENT) -> list[Entry]:
-        """The user's last events, so many at most, that have a number above `after` or happened at `from_s` or later, in the order of their
-        numbers."""
+    def recent(self, user: str, after: int, from_s: float, limit: int = MAX_RECENT) -> list[Entry]:
+        """The user's last events in the order of their numbers, at most `limit`, that have a number above
+        `after` or happened at `from_s` or later.
+        """
 
     @abc.abstractmethod
     def has(self, kind: Kind, key: str) -> bool:
@@ -83,36 +90,41 @@ class Log(abc.ABC):
 
     @abc.abstractmethod
     def read(self, after: int, limit: int) -> list[tuple[int, Entry]]:
-        """The next entries with a number above `after`, with their numbers."""
+        """The next entries with a number above `after`, at most `limit`, with their numbers."""
 
-    def of_user(self, user: str) -> Iterator[tuple[int, Entry]]:
-        """The user's entries, and what came of answers to the user, with their numbers. Reads the whole log."""
-        asked, number = set[str](), 0
-        while found := self.read(number, SCANNED):
-            number = found[-1][0]
-            for place, entry in found:  # an outcome comes after its answer
-                if entry.user == user or (entry.kind in ("outcome", "set_aside") and entry.body.get("request_id") in asked):
+    def read_user(self, user: str) -> Iterator[tuple[int, Entry]]:
+        """The user's entries, and the outcomes of the user's impressions, with their numbers. Scans the whole
+        store.
+        """
+        request_ids, number = set[str](), 0
+        while page := self.read(number, SCAN_ENTRIES):
+            number = page[-1][0]
+            for entry_number, entry in page:  # an outcome comes after its impression
+                if entry.user == user or (
+                    entry.kind in ("outcome", "set_aside") and entry.body.get("request_id") in request_ids
+                ):
                     if entry.kind == "decision":
-                        asked.add(entry.key)
-                    yield place, entry
+                        request_ids.add(entry.key)
+                    yield entry_number, entry
 
     @abc.abstractmethod
     def last(self) -> int:
-        """The highest number given out so far, 0 for none. Numbers grow, with gaps."""
+        """The highest number so far, 0 for none. Numbers grow, with gaps."""
 
     @abc.abstractmethod
-    def forget(self, through: int) -> None:
-        """Drop the entries up to number `through`; their keys may be taken again."""
+    def drop_through(self, through: int) -> None:
+        """Drop the entries up to number `through`. Their keys may be used again."""
 
     @abc.abstractmethod
     def forget_user(self, user: str) -> int:
-        """Drop the user's events, answers to the user and what came of them; how many entries. No byte of them stays in the store's files,
-        as far as it is the store's to say."""
+        """Delete the user's events, impressions and their outcomes, and overwrite them in the files as far as
+        the store can. Returns how many entries.
+        """
 
     @property
     @abc.abstractmethod
     def identity(self) -> str:
-        """Names this store for ever: another one counts anew."""
+        """Identifies this store for good: a new store counts from 1 again."""
 
     @abc.abstractmethod
     def close(self) -> None: ...

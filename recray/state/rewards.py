@@ -1,4 +1,6 @@
-"""What an outcome counts: declared by name, bounded, of an item that was in the response, once for each request, item and outcome."""
+"""Rewards of outcomes: declared by name, bounded, for an item of the response, once for each request, item
+and outcome.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +12,40 @@ import xxhash
 
 from recray.config import ServeSettings
 
-REMEMBERED = 200_000  # responses that outcomes may still come for
-EARLY = 20_000  # requests with outcomes whose response did not come yet
+MAX_RESPONSES = 200_000  # remembered responses
+MAX_EARLY = 20_000  # requests with outcomes but without a response so far
 _BYTES = 8
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of outcomes (`serve.outcomes`): `worth` by name, times the value that was sent, at least 0 and at most `bound`."""
+    """Rewards of outcomes (`serve.outcomes`): `worth` by name, times the reported value, clipped to 0 and
+    `bound`.
+    """
 
     worth: Mapping[str, float]
     bound: float
 
     @classmethod
     def declared(cls, options: ServeSettings) -> Rewards:
-        """As the settings have them."""
+        """The rewards of the settings."""
         return cls(options.outcomes, options.outcome_bound)
 
     def of(self, outcome: str, value: float) -> float:
-        """The reward of an outcome; 0 for one that is not declared."""
+        """The reward of an outcome; 0 if it is not declared."""
         return self.worth.get(outcome, 0.0) * min(max(value, 0.0), self.bound)
 
 
 @dataclass
 class Credits:
-    """Credits outcomes to responses, in any order: an outcome that comes before its response is credited with it.
+    """Credits outcomes to responses in any order: an early outcome is credited when its response arrives.
 
-    rewards : what they count
-    limit : responses that are remembered, the oldest is forgotten first; None: all are
+    rewards : the reward of each outcome
+    limit : responses to remember, the oldest is dropped first; None: all
     """
 
     rewards: Rewards
-    limit: int | None = REMEMBERED
+    limit: int | None = MAX_RESPONSES
     _items: dict[str, bytes] = field(default_factory=dict)
     _credited: dict[str, set[tuple[str | None, str]]] = field(default_factory=dict)
     _early: dict[str, list[tuple[str, str | None, float]]] = field(default_factory=dict)
@@ -50,7 +54,7 @@ class Credits:
         return request_id in self._items
 
     def add_response(self, request_id: str, items: Iterable[Any]) -> float:
-        """Remember what a response listed; the reward of the outcomes that came before it."""
+        """Remember the items of a response; returns the reward of its early outcomes."""
         if self.limit is not None and len(self._items) >= self.limit:
             oldest = next(iter(self._items))
             del self._items[oldest]
@@ -58,8 +62,8 @@ class Credits:
         self._items[request_id] = b"".join(_digest(str(item)) for item in items)
         return sum(self.add_outcome(request_id, *outcome) for outcome in self._early.pop(request_id, ()))
 
-    def why_not(self, request_id: str, outcome: str, item_id: Any) -> str:
-        """Why an outcome of a known response would count nothing; empty if it would count."""
+    def rejection_reason(self, request_id: str, outcome: str, item_id: Any) -> str:
+        """Why an outcome of a known response would not count; empty if it would."""
         item = None if item_id is None else str(item_id)
         if outcome not in self.rewards.worth:
             return "undeclared"
@@ -68,11 +72,13 @@ class Credits:
         return "repeated" if (item, outcome) in self._credited.get(request_id, ()) else ""
 
     def add_outcome(self, request_id: str, outcome: str, item_id: Any, value: float) -> float:
-        """The reward of an outcome, `item_id` None for the response as a whole; 0 where it does not count, or its response is not known yet."""
+        """The reward of an outcome, `item_id` None for the response as a whole; 0 if it does not count, or
+        its response is unknown so far.
+        """
         item = None if item_id is None else str(item_id)
         items = self._items.get(request_id)
         if items is None:
-            if self.limit is not None and len(self._early) >= EARLY:
+            if self.limit is not None and len(self._early) >= MAX_EARLY:
                 del self._early[next(iter(self._early))]
             self._early.setdefault(request_id, []).append((outcome, item, value))
             return 0.0
@@ -88,7 +94,7 @@ def _digest(item: str) -> bytes:
 
 
 def _contains(digests: bytes, digest: bytes) -> bool:
-    place = digests.find(digest)
-    while place % _BYTES and place >= 0:
-        place = digests.find(digest, place + 1)
-    return place >= 0
+    position = digests.find(digest)
+    while position % _BYTES and position >= 0:
+        position = digests.find(digest, position + 1)
+    return position >= 0

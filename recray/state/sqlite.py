@@ -1,4 +1,6 @@
-"""The log in a sqlite file, for one machine: write-ahead log, synchronous FULL, several processes at once."""
+"""The event store in a sqlite file, for one machine and several processes: write-ahead log, synchronous
+FULL.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recray.errors import StateError
-from recray.state.log import RECENT, SAID_BEFORE, SAID_OTHERWISE, Entry, Kind, Log
+from recray.state.log import CONFLICT, DUPLICATE, MAX_RECENT, Entry, Kind, Log
 
 BUSY_S = 10.0
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, key TEXT NOT NULL, user TEXT, at_s REAL NOT NULL, body TEXT NOT NULL
+    number INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, key TEXT NOT NULL, user TEXT,
+    at_s REAL NOT NULL, body TEXT NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS log_key ON log (key, kind);
 CREATE INDEX IF NOT EXISTS log_user ON log (user, number) WHERE kind = 'event';
 CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL, one INTEGER PRIMARY KEY CHECK (one = 1));
 """
-_INSERT = "INSERT INTO log (kind, key, user, at_s, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key, kind) DO NOTHING RETURNING number"
+_INSERT = (
+    "INSERT INTO log (kind, key, user, at_s, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key, kind) "
+    "DO NOTHING RETURNING number"
+)
 _OUTCOMES_OF = """
 DELETE FROM log WHERE kind IN ('outcome', 'set_aside') AND json_extract(body, '$.request_id') IN
     (SELECT key FROM log WHERE kind = 'decision' AND user = ?)
@@ -31,15 +37,17 @@ DELETE FROM log WHERE kind IN ('outcome', 'set_aside') AND json_extract(body, '$
 
 
 class SqliteLog(Log):
-    """`Log` in one file. A connection a thread; SQLite orders the writers, readers never wait for them."""
+    """`Log` in one file. One connection per thread; SQLite orders the writers, readers never wait for
+    them.
+    """
 
-    quick = True
+    is_fast = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._local = threading.local()
-        self._all: list[sqlite3.Connection] = []
-        with self._raising():
+        self._connections: list[sqlite3.Connection] = []
+        with self._wrap_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             connection = self._connection()
             connection.executescript(_SCHEMA)
@@ -52,75 +60,99 @@ class SqliteLog(Log):
 
     def append(self, entries: Sequence[Entry]) -> list[int]:
         numbers: list[int] = []
-        with self._writing() as connection:
+        with self._transaction() as connection:
             for entry in entries:
-                row = (entry.kind, entry.key, entry.user, entry.at_s, json.dumps(entry.body, separators=(",", ":"), ensure_ascii=False))
+                row = (
+                    entry.kind,
+                    entry.key,
+                    entry.user,
+                    entry.at_s,
+                    json.dumps(entry.body, separators=(",", ":"), ensure_ascii=False),
+                )
                 new = connection.execute(_INSERT, row).fetchone()
-                numbers.append(new[0] if new else self._said(connection, entry))
+                numbers.append(new[0] if new else self._compare_stored(connection, entry))
         return numbers
 
     @staticmethod
-    def _said(connection: sqlite3.Connection, entry: Entry) -> int:
-        (body,) = connection.execute("SELECT body FROM log WHERE key = ? AND kind = ?", (entry.key, entry.kind)).fetchone()
-        return SAID_BEFORE if json.loads(body) == json.loads(json.dumps(entry.body)) else SAID_OTHERWISE
+    def _compare_stored(connection: sqlite3.Connection, entry: Entry) -> int:
+        """Whether the stored entry of this key has the same body (DUPLICATE) or another one (CONFLICT)."""
+        (body,) = connection.execute(
+            "SELECT body FROM log WHERE key = ? AND kind = ?", (entry.key, entry.kind)
+        ).fetchone()
+        return DUPLICATE if json.loads(body) == json.loads(json.dumps(entry.body)) else CONFLICT
 
-    def recent(self, user: str, after: int, from_s: float, limit: int = RECENT) -> list[Entry]:
-        with self._raising():
+    def recent(self, user: str, after: int, from_s: float, limit: int = MAX_RECENT) -> list[Entry]:
+        with self._wrap_errors():
             rows = self._connection().execute(
-                "SELECT kind, key, user, at_s, body FROM log WHERE kind = 'event' AND user = ? AND (number > ? OR at_s >= ?) "
+                "SELECT kind, key, user, at_s, body FROM log WHERE kind = 'event' AND user = ? AND (number "
+                "> ? OR at_s >= ?) "
                 "ORDER BY number DESC LIMIT ?",
-                (user, after, from_s, min(limit, RECENT)),
+                (user, after, from_s, min(limit, MAX_RECENT)),
             )
-            return [_entry(row) for row in rows][::-1]
+            return [_to_entry(row) for row in rows][::-1]
 
     def has(self, kind: Kind, key: str) -> bool:
-        with self._raising():
-            return self._connection().execute("SELECT 1 FROM log WHERE key = ? AND kind = ?", (key, kind)).fetchone() is not None
+        with self._wrap_errors():
+            return (
+                self._connection()
+                .execute("SELECT 1 FROM log WHERE key = ? AND kind = ?", (key, kind))
+                .fetchone()
+                is not None
+            )
 
     def read(self, after: int, limit: int) -> list[tuple[int, Entry]]:
-        with self._raising():
+        with self._wrap_errors():
             rows = self._connection().execute(
-                "SELECT number, kind, key, user, at_s, body FROM log WHERE number > ? ORDER BY number LIMIT ?", (after, limit)
+                "SELECT number, kind, key, user, at_s, body FROM log WHERE number > ? ORDER BY number "
+                "LIMIT ?",
+                (after, limit),
             )
-            return [(row[0], _entry(row[1:])) for row in rows]
+            return [(row[0], _to_entry(row[1:])) for row in rows]
 
     def last(self) -> int:
-        with self._raising():
-            found = self._connection().execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
-            return int(found[0]) if found else 0
+        with self._wrap_errors():
+            row = self._connection().execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
+            return int(row[0]) if row else 0
 
-    def forget(self, through: int) -> None:
-        with self._raising():
+    def drop_through(self, through: int) -> None:
+        with self._wrap_errors():
             self._connection().execute("DELETE FROM log WHERE number <= ?", (through,))
 
     def forget_user(self, user: str) -> int:
-        with self._raising():
-            self._connection().execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
-        with self._writing() as connection:
-            found = connection.execute(_OUTCOMES_OF, (user,)).rowcount + connection.execute("DELETE FROM log WHERE user = ?", (user,)).rowcount
-        with self._raising():
+        with self._wrap_errors():
+            self._connection().execute("PRAGMA secure_delete = ON")  # overwrite what is deleted
+        with self._transaction() as connection:
+            deleted = (
+                connection.execute(_OUTCOMES_OF, (user,)).rowcount
+                + connection.execute("DELETE FROM log WHERE user = ?", (user,)).rowcount
+            )
+        with self._wrap_errors():
             connection.execute("PRAGMA secure_delete = OFF")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # waits for readers, and takes what was written before with it
-        return int(found)
+            connection.execute(
+                "PRAGMA wal_checkpoint(TRUNCATE)"
+            )  # waits for readers, then empties the write-ahead log
+        return int(deleted)
 
     def close(self) -> None:
-        for connection in self._all:
+        for connection in self._connections:
             connection.close()
 
     def _connection(self) -> sqlite3.Connection:
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if found is None:
-            found = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            found.execute("PRAGMA journal_mode = WAL")
-            found.execute("PRAGMA synchronous = FULL")
-            self._local.connection = found
-            self._all.append(found)
-        return found
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(
+                self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+            )
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._local.connection = connection
+            self._connections.append(connection)
+        return connection
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, on disk when it ends, and undone where it fails."""
-        with self._raising():
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, on disk when it ends, rolled back if it fails."""
+        with self._wrap_errors():
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -132,13 +164,16 @@ class SqliteLog(Log):
                 raise
 
     @contextmanager
-    def _raising(self) -> Iterator[None]:
+    def _wrap_errors(self) -> Iterator[None]:
+        """Raise StateError in place of errors of sqlite and the file system."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise StateError(f"{self.path}: {error}", "make room there and make it writable, or set serve.state") from error
+            raise StateError(
+                f"{self.path}: {error}", "free disk space and make it writable, or set serve.state"
+            ) from error
 
 
-def _entry(row: Sequence[object]) -> Entry:
+def _to_entry(row: Sequence[object]) -> Entry:
     kind, key, user, at_s, body = row
     return Entry(kind, key, user, at_s, json.loads(str(body)))  # type: ignore[arg-type]

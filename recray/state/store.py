@@ -1,4 +1,4 @@
-"""Which event store `serve.state` names."""
+"""Opens the event store that `serve.state` names."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from recray.state.sqlite import SqliteLog
 
 
 def sqlite_file(root: Path) -> Path:
-    """Where the log lies if it is sqlite's."""
+    """Where a sqlite event store is."""
     return root / "state" / "log.sqlite"
 
 
 def open_log(url: str, root: Path, keep_days: float = 0.0) -> Log:
-    """The log of `serve.state`: `sqlite` (under the root) or redis://host:port/database.
+    """The event store of `serve.state`: `sqlite` (in the workspace) or redis://host:port/database.
 
-    keep_days : how long an `event_id` has to be known at least
+    keep_days : how long an `event_id` must be remembered at least
 
-    Raises SettingsError for another address, StateError where it cannot be opened or would not keep what it acknowledges.
+    Raises SettingsError for another address, StateError if it cannot be opened or may lose acknowledged
+    entries.
     """
     if url == "sqlite":
         return SqliteLog(sqlite_file(root))
@@ -27,6 +28,10 @@ def open_log(url: str, root: Path, keep_days: float = 0.0) -> Log:
         try:
             from recray.state.redis import RedisLog
         except ModuleNotFoundError:
-            raise SettingsError("serve.state names a Redis, which needs the package redis", "pip install recray[redis]") from None
+            raise SettingsError(
+                "serve.state names a Redis, which needs the package redis", "pip install recray[redis]"
+            ) from None
         return RedisLog(url, keep_days)
-    raise SettingsError(f"serve.state: {url!r} is neither sqlite nor redis://host:port/database", "choose one of them")
+    raise SettingsError(
+        f"serve.state: {url!r} is neither sqlite nor redis://host:port/database", "use one of them"
+    )

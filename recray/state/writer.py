@@ -1,7 +1,8 @@
-"""Between the endpoint's event loop and the log: writers wait together for one commit, decisions are written behind.
+"""Between the endpoint's event loop and the event store: requests share commits, impressions are written in
+the background.
 
-A decision is queued and acknowledged at once; it is on disk before any outcome that this process acknowledges, since all that waits
-goes into the log in the order in which it came.
+An impression is queued and acknowledged at once. It is on disk before any outcome that this process
+acknowledges, since the queue is written in order.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from recray.errors import StateError
-from recray.state.log import RECENT, Entry, Kind, Log
+from recray.state.log import MAX_RECENT, Entry, Kind, Log
 
-BEHIND_S = 0.1  # how long a decision may wait for others
-BEHIND = 10_000  # decisions that may wait; more are dropped, and counted
-AT_ONCE = 2000  # entries of one commit, roughly
-ELSEWHERE_S = 0.3  # how long an outcome waits for a decision that another replica may still hold
-QUICK = 20  # events that are read at once, without another thread, where the store is quick
-READERS = 4  # threads that read; more wait for them
-PATIENT = 4  # outcomes that wait so at once; who makes up request ids must not make others wait
+COMMIT_WAIT_S = 0.1  # how long a queued impression may wait for others
+MAX_QUEUED = 10_000  # queued impressions; more are dropped and counted
+COMMIT_ENTRIES = 2000  # entries of one commit, approximately
+DECISION_WAIT_S = 0.3  # how long an outcome waits for an impression that another replica may still queue
+INLINE_EVENTS = 20  # events that are read in the event loop if the store is fast
+READERS = 4  # threads that read
+MAX_WAITING_OUTCOMES = 4  # at once: made-up request ids must not delay other requests
 
 
 class Writer:
-    """Async face of a `Log`; one thread writes.
+    """Async interface of a `Log`; one thread writes.
 
-    lost : decisions that could not be written, so far
-    set_aside : outcomes whose decision nobody knew, so far
+    lost : impressions that could not be written so far
+    set_aside : outcomes without a known impression so far
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.lost = 0
         self.set_aside = 0
-        self._waiting: queue.Queue[tuple[list[Entry], Future[list[int]] | None] | None] = queue.Queue()
-        self._behind = 0
-        self._patient = 0
+        self._queue: queue.Queue[tuple[list[Entry], Future[list[int]] | None] | None] = queue.Queue()
+        self._queued = 0
+        self._waiting_outcomes = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="recray-state")
         self._thread = threading.Thread(target=self._write, name="recray-log", daemon=True)
         self._thread.start()
@@ -48,87 +49,109 @@ class Writer:
     async def append(self, entries: Sequence[Entry]) -> list[int]:
         """As `Log.append`. Raises StateError: then nothing was written."""
         done: Future[list[int]] = Future()
-        self._waiting.put((list(entries), done))
-        return await asyncio.shield(asyncio.wrap_future(done))  # who is gone must not take the others with them
+        self._queue.put((list(entries), done))
+        return await asyncio.shield(asyncio.wrap_future(done))  # a cancelled request must not cancel others
 
-    def later(self, entry: Entry) -> None:
-        """Write an entry behind. Never waits, never raises."""
-        if self._behind >= BEHIND:
+    def enqueue(self, entry: Entry) -> None:
+        """Write an entry in the background. Never waits, never raises."""
+        if self._queued >= MAX_QUEUED:
             self.lost += 1
             return
-        self._behind += 1
-        self._waiting.put(([entry], None))
+        self._queued += 1
+        self._queue.put(([entry], None))
 
-    async def recent(self, user: str, after: int, from_s: float, limit: int = RECENT, timeout_s: float | None = None) -> list[Entry]:
-        """As `Log.recent`. Many events are read aside, so that nobody else waits. Raises StateError, also where that takes too long."""
-        if self.log.quick:
-            entries = self.log.recent(user, after, from_s, min(limit, QUICK + 1))
-            if len(entries) <= min(limit - 1, QUICK) or limit <= QUICK + 1:
+    async def recent(
+        self, user: str, after: int, from_s: float, limit: int = MAX_RECENT, timeout_s: float | None = None
+    ) -> list[Entry]:
+        """As `Log.recent`. Many events are read in another thread, so that no other request waits. Raises
+        StateError, also after `timeout_s`.
+        """
+        if self.log.is_fast:
+            entries = self.log.recent(user, after, from_s, min(limit, INLINE_EVENTS + 1))
+            if len(entries) <= min(limit - 1, INLINE_EVENTS) or limit <= INLINE_EVENTS + 1:
                 return entries
-        reading = asyncio.get_running_loop().run_in_executor(self._readers, self.log.recent, user, after, from_s, limit)
+        reading = asyncio.get_running_loop().run_in_executor(
+            self._readers, self.log.recent, user, after, from_s, limit
+        )
         try:
             return await asyncio.wait_for(reading, timeout_s)
         except TimeoutError:
-            raise StateError(f"it did not answer within {timeout_s:g} s") from None
+            raise StateError(f"the event store did not respond within {timeout_s:g} s") from None
 
-    async def outcome(self, entry: Entry, decision: str) -> tuple[bool, bool]:
-        """Write an outcome after its decision, or set it aside where nobody knows the decision yet (`collect` looks once more).
+    async def append_outcome(self, entry: Entry, decision: str) -> tuple[bool, bool]:
+        """Write an outcome after its impression, or set it aside if the impression is unknown so far
+        (`collect` checks again).
 
-        Returns whether it was new, and whether the decision is known. Raises StateError.
+        Returns whether the outcome was new, and whether the impression is known. Raises StateError.
         """
-        await self.append([])  # what waits here is written now
-        patient = self._patient < PATIENT
-        deadline = time.monotonic() + (ELSEWHERE_S if patient else 0.0)
-        self._patient += patient
+        await self.append([])  # writes the queue
+        may_wait = self._waiting_outcomes < MAX_WAITING_OUTCOMES
+        deadline = time.monotonic() + (DECISION_WAIT_S if may_wait else 0.0)
+        self._waiting_outcomes += may_wait
         try:
-            while not (known := await asyncio.to_thread(self.log.has, "decision", decision)) and time.monotonic() < deadline:
-                await asyncio.sleep(BEHIND_S / 2)
+            while (
+                not (is_known := await asyncio.to_thread(self.log.has, "decision", decision))
+                and time.monotonic() < deadline
+            ):
+                await asyncio.sleep(COMMIT_WAIT_S / 2)
         finally:
-            self._patient -= patient
-        kind: Kind = "outcome" if known else "set_aside"
-        kept = (await self.append([replace(entry, kind=kind)]))[0] > 0
-        self.set_aside += kept and not known
-        return kept, known
+            self._waiting_outcomes -= may_wait
+        kind: Kind = "outcome" if is_known else "set_aside"
+        is_new = (await self.append([replace(entry, kind=kind)]))[0] > 0
+        self.set_aside += is_new and not is_known
+        return is_new, is_known
 
     def close(self) -> None:
-        """Write what waits, then stop."""
-        self._waiting.put(None)
+        """Write the queue, then stop."""
+        self._queue.put(None)
         self._thread.join()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _write(self) -> None:
-        more = True
-        while more:
-            taken = [self._waiting.get()]
-            until = time.monotonic() + BEHIND_S
-            while sum(len(one[0]) for one in taken if one) < AT_ONCE and taken[-1] is not None:
-                patient = all(one is not None and one[1] is None for one in taken)  # decisions alone wait for others
+        is_open = True
+        while is_open:
+            batch = [self._queue.get()]
+            deadline = time.monotonic() + COMMIT_WAIT_S
+            while sum(len(item[0]) for item in batch if item) < COMMIT_ENTRIES and batch[-1] is not None:
+                # only impressions wait for more entries
+                may_wait = all(item is not None and item[1] is None for item in batch)
                 try:
-                    taken.append(self._waiting.get(timeout=max(until - time.monotonic(), 0)) if patient else self._waiting.get_nowait())
+                    batch.append(
+                        self._queue.get(timeout=max(deadline - time.monotonic(), 0))
+                        if may_wait
+                        else self._queue.get_nowait()
+                    )
                 except queue.Empty:
                     break
-            more = taken[-1] is not None
-            self._commit([one for one in taken if one is not None])
+            is_open = batch[-1] is not None
+            self._commit([item for item in batch if item is not None])
 
-    def _commit(self, taken: list[tuple[list[Entry], Future[list[int]] | None]]) -> None:
-        entries = [entry for some, _ in taken for entry in some]
-        behind = sum(done is None for _, done in taken)
+    def _commit(self, batch: list[tuple[list[Entry], Future[list[int]] | None]]) -> None:
+        entries = [entry for item_entries, _ in batch for entry in item_entries]
+        impressions = sum(done is None for _, done in batch)
         try:
             numbers = self.log.append(entries) if entries else []
-        except Exception as error:  # whatever it is, those who wait must hear of it and this thread must live on
-            self.lost += behind
-            failed = error if isinstance(error, StateError) else StateError(f"the log takes nothing: {type(error).__name__}")
-            failed.__cause__ = error  # what else it says may name a user
-            if behind:
-                logging.getLogger("recray").warning("%d decisions could not be logged: %s", behind, failed.what)
-            for _, done in taken:
+        except Exception as error:  # whatever it is: waiting callers must get it, and this thread goes on
+            self.lost += impressions
+            state_error = (
+                error
+                if isinstance(error, StateError)
+                else StateError(f"the event store cannot be written: {type(error).__name__}")
+            )
+            state_error.__cause__ = error  # its text may name a user
+            if impressions:
+                logging.getLogger("recray").warning(
+                    "%d impressions could not be recorded: %s", impressions, state_error.message
+                )
+            for _, done in batch:
                 if done is not None and not done.done():
-                    done.set_exception(failed)
+                    done.set_exception(state_error)
             return
         finally:
-            self._behind -= behind
+            self._queued -= impressions
+
         start = 0
-        for some, done in taken:
+        for item_entries, done in batch:
             if done is not None and not done.done():
-                done.set_result(numbers[start : start + len(some)])
-            start += len(some)
+                done.set_result(numbers[start : start + len(item_entries)])
+            start += len(item_entries)

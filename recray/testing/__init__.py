@@ -1,1 +1,1 @@
-"""What tests, benchmarks and users' own tests are made with: synthetic data, published runs, a cluster of one node, a load."""
+"""For tests and benchmarks: synthetic data, published runs, a local Ray cluster, load on an endpoint."""

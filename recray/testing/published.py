@@ -1,7 +1,10 @@
-"""A published run of untrained weights: what an endpoint costs does not depend on what its model has learned."""
+"""Publishes runs of untrained models, since the cost of an endpoint does not depend on what its model has
+learned.
+"""
 
 from __future__ import annotations
 
+import datetime as dt
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,35 +14,47 @@ import torch
 from recray.bundle import Bundle, write_bundle
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
-from recray.prepare.prepare import one_by_one, prepare
+from recray.prepare.prepare import prepare, run_in_process
 from recray.release import Member, Release
-from recray.scoring.score import By, ScoreBucket, write_night
-from recray.stages import AsOf
+from recray.snapshot.score import ScoreBucket, ScoringModel, write_snapshot
 from recray.storage import Storage
 from recray.testing.synthetic import SyntheticShop
+from recray.training.plan import bundle_settings
 from recray.training.private import PrivateLoop
-from recray.training.trainer import bundle_settings, mechanism_for
+from recray.training.trainer import mechanism_for
 from recray.training.worker import build_loop
 
 KEY = "untrained"
 
 
-def prepare_here(settings: Settings, as_of: AsOf = None) -> Dataset:
-    """The dataset of the settings, made in this process without Ray."""
-    return prepare(settings, as_of, each=one_by_one)
+def prepare_here(settings: Settings, as_of: dt.datetime | None = None) -> Dataset:
+    """The dataset of the settings, prepared in this process without Ray."""
+    return prepare(settings, as_of, run_tasks=run_in_process)
 
 
-def publish_synthetic(folder: Path, *, users: int, items: int, events_per_user: int, overrides: tuple[str, ...] = ()) -> Storage:
-    """The run of a synthetic shop, without Ray."""
+def publish_synthetic(
+    folder: Path, *, users: int, items: int, events_per_user: int, overrides: tuple[str, ...] = ()
+) -> Storage:
+    """Publish the run of a synthetic shop with an untrained model, without Ray."""
     SyntheticShop(users=users, items=items, events_per_user=events_per_user, seed=1).write(folder / "world")
     root = folder / "root"
-    named = [f"data.events=[{folder / 'world' / 'events'}]", f"data.items={folder / 'world' / 'items.parquet'}", f"storage.root={root}"]
-    settings = load_settings(None, [*named, "data.features={category: categorical, brand: categorical, price: numeric}", *overrides])
+    paths = [
+        f"data.events=[{folder / 'world' / 'events'}]",
+        f"data.items={folder / 'world' / 'items.parquet'}",
+        f"storage.root={root}",
+    ]
+    settings = load_settings(
+        None,
+        [*paths, "data.features={category: categorical, brand: categorical, price: numeric}", *overrides],
+    )
     return publish_untrained(settings, prepare_here(settings), root)
 
 
-def publish_untrained(settings: Settings, dataset: Dataset, root: Path, privacy: dict[str, Any] | None = None) -> Storage:
-    """A champion of untrained weights for the dataset, and its run by `settings.score`, published in a workspace.
+def publish_untrained(
+    settings: Settings, dataset: Dataset, root: Path, privacy: dict[str, Any] | None = None
+) -> Storage:
+    """Publish a champion of untrained weights for the dataset, and its batch recommendations by
+    `settings.score`, in a workspace.
 
     privacy : as for `untrained_bundle`
     """
@@ -48,16 +63,34 @@ def publish_untrained(settings: Settings, dataset: Dataset, root: Path, privacy:
         shutil.copytree(dataset.path, storage.dataset(dataset.key))
     bundle = untrained_bundle(settings, dataset, storage.bundle(KEY), KEY, privacy)
     Release(champion=Member.of(bundle)).write(storage)
-    write_night(storage, KEY, Dataset.open(storage.dataset(dataset.key)), By(bundle), settings.score, score_buckets)
+    write_snapshot(
+        storage,
+        KEY,
+        Dataset.open(storage.dataset(dataset.key)),
+        ScoringModel(bundle),
+        settings.score,
+        score_buckets,
+    )
     return storage
 
 
-def untrained_bundle(settings: Settings, dataset: Dataset, path: Path, key: str, privacy: dict[str, Any] | None = None) -> Bundle:
-    """A bundle of untrained weights. `privacy`: what its statement says."""
-    chosen, mechanism = bundle_settings(settings), mechanism_for(settings, dataset)
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"), None, None if mechanism is None else vars(mechanism))
+def untrained_bundle(
+    settings: Settings, dataset: Dataset, path: Path, key: str, privacy: dict[str, Any] | None = None
+) -> Bundle:
+    """Write a model bundle of untrained weights.
+
+    privacy : its privacy statement
+    """
+    training_settings, mechanism = bundle_settings(settings), mechanism_for(settings, dataset)
+    loop = build_loop(
+        str(dataset.path),
+        training_settings,
+        torch.device("cpu"),
+        None,
+        None if mechanism is None else vars(mechanism),
+    )
     if isinstance(loop, PrivateLoop):
-        loop.begin()
+        loop.release_counts()
         loop.best = loop.average.state_dict()
     return write_bundle(
         path,
@@ -65,15 +98,15 @@ def untrained_bundle(settings: Settings, dataset: Dataset, path: Path, key: str,
         dataset=dataset,
         shape=loop.model.shape,
         state=loop.best,
-        features=chosen["data"]["features"],
-        prior_days=chosen["model"]["prior_days"],
-        settings=chosen,
+        features=training_settings["data"]["features"],
+        popularity_prior_days=training_settings["model"]["popularity_prior_days"],
+        settings=training_settings,
         metrics={},
         privacy=privacy,
     )
 
 
 def score_buckets(arguments: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Score the buckets one after the other, without Ray."""
+    """Score the buckets in this process, without Ray."""
     bucket = ScoreBucket(**arguments, threads=torch.get_num_threads())
     return [bucket({"item": number}) for number in range(count)]

@@ -1,7 +1,7 @@
-"""Synthetic data: event logs of any size from a seed, for tests and for scale.
+"""Synthetic data sets: event logs of any size from a seed.
 
-Users have tastes that drift; items have a vector, a category, a brand, a price and a popularity; what a user meets
-follows taste, popularity and friends, and some of it is noise. The same seed and size always give the same rows.
+Users have tastes that drift. Items have a vector, a category, a brand, a price and a popularity. Interactions
+follow taste, popularity and friends, and some are noise. The same seed and size always give the same rows.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _CHUNK_USERS = 20_000
 
 @dataclass(frozen=True)
 class SyntheticShop:
-    """Specification of a world.
+    """Specification of a synthetic shop.
 
     Parameters
     ----------
-    users, items : how many
+    users, items : numbers of them
     events_per_user : mean of a geometric number of events, at least 3
     days : length of the log
     taste_dim : dimensions of taste
-    drift : how far a taste wanders over the log, 0 to 1
-    noise : share of events that follow nothing
+    drift : change of a taste over the log, 0 to 1
+    noise : share of random events
     repeat : share of events that repeat an earlier item of the user
     friends : friends of each user
-    seed : draws everything
+    seed : of all random numbers
     """
 
     users: int
@@ -67,7 +67,9 @@ class SyntheticShop:
                 "category": [f"kind {kind}" for kind in category],
                 "brand": [f"brand {number}" for number in brand],
                 "price": np.round(np.exp(random.normal(2.0, 1.0, self.items)), 2),
-                "tags": [[f"kind {kind}", f"brand {number}"] for kind, number in zip(category, brand, strict=True)],
+                "tags": [
+                    [f"kind {kind}", f"brand {number}"] for kind, number in zip(category, brand, strict=True)
+                ],
             }
         )
 
@@ -78,7 +80,9 @@ class SyntheticShop:
         return pa.table({"user_id": user, "friend_id": friend})
 
     def event_tables(self) -> Iterator[pa.Table]:
-        """user_id int64, item_id string, timestamp (us, UTC), event (view, cart, purchase), value; a chunk of users at a time."""
+        """user_id int64, item_id string, timestamp (us, UTC), event (view, cart, purchase), value; a chunk of
+        users at a time.
+        """
         for chunk, first in enumerate(range(0, self.users, _CHUNK_USERS)):
             yield self._events(chunk, np.arange(first, min(first + _CHUNK_USERS, self.users)))
 
@@ -89,14 +93,16 @@ class SyntheticShop:
         random = np.random.default_rng([self.seed, 3, chunk])
         count = 3 + random.geometric(1.0 / max(self.events_per_user - 3.0, 1.0), len(users)) - 1
         row = np.repeat(np.arange(len(users)), count)
-        when = random.random(len(row))
-        order = np.lexsort((when, row))
-        when = when[order]
-        item = self._choose(random, users, row, when)
-        earlier = np.arange(len(row)) - (random.random(len(row)) * (np.arange(len(row)) - (np.cumsum(count) - count)[row])).astype(int)
-        again = random.random(len(row)) < self.repeat
-        item[again] = item[np.minimum(earlier, np.arange(len(row)))[again]]
-        seconds = START_S + (when * self.days * 86_400).astype(np.int64)
+        time_share = random.random(len(row))
+        order = np.lexsort((time_share, row))
+        time_share = time_share[order]
+        item = self._draw_items(random, users, row, time_share)
+        earlier = np.arange(len(row)) - (
+            random.random(len(row)) * (np.arange(len(row)) - (np.cumsum(count) - count)[row])
+        ).astype(int)
+        is_repeat = random.random(len(row)) < self.repeat
+        item[is_repeat] = item[np.minimum(earlier, np.arange(len(row)))[is_repeat]]
+        seconds = START_S + (time_share * self.days * 86_400).astype(np.int64)
         event = np.array(["view", "cart", "purchase"])[np.searchsorted([0.7, 0.85], random.random(len(row)))]
         return pa.table(
             {
@@ -108,47 +114,51 @@ class SyntheticShop:
             }
         )
 
-    def _choose(self, random: np.random.Generator, users: np.ndarray, row: np.ndarray, when: np.ndarray) -> np.ndarray:
+    def _draw_items(
+        self, random: np.random.Generator, users: np.ndarray, row: np.ndarray, time_share: np.ndarray
+    ) -> np.ndarray:
         """An item for each event: a category by taste at that time, then an item of it by popularity."""
         kinds = 4 * self.taste_dim
         vectors = np.random.default_rng([self.seed, 4]).normal(size=(kinds, self.taste_dim))
-        # users of one circle of friends share a base taste, so that a friend's events tell something
-        circle = np.random.default_rng([self.seed, 5]).normal(size=(self.users // (self.friends + 1) + 1, self.taste_dim))
+        # users of a circle of friends share a base taste, so that friends' events are informative
+        circle = np.random.default_rng([self.seed, 5]).normal(
+            size=(self.users // (self.friends + 1) + 1, self.taste_dim)
+        )
         base = circle[users // (self.friends + 1)] + 0.5 * random.normal(size=(len(users), self.taste_dim))
-        goal = random.normal(size=(len(users), self.taste_dim))
+        drift_direction = random.normal(size=(len(users), self.taste_dim))
         category = self._categories()
         by_kind = np.argsort(category, kind="stable")
         start = np.searchsorted(category[by_kind], np.arange(kinds + 1))
         kind = np.empty(len(row), np.int64)
         for first in range(0, len(row), 200_000):
             part = slice(first, first + 200_000)
-            taste = base[row[part]] + self.drift * when[part, None] * goal[row[part]]
+            taste = base[row[part]] + self.drift * time_share[part, None] * drift_direction[row[part]]
             logits = 1.5 * taste @ vectors.T + random.gumbel(size=(len(taste), kinds))
             logits[:, np.diff(start) == 0] = -np.inf
             kind[part] = logits.argmax(1)
         size = np.diff(start)[kind]
-        place = np.minimum((size * random.random(len(row)) ** 2.5).astype(np.int64), size - 1)
-        item = by_kind[start[kind] + place]
+        popularity_rank = np.minimum((size * random.random(len(row)) ** 2.5).astype(np.int64), size - 1)
+        item = by_kind[start[kind] + popularity_rank]
         noisy = random.random(len(row)) < self.noise
         item[noisy] = random.integers(0, self.items, noisy.sum())
-        found: np.ndarray = item
-        return found
+        result: np.ndarray = item
+        return result
 
 
 @dataclass(frozen=True)
 class SyntheticNews:
-    """Specification of a news site: articles live for days, are read by topic, freshness and quality, and most of tomorrow's
-    reads are of articles that nobody has read yet.
+    """Specification of a synthetic news site. Articles live for days and are read by topic, freshness and
+    quality, so most reads of the next day are of cold items.
 
     Parameters
     ----------
-    users, articles : how many
-    events_per_user : mean of a geometric number of reads, at least 2; a second read of an article is dropped
-    days : length of the log; articles appear all the time
-    topics : of articles and tastes; three of them make a section
-    fading : what a day of age costs, in units of the choice's logits
-    live_days : when an article is taken down
-    seed : draws everything
+    users, articles : numbers of them
+    events_per_user : mean of a geometric number of reads, at least 2; repeated reads are dropped
+    days : length of the log; articles are published all the time
+    topics : of articles and tastes; three topics are a section
+    fading : cost of a day of age, in units of the logits
+    live_days : days until an article is removed
+    seed : of all random numbers
     """
 
     users: int = 5_000
@@ -167,14 +177,21 @@ class SyntheticNews:
         pq.write_table(self.event_table(), folder / "events.parquet")
 
     def item_table(self) -> pa.Table:
-        """item_id string, title (words of the topic among words of all), section, published (us, UTC)."""
+        """item_id string, title (words of the topic and common words), section, published (us, UTC)."""
         topic, published, _ = self._articles()
         random = np.random.default_rng([self.seed, 6])
         own = random.integers(0, 30, (self.articles, 5))
         common = random.integers(0, 200, (self.articles, 3))
         titles = [
-            " ".join([*(_word(100 + 30 * t + word) for word in mine), *(_word(10_000 + word) for word in theirs)])
-            for t, mine, theirs in zip(topic.tolist(), own.tolist(), common.tolist(), strict=True)
+            " ".join(
+                [
+                    *(_make_word(100 + 30 * t + word) for word in topic_words),
+                    *(_make_word(10_000 + word) for word in common_words),
+                ]
+            )
+            for t, topic_words, common_words in zip(
+                topic.tolist(), own.tolist(), common.tolist(), strict=True
+            )
         ]
         return pa.table(
             {
@@ -193,37 +210,47 @@ class SyntheticNews:
         by_device = np.stack([np.where(np.arange(self.topics) % 2 == d, 0.8, -0.8) for d in (0, 1)])
         count = 1 + random.geometric(1.0 / max(self.events_per_user - 1.0, 1.0), self.users)
         user = np.repeat(np.arange(self.users), count)
-        second = START_S + np.sort(random.random(len(user)) * self.days * 86_400).astype(np.int64)
+        time_s = START_S + np.sort(random.random(len(user)) * self.days * 86_400).astype(np.int64)
         user = random.permutation(user)
         device = random.integers(0, 2, len(user))
         order = np.argsort(published, kind="stable")
         item = np.empty(len(user), np.int64)
         for first in range(0, len(user), 1_000):
             part = slice(first, first + 1_000)
-            start, stop = np.searchsorted(published[order], [second[part][0] - self.live_days * 86_400, second[part][-1]])
+            start, stop = np.searchsorted(
+                published[order], [time_s[part][0] - self.live_days * 86_400, time_s[part][-1]]
+            )
             live = order[start:stop]
-            age = (second[part, None] - published[live]) / 86_400
-            logits = (taste[user[part]] + by_device[device[part]])[:, topic[live]] + 0.7 * quality[live] - self.fading * age
+            age = (time_s[part, None] - published[live]) / 86_400
+            logits = (
+                (taste[user[part]] + by_device[device[part]])[:, topic[live]]
+                + 0.7 * quality[live]
+                - self.fading * age
+            )
             logits[(age < 0) | (age > self.live_days)] = -np.inf
             item[part] = live[(logits + random.gumbel(size=logits.shape)).argmax(1)]
-        _, once = np.unique(user * self.articles + item, return_index=True)
-        once.sort()
-        columns = {"user_id": user[once], "item_id": self._names().take(pa.array(item[once]))}
-        columns["timestamp"] = pa.array(second[once] * 1_000_000, pa.timestamp("us", tz="UTC"))
-        return pa.table({**columns, "device": pa.array(np.array(["phone", "desk"])[device[once]])})
+        _, first_reads = np.unique(user * self.articles + item, return_index=True)
+        first_reads.sort()
+        columns = {"user_id": user[first_reads], "item_id": self._names().take(pa.array(item[first_reads]))}
+        columns["timestamp"] = pa.array(time_s[first_reads] * 1_000_000, pa.timestamp("us", tz="UTC"))
+        return pa.table({**columns, "device": pa.array(np.array(["phone", "desk"])[device[first_reads]])})
 
     def _names(self) -> pa.Array:
         return pa.array([f"a{number:06d}" for number in range(self.articles)])
 
     def _articles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Topic, second of publication and quality of each article; the first ones are there when the log begins."""
+        """Topic, time of publication in seconds and quality of each article; the first are published before
+        the log begins.
+        """
         random = np.random.default_rng([self.seed, 8])
-        published = START_S + ((random.random(self.articles) * (self.days + self.live_days) - self.live_days) * 86_400).astype(np.int64)
+        published = START_S + (
+            (random.random(self.articles) * (self.days + self.live_days) - self.live_days) * 86_400
+        ).astype(np.int64)
         return random.integers(0, self.topics, self.articles), published, random.normal(size=self.articles)
 
 
-def _word(number: int) -> str:
-    """A word of syllables for a number, another one for another."""
+def _make_word(number: int) -> str:
+    """A word of syllables, unique to the number."""
     syllables = []
     while number:
         number, rest = divmod(number, 70)
@@ -232,7 +259,7 @@ def _word(number: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m recray.testing.synthetic news FOLDER` writes a news site of standard size."""
+    """`python -m recray.testing.synthetic news FOLDER` writes a news site of the default size."""
     if len(arguments) != 2 or arguments[0] != "news":
         raise SystemExit("usage: python -m recray.testing.synthetic news FOLDER")
     SyntheticNews().write(Path(arguments[1]))

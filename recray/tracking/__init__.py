@@ -1,1 +1,1 @@
-"""MLflow: one run per trained bundle. The only importer of mlflow."""
+"""MLflow: one run per trained model bundle. No other package imports mlflow."""

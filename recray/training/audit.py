@@ -1,7 +1,7 @@
-"""Trainings that are watched and thrown away: how much of its ε an attacker can show.
+"""Privacy audit: monitored trainings that measure how much of its ε an attacker can demonstrate.
 
-Each is a Ray task with the loop of a private training in one process. Some have canaries among their users; two are asked how well
-their loss tells who was learned from. Nothing of them is released but the figures.
+Each training is a Ray task with the loop of a private training in one process. Some have canaries among their
+users; two measure membership inference by the loss. Only figures are released, and the weights are discarded.
 """
 
 from __future__ import annotations
@@ -15,113 +15,203 @@ import numpy as np
 import torch
 
 from recray.bundle import settings_key
-from recray.cluster import require, unwrapped
-from recray.config import Settings
+from recray.cluster import require_resources, unwrap_errors
+from recray.config import PrivacySettings, Settings
+from recray.config.formats import RESULTS_SINCE, to_first_names
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
 from recray.model.recommender import Recommender
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
-from recray.privacy.audit import Bound, Canaries, bound, ceiling, enough, true_positives
+from recray.privacy.audit import Bound, Canaries, bound, ceiling, required_canaries, true_positives
 from recray.privacy.ledger import Ledger
-from recray.privacy.watch import Finding, Watch, as_dicts, repeats
+from recray.privacy.watch import Finding, StepMonitor, check_repeated_noise, to_dicts
 from recray.storage import key_of
-from recray.training.batches import TrainingBatches, Windows
-from recray.training.canaries import Rows, made_up
+from recray.training.batches import Sequences, TrainingBatches
+from recray.training.canaries import SyntheticRows, synthetic_users
+from recray.training.plan import bundle_settings
 from recray.training.private import PrivateLoop, physical_users
-from recray.training.trainer import bundle_settings, mechanism_for
+from recray.training.trainer import mechanism_for
 from recray.training.worker import build_loop
-from recray.version import __version__
 
 FALSE_POSITIVES = (0.001, 0.01)
 OWN, CONTROL, ROWS, PRIVATE, PLAIN = "own ε", "no noise", "rows made up", "private", "not private"
-MADE_UP = 32  # users who are rows of the data set
+SYNTHETIC_ROWS = 32  # synthetic users that are rows of the data set
 
-Run = dict[str, Any]
+RunRecord = dict[str, Any]
+"""Stored results of one training."""
 
 
 def audit_key(settings: Settings, dataset: Dataset) -> str:
     """Run key of an audit."""
     options = settings.privacy
-    return key_of("audit", bundle_settings(settings), list(options.audit_claims), options.audit_canaries, dataset.digest, __version__)
+    return key_of(
+        "audit",
+        to_first_names(bundle_settings(settings)),
+        list(options.audit_claims),
+        options.audit_canaries,
+        dataset.digest,
+        RESULTS_SINCE,
+    )
 
 
-def audit(settings: Settings, dataset: Dataset, say: Any, runs: dict[str, Run], keep: Callable[[dict[str, Run]], None]) -> dict[str, Any]:
-    """Lower bounds at the training's own ε and at each of `privacy.audit_claims`, the control without noise, users made up as rows of the data
-    set, what was found of each step, and membership beside a plain training.
+def audit(
+    settings: Settings,
+    dataset: Dataset,
+    log: Callable[[str], None],
+    runs: dict[str, RunRecord],
+    keep: Callable[[dict[str, RunRecord]], None],
+) -> dict[str, Any]:
+    """Measure how much ε an attacker can demonstrate for a private training.
 
-    runs : those that an earlier attempt made, which are not made again; keep : called with them all after each
+    The trainings are: one at the training's own ε and one at each of `privacy.audit_claims`, each with
+    canaries; a control without noise; one with synthetic users as rows of the data set; and a private and a
+    plain one for membership inference.
+
+    runs : trainings of an earlier attempt, which are not repeated
+    keep : called with all trainings after each one
 
     Needs a Ray session. Raises SettingsError where privacy is off, DataError, ClusterError, TrainingError.
     """
-    whole = settings.privacy.model_copy(update={"shards": 1})  # so that private and plain trainings learn from the same users
-    mechanism = mechanism_for(settings.model_copy(update={"privacy": whole}), dataset)
+    # one shard: private and plain trainings learn from the same users
+    unsharded = settings.privacy.model_copy(update={"shards": 1})
+    mechanism = mechanism_for(settings.model_copy(update={"privacy": unsharded}), dataset)
     if mechanism is None:
-        raise SettingsError("privacy.enabled: there is no privacy to audit", "audit with the settings of a private training")
-    if not any((shard.split[shard.asked, 2] > 1).any() for shard in dataset.shards()):
-        raise DataError(f"dataset {dataset.key} holds nobody out with two events or more", "raise split.held_out")
+        raise SettingsError(
+            "privacy.enabled is off: nothing to audit", "audit with the settings of a private training"
+        )
+    if not any((shard.split[shard.queried, 2] > 1).any() for shard in dataset.shards()):
+        raise DataError(
+            f"dataset {dataset.key} has no holdout user with two events", "raise split.holdout_users"
+        )
+
     options = settings.privacy
-    own = epsilon_of([Steps(mechanism.sigma, mechanism.rate, mechanism.steps)], mechanism.delta)  # canaries are in the steps alone
+    # canaries are in the steps only, not in the item counts
+    own = epsilon_of([Steps(mechanism.sigma, mechanism.rate, mechanism.steps)], mechanism.delta)
     claims = {f"ε {claim:g}": claim for claim in options.audit_claims} | {OWN: own}
-    sigmas = {f"ε {claim:g}": sigma_for(claim, options.delta, options.sampling_rate, options.steps) for claim in options.audit_claims}
-    canaries = options.audit_canaries or enough(max(claims.values()), options.delta, _weights(settings, dataset))
-    say(f"audit: {canaries} canaries can show an ε of up to {ceiling(canaries, options.delta):.2f}")
-    work = [(name, sigma, canaries, 0) for name, sigma in [*sigmas.items(), (OWN, mechanism.sigma), (CONTROL, 0.0)]]
-    for name, sigma, planted, rows in [*work, (ROWS, mechanism.sigma, 0, MADE_UP), (PRIVATE, mechanism.sigma, 0, 0), (PLAIN, None, 0, 0)]:
+    weights = _count_weights(settings, dataset)
+    canaries = options.audit_canaries or required_canaries(max(claims.values()), options.delta, weights)
+    log(f"audit: {canaries} canaries can demonstrate an ε of up to {ceiling(canaries, options.delta):.2f}")
+
+    for name, sigma, planted, rows in _planned_runs(options, mechanism, canaries):
         if name in runs:
             continue
-        say(f"audit: a training, {name}")
-        watched = None
+        log(f"audit: training {name}")
+        audited = None
         if sigma is not None:
             counts = 0.0 if planted or rows else mechanism.counts_sigma
-            watched = dataclasses.asdict(dataclasses.replace(mechanism, sigma=sigma, counts_sigma=counts))
-        run = _in_ray(settings, dataset, watched, planted, rows)
+            audited = dataclasses.asdict(dataclasses.replace(mechanism, sigma=sigma, counts_sigma=counts))
+        run = _train_on_ray(settings, dataset, audited, planted, rows)
         if planted or rows:
-            found = bound(run.pop("planted"), run.pop("seen"), options.delta)
-            run = {"sigma": sigma, **dataclasses.asdict(found), **run}
-            say(f"audit: {name}: ε is above {run['epsilon']:.2f}, {run['correct']} of {run['guesses']} guesses are right")
+            measured = bound(run.pop("planted"), run.pop("seen"), options.delta)
+            run = {"sigma": sigma, **dataclasses.asdict(measured), **run}
+            log(
+                f"audit: {name}: ε is above {run['epsilon']:.2f}; {run['correct']} of {run['guesses']} "
+                "guesses are correct"
+            )
         runs[name] = run
         keep(runs)
+
+    shown = {
+        name: {key: value for key, value in run.items() if key not in ("findings", "first_noise")}
+        for name, run in runs.items()
+    }
+    return {
+        "canaries": canaries,
+        "rows": SYNTHETIC_ROWS,
+        "delta": options.delta,
+        "users": mechanism.users,
+        "steps": options.steps,
+        "population": options.population,
+        "settings_key": settings_key(bundle_settings(settings)),
+        "private_epsilon": round(mechanism.epsilon, 2),
+        "runs": shown,
+        "claims": _judge_claims(claims, runs),
+        "checks": _checks(runs),
+    }
+
+
+def _planned_runs(
+    options: PrivacySettings, mechanism: Mechanism, canaries: int
+) -> list[tuple[str, float | None, int, int]]:
+    """Name, noise multiplier (None: not private), canaries and synthetic rows of each training."""
+    sigmas = {
+        f"ε {claim:g}": sigma_for(claim, options.delta, options.sampling_rate, options.steps)
+        for claim in options.audit_claims
+    }
+    with_canaries = [*sigmas.items(), (OWN, mechanism.sigma), (CONTROL, 0.0)]
+    return [
+        *((name, sigma, canaries, 0) for name, sigma in with_canaries),
+        (ROWS, mechanism.sigma, 0, SYNTHETIC_ROWS),
+        (PRIVATE, mechanism.sigma, 0, 0),
+        (PLAIN, None, 0, 0),
+    ]
+
+
+def _judge_claims(claims: dict[str, float], runs: dict[str, RunRecord]) -> list[dict[str, Any]]:
+    """Verdict of each claimed ε, and whether the control without noise refutes it."""
     control = runs[CONTROL]["epsilon"]
-    told_claims = [
-        {"claim": round(claim, 4), "training": name, "verdict": _bound(runs[name]).verdict(claim), "control_caught": control > claim}
+    return [
+        {
+            "claim": round(claim, 4),
+            "training": name,
+            "verdict": _bound(runs[name]).verdict(claim),
+            "control_caught": control > claim,
+        }
         for name, claim in claims.items()
     ]
-    checks = [{"training": name, **found} for name, run in runs.items() for found in run.get("findings", [])]
-    checks.append({"training": "all", **vars(repeats({name: run["first_noise"] for name, run in runs.items() if "first_noise" in run}))})
-    told: dict[str, Any] = {"canaries": canaries, "rows": MADE_UP, "delta": options.delta, "users": mechanism.users, "steps": options.steps}
-    told |= {"population": options.population, "settings_key": settings_key(bundle_settings(settings))}
-    shown = {name: {key: value for key, value in run.items() if key not in ("findings", "first_noise")} for name, run in runs.items()}
-    return {**told, "private_epsilon": round(mechanism.epsilon, 2), "runs": shown, "claims": told_claims, "checks": checks}
 
 
-def _bound(run: Run) -> Bound:
+def _checks(runs: dict[str, RunRecord]) -> list[dict[str, Any]]:
+    """Findings of each training's steps, and whether all trainings drew noise of their own."""
+    checks = [
+        {"training": name, **finding} for name, run in runs.items() for finding in run.get("findings", [])
+    ]
+    first_noise = {name: run["first_noise"] for name, run in runs.items() if "first_noise" in run}
+    return [*checks, {"training": "all", **vars(check_repeated_noise(first_noise))}]
+
+
+def _bound(run: RunRecord) -> Bound:
     return Bound(**{field.name: run[field.name] for field in dataclasses.fields(Bound)})
 
 
-def _weights(settings: Settings, dataset: Dataset) -> int:
-    """Numbers of the network that a private training moves."""
+def _count_weights(settings: Settings, dataset: Dataset) -> int:
+    """Number of weights that a private training updates."""
     loop = build_loop(dataset, bundle_settings(settings), torch.device("cpu"))
     return sum(parameter.numel() for parameter in loop.model.parameters() if parameter.requires_grad)
 
 
 def rate_name(false_positives: float) -> str:
-    """Name of the figure: share of the members who are found at a share of false positives."""
+    """Name of the figure: share of the members recognised at a share of false positives."""
     return f"true_positives_at_{false_positives:g}"
 
 
-def _in_ray(settings: Settings, dataset: Dataset, mechanism: dict[str, Any] | None, canaries: int, rows: int) -> Run:
+def _train_on_ray(
+    settings: Settings, dataset: Dataset, mechanism: dict[str, Any] | None, canaries: int, rows: int
+) -> RunRecord:
     import ray
 
     options = settings.train
-    require(options.cpus_per_worker, float(options.use_gpu), "audit", options.timeout_s)
-    task = ray.remote(num_cpus=options.cpus_per_worker, num_gpus=float(options.use_gpu), max_retries=options.max_failures)(watch)
+    require_resources(options.cpus_per_worker, float(options.use_gpu), "audit", options.timeout_s)
+    task = ray.remote(
+        num_cpus=options.cpus_per_worker, num_gpus=float(options.use_gpu), max_retries=options.max_failures
+    )(train_monitored)
     device = "cuda" if options.use_gpu else "cpu"
-    with unwrapped():
-        found: Run = ray.get(task.remote(str(dataset.path), bundle_settings(settings), mechanism, canaries, options.threads, device, rows))
-    return found
+    with unwrap_errors():
+        run: RunRecord = ray.get(
+            task.remote(
+                str(dataset.path),
+                bundle_settings(settings),
+                mechanism,
+                canaries,
+                options.threads,
+                device,
+                rows,
+            )
+        )
+    return run
 
 
-def watch(
+def train_monitored(
     dataset_path: str,
     settings: dict[str, Any],
     mechanism: dict[str, Any] | None,
@@ -129,87 +219,117 @@ def watch(
     threads: int | None = None,
     device: str = "cpu",
     rows: int = 0,
-) -> Run:
-    """Train privately, with canaries in the gradients or `rows` users made up in the data set: which were `planted`, what was `seen` of each, and
-    `findings` of the steps. Without any, or (mechanism None) plainly: how well the loss tells those who were learned from."""
+) -> RunRecord:
+    """Train and record what an attacker sees.
+
+    With canaries in the gradients, or `rows` synthetic users in the data set: which were `planted`, what was
+    `seen` of each, and `findings` of the steps. With neither, or without privacy (mechanism None): how well
+    the loss separates members from others.
+    """
     if threads:
         torch.set_num_threads(threads)
     dataset, random = Dataset.open(dataset_path), np.random.default_rng()
     if rows:
-        dataset = dataset.with_shard(made_up(dataset, rows, random))
+        dataset = dataset.with_shard(synthetic_users(dataset, rows, random))
     loop = build_loop(dataset, settings, torch.device(device), None, mechanism)
-    found: Run = {}
+    record: RunRecord = {}
     if isinstance(loop, PrivateLoop):
         assert mechanism is not None
-        found = _look(loop, Mechanism(**mechanism), canaries, rows, random)
+        record = _run_monitored(loop, Mechanism(**mechanism), canaries, rows, random)
         if canaries or rows:
-            return found
+            return record
     else:
         for _ in loop.run():
             pass
         loop.average.load_state_dict(loop.best)
+
     batches = loop.batches
     assert isinstance(batches, TrainingBatches)
-    members, others = (losses(loop.average.eval(), batches, batches.last_windows(held_out=held)) for held in (False, True))
-    rates = {rate_name(share): round(true_positives(members, others, share), 4) for share in FALSE_POSITIVES}
-    return {**found, "members": len(members), "others": len(others), **rates}
+    members, non_members = (
+        sequence_losses(loop.average.eval(), batches, batches.last_sequences(holdout=holdout))
+        for holdout in (False, True)
+    )
+    rates = {
+        rate_name(share): round(true_positives(members, non_members, share), 4) for share in FALSE_POSITIVES
+    }
+    return {**record, "members": len(members), "others": len(non_members), **rates}
 
 
-def _look(loop: PrivateLoop, mechanism: Mechanism, canaries: int, rows: int, random: np.random.Generator) -> Run:
-    """Run a private training to its end, as it is run, with a ledger that is thrown away, and look at each step."""
+def _run_monitored(
+    loop: PrivateLoop, mechanism: Mechanism, canaries: int, count: int, random: np.random.Generator
+) -> RunRecord:
+    """Run an unchanged private training with a temporary ledger, and monitor each step."""
     step, sampler = loop.private, loop.sampler
-    watched = Watch(len(loop.rows), mechanism.rate, mechanism.sigma * mechanism.clipping_norm, mechanism.clipping_norm)
-    step.watch = watched
-    step.canaries = Canaries(step.optimizer.params, canaries, mechanism.rate, mechanism.clipping_norm) if canaries else None
-    made = Rows(loop, rows, watched, random) if rows else None
-    draw, take = loop.sampler.draw, loop.private_step
+    monitor = StepMonitor(
+        len(loop.rows), mechanism.rate, mechanism.sigma * mechanism.clipping_norm, mechanism.clipping_norm
+    )
+    step.monitor = monitor
+    step.canaries = (
+        Canaries(step.optimizer.params, canaries, mechanism.rate, mechanism.clipping_norm)
+        if canaries
+        else None
+    )
+    synthetic = SyntheticRows(loop, count, monitor, random) if count else None
+    draw, take_steps = loop.sampler.draw, loop.private_step
 
-    def drawn() -> np.ndarray:
+    def draw_users() -> np.ndarray:
         users = draw()
-        watched.draws(users)
+        monitor.record_draw(users)
         return users
 
-    loop.sampler.draw = drawn  # type: ignore[method-assign]
-    if made is not None:
-        loop.private_step = lambda: made.step(take)  # type: ignore[method-assign]
+    loop.sampler.draw = draw_users  # type: ignore[method-assign]
+    if synthetic is not None:
+        loop.private_step = lambda: synthetic.step(take_steps)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger.open(f"sqlite:///{folder}/audit.sqlite", "audit")
         ledger.reserve("audit", mechanism, None)
-        loop.take = lambda steps, counts: ledger.take("audit", steps, counts)
+        loop.take_steps = lambda steps, counts: ledger.take_steps("audit", steps, counts)
         for _ in loop.run():
             pass
-        (run,) = ledger.runs()
-    watched.drawn = watched.drawn[sampler.mine if made is None else loop.sampler.mine]
-    accounted = Finding("ledger", run.taken == watched.steps == mechanism.steps, f"{watched.steps} steps were taken, {run.taken} are in the ledger")
-    found: Run = {"findings": as_dicts([*watched.findings(), accounted]), "first_noise": watched.first_noise}
-    if made is not None:
-        return {**found, "planted": made.planted_M, "seen": made.seen_M}
+        (ledger_run,) = ledger.runs()
+    monitor.draw_counts = monitor.draw_counts[(sampler if synthetic is None else loop.sampler).own_users]
+    accounted = Finding(
+        "ledger",
+        ledger_run.steps_taken == monitor.steps == mechanism.steps,
+        f"{monitor.steps} steps were taken, {ledger_run.steps_taken} are in the ledger",
+    )
+    record: RunRecord = {
+        "findings": to_dicts([*monitor.findings(), accounted]),
+        "first_noise": monitor.first_noise,
+    }
+    if synthetic is not None:
+        return {**record, "planted": synthetic.planted_M, "seen": synthetic.seen_M}
     if step.canaries is not None:
-        return {**found, "planted": step.canaries.planted_M, "seen": step.canaries.seen_M}
+        return {**record, "planted": step.canaries.planted_M, "seen": step.canaries.seen_M}
     loop.average.load_state_dict(loop.best)
-    return found
+    return record
 
 
 @torch.no_grad()
-def losses(model: Recommender, batches: TrainingBatches, windows: Windows) -> np.ndarray:
-    """Mean cross-entropy of each window's queries over the whole catalogue [windows]."""
+def sequence_losses(model: Recommender, batches: TrainingBatches, sequences: Sequences) -> np.ndarray:
+    """Mean cross-entropy of each sequence's queries over the whole catalogue [sequences]."""
     device = next(model.parameters()).device
     table = model.items()
     output = model.output(table)
-    length = windows.stop - windows.start
+    length = sequences.stop - sequences.start
     order = np.argsort(-length, kind="stable")
-    found = np.zeros(len(windows))
+    losses = np.zeros(len(sequences))
     first = 0
     while first < len(order):
-        chosen = order[first : first + physical_users(len(table), int(length[order[first]]), model.shape.dim * model.shape.blocks)]
-        batch, targets = batches.collate(windows[chosen])
+        selected = order[
+            first : first
+            + physical_users(len(table), int(length[order[first]]), model.shape.dim * model.shape.blocks)
+        ]
+        batch, targets = batches.collate(sequences[selected])
         batch = batch.to(device)
         scores = model.scores(model.hidden(batch, table, None), output, batch).log_softmax(1).cpu()
-        wanted = targets.offsets.diff()
-        query = torch.repeat_interleave(torch.arange(len(wanted)), wanted)
-        by_query = torch.zeros(len(wanted)).index_add_(0, query, -scores[query, targets.item] / wanted[query])
+        target_count = targets.offsets.diff()
+        query = torch.repeat_interleave(torch.arange(len(target_count)), target_count)
+        by_query = torch.zeros(len(target_count)).index_add_(
+            0, query, -scores[query, targets.item] / target_count[query]
+        )
         user = batch.user_N.cpu()
-        total = torch.zeros(len(chosen)).index_add_(0, user, by_query)
-        found[chosen] = (total / torch.bincount(user, minlength=len(chosen)).clamp(min=1)).numpy()
-        first += len(chosen)
-    return found
+        total = torch.zeros(len(selected)).index_add_(0, user, by_query)
+        losses[selected] = (total / torch.bincount(user, minlength=len(selected)).clamp(min=1)).numpy()
+        first += len(selected)
+    return losses

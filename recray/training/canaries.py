@@ -1,7 +1,8 @@
-"""Users made up for an audit who are rows of the data set: collated, drawn, clipped and noised as all others are.
+"""Synthetic users of a privacy audit that are rows of the data set: training collates, draws, clips and
+noises them like all others.
 
-Each is there with probability 1/2. The attacker knows what all real users add to each step and what each of those made up would add, so
-what is released beside it, along that, tells of who was there.
+Each is present with probability 1/2. The attacker knows what all real users add to each step, and what each
+synthetic user would add. Along these directions, the rest of the released gradient shows who was present.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ from torch import Tensor
 from recray.dataset.reader import Dataset, Shard
 from recray.model.losses import Targets
 from recray.model.shape import Batch
-from recray.privacy.watch import Watch
+from recray.privacy.watch import StepMonitor
 from recray.training.private import PrivateLoop, PrivateRows
 
-EVENTS = 20  # of each, one an hour
+EVENTS = 20  # of each user, one per hour
 
 
-def made_up(dataset: Dataset, count: int, random: np.random.Generator) -> Shard:
-    """So many users who meet one item again and again, or two by turns: what reading and scoring do to its vector adds up."""
+def synthetic_users(dataset: Dataset, count: int, random: np.random.Generator) -> Shard:
+    """`count` users who repeat one item, or alternate between two.
+
+    For such a user the gradients of reading and of scoring an item's vector add up.
+    """
     items = random.integers(1, dataset.n_items + 1, (count, 2))
     items[::2, 1] = items[::2, 0]
     end = (dataset.cut_s("validation") or dataset.as_of_s) if dataset.clock == "timestamp" else EVENTS
     step = 3600 if dataset.clock == "timestamp" else 1
     return Shard(
-        user_ids=pa.array([f"made up {number}" for number in range(count)]),
+        user_ids=pa.array([f"synthetic {number}" for number in range(count)]),
         offsets=np.arange(count + 1, dtype=np.int64) * EVENTS,
         item_index=items[:, np.arange(EVENTS) % 2].ravel(),
         event_index=np.zeros(count * EVENTS, np.int64),
@@ -38,52 +42,62 @@ def made_up(dataset: Dataset, count: int, random: np.random.Generator) -> Shard:
         value=np.ones(count * EVENTS, np.float32),
         basket=np.tile(np.arange(EVENTS), count),
         split=np.full((count, 4), EVENTS, np.int32),
-        held_out=np.zeros(count, bool),
+        holdout=np.zeros(count, bool),
     )
 
 
-class _InTwo(PrivateRows):
-    """Rows whose physical batches are those of real users first, then of those made up; what the real ones add is noted in between."""
+class _SplitRows(PrivateRows):
+    """Rows whose physical batches hold real users first, then synthetic ones; records the sum in between."""
 
     def __init__(self, rows: PrivateRows, first: int, parameters: list[torch.nn.Parameter]) -> None:
         self.__dict__.update(rows.__dict__)
         self.first, self.parameters = first, parameters
-        self.known: list[Tensor] = []
+        self.real_sum: list[Tensor] = []
 
-    def physical(self, users: np.ndarray) -> Iterator[tuple[Batch, Targets]]:
-        yield from super().physical(users[users < self.first])
-        self.known = [parameter.grad.double() for parameter in self.parameters if parameter.grad is not None]
-        yield from super().physical(users[users >= self.first])
+    def physical_batches(self, users: np.ndarray) -> Iterator[tuple[Batch, Targets]]:
+        yield from super().physical_batches(users[users < self.first])
+        self.real_sum = [
+            parameter.grad.double() for parameter in self.parameters if parameter.grad is not None
+        ]
+        yield from super().physical_batches(users[users >= self.first])
 
 
-class Rows:
-    """The last `count` rows of a training are made up, half of them not there.
+class SyntheticRows:
+    """The last `count` rows of a training are synthetic, and about half of them are absent.
 
-    planted_M, seen_M : which are there, and how much what is released looks like it
+    planted_M : whether each is present
+    seen_M : how much the released gradients resemble each one's contribution
     """
 
-    def __init__(self, loop: PrivateLoop, count: int, watch: Watch, random: np.random.Generator) -> None:
-        self.loop, self.watch, self.random = loop, watch, random
+    def __init__(
+        self, loop: PrivateLoop, count: int, monitor: StepMonitor, random: np.random.Generator
+    ) -> None:
+        self.loop, self.monitor, self.random = loop, monitor, random
         self.first = len(loop.rows) - count
         self.planted_M, self.seen_M = random.random(count) < 0.5, np.zeros(count)
-        self.rows = _InTwo(loop.rows, self.first, loop.private.optimizer.params)
+        self.rows = _SplitRows(loop.rows, self.first, loop.private.optimizer.params)
         loop.rows = self.rows
         sampler = loop.sampler = copy.copy(loop.sampler)
-        sampler.mine = sampler.mine[(sampler.mine < self.first) | np.append(np.zeros(self.first, bool), self.planted_M)[sampler.mine]]
+        sampler.own_users = sampler.own_users[
+            (sampler.own_users < self.first)
+            | np.append(np.zeros(self.first, bool), self.planted_M)[sampler.own_users]
+        ]
 
-    def step(self, take: object) -> None:
-        """One step of the loop (`take`), looked at."""
-        assert callable(take)
-        added_MP = torch.stack([self._alone(self.first + number) for number in range(len(self.planted_M))])
+    def step(self, take_step: object) -> None:
+        """Run one step of the loop, `take_step`, and observe it."""
+        assert callable(take_step)
+        added_MP = torch.stack(
+            [self._contribution(self.first + number) for number in range(len(self.planted_M))]
+        )
         if self.first:
-            self._alone(int(self.random.integers(self.first)))
-        take()
-        noised = torch.cat([gradient.flatten() for gradient in self.watch.released])
-        known = torch.cat([gradient.flatten() for gradient in self.rows.known])
-        self.seen_M += (added_MP.double() @ (noised - known)).cpu().numpy()
+            self._contribution(int(self.random.integers(self.first)))
+        take_step()
+        noised = torch.cat([gradient.flatten() for gradient in self.monitor.released])
+        real_sum = torch.cat([gradient.flatten() for gradient in self.rows.real_sum])
+        self.seen_M += (added_MP.double() @ (noised - real_sum)).cpu().numpy()
 
-    def _alone(self, row: int) -> Tensor:
-        batch, targets = self.rows.batches.collate(self.rows.windows[np.array([row])])
-        gradients, norm = self.loop.private.alone(batch, targets)
-        self.watch.contributes(gradients, norm)
+    def _contribution(self, row: int) -> Tensor:
+        batch, targets = self.rows.batches.collate(self.rows.sequences[np.array([row])])
+        gradients, norm = self.loop.private.contribution_of(batch, targets)
+        self.monitor.record_contribution(gradients, norm)
         return torch.cat([gradient.flatten() for gradient in gradients])

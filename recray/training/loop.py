@@ -1,7 +1,7 @@
-"""The training loop in plain torch: one process, or one of several that share a process group.
+"""The training loop in plain torch, in one process or in one of several that share a process group.
 
-Owns the order of work and the early stop. Everything random in an epoch is drawn from (seed, epoch, rank), so the state
-after an epoch is: weights, optimiser, the best weights so far, and the numbers in `Progress`.
+It runs the epochs and stops early. All randomness of an epoch comes from (seed, epoch, rank). The state after
+an epoch is therefore: weights, optimiser, the best weights so far, and the numbers in `Progress`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from recray.model.packed import pack
 from recray.model.recommender import Recommender
 from recray.model.shape import Batch
 
-SCALAR_FACTOR = 10.0
+SCALAR_FACTOR = 10.0  # on the learning rate of the few scalar parameters
 
 Validate = Callable[[Recommender, int, int], tuple[float, float]]
-"""(model, rank, world) -> (this rank's part of a sum, its part of what the sum is divided by): together the mean NDCG"""
+"""(model, rank, world) -> this rank's parts of a sum and of its divisor, which together give the mean NDCG"""
 
 
 class Batches(Protocol):
-    """Where training batches come from; see `recray.training.batches`."""
+    """Source of training batches; see `recray.training.batches`."""
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
         """This rank's part of each global batch of an epoch, and the number of queries in the whole batch."""
@@ -44,9 +44,9 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The part of the train settings that the loop reads; see `recray.config.TrainSettings`.
+    """The train settings that the loop reads; see `recray.config.TrainSettings`.
 
-    row : positions of the row that a batch is packed into, a multiple of `packed.BLOCK`; 0: batches stay padded
+    row : positions of the row that a batch is packed into, a multiple of `packed.BLOCK`; 0: padded batches
     """
 
     epochs: int
@@ -55,7 +55,7 @@ class LoopSettings:
     warmup_steps: int
     weight_decay: float
     seed: int
-    average_decay: float = 0.0
+    ema_decay: float = 0.0
     temperature_jitter: float = 0.0
     autocast: bool = False
     row: int = 0
@@ -63,7 +63,7 @@ class LoopSettings:
 
 @dataclass
 class Progress:
-    """Where a run stands. `curve` holds one entry an epoch: epoch, steps, loss, validation_ndcg."""
+    """Progress of a run. `curve` has an entry per epoch: epoch, steps, loss, validation_ndcg."""
 
     epoch: int = 0
     step: int = 0
@@ -76,54 +76,84 @@ class Progress:
 
 
 class Loop:
-    """Trains a model until early stop. `state_dict` and `load_state_dict` carry everything between processes."""
+    """Trains a model until early stop. `state_dict` and `load_state_dict` move it between processes."""
 
-    def __init__(self, model: Recommender, batches: Batches, validate: Validate, criterion: Criterion, settings: LoopSettings) -> None:
-        self.model, self.batches, self.validate, self.criterion, self.settings = model, batches, validate, criterion, settings
+    def __init__(
+        self,
+        model: Recommender,
+        batches: Batches,
+        validate: Validate,
+        criterion: Criterion,
+        settings: LoopSettings,
+    ) -> None:
+        self.model, self.batches, self.validate = model, batches, validate
+        self.criterion, self.settings = criterion, settings
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = next(model.parameters()).device
         self.progress = Progress()
-        groups = [{"params": list(parameters), "factor": factor} for factor, parameters in _by_rate(model)]
-        how = {"fused": True} if self.device.type == "cuda" else {"foreach": True}
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, **how)
-        # what is validated and kept: the model itself, or its exponential moving average
-        self.average = copy.deepcopy(model).eval().requires_grad_(False) if settings.average_decay else model
-        self.best = copied(model)
+        groups = [
+            {"params": list(parameters), "factor": factor} for factor, parameters in _parameter_groups(model)
+        ]
+        implementation = {"fused": True} if self.device.type == "cuda" else {"foreach": True}
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=settings.weight_decay,
+            **implementation,
+        )
+        # the validated and kept weights: the model itself, or its exponential moving average (EMA)
+        self.average = copy.deepcopy(model).eval().requires_grad_(False) if settings.ema_decay else model
+        self.best = copy_weights(model)
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train epoch by epoch; yields the epoch's line of the curve (plus `seconds`, which is not kept)."""
+        """Train and yield each epoch's line of the curve, plus `seconds`, which is not kept."""
         progress, settings = self.progress, self.settings
         while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
             started = time.monotonic()
             loss = self.train_epoch(progress.epoch)
-            ndcg = self._validated()
+            ndcg = self._validation_ndcg()
             progress.epoch += 1
             if ndcg > progress.best_ndcg:
-                progress.best_ndcg, progress.best_epoch, self.best = ndcg, progress.epoch, copied(self.average)
+                progress.best_ndcg, progress.best_epoch, self.best = (
+                    ndcg,
+                    progress.epoch,
+                    copy_weights(self.average),
+                )
             line = {"epoch": progress.epoch, "steps": progress.step, "loss": loss, "validation_ndcg": ndcg}
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
 
     def train_epoch(self, epoch: int) -> float:
-        """One pass over the training histories; the mean loss of a query. Raises TrainingError if it, or a weight after it, is not finite."""
+        """One pass over the training histories; returns the mean loss of a query.
+
+        Raises TrainingError if the loss, or a weight afterwards, is not finite.
+        """
         seed = np.random.SeedSequence([self.settings.seed, epoch, self.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         self.model.train()
         total, queries = torch.zeros(2, device=self.device, dtype=torch.float64)
         batches = self._batches(epoch)
-        for batch, targets, count in batches if self.device.type == "cpu" else _ahead(batches):
+        for batch, targets, count in batches if self.device.type == "cpu" else _prefetch(batches):
             total += self.train_step(batch, targets, count)
             queries += count
         total = self._sum(total[None])[0]
         loss = float(total / queries.clamp(min=1))
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss of epoch {epoch + 1} is {loss}", "lower train.learning_rate; the last good checkpoint is kept")
-        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():  # the last step shows in no loss
-            raise TrainingError(f"after epoch {epoch + 1} a weight is not finite", "lower train.learning_rate; the last good checkpoint is kept")
+            raise TrainingError(
+                f"the loss of epoch {epoch + 1} is {loss}",
+                "lower train.learning_rate; the last good checkpoint is kept",
+            )
+        # the loss does not reveal a bad last step
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            raise TrainingError(
+                f"after epoch {epoch + 1} a weight is not finite",
+                "lower train.learning_rate; the last good checkpoint is kept",
+            )
         return loss
 
     def _batches(self, epoch: int) -> Iterator[tuple[Batch, Targets, int]]:
-        """The batches of an epoch, complete and where the model is."""
+        """The completed batches of an epoch, on the model's device."""
         for batch, targets, count in self.batches.epoch(epoch, self.rank, self.world):
             batch = self.criterion.complete(batch)
             if self.settings.row and len(batch.item_BT):
@@ -131,7 +161,7 @@ class Loop:
             yield batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), count
 
     def train_step(self, batch: Batch, targets: Targets, count: int) -> Tensor:
-        """One step on this rank's part of a global batch of `count` queries; returns the part's summed loss."""
+        """One step on this rank's part of a global batch of `count` queries; returns its summed loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
             loss = self.criterion.backward(self.model, batch, targets, 1.0 / count, self._jitter(batch))
@@ -146,22 +176,25 @@ class Loop:
         return loss
 
     def _jitter(self, batch: Batch) -> Controls | None:
-        """Attention temperatures of a training batch, so that other temperatures than 1 are known later."""
+        """Random attention temperatures of a training batch, so that the model supports others than 1."""
         if not self.settings.temperature_jitter:
             return None
-        return Controls(self.settings.temperature_jitter * torch.randn(len(batch.item_BT), self.model.shape.heads, device=self.device))
+        return Controls(
+            self.settings.temperature_jitter
+            * torch.randn(len(batch.item_BT), self.model.shape.heads, device=self.device)
+        )
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Move the average towards the weights; early on faster, so that the start is soon forgotten."""
+        """Move the EMA towards the weights; faster in early steps, so that the initial weights fade soon."""
         if self.average is self.model:
             return
         step = self.progress.step
-        decay = min(self.settings.average_decay, (1 + step) / (10 + step))
+        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _all_reduce_gradients(self) -> None:
-        """Sum gradients over the ranks, as one flat tensor. Each loss is already divided by the global batch."""
+        """Sum gradients over the ranks in one flat tensor. Losses are already divided by the global batch."""
         if self.world == 1:
             return
         gradients = []
@@ -170,7 +203,8 @@ class Loop:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         flat = self._sum(torch.cat([g.reshape(-1) for g in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # type: ignore[no-untyped-call]
+        parts = flat.split([g.numel() for g in gradients])  # type: ignore[no-untyped-call]
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -178,20 +212,27 @@ class Loop:
             dist.all_reduce(tensor)
         return tensor
 
-    def _validated(self) -> float:
+    def _validation_ndcg(self) -> float:
         total, users = self.validate(self.average, self.rank, self.world)
-        total, users = self._sum(torch.tensor([total, users], dtype=torch.float64, device=self.device)).tolist()
-        found: float = total / max(users, 1.0)
-        return found
+        total, users = self._sum(
+            torch.tensor([total, users], dtype=torch.float64, device=self.device)
+        ).tolist()
+        result: float = total / max(users, 1.0)
+        return result
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Named tensors by file: model, average, best, optimizer. `progress` goes beside them as JSON."""
+        """Named tensors by file: model, average, best, optimizer. `progress` is stored separately as JSON."""
         optimizer = {
             f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
             for index, state in self.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        return {"model": copied(self.model), "average": copied(self.average), "best": self.best, "optimizer": optimizer}
+        return {
+            "model": copy_weights(self.model),
+            "average": copy_weights(self.average),
+            "best": self.best,
+            "optimizer": optimizer,
+        }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -206,23 +247,28 @@ class Loop:
         self.optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
 
 
-def _ahead(batches: Iterator[tuple[Batch, Targets, int]]) -> Iterator[tuple[Batch, Targets, int]]:
-    """The same, each made by a thread while the one before it is trained on: a GPU does not wait for the making."""
+def _prefetch(batches: Iterator[tuple[Batch, Targets, int]]) -> Iterator[tuple[Batch, Targets, int]]:
+    """The same batches; a thread builds the next one while a GPU trains on the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
+        future = pool.submit(next, batches, None)
+        while (batch := future.result()) is not None:
+            future = pool.submit(next, batches, None)
             yield batch
 
 
-def _by_rate(model: Recommender) -> list[tuple[float, list[nn.Parameter]]]:
-    """Parameters by factor on the learning rate: the few numbers of the repeat term, the prior and freshness must travel further."""
-    few = [p for name, p in model.named_parameters() if name.startswith(("repeat.", "prior_scale", "freshness."))]
-    chosen = {id(p) for p in few}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [(1.0, rest), (SCALAR_FACTOR, few)] if few else [(1.0, rest)]
+def _parameter_groups(model: Recommender) -> list[tuple[float, list[nn.Parameter]]]:
+    """Parameters by factor on the learning rate.
+
+    The few parameters of the repeat-consumption head, the popularity prior and freshness need larger steps.
+    """
+    fast = [
+        p for name, p in model.named_parameters() if name.startswith(("repeat.", "prior_scale", "freshness."))
+    ]
+    fast_ids = {id(p) for p in fast}
+    rest = [p for p in model.parameters() if id(p) not in fast_ids]
+    return [(1.0, rest), (SCALAR_FACTOR, fast)] if fast else [(1.0, rest)]
 
 
-def copied(model: Recommender) -> dict[str, Tensor]:
-    """Its weights as they are now."""
+def copy_weights(model: Recommender) -> dict[str, Tensor]:
+    """A copy of the model's current weights."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

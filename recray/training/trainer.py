@@ -1,4 +1,4 @@
-"""The train stage in the driver: Ray Train around `worker`, the learning curve as it grows, then the bundle."""
+"""The train stage in the driver: runs Ray Train, reports the learning curve, and writes the model bundle."""
 
 from __future__ import annotations
 
@@ -16,145 +16,59 @@ import sqlalchemy as sa
 from safetensors.torch import load_file
 
 from recray.bundle import KIND, Bundle, write_bundle
-from recray.cluster import first_line, own_signals, require, unwrapped
-from recray.config import Settings, expanded
+from recray.cluster import first_line, keep_signal_handlers, require_resources, unwrap_errors
+from recray.config import Settings
 from recray.dataset.reader import Dataset
-from recray.errors import ClusterError, DataError, MissingArtifactError, RecrayError, RefusedError, SettingsError, TrainingError
-from recray.evaluation.gates import incomparable
-from recray.evaluation.statement import markdown
-from recray.model.shape import Shape
+from recray.errors import (
+    ClusterError,
+    DataError,
+    MissingArtifactError,
+    RecrayError,
+    RefusedError,
+    TrainingError,
+)
+from recray.evaluation.statement import to_markdown
 from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.ledger import Ledger
-from recray.release import Release, bundles
-from recray.storage import Storage, blamed, is_sealed, key_of, no_room
+from recray.release import list_bundles
+from recray.storage import Storage, find_disk_errno, find_failed_path, is_sealed
 from recray.training.batches import users_estimated, users_learned
-from recray.training.worker import last_checkpoint, shape_of, train_worker
-from recray.version import __version__
+from recray.training.plan import TrainingPlan, bundle_settings, network_shape
+from recray.training.worker import last_checkpoint, train_worker
 
 OnMetrics = Callable[[dict[str, float]], None]
 """Called in the driver with each new line of the learning curve."""
 
 
-def bundle_settings(settings: Settings) -> dict[str, Any]:
-    """The settings that shape a bundle, given its dataset."""
-    chosen = settings.result_settings("data", "split", "model", "train", "privacy", "evaluate")
-    chosen["evaluate"] = {name: chosen["evaluate"][name] for name in ("k", "primary_setting")}
-    chosen["train"].pop("every_days")
-    if settings.privacy.epsilon is not None or settings.privacy.sigma is not None:  # what the cap and its trainings would say
-        chosen["privacy"] |= {"cap": None, "trainings": 1}
-    if settings.privacy.enabled and settings.model.items == "learned":  # the norm of a gradient of features is not known exactly
-        chosen["data"]["features"] = {}
-    return chosen
+def train(
+    settings: Settings, plan: TrainingPlan, dataset: Dataset, on_metrics: OnMetrics = lambda line: None
+) -> Bundle:
+    """Train on a dataset and write the bundle of the plan, or open an existing one. Needs a Ray session.
 
-
-def train_key(settings: Settings, dataset: Dataset) -> str:
-    """Run key of train; also names the Ray Train run and the MLflow run."""
-    chosen = bundle_settings(settings)
-    parent = parent_of(settings, dataset)
-    return key_of("train", chosen, dataset.key, dataset.digest, parent and parent.digest, __version__)
-
-
-def parent_of(settings: Settings, dataset: Dataset) -> Bundle | None:
-    """The bundle that a training begins with: the champion of before this night, or that of public data. None to begin anew.
-
-    Raises SettingsError if the bundle of public data has another network, or cannot be of public data.
+    A killed run resumes from its last checkpoint. Raises DataError, ClusterError, TrainingError.
     """
-    champion = _champion_of(settings, dataset) if settings.train.warm_start else None
-    public = settings.privacy.public_start if settings.privacy.enabled else None
-    if champion is not None or public is None:
-        return champion
-    path = expanded(public, "privacy.public_start").resolve()
-    bundle = Bundle.open(path)
-    wrong = {
-        "was trained privately: only its own ledger knows what it spent": bundle.privacy["differential_privacy"],
-        f"lies in {settings.root()}, whose users are the ones to protect": path.is_relative_to(settings.root().resolve()),
-        "has another network": not _same_network(settings, dataset, bundle),
-    }
-    for what, found in wrong.items():
-        if found:
-            raise SettingsError(f"privacy.public_start: bundle {bundle.key} {what}", "name one of public data, of the same model and data settings")
-    return bundle
-
-
-def _champion_of(settings: Settings, dataset: Dataset) -> Bundle | None:
-    """The champion of before this night; None if there is none, its network is another, it knows some of tonight's test, or
-    tonight is private and the ledger does not know its training.
-
-    Tonight's own champion stands for the one that it began with, so that a repeated night begins alike.
-    """
-    storage = Storage(settings.root())
-    champion = Release.read(storage).champion
-    bundle = None if champion is None else champion.open(storage)
-    while bundle is not None and _is_of(dataset, bundle):
-        before = bundle.manifest.get("parent")
-        path = before and storage.bundle(before)
-        bundle = Bundle.open(path) if path and path.exists() else None
-    if bundle is None or incomparable(dataset, bundle):
-        return None
-    if bundle.settings["split"] != bundle_settings(settings)["split"]:
-        return None  # with another split it may have learned what tonight's training is selected by
-    if settings.privacy.enabled and not _accounted(settings, bundle):
-        return None
-    return bundle if _same_network(settings, dataset, bundle) else None
-
-
-def _is_of(dataset: Dataset, bundle: Bundle) -> bool:
-    """Whether a bundle is of this night, or of a later one. Where no time is known, nights may differ by their data alone."""
-    if dataset.clock == "timestamp" or bundle.as_of_s != dataset.as_of_s:
-        return bundle.as_of_s >= dataset.as_of_s
-    return bool(bundle.manifest["dataset_digest"] == dataset.digest)
-
-
-def _accounted(settings: Settings, bundle: Bundle) -> bool:
-    """Whether what a bundle learned is in tonight's ledger."""
-    if bundle.privacy.get("population") != settings.privacy.population:
-        return False
-    try:
-        return Ledger.read(settings.ledger_url(), settings.privacy.population).holds(bundle.key)
-    except MissingArtifactError:
-        return False
-
-
-def _shape(settings: Settings, dataset: Dataset) -> Shape:
-    return shape_of(bundle_settings(settings)["model"], dataset, counts=settings.privacy.enabled and settings.privacy.counts_share > 0)
-
-
-def _same_network(settings: Settings, dataset: Dataset, bundle: Bundle) -> bool:
-    told = {"features": bundle_settings(settings)["data"]["features"], "context": dataset.context, "text_encoder": dataset.text_encoder}
-    if any(bundle.manifest.get(name) != value for name, value in told.items()):
-        return False
-    shape = _shape(settings, dataset)
-    return replace(Shape(**bundle.manifest["shape"]), event_types=shape.event_types) == shape
-
-
-def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics = lambda line: None) -> Bundle:
-    """Train on a dataset and write the bundle `key`, or open it if it is there. Needs a Ray session.
-
-    A run that was killed goes on from its last checkpoint. Raises DataError, ClusterError, TrainingError.
-    """
-    storage = Storage(settings.root())
+    storage, key, parent = Storage(settings.root()), plan.key, plan.parent
     final = storage.bundle(key)
     run = storage.training_runs / key
     if is_sealed(final, KIND, key):
         if settings.privacy.enabled:
             _ledger(settings).commit(key)
-        shutil.rmtree(run, ignore_errors=True)  # an attempt may have been killed before it came to this
+        shutil.rmtree(run, ignore_errors=True)  # an earlier attempt may have been killed before this line
         return Bundle.open(final)
-    if not any((shard.learned > 0).any() for shard in dataset.shards()):
-        raise DataError(f"dataset {dataset.key} has no training events", "lower data.min_user_events or move split.test_from later")
-    if not any(((shard.split[:, 1] > shard.split[:, 0]) & shard.asked).any() for shard in dataset.shards()):
-        raise DataError(f"dataset {dataset.key} has no validation users", "raise split.validation_users, or move split.validation_from")
-    chosen = bundle_settings(settings)
-    shape = _shape(settings, dataset)
-    parent = parent_of(settings, dataset)
+    _check_dataset(dataset)
+
+    train_settings = bundle_settings(settings)
+    shape = network_shape(settings, dataset)
     mechanism = mechanism_for(settings, dataset, key)
     run.mkdir(parents=True, exist_ok=True)
     private = None
     if mechanism is not None:
         private = _reserve(settings, key, dataset, mechanism, last_checkpoint(run))
+
     progress = storage.training_runs / f"{key}.jsonl"
-    with _Follow(progress, on_metrics):
-        checkpoint = _fit(settings, run, dataset, chosen, progress, parent, private)
+    with _CurveFollower(progress, on_metrics):
+        checkpoint = _fit(settings, run, dataset, train_settings, progress, parent, private)
+
     curve = json.loads((checkpoint / "progress.json").read_text())
     statement = None
     if mechanism is not None:
@@ -163,7 +77,7 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
             | _ledger(settings).statement()
             | {
                 "cap": settings.privacy.cap,
-                "held_out": settings.split.held_out,
+                "held_out": settings.split.holdout_users,
                 "began_with": _origin(parent),
             }
         )
@@ -173,50 +87,81 @@ def train(settings: Settings, key: str, dataset: Dataset, on_metrics: OnMetrics 
         dataset=dataset,
         shape=shape,
         state=load_file(checkpoint / "best.safetensors"),
-        features=chosen["data"]["features"],
-        prior_days=chosen["model"]["prior_days"] if shape.prior else 0,
-        settings=chosen,
+        features=train_settings["data"]["features"],
+        popularity_prior_days=train_settings["model"]["popularity_prior_days"] if shape.prior else 0,
+        settings=train_settings,
         metrics=curve,
         parent=None if parent is None else parent.key,
         privacy=statement,
-        page=None if statement is None else markdown(statement, f"bundle {key}"),
+        page=None if statement is None else to_markdown(statement, f"bundle {key}"),
     )
     if mechanism is not None:
         _ledger(settings).commit(key)
-    shutil.rmtree(run, ignore_errors=True)  # the bundle has all that is needed of it
+    shutil.rmtree(run, ignore_errors=True)  # the bundle holds all results
     return bundle
 
 
+def _check_dataset(dataset: Dataset) -> None:
+    """Raises DataError if a dataset has no training events or no validation users."""
+    if not any((shard.train_lengths > 0).any() for shard in dataset.shards()):
+        raise DataError(
+            f"dataset {dataset.key} has no training events",
+            "lower data.min_user_events or move split.test_from later",
+        )
+    if not any(((shard.split[:, 1] > shard.split[:, 0]) & shard.queried).any() for shard in dataset.shards()):
+        raise DataError(
+            f"dataset {dataset.key} has no validation users",
+            "raise split.validation_users, or move split.validation_from",
+        )
+
+
 def _origin(parent: Bundle | None) -> str:
-    """What a private training began with, for its statement."""
+    """The initial weights of a private training, for its statement."""
     if parent is None:
         return "random weights"
-    named = f"bundle {parent.key} ({parent.digest})"
+    source = f"bundle {parent.key} ({parent.digest})"
     if not parent.privacy["differential_privacy"]:
-        return f"{named}, said to be of public data"
-    return f"{named}, private and in the same ledger, which began with {parent.privacy.get('began_with', 'random weights')}"
+        return f"{source}, said to be of public data"
+    return (
+        f"{source}, private and in the same ledger, which began with "
+        f"{parent.privacy.get('began_with', 'random weights')}"
+    )
 
 
 def mechanism_for(settings: Settings, dataset: Dataset, key: str | None = None) -> Mechanism | None:
-    """What a private training does; None where privacy is off.
+    """The mechanism of a private training; None where privacy is off.
 
-    key : of the training, which decides whose turn it is where users are in parts
-    Raises SettingsError if the settings cannot be kept with these users, DataError if there are none.
+    key : run key of the training, which selects the part of the users where they are split in parts
+
+    Raises SettingsError if the settings do not suit the number of users, DataError if there are no users.
     """
     if not settings.privacy.enabled:
         return None
-    part, parts = _turn(settings, key), settings.privacy.shards
-    if not users_learned(dataset.learning_from(part, parts)):
+    part, parts = _next_part(settings, key), settings.privacy.shards
+    if not users_learned(dataset.with_training_part(part, parts)):
         where = f" in part {part + 1} of {parts}" if parts > 1 else ""
-        raise DataError(f"dataset {dataset.key}: nobody to learn from{where}", "lower privacy.shards" if parts > 1 else "prepare more events")
-    everybody, learned = users_estimated(dataset)
+        raise DataError(
+            f"dataset {dataset.key} has no training users{where}",
+            "lower privacy.shards" if parts > 1 else "prepare more events",
+        )
+    all_users, learned = users_estimated(dataset)
     if not learned:
-        raise DataError(f"dataset {dataset.key}: nobody who is held out has two events", "raise split.held_out: they say how many users there are")
-    return replace(mechanism_of(settings.privacy, everybody), users=max(round(learned / parts), 1), part=part, parts=parts)
+        raise DataError(
+            f"dataset {dataset.key} has no holdout user with two events",
+            "raise split.holdout_users: the number of users is estimated from them",
+        )
+    return replace(
+        mechanism_of(settings.privacy, all_users),
+        users=max(round(learned / parts), 1),
+        part=part,
+        parts=parts,
+    )
 
 
-def _turn(settings: Settings, key: str | None) -> int:
-    """The part of the users that a training learns from: as it was begun, or the one after the last training's."""
+def _next_part(settings: Settings, key: str | None) -> int:
+    """The part of the users that a training learns from: its earlier one, or the one after the previous
+    training's.
+    """
     parts = settings.privacy.shards
     if parts == 1:
         return 0
@@ -224,71 +169,99 @@ def _turn(settings: Settings, key: str | None) -> int:
         runs = Ledger.read(settings.ledger_url(), settings.privacy.population).runs()
     except MissingArtifactError:
         return 0
-    begun = [run.mechanism.part for run in runs if run.run_key == key]
+    own_parts = [run.mechanism.part for run in runs if run.run_key == key]
     before = [run.mechanism.part for run in runs if run.mechanism.parts == parts]
-    return begun[0] if begun else (before[-1] + 1) % parts if before else 0
+    return own_parts[0] if own_parts else (before[-1] + 1) % parts if before else 0
 
 
 def _ledger(settings: Settings) -> Ledger:
     return Ledger.open(settings.ledger_url(), settings.privacy.population)
 
 
-def _reserve(settings: Settings, key: str, dataset: Dataset, mechanism: Mechanism, resume: Path | None) -> dict[str, Any]:
-    """Reserve the steps of a private training in the ledger; what its workers need to take them. Raises RefusedError."""
+def _reserve(
+    settings: Settings, key: str, dataset: Dataset, mechanism: Mechanism, resume: Path | None
+) -> dict[str, Any]:
+    """Reserve the steps of a private training in the ledger. Returns what its workers need to take them.
+
+    Raises RefusedError.
+    """
     ledger, options = _ledger(settings), settings.privacy
-    _knows_all(settings, ledger)
-    tonight = dataset.learning_from(mechanism.part, mechanism.parts)
-    users = (str(user) for shard in tonight.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist())
-    done = json.loads((resume / "progress.json").read_text())["step"] if resume else 0
-    ledger.reserve(key, mechanism, options.cap, done, users)
-    named = {"ledger": settings.ledger_url(), "population": options.population, "run_key": key, "cap": options.cap}
-    return {"mechanism": asdict(mechanism), **named}
+    _check_ledger(settings, ledger)
+    trained = dataset.with_training_part(mechanism.part, mechanism.parts)
+    users = (
+        str(user)
+        for shard in trained.shards()
+        for user in shard.user_ids.filter(pa.array(shard.train_lengths > 0)).to_pylist()
+    )
+    done_steps = json.loads((resume / "progress.json").read_text())["step"] if resume else 0
+    ledger.reserve(key, mechanism, options.cap, done_steps, users)
+    reservation = {
+        "ledger": settings.ledger_url(),
+        "population": options.population,
+        "run_key": key,
+        "cap": options.cap,
+    }
+    return {"mechanism": asdict(mechanism), **reservation}
 
 
-def _knows_all(settings: Settings, ledger: Ledger) -> None:
-    """Raises RefusedError for a ledger that does not know a private bundle of its population: it is a new one, or of before."""
-    known = {run.run_key for run in ledger.runs()}
-    for path in bundles(Storage(settings.root())):
+def _check_ledger(settings: Settings, ledger: Ledger) -> None:
+    """Raises RefusedError if the ledger lacks a private bundle of its population: it is new or outdated."""
+    recorded = {run.run_key for run in ledger.runs()}
+    for path in list_bundles(Storage(settings.root())):
         bundle = Bundle.open(path)
-        if bundle.privacy["differential_privacy"] and bundle.privacy.get("population") == ledger.population and bundle.key not in known:
+        if (
+            bundle.privacy["differential_privacy"]
+            and bundle.privacy.get("population") == ledger.population
+            and bundle.key not in recorded
+        ):
             raise RefusedError(
-                f"the ledger {sa.engine.make_url(settings.ledger_url())!r} does not know bundle {bundle.key}, a private training of population "
-                f"{ledger.population}: what it spent is not counted",
-                "bring back the ledger that counted it (a backup, or privacy.ledger); other users are another privacy.population",
+                f"the ledger {sa.engine.make_url(settings.ledger_url())!r} does not contain bundle "
+                f"{bundle.key}, a private training of population {ledger.population}: its ε is not counted",
+                "restore the ledger that counted it (a backup, or privacy.ledger); for other users, set "
+                "another privacy.population",
             )
 
 
 def _fit(
-    settings: Settings, run: Path, dataset: Dataset, chosen: dict[str, Any], progress: Path, parent: Bundle | None, private: dict[str, Any] | None
+    settings: Settings,
+    run: Path,
+    dataset: Dataset,
+    train_settings: dict[str, Any],
+    progress: Path,
+    parent: Bundle | None,
+    private: dict[str, Any] | None,
 ) -> Path:
     """Run Ray Train to the end; returns the folder of the last checkpoint.
 
-    Each attempt is a Ray Train run in a folder of its own, so that one that was taken for dead cannot write into the
-    next one's; it begins with the best checkpoint that any attempt left.
+    Each attempt is a Ray Train run in its own folder, so that an attempt presumed dead cannot write into the
+    next one's. It begins with the best checkpoint of all earlier attempts.
     """
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     options = settings.train
     gpus = options.workers if options.use_gpu else 0
-    require(options.workers * options.cpus_per_worker, gpus, "train", options.timeout_s)
+    require_resources(options.workers * options.cpus_per_worker, gpus, "train", options.timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(options.report_timeout_s)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(options.timeout_s)
     attempt = 1 + sum(1 for path in run.iterdir() if path.is_dir())
     resume = last_checkpoint(run)
+
     resources = {"CPU": options.cpus_per_worker, **({"GPU": 1} if options.use_gpu else {})}
     trainer = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # Ray's types do not know that it may return something
+        train_worker,  # type: ignore[arg-type]  # Ray's types lack its return value
         train_loop_config={
             "dataset": str(dataset.path),
-            "settings": chosen,
+            "settings": train_settings,
             "threads": options.threads,
             "progress": str(progress),
             "resume": resume and str(resume),
             "parent": parent and str(parent.path.resolve()),
             "private": private,
         },
-        scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources
+        ),
         run_config=RunConfig(
             name=f"attempt-{attempt}",
             storage_path=str(run),
@@ -296,26 +269,27 @@ def _fit(
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
+
     try:
-        with unwrapped(), own_signals():
+        with unwrap_errors(), keep_signal_handlers():
             result: Any = trainer.fit()
     except SystemExit:
-        raise KeyboardInterrupt from None  # how Ray Train ends a process that was sent SIGINT: with exit 0
+        raise KeyboardInterrupt from None  # Ray Train ends a process with exit 0 on SIGINT
     except Exception as error:
-        if (told := _told(error, options.max_failures)) is None:
+        if (training_error := _to_training_error(error, options.max_failures)) is None:
             raise
-        raise told from error
+        raise training_error from error
     if result.return_value is not None:
         raise result.return_value
     if result.checkpoint is None and resume is not None:
-        return resume  # an earlier attempt had trained to the end
+        return resume  # an earlier attempt trained to the end
     if result.checkpoint is None:
-        raise TrainingError("training ended without a checkpoint", "look at the worker logs of Ray")
+        raise TrainingError("training ended without a checkpoint", "read the worker logs of Ray")
     return Path(result.checkpoint.path)
 
 
-def _told(error: Exception, restarts: int) -> Exception | None:
-    """What went wrong in a worker or in Ray Train, as ours; None for what Ray Train has no part in."""
+def _to_training_error(error: Exception, restarts: int) -> Exception | None:
+    """A failure of a worker or of Ray Train as an error of recray; None for other errors."""
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     if failed := getattr(error, "worker_failures", None):
@@ -323,29 +297,32 @@ def _told(error: Exception, restarts: int) -> Exception | None:
         first = getattr(first, "_base_exc", first)
         if isinstance(first, RecrayError):
             return first
-        if (number := no_room(first)) is not None:
-            return OSError(number, os.strerror(number), blamed(first))
+        if (number := find_disk_errno(first)) is not None:
+            return OSError(number, os.strerror(number), find_failed_path(first))
         return TrainingError(
-            f"train worker failed: {type(first).__name__}: {first}", "mend the cause and repeat the job; it goes on from the last checkpoint"
+            f"train worker failed: {type(first).__name__}: {first}",
+            "fix the cause and repeat the job; it resumes from the last checkpoint",
         )
     if isinstance(error, TrainingFailedError):
         cause = getattr(error, "controller_failure", error)
         return ClusterError(
             f"Ray Train gave up after {restarts} restarts: {type(cause).__name__}: {first_line(cause)}",
-            "look whether a node was lost (ray status), then repeat the job; it goes on from the last checkpoint",
+            "check for a lost node (ray status), then repeat the job; it resumes from the last checkpoint",
         )
     return None
 
 
 def _failures(at_most: int) -> Any:
-    """Restarts after a lost worker, a lost node and a group that could not start, each bounded; Ray's defaults are endless."""
+    """Limits on restarts after a lost worker, a lost node and a failed start; Ray has none by default."""
     from ray.train.v2.api.config import FailureConfig
 
-    return FailureConfig(max_failures=at_most, controller_failure_limit=at_most, max_preemption_failures=at_most)
+    return FailureConfig(
+        max_failures=at_most, controller_failure_limit=at_most, max_preemption_failures=at_most
+    )
 
 
-class _Follow:
-    """Reads the lines that rank 0 appends to a file and hands each epoch on once, in a thread of the driver."""
+class _CurveFollower:
+    """Reads the lines that rank 0 appends to a file and passes on each epoch once, in its own thread."""
 
     def __init__(self, path: Path, on_metrics: OnMetrics) -> None:
         self.path, self.on_metrics = path, on_metrics
@@ -372,7 +349,7 @@ class _Follow:
             try:
                 line = json.loads(text)
             except ValueError:
-                continue  # torn by a kill; it is only shown
+                continue  # cut off by a kill; it is only displayed
             if line["epoch"] not in self._seen:
                 self._seen.add(line["epoch"])
                 self.on_metrics(line)

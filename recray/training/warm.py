@@ -1,6 +1,6 @@
-"""A training that begins with another bundle's weights, as far as the two networks have them in common.
+"""Warm start: a training begins with the weights that its network shares with a parent bundle.
 
-Items and event types are matched by their names, so both may have come or gone since.
+Items and event types are matched by name, so both may have been added or removed since.
 """
 
 from __future__ import annotations
@@ -12,28 +12,31 @@ from recray.bundle import Bundle
 from recray.dataset.reader import Dataset
 from recray.model.recommender import Recommender
 
-BY_EVENT = ("events.weight", "event_bias.weight", "repeat.event.weight")  # tables with a row for each event type
+# tables with a row for each event type
+BY_EVENT = ("events.weight", "event_bias.weight", "repeat.event.weight")
 
 
 @torch.no_grad()
-def begin_with(model: Recommender, dataset: Dataset, parent: Bundle) -> None:
-    """Put the parent's weights into a fresh model of the dataset. What the parent does not have stays as it was drawn."""
-    theirs = dict(parent.model().named_parameters())
+def copy_parent_weights(model: Recommender, dataset: Dataset, parent: Bundle) -> None:
+    """Copy the parent's weights into a new model of the dataset. Other weights keep their initial values."""
+    parent_weights = dict(parent.model().named_parameters())
     item = dataset.translate(parent.item_ids)
-    known = parent.manifest["event_types"]
-    event = np.array([known.index(name) if name in known else -1 for name in dataset.event_types])
-    for name, mine in model.named_parameters():
-        if name not in theirs or theirs[name].shape[1:] != mine.shape[1:]:
+    parent_types = parent.manifest["event_types"]
+    event = np.array(
+        [parent_types.index(name) if name in parent_types else -1 for name in dataset.event_types]
+    )
+    for name, weight in model.named_parameters():
+        if name not in parent_weights or parent_weights[name].shape[1:] != weight.shape[1:]:
             continue
         if name == "items.ids.weight":
-            _copy_rows(mine, theirs[name], np.where(item > 0, item, -1))
+            _copy_rows(weight, parent_weights[name], np.where(item > 0, item, -1))
         elif name.endswith(BY_EVENT):
-            _copy_rows(mine, theirs[name], event)
-        elif theirs[name].shape == mine.shape:
-            mine.copy_(theirs[name])
+            _copy_rows(weight, parent_weights[name], event)
+        elif parent_weights[name].shape == weight.shape:
+            weight.copy_(parent_weights[name])
 
 
-def _copy_rows(mine: torch.Tensor, theirs: torch.Tensor, place: np.ndarray) -> None:
-    """Row i becomes theirs[place[i]]; -1 leaves it."""
-    rows = torch.from_numpy(np.flatnonzero(place >= 0)).to(mine.device)
-    mine[rows] = theirs[torch.from_numpy(place[place >= 0])].to(mine.device)
+def _copy_rows(weight: torch.Tensor, parent_weights: torch.Tensor, source_row: np.ndarray) -> None:
+    """Set row i to parent_weights[source_row[i]]; -1 keeps the row."""
+    rows = torch.from_numpy(np.flatnonzero(source_row >= 0)).to(weight.device)
+    weight[rows] = parent_weights[torch.from_numpy(source_row[source_row >= 0])].to(weight.device)

@@ -1,4 +1,6 @@
-"""The endpoint under load while nights come, break and go back, replicas die, and everything is killed: no wrong answer, nothing lost."""
+"""The endpoint under load while nights come, break and go back, replicas die, and everything is killed: no
+wrong answer, nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,17 @@ from preflight import absent
 from processes import titled
 
 from recray import pipeline
+from recray.cli.demo import post as ask
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
-from recray.demo import post as ask
-from recray.prepare.files import collected_files
+from recray.prepare.files import list_collected_files
 from recray.release import Member, Release
-from recray.scoring.score import By, write_night
 from recray.serving.api import RecommendRequest
 from recray.serving.query import resolve_query
-from recray.serving.ranking import bind, rank_inputs
+from recray.serving.ranking import bind_query, rank_inputs
 from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
+from recray.snapshot.score import ScoringModel, write_snapshot
 from recray.storage import Storage, manifest_digest, write_json
 from recray.testing.load import Driver, post
 from recray.testing.published import publish_untrained, score_buckets, untrained_bundle
@@ -61,14 +63,27 @@ class Served:
         self.replicas = replicas
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
-        self._words = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={root}", f"serve.port={self.port}"]
+        self._words = [
+            sys.executable,
+            "-m",
+            "recray.cli",
+            "serve",
+            f"storage.root={root}",
+            f"serve.port={self.port}",
+        ]
         self._words += ["serve.poll_s=0.2", "serve.timeout_s=30", f"serve.replicas={replicas}", *overrides]
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         try:
-            wait_for("the endpoint's first answer", lambda: self.get("/healthz")["status"] == "ok", ended=self.process.poll)
+            wait_for(
+                "the endpoint's first answer",
+                lambda: self.get("/healthz")["status"] == "ok",
+                ended=self.process.poll,
+            )
         except AssertionError as error:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise AssertionError(self.process.communicate()[1][-2000:]) from error
@@ -83,7 +98,11 @@ class Served:
 
     def becomes(self, snapshot: str) -> None:
         """Wait until every replica serves a snapshot."""
-        wait_for(f"20 answers of {snapshot} one after the other", lambda: {self.night() for _ in range(20)} == {snapshot}, saw=self.night)
+        wait_for(
+            f"20 answers of {snapshot} one after the other",
+            lambda: {self.night() for _ in range(20)} == {snapshot},
+            saw=self.night,
+        )
 
     def stop(self, number: int = signal.SIGINT) -> dict:
         """End it by a signal; its last line."""
@@ -106,13 +125,18 @@ def test_haproxy_listens_on_loopback_alone(served, own_home):
     for pid in titled(own_home, "haproxy"):
         with contextlib.suppress(OSError):  # one that a newer one replaced
             sockets |= {os.readlink(fd) for fd in list(Path(f"/proc/{pid}/fd").iterdir()) if fd.exists()}
-    listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    listening = [
+        line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"
+    ]
     hosts = Counter(line[1].split(":")[0] for line in listening if f"socket:[{line[9]}]" in sockets)
     assert hosts.total() >= 3 and set(hosts) == {"0100007F"}, "HTTP, metrics and statistics, on 127.0.0.1"
 
 
 def test_requests_that_never_end_make_nobody_wait(served):
-    begun = b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    begun = (
+        b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        b"application/json\r\nContent-Length: 50\r\n\r\n{"
+    )
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(200)]
         for client in slow:
@@ -124,23 +148,30 @@ def test_requests_that_never_end_make_nobody_wait(served):
 
 
 def test_a_burst_is_answered_and_what_is_more_than_there_are_places_is_told_to_come_again(served):
-    places = 2 * Settings().serve.places
-    wait_for("HAProxy to know of both replicas", lambda: {status for status, _ in _burst(served.port, places)} == {200})
+    places = 2 * Settings().serve.request_limit
+    wait_for(
+        "HAProxy to know of both replicas",
+        lambda: {status for status, _ in _burst(served.port, places)} == {200},
+    )
     found = _burst(served.port, 4 * places)
     refused = [head for status, head in found if status == 503]
     assert Counter(status for status, _ in found)[200] == len(found) - len(refused) >= places and refused
     for head in refused:  # by HAProxy, before any replica
-        assert b"all replicas have what they can take" in head
+        assert b"all replicas are at their limit" in head
         assert b"retry-after: 1\r\n" in head and b"content-type: application/problem+json\r\n" in head
         assert json.loads(head.partition(b"\r\n\r\n")[2])["status"] == 503
 
 
 def test_connections_that_are_idle_take_no_place(served):
-    places = 2 * Settings().serve.places
+    places = 2 * Settings().serve.request_limit
     with contextlib.ExitStack() as stack:
         for user in range(64):
-            idle = stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=DEADLINE_S)))
-            idle.request("POST", "/v1/recommend", json.dumps({"user_id": user}), {"Content-Type": "application/json"})
+            idle = stack.enter_context(
+                contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=DEADLINE_S))
+            )
+            idle.request(
+                "POST", "/v1/recommend", json.dumps({"user_id": user}), {"Content-Type": "application/json"}
+            )
             assert idle.getresponse().read(), "kept open from here on"
         for _ in range(5):
             assert {status for status, _ in _burst(served.port, places // 2)} == {200}
@@ -150,7 +181,9 @@ def _burst(port: int, count: int) -> list[tuple[int, bytes]]:
     """So many questions to the model at once; status and bytes of the answers, in lower case."""
     found = []
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(count)]
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(count)
+        ]
         for user, client in enumerate(clients):
             client.sendall(post("/v1/recommend", {"user_id": user, "mode": "realtime"}))
         for client in clients:
@@ -164,21 +197,32 @@ def _burst(port: int, count: int) -> list[tuple[int, bytes]]:
 
 def test_an_event_is_heard_by_every_replica(served, shop):
     _, storage, _ = shop
-    item = ask(f"{served.address}/v1/recommend", {"user_id": 7, "k": 100, "mode": "realtime"})["items"][-1]["item_id"]
+    item = ask(f"{served.address}/v1/recommend", {"user_id": 7, "k": 100, "mode": "realtime"})["items"][-1][
+        "item_id"
+    ]
     assert ask(f"{served.address}/v1/recommend", {"user_id": 7})["source"] == "snapshot"
     ask(f"{served.address}/v1/events", {"user_id": 7, "events": [{"item_id": item}]})
-    assert {ask(f"{served.address}/v1/recommend", {"user_id": 7})["source"] for _ in range(20)} == {"realtime"}
+    assert {ask(f"{served.address}/v1/recommend", {"user_id": 7})["source"] for _ in range(20)} == {
+        "realtime"
+    }
 
 
 def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, world_dataset):
-    """A good night, a damaged one and `recray rollback`, under a load of nightly lists and of the model's answers."""
+    """A good night, a damaged one and `recray rollback`, under a load of nightly lists and of the model's
+    answers.
+    """
     settings, storage, other = shop
     first = Snapshot.latest(storage)
     known = {"untrained": _answers(storage)}
-    requests = [post("/v1/recommend", {"user_id": user, "k": 5, "mode": "realtime" if user % 3 == 0 else "batch"}) for user in range(10, USERS)]
+    requests = [
+        post("/v1/recommend", {"user_id": user, "k": 5, "mode": "realtime" if user % 3 == 0 else "batch"})
+        for user in range(10, USERS)
+    ]
     with Continuous(served.port, requests, rate=50.0) as running:
         running.has_seen_more()
-        second_path, _, _ = write_night(storage, "second", world_dataset, By(other), settings.score, score_buckets)
+        second_path, _, _ = write_snapshot(
+            storage, "second", world_dataset, ScoringModel(other), settings.score, score_buckets
+        )
         Release(champion=Member.of(other), previous=Release.read(storage).champion).write(storage)
         published = storage.latest.read_bytes()
         served.becomes(manifest_digest(second_path))
@@ -186,9 +230,18 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
         shutil.copytree(second_path, broken)
         index = next(broken.glob("index-*.arrow"))
         index.write_bytes(index.read_bytes()[:-9] + b"123456789")
-        write_json(storage.latest, {**json.loads(published), "snapshot": broken.relative_to(storage.root).as_posix()})
-        wait_for("both replicas to refuse it", lambda: len(told := replica_logs(own_home)) == 2 and all("the old one stays" in log for log in told))
-        assert served.night() == manifest_digest(second_path), "a damaged night is refused and the old one stays"
+        write_json(
+            storage.latest, {**json.loads(published), "snapshot": broken.relative_to(storage.root).as_posix()}
+        )
+        wait_for(
+            "both replicas to refuse it",
+            lambda: (
+                len(told := replica_logs(own_home)) == 2 and all("the old one stays" in log for log in told)
+            ),
+        )
+        assert served.night() == manifest_digest(second_path), (
+            "a damaged night is refused and the old one stays"
+        )
         storage.latest.write_bytes(published)
         known["other"] = _answers(storage)
         words = [sys.executable, "-m", "recray.cli", "rollback", f"storage.root={storage.root}", "score.k=20"]
@@ -197,12 +250,14 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
         back = Snapshot.latest(storage)
         served.becomes(manifest_digest(back.path))
     assert back.path not in (first.path, second_path)
-    assert all(seen.others == {} and len(seen.refused_s) == 0 for seen in running.seen)
+    assert all(seen.other_statuses == {} and len(seen.refused_s) == 0 for seen in running.seen)
     bundles = Counter()
     for body in (body for seen in running.seen for body in seen.bodies):
         answer = json.loads(body)
         bundles[answer["bundle"], answer["source"]] += 1
-        assert tuple(item["item_id"] for item in answer["items"]) in known[answer["bundle"]][answer["source"]], "an answer that no night gives"
+        assert (
+            tuple(item["item_id"] for item in answer["items"]) in known[answer["bundle"]][answer["source"]]
+        ), "an answer that no night gives"
     assert set(bundles) == {(bundle, source) for bundle in known for source in ("snapshot", "realtime")}
 
 
@@ -211,7 +266,13 @@ class Continuous(threading.Thread):
 
     def __init__(self, port: int, requests: list[bytes], rate: float) -> None:
         super().__init__()
-        self.port, self.requests, self.rate, self.seen, self.stopped = port, requests, rate, [], threading.Event()
+        self.port, self.requests, self.rate, self.seen, self.stopped = (
+            port,
+            requests,
+            rate,
+            [],
+            threading.Event(),
+        )
 
     def run(self) -> None:
         while not self.stopped.is_set():
@@ -220,7 +281,11 @@ class Continuous(threading.Thread):
     def has_seen_more(self) -> None:
         """Wait until more was answered."""
         before = len(self.seen)
-        wait_for("more answers", lambda: any(len(seen.latency_s) for seen in self.seen[before:]), saw=lambda: self.seen[before:])
+        wait_for(
+            "more answers",
+            lambda: any(len(seen.latency_s) for seen in self.seen[before:]),
+            saw=lambda: self.seen[before:],
+        )
 
     def __enter__(self) -> Continuous:
         self.start()
@@ -234,7 +299,12 @@ class Continuous(threading.Thread):
 def _answers(storage: Storage) -> dict[str, set[tuple[str, ...]]]:
     """The first five of every list of the published night, and of everything that its model says."""
     night = ServingState.load(storage)
-    live = rank_inputs([bind(resolve_query(RecommendRequest(user_id=user, k=5), night), night) for user in range(USERS)])
+    live = rank_inputs(
+        [
+            bind_query(resolve_query(RecommendRequest(user_id=user, k=5), night), night)
+            for user in range(USERS)
+        ]
+    )
     return {
         "snapshot": {tuple(night.snapshot.find(user).item_ids[:5]) for user in range(USERS)},
         "realtime": {tuple(item for item, _ in found.items) for found in live},
@@ -247,9 +317,12 @@ def test_a_killed_replica_costs_at_most_the_answer_that_it_was_writing(served, o
     with Continuous(served.port, requests, rate=200.0) as running:
         running.has_seen_more()
         kill(before[0])
-        wait_for("another replica", lambda: len(now := titled(own_home, "ray::ServeReplica")) == 2 and before[0] not in now)
+        wait_for(
+            "another replica",
+            lambda: len(now := titled(own_home, "ray::ServeReplica")) == 2 and before[0] not in now,
+        )
         running.has_seen_more()
-    others = sum((Counter(seen.others) for seen in running.seen), Counter())
+    others = sum((Counter(seen.other_statuses) for seen in running.seen), Counter())
     assert others in ({}, {0: 1}), "what it is at is asked again of the other one"
     assert sum(len(seen.refused_s) for seen in running.seen) == 0
 
@@ -273,7 +346,8 @@ class Teller(threading.Thread):
 
 
 def _told(address: str, then) -> list[int]:
-    """Users whose event was acknowledged, of four who tell all the time; `then` happens when there are some."""
+    """Users whose event was acknowledged, of four who tell all the time; `then` happens when there are
+    some."""
     tellers = [Teller(address, 1_000_000 * (n + 1)) for n in range(4)]
     for teller in tellers:
         teller.start()
@@ -290,7 +364,11 @@ def _told(address: str, then) -> list[int]:
 
 
 def _collected(root: Path) -> Counter:
-    found = [int(user) for file in collected_files(root) for user in pq.read_table(file.uri)["user_id"].to_pylist()]
+    found = [
+        int(user)
+        for file in list_collected_files(root)
+        for user in pq.read_table(file.uri)["user_id"].to_pylist()
+    ]
     return Counter(user for user in found if user > 1000)
 
 
@@ -299,11 +377,14 @@ def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(se
     acknowledged = _told(served.address, lambda _: kill(*titled(own_home, "")))
     served.process.communicate()
     assert len(acknowledged) > 50
-    pipeline.run_collect(settings, None)
+    pipeline.run("collect", settings, None)
     served.start()
-    ask(f"{served.address}/v1/events", {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]})
+    ask(
+        f"{served.address}/v1/events",
+        {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]},
+    )
     assert any("serving on" in line for line in served.process.stderr)
-    pipeline.run_collect(settings, None)
+    pipeline.run("collect", settings, None)
     found = _collected(storage.root)
     assert set(acknowledged) <= set(found) and max(found.values()) == 1
 
@@ -341,6 +422,6 @@ def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_p
 
         acknowledged = _told(endpoint.address, restart)
         assert len(acknowledged) > 50
-        pipeline.run_collect(where, None)
+        pipeline.run("collect", where, None)
     found = _collected(storage.root)
     assert set(acknowledged) <= set(found) and max(found.values()) == 1

@@ -1,7 +1,8 @@
-"""SIGKILL of a job at each of its commit points, of its workers and of the Ray head: the nightly run, repeated, is right.
+"""SIGKILL of a job at each of its commit points, of its workers and of the Ray head: the nightly run,
+repeated, is right.
 
-A stage is tried alone, on a copy of a finished workspace from before it (or, where all that follows would have to be done again,
-without what it wrote). Random moments of whole nightly runs are in `--full`.
+A stage is tried alone, on a copy of a finished workspace from before it (or, where all that follows would
+have to be done again, without what it wrote). Random moments of whole nightly runs are in `--full`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ POINTS = {
     "prepare": ("dataset:written", "dataset:sealed", "dataset:visible"),
     "train": ("bundle:sealed", "bundle:visible", "tracked:written"),
     "evaluate": ("evaluation:written", "evaluation:sealed", "evaluation:visible", "tracked:visible"),
-    "promote": ("promotion:sealed", "promotion:visible", "RELEASE.json:written", "RELEASE.json:visible", "tracked:written"),
+    "promote": (
+        "promotion:sealed",
+        "promotion:visible",
+        "RELEASE.json:written",
+        "RELEASE.json:visible",
+        "tracked:written",
+    ),
     "score": ("snapshot:sealed", "snapshot:visible", "LATEST.json:written", "LATEST.json:visible"),
     "report": ("report:written", "report:sealed", "report:visible"),
 }
@@ -85,7 +92,9 @@ def test_a_training_that_is_asked_to_stop_says_so_and_is_repeated(workspace):
     assert workspace.job("train", *long).ends_ok()["metrics"]["epochs"] == 25
 
 
-@pytest.mark.parametrize(("stage", "victim"), [("prepare", "launcher"), ("train", "head"), ("score", "worker")])
+@pytest.mark.parametrize(
+    ("stage", "victim"), [("prepare", "launcher"), ("train", "head"), ("score", "worker")]
+)
 def test_a_job_that_lost_a_process_is_repeated(head, workspace, stage, victim):
     if stage in WRITES:
         workspace.cut_out(stage)
@@ -114,12 +123,19 @@ def test_a_job_that_lost_a_process_is_repeated(head, workspace, stage, victim):
 def _in_the_second_epoch(head, workspace, job) -> list[int]:
     """Wait until a training has ended its first epoch; its workers."""
     workers = job.waits_for("a worker", lambda: titled(head.home, WORKERS["train"]))
-    job.waits_for("the first epoch", lambda: any("\n" in path.read_text() for path in workspace.root.glob("training/*.jsonl")), every_s=0.01)
+    job.waits_for(
+        "the first epoch",
+        lambda: any("\n" in path.read_text() for path in workspace.root.glob("training/*.jsonl")),
+        every_s=0.01,
+    )
     return workers
 
 
 def _goes_on_from_its_checkpoint(root) -> None:
-    epochs = [json.loads(line)["epoch"] for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()]
+    epochs = [
+        json.loads(line)["epoch"]
+        for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()
+    ]
     assert max(epochs) == 3 and len(epochs) <= 4, "the repeated job goes on from the checkpoint"
 
 

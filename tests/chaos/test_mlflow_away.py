@@ -18,7 +18,7 @@ from harness import Job, Workspace, assert_tracked, wait_for
 from recray.cluster import free_ports
 
 FIRST = dt.date(2024, 4, 20)
-CHALLENGE = ("gates.margin=1", "tracking.timeout_s=30", "tracking.retries=0")
+CHALLENGE = ("promotion.margin=1", "tracking.timeout_s=30", "tracking.retries=0")
 BEFORE = {
     "prepare": "lease:held",
     "train": "dataset:visible",
@@ -40,14 +40,29 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        words = ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}", "--artifacts-destination", str(self.folder / "artifacts")]
+        words = [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder / 'server.db'}",
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+        ]
         words += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of GenAI jobs, by eleven more processes
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }  # of GenAI jobs, by eleven more processes
         with open(self.folder / "server.log", "a") as log:
             command = [sys.executable, "-m", "mlflow", "server", *words]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         health = f"{self.uri}/health"
-        wait_for("MLflow's server", lambda: urllib.request.urlopen(health, timeout=2).read(), saw=self.said, ended=self.process.poll)
+        wait_for(
+            "MLflow's server",
+            lambda: urllib.request.urlopen(health, timeout=2).read(),
+            saw=self.said,
+            ended=self.process.poll,
+        )
 
     def said(self) -> str:
         return (self.folder / "server.log").read_text()[-2000:]
@@ -67,7 +82,9 @@ def server(own_home, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shop(workspace, server, world_folder, tmp_path_factory):
-    """The nightly runs of one root, one day after the other; the first one, whose bundle was trained before, has ended."""
+    """The nightly runs of one root, one day after the other; the first one, whose bundle was trained before,
+    has ended.
+    """
     root = shutil.copytree(workspace.cut("evaluate"), tmp_path_factory.mktemp("shop") / "root")
     for told in ("mlflow", "nights", "tracked"):
         shutil.rmtree(root / told)
@@ -78,7 +95,13 @@ def shop(workspace, server, world_folder, tmp_path_factory):
 
 class Shop:
     def __init__(self, root: Path, folder: Path, environment: dict[str, str], server: Server) -> None:
-        self.root, self.folder, self.environment, self.server, self.day = root, folder, environment, server, -1
+        self.root, self.folder, self.environment, self.server, self.day = (
+            root,
+            folder,
+            environment,
+            server,
+            -1,
+        )
 
     def night(self, *, again: bool = False, fault: str | None = None) -> Job:
         self.day += 0 if again else 1
@@ -90,16 +113,26 @@ class Shop:
         return json.loads((self.root / "RELEASE.json").read_text())
 
     def pending(self) -> list[str]:
-        return [p.stem for p in (self.root / "tracked").glob("[!.]*.json") if "run_id" not in json.loads(p.read_text())]
+        return [
+            p.stem
+            for p in (self.root / "tracked").glob("[!.]*.json")
+            if "run_id" not in json.loads(p.read_text())
+        ]
 
 
 def test_a_server_works_as_the_local_store_does(shop, server):
-    assert (shop.first["status"], shop.first["warnings"], shop.first["metrics"]["promoted"]) == ("ok", [], 1), shop.first
+    assert (shop.first["status"], shop.first["warnings"], shop.first["metrics"]["promoted"]) == (
+        "ok",
+        [],
+        1,
+    ), shop.first
     assert_tracked(shop.root, server.uri)
     assert shop.night(again=True).ends_ok()["status"] == "skipped"
 
 
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[] if stage in IN_CI else [pytest.mark.slow]) for stage in BEFORE])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[] if stage in IN_CI else [pytest.mark.slow]) for stage in BEFORE]
+)
 def test_a_nightly_run_without_mlflow_is_scored_by_the_champion_and_told_later(shop, server, stage):
     before = shop.release()["champion"]["run_key"]
     night = shop.night(fault=f"STOP@{BEFORE[stage]}")
@@ -108,15 +141,26 @@ def test_a_nightly_run_without_mlflow_is_scored_by_the_champion_and_told_later(s
     try:
         os.kill(stopped, signal.SIGCONT)
         result = night.ends_ok()
-        assert result["status"] == "ok" and any("MLflow" in warning for warning in result["warnings"]) and shop.pending()
+        assert (
+            result["status"] == "ok"
+            and any("MLflow" in warning for warning in result["warnings"])
+            and shop.pending()
+        )
         champion = shop.release()["champion"]["run_key"]
         if stage in ("flip", "score", "report"):
             assert champion != before and result["metrics"]["promoted"] == 1
         else:
-            assert champion == before and result["metrics"]["promoted"] == 0 and "waits for the next run" in result["reason"]
+            assert (
+                champion == before
+                and result["metrics"]["promoted"] == 0
+                and "waits for the next run" in result["reason"]
+            )
         latest = json.loads((shop.root / "LATEST.json").read_text())
         scored = json.loads((shop.root / latest["snapshot"] / "manifest.json").read_text())
-        assert scored["bundle"] == f"bundles/{champion}" and str(FIRST + dt.timedelta(days=shop.day)) in latest["snapshot"]
+        assert (
+            scored["bundle"] == f"bundles/{champion}"
+            and str(FIRST + dt.timedelta(days=shop.day)) in latest["snapshot"]
+        )
     finally:
         server.start()
     result = shop.night(again=True).ends_ok()
@@ -128,7 +172,9 @@ def test_the_first_nightly_run_needs_no_mlflow(workspace: Workspace):
     workspace.cut("promote")
     uri = f"tracking.uri=http://127.0.0.1:{free_ports(1)[0]}"
     result = workspace.job("nightly", uri, "tracking.timeout_s=30", "tracking.retries=0").ends_ok()
-    assert result["metrics"]["promoted"] == 1 and any("does not answer" in warning for warning in result["warnings"])
+    assert result["metrics"]["promoted"] == 1 and any(
+        "does not respond" in warning for warning in result["warnings"]
+    )
 
 
 def test_another_storage_under_the_same_name_is_refused(shop, server, workspace):
@@ -137,5 +183,7 @@ def test_another_storage_under_the_same_name_is_refused(shop, server, workspace)
     root = workspace.cut("promote")
     code, result = workspace.job("nightly", f"tracking.uri={server.uri}").end()
     assert (code, result["status"]) == (3, "refused"), result
-    assert "another storage uses this name" in result["reason"] and "tracking.model" in result["reason"]
+    assert (
+        "another workspace uses this model name" in result["reason"] and "tracking.model" in result["reason"]
+    )
     assert not (root / "LATEST.json").exists() and not (root / "RELEASE.json").exists()

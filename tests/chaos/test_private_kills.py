@@ -1,4 +1,6 @@
-"""SIGKILL of a private training while it reserves, trains and commits: no step is lost from the ledger, none is counted twice."""
+"""SIGKILL of a private training while it reserves, trains and commits: no step is lost from the ledger, none
+is counted twice.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MORE = (f"privacy.steps={STEPS}", f"privacy.report_every={EVERY}")
 def prepared(world_folder, tmp_path_factory):
     """A root whose dataset is prepared."""
     root = tmp_path_factory.mktemp("private")
-    prepare_here(load_settings(None, [*private_overrides(world_folder, root), *QUICK, *MORE]), parse_as_of(AS_OF))
+    prepare_here(
+        load_settings(None, [*private_overrides(world_folder, root), *QUICK, *MORE]), parse_as_of(AS_OF)
+    )
     return root
 
 
@@ -34,7 +38,16 @@ def job(head, world_folder, prepared, tmp_path):
     root = shutil.copytree(prepared, tmp_path / "root")
 
     def start(name: str, *more: str, **options) -> Job:
-        return Job(name, world_folder, root, head.environment, *private_overrides(world_folder, root), *MORE, *more, **options)
+        return Job(
+            name,
+            world_folder,
+            root,
+            head.environment,
+            *private_overrides(world_folder, root),
+            *MORE,
+            *more,
+            **options,
+        )
 
     return start
 
@@ -72,14 +85,18 @@ def test_a_training_whose_driver_is_killed_accounts_for_every_step(job, tmp_path
     assert taken >= 3 and job("train").ends_ok()["status"] == "skipped"
 
 
-def test_a_training_whose_worker_is_killed_and_its_driver_before_the_commit_accounts_for_every_step(head, job, tmp_path):
+def test_a_training_whose_worker_is_killed_and_its_driver_before_the_commit_accounts_for_every_step(
+    head, job, tmp_path
+):
     root = tmp_path / "root"
     training = job("train", fault="KILL@bundle:visible")
     training.waits_for("the second piece in the ledger", lambda: taken_twice(root))
     taken = kinds(root).count("take")
     kill(*titled(head.home, "RayTrainWorker"))  # another one takes its place
     training.is_killed()
-    assert "commit" not in kinds(root) and list((root / "bundles").iterdir()), "the bundle is there, and the ledger does not know"
+    assert "commit" not in kinds(root) and list((root / "bundles").iterdir()), (
+        "the bundle is there, and the ledger does not know"
+    )
     job("nightly").ends_ok()
     _assert_accounted(root, most_redone=3 if taken > 3 else 2)
     assert job("nightly").ends_ok()["status"] == "skipped"
@@ -87,25 +104,31 @@ def test_a_training_whose_worker_is_killed_and_its_driver_before_the_commit_acco
 
 
 def _assert_accounted(root, *, most_redone: int) -> None:
-    """The ledger, the curve and the statement agree. What a kill undid is counted once more, and nothing else: the piece it hit, and those
-    whose checkpoints Ray had not taken over yet."""
+    """The ledger, the curve and the statement agree. What a kill undid is counted once more, and nothing
+    else: the piece it hit, and those whose checkpoints Ray had not taken over yet.
+    """
     ledger = Ledger.read(f"sqlite:///{root / 'privacy.sqlite'}", "users")
     (run,) = ledger.runs()
-    assert run.committed and run.reserved >= run.taken and kinds(root).count("commit") == 1
-    redone = run.taken - STEPS
+    assert run.committed and run.steps_reserved >= run.steps_taken and kinds(root).count("commit") == 1
+    redone = run.steps_taken - STEPS
     assert redone in range(0, (most_redone + 1) * EVERY, EVERY)
     assert redone or kinds(root).count("take") == 1 + STEPS // EVERY
     assert 1 <= run.counts_taken <= run.counts_reserved <= 2  # drawn again where no checkpoint was left
-    told = [json.loads(line)["steps"] for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()]
+    told = [
+        json.loads(line)["steps"]
+        for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()
+    ]
     assert max(told) == STEPS
     (statement,) = (json.loads(path.read_text()) for path in (root / "bundles").glob("*/privacy.json"))
     assert statement["steps"] == STEPS
-    assert statement["epsilon_of_all_trainings"] == pytest.approx(epsilon_of(ledger.spent(), statement["delta"]), abs=1e-3)
+    assert statement["epsilon_of_all_trainings"] == pytest.approx(
+        epsilon_of(ledger.spent(), statement["delta"]), abs=1e-3
+    )
 
 
 def test_a_training_over_the_cap_is_refused_before_its_first_step(job, tmp_path):
     root = tmp_path / "root"
-    for share, words in ((0.0, "what would fit"), (0.1, "item counts alone do not fit")):
+    for share, words in ((0.0, "these fit"), (0.1, "item counts alone do not fit")):
         code, result = job("train", "privacy.cap=0.5", f"privacy.counts_share={share}").end()
         assert (code, result["status"]) == (3, "refused") and words in result["reason"]
         assert kinds(root) == [] and not list(root.glob("bundles/*"))

@@ -1,4 +1,6 @@
-"""The documents: every link leads somewhere, code runs, the site builds, and the README stays short and plain."""
+"""The documents: every link leads somewhere, code runs, the site builds, and the README stays short and
+plain.
+"""
 
 import ast
 import os
@@ -13,7 +15,11 @@ from recray.config import Settings
 from recray.testing.published import publish_synthetic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / ".github" / "CONTRIBUTING.md", *sorted((REPOSITORY / "infra" / "docs" / "pages").glob("*.md"))]
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / ".github" / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "infra" / "docs" / "pages").glob("*.md")),
+]
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 MOST_LINES, MOST_WORDS, MEAN_WORDS = 170, 35, 18  # of the README; words of a sentence
 
@@ -40,7 +46,9 @@ def test_the_readme_is_read_in_five_minutes():
     text = (REPOSITORY / "README.md").read_text()
     assert len(text.splitlines()) <= MOST_LINES
     prose = re.sub(r"^(#|\||!).*$", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
-    prose = re.sub(r"^\[Your data\].*?\n\n", "", LINK.sub("]", prose), flags=re.DOTALL | re.MULTILINE)  # the list of pages
+    prose = re.sub(
+        r"^\[Your data\].*?\n\n", "", LINK.sub("]", prose), flags=re.DOTALL | re.MULTILINE
+    )  # the list of pages
     sentences = [sentence.split() for sentence in re.split(r"(?<=[.!?:])\s+", prose) if sentence.strip()]
     assert len(sentences) > 40
     assert max(map(len, sentences)) <= MOST_WORDS and sum(map(len, sentences)) / len(sentences) <= MEAN_WORDS
@@ -53,33 +61,68 @@ def test_the_walks_name_what_is_there():
     for file, name in names:
         scope = ast.parse((REPOSITORY / file).read_text()).body
         for part in name.split("."):
-            found = [node for node in scope if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == part]
+            found = [
+                node
+                for node in scope
+                if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.name == part
+            ]
             assert found, f"{file} has no {name}"
             scope = found[0].body
 
 
 def test_the_site_builds_without_a_warning_and_has_every_setting_command_and_endpoint(tmp_path):
     program = Path(sys.executable).with_name("mkdocs")
-    words = [program, "build", "--strict", "--quiet", "-f", REPOSITORY / "infra" / "docs" / "mkdocs.yml", "-d", tmp_path]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    words = [
+        program,
+        "build",
+        "--strict",
+        "--quiet",
+        "-f",
+        REPOSITORY / "infra" / "docs" / "mkdocs.yml",
+        "-d",
+        tmp_path,
+    ]
+    done = subprocess.run(
+        words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    settings, commands, rest = ((tmp_path / f"{name}.html").read_text() for name in ("configuration", "commands", "rest"))
+    settings, commands, rest = (
+        (tmp_path / f"{name}.html").read_text() for name in ("configuration", "commands", "rest")
+    )
     for section, field in Settings.model_fields.items():
         for name in field.annotation.model_fields:
             assert f"<code>{section}.{name}</code>" in settings
     from recray.cli import JOBS
 
     assert all(f"recray {job}" in commands for job in JOBS)
-    assert all(path in rest for path in ("/v1/recommend", "/v1/score", "/v1/similar", "/v1/events", "/v1/feedback", "/v1/history", "/v1/models"))
+    assert all(
+        path in rest
+        for path in (
+            "/v1/recommend",
+            "/v1/score",
+            "/v1/similar",
+            "/v1/events",
+            "/v1/feedback",
+            "/v1/history",
+            "/v1/models",
+        )
+    )
     messages = (tmp_path / "troubleshooting.html").read_text()
     assert messages.count("<tr>") > 150 and "another … (…) runs in …" in messages
     assert (tmp_path / "files" / "jobs" / "configs" / "shop.yaml").exists(), "what a page links to is there"
-    assert not re.search(r"<(?:script|link)[^>]+(?:src|href)=.https?://", settings), "nothing is loaded from elsewhere"
+    assert not re.search(r"<(?:script|link)[^>]+(?:src|href)=.https?://", settings), (
+        "nothing is loaded from elsewhere"
+    )
 
 
 def test_code_that_reads_the_outputs_runs(tmp_path):
     storage = publish_synthetic(tmp_path, users=30, items=20, events_per_user=6)
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "infra" / "docs" / "pages" / "outputs.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```",
+        (REPOSITORY / "infra" / "docs" / "pages" / "outputs.md").read_text(),
+        re.DOTALL,
+    )
     assert len(blocks) == 2
     shared: dict = {"WORKSPACE": str(storage.root)}
     for block in blocks:

@@ -1,4 +1,6 @@
-"""What the repository promises: configs show every default, jobs are shells, the sample is what it says it is."""
+"""What the repository promises: configs show every default, jobs are shells, the sample is what it says it
+is.
+"""
 
 import json
 import re
@@ -29,7 +31,12 @@ def test_configs_open_with_their_command_and_say_why_they_differ_from_the_defaul
         if re.match(r"  [a-z_]+: ", line) and "$RECRAY_DATA" not in line and "sample:" not in line:
             assert "  # " in line or explained.startswith("  # "), f"no reason: {line}"
         explained = line
-    same = [f"{section}.{name}" for section, fields in content.items() for name, value in fields.items() if value == defaults[section][name]]
+    same = [
+        f"{section}.{name}"
+        for section, fields in content.items()
+        for name, value in fields.items()
+        if value == defaults[section][name]
+    ]
     assert not same, "these are the defaults"
 
 
@@ -49,29 +56,46 @@ def test_settings_prints_all_that_init_leaves_out(tmp_path, capsys):
 
 
 def test_top_level_is_what_was_agreed():
-    visible = {p.name for p in REPOSITORY.iterdir() if not p.name.startswith(".") and not p.name.endswith(".egg-info")}
+    visible = {
+        p.name
+        for p in REPOSITORY.iterdir()
+        if not p.name.startswith(".") and not p.name.endswith(".egg-info")
+    }
     assert visible == {"pyproject.toml", "README.md", "jobs", "recray", "policies", "tests", "infra"}
 
 
-@pytest.mark.parametrize("job", ["collect", "prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "serve"])
+@pytest.mark.parametrize(
+    "job", ["collect", "prepare", "train", "evaluate", "promote", "score", "nightly", "rollback", "serve"]
+)
 def test_each_job_can_be_submitted_and_is_a_command(job):
     text = (REPOSITORY / "jobs" / f"{job}.py").read_text()
     assert f'job_main("{job}")' in text and len(text.splitlines()) < 15
     assert job in cli.JOBS
-    assert job == "serve" or hasattr(pipeline, f"run_{job}")
+    assert job == "serve" or job in (*pipeline.STAGE_JOBS, *pipeline.JOBS)
 
 
 def test_the_audit_can_be_submitted():
-    assert 'job_main("privacy", "audit")' in (REPOSITORY / "jobs" / "audit.py").read_text() and "audit" in cli.SUBMITTED
+    assert (
+        'job_main("privacy", "audit")' in (REPOSITORY / "jobs" / "audit.py").read_text()
+        and "audit" in cli.SUBMITTED
+    )
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_the_endpoint_has():
     telemetry = (REPOSITORY / "recray" / "serving" / "telemetry.py").read_text()
-    counted = set(re.findall(r'"(recray_[a-z_]+)", "', telemetry))
+    counted = set(re.findall(r'"(recray_[a-z_]+)",\s+"', telemetry))
     board = json.loads((REPOSITORY / "infra" / "grafana" / "recray.json").read_text())
-    rules = yaml.safe_load((REPOSITORY / "infra" / "grafana" / "alerts.yaml").read_text())["groups"][0]["rules"]
-    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]] + [rule["expr"] for rule in rules]
-    named = {re.sub(r"_(bucket|sum|count)$", "", name) for text in asked for name in re.findall(r"ray_(recray_[a-z_]+)", text)}
+    rules = yaml.safe_load((REPOSITORY / "infra" / "grafana" / "alerts.yaml").read_text())["groups"][0][
+        "rules"
+    ]
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]] + [
+        rule["expr"] for rule in rules
+    ]
+    named = {
+        re.sub(r"_(bucket|sum|count)$", "", name)
+        for text in asked
+        for name in re.findall(r"ray_(recray_[a-z_]+)", text)
+    }
     assert len(counted) >= 10 and named == counted
     assert all(rule["annotations"]["summary"] and rule["annotations"]["fix"] for rule in rules)
 
@@ -87,7 +111,10 @@ def test_init_writes_a_file_that_works_and_keeps_what_is_there(tmp_path, capsys)
 def test_the_sample_is_small_attributed_and_clean():
     folder = resources.files("recray") / "dataset" / "online_retail"
     assert sum(p.stat().st_size for p in Path(str(folder)).glob("*.parquet")) < 3_000_000
-    assert "CC BY 4.0" in (folder / "ATTRIBUTION.md").read_text() and "10.24432/C5BW33" in (folder / "ATTRIBUTION.md").read_text()
+    assert (
+        "CC BY 4.0" in (folder / "ATTRIBUTION.md").read_text()
+        and "10.24432/C5BW33" in (folder / "ATTRIBUTION.md").read_text()
+    )
     events = pq.read_table(str(folder / "events.parquet"))
     assert events.num_rows == 386_354
     assert events["user_id"].null_count == 0 and set(events["event"].unique().to_pylist()) == {"purchase"}
@@ -97,13 +124,22 @@ def test_the_sample_is_small_attributed_and_clean():
 def test_the_sample_is_the_published_data_cleaned(shared_data):
     raw = pq.read_table(shared_data / "online-retail" / "interactions.parquet").to_pandas()
     items = pq.read_table(shared_data / "online-retail" / "items.parquet").to_pandas()
-    keep = raw.user_id.notna() & (raw.event == "purchase") & raw.item_id.isin(items[items.is_product_code].item_id)
+    keep = (
+        raw.user_id.notna()
+        & (raw.event == "purchase")
+        & raw.item_id.isin(items[items.is_product_code].item_id)
+    )
     clean = raw[keep].drop_duplicates(["user_id", "item_id", "invoice_no"])
     folder = resources.files("recray") / "dataset" / "online_retail"
     sample = pq.read_table(str(folder / "events.parquet")).to_pandas()
     columns = ["user_id", "item_id", "invoice_no", "timestamp", "quantity"]
     mine, theirs = (t[columns].sort_values(columns[:3]).reset_index(drop=True) for t in (sample, clean))
     assert len(mine) == len(theirs)
-    assert (mine[["item_id", "invoice_no", "quantity"]].values == theirs[["item_id", "invoice_no", "quantity"]].values).all()
+    assert (
+        mine[["item_id", "invoice_no", "quantity"]].values
+        == theirs[["item_id", "invoice_no", "quantity"]].values
+    ).all()
     assert (mine.user_id.values == theirs.user_id.values.astype(int)).all()
-    assert (mine.timestamp.values.astype("datetime64[s]") == theirs.timestamp.values.astype("datetime64[s]")).all()
+    assert (
+        mine.timestamp.values.astype("datetime64[s]") == theirs.timestamp.values.astype("datetime64[s]")
+    ).all()

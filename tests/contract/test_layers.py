@@ -14,12 +14,11 @@ ROOT = Path(recray.__file__).parent
 
 # lower rooms first; a room may import its own level only where the architecture orders it
 LEVEL = {
-    "version": -1, "errors": 0, "schema": 0, "private": 0.05, "config": 0.1, "lease": 0.1, "storage": 0.2, "optout": 0.3,
-    "dataset": 1.0, "model": 1.0, "bundle": 1.1, "inference": 1.2, "evaluation": 1.3, "privacy": 1.4, "snapshot": 1.1, "release": 1.2,
-    "cluster": 2.0, "prepare": 2.1, "training": 2.1, "scoring": 2.1, "tracking": 2.1,
-    "state": 2.1, "promotion": 2.9, "erasure": 2.9, "export": 2.9,
-    "serving": 3, "terminal": 3, "stages": 3.5, "follow": 3.6, "pipeline": 4, "supervise": 4,
-    "submission": 4.1, "doctor": 4.1, "demo": 4.1, "testing": 4.05, "benchmark": 4.1, "cli": 4.2, "__init__": 9,
+    "version": -1, "errors": 0, "config": 0.1, "storage": 0.2, "dataset": 1.0, "model": 1.0,
+    "bundle": 1.1, "inference": 1.2, "release": 1.2, "privacy": 1.2, "evaluation": 1.3,
+    "cluster": 2.0, "prepare": 2.1, "training": 2.1, "snapshot": 2.1, "tracking": 2.1, "state": 2.1,
+    "serving": 3, "stages": 3.5, "pipeline": 4, "testing": 4.05, "benchmark": 4.1, "cli": 4.2,
+    "__init__": 9,
 }  # fmt: skip
 
 
@@ -37,7 +36,10 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" if node.module == "recray" else node.module for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "recray" else node.module
+                for alias in node.names
+            }
     return found
 
 
@@ -68,17 +70,24 @@ def test_imports_go_down(path):
 
 def test_no_modules_import_each_other():
     """Neither in functions nor for types alone."""
-    modules = {".".join(["recray", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path for path in files()}
+    modules = {
+        ".".join(["recray", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in files()
+    }
     graph = {}
     for name, path in modules.items():
         graph[name] = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module in modules:
                 submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-                graph[name] |= (submodules & set(modules)) | ({node.module} if submodules - set(modules) else set())
+                graph[name] |= (submodules & set(modules)) | (
+                    {node.module} if submodules - set(modules) else set()
+                )
             elif isinstance(node, ast.Import):
                 graph[name] |= {alias.name for alias in node.names} & set(modules)
-    assert graph["recray.serving.service"] >= {"recray.serving.query", "recray.errors"}, "else this sees nothing"
+    assert graph["recray.serving.service"] >= {"recray.serving.query", "recray.errors"}, (
+        "else this sees nothing"
+    )
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
@@ -89,7 +98,9 @@ def test_policies_are_learned_beside_the_endpoint_not_in_it():
             if top == "recray":
                 assert LEVEL[room(module)] < LEVEL["serving"], f"{path.name} imports {module}"
             if top in ("ray", "gymnasium"):
-                assert path.name in ("learner.py", "environment.py", "adapt.py"), f"{path.name} imports {module}"
+                assert path.name in ("learner.py", "environment.py", "adapt.py"), (
+                    f"{path.name} imports {module}"
+                )
             assert top not in ("mlflow", "pickle", "cloudpickle"), f"{path.name} imports {module}"
 
 
@@ -122,4 +133,6 @@ def test_no_pickle_is_written_or_read():
     for path in files():
         assert not {module.split(".")[0] for module in imports(path)} & names, path
         text = path.read_text()
-        assert "torch.save(" not in text and "torch.load(" not in text and "allow_pickle=True" not in text, path
+        assert "torch.save(" not in text and "torch.load(" not in text and "allow_pickle=True" not in text, (
+            path
+        )

@@ -1,6 +1,8 @@
-"""Faults made by hand in what must never be wrong: tests that are in CI notice each. Run by `bash infra/test.sh --full`.
+"""Faults made by hand in what must never be wrong: tests that are in CI notice each. Run by `bash
+infra/test.sh --full`.
 
-A mutant is a copy of the code with a few words changed. One that no test notices says which promise is no longer tested.
+A mutant is a copy of the code with a few words changed. One that no test notices says which promise is no
+longer tested.
 """
 
 from __future__ import annotations
@@ -18,25 +20,25 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 MUTANTS = {
     "storage: what a killed attempt had begun stays": (
-        "recray/storage.py",
-        'for left in path.parent.glob(f".{path.name}.*"):',
-        "for left in ():",
+        "recray/storage/__init__.py",
+        'for leftover in path.parent.glob(f".{path.name}.*"):',
+        "for leftover in ():",
         "tests/unit/test_storage.py",
     ),
     "storage: a directory is visible before its manifest is": (
-        "recray/storage.py",
+        "recray/storage/__init__.py",
         "        _seal(scratch, kind, run_key, fields)\n",
         "        os.rename(scratch, path)\n        _seal(path, kind, run_key, fields)\n",
         "tests/unit/test_storage.py",
     ),
     "storage: a changed byte goes unseen": (
-        "recray/storage.py",
+        "recray/storage/__init__.py",
         'sha256_file(path / name) == files[name]["sha256"]',
         "True",
         "tests/unit/test_storage.py",
     ),
     "storage: what another run wrote is taken for one's own": (
-        "recray/storage.py",
+        "recray/storage/__init__.py",
         'or manifest.get("run_key") != run_key:',
         "or not run_key:",
         "tests/unit/test_storage.py",
@@ -48,14 +50,14 @@ MUTANTS = {
         "tests/unit/test_storage.py",
     ),
     "lease: who was taken for dead still publishes": (
-        "recray/lease.py",
+        "recray/storage/lease.py",
         "            _held.check()\n        yield\n",
         "            pass\n        yield\n",
         "tests/unit/test_lease.py",
     ),
     "lease: a holder that lives is taken for dead": (
-        "recray/lease.py",
-        "if seen is not None and found != seen:",
+        "recray/storage/lease.py",
+        "if previous is not None and touch != previous:",
         "if False:",
         "tests/unit/test_lease.py",
     ),
@@ -66,15 +68,15 @@ MUTANTS = {
         "tests/unit/test_promotion.py",
     ),
     "release: what was rolled back comes back": (
-        "recray/promotion.py",
+        "recray/evaluation/promotion.py",
         "if challenger.key in release.rolled_back and not by_hand:",
         "if False:",
         "tests/unit/test_promotion.py",
     ),
     "ledger: more steps are taken than were reserved": (
         "recray/privacy/ledger.py",
-        "if mine.taken + steps > mine.reserved or",
-        "if",
+        "run.steps_taken + steps > run.steps_reserved",
+        "False",
         "tests/unit/test_ledger.py",
     ),
     "ledger: a training over the cap is reserved": (
@@ -108,5 +110,7 @@ def test_a_fault_is_noticed(tmp_path, name):
     assert code.count(right) == 1, f"{file} does not say {right!r} once; write this mutant anew"
     (tmp_path / file).write_text(code.replace(right, wrong))
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", tests]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "FAILED" in done.stdout, f"no test notices it: {done.stdout[-1500:]}"

@@ -1,7 +1,8 @@
-"""What a change of words or rooms must not move: responses, what is logged of them, artifacts, losses and weights.
+"""What a change of words or rooms must not move: responses, what is logged of them, artifacts, losses and
+weights.
 
-`RECRAY_RECORD=1 pytest tests/contract/test_pins.py` writes them down anew; a change of behaviour is then seen in the records' diff.
-Scores and losses are compared to five digits, as machines add in different orders.
+`RECRAY_RECORD=1 pytest tests/contract/test_pins.py` writes them down anew; a change of behaviour is then seen
+in the records' diff. Scores and losses are compared to five digits, as machines add in different orders.
 """
 
 from __future__ import annotations
@@ -21,24 +22,27 @@ from conftest import world_overrides
 from starlette.testclient import TestClient
 from test_surface import recorded
 
-from recray import promotion
 from recray.bundle import Bundle
 from recray.config import ServeSettings, load_settings
+from recray.config.formats import to_first_names
 from recray.inference import Predictor
-from recray.inference.policy import OBSERVED, Frozen, Policy
+from recray.inference.observer import Observer
+from recray.inference.policy import OBSERVED, ObservationNormalizer, Policy
+from recray.release import begin_experiment, release_policy
 from recray.serving.http import create_app
 from recray.serving.service import Service
-from recray.storage import Storage
+from recray.storage import Storage, key_of
 from recray.testing.published import prepare_here, publish_untrained, untrained_bundle
 from recray.testing.synthetic import SyntheticShop
-from recray.training.trainer import bundle_settings
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop
 
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 NOW = "2024-05-20T12:00:00Z"
 KNOWN, OTHER, NOBODY = 3, 11, 10**9
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
-    "without seen items": {"new_only": True},
+    "without seen items": {"filter_seen": True},
     "allow": {"allow": ["i0000001", "i0000005", "i0000009", "i0000010", "nothing of the sort"]},
     "deny": {"deny": ["i0000000", "i0000002"]},
     "where": {"where": {"category": ["kind 1", "kind 2"], "price": {"max": 20}}},
@@ -46,7 +50,10 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 SENT: dict[str, dict[str, Any]] = {
     "history": {
-        "history": [{"item_id": "i0000004", "timestamp": "2024-03-01T10:00:00Z"}, {"item_id": "i0000007", "timestamp": "2024-04-01T10:00:00Z"}]
+        "history": [
+            {"item_id": "i0000004", "timestamp": "2024-03-01T10:00:00Z"},
+            {"item_id": "i0000007", "timestamp": "2024-04-01T10:00:00Z"},
+        ]
     },
     "events": {"events": [{"item_id": "i0000004", "timestamp": NOW, "value": 2.0}]},
     "empty history": {"history": []},
@@ -83,7 +90,13 @@ def requests_of(*users: int, filters: bool, sent: bool) -> list[tuple[str, str, 
     for user in users:
         for mode in ("auto", "batch", "realtime"):
             for name, more in FILTERS.items() if filters else [("none", {})]:
-                found.append((f"{user}, {mode}, {name}", "/v1/recommend", {"user_id": user, "k": 4, "mode": mode, **more}))
+                found.append(
+                    (
+                        f"{user}, {mode}, {name}",
+                        "/v1/recommend",
+                        {"user_id": user, "k": 4, "mode": mode, **more},
+                    )
+                )
         for name, more in SENT.items() if sent else ():
             found.append((f"{user}, auto, {name}", "/v1/recommend", {"user_id": user, "k": 4, **more}))
     return found
@@ -91,7 +104,9 @@ def requests_of(*users: int, filters: bool, sent: bool) -> list[tuple[str, str, 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A workspace with a published run, a challenger and a policy; its files of release and publication as they were."""
+    """A workspace with a published run, a challenger and a policy; its files of release and publication as
+    they were.
+    """
     folder = tmp_path_factory.mktemp("pins")
     SyntheticShop(users=40, items=30, events_per_user=8, seed=1).write(folder)
     settings = load_settings(None, [*world_overrides(folder, folder / "root"), "data.shards=2", "score.k=10"])
@@ -101,11 +116,25 @@ def published(tmp_path_factory):
     untrained_bundle(other, dataset, storage.bundle("challenger"), "challenger")
     bundle = Bundle.open(storage.bundle("untrained"))
     predictor = Predictor.load(bundle.path, dataset=dataset)
-    histories = [predictor.translation(dataset).history(dataset.user_history(user)) for user in range(40)]
-    state = predictor.recommend(histories, 2, now=dataset.now_s, watched=True).state
-    seen = np.stack([predictor.observe(history, dataset.now_s, known) for history, known in zip(histories, state, strict=True)])
+    histories = [
+        predictor.vocabulary.translation(dataset).history(dataset.user_history(user)) for user in range(40)
+    ]
+    state = predictor.recommend(histories, 2, now=dataset.now_s, with_state=True).state
+    observer = Observer(predictor)
+    seen = np.stack(
+        [
+            observer.observe(history, dataset.now_s, known)
+            for history, known in zip(histories, state, strict=True)
+        ]
+    )
     weights = {"weight_0": torch.full((2, len(OBSERVED)), 0.05), "bias_0": torch.tensor([0.5, -0.5])}
-    policy = Policy(("temperature", "recency"), Frozen.of(seen), weights, bundle.digest, {"promoted": True, "reason": ""})
+    policy = Policy(
+        ("temperature", "recency"),
+        ObservationNormalizer.of(seen),
+        weights,
+        bundle.digest,
+        {"promoted": True, "reason": ""},
+    )
     policy.save(storage.policy("policy"), "policy")
     return settings, storage, bundle, storage.release.read_bytes()
 
@@ -115,15 +144,15 @@ def plain(storage: Storage, bundle: Bundle) -> None:
 
 
 def with_policy(storage: Storage, bundle: Bundle) -> None:
-    promotion.release_policy(storage, bundle, "policy", 1.0)
+    release_policy(storage, bundle, "policy", 1.0)
 
 
 def with_experiment(storage: Storage, bundle: Bundle) -> None:
-    promotion.begin_trial(storage, Bundle.open(storage.bundle("challenger")), 0.5)
+    begin_experiment(storage, Bundle.open(storage.bundle("challenger")), 0.5)
 
 
 def with_shadow(storage: Storage, bundle: Bundle) -> None:
-    promotion.begin_trial(storage, Bundle.open(storage.bundle("challenger")), 0.5, shadow=True)
+    begin_experiment(storage, Bundle.open(storage.bundle("challenger")), 0.5, shadow=True)
 
 
 EVENTS = {
@@ -134,10 +163,26 @@ EVENTS = {
     ],
 }
 CASES = {
-    "plain": (plain, None, [*requests_of(KNOWN, filters=True, sent=True), *requests_of(NOBODY, filters=True, sent=False)]),
-    "state": (plain, EVENTS, [*requests_of(KNOWN, filters=True, sent=True), *requests_of(OTHER, filters=False, sent=False)]),
-    "policy": (with_policy, EVENTS, [*requests_of(KNOWN, filters=False, sent=True), *requests_of(OTHER, filters=False, sent=True)]),
-    "experiment": (with_experiment, None, [*requests_of(*range(6), filters=False, sent=False), *requests_of(KNOWN, filters=True, sent=True)]),
+    "plain": (
+        plain,
+        None,
+        [*requests_of(KNOWN, filters=True, sent=True), *requests_of(NOBODY, filters=True, sent=False)],
+    ),
+    "state": (
+        plain,
+        EVENTS,
+        [*requests_of(KNOWN, filters=True, sent=True), *requests_of(OTHER, filters=False, sent=False)],
+    ),
+    "policy": (
+        with_policy,
+        EVENTS,
+        [*requests_of(KNOWN, filters=False, sent=True), *requests_of(OTHER, filters=False, sent=True)],
+    ),
+    "experiment": (
+        with_experiment,
+        None,
+        [*requests_of(*range(6), filters=False, sent=False), *requests_of(KNOWN, filters=True, sent=True)],
+    ),
     "shadow": (with_shadow, None, requests_of(*range(4), filters=False, sent=False)),
 }
 
@@ -154,7 +199,7 @@ def test_responses_and_what_is_logged_of_them_are_those_recorded(published, case
     responses: dict[str, Any] = {}
 
     async def shadowed() -> None:
-        await asyncio.gather(*handler._tasks)
+        await asyncio.gather(*handler.shadow._tasks)
 
     with TestClient(create_app(handler), base_url="http://localhost") as client:
 
@@ -190,12 +235,19 @@ def test_bytes_of_a_run_are_those_recorded(published):
     }
     tables = {path.stem: pq.read_table(path).to_pydict() for path in sorted(dataset.glob("*.parquet"))}
     (snapshot,) = storage.scores.glob("dt=*/*")
-    rows = sorted((row for part in snapshot.glob("part-*.parquet") for row in pq.read_table(part).to_pylist()), key=lambda row: row["user_id"])
+    rows = sorted(
+        (row for part in snapshot.glob("part-*.parquet") for row in pq.read_table(part).to_pylist()),
+        key=lambda row: row["user_id"],
+    )
     assert digests and tables and len(rows) == 40
     assert_same("run.json", {"digests": digests, "tables": tables, "lists": rows[:10]})
 
 
-@pytest.mark.parametrize("parts", [["model.preset=ligr"], ["model.preset=sasrec"], ["model.preset=hstu"]], ids=lambda parts: parts[0])
+@pytest.mark.parametrize(
+    "parts",
+    [["model.preset=ligr"], ["model.preset=sasrec"], ["model.preset=hstu"]],
+    ids=lambda parts: parts[0],
+)
 def test_losses_and_weights_of_a_training_are_those_recorded(published, parts):
     settings, storage, _, _ = published
     (dataset,) = (storage.root / "datasets").iterdir()
@@ -208,8 +260,13 @@ def test_losses_and_weights_of_a_training_are_those_recorded(published, parts):
 
     losses, weights = trained()
     again, same = trained()
-    assert losses == again and all(torch.equal(weight, same[name]) for name, weight in weights.items()), "to the bit, of one seed"
-    sums = {name: [float(weight.double().sum()), float(weight.double().square().sum())] for name, weight in weights.items()}
+    assert losses == again and all(torch.equal(weight, same[name]) for name, weight in weights.items()), (
+        "to the bit, of one seed"
+    )
+    sums = {
+        name: [float(weight.double().sum()), float(weight.double().square().sum())]
+        for name, weight in weights.items()
+    }
     assert_same(f"training_{parts[0].partition('=')[2]}.json", {"losses": losses, "weights": sums})
 
 
@@ -258,3 +315,17 @@ def test_a_pin_notices_what_moves():
 def test_there_are_as_many_requests_as_promised():
     assert sum(len(asked) for *_, asked in CASES.values()) >= 60
     assert Path(__file__).parent.joinpath("records", "pins", "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["privacy.enabled=true", "privacy.cap=8"]], ids=["demo", "private"]
+)
+def test_run_keys_outlive_new_names_of_settings(overrides):
+    """They were recorded under the names of 0.1.0: what a run wrote then is found, and paid for once."""
+    settings = load_settings(CONFIGS / "demo.yaml", overrides)
+    keys = {
+        "data and split": key_of(settings.key_settings("data", "split")),
+        "bundle": key_of(to_first_names(bundle_settings(settings))),
+        "promotion": key_of(settings.key_settings("promotion", "evaluate", "score")),
+    }
+    assert_same(f"keys_{'private' if overrides else 'demo'}.json", keys)

@@ -1,4 +1,5 @@
-"""What others build on: public names, the endpoint's OpenAPI, commands, settings; and the hook that is the same as CI.
+"""What others build on: public names, the endpoint's OpenAPI, commands, settings; and the hook that is the
+same as CI.
 
 `RECRAY_RECORD=1 pytest tests/contract` writes down a surface that was changed on purpose.
 """
@@ -42,13 +43,19 @@ def test_public_names_are_those_of_all():
 
 def test_the_drawing_of_the_errors_is_complete():
     """Each class stands in the drawing once, below its base."""
-    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.RecrayError)}
+    classes = {
+        name: value
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.RecrayError)
+    }
     drawn, path = {}, []
     for line in errors.__doc__.splitlines():
         if name := re.search(r"\b[A-Z]\w+Error\b", line):
             depth = name.start() // 4
             path[depth:] = [name[0]]
-            drawn[name[0]] = next((parent for parent in reversed(path[:-1]) if parent in classes), "Exception")
+            drawn[name[0]] = next(
+                (parent for parent in reversed(path[:-1]) if parent in classes), "Exception"
+            )
         elif "exit code 1" in line:
             path[1:] = ["(exit code 1)"]
     assert drawn == {name: value.__base__.__name__ for name, value in classes.items()}
@@ -68,9 +75,13 @@ def test_the_commands_and_their_options_are_the_recorded_ones():
 
     from recray import cli
 
-    (commands,) = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (commands,) = [
+        action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+    ]
     found = {
-        name: sorted(option for action in command._actions for option in (action.option_strings or [action.dest]))
+        name: sorted(
+            option for action in command._actions for option in (action.option_strings or [action.dest])
+        )
         for name, command in commands.choices.items()
     }
     assert found == recorded("commands.json", found), CHANGED
@@ -86,7 +97,11 @@ def test_the_settings_and_their_defaults_are_the_recorded_ones():
 def test_the_hook_runs_what_ci_runs():
     (repo,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
     (hook,) = repo["hooks"]
-    assert hook["entry"] == "bash infra/lint.sh" and hook["language"] == "system" and hook["pass_filenames"] is False
+    assert (
+        hook["entry"] == "bash infra/lint.sh"
+        and hook["language"] == "system"
+        and hook["pass_filenames"] is False
+    )
     assert "bash infra/lint.sh\n" in (REPOSITORY / "infra" / "test.sh").read_text()
     assert "infra/test.sh" in (REPOSITORY / ".ci" / "run").read_text()
 
@@ -97,5 +112,9 @@ def test_types_are_checked_strictly(name):
 
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["mypy"]
     assert settings["strict"] is True and name in settings["packages"]
-    loosened = {key for key, value in settings.items() if value is False or key in ("disable_error_code", "implicit_reexport")}
+    loosened = {
+        key
+        for key, value in settings.items()
+        if value is False or key in ("disable_error_code", "implicit_reexport")
+    }
     assert not loosened

@@ -1,7 +1,7 @@
 """Two workers on two nodes learn what one worker learns.
 
-This module must meet Ray first in its process (marker `alone`): after another session of the same process, Ray (2.60) cancels
-new actors of a `cluster_utils` cluster before they start.
+This module must meet Ray first in its process (marker `alone`): after another session of the same process,
+Ray (2.60) cancels new actors of a `cluster_utils` cluster before they start.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from recray.config import load_settings
 from recray.errors import SettingsError
 from recray.testing.published import prepare_here
-from recray.training.trainer import bundle_settings, train_key
+from recray.training.plan import TrainingPlan, bundle_settings, plan_training
 from recray.training.worker import build_loop
 
 STEPS = 20
@@ -44,7 +44,7 @@ def settings_of(folder, root, *more):
         "data.context=[]",
         "train.precision=float32",
         "train.epochs=1",
-        "train.batch_positions=150",
+        "train.batch_tokens=150",
         *more,
     ]
     return load_settings(None, overrides)
@@ -76,7 +76,9 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
             "parent": None,
             "private": None,
         },
-        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}, placement_strategy="STRICT_SPREAD"),
+        scaling_config=ScalingConfig(
+            num_workers=2, resources_per_worker={"CPU": 1}, placement_strategy="STRICT_SPREAD"
+        ),
         run_config=RunConfig(name="two", storage_path=str(tmp_path / "runs")),
     )
     checkpoint = trainer.fit().checkpoint.path
@@ -109,10 +111,10 @@ def test_workers_that_find_no_place_are_an_error_that_names_the_holders(two_node
     squatter = Squatter.remote()
     ray.get(squatter.ready.remote())
     with pytest.raises(ClusterError, match="Squatter"):
-        train(settings, train_key(settings, dataset), dataset)
+        train(settings, plan_training(settings, dataset), dataset)
     ray.kill(squatter)
     with pytest.raises(ClusterError, match="needs 9 CPUs.*the cluster has 2"):
-        train(settings_of(world_folder, tmp_path, "train.workers=9"), "k", dataset)
+        train(settings_of(world_folder, tmp_path, "train.workers=9"), TrainingPlan("k", None), dataset)
 
 
 def test_a_gpu_that_is_not_there_is_named(two_nodes, world_folder, tmp_path):
@@ -121,7 +123,7 @@ def test_a_gpu_that_is_not_there_is_named(two_nodes, world_folder, tmp_path):
 
     settings = settings_of(world_folder, tmp_path, "train.use_gpu=true")
     with pytest.raises(ClusterError, match="1 GPUs; the cluster has 2 and 0"):
-        train(settings, "k", prepare_here(settings))
+        train(settings, TrainingPlan("k", None), prepare_here(settings))
 
 
 def test_an_endpoint_asks_for_a_gpu_that_is_there(two_nodes, tmp_path):

@@ -1,4 +1,6 @@
-"""RLlib learns a policy: in a planted world most of what is to be had, goes on from a checkpoint and from another policy."""
+"""RLlib learns a policy: in a planted world most of what is to be had, goes on from a checkpoint and from
+another policy.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from policies.environment import Decisions
+from policies.environment import DecisionEnvironment
 from policies.learner import Ppo, learn
-from policies.rewards import Planted
+from policies.rewards import SyntheticRewards
 from recray.errors import DamagedArtifactError
-from recray.inference.policy import OBSERVED, Frozen
+from recray.inference.policy import OBSERVED, ObservationNormalizer
 
 QUICK = Ppo(decisions=12_000, at_once=256, batch=2048, lr=5e-3)
 
@@ -24,13 +26,15 @@ def share(world, act):
     """Of the oracle's lead."""
     observation, cases = world.draw(5000, np.random.default_rng(99))
     none = world.pay(cases, np.zeros((5000, 1))).mean()
-    return (world.pay(cases, act(observation)).mean() - none) / (world.pay(cases, world.best(observation)).mean() - none)
+    return (world.pay(cases, act(observation)).mean() - none) / (
+        world.pay(cases, world.best(observation)).mean() - none
+    )
 
 
 def test_an_episode_is_one_decision_and_the_next_one_asks_for_others():
-    world = Planted()
-    frozen = Frozen.of(world.draw(500, np.random.default_rng(0))[0])
-    environment = Decisions(world, frozen, 64, penalty=0.1)
+    world = SyntheticRewards()
+    frozen = ObservationNormalizer.of(world.draw(500, np.random.default_rng(0))[0])
+    environment = DecisionEnvironment(world, frozen, 64, penalty=0.1)
     first, _ = environment.reset(seed=3)
     assert first.shape == (64, len(OBSERVED)) and environment.observation_space.contains(first)
     cases = environment._cases
@@ -39,23 +43,25 @@ def test_an_episode_is_one_decision_and_the_next_one_asks_for_others():
     np.testing.assert_allclose(reward, world.pay(cases, np.ones((64, 1))) - 0.1, rtol=1e-5)
     second, nothing, over, _, _ = environment.step(np.zeros((64, 1)))
     assert not nothing.any() and not over.any() and not np.array_equal(first, second)
-    assert not np.array_equal(environment.reset(seed=3)[0], first), "RLlib says the same seed before every batch"
+    assert not np.array_equal(environment.reset(seed=3)[0], first), (
+        "RLlib says the same seed before every batch"
+    )
 
 
-class Narrow(Planted):
+class Narrow(SyntheticRewards):
     """What pays narrows the lists."""
 
     def pay(self, cases, action_NK):
         return 0.3 + 0.2 * action_NK[:, 0]
 
-    def outcome(self, cases, action_NK):
+    def pay_with_diversity(self, cases, action_NK):
         return self.pay(cases, action_NK), 1.0 - 0.5 * action_NK[:, 0]
 
 
 def test_lists_that_lack_variety_are_charged_for_until_they_have_it():
     world = Narrow()
-    frozen = Frozen.of(world.draw(500, np.random.default_rng(0))[0])
-    environment = Decisions(world, frozen, 64, floor=0.9)
+    frozen = ObservationNormalizer.of(world.draw(500, np.random.default_rng(0))[0])
+    environment = DecisionEnvironment(world, frozen, 64, min_diversity=0.9)
     paid = []
     for _ in range(40):
         environment.reset()
@@ -65,11 +71,13 @@ def test_lists_that_lack_variety_are_charged_for_until_they_have_it():
         environment.reset()
         environment.step(-np.ones((64, 1)))
     assert environment.price == 0.0, "and costs nothing while lists are varied enough"
-    assert Decisions(Planted(), frozen, 8, floor=0.9).floor is None
+    assert DecisionEnvironment(SyntheticRewards(), frozen, 8, min_diversity=0.9).min_diversity is None
 
 
 def test_it_learns_to_keep_lists_varied():
-    free, kept = (learn(Narrow(), replace(QUICK, penalty=0.0), "b", floor=floor) for floor in (None, 0.9))
+    free, kept = (
+        learn(Narrow(), replace(QUICK, penalty=0.0), "b", min_diversity=floor) for floor in (None, 0.9)
+    )
     observation = Narrow().draw(2000, np.random.default_rng(5))[0]
     assert free.act(observation).mean() > 0.6
     assert 1.0 - 0.5 * kept.act(observation).mean() > 0.8
@@ -77,28 +85,38 @@ def test_it_learns_to_keep_lists_varied():
 
 def test_what_lists_lack_costs_as_much_after_a_resume(tmp_path, monkeypatch):
     kept, began = tmp_path / "state.safetensors", []
-    learn(Narrow(), replace(QUICK, decisions=3000, penalty=0.0), "b", floor=0.9, checkpoint=kept)
+    learn(Narrow(), replace(QUICK, decisions=3000, penalty=0.0), "b", min_diversity=0.9, checkpoint=kept)
     price = float(load_file(kept)["price"])
-    monkeypatch.setattr("policies.learner.Decisions", lambda *given, **named: began.append(named["price"]) or Decisions(*given, **named))
-    learn(Narrow(), replace(QUICK, decisions=4000, penalty=0.0), "b", floor=0.9, checkpoint=kept)
+    monkeypatch.setattr(
+        "policies.learner.DecisionEnvironment",
+        lambda *given, **named: began.append(named["price"]) or DecisionEnvironment(*given, **named),
+    )
+    learn(Narrow(), replace(QUICK, decisions=4000, penalty=0.0), "b", min_diversity=0.9, checkpoint=kept)
     assert price > 0 and began == [price]
 
 
 def test_it_begins_as_the_trained_model():
-    world = Planted()
+    world = SyntheticRewards()
     policy = learn(world, replace(QUICK, decisions=1, minibatch=256, batch=256, lr=1e-9, last_lr=1e-9), "b")
     assert np.abs(policy.act(world.draw(200, np.random.default_rng(0))[0])).max() < 1e-3
 
 
 def test_it_learns_goes_on_from_a_checkpoint_and_from_a_policy(tmp_path):
-    world, kept, told = Planted(), tmp_path / "state.safetensors", []
-    first = learn(world, QUICK, "bundle", seed=1, checkpoint=kept, on_metrics=lambda decisions, metrics: told.append((decisions, metrics["reward"])))
+    world, kept, told = SyntheticRewards(), tmp_path / "state.safetensors", []
+    first = learn(
+        world,
+        QUICK,
+        "bundle",
+        seed=1,
+        checkpoint=kept,
+        on_metrics=lambda decisions, metrics: told.append((decisions, metrics["reward"])),
+    )
     found = share(world, first.act)
     assert found > 0.4 and first.about["decisions"] >= 12_000 and len(told) >= 5
     assert int(load_file(kept)["decisions"]) == told[-1][0] == first.about["decisions"]
     more = learn(world, replace(QUICK, decisions=24_000), "bundle", seed=1, checkpoint=kept)
     assert more.about["decisions"] >= 24_000 and share(world, more.act) > found
-    assert np.array_equal(more.frozen.mean, first.frozen.mean)
+    assert np.array_equal(more.normalizer.mean, first.normalizer.mean)
     warm = learn(world, replace(QUICK, decisions=1, lr=1e-9, last_lr=1e-9), "bundle", seed=2, start=more)
     np.testing.assert_allclose(warm.weights["weight_0"], more.weights["weight_0"], atol=1e-4)
     with pytest.raises(DamagedArtifactError, match="another shape"):

@@ -1,4 +1,6 @@
-"""A whole night on real Ray, MLflow and Serve: what it writes, that repeating adds nothing, that all answers agree."""
+"""A whole night on real Ray, MLflow and Serve: what it writes, that repeating adds nothing, that all answers
+agree.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from conftest import world_overrides
 from harness import replica_logs, wait_for
 
 from recray import pipeline
+from recray.cli.demo import post, with_port
 from recray.config import load_settings
-from recray.dataset.context import asked
+from recray.dataset.context import encode_request
 from recray.dataset.reader import Dataset
-from recray.demo import post, with_port
 from recray.errors import DataError, TrainingError
 from recray.inference import Predictor
 from recray.release import Release
@@ -39,14 +41,20 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("night")
     SyntheticShop(users=300, items=120, events_per_user=15, seed=1).write(folder)
-    overrides = [*world_overrides(folder, folder / "root"), "serve.port=0", "serve.poll_s=0.2", "serve.timeout_s=30", "train.every_days=3"]
+    overrides = [
+        *world_overrides(folder, folder / "root"),
+        "serve.port=0",
+        "serve.poll_s=0.2",
+        "serve.timeout_s=30",
+        "train.every_days=3",
+    ]
     return with_port(load_settings(None, overrides))
 
 
 @pytest.fixture(scope="module")
 def night(settings):
     before = signal.getsignal(signal.SIGINT)
-    night = pipeline.run_nightly(settings, FIRST)
+    night = pipeline.run("nightly", settings, FIRST)
     assert signal.getsignal(signal.SIGINT) is before, "after a training Ctrl-C ends a run as it did before it"
     return night
 
@@ -55,35 +63,54 @@ def night(settings):
 def address(settings, night):
     from ray import serve
 
-    with app.running(settings) as address:
+    with app.run_endpoint(settings) as address:
         yield address
-    assert not app.alive()
+    assert not app.is_running()
     serve.shutdown()
 
 
 def test_a_night_writes_its_outputs(night, settings):
     assert night.status == "ok"
-    assert set(night.outputs) == {"dataset", "bundle", "evaluation", "promotion", "release", "snapshot", "latest", "report"}
+    assert set(night.outputs) == {
+        "dataset",
+        "bundle",
+        "evaluation",
+        "promotion",
+        "release",
+        "snapshot",
+        "latest",
+        "report",
+    }
     assert night.metrics["promoted"] == 1 and night.reason == "" and night.warnings == []
-    assert night.metrics["repeats_ndcg@10"] > 0 and night.metrics["users"] == 300
+    assert night.metrics["with_repeats_ndcg@10"] > 0 and night.metrics["users"] == 300
     snapshot = Snapshot.latest(Storage(settings.root()))
     assert snapshot.path.as_posix().startswith(f"{settings.root()}/scores/dt=2024-04-20/run=")
-    rows = [row for part in sorted(snapshot.path.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+    rows = [
+        row
+        for part in sorted(snapshot.path.glob("part-*.parquet"))
+        for row in pq.read_table(part).to_pylist()
+    ]
     assert len({row["user_id"] for row in rows}) == len(rows) == 300
     assert {row["source"] for row in rows} <= {"model", "popular"}
-    assert all(len(row["item_ids"]) == 20 and row["scores"] == sorted(row["scores"], reverse=True) for row in rows)
+    assert all(
+        len(row["item_ids"]) == 20 and row["scores"] == sorted(row["scores"], reverse=True) for row in rows
+    )
     assert not list(settings.root().glob("staging/*")) and not list(settings.root().rglob(".run=*"))
 
 
 def written(settings) -> dict[Path, int]:
     """When each file of the root was written, but for the locks and MLflow's own database."""
-    files = [p for p in settings.root().rglob("*") if p.is_file() and "mlflow" not in p.parts and not p.name.endswith(".lock")]
+    files = [
+        p
+        for p in settings.root().rglob("*")
+        if p.is_file() and "mlflow" not in p.parts and not p.name.endswith(".lock")
+    ]
     return {p: p.stat().st_mtime_ns for p in files}
 
 
 def test_repeating_the_night_changes_nothing(night, settings):
     stamps = written(settings)
-    again = pipeline.run_nightly(settings, FIRST)
+    again = pipeline.run("nightly", settings, FIRST)
     assert again.status == "skipped" and again.outputs == night.outputs and again.run_key == night.run_key
     assert written(settings) == stamps
 
@@ -100,12 +127,16 @@ def test_mlflow_knows_the_run_once(night, settings):
     assert run.data.params["train.epochs"] == "2" and "storage.root" not in run.data.params
     curve = client.get_metric_history(run.info.run_id, "validation_ndcg")
     assert [point.step for point in curve] == [1, 2]
-    assert run.data.metrics["repeats_ndcg_at_10"] == pytest.approx(night.metrics["repeats_ndcg@10"])
+    assert run.data.metrics["with_repeats_ndcg_at_10"] == pytest.approx(night.metrics["with_repeats_ndcg@10"])
     assert run.data.metrics["snapshot_users"] == 300 and "snapshot_best_score_q0.5" in run.data.metrics
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"bundle", "evaluation", "snapshots"}
     (snapshot,) = client.list_artifacts(run.info.run_id, "snapshots")
     document = json.loads(Path(client.download_artifacts(run.info.run_id, snapshot.path)).read_text())
-    assert document["date"] == "2024-04-20" and document["users"] == 300 and len(document["manifest_sha256"]) == 64
+    assert (
+        document["date"] == "2024-04-20"
+        and document["users"] == 300
+        and len(document["manifest_sha256"]) == 64
+    )
 
 
 def ids_of(answer):
@@ -117,14 +148,19 @@ def scores_of(answer):
 
 
 def test_the_answers_of_all_ways_agree(night, settings, address):
-    """Alone, in a batch, through Ray Data (the snapshot) and through HTTP: equal but for scores within 1e-5."""
+    """Alone, in a batch, through Ray Data (the snapshot) and through HTTP: equal but for scores within
+    1e-5."""
     storage = Storage(settings.root())
     snapshot, dataset = Snapshot.latest(storage), Dataset.open(night.outputs["dataset"])
     predictor = Predictor.load(night.outputs["bundle"], dataset=dataset)
     users = [user for user in range(0, 300, 11) if snapshot.find(user).source == "model"]
-    histories = [predictor.translation(dataset).history(dataset.user_history(user)) for user in users]
+    histories = [
+        predictor.vocabulary.translation(dataset).history(dataset.user_history(user)) for user in users
+    ]
     batch = predictor.recommend(histories, 10, now=dataset.now_s)
-    told = [asked(predictor.context, {}, dataset.now_s)] * len(histories)  # a request that names its moment tells its hour
+    told = [encode_request(predictor.vocabulary.context, {}, dataset.now_s)] * len(
+        histories
+    )  # a request that names its moment tells its hour
     aware = predictor.recommend(histories, 10, now=dataset.now_s, context=told)
     moment = dt.datetime.fromtimestamp(dataset.now_s, dt.UTC).isoformat()
     sources = set()
@@ -135,12 +171,18 @@ def test_the_answers_of_all_ways_agree(night, settings, address):
         live = post(f"{address}/v1/recommend", {"user_id": user, "k": 10, "now": moment})
         sources |= {nightly["source"], live["source"]}
         answers = [
-            (predictor.ids_of(batch.item_index[row]), batch.scores[row]),
-            (predictor.ids_of(alone.item_index[0]), alone.scores[0]),
+            (predictor.vocabulary.ids_of(batch.item_index[row]), batch.scores[row]),
+            (predictor.vocabulary.ids_of(alone.item_index[0]), alone.scores[0]),
             (stored.item_ids[:10], stored.scores[:10]),
             (ids_of(nightly), scores_of(nightly)),
         ]
-        for same in (answers, [(predictor.ids_of(aware.item_index[row]), aware.scores[row]), (ids_of(live), scores_of(live))]):
+        for same in (
+            answers,
+            [
+                (predictor.vocabulary.ids_of(aware.item_index[row]), aware.scores[row]),
+                (ids_of(live), scores_of(live)),
+            ],
+        ):
             for ids, scores in same:
                 np.testing.assert_allclose(scores, same[0][1], atol=1e-5)
                 for mine, theirs, score in zip(ids, same[0][0], scores, strict=True):
@@ -153,7 +195,7 @@ def test_the_endpoint_says_what_it_serves(night, address):
         with urllib.request.urlopen(f"{address}{path}", timeout=30) as response:
             return json.load(response)
 
-    assert get("/healthz") == {"status": "ok", "night": "2024-04-20"} and app.alive()
+    assert get("/healthz") == {"status": "ok", "as_of": "2024-04-20"} and app.is_running()
     assert get("/v1/models")["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
     schema = get("/openapi.json")
     assert {"/v1/recommend", "/v1/models", "/healthz"} <= set(schema["paths"])
@@ -163,7 +205,13 @@ def test_the_endpoint_says_what_it_serves(night, address):
 
 
 @pytest.mark.parametrize(
-    ("body", "named"), [(b'{"k": 0}', "k"), (b'{"bogus": 1}', "bogus"), (b"{", "body"), (b'{"history": [{"item_id": "i1", "event": "zap"}]}', "zap")]
+    ("body", "named"),
+    [
+        (b'{"k": 0}', "k"),
+        (b'{"bogus": 1}', "bogus"),
+        (b"{", "body"),
+        (b'{"history": [{"item_id": "i1", "event": "zap"}]}', "zap"),
+    ],
 )
 def test_requests_that_make_no_sense_are_422_and_named(address, body, named):
     request = urllib.request.Request(f"{address}/v1/recommend", body, {"Content-Type": "application/json"})
@@ -173,7 +221,10 @@ def test_requests_that_make_no_sense_are_422_and_named(address, body, named):
 
 
 def test_visitors_and_strangers_are_answered(address):
-    visitor = post(f"{address}/v1/recommend", {"history": [{"item_id": "i0000005", "event": "purchase"}], "k": 5, "new_only": True})
+    visitor = post(
+        f"{address}/v1/recommend",
+        {"history": [{"item_id": "i0000005", "event": "purchase"}], "k": 5, "filter_seen": True},
+    )
     stranger = post(f"{address}/v1/recommend", {"user_id": "stranger", "k": 5})
     assert (visitor["source"], stranger["source"]) == ("realtime", "popular")
     assert len(visitor["items"]) == len(stranger["items"]) == 5
@@ -181,14 +232,14 @@ def test_visitors_and_strangers_are_answered(address):
 
 
 def test_the_next_night_keeps_the_bundle_and_the_endpoint_swaps(night, settings, address):
-    second = pipeline.run_nightly(settings, SECOND)
+    second = pipeline.run("nightly", settings, SECOND)
     assert second.status == "ok" and second.outputs["dataset"] != night.outputs["dataset"]
     assert "bundle" not in second.outputs, "train.every_days=3 have not passed"
 
     def answer() -> dict:
         return post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
 
-    wait_for("the endpoint to swap", lambda: answer()["night"] == "2024-04-21", saw=answer)
+    wait_for("the endpoint to swap", lambda: answer()["as_of"] == "2024-04-21", saw=answer)
     answer = answer()
     assert answer["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
 
@@ -198,10 +249,18 @@ def test_the_endpoint_counts_on_rays_metrics_port(settings, address):
 
     post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
     (node,) = ray.nodes()
-    wanted = {"recray_answers_total", "recray_latency_ms", "recray_night_age_s", "recray_serving", "recray_coverage"}
+    wanted = {
+        "recray_answers_total",
+        "recray_latency_ms",
+        "recray_run_age_s",
+        "recray_serving",
+        "recray_coverage",
+    }
 
     def metrics() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as response:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10
+        ) as response:
             return response.read().decode()
 
     wait_for("the endpoint's counts", lambda: all(f"ray_{name}" in metrics() for name in wanted), saw=metrics)
@@ -216,9 +275,15 @@ def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
     shutil.copytree(snapshot, broken)
     part = next(broken.glob("index-*.arrow"))
     part.write_bytes(part.read_bytes()[:-1])
-    storage.latest.write_text(json.dumps({**json.loads(good), "snapshot": broken.relative_to(storage.root).as_posix()}))
-    wait_for("the replica to refuse it", lambda: all("the old one stays" in log for log in replica_logs(Path.home())), saw=lambda: "not refused")
-    assert post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["night"] == "2024-04-21"
+    storage.latest.write_text(
+        json.dumps({**json.loads(good), "snapshot": broken.relative_to(storage.root).as_posix()})
+    )
+    wait_for(
+        "the replica to refuse it",
+        lambda: all("the old one stays" in log for log in replica_logs(Path.home())),
+        saw=lambda: "not refused",
+    )
+    assert post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["as_of"] == "2024-04-21"
     storage.latest.write_bytes(good)
     shutil.rmtree(broken)
 
@@ -231,40 +296,58 @@ def test_errors_inside_ray_are_recrays_own(settings, tmp_path):
     file = next(folder.glob("*.parquet"))
     content = file.read_bytes()
     file.write_bytes(content[:8] + bytes(400) + content[408:])
-    overrides = [*world_overrides(source.parent, tmp_path / "root"), "train.learning_rate=1e30", "train.warmup_steps=0"]
+    overrides = [
+        *world_overrides(source.parent, tmp_path / "root"),
+        "train.learning_rate=1e30",
+        "train.warmup_steps=0",
+    ]
     with pytest.raises(DataError, match="cannot be read"):
-        pipeline.run_prepare(load_settings(None, [*overrides, f"data.events=[{folder}]"]), None)
+        pipeline.run("prepare", load_settings(None, [*overrides, f"data.events=[{folder}]"]), None)
     assert not list((tmp_path / "root" / "datasets").glob("*"))
-    pipeline.run_prepare(load_settings(None, overrides), None)
+    pipeline.run("prepare", load_settings(None, overrides), None)
     with pytest.raises(TrainingError, match="loss of epoch 1 is nan"):
-        pipeline.run_train(load_settings(None, overrides), None)
+        pipeline.run("train", load_settings(None, overrides), None)
     assert not list((tmp_path / "root" / "bundles").glob("*"))
 
 
-def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and_publishes_nothing(settings, tmp_path):
+def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and_publishes_nothing(
+    settings, tmp_path
+):
     changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path / "root")})}
-    changed |= {"gates": settings.gates.model_copy(update={"must_beat": ("EASE",)})}
+    changed |= {"promotion": settings.promotion.model_copy(update={"must_beat": ("EASE",)})}
     changed |= {"train": settings.train.model_copy(update={"learning_rate": 1e-9, "epochs": 1})}
-    changed |= {"model": settings.model.model_copy(update={"repeat": False, "prior_days": 0})}
-    refused = pipeline.run_nightly(settings.model_copy(update=changed), FIRST)
-    assert (refused.status, refused.exit_code) == ("refused", 3) and "of EASE" in refused.reason and "gates.must_beat" in refused.reason
-    assert Path(refused.outputs["evaluation"]).exists() and "is better" in Path(refused.outputs["report"]).read_text()
+    changed |= {"model": settings.model.model_copy(update={"repeat_consumption": False, "popularity_prior_days": 0})}
+    refused = pipeline.run("nightly", settings.model_copy(update=changed), FIRST)
+    assert (
+        (refused.status, refused.exit_code) == ("refused", 3)
+        and "EASE" in refused.reason
+        and "promotion.must_beat" in refused.reason
+    )
+    assert (
+        Path(refused.outputs["evaluation"]).exists()
+        and "is significantly better" in Path(refused.outputs["report"]).read_text()
+    )
     assert not (tmp_path / "root" / "LATEST.json").exists() and "snapshot" not in refused.outputs
-    again = pipeline.run_nightly(settings.model_copy(update=changed), FIRST)
+    again = pipeline.run("nightly", settings.model_copy(update=changed), FIRST)
     assert again.reason == refused.reason and again.outputs == refused.outputs
 
-    gates = changed["gates"].model_copy(update={"first_run": "fallback"})
-    meanwhile = pipeline.run_nightly(settings.model_copy(update={**changed, "gates": gates}), FIRST)
-    assert (meanwhile.status, meanwhile.exit_code) == ("ok", 0) and refused.reason.startswith(meanwhile.reason)
-    assert sum("popular list" in warning for warning in meanwhile.warnings) == 1
-    assert "everybody gets the popular list" in Path(meanwhile.outputs["report"]).read_text()
+    gates = changed["promotion"].model_copy(update={"first_run": "fallback"})
+    meanwhile = pipeline.run("nightly", settings.model_copy(update={**changed, "promotion": gates}), FIRST)
+    assert (meanwhile.status, meanwhile.exit_code) == ("ok", 0) and refused.reason.startswith(
+        meanwhile.reason
+    )
+    assert sum("popularity fallback" in warning for warning in meanwhile.warnings) == 1
+    assert "everybody gets the popularity fallback" in Path(meanwhile.outputs["report"]).read_text()
     storage = Storage(tmp_path / "root")
     published = Snapshot.latest(storage)
-    assert published.manifest["popular_only"] and published.manifest["popular_users"] == published.manifest["users"] > 0
+    assert (
+        published.manifest["popular_only"]
+        and published.manifest["popular_users"] == published.manifest["users"] > 0
+    )
     assert Release.read(storage).champion is None and ServingState.load(storage).predictor.popular_only
 
-    gates = changed["gates"].model_copy(update={"must_beat": ()})
-    promoted = pipeline.run_nightly(settings.model_copy(update={**changed, "gates": gates}), FIRST)
+    gates = changed["promotion"].model_copy(update={"must_beat": ()})
+    promoted = pipeline.run("nightly", settings.model_copy(update={**changed, "promotion": gates}), FIRST)
     assert promoted.status == "ok" and not ServingState.load(storage).predictor.popular_only
     assert Snapshot.latest(storage).manifest["popular_users"] < published.manifest["users"]
 
@@ -273,5 +356,5 @@ def test_a_job_says_its_warnings_in_its_last_line(settings, world_folder, tmp_pa
     changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path)})}
     twice = sorted(map(str, (Path(world_folder) / "events").rglob("*.parquet")))[:1] * 2
     changed |= {"data": settings.data.model_copy(update={"events": tuple(twice)})}
-    result = pipeline.run_prepare(settings.model_copy(update=changed), FIRST)
+    result = pipeline.run("prepare", settings.model_copy(update=changed), FIRST)
     assert result.status == "ok" and any("more than once" in warning for warning in result.warnings)

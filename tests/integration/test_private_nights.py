@@ -1,4 +1,6 @@
-"""Private nights on real Ray and MLflow: two workers, fixed features, a warm start from the private champion, and the audit."""
+"""Private nights on real Ray and MLflow: two workers, fixed features, a warm start from the private champion,
+and the audit.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,16 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture(scope="module")
 def overrides(world_folder, tmp_path_factory):
-    fixed = ["model.items=features", "data.features={category: categorical, brand: categorical, tags: multi, title: text}"]
-    more = ["train.warm_start=true", "gates.margin=1", "privacy.audit_canaries=1000", "privacy.audit_claims=[2]"]
+    fixed = [
+        "model.items=features",
+        "data.features={category: categorical, brand: categorical, tags: multi, title: text}",
+    ]
+    more = [
+        "train.warm_start=true",
+        "promotion.margin=1",
+        "privacy.audit_canaries=1000",
+        "privacy.audit_claims=[2]",
+    ]
     more += ["train.workers=2", "train.cpus_per_worker=0.5"]
     return [*private_overrides(world_folder, tmp_path_factory.mktemp("private")), *fixed, *more]
 
@@ -39,16 +49,22 @@ def settings(overrides):
 
 def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(settings):
     storage = Storage(settings.root())
-    assert pipeline.run_nightly(settings, FIRST).status == "ok"
+    assert pipeline.run("nightly", settings, FIRST).status == "ok"
     first = Release.read(storage).champion.open(storage)
-    assert pipeline.run_nightly(settings, SECOND).status == "ok"
+    assert pipeline.run("nightly", settings, SECOND).status == "ok"
     second = Release.read(storage).champion.open(storage)
     assert second.key != first.key and second.manifest["parent"] == first.key
     assert first.privacy["began_with"] == "random weights" and first.digest in second.privacy["began_with"]
     ledger = Ledger.read(settings.ledger_url(), settings.privacy.population)
-    assert [run.committed for run in ledger.runs()] == [True, True] and [run.counts_taken for run in ledger.runs()] == [1, 1]
-    assert [run.taken for run in ledger.runs()] == [12, 12], "two workers take each step together"
-    assert second.privacy["epsilon_of_all_trainings"] > first.privacy["epsilon_of_all_trainings"] == pytest.approx(first.privacy["epsilon"], abs=0.02)
+    assert [run.committed for run in ledger.runs()] == [True, True] and [
+        run.counts_taken for run in ledger.runs()
+    ] == [1, 1]
+    assert [run.steps_taken for run in ledger.runs()] == [12, 12], "two workers take each step together"
+    assert (
+        second.privacy["epsilon_of_all_trainings"]
+        > first.privacy["epsilon_of_all_trainings"]
+        == pytest.approx(first.privacy["epsilon"], abs=0.02)
+    )
     model = Bundle.open(second.path).model()
     assert model.items.ids is None and model.items.adapter is not None
     assert model.offset_V.min() < model.offset_V.max() == 0
@@ -57,11 +73,11 @@ def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(se
 def test_a_training_that_diverges_pays_for_its_steps_once(world_folder, tmp_path):
     more = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.max_failures=2"]
     settings = load_settings(None, [*private_overrides(world_folder, tmp_path), *more])
-    pipeline.run_prepare(settings, FIRST)
+    pipeline.run("prepare", settings, FIRST)
     with pytest.raises(TrainingError, match=r"after step 5 a weight is not finite") as raised:
-        pipeline.run_train(settings, FIRST)
+        pipeline.run("train", settings, FIRST)
     (run,) = Ledger.read(settings.ledger_url(), settings.privacy.population).runs()
-    assert (run.taken, run.committed) == (5, False), "it did not begin anew to fail in the same way"
+    assert (run.steps_taken, run.committed) == (5, False), "it did not begin anew to fail in the same way"
     assert "train.learning_rate" in raised.value.fix
 
 
@@ -71,18 +87,44 @@ def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys)
     result = json.loads(said.out.splitlines()[-1])
     found = json.loads(Path(result["outputs"]["audit"]).read_text())
     assert found == result["metrics"]
-    assert list(found["runs"]) == ["no noise", "not private", "own ε", "private", "rows made up", "ε 2"], "sorted"
-    assert [(claim["training"], claim["verdict"]) for claim in found["claims"]] == [("ε 2", "not refuted"), ("own ε", "cannot tell")]
-    assert any("1000 canaries cannot tell; raise privacy.audit_canaries" in warning for warning in result["warnings"])
-    assert {check["name"] for check in found["checks"]} >= {"contribution", "rate", "noise", "fresh noise", "noise of its own", "ledger"}
+    assert list(found["runs"]) == ["no noise", "not private", "own ε", "private", "rows made up", "ε 2"], (
+        "sorted"
+    )
+    assert [(claim["training"], claim["verdict"]) for claim in found["claims"]] == [
+        ("ε 2", "not refuted"),
+        ("own ε", "cannot tell"),
+    ]
+    assert any(
+        "1000 canaries do not suffice; raise privacy.audit_canaries" in warning
+        for warning in result["warnings"]
+    )
+    assert {check["name"] for check in found["checks"]} >= {
+        "contribution",
+        "rate",
+        "noise",
+        "fresh noise",
+        "noise of its own",
+        "ledger",
+    }
     assert all(check["passed"] for check in found["checks"])
-    assert found["runs"]["ε 2"]["epsilon"] < 2 < found["runs"]["no noise"]["epsilon"] <= found["runs"]["no noise"]["ceiling"]
+    assert (
+        found["runs"]["ε 2"]["epsilon"]
+        < 2
+        < found["runs"]["no noise"]["epsilon"]
+        <= found["runs"]["no noise"]["ceiling"]
+    )
     for name in ("private", "not private"):
         assert 0 <= found["runs"][name]["true_positives_at_0.01"] <= 1 and found["runs"][name]["others"] > 30
     assert "ε is above" in said.err and "not refuted; without noise it would have been refuted" in said.err
-    assert len(Ledger.read(settings.ledger_url(), settings.privacy.population).runs()) == 2, "nothing of an audit is released"
+    assert len(Ledger.read(settings.ledger_url(), settings.privacy.population).runs()) == 2, (
+        "nothing of an audit is released"
+    )
     mlflow.set_tracking_uri(f"sqlite:///{settings.root()}/mlflow/mlflow.db")
-    (run,) = mlflow.search_runs(experiment_names=["recray"], filter_string="attributes.run_name LIKE 'audit%'", output_format="list")
+    (run,) = mlflow.search_runs(
+        experiment_names=["recray"], filter_string="attributes.run_name LIKE 'audit%'", output_format="list"
+    )
     assert run.data.metrics["no_noise_epsilon"] == found["runs"]["no noise"]["epsilon"]
     assert main(["privacy", "audit", "--as-of", FIRST.isoformat(), *overrides]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"] == found, "an audit that was made is not made again"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"] == found, (
+        "an audit that was made is not made again"
+    )

@@ -11,9 +11,9 @@ import yaml
 from conftest import world_overrides
 from harness import wait_for
 
+from recray.cli.demo import post
 from recray.cluster import free_ports
 from recray.config import load_settings
-from recray.demo import post
 from recray.errors import MissingArtifactError, SettingsError
 from recray.serving.app import Arguments, deploy
 from recray.testing.cluster import Head
@@ -37,12 +37,21 @@ def test_the_file_that_ships_is_deployed_and_answers(own_home, storage, tmp_path
     edited = tmp_path / "recray.yaml"
     edited.write_text(yaml.safe_dump(content))
     with Head(own_home) as head:
-        words = [Path(sys.executable).with_name("serve"), "deploy", "--address", f"http://127.0.0.1:{head.dashboard}", edited]
+        words = [
+            Path(sys.executable).with_name("serve"),
+            "deploy",
+            "--address",
+            f"http://127.0.0.1:{head.dashboard}",
+            edited,
+        ]
         done = subprocess.run(words, env=head.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         ask = {"user_id": 7, "k": 3}
         answer = wait_for(
-            "an answer", lambda: post(f"http://127.0.0.1:{port}/v1/recommend", ask), saw=(own_home / "head.log").read_text, ended=head.process.poll
+            "an answer",
+            lambda: post(f"http://127.0.0.1:{port}/v1/recommend", ask),
+            saw=(own_home / "head.log").read_text,
+            ended=head.process.poll,
         )
         assert answer["source"] == "snapshot" and len(answer["items"]) == 3 and answer["degraded"] == []
 

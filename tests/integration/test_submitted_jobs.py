@@ -1,4 +1,6 @@
-"""Jobs on a real cluster with token authentication, by `ray job submit` and by `recray submit`, beside an endpoint that is up."""
+"""Jobs on a real cluster with token authentication, by `ray job submit` and by `recray submit`, beside an
+endpoint that is up.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ import pytest
 from conftest import world_overrides
 from harness import wait_for
 
-from recray import lease
+from recray.cli.demo import post
 from recray.cluster import free_ports
-from recray.demo import post
+from recray.storage import lease
 from recray.testing.cluster import Head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,7 +39,9 @@ def root(tmp_path_factory):
 
 def submit(head, *words, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "recray.cli", "submit", *map(str, words)]
-    return subprocess.run(command, env={**head.environment, **environment}, cwd=REPOSITORY, capture_output=True, text=True)
+    return subprocess.run(
+        command, env={**head.environment, **environment}, cwd=REPOSITORY, capture_output=True, text=True
+    )
 
 
 def last(done: subprocess.CompletedProcess) -> dict:
@@ -57,8 +61,18 @@ def test_a_submitted_night_is_followed_to_its_end(first_night, root):
     assert re.fullmatch(rf"nightly-{FIRST}-[0-9a-f]{{12}}-1", result["outputs"]["submission"])
     assert Path(result["outputs"]["snapshot"]).is_relative_to(root)
     logged = [json.loads(line) for line in first_night.stderr.splitlines() if line.startswith('{"time"')]
-    assert {line["stage"] for line in logged} >= {"prepare", "train", "evaluate", "promote", "score", "report"}
-    assert {"time", "level", "job", "message"} <= logged[0].keys() and {line["level"] for line in logged} <= {"info", "debug"}
+    assert {line["stage"] for line in logged} >= {
+        "prepare",
+        "train",
+        "evaluate",
+        "promote",
+        "score",
+        "report",
+    }
+    assert {"time", "level", "job", "message"} <= logged[0].keys() and {line["level"] for line in logged} <= {
+        "info",
+        "debug",
+    }
     assert any(line.get("validation_ndcg") for line in logged)
 
 
@@ -69,10 +83,22 @@ def test_a_night_that_ended_is_repeated_under_the_next_number(head, root, world_
     assert result["outputs"]["submission"] == last(first_night)["outputs"]["submission"][:-1] + "2"
 
 
-def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_followed(head, root, world_folder, first_night):
+def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_followed(
+    head, root, world_folder, first_night
+):
     port = free_ports(1)[0]
-    serve = [sys.executable, "-m", "recray.cli", "serve", f"storage.root={root}", f"serve.port={port}", "serve.poll_s=0.2"]
-    endpoint = subprocess.Popen(serve, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    serve = [
+        sys.executable,
+        "-m",
+        "recray.cli",
+        "serve",
+        f"storage.root={root}",
+        f"serve.port={port}",
+        "serve.poll_s=0.2",
+    ]
+    endpoint = subprocess.Popen(
+        serve, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         assert _night(address, endpoint) == FIRST
@@ -80,7 +106,7 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
 
         def ask() -> None:
             while not stop.wait(0.2):
-                nights.add(post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["night"])
+                nights.add(post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["as_of"])
 
         asking = threading.Thread(target=ask)
         asking.start()
@@ -88,7 +114,7 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
         results: list[subprocess.CompletedProcess] = []
         one = threading.Thread(target=lambda: results.append(submit(head, *words)))
         one.start()
-        wait_for("the job to run", lambda: lease.holder(root))
+        wait_for("the job to run", lambda: lease.describe_holder(root))
         other = submit(head, *words)
         one.join()
         wait_for("an answer of the second night", lambda: SECOND in nights, saw=lambda: nights)
@@ -107,7 +133,7 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
 def _night(address: str, endpoint: subprocess.Popen) -> str:
     def night() -> str:
         with urllib.request.urlopen(f"{address}/healthz", timeout=5) as response:
-            return json.load(response)["night"]
+            return json.load(response)["as_of"]
 
     try:
         return wait_for("the endpoint", night, ended=endpoint.poll)
@@ -130,11 +156,21 @@ def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head,
     """The way of the README: Ray's own client, the demo's config, nothing but the checkout."""
     words = ["--working-dir", ".", "--", "python", "-m", f"jobs.{job}", "--config", "jobs/configs/demo.yaml"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
-    overrides = [f"storage.root={tmp_path}", "train.epochs=1", "evaluate.ease_max_items=1", "evaluate.max_users=200"]
-    done = subprocess.run([*ray, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True)
+    overrides = [
+        f"storage.root={tmp_path}",
+        "train.epochs=1",
+        "evaluate.ease_max_items=1",
+        "evaluate.max_users=200",
+    ]
+    done = subprocess.run(
+        [*ray, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert f'"job": "{job}", "status": "ok"' in done.stdout and "succeeded" in done.stdout
-    sent = max(head.temporary.rglob("runtime_resources/working_dir_files/_ray_pkg_*"), key=lambda p: p.stat().st_mtime)
+    sent = max(
+        head.temporary.rglob("runtime_resources/working_dir_files/_ray_pkg_*"),
+        key=lambda p: p.stat().st_mtime,
+    )
     assert {"recray", "jobs", "policies"} <= {p.name for p in sent.iterdir()}
     assert not {".venv", ".git", ".demo", "tests"} & {p.name for p in sent.iterdir()}
 
@@ -142,14 +178,23 @@ def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head,
 @pytest.mark.parametrize(
     ("environment", "code", "named"),
     [
-        ({"RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}, 1, "does not take the token from RAY_AUTH_TOKEN"),
-        ({"HOME": "/nowhere"}, 1, "wants a token and there is none"),
-        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}, 1, "no cluster answers at http://127.0.0.1:9"),
+        (
+            {"RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"},
+            1,
+            "does not accept the token from RAY_AUTH_TOKEN",
+        ),
+        ({"HOME": "/nowhere"}, 1, "requires a token and there is none"),
+        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}, 1, "no cluster responds at http://127.0.0.1:9"),
     ],
 )
 def test_what_cannot_be_submitted_is_named(head, tmp_path, environment, code, named):
     done = submit(head, "nightly", f"storage.root={tmp_path}", **environment)
-    assert done.returncode == code and named in done.stderr and "fix:" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == code
+        and named in done.stderr
+        and "fix:" in done.stderr
+        and "Traceback" not in done.stderr
+    ), done.stderr
 
 
 def test_a_working_directory_that_is_too_large_is_named_before_it_is_sent(head, tmp_path):
@@ -159,7 +204,9 @@ def test_a_working_directory_that_is_too_large_is_named_before_it_is_sent(head, 
     with open(tmp_path / "mydata" / "events.parquet", "wb") as file:
         file.truncate(101 << 20)
     done = submit(head, "nightly", "--working-dir", tmp_path, f"storage.root={tmp_path}")
-    assert done.returncode == 2 and "mydata 106 MB" in done.stderr and ".rayignore" in done.stderr, done.stderr
+    assert done.returncode == 2 and "mydata 106 MB" in done.stderr and ".rayignore" in done.stderr, (
+        done.stderr
+    )
     (tmp_path / ".rayignore").write_text("mydata/\n")
     done = submit(head, "nightly", "--working-dir", tmp_path, "--no-follow", f"storage.root={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -182,8 +229,15 @@ def test_an_environment_that_has_only_ray_can_submit(head, tmp_path):
     subprocess.run([python, "-m", "pip", "install", "--quiet", "ray[default]==2.60.0"], check=True)
     assert subprocess.run([python, "-c", "import torch"], capture_output=True).returncode
     words = ["--working-dir", ".", "--", "python", "-m", "jobs.nightly", "--config", "jobs/configs/demo.yaml"]
-    overrides = [f"storage.root={tmp_path / 'root'}", "train.epochs=1", "evaluate.ease_max_items=1", "evaluate.max_users=200"]
+    overrides = [
+        f"storage.root={tmp_path / 'root'}",
+        "train.epochs=1",
+        "evaluate.ease_max_items=1",
+        "evaluate.max_users=200",
+    ]
     client = [str(python.with_name("ray")), "job", "submit"]
-    done = subprocess.run([*client, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [*client, *words, *overrides], env=head.environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert '"job": "nightly", "status": "ok"' in done.stdout

@@ -1,4 +1,6 @@
-"""From answers that explored to the next policy: what is read, what a change of the world makes of older rounds, and what is learned."""
+"""From answers that explored to the next policy: what is read, what a change of the world makes of older
+rounds, and what is learned.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,16 @@ import torch
 from harness import wait_for
 
 from policies import adapt, ope
-from policies.gate import level_of
-from policies.logs import Logged, checked, count_fresh, digest, read
-from policies.rewards import Planted, clicks
+from policies.gate import spend_level
+from policies.logs import LoggedDecisions, count_fresh, digest, read_rounds, require_usable
+from policies.rewards import SyntheticRewards, draw_clicks
 from recray import pipeline
 from recray.bundle import Bundle
 from recray.config import load_settings, render_yaml
 from recray.errors import RefusedError, StateError
-from recray.follow import FILE, run_follow
 from recray.inference.modulation import explore, log_density
 from recray.inference.policy import OBSERVED, Policy
-from recray.lease import only_one
+from recray.pipeline.follow import FILE, run_follow
 from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.service import Service
@@ -36,6 +37,7 @@ from recray.state.log import Entry
 from recray.state.rewards import Rewards
 from recray.state.sqlite import SqliteLog
 from recray.storage import Storage, read_json
+from recray.storage.lease import hold_exclusively
 from recray.testing.published import publish_untrained
 
 pytestmark = pytest.mark.second
@@ -46,50 +48,66 @@ def round_of(world, n, seed, sigma=1.0):
     observation, cases = world.draw(n, random)
     mean = np.zeros((n, 1), np.float32)
     action, density = explore(mean, sigma, random)
-    reward = clicks(world.pay(cases, action), random)
+    reward = draw_clicks(world.pay(cases, action), random)
     user = np.array([f"{seed}-{row}" for row in range(n)])
-    return Logged(observation, mean, action, density, np.full(n, sigma), reward, user, np.full(n, "b"), np.full(n, ""))
+    return LoggedDecisions(
+        observation, mean, action, density, np.full(n, sigma), reward, user, np.full(n, "b"), np.full(n, "")
+    )
 
 
 def test_rounds_are_looked_back_at_until_the_world_changed():
-    old = [round_of(Planted(drift=-1.0), 4000, seed) for seed in range(2)]
-    new = [round_of(Planted(), 4000, seed) for seed in (2, 3)]
-    assert adapt.since_the_change([*old, *new]) == 2
-    assert adapt.since_the_change(new) == 2 and adapt.since_the_change(new[:1]) == 1
+    old = [round_of(SyntheticRewards(drift=-1.0), 4000, seed) for seed in range(2)]
+    new = [round_of(SyntheticRewards(), 4000, seed) for seed in (2, 3)]
+    assert adapt.count_rounds_since_change([*old, *new]) == 2
+    assert adapt.count_rounds_since_change(new) == 2 and adapt.count_rounds_since_change(new[:1]) == 1
 
 
 def test_small_rounds_speak_together_and_the_newest_are_no_more_than_it_takes():
-    assert adapt._together([700, 600]) == [slice(0, 1), slice(1, 2)]
-    assert adapt._together([100, 700, 200, 200, 200]) == [slice(0, 2), slice(2, 5)]
-    assert adapt._together([900, 100]) == [slice(0, 2)] and adapt._together([10, 20]) == [slice(0, 2)]
-    rounds = [round_of(Planted(), 700, seed) for seed in range(10)]
-    rounds += [replace(round_of(Planted(), 5000, 10), log_density=np.where(np.arange(5000) < 500, rounds[0].log_density[0], np.nan))]
-    rounds[10].log_density[:500] = round_of(Planted(), 5000, 10).log_density[:500]
-    sound, aside = adapt._sound(rounds, "b", {""})
+    assert adapt._group_rounds([700, 600]) == [slice(0, 1), slice(1, 2)]
+    assert adapt._group_rounds([100, 700, 200, 200, 200]) == [slice(0, 2), slice(2, 5)]
+    assert adapt._group_rounds([900, 100]) == [slice(0, 2)] and adapt._group_rounds([10, 20]) == [slice(0, 2)]
+    rounds = [round_of(SyntheticRewards(), 700, seed) for seed in range(10)]
+    rounds += [
+        replace(
+            round_of(SyntheticRewards(), 5000, 10),
+            log_density=np.where(np.arange(5000) < 500, rounds[0].log_density[0], np.nan),
+        )
+    ]
+    rounds[10].log_density[:500] = round_of(SyntheticRewards(), 5000, 10).log_density[:500]
+    sound, aside = adapt._merge_usable_rounds(rounds, "b", {""})
     assert aside == {"not explored": 4500} and sum(map(len, sound)) == 7500 and len(sound) == 5
-    log, judged, left = adapt._since_the_change(sound, "")
+    log, judged, left = adapt._split_recent_rounds(sound, "")
     assert len(log) + len(judged) == 7500 and left == {}
     silent = replace(rounds[0], log_density=np.full(700, np.nan))
     with pytest.raises(RefusedError, match="explored"):
-        adapt._sound([*rounds, silent], "b", {""})
+        adapt._merge_usable_rounds([*rounds, silent], "b", {""})
 
 
 def test_most_of_what_is_to_be_had_is_learned_from_clicks():
-    world = Planted()
+    world = SyntheticRewards()
     observation, cases = world.draw(4000, np.random.default_rng(9))
-    none, best = world.pay(cases, np.zeros((4000, 1))).mean(), world.pay(cases, world.best(observation)).mean()
+    none, best = (
+        world.pay(cases, np.zeros((4000, 1))).mean(),
+        world.pay(cases, world.best(observation)).mean(),
+    )
 
     def lead(policy):
         return (world.pay(cases, policy.act(observation)).mean() - none) / (best - none)
 
     quick = adapt.Marwil(epochs=15)
-    first = adapt.learn_from(round_of(world, 8000, 1), None, ("temperature",), "b", quick)
+    first = adapt.learn_by_marwil(round_of(world, 8000, 1), None, ("temperature",), "b", quick)
     assert lead(first) > 0.35 and first.about["learner"] == "marwil" and first.bundle_digest == "b"
-    second = adapt.learn_from(Logged.joined([round_of(world, 8000, seed) for seed in (1, 2)]), first, ("temperature",), "b", quick)
-    assert lead(second) > lead(first) and np.array_equal(second.frozen.mean, first.frozen.mean)
+    second = adapt.learn_by_marwil(
+        LoggedDecisions.concat([round_of(world, 8000, seed) for seed in (1, 2)]),
+        first,
+        ("temperature",),
+        "b",
+        quick,
+    )
+    assert lead(second) > lead(first) and np.array_equal(second.normalizer.mean, first.normalizer.mean)
     shuffled = round_of(world, 8000, 1)
     shuffled = replace(shuffled, reward=np.random.default_rng(0).permutation(shuffled.reward))
-    assert lead(adapt.learn_from(shuffled, None, ("temperature",), "b", quick)) < 0.2
+    assert lead(adapt.learn_by_marwil(shuffled, None, ("temperature",), "b", quick)) < 0.2
 
 
 @pytest.fixture
@@ -97,13 +115,17 @@ def shop(world_folder, world_dataset, tmp_path):
     settings = load_settings(
         None,
         [
-            f"data.events=[{world_folder / 'events'}]", f"storage.root={tmp_path / 'root'}", "policy.actions=[temperature]", "policy.sigma=1.0",
-            "policy.explore=1.0", "policy.share=1.0", "policy.attribution_window_s=0", "policy.latency=0.5", "score.k=20", "data.context=[hour]",
+            f"data.events=[{world_folder / 'events'}]", f"storage.root={tmp_path / 'root'}",
+            "policy.actions=[temperature]", "policy.exploration_scale=1.0",
+            "policy.exploration_share=1.0", "policy.experiment_share=1.0", "policy.attribution_window_s=0",
+            "policy.latency=0.5", "score.k=20", "data.context=[hour]",
         ],
     )  # fmt: skip
     storage = publish_untrained(settings, world_dataset, settings.root())
     handler = Service(storage, settings.serve, settings.score, policy=settings.policy)
-    handler._exploration = replace(handler._exploration, random=np.random.default_rng(1))  # one round in 400 is refused by chance
+    handler._exploration = replace(
+        handler._exploration, random=np.random.default_rng(1)
+    )  # one round in 400 is refused by chance
     yield settings, storage, handler
     handler.close()
 
@@ -113,7 +135,11 @@ def talk(handler, visits, seed):
     random = np.random.default_rng(seed)
 
     async def visit(users):
-        answers = [await handler.recommend(RecommendRequest(user_id=user, k=3)) for user in users for _ in range(visits)]
+        answers = [
+            await handler.recommend(RecommendRequest(user_id=user, k=3))
+            for user in users
+            for _ in range(visits)
+        ]
         for answer in answers:
             if answer.controls and random.random() < 0.15 + 0.6 * (answer.controls["temperature"] > 0.2):
                 await handler.intake.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
@@ -125,77 +151,134 @@ def talk(handler, visits, seed):
 def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_dataset):
     settings, storage, handler = shop
     with pytest.raises(RefusedError, match="no collected decision"):
-        pipeline.run_adapt(settings, None)
+        pipeline.run("adapt", settings, None)
     talk(handler, 5, 0)
     for number in range(200):  # guests have histories too, and ids that the event log could not hold
         item = handler.state.popular_items[number % 20][0]
-        asyncio.run(handler.recommend(RecommendRequest(user_id=f"!guest {number}", history=[Event(item_id=item)], k=3)))
+        asyncio.run(
+            handler.recommend(
+                RecommendRequest(user_id=f"!guest {number}", history=[Event(item_id=item)], k=3)
+            )
+        )
     asyncio.run(handler.recorder.writer.append([]))  # what waits is written
-    result = pipeline.run_adapt(settings, None)
+    result = pipeline.run("adapt", settings, None)
     folders, rewards = collected_folders(storage), Rewards.declared(settings.serve)
-    ripe = read(folders, settings.policy, rewards, until_s=np.inf)
-    (found,), aside = ripe.rounds, ripe.aside
-    assert len(found) > 1500 and set(found.reward.tolist()) == {0.0, 1.0} and len(set(found.user.tolist())) > 290
-    guest, turned = np.array([str(user).startswith("!guest") for user in found.user]), found.action[:, 0] > 0.2
+    ripe = read_rounds(folders, settings.policy, rewards, until_s=np.inf)
+    (found,), aside = ripe.rounds, ripe.excluded
+    assert (
+        len(found) > 1500 and set(found.reward.tolist()) == {0.0, 1.0} and len(set(found.user.tolist())) > 290
+    )
+    guest, turned = (
+        np.array([str(user).startswith("!guest") for user in found.user]),
+        found.action[:, 0] > 0.2,
+    )
     assert guest.sum() > 100 and found.reward[guest].max() == 0  # nobody said what they did
     for rate, asked in ((0.75, turned & ~guest), (0.15, ~turned & ~guest)):
         assert found.reward[asked].mean() == pytest.approx(rate, abs=0.06)
-    assert aside == {} and checked(found, "untrained", {""})[1] == {}
+    assert aside == {} and require_usable(found, "untrained", {""})[1] == {}
     recency = settings.policy.model_copy(update={"actions": ("recency",)})
-    others = read(folders, recency, rewards, until_s=np.inf)
-    assert (others.rounds, others.aside) == ([], {"turned other controls, or as far as another bound": len(found)})
-    none = read(folders, settings.policy, rewards, until_s=0.0)
-    assert (none.rounds, none.aside) == ([], {})
+    others = read_rounds(folders, recency, rewards, until_s=np.inf)
+    assert (others.rounds, others.excluded) == ([], {"of other controls or another bound": len(found)})
+    none = read_rounds(folders, settings.policy, rewards, until_s=0.0)
+    assert (none.rounds, none.excluded) == ([], {})
     count = partial(count_fresh, folders, settings.policy)
-    assert [count(after_s=0.0, until_s=0.0), count(after_s=0.0, until_s=np.inf), count(after_s=ripe.newest_s, until_s=np.inf)] == [0, len(found), 0]
+    assert [
+        count(after_s=0.0, until_s=0.0),
+        count(after_s=0.0, until_s=np.inf),
+        count(after_s=ripe.newest_s, until_s=np.inf),
+    ] == [0, len(found), 0]
     assert 0 < result.metrics["latency"] < 0.5 and result.metrics["diversity"] > 0.5
-    assert result.reason == "" and result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0, result.reason
+    assert result.reason == "" and result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0, (
+        result.reason
+    )
     assert Release.read(storage).champion.policy == result.run_key
     waits = settings.model_copy(update={"policy": settings.policy.model_copy(update={"every_hours": 1.0})})
-    early = pipeline.run_adapt(waits, None)
+    early = pipeline.run("adapt", waits, None)
     assert (early.status, early.run_key) == ("skipped", result.run_key)
-    again = pipeline.run_adapt(settings, None)
-    assert (again.status, again.run_key, again.reason) == ("skipped", result.run_key, ""), "released by itself, it is not judged anew"
+    again = pipeline.run("adapt", settings, None)
+    assert (again.status, again.run_key, again.reason) == ("skipped", result.run_key, ""), (
+        "released by itself, it is not judged anew"
+    )
     (storage.policy("") / "torn").mkdir()
-    assert pipeline.run_adapt(waits, None).run_key == result.run_key
+    assert pipeline.run("adapt", waits, None).run_key == result.run_key
     before = handler.state
-    handler.look()
+    handler.refresh()
     assert handler.state is not before and handler.state.policy == result.run_key
     answer = asyncio.run(handler.recommend(RecommendRequest(user_id=3, k=3)))
     assert answer.policy == result.run_key
     live = Policy.load(storage.policy(result.run_key), handler.state.bundle_digest)
     bundle = Bundle.open(storage.bundle("untrained"))
     other = settings.model_copy(update={"policy": recency})
-    with pytest.raises(RefusedError, match="decides turns temperature, policy.actions says recency"):
-        adapt.adapt(other, ripe.rounds, ripe.aside, world_dataset, bundle, live, {""}, 0.025)
-    with pytest.raises(RefusedError, match=f"no collected decision turned recency; {len(found)} turned other controls"):
-        adapt.adapt(other, others.rounds, others.aside, world_dataset, bundle, None, {""}, 0.025)
+    with pytest.raises(
+        RefusedError, match="live policy has the controls temperature, policy.actions names recency"
+    ):
+        adapt.adapt(other, ripe.rounds, ripe.excluded, world_dataset, bundle, live, {""}, 0.025)
+    with pytest.raises(
+        RefusedError, match=f"no collected decision has the controls recency; {len(found)} of other controls"
+    ):
+        adapt.adapt(other, others.rounds, others.excluded, world_dataset, bundle, None, {""}, 0.025)
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
-        adapt.adapt(private, ripe.rounds, ripe.aside, world_dataset, bundle, None, {""}, 0.025)
+        adapt.adapt(private, ripe.rounds, ripe.excluded, world_dataset, bundle, None, {""}, 0.025)
 
 
 def test_how_often_was_collected_changes_nothing_of_what_is_learned_from(tmp_path):
-    """A collect a minute, an hour, or whenever, with outcomes that come late, twice, or before their decision."""
+    """A collect a minute, an hour, or whenever, with outcomes that come late, twice, or before their
+    decision.
+    """
     random = np.random.default_rng(3)
-    options = load_settings(None, ["policy.actions=[temperature]", "policy.rounds=4", "policy.round_s=600", "policy.round_decisions=150"]).policy
+    options = load_settings(
+        None,
+        [
+            "policy.actions=[temperature]",
+            "policy.rounds=4",
+            "policy.round_s=600",
+            "policy.round_decisions=150",
+        ],
+    ).policy
     observation, entries = np.zeros(len(OBSERVED)).tolist(), []
     for number in range(2400):
         at_s, key = 1e9 + 5.0 * number, f"r{number}"
-        body = {"policy": "", "actions": ["temperature"], "observation": observation, "mean": [0.0], "action": [0.1], "sigma": 1.0, "bound": 1.0}
+        body = {
+            "policy": "",
+            "actions": ["temperature"],
+            "observation": observation,
+            "mean": [0.0],
+            "action": [0.1],
+            "sigma": 1.0,
+            "bound": 1.0,
+        }
         body["log_density"] = float(random.normal()) if number % 3 else None
-        answer = {"items": ["a", "b"], "source": "realtime", "night": "n", "bundle": "b", "degraded": [], "ms": 1.0, "decision": body}
+        answer = {
+            "items": ["a", "b"],
+            "source": "realtime",
+            "night": "n",
+            "bundle": "b",
+            "degraded": [],
+            "ms": 1.0,
+            "decision": body,
+        }
         entries.append((at_s, Entry("decision", key, f"u{number % 40}", at_s, answer)))
         if random.random() < 0.4:
             later = at_s + float(random.choice([-2.0, 1.0, 400.0]))
             for copy in range(int(random.integers(1, 3))):
                 click = {"request_id": key, "outcome": "click", "item_id": "a", "value": 1.0}
-                entries.append((later, Entry("outcome" if later > at_s else "set_aside", f"{key} {copy}", None, later, click)))
+                entries.append(
+                    (
+                        later,
+                        Entry(
+                            "outcome" if later > at_s else "set_aside", f"{key} {copy}", None, later, click
+                        ),
+                    )
+                )
     entries.sort(key=lambda pair: pair[0])
 
     def collected(every_s, name):
         storage, log = Storage(tmp_path / name), SqliteLog(tmp_path / name / "log.sqlite")
-        stretches = [[entry for _, entry in some] for _, some in itertools.groupby(entries, lambda pair: pair[0] // every_s)]
+        stretches = [
+            [entry for _, entry in some]
+            for _, some in itertools.groupby(entries, lambda pair: pair[0] // every_s)
+        ]
         for some in stretches:
             log.append(some)
             collect(storage, log)
@@ -203,20 +286,35 @@ def test_how_often_was_collected_changes_nothing_of_what_is_learned_from(tmp_pat
         return collected_folders(storage)
 
     rewards = Rewards({"click": 1.0}, 1.0)
-    ways = {name: collected(every_s, name) for name, every_s in (("minute", 60.0), ("hour", 3600.0), ("once", 1e10))}
-    found = {name: read(folders, options, rewards, until_s=1e9 + 11_000) for name, folders in ways.items()}
+    ways = {
+        name: collected(every_s, name)
+        for name, every_s in (("minute", 60.0), ("hour", 3600.0), ("once", 1e10))
+    }
+    found = {
+        name: read_rounds(folders, options, rewards, until_s=1e9 + 11_000) for name, folders in ways.items()
+    }
     assert [len(folders) for folders in ways.values()][0] > 150 and len(ways["once"]) == 1
     assert len({digest(ripe.rounds) for ripe in found.values()}) == 1 and len(found["once"].rounds) == 4
-    fresh = [count_fresh(folders, options, after_s=1e9 + 10_000, until_s=1e9 + 11_000) for folders in ways.values()]
-    assert fresh[0] == fresh[1] == fresh[2] > 100 and {ripe.newest_s for ripe in found.values()} == {1e9 + 11_000}
-    assert all(int((~np.isnan(log.log_density)).sum()) >= 150 for log in found["once"].rounds) and {*found["once"].rounds[0].reward} == {0.0, 1.0}
+    fresh = [
+        count_fresh(folders, options, after_s=1e9 + 10_000, until_s=1e9 + 11_000) for folders in ways.values()
+    ]
+    assert fresh[0] == fresh[1] == fresh[2] > 100 and {ripe.newest_s for ripe in found.values()} == {
+        1e9 + 11_000
+    }
+    assert all(int((~np.isnan(log.log_density)).sum()) >= 150 for log in found["once"].rounds) and {
+        *found["once"].rounds[0].reward
+    } == {0.0, 1.0}
 
 
 def test_the_distribution_that_is_fitted_is_the_one_that_was_logged():
     random = np.random.default_rng(0)
-    action, mean, sigma = random.uniform(-1, 1, (200, 2)), random.normal(0, 1.5, (200, 2)), random.uniform(0.05, 2.0, (200, 1))
+    action, mean, sigma = (
+        random.uniform(-1, 1, (200, 2)),
+        random.normal(0, 1.5, (200, 2)),
+        random.uniform(0.05, 2.0, (200, 1)),
+    )
     logits = torch.tensor(np.concatenate([mean, np.log(np.repeat(sigma, 2, 1))], 1))
-    fitted = adapt.truncated_normal().from_logits(logits).logp(torch.tensor(action)).numpy()
+    fitted = adapt.make_truncated_normal().from_logits(logits).logp(torch.tensor(action)).numpy()
     assert fitted == pytest.approx(log_density(action, mean, sigma), rel=1e-9)
 
 
@@ -231,16 +329,26 @@ def test_a_best_action_at_the_end_of_what_can_be_turned_is_found_and_kept():
             if policy is not None:
                 mean = policy.act(observation)
             action, density = explore(mean, 0.5, random)
-            reward = clicks(world.pay(cases, action), random)
-            user, names = np.array([f"{seed}-{row}" for row in range(8000)]), (np.full(8000, "b"), np.full(8000, ""))
-            rounds.append(Logged(observation, mean, action, density, np.full(8000, 0.5), reward, user, *names))
-            policy = adapt.learn_from(Logged.joined(rounds), policy, ("temperature",), "b", adapt.Marwil(epochs=6))
+            reward = draw_clicks(world.pay(cases, action), random)
+            user, names = (
+                np.array([f"{seed}-{row}" for row in range(8000)]),
+                (np.full(8000, "b"), np.full(8000, "")),
+            )
+            rounds.append(
+                LoggedDecisions(observation, mean, action, density, np.full(8000, 0.5), reward, user, *names)
+            )
+            policy = adapt.learn_by_marwil(
+                LoggedDecisions.concat(rounds), policy, ("temperature",), "b", adapt.Marwil(epochs=6)
+            )
         observation, cases = world.draw(4000, np.random.default_rng(99))
-        none, best, mine = (world.pay(cases, played).mean() for played in (np.zeros((4000, 1)), np.ones((4000, 1)), policy.act(observation)))
+        none, best, mine = (
+            world.pay(cases, played).mean()
+            for played in (np.zeros((4000, 1)), np.ones((4000, 1)), policy.act(observation))
+        )
         assert (mine - none) / (best - none) >= 0.97
 
 
-class Edge(Planted):
+class Edge(SyntheticRewards):
     """A world in which the farthest that can be turned suits everybody."""
 
     def best(self, observation_ND):
@@ -250,7 +358,16 @@ class Edge(Planted):
 def test_a_follower_learns_when_enough_is_ripe_alone_in_its_workspace_until_it_is_stopped(shop, tmp_path):
     settings, storage, handler = shop
     (tmp_path / "settings.yaml").write_text(render_yaml(settings, "of the test"))
-    words = [sys.executable, "-m", "recray.cli", "adapt", "--follow", "--config", str(tmp_path / "settings.yaml"), "policy.round_decisions=2100"]
+    words = [
+        sys.executable,
+        "-m",
+        "recray.cli",
+        "adapt",
+        "--follow",
+        "--config",
+        str(tmp_path / "settings.yaml"),
+        "policy.round_decisions=2100",
+    ]
     follower = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
 
@@ -261,11 +378,13 @@ def test_a_follower_learns_when_enough_is_ripe_alone_in_its_workspace_until_it_i
         wait_for("a look", lambda: followed()["looked_s"], ended=follower.poll)
         assert followed()["rounds"] == 0 and Release.read(storage).champion.policy is None
         with pytest.raises(RefusedError, match="another adapt --follow .process"):
-            pipeline.run_adapt(settings, None, follow=True)
+            pipeline.run("adapt", settings, None, follow=True)
         talk(handler, 7, 0)
         asyncio.run(handler.recorder.writer.append([]))
         done = wait_for("a round", lambda: followed() if followed()["rounds"] else None, ended=follower.poll)
-        assert (done["promoted"], done["refusals"], done["reason"]) == (1, 0, "") and done["policy"] == Release.read(storage).champion.policy
+        assert (done["promoted"], done["refusals"], done["reason"]) == (1, 0, "") and done[
+            "policy"
+        ] == Release.read(storage).champion.policy
         assert done["over_trained"] > done["over_trained_low"] > 0 and 0 < done["outcome_age_s"] < 3600
         looked_s = done["looked_s"]
         wait_for("another look", lambda: followed()["looked_s"] > looked_s, ended=follower.poll)
@@ -274,11 +393,21 @@ def test_a_follower_learns_when_enough_is_ripe_alone_in_its_workspace_until_it_i
         follower.terminate()
     out, said = follower.communicate()
     result = json.loads(out.splitlines()[-1])
-    assert follower.returncode == 0 and (result["status"], result["metrics"]["rounds"]) == ("ok", 1), said[-2000:]
+    assert follower.returncode == 0 and (result["status"], result["metrics"]["rounds"]) == ("ok", 1), said[
+        -2000:
+    ]
 
 
 def test_a_follower_goes_on_whatever_a_round_ends_with(tmp_path):
-    ends = iter([RefusedError("too little"), StateError("the log is away"), ValueError("unexpected"), None, KeyboardInterrupt()])
+    ends = iter(
+        [
+            RefusedError("too little"),
+            StateError("the log is away"),
+            ValueError("unexpected"),
+            None,
+            KeyboardInterrupt(),
+        ]
+    )
 
     def round_():
         end = next(ends)
@@ -289,17 +418,25 @@ def test_a_follower_goes_on_whatever_a_round_ends_with(tmp_path):
     said = []
     settings = load_settings(None, [f"storage.root={tmp_path}", "policy.attribution_window_s=0"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recray.follow.LEAST_S", 0.0)
+        patch.setattr("recray.pipeline.follow.MIN_WAIT_S", 0.0)
         result = run_follow(settings, round_, lambda message, **_: said.append(message))
     assert result.status == "ok" and result.metrics["refusals"] == 3 and result.metrics["rounds"] == 0
-    assert all(any(word in line for line in said) for word in ("too little", "the log is away", "ValueError: unexpected"))
-    with only_one(tmp_path, "adapt --follow"):
+    assert all(
+        any(word in line for line in said)
+        for word in ("too little", "the log is away", "ValueError: unexpected")
+    )
+    with hold_exclusively(tmp_path, "adapt --follow"):
         pass
 
 
 def test_all_rounds_of_the_gate_have_one_level():
-    levels = [level_of(number) for number in range(1, 100_001)]
-    assert sum(levels) < 0.1 and levels == sorted(levels, reverse=True) and levels[0] > 0.015 and levels[199] > 1e-5
+    levels = [spend_level(number) for number in range(1, 100_001)]
+    assert (
+        sum(levels) < 0.1
+        and levels == sorted(levels, reverse=True)
+        and levels[0] > 0.015
+        and levels[199] > 1e-5
+    )
     p = np.random.default_rng(0).random((4000, 200))
     assert (p <= levels[:200]).any(1).mean() <= 0.1
 

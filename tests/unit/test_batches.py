@@ -3,13 +3,20 @@ import pytest
 from conftest import world_overrides
 
 from recray.config import load_settings
-from recray.inference.inputs import next_times
+from recray.inference.inputs import find_next_times
 from recray.testing.published import prepare_here
 from recray.training.batches import TrainingBatches
 
 
 def batches(dataset, **kwargs):
-    options = {"history": 8, "batch_positions": 200, "windows": "all", "prior_days": 7, "seed": 0, **kwargs}
+    options = {
+        "history": 8,
+        "batch_tokens": 200,
+        "sequences": "all",
+        "popularity_prior_days": 7,
+        "seed": 0,
+        **kwargs,
+    }
     return TrainingBatches(dataset, **options)
 
 
@@ -18,7 +25,9 @@ def asked(found):
     out = []
     for batch, targets, _ in found:
         offsets = targets.offsets.tolist()
-        for n, (user, position) in enumerate(zip(batch.user_N.tolist(), batch.position_N.tolist(), strict=True)):
+        for n, (user, position) in enumerate(
+            zip(batch.user_N.tolist(), batch.position_N.tolist(), strict=True)
+        ):
             context = tuple(batch.item_BT[user, : position + 1].tolist())
             wanted = tuple(targets.item[offsets[n] : offsets[n + 1]].tolist())
             out.append((context, wanted, int(batch.now_BT[user, position])))
@@ -31,7 +40,9 @@ def expected(data):
     for shard in data.shards():
         for row in range(len(shard)):
             start, end = int(shard.offsets[row]), int(shard.offsets[row] + shard.split[row, 0])
-            item, basket, time = (a[start:end].tolist() for a in (shard.item_index, shard.basket, shard.timestamp_s))
+            item, basket, time = (
+                a[start:end].tolist() for a in (shard.item_index, shard.basket, shard.timestamp_s)
+            )
             for e in range(len(item) - 1):
                 if basket[e] != basket[e + 1]:
                     following = [item[j] for j in range(e + 1, len(item)) if basket[j] == basket[e + 1]]
@@ -51,7 +62,9 @@ def test_baskets_of_several_items_are_predicted_as_a_whole(tmp_path, world_folde
 
     table = pq.read_table(world_folder / "events")
     daily = pc.floor_temporal(table["timestamp"], multiple=10, unit="day")
-    pq.write_table(table.set_column(2, "timestamp", daily.cast(pa.timestamp("us", tz="UTC"))), tmp_path / "e.parquet")
+    pq.write_table(
+        table.set_column(2, "timestamp", daily.cast(pa.timestamp("us", tz="UTC"))), tmp_path / "e.parquet"
+    )
     overrides = [*world_overrides(world_folder, tmp_path), f"data.events={tmp_path / 'e.parquet'}"]
     data = prepare_here(load_settings(None, overrides))
     found = asked(batches(data, history=1000).epoch(0))
@@ -62,7 +75,7 @@ def test_baskets_of_several_items_are_predicted_as_a_whole(tmp_path, world_folde
 def test_windows_cover_long_histories_once_each_epoch(world_dataset):
     whole = len(asked(batches(world_dataset, history=1000).epoch(0)))
     assert len(asked(batches(world_dataset, history=8).epoch(3))) == whole
-    last = batches(world_dataset, history=8, windows="last")
+    last = batches(world_dataset, history=8, sequences="last")
     assert len(asked(last.epoch(0))) < whole
 
 
@@ -86,7 +99,7 @@ def test_an_epoch_is_a_function_of_its_number(world_dataset):
 
 
 def test_padding_stays_small_and_batches_within_their_size(world_dataset):
-    source = batches(world_dataset, history=32, batch_positions=128)
+    source = batches(world_dataset, history=32, batch_tokens=128)
     assert source.padding() <= 0.10
     assert all(batch.item_BT.numel() <= 128 for batch, _, _ in source.epoch(0))
 
@@ -100,7 +113,11 @@ def test_the_prior_sees_no_event_of_the_day_it_is_asked_about(world_dataset):
     for n in range(0, len(batch.user_N), 7):
         day = int(batch.now_BT[batch.user_N[n], batch.position_N[n]]) // 86_400
         inside = (popularity.day < day) & (popularity.day >= day - 7)
-        counts = np.bincount(popularity.item_index[inside], weights=popularity.count[inside], minlength=world_dataset.n_items + 1)
+        counts = np.bincount(
+            popularity.item_index[inside],
+            weights=popularity.count[inside],
+            minlength=world_dataset.n_items + 1,
+        )
         np.testing.assert_allclose(prior[batch.day_N[n]], np.log1p(counts), rtol=1e-6)
         np.testing.assert_allclose(few[batch.day_N[n]], np.log1p(counts)[among], rtol=1e-6)
 
@@ -111,5 +128,5 @@ def test_training_asks_as_the_predictor_asks(world_dataset):
         for user, position in zip(batch.user_N.tolist(), batch.position_N.tolist(), strict=True):
             times = batch.time_BT[user : user + 1, : position + 1].numpy()
             now = batch.now_BT[user, position].numpy()[None]
-            expected = next_times(times, np.array([position + 1]), now)
+            expected = find_next_times(times, np.array([position + 1]), now)
             assert batch.now_BT[user, : position + 1].tolist() == expected[0].tolist()

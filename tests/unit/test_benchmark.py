@@ -1,4 +1,6 @@
-"""The arithmetic of the benchmarks, and what they feed their models; the benchmarks themselves take minutes to hours."""
+"""The arithmetic of the benchmarks, and what they feed their models; the benchmarks themselves take minutes
+to hours.
+"""
 
 from importlib import resources
 
@@ -14,7 +16,7 @@ from recray.benchmark.score import scorer
 from recray.config import load_settings
 from recray.errors import DataError, SettingsError
 from recray.evaluation import metrics
-from recray.training.trainer import bundle_settings
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop
 
 
@@ -31,7 +33,8 @@ def test_ranks_tell_what_lists_tell():
 
 def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
     curves = [
-        {"who": "peer", "epoch": e, "seconds": 100.0 * e, "cpu_seconds": 200.0 * e, "validation_ndcg": v} for e, v in ((1, 0.1), (2, 0.15), (3, 0.14))
+        {"who": "peer", "epoch": e, "seconds": 100.0 * e, "cpu_seconds": 200.0 * e, "validation_ndcg": v}
+        for e, v in ((1, 0.1), (2, 0.15), (3, 0.14))
     ]
     for seed in quality.SEEDS:
         curves += [
@@ -39,25 +42,35 @@ def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
             for e, v in ((1, 0.1), (2, 0.149), (3, 0.151), (4, 0.2))
         ]
     ours, theirs = np.array([1, 2, 3, 1, 0]), np.array([2, 4, 11, 1, 5])
-    found = quality._beside([ours] * 3, theirs, curves, "peer")
-    times = quality._time_to_peer(curves, "peer", {"seconds": 1.0, "cpu_seconds": 0.5})
+    found = quality._compare_ndcg([ours] * 3, theirs, "peer")
+    times = quality._time_to_library_ndcg(curves, "peer", {"seconds": 1.0, "cpu_seconds": 0.5})
     assert times["peer_epochs"] == 2 and times["peer_seconds"] == 200.0
-    assert times["time_to_peer_ratio"] == pytest.approx(30 / 200) and times["cpu_time_to_peer_ratio"] == pytest.approx(60 / 200)
-    untold = quality._time_to_peer(curves, "peer", None)
+    assert times["time_to_peer_ratio"] == pytest.approx(30 / 200) and times[
+        "cpu_time_to_peer_ratio"
+    ] == pytest.approx(60 / 200)
+    untold = quality._time_to_library_ndcg(curves, "peer", None)
     assert untold["seconds_to_peer"] == times["seconds_to_peer"] and untold["time_to_peer_ratio"] is None
     assert found["ndcg_lead"] == pytest.approx((quality.ndcg(ours) - quality.ndcg(theirs)).mean(), abs=1e-4)
     assert found["ndcg_lead_low"] < found["ndcg_lead"] < found["ndcg_lead_high"]
 
 
 def test_the_time_to_a_peer_is_told_where_both_select_alike():
-    alike = {"evaluate": {"primary_setting": "new_only", "k": (10, 20)}, "train": {"select_by": "primary"}, "split": {"kind": "leave_one_out"}}
-    assert quality._selects_as_peers_do(alike)
-    for section, other in (("evaluate", {"primary_setting": "repeats"}), ("train", {"select_by": "both"}), ("split", {"kind": "time"})):
-        assert not quality._selects_as_peers_do({**alike, section: {**alike[section], **other}})
+    alike = {
+        "evaluate": {"protocol": "filter_seen", "k": (10, 20)},
+        "train": {"select_by": "protocol"},
+        "split": {"kind": "leave_one_out"},
+    }
+    assert quality._selects_as_libraries_do(alike)
+    for section, other in (
+        ("evaluate", {"protocol": "with_repeats"}),
+        ("train", {"select_by": "both"}),
+        ("split", {"kind": "time"}),
+    ):
+        assert not quality._selects_as_libraries_do({**alike, section: {**alike[section], **other}})
 
 
 def test_held_out_items_are_nowhere_before_the_test(world_dataset, tmp_path):
-    features._hold_out(world_dataset, tmp_path / "events.parquet")
+    features._write_without_cold_items(world_dataset, tmp_path / "events.parquet")
     kept = pq.read_table(tmp_path / "events.parquet").to_pandas()
     cold = {item for item in world_dataset.items["item_id"].to_pylist() if features.is_cold(item)}
     assert 3 < len(cold) < 40
@@ -67,7 +80,9 @@ def test_held_out_items_are_nowhere_before_the_test(world_dataset, tmp_path):
             for place, item in enumerate(shard.history(row).item_index):
                 name = world_dataset.items["item_id"][int(item) - 1].as_py()
                 if place >= shard.split[row, 2] or name not in cold:
-                    expected.append((shard.user_ids[row].as_py(), name, int(shard.history(row).timestamp_s[place])))
+                    expected.append(
+                        (shard.user_ids[row].as_py(), name, int(shard.history(row).timestamp_s[place]))
+                    )
     times = kept.timestamp.astype("datetime64[s]").astype("int64")
     assert sorted(zip(kept.user_id, kept.item_id, times, strict=True)) == sorted(expected)
     before = kept[times < world_dataset.cut_s("test")]
@@ -84,14 +99,36 @@ def test_auc():
 
 def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
     moments = pd.to_datetime(["2019-11-09 10:00", "2019-11-10 10:00", "2019-11-14 10:00"])
-    sessions = pd.DataFrame({"impression_id": [1, 2, 3], "user_id": ["u", "u", "v"], "timestamp": moments, "history": [["a"], ["a", "b"], ["c"]]})
-    rows = [(i, s, item, event) for i, s in ((1, 0), (2, 1), (3, 2)) for item, event in ((f"click{i}", "click"), (f"not{i}", "impression"))]
+    sessions = pd.DataFrame(
+        {
+            "impression_id": [1, 2, 3],
+            "user_id": ["u", "u", "v"],
+            "timestamp": moments,
+            "history": [["a"], ["a", "b"], ["c"]],
+        }
+    )
+    rows = [
+        (i, s, item, event)
+        for i, s in ((1, 0), (2, 1), (3, 2))
+        for item, event in ((f"click{i}", "click"), (f"not{i}", "impression"))
+    ]
     shown = pd.DataFrame(
-        [{"impression_id": i, "user_id": sessions.user_id[s], "timestamp": moments[s], "item_id": item, "event": event} for i, s, item, event in rows]
+        [
+            {
+                "impression_id": i,
+                "user_id": sessions.user_id[s],
+                "timestamp": moments[s],
+                "item_id": item,
+                "event": event,
+            }
+            for i, s, item, event in rows
+        ]
     )
     for name, table in (("sessions", sessions), ("interactions", shown)):
         table.to_parquet(tmp_path / f"{name}.parquet")
-    pd.DataFrame({"item_id": ["a", "not1"], "title": ["x", "y"], "category": ["k", "k"]}).to_parquet(tmp_path / "items.parquet")
+    pd.DataFrame({"item_id": ["a", "not1"], "title": ["x", "y"], "category": ["k", "k"]}).to_parquet(
+        tmp_path / "items.parquet"
+    )
     shown, sessions, _ = slate._read(tmp_path)
     (tmp_path / "out").mkdir()
     slate._write(tmp_path, tmp_path / "out", shown, sessions)
@@ -103,7 +140,7 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
         "c",
         *(f"{w}{i}" for w in ("click", "not") for i in (1, 2, 3)),
     }
-    with pytest.raises(DataError, match="not laid out as MIND"):
+    with pytest.raises(DataError, match="does not have the layout of MIND"):
         slate._read(tmp_path / "out")
 
 
@@ -118,17 +155,35 @@ def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
         mine = number % 2
         moment = pd.Timestamp("2019-11-09") + pd.Timedelta(minutes=20 * number)
         read = [f"{mine}-{i}" for i in random.choice(10, 4, replace=False)]
-        sessions.append({"impression_id": number, "user_id": f"u{number}", "timestamp": moment, "history": read})
+        sessions.append(
+            {"impression_id": number, "user_id": f"u{number}", "timestamp": moment, "history": read}
+        )
         for section in (0, 1):
             click = "click" if section == mine else "impression"
             shown.append(
-                {"impression_id": number, "user_id": f"u{number}", "timestamp": moment, "item_id": f"{section}-{random.integers(10)}", "event": click}
+                {
+                    "impression_id": number,
+                    "user_id": f"u{number}",
+                    "timestamp": moment,
+                    "item_id": f"{section}-{random.integers(10)}",
+                    "event": click,
+                }
             )
     pd.DataFrame(sessions).to_parquet(data / "sessions.parquet")
     pd.DataFrame(shown).to_parquet(data / "interactions.parquet")
-    items = [{"item_id": f"{section}-{i}", "title": "", "category": str(section)} for section in (0, 1) for i in range(10)]
+    items = [
+        {"item_id": f"{section}-{i}", "title": "", "category": str(section)}
+        for section in (0, 1)
+        for i in range(10)
+    ]
     pd.DataFrame(items).to_parquet(data / "items.parquet")
-    small = ["train.epochs=10", "train.learning_rate=0.01", "model.dim=16", "model.blocks=1", "train.batch_positions=200"]
+    small = [
+        "train.epochs=10",
+        "train.learning_rate=0.01",
+        "model.dim=16",
+        "model.blocks=1",
+        "train.batch_tokens=200",
+    ]
     _, metrics = slate.measure_slate(tmp_path, str(data), small, lambda text: None)
     assert metrics["impressions"] == 60 and metrics["auc_low"] <= metrics["auc"] <= metrics["auc_high"]
     assert metrics["auc"] > 0.7 > metrics["popular_auc"]
@@ -138,7 +193,10 @@ def test_a_round_scores_every_user(world_settings, world_dataset, tmp_path):
     state = build_loop(str(world_dataset.path), bundle_settings(world_settings), torch.device("cpu")).best
     with scorer(tmp_path, world_settings, world_dataset, state) as score:
         score()
-    assert sum(pq.read_metadata(part).num_rows for part in (tmp_path / "parts").glob("*.parquet")) == world_dataset.n_users
+    assert (
+        sum(pq.read_metadata(part).num_rows for part in (tmp_path / "parts").glob("*.parquet"))
+        == world_dataset.n_users
+    )
 
 
 def test_the_exponent_of_linear_growth_is_one():
@@ -147,21 +205,39 @@ def test_the_exponent_of_linear_growth_is_one():
 
 
 def test_variants_are_held_against_the_default(world_folder, tmp_path, monkeypatch):
-    variants = {"default": [], "the same": ["train.loss=softmax"], "again": ["train.temperature_jitter=1e-9"], "sampled": ["train.loss=sampled"]}
+    variants = {
+        "default": [],
+        "the same": ["train.loss=softmax"],
+        "again": ["train.temperature_jitter=1e-9"],
+        "sampled": ["train.loss=sampled"],
+    }
     monkeypatch.setattr(ablations, "VARIANTS", variants)
     said: list[str] = []
     small = [f"data.events=[{world_folder / 'events'}]", f"data.items={world_folder / 'items.parquet'}"]
-    small += ["train.epochs=1", "train.batch_positions=2000", "model.dim=8", "model.blocks=1", "model.dropout=0", "evaluate.max_users=50"]
+    small += [
+        "train.epochs=1",
+        "train.batch_tokens=2000",
+        "model.dim=8",
+        "model.blocks=1",
+        "model.dropout=0",
+        "evaluate.max_users=50",
+    ]
     small += ["evaluate.bootstrap=100", "score.caps={}"]
     chosen, metrics = ablations.measure_ablations(tmp_path, None, small, said.append)
     assert chosen["train"]["loss"] == "auto" and metrics["users"] == 50
-    assert said[1] == "the same: left out, it is the default here" and list(metrics["variants"]) == ["default", "again", "sampled"]
+    assert said[1] == "the same: skipped, it equals the default here" and list(metrics["variants"]) == [
+        "default",
+        "again",
+        "sampled",
+    ]
     default, again, sampled = metrics["variants"].values()
-    for setting in ("repeats", "new_only"):
+    for setting in ("with_repeats", "filter_seen"):
         for variant in (again, sampled):
-            assert variant[setting]["lead"] == pytest.approx(metrics[f"{setting}_ndcg"] - variant[setting]["ndcg"], abs=2e-4)
-    assert abs(again["repeats"]["lead"]) < 0.01 and sampled["changed"] == ["train.loss=sampled"]
-    assert default["repeats"]["sharper"] != default["repeats"]["ndcg"]
+            assert variant[setting]["lead"] == pytest.approx(
+                metrics[f"{setting}_ndcg"] - variant[setting]["ndcg"], abs=2e-4
+            )
+    assert abs(again["with_repeats"]["lead"]) < 0.01 and sampled["changed"] == ["train.loss=sampled"]
+    assert default["with_repeats"]["sharper"] != default["with_repeats"]["ndcg"]
 
 
 @pytest.mark.parametrize("config", ["demo", "ml-1m", "news", "shop", "video"])
@@ -169,7 +245,10 @@ def test_every_variant_fits_every_config(config, monkeypatch):
     monkeypatch.setenv("RECRAY_DATA", "data")
     path = str(resources.files("jobs") / "configs" / f"{config}.yaml")
     settings = {name: load_settings(path, changed) for name, changed in ablations.VARIANTS.items()}
-    assert not settings["no copy term"].model.repeat and settings["copy term by item"].model.repeat_by_item
+    assert (
+        not settings["no copy term"].model.repeat_consumption
+        and settings["copy term by item"].model.repeat_by_item
+    )
     assert settings["no item features"].data.features == {} and settings["no item features"].score.caps == {}
     assert settings["default"] == load_settings(path)
 
@@ -178,6 +257,6 @@ def test_every_variant_fits_every_config(config, monkeypatch):
 def test_a_benchmark_on_data_asks_for_them(what, tmp_path):
     with pytest.raises(SettingsError, match="needs --data"):
         benchmark.run(what, tmp_path, lambda text: None)
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="does not exist"):
         benchmark.run(what, tmp_path, lambda text: None, data="no-such-data")
     assert not list(tmp_path.iterdir())

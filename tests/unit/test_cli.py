@@ -8,8 +8,9 @@ import time
 import pytest
 from conftest import world_overrides
 
-from recray import cli, demo
+from recray import cli
 from recray.bundle import Bundle
+from recray.cli import demo
 from recray.config import load_settings
 from recray.errors import ClusterError, DamagedArtifactError, RefusedError
 from recray.privacy.accounting import Mechanism
@@ -78,7 +79,14 @@ def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
     settings = load_settings(None, world_overrides(world_folder, tmp_path))
     path = tmp_path / "bundle"
     untrained_bundle(settings, prepare_here(settings), path, "k")
-    for name in ("model.safetensors", "items.parquet", "config.yaml", "popularity.parquet", "privacy.json", "metrics.json"):
+    for name in (
+        "model.safetensors",
+        "items.parquet",
+        "config.yaml",
+        "popularity.parquet",
+        "privacy.json",
+        "metrics.json",
+    ):
         content = bytearray((path / name).read_bytes())
         content[len(content) // 2] ^= 1
         original = (path / name).read_bytes()
@@ -97,10 +105,12 @@ def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
 
 
 def test_one_job_at_a_time_in_a_root(capsys, world_folder, tmp_path):
-    from recray import lease
+    from recray.storage import lease
 
     with lease.hold(tmp_path, "nightly", 1.0):
-        code, result, said = call(capsys, "prepare", *world_overrides(world_folder, tmp_path), "storage.lease_s=1")
+        code, result, said = call(
+            capsys, "prepare", *world_overrides(world_folder, tmp_path), "storage.lease_s=1"
+        )
     assert (code, result["status"]) == (3, "refused") and "nightly (attempt 1, process" in said
 
 
@@ -114,28 +124,33 @@ def test_events_of_the_future_or_a_clock_set_back_are_refused(capsys, world_fold
 
     settings = load_settings(None, world_overrides(world_folder, tmp_path))
     monkeypatch.setattr(preparation.dt, "datetime", Earlier)
-    with pytest.raises(RefusedError, match=r"events have times of the future, by this machine's clock, 2024-01-02.*\n.*--as-of"):
+    with pytest.raises(
+        RefusedError,
+        match=r"events have times in the future by this machine's clock, 2024-01-02.*\n.*--as-of",
+    ):
         prepare_here(settings)
     monkeypatch.undo()
     prepare_here(settings)
 
 
 def test_a_night_that_was_begun_with_other_settings_is_refused_until_it_ends(world_folder, tmp_path):
-    from recray import pipeline
+    from recray.pipeline.nightly import begin_run
 
     journal = tmp_path / "night.json"
-    settings, other = (load_settings(None, [*world_overrides(world_folder, tmp_path), f"train.epochs={n}"]) for n in (2, 3))
-    pipeline._begin(journal, settings, None, restart=False)
-    pipeline._begin(journal, settings, None, restart=False)
+    settings, other = (
+        load_settings(None, [*world_overrides(world_folder, tmp_path), f"train.epochs={n}"]) for n in (2, 3)
+    )
+    begin_run(journal, settings, None, restart=False)
+    begin_run(journal, settings, None, restart=False)
     with pytest.raises(RefusedError, match="train.epochs 2 → 3"):
-        pipeline._begin(journal, other, None, restart=False)
-    pipeline._begin(journal, other, None, restart=True)
+        begin_run(journal, other, None, restart=False)
+    begin_run(journal, other, None, restart=True)
     journal.write_text(journal.read_text().replace('"ended": false', '"ended": true'))
-    pipeline._begin(journal, settings, None, restart=False)
+    begin_run(journal, settings, None, restart=False)
 
 
 def test_json_logs_have_time_level_job_stage_and_fields(capsys):
-    from recray.terminal import LogReporter
+    from recray.pipeline.terminal import LogReporter
 
     with LogReporter("nightly") as log:
         log.say("── train", stage="train")
@@ -154,28 +169,66 @@ def test_doctor_says_what_it_found_and_what_to_fix(capsys, tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     code, result, said = call(capsys, "doctor", f"storage.root={tmp_path / 'root'}")
     assert (code, result["status"]) == (0, "ok")
-    for name in ("machine", "Python", "packages", "GPU", "Ray", "Ray token", "Ray job API", "MLflow", "storage space", "storage", "champion"):
+    for name in (
+        "machine",
+        "Python",
+        "packages",
+        "GPU",
+        "Ray",
+        "Ray token",
+        "Ray job API",
+        "MLflow",
+        "storage space",
+        "storage",
+        "champion",
+    ):
         assert name in result["metrics"], name
         assert name in said
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "RELEASE.json").write_text("{}")
-    code, result, said = call(capsys, "doctor", f"storage.root={tmp_path / 'root'}", "tracking.uri=http://127.0.0.1:9", "tracking.retries=0")
+    code, result, said = call(
+        capsys,
+        "doctor",
+        f"storage.root={tmp_path / 'root'}",
+        "tracking.uri=http://127.0.0.1:9",
+        "tracking.retries=0",
+    )
     assert (code, result["status"]) == (1, "failed")
-    assert "Ray token" in result["reason"] and "is not a release" in result["reason"] and any("MLflow" in text for text in result["warnings"])
+    assert (
+        "Ray token" in result["reason"]
+        and "is not a release" in result["reason"]
+        and any("MLflow" in text for text in result["warnings"])
+    )
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     code, result, said = call(capsys, "doctor", "storage.root=/proc/nowhere")
-    assert code == 1 and "no Ray answers at 127.0.0.1:9" in result["reason"] and "cannot be written to" in result["reason"]
+    assert (
+        code == 1
+        and "no Ray responds at 127.0.0.1:9" in result["reason"]
+        and "cannot be written to" in result["reason"]
+    )
 
 
 def test_doctor_says_what_was_spent_of_privacy(capsys, tmp_path):
-    where = [f"storage.root={tmp_path}", "privacy.enabled=true", "privacy.cap=8", "privacy.delta=1e-5", f"data.items={tmp_path}/items.parquet"]
-    assert "the first training begins it" in call(capsys, "doctor", *where)[1]["metrics"]["privacy"]
+    where = [
+        f"storage.root={tmp_path}",
+        "privacy.enabled=true",
+        "privacy.cap=8",
+        "privacy.delta=1e-5",
+        f"data.items={tmp_path}/items.parquet",
+    ]
+    assert "the first training creates it" in call(capsys, "doctor", *where)[1]["metrics"]["privacy"]
     ledger = Ledger.open(f"sqlite:///{tmp_path}/privacy.sqlite", "users")
-    ledger.reserve("a", Mechanism(sigma=2.0, rate=0.1, steps=100, clipping_norm=1.0, delta=1e-5, users=50), None)
+    ledger.reserve(
+        "a", Mechanism(sigma=2.0, rate=0.1, steps=100, clipping_norm=1.0, delta=1e-5, users=50), None
+    )
     found = call(capsys, "doctor", *where)[1]["metrics"]["privacy"]
-    assert re.fullmatch(r"ε 2\.\d+ of 8 at δ 1e-05 is spent, by 1 trainings of population users", found), found
-    assert any("privacy" in warning for warning in call(capsys, "doctor", *where, "privacy.cap=1")[1]["warnings"])
+    assert re.fullmatch(r"ε 2\.\d+ of 8 at δ 1e-05 is spent, by 1 trainings of population users", found), (
+        found
+    )
+    assert any(
+        "privacy" in warning for warning in call(capsys, "doctor", *where, "privacy.cap=1")[1]["warnings"]
+    )
     assert "privacy" not in call(capsys, "doctor", f"storage.root={tmp_path}")[1]["metrics"]
 
 
@@ -185,15 +238,28 @@ def test_models_of_an_empty_root(capsys, tmp_path):
 
 
 def test_options_and_overrides_may_stand_in_any_order(capsys, tmp_path):
-    code, _, said = call(capsys, "promote", f"storage.root={tmp_path}", "0123456789abcdef", "--as-of", "2011-12-01", "train.epochs=1")
+    code, _, said = call(
+        capsys,
+        "promote",
+        f"storage.root={tmp_path}",
+        "0123456789abcdef",
+        "--as-of",
+        "2011-12-01",
+        "train.epochs=1",
+    )
     assert code == 1 and "recray prepare" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_hears_that_the_endpoint_is_up_may_end_it_at_once(number):
-    before, said = {asks: signal.signal(asks, cli._interrupt) for asks in (signal.SIGINT, signal.SIGTERM)}, []
+    before, said = {asks: signal.signal(asks, cli.interrupt) for asks in (signal.SIGINT, signal.SIGTERM)}, []
     try:
-        demo.until_stopped(bool, lambda: said.append("serving"), lambda: signal.raise_signal(number), lambda: said.append("told after the end"))
+        demo.wait_until_stopped(
+            bool,
+            lambda: said.append("serving"),
+            lambda: signal.raise_signal(number),
+            lambda: said.append("told after the end"),
+        )
     finally:
         for asks, handler in before.items():
             signal.signal(asks, handler)
@@ -201,8 +267,8 @@ def test_who_hears_that_the_endpoint_is_up_may_end_it_at_once(number):
 
 
 def test_an_endpoint_that_does_not_come_back_ends_the_job(monkeypatch):
-    monkeypatch.setattr(demo, "LOOK_S", 0.01)
-    monkeypatch.setattr(demo, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(demo, "POLL_S", 0.01)
+    monkeypatch.setattr(demo, "GRACE_S", 0.2)
     looks, found = iter([True, False, False, True]), []
 
     def alive():
@@ -210,7 +276,7 @@ def test_an_endpoint_that_does_not_come_back_ends_the_job(monkeypatch):
         return found[-1]
 
     with pytest.raises(ClusterError, match="no replica of the endpoint runs any more"):
-        demo.until_stopped(alive)
+        demo.wait_until_stopped(alive)
     assert found[:4] == [True, False, False, True] and len(found) > 6
     with pytest.raises(ClusterError, match="no replica of the endpoint runs any more"):
-        demo.until_stopped(lambda: time.sleep(60))
+        demo.wait_until_stopped(lambda: time.sleep(60))

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, make_url, text
 
-from recray.config import Settings, load_settings, parse_as_of, render_yaml, sqlite_file, sqlite_url
+from recray.config import (
+    RESULT_SECTIONS,
+    Settings,
+    formats,
+    load_settings,
+    parse_as_of,
+    render_yaml,
+    sqlite_file,
+    sqlite_url,
+)
 from recray.errors import SettingsError
 
 
@@ -23,7 +32,7 @@ from recray.errors import SettingsError
         ("split.test_fraction=0.9", "split.test_fraction"),
         ("data.features={price: colour}", "data.features.price"),
         ("evaluate.k=[10, 0]", "evaluate.k"),
-        ("gates.must_beat=['popular, last day']", "asked_at=target"),
+        ("promotion.must_beat=['popular, last day']", "query_time=target"),
     ],
 )
 def test_unusable_settings_are_named_with_a_fix(override, named):
@@ -35,8 +44,8 @@ def test_unusable_settings_are_named_with_a_fix(override, named):
 
 
 def test_a_copy_term_by_item_without_a_copy_term_is_refused():
-    with pytest.raises(SettingsError, match="repeat_by_item is of the copy term"):
-        load_settings(None, ["model.repeat=false", "model.repeat_by_item=true"])
+    with pytest.raises(SettingsError, match="repeat_by_item needs the repeat-consumption head"):
+        load_settings(None, ["model.repeat_consumption=false", "model.repeat_by_item=true"])
 
 
 def test_overrides_win_over_the_file(tmp_path):
@@ -55,7 +64,9 @@ def test_moments_are_utc_wherever_the_job_runs(monkeypatch):
     monkeypatch.setenv("TZ", "America/New_York")
     time.tzset()
     try:
-        settings = load_settings(None, ["split.test_from=2020-09-20", "split.validation_from=2020-09-01T00:00:00Z"])
+        settings = load_settings(
+            None, ["split.test_from=2020-09-20", "split.validation_from=2020-09-01T00:00:00Z"]
+        )
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -85,7 +96,9 @@ def test_a_root_that_cannot_be_written_to_is_refused(root, word):
 
 def test_places_stay_out_of_result_settings():
     base = load_settings(None).result_settings("data", "train", "score")
-    moved = load_settings(None, ["data.events=[/elsewhere]", "train.threads=4", "score.actors=9"]).result_settings("data", "train", "score")
+    moved = load_settings(
+        None, ["data.events=[/elsewhere]", "train.threads=4", "score.actors=9"]
+    ).result_settings("data", "train", "score")
     changed = load_settings(None, ["train.seed=1"]).result_settings("data", "train", "score")
     assert base == moved
     assert base != changed
@@ -107,14 +120,16 @@ def test_as_of_date_means_its_end():
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
     path = tmp_path / "recray.yaml"
     path.write_text("train:\n  epochs: 3\n  seed: 1\n  epochs: 5\n")
-    with pytest.raises(SettingsError, match="'epochs' stands twice, in line 2 and in line 4"):
+    with pytest.raises(SettingsError, match="'epochs' is defined twice, in line 2 and in line 4"):
         load_settings(path)
     path.write_text("train: {epochs: 3}\nmodel: {dim: 8}\ntrain: {seed: 1}\n")
-    with pytest.raises(SettingsError, match="'train' stands twice, in line 1 and in line 3"):
+    with pytest.raises(SettingsError, match="'train' is defined twice, in line 1 and in line 3"):
         load_settings(path)
 
 
-@pytest.mark.parametrize("value", ["yes", "on", "true", "0123", "1_000", "12:30", "'3'", "2024-01-01", "0b11"])
+@pytest.mark.parametrize(
+    "value", ["yes", "on", "true", "0123", "1_000", "12:30", "'3'", "2024-01-01", "0b11"]
+)
 def test_what_is_no_number_is_none(tmp_path, value):
     path = tmp_path / "recray.yaml"
     path.write_text(f"train:\n  seed: {value}\n")
@@ -127,11 +142,15 @@ def test_what_is_no_number_is_none(tmp_path, value):
 def test_numbers_are_numbers_however_they_are_written(tmp_path):
     path = tmp_path / "recray.yaml"
     path.write_text(
-        "train: {learning_rate: 1e-3, seed: 0x10, epochs: +7}\ndata: {columns: {event: no, item_id: 0123}}\nsplit: {test_from: 2024-01-02}\n"
+        "train: {learning_rate: 1e-3, seed: 0x10, epochs: +7}\ndata: {columns: {event: no, item_id: "
+        "0123}}\nsplit: {test_from: 2024-01-02}\n"
     )
     found = load_settings(path)
     assert (found.train.learning_rate, found.train.seed, found.train.epochs) == (0.001, 16, 7)
-    assert found.data.columns == {"event": "no", "item_id": "0123"} and found.split.test_from.isoformat() == "2024-01-02T00:00:00+00:00"
+    assert (
+        found.data.columns == {"event": "no", "item_id": "0123"}
+        and found.split.test_from.isoformat() == "2024-01-02T00:00:00+00:00"
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,15 +160,15 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path):
         ("evaluate.k=[10, true]", "evaluate.k: True is yes or no"),
         ("score.caps={brand: true}", "score.caps: True is yes or no"),
         ("score.boosts={brand=a: '0123'}", "score.boosts: '0123' is text"),
-        ("split.test_from=1709251200", "split.test_from: a number is no date"),
-        ("split.test_from='1709251200'", "split.test_from: a number is no date"),
+        ("split.test_from=1709251200", "split.test_from: a number is not a date"),
+        ("split.test_from='1709251200'", "split.test_from: a number is not a date"),
         ("data.events=", "data.events: it is blank"),
         ("data.events=[a, '']", "data.events: it is blank"),
         ("data.events=[]", "data.events: .*at least 1"),
         ("data.items= ", "data.items: it is blank"),
         ("storage.root=", "storage.root: it is blank"),
-        ("storage.root=/x\0y", "storage.root: a path is text"),
-        ("storage.root=/x\udcff", "storage.root: a path is text"),
+        ("storage.root=/x\0y", "storage.root: a path is UTF-8 text"),
+        ("storage.root=/x\udcff", "storage.root: a path is UTF-8 text"),
         ("data.features={{ kinds }}", "a mapping as a name"),
     ],
 )
@@ -160,7 +179,9 @@ def test_what_could_be_read_as_something_else_is_refused(given, named):
 
 def test_digits_of_a_date_are_that_date():
     for said in ("20240301", "'20240301'", "2024-03-01"):
-        assert load_settings(None, [f"split.test_from={said}"]).split.test_from == dt.datetime(2024, 3, 1, tzinfo=dt.UTC)
+        assert load_settings(None, [f"split.test_from={said}"]).split.test_from == dt.datetime(
+            2024, 3, 1, tzinfo=dt.UTC
+        )
 
 
 def test_paths_in_a_file_are_of_its_folder_but_for_those_that_are_whole(tmp_path, monkeypatch):
@@ -174,10 +195,17 @@ def test_paths_in_a_file_are_of_its_folder_but_for_those_that_are_whole(tmp_path
         load_settings(path)
     monkeypatch.setenv("ITEMS", "items")
     found = load_settings(path).data
-    assert found.events == (str(tmp_path / "night 10:00/e.parquet"), "s3://b/e", "/x/e") and found.items == str(tmp_path / "items")
+    assert found.events == (
+        str(tmp_path / "night 10:00/e.parquet"),
+        "s3://b/e",
+        "/x/e",
+    ) and found.items == str(tmp_path / "items")
 
 
-@pytest.mark.parametrize(("root", "path"), [("file:///tmp/a%20b", "/tmp/a b"), ("file://localhost/tmp/a", "/tmp/a"), ("/tmp/a%20b", "/tmp/a%20b")])
+@pytest.mark.parametrize(
+    ("root", "path"),
+    [("file:///tmp/a%20b", "/tmp/a b"), ("file://localhost/tmp/a", "/tmp/a"), ("/tmp/a%20b", "/tmp/a%20b")],
+)
 def test_a_root_may_be_a_file_uri(root, path):
     assert load_settings(None, [f"storage.root={root}"]).root() == Path(path)
 
@@ -185,7 +213,9 @@ def test_a_root_may_be_a_file_uri(root, path):
 def test_a_mapping_on_the_command_line_is_blamed_there(tmp_path):
     path = tmp_path / "recray.yaml"
     path.write_text("data: {features: {a: text}}\n")
-    with pytest.raises(SettingsError, match=r"command line: data.features.price: 'number'.*(?s:.)*did you mean 'numeric'"):
+    with pytest.raises(
+        SettingsError, match=r"command line: data.features.price: 'number'.*(?s:.)*did you mean 'numeric'"
+    ):
         load_settings(path, ["data.features={price: number}"])
 
 
@@ -193,11 +223,25 @@ def test_a_mapping_on_the_command_line_is_blamed_there(tmp_path):
 def test_every_path_survives_the_command_line_and_the_databases(name):
     path = "/x/" + name
     found = load_settings(
-        None, [f"storage.root={path}", f"data.events={path}", f"data.items={path}", f"privacy.public_start={path}", "privacy.counts_share=0"]
+        None,
+        [
+            f"storage.root={path}",
+            f"data.events={path}",
+            f"data.items={path}",
+            f"privacy.public_start={path}",
+            "privacy.counts_share=0",
+        ],
     )
-    assert found.storage.root == path and found.data.events == (path,) and found.data.items == path and found.privacy.public_start == path
+    assert (
+        found.storage.root == path
+        and found.data.events == (path,)
+        and found.data.items == path
+        and found.privacy.public_start == path
+    )
     url = make_url(sqlite_url(Path(path)))
-    assert unquote(url.database.removeprefix("file:")) == str(Path(path)) and (url.query.get("uri") == "true") == url.database.startswith("file:")
+    assert unquote(url.database.removeprefix("file:")) == str(Path(path)) and (
+        url.query.get("uri") == "true"
+    ) == url.database.startswith("file:")
 
 
 @pytest.mark.parametrize("name", ["night #1", "a%20b", "w?at=1&b", "100 %", "é ü"])
@@ -207,15 +251,18 @@ def test_databases_lie_where_their_path_says(tmp_path, name):
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE t (a INTEGER)"))
     engine.dispose()
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.sqlite")] == [f"{name}/a.sqlite"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.sqlite")] == [
+        f"{name}/a.sqlite"
+    ]
     assert sqlite_file(sqlite_url(tmp_path / name / "a.sqlite")) == str(tmp_path / name / "a.sqlite")
 
 
 def test_choices_are_named():
     with pytest.raises(SettingsError) as error:
-        load_settings(None, ["gates.must_beat=[popularity]"])
-    assert error.value.what.startswith(
-        "command line: gates.must_beat: 'popularity' is none of most popular, 'popular, last 7 days', 'popular, last day'"
+        load_settings(None, ["promotion.must_beat=[popularity]"])
+    assert error.value.message.startswith(
+        "command line: promotion.must_beat: 'popularity' is not one of most popular, 'popular, last 7 days', "
+        "'popular, last day'"
     ) and "literal" not in str(error.value)
     with pytest.raises(SettingsError, match=r"did you mean 'softmax'"):
         load_settings(None, ["train.loss=softmx"])
@@ -226,10 +273,10 @@ def test_where_it_was_said_is_named(tmp_path):
     path.write_text("train: {epochs: 0}\nmodel: {dim: 7}\n")
     with pytest.raises(SettingsError) as error:
         load_settings(path, ["train.patience=0", "score.k=0"])
-    lines = error.value.what.splitlines()
+    lines = error.value.message.splitlines()
     said = {line.split(": ")[1]: line.split(": ")[0] for line in lines}
     assert said == {
-        "model.heads (2) must divide dim (7)": str(path),
+        "model.heads": str(path),
         "train.epochs": str(path),
         "train.patience": "command line",
         "score.k": "command line",
@@ -246,20 +293,34 @@ def test_without_a_home_the_setting_is_named(monkeypatch):
 CAPPED = ("privacy.enabled=true", "privacy.cap=8")
 
 
-@pytest.mark.parametrize("config", sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_two_settings_turn_privacy_on_whatever_else_is_written_out(config, monkeypatch):
     monkeypatch.setenv("RECRAY_DATA", "/data")
     found = load_settings(config, [*CAPPED, "data.items=/data/items.parquet"])
-    assert found.model.preset == "dp" and not found.model.repeat and found.split.held_out == 0.1 and found.data.catalogue == "items"
+    assert (
+        found.model.preset == "dp"
+        and not found.model.repeat_consumption
+        and found.split.holdout_users == 0.1
+        and found.data.catalogue == "items"
+    )
     assert found.train.learning_rate == 0.01 and found.model.blocks == 1
-    assert any(words.startswith("model.preset ligr → dp") for words in found.changed) and load_settings(config).changed == ()
+    assert (
+        any(words.startswith("model.preset ligr → dp") for words in found.changed)
+        and load_settings(config).changed == ()
+    )
 
 
 def test_a_conflict_of_the_command_line_is_refused_with_what_to_leave_out():
-    with pytest.raises(SettingsError, match="command line: model.repeat: true cannot be trained privately.*") as error:
-        load_settings(None, [*CAPPED, "data.items=/items.parquet", "model.repeat=true"])
-    assert "leave it out" in error.value.fix and "model.repeat=false" in error.value.fix
-    with pytest.raises(SettingsError, match="privacy.cap: say what may be spent"):
+    with pytest.raises(
+        SettingsError, match="command line: model.repeat_consumption: true cannot be trained privately.*"
+    ) as error:
+        load_settings(None, [*CAPPED, "data.items=/items.parquet", "model.repeat_consumption=true"])
+    assert "omit it" in error.value.fix and "model.repeat_consumption=false" in error.value.fix
+    with pytest.raises(SettingsError, match="privacy.cap: name the ε that may be spent"):
         load_settings(None, ["privacy.enabled=true", "data.items=/items.parquet"])
     with pytest.raises(SettingsError, match="data.items names no table"):
         load_settings(None, CAPPED)
@@ -267,8 +328,50 @@ def test_a_conflict_of_the_command_line_is_refused_with_what_to_leave_out():
 
 def test_a_file_that_turns_privacy_on_means_what_it_says_of_the_training(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("privacy: {enabled: true, cap: 8}\ndata: {items: /items.parquet}\ntrain: {learning_rate: 0.03}\nmodel: {repeat: true, dim: 64}\n")
+    file.write_text(
+        "privacy: {enabled: true, cap: 8}\ndata: {items: /items.parquet}\ntrain: {learning_rate: "
+        "0.03}\nmodel: {repeat_consumption: true, dim: 64}\n"
+    )
     found = load_settings(file)
-    assert (found.train.learning_rate, found.model.repeat, found.model.dim) == (0.03, False, 32), "64 is the default, which nobody chose"
-    assert "model.repeat true → false" in found.changed and not any("learning_rate" in words for words in found.changed)
+    assert (found.train.learning_rate, found.model.repeat_consumption, found.model.dim) == (
+        0.03,
+        False,
+        32,
+    ), "64 is the default, which nobody chose"
+    assert "model.repeat_consumption true → false" in found.changed and not any(
+        "learning_rate" in words for words in found.changed
+    )
     assert load_settings(file, ["model.dim=64"]).model.dim == 64
+
+
+OLD_VALUES = [(name, old, new) for name, values in formats.VALUES.items() for old, new in values.items()]
+
+
+@pytest.mark.parametrize(("old", "new"), formats.SETTINGS.items())
+def test_an_old_name_of_a_setting_is_refused_with_the_new_one(old, new, tmp_path):
+    section, field = new.split(".")
+    assert field in Settings.model_fields[section].annotation.model_fields, "the new name is a setting"
+    with pytest.raises(SettingsError, match=rf"command line: {old} is now {new}"):
+        load_settings(None, [f"{old}=1"])
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{old.partition('.')[0]}:\n  {old.partition('.')[2]}: 1\n")
+    with pytest.raises(SettingsError, match=rf"old.yaml: {old} is now {new}"):
+        load_settings(file)
+
+
+@pytest.mark.parametrize(("name", "old", "new"), OLD_VALUES)
+def test_an_old_value_of_a_setting_is_refused_with_the_new_one(name, old, new):
+    with pytest.raises(SettingsError, match=f"did you mean '{new}'"):
+        load_settings(None, [f"{name}={old}"])
+
+
+@given(st.data())
+def test_stored_settings_are_read_under_new_names_and_keys_keep_the_first(data):
+    settings = Settings().result_settings(*RESULT_SECTIONS)
+    for name, values in formats.VALUES.items():
+        section, field = name.split(".")
+        settings[section][field] = data.draw(st.sampled_from(list(values.values())))
+    first = formats.to_first_names(settings)
+    assert formats.to_current_settings(first) == settings == formats.to_current_settings(settings)
+    assert "gates" in first and "promotion" not in first and "asked_at" in first["split"]
+    assert not list(formats.find_old_names(settings)) and len(list(formats.find_old_names(first))) > 15

@@ -1,4 +1,6 @@
-"""The endpoint behind a plain ASGI server: what users do changes the next answer, parts fail one by one, requests are batched."""
+"""The endpoint behind a plain ASGI server: what users do changes the next answer, parts fail one by one,
+requests are batched.
+"""
 
 import asyncio
 import contextlib
@@ -39,19 +41,26 @@ from recray.config import ServeSettings, load_settings
 from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
 from recray.inference import Predictor
 from recray.serving import http as http_module
-from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest, SimilarRequest
+from recray.serving.api import (
+    EventsRequest,
+    FeedbackRequest,
+    HistoryRequest,
+    RecommendRequest,
+    ScoreRequest,
+    SimilarRequest,
+)
 from recray.serving.batching import Batcher, BusyError
 from recray.serving.deployment import Deployments
-from recray.serving.guard import new_key
+from recray.serving.guard import draw_key
 from recray.serving.http import create_app
 from recray.serving.ranking import rank_inputs
 from recray.serving.service import Service
 from recray.serving.state import ServingState
-from recray.serving.traces import provider
+from recray.serving.traces import make_provider
 from recray.snapshot.reader import Snapshot
 from recray.state.collect import collect
 from recray.state.log import Entry
-from recray.state.writer import QUICK
+from recray.state.writer import INLINE_EVENTS
 from recray.storage import Storage
 from recray.testing.published import prepare_here, publish_untrained
 
@@ -66,7 +75,9 @@ def storage(world_settings, world_dataset, tmp_path_factory):
 @pytest.fixture
 def handler(storage, world_settings, tmp_path, request):
     state = getattr(request, "param", "sqlite")
-    options = ServeSettings(state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0)
+    options = ServeSettings(
+        state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0
+    )
     if state != "sqlite":
         pytest.importorskip("redis").Redis.from_url(options.state).flushall()
     made = Service(storage, options, world_settings.score)
@@ -129,46 +140,82 @@ def test_an_event_changes_the_next_answer(address, handler):
     event = {"item_id": strange, "event": "purchase", "event_id": "e1"}
     assert good(address, "/v1/events", {"user_id": 7, "events": [event, {"item_id": strange}]}) == kept(2)
     assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == kept(0, duplicates=1)
-    told = [{**event, "item_id": "i0000001"}, {"item_id": "of tomorrow"}, {"item_id": strange, "event": "gift"}]
+    told = [
+        {**event, "item_id": "i0000001"},
+        {"item_id": "of tomorrow"},
+        {"item_id": strange, "event": "gift"},
+    ]
     assert good(address, "/v1/events", {"user_id": 6, "events": told}) == kept(3, unknown=2)
     assert good(address, "/v1/events", {"user_id": 7, "events": told[:1]}) == kept(0, conflicts=1)
-    assert good(address, "/v1/events", {"user_id": 7, "events": [{**event, "timestamp": "2024-04-01T00:00:00"}]}) == kept(0, conflicts=1)
+    assert good(
+        address, "/v1/events", {"user_id": 7, "events": [{**event, "timestamp": "2024-04-01T00:00:00"}]}
+    ) == kept(0, conflicts=1)
     after = good(address, "/v1/recommend", USER)
     assert after["source"] == "realtime" and after["items"] != before["items"]
     sent = good(address, "/v1/recommend", {**USER, "user_id": 7, "mode": "batch"})
     assert ids(sent) == ids(before) and sent["source"] == "snapshot"
     assert good(address, "/v1/recommend", {**USER, "user_id": 8})["source"] == "snapshot"
-    new = good(address, "/v1/recommend", {**USER, "new_only": True, "k": 100})
+    new = good(address, "/v1/recommend", {**USER, "filter_seen": True, "k": 100})
     assert strange not in ids(new)
 
 
 @pytest.mark.parametrize("handler", ["sqlite", "redis_server"], indirect=True)
 def test_outcomes_are_kept_after_their_decision(address, handler):
     answer = good(address, "/v1/recommend", USER)
-    outcome = {"request_id": answer["request_id"], "outcome": "click", "item_id": ids(answer)[0], "feedback_id": "f1"}
+    outcome = {
+        "request_id": answer["request_id"],
+        "outcome": "click",
+        "item_id": ids(answer)[0],
+        "feedback_id": "f1",
+    }
     assert good(address, "/v1/feedback", outcome) == {"kept": True, "set_aside": False, "notes": []}
     assert good(address, "/v1/feedback", outcome) == {"kept": False, "set_aside": False, "notes": []}
-    assert good(address, "/v1/feedback", {**outcome, "request_id": "never", "feedback_id": "f2"}) == {"kept": True, "set_aside": True, "notes": []}
+    assert good(address, "/v1/feedback", {**outcome, "request_id": "never", "feedback_id": "f2"}) == {
+        "kept": True,
+        "set_aside": True,
+        "notes": [],
+    }
     entries = [entry for _, entry in handler.recorder.writer.log.read(0, 100)]
     assert [entry.kind for entry in entries] == ["decision", "outcome", "set_aside"]
-    assert entries[0].body["items"] == ids(answer) and entries[0].user == "7" and entries[0].key == answer["request_id"]
+    assert (
+        entries[0].body["items"] == ids(answer)
+        and entries[0].user == "7"
+        and entries[0].key == answer["request_id"]
+    )
     assert entries[1].body["request_id"] == answer["request_id"]
 
 
 def test_an_outcome_that_counts_nothing_or_less_is_kept_and_says_why(address, handler):
     answer = good(address, "/v1/recommend", USER)
-    sent = {"request_id": answer["request_id"], "outcome": "shared", "item_id": "not in the table", "value": 1e9}
+    sent = {
+        "request_id": answer["request_id"],
+        "outcome": "shared",
+        "item_id": "not in the table",
+        "value": 1e9,
+    }
     told = good(address, "/v1/feedback", sent)
-    assert told["kept"] and [note.partition(":")[0] for note in told["notes"]] == ["outcome", "item_id", "value"]
-    assert "serve.outcomes (click, purchase, skip)" in told["notes"][0] and "counts as 1 (serve.outcome_bound)" in told["notes"][2]
-    assert {name: handler.telemetry.kept[f"outcome_{name}"] for name in ("undeclared", "unknown_item", "bounded")} == dict.fromkeys(
-        ("undeclared", "unknown_item", "bounded"), 1
+    assert told["kept"] and [note.partition(":")[0] for note in told["notes"]] == [
+        "outcome",
+        "item_id",
+        "value",
+    ]
+    assert (
+        "serve.outcomes (click, purchase, skip)" in told["notes"][0]
+        and "counts as 1 (serve.outcome_bound)" in told["notes"][2]
     )
-    assert ask(address, "/v1/feedback", {"request_id": "r", "outcome": "click", "value": float("inf")})[0] == 422
+    assert {
+        name: handler.telemetry.kept[f"outcome_{name}"] for name in ("undeclared", "unknown_item", "bounded")
+    } == dict.fromkeys(("undeclared", "unknown_item", "bounded"), 1)
+    assert (
+        ask(address, "/v1/feedback", {"request_id": "r", "outcome": "click", "value": float("inf")})[0] == 422
+    )
 
 
 def test_what_was_scored_or_found_alike_can_be_rated(address, storage):
-    for path, body in (("/v1/score", {"user_id": 7, "items": ["i0000001"]}), ("/v1/similar", {"item_id": "i0000001"})):
+    for path, body in (
+        ("/v1/score", {"user_id": 7, "items": ["i0000001"]}),
+        ("/v1/similar", {"item_id": "i0000001"}),
+    ):
         answer = good(address, path, body)
         assert good(address, "/v1/feedback", {"request_id": answer["request_id"], "outcome": "click"}) == {
             "kept": True,
@@ -178,14 +225,17 @@ def test_what_was_scored_or_found_alike_can_be_rated(address, storage):
 
 
 def test_only_what_is_new_is_answered_by_a_list_too(address, monkeypatch, handler, world_dataset):
-    met = set(handler.state.predictor.ids_of(handler.state.stored_history(7).item_index))
-    plain, fresh = (good(address, "/v1/recommend", {**USER, "k": 50, "mode": "batch", **more}) for more in ({}, {"new_only": True}))
+    met = set(handler.state.predictor.vocabulary.ids_of(handler.state.stored_history(7).item_index))
+    plain, fresh = (
+        good(address, "/v1/recommend", {**USER, "k": 50, "mode": "batch", **more})
+        for more in ({}, {"filter_seen": True})
+    )
     assert {item["item_id"] for item in plain["items"]} & met
     assert fresh["items"] and not {item["item_id"] for item in fresh["items"]} & met
     monkeypatch.setattr(Predictor, "recommend", lambda *_, **__: (_ for _ in ()).throw(FloatingPointError()))
     first = plain["items"][0]["item_id"]
     for body in (USER, {"history": [{"item_id": first}], "mode": "realtime"}):
-        answer = good(address, "/v1/recommend", {**body, "k": 50, "new_only": True, "mode": "realtime"})
+        answer = good(address, "/v1/recommend", {**body, "k": 50, "filter_seen": True, "mode": "realtime"})
         assert answer["degraded"] == ["model"] and answer["items"]
         assert not {item["item_id"] for item in answer["items"]} & ({first} if "history" in body else met)
 
@@ -194,14 +244,19 @@ def test_an_event_of_a_type_that_nobody_knows_is_kept_and_changes_no_answer(addr
     before = good(address, "/v1/recommend", {**USER, "mode": "realtime"})["items"]
     good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001", "event": "teleport"}]})
     assert good(address, "/v1/recommend", {**USER, "mode": "realtime"})["items"] == before
-    assert [entry.body["event"] for _, entry in handler.recorder.writer.log.read(0, 10) if entry.kind == "event"] == ["teleport"]
+    assert [
+        entry.body["event"] for _, entry in handler.recorder.writer.log.read(0, 10) if entry.kind == "event"
+    ] == ["teleport"]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
     monkeypatch.setattr(http_module, "READ_S", 0.3)
     host, _, port = address.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+        client.sendall(
+            b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+            b"application/json\r\nContent-Length: 50\r\n\r\n{"
+        )
         assert b"408" in client.recv(1000)
 
 
@@ -214,7 +269,9 @@ def test_candidates_are_scored_and_likeness_found(address, storage):
     assert scored["items"][2]["score"] == pytest.approx(best["items"][0]["score"], abs=1e-5)
     alike = good(address, "/v1/similar", {"item_id": items[0], "k": 200})["items"]
     scores = [item["score"] for item in alike]
-    assert items[0] not in ids({"items": alike}) and scores == sorted(scores, reverse=True) and len(alike) == 119
+    assert (
+        items[0] not in ids({"items": alike}) and scores == sorted(scores, reverse=True) and len(alike) == 119
+    )
     assert good(address, "/v1/score", {"user_id": "nobody", "items": items[:1]})["source"] == "popular"
 
 
@@ -223,10 +280,16 @@ def test_filters_are_kept_by_lists_and_model(address, world_dataset):
     for mode in ("auto", "batch", "realtime"):
         base = {"user_id": 7, "k": 20, "mode": mode}
         everything = ids(good(address, "/v1/recommend", base))
-        assert set(ids(good(address, "/v1/recommend", {**base, "allow": everything[:3]}))) == set(everything[:3])
-        assert not set(ids(good(address, "/v1/recommend", {**base, "deny": everything[:3]}))) & set(everything[:3])
+        assert set(ids(good(address, "/v1/recommend", {**base, "allow": everything[:3]}))) == set(
+            everything[:3]
+        )
+        assert not set(ids(good(address, "/v1/recommend", {**base, "deny": everything[:3]}))) & set(
+            everything[:3]
+        )
         brand = items[everything[0]]["brand"]
-        found = ids(good(address, "/v1/recommend", {**base, "where": {"brand": [brand], "price": {"max": 1e9}}}))
+        found = ids(
+            good(address, "/v1/recommend", {**base, "where": {"brand": [brand], "price": {"max": 1e9}}})
+        )
         assert found and {items[item]["brand"] for item in found} == {brand}
         prices = [row["price"] for row in items.values() if row["price"] is not None]
         cheap = sorted(prices)[len(prices) // 2]
@@ -234,7 +297,13 @@ def test_filters_are_kept_by_lists_and_model(address, world_dataset):
         assert found and all(items[item]["price"] <= cheap for item in found)
         if mode != "batch":
             assert len(found) == 20
-        assert ids(good(address, "/v1/recommend", {**base, "user_id": "nobody", "deny": everything[:3], "where": {"brand": [brand]}}))
+        assert ids(
+            good(
+                address,
+                "/v1/recommend",
+                {**base, "user_id": "nobody", "deny": everything[:3], "where": {"brand": [brand]}},
+            )
+        )
 
 
 @pytest.mark.parametrize("mode", ["auto", "realtime"])
@@ -244,7 +313,7 @@ def test_an_answer_says_which_events_carried_it(address, handler, mode):
     told = good(address, "/v1/recommend", {**USER, "mode": mode, "explain": True})
     assert ids(told) == ids(plain) and told["source"] == plain["source"]
     history = handler.state.stored_history(7)
-    met = set(handler.state.predictor.ids_of(history.item_index[history.item_index > 0]))
+    met = set(handler.state.predictor.vocabulary.ids_of(history.item_index[history.item_index > 0]))
     for item in told["items"]:
         assert {reason["item_id"] for reason in item["why"]} <= met and len(item["why"]) <= 3
         shares = [reason["share"] for reason in item["why"]]
@@ -256,12 +325,25 @@ def test_an_answer_says_which_events_carried_it(address, handler, mode):
 
 def test_a_history_is_what_answers_are_read_from(address, handler, world_dataset):
     known = good(address, "/v1/history", {"user_id": 7})["events"]
-    assert len(known) == len(world_dataset.user_history(7).item_index) and not any(event["fresh"] for event in known)
+    assert len(known) == len(world_dataset.user_history(7).item_index) and not any(
+        event["fresh"] for event in known
+    )
     assert [event["timestamp"] for event in known] == sorted(event["timestamp"] for event in known)
-    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000009", "event": "purchase"}, {"item_id": "not in the table"}]})
+    good(
+        address,
+        "/v1/events",
+        {
+            "user_id": 7,
+            "events": [{"item_id": "i0000009", "event": "purchase"}, {"item_id": "not in the table"}],
+        },
+    )
     after = good(address, "/v1/history", {"user_id": 7, "last": 3})["events"]
     assert len(after) == 3 and after[0] == known[-1] and after[1]["fresh"] and after[2]["fresh"]
-    assert (after[1]["item_id"], after[1]["event"], after[1]["title"]) == ("i0000009", "purchase", handler.state.title("i0000009"))
+    assert (after[1]["item_id"], after[1]["event"], after[1]["title"]) == (
+        "i0000009",
+        "purchase",
+        handler.state.find_title("i0000009"),
+    )
     assert after[2]["item_id"] is None
     assert good(address, "/v1/history", {"user_id": "nobody"})["events"] == []
 
@@ -271,7 +353,14 @@ def console_of(address, user):
     browser = shutil.which("chromium")
     if browser is None:
         absent("Chromium is not installed (Debian's package chromium)")
-    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
+    words = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=8000",
+        "--dump-dom",
+    ]
     url = f"{address}/console?{urllib.parse.urlencode({'user': user})}"
     done = subprocess.run([*words, url], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -283,25 +372,51 @@ def test_the_console_shows_history_answers_and_why_in_a_browser(address):
     shown = {user: console_of(address, user) for user in ("7", "nobody", "<b>x</b>")}
     answer = good(address, "/v1/recommend", {"user_id": 7, "k": 10, "explain": True})
     for item in answer["items"]:
-        assert html.escape(item["title"], quote=False) in shown["7"] and html.escape(item["text"], quote=False) in shown["7"]
-    assert ">realtime<" in shown["7"] and ">new<" in shown["7"] and "night 2024-04-29" in shown["7"] and "bundle untrained" in shown["7"]
+        assert (
+            html.escape(item["title"], quote=False) in shown["7"]
+            and html.escape(item["text"], quote=False) in shown["7"]
+        )
+    assert (
+        ">realtime<" in shown["7"]
+        and ">new<" in shown["7"]
+        and "as of 2024-04-29" in shown["7"]
+        and "bundle untrained" in shown["7"]
+    )
     assert ">ready<" in shown["7"] and re.search(r"last \d+\.\d, median", shown["7"])
-    assert "nothing is known of this user</li>" in shown["nobody"] and ">popular<" in shown["nobody"]
+    assert "no events of this user</li>" in shown["nobody"] and ">popular<" in shown["nobody"]
     assert "<b>x</b>" not in shown["<b>x</b>"] and ">popular<" in shown["<b>x</b>"]
 
 
 def test_the_console_shows_ids_that_a_browsers_numbers_cannot_hold(tmp_path):
     big = 1 << 60
-    events = {"user_id": [big + n % 40 for n in range(320)], "item_id": [big + 1 + n % 8 for n in range(320)], "timestamp": range(10**9, 10**9 + 320)}
-    pq.write_table(pa.table({name: pa.array(values, pa.int64()) for name, values in events.items()}), tmp_path / "events.parquet")
-    chosen = load_settings(None, [f"data.events=[{tmp_path / 'events.parquet'}]", f"storage.root={tmp_path / 'root'}", "split.validation_users=0.5"])
-    handler = Service(publish_untrained(chosen, prepare_here(chosen), tmp_path / "root"), ServeSettings(timeout_s=5.0), chosen.score)
+    events = {
+        "user_id": [big + n % 40 for n in range(320)],
+        "item_id": [big + 1 + n % 8 for n in range(320)],
+        "timestamp": range(10**9, 10**9 + 320),
+    }
+    pq.write_table(
+        pa.table({name: pa.array(values, pa.int64()) for name, values in events.items()}),
+        tmp_path / "events.parquet",
+    )
+    chosen = load_settings(
+        None,
+        [
+            f"data.events=[{tmp_path / 'events.parquet'}]",
+            f"storage.root={tmp_path / 'root'}",
+            "split.validation_users=0.5",
+        ],
+    )
+    handler = Service(
+        publish_untrained(chosen, prepare_here(chosen), tmp_path / "root"),
+        ServeSettings(timeout_s=5.0),
+        chosen.score,
+    )
     with served(handler) as address:
         shown = console_of(address, str(big + 3))
     handler.close()
     for item in range(big + 1, big + 9):
         assert str(item) in shown
-    assert "nothing is known of this user</li>" not in shown and str(big)[:-3] + "000" not in shown
+    assert "no events of this user</li>" not in shown and str(big)[:-3] + "000" not in shown
 
 
 def test_events_sent_along_count_for_one_answer(address):
@@ -320,7 +435,12 @@ def test_events_sent_along_count_for_one_answer(address):
         ("/v1/recommend", {"user_id": 7, "now": "1066-10-14T09:00:00Z"}, 422, "1970"),
         ("/v1/recommend", {"user_id": 7, "now": "20240310"}, 422, "before 1990"),
         ("/v1/recommend", {"user_id": 7, "where": {"price": {"max": True}}}, 422, "number"),
-        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "19783"}]}, 422, "before 1990"),
+        (
+            "/v1/events",
+            {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "19783"}]},
+            422,
+            "before 1990",
+        ),
         ("/v1/recommend", {"user_id": 7, "mode": "batch", "now": "2024-04-20T00:00:00Z"}, 422, "mode"),
         ("/v1/recommend", {"where": {"colour": ["red"]}}, 422, "colour"),
         ("/v1/recommend", {"where": {"brand": {"min": 1}}}, 422, "brand"),
@@ -330,10 +450,20 @@ def test_events_sent_along_count_for_one_answer(address):
         ("/v1/events", {"user_id": "no number", "events": [{"item_id": "i0000001"}]}, 422, "user_id"),
         ("/v1/events", {"user_id": 1, "events": []}, 422, "body.events"),
         ("/v1/events", {"user_id": 1, "events": [{"item_id": "a", "value": "NaN"}]}, 422, "value"),
-        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "2150-01-01T00:00:00Z"}]}, 422, "events.0.timestamp"),
+        (
+            "/v1/events",
+            {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "2150-01-01T00:00:00Z"}]},
+            422,
+            "events.0.timestamp",
+        ),
         ("/v1/events", {"user_id": "9" * 20, "events": [{"item_id": "i0000001"}]}, 422, "user_id"),
         ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "value": 1e39}]}, 422, "value"),
-        ("/v1/events", {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "1970-01-01T00:00:00+14:00"}]}, 422, "timestamp"),
+        (
+            "/v1/events",
+            {"user_id": 1, "events": [{"item_id": "i0000001", "timestamp": "1970-01-01T00:00:00+14:00"}]},
+            422,
+            "timestamp",
+        ),
         ("/v1/recommend", {"where": {"brand": [[]] * 500}}, 422, "errors"),
         ("/v1/feedback", {"request_id": "", "outcome": "click"}, 422, "request_id"),
         ("/v1/nothing", {}, 404, "Not Found"),
@@ -363,10 +493,20 @@ def test_bodies_that_are_no_requests(address, raw, status, named):
 
 def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says(address, storage, tmp_path):
     pytest.importorskip("schemathesis")
-    words = ["run", f"{address}/openapi.json", "--max-examples", "15", "--phases", "examples,coverage,fuzzing", "--no-color"]
-    # what the document cannot say may be refused all the same: a moment before 1970, a column that the data do not have
+    words = [
+        "run",
+        f"{address}/openapi.json",
+        "--max-examples",
+        "15",
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--no-color",
+    ]
+    # what the document cannot say may be refused all the same: a moment before 1970, a column that the data
+    # do not have
     words += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--seed", "1"]
-    refusals = "negative_data_rejection.expected-statuses = [404, 405, 413, 415, 422]"  # 413: such a body may be too large as well
+    # 413: such a body may be too large as well
+    refusals = "negative_data_rejection.expected-statuses = [404, 405, 413, 415, 422]"
     (tmp_path / "schemathesis.toml").write_text(f"[checks]\n{refusals}\n")
     program = Path(sys.executable).with_name("schemathesis")
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
@@ -402,8 +542,13 @@ def test_a_user_is_forgotten(address, handler, storage):
 
     try:
         assert good(address, "/v1/events", {"user_id": 42, "events": [{"item_id": "i0000001"}]}) == kept(1)
-        assert delete(42) == (200, {"new": True, "dropped": 1}) and delete("42") == (200, {"new": False, "dropped": 0})
-        assert good(address, "/v1/events", {"user_id": "42", "events": [{"item_id": "i0000001"}]}) == kept(0, opted_out=1)
+        assert delete(42) == (200, {"new": True, "dropped": 1}) and delete("42") == (
+            200,
+            {"new": False, "dropped": 0},
+        )
+        assert good(address, "/v1/events", {"user_id": "42", "events": [{"item_id": "i0000001"}]}) == kept(
+            0, opted_out=1
+        )
         assert good(address, "/v1/recommend", {"user_id": 42})["source"] == "popular"
         assert good(address, "/v1/history", {"user_id": 42})["events"] == []
         assert good(address, "/v1/recommend", {"user_id": 43})["source"] == "snapshot"
@@ -420,18 +565,23 @@ def test_what_is_not_json_is_refused(address):
     assert error.value.code == 415
     packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(urllib.request.Request(f"{address}/v1/recommend", gzip.compress(b"{}"), packed), timeout=30)
+        urllib.request.urlopen(
+            urllib.request.Request(f"{address}/v1/recommend", gzip.compress(b"{}"), packed), timeout=30
+        )
     assert error.value.code == 415 and "Content-Encoding" in json.load(error.value)["fix"]
 
 
 @pytest.mark.parametrize(
-    ("host", "status"), [("rebound.example", 421), ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("shop", 200)]
+    ("host", "status"),
+    [("rebound.example", 421), ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("shop", 200)],
 )
 def test_without_keys_a_request_must_be_sent_to_a_name_of_the_endpoint(storage, world_settings, host, status):
     handler = Service(storage, ServeSettings(hosts=("shop",)), world_settings.score)
     with served(handler) as address:
         for path, data in (("/v1/recommend", b"{}"), ("/console", None), ("/docs", None)):
-            request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json", "Host": host})
+            request = urllib.request.Request(
+                f"{address}{path}", data, {"Content-Type": "application/json", "Host": host}
+            )
             try:
                 with urllib.request.urlopen(request, timeout=30) as response:
                     assert response.status == status
@@ -444,9 +594,13 @@ def test_without_keys_a_request_must_be_sent_to_a_name_of_the_endpoint(storage, 
 
 @pytest.mark.parametrize(("server", "status"), [("absent", 503), ("silent", 504), ("babbling", 502)])
 def test_errors_of_haproxy_itself_are_problem_documents(tmp_path, server, status):
-    """The script that starts it, on a file such as Ray writes; a server that is absent, never answers, or answers what is no HTTP."""
+    """The script that starts it, on a file such as Ray writes; a server that is absent, never answers, or
+    answers what is no HTTP.
+    """
     front, back, metrics, statistics = free_ports(4)
-    (tmp_path / "500.http").write_text("HTTP/1.0 500 Internal Server Error\r\nContent-Type: text/plain\r\n\r\nInternal Server Error")
+    (tmp_path / "500.http").write_text(
+        "HTTP/1.0 500 Internal Server Error\r\nContent-Type: text/plain\r\n\r\nInternal Server Error"
+    )
     (tmp_path / "haproxy.cfg").write_text(
         f"""global
     maxconn 100
@@ -486,14 +640,27 @@ listen stats
                             client.close()
 
             threading.Thread(target=serve, daemon=True).start()
-        process = stack.enter_context(subprocess.Popen(["sh", script, "-f", str(tmp_path / "haproxy.cfg")], env=environment))
+        process = stack.enter_context(
+            subprocess.Popen(["sh", script, "-f", str(tmp_path / "haproxy.cfg")], env=environment)
+        )
         stack.callback(process.terminate)
-        wait_for("HAProxy", lambda: socket.create_connection(("127.0.0.1", front), 1).close() or True, ended=process.poll)
+        wait_for(
+            "HAProxy",
+            lambda: socket.create_connection(("127.0.0.1", front), 1).close() or True,
+            ended=process.poll,
+        )
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"http://127.0.0.1:{front}/v1/models", timeout=30)
     problem = json.load(error.value)
-    assert (error.value.code, problem["status"]) == (status, status) and problem["detail"] and problem["fix"] == "come again"
-    assert error.value.headers["Content-Type"] == "application/problem+json" and error.value.headers["Retry-After"] == "1"
+    assert (
+        (error.value.code, problem["status"]) == (status, status)
+        and problem["detail"]
+        and problem["fix"] == "retry later"
+    )
+    assert (
+        error.value.headers["Content-Type"] == "application/problem+json"
+        and error.value.headers["Retry-After"] == "1"
+    )
 
 
 def test_the_api_page_needs_nobody_else(address):
@@ -507,30 +674,53 @@ def test_the_api_page_needs_nobody_else(address):
     browser = shutil.which("chromium")
     if browser is None:
         absent("Chromium is not installed (Debian's package chromium)")
-    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom", f"{address}/docs"]
+    words = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=8000",
+        "--dump-dom",
+        f"{address}/docs",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert "/v1/recommend" in done.stdout and "Tell what came of an answer" in done.stdout
+    assert "/v1/recommend" in done.stdout and "Log an outcome of a response" in done.stdout
 
 
 def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world_settings, tmp_path):
-    secret, entry = new_key("support", ["read", "history"])
-    shop, other = new_key("shop", ["read"])
+    secret, entry = draw_key("support", ["read", "history"])
+    shop, other = draw_key("shop", ["read"])
     (tmp_path / "keys.yaml").write_text(entry + other)
-    handler = Service(storage, ServeSettings(keys=str(tmp_path / "keys.yaml"), timeout_s=5.0), world_settings.score)
+    handler = Service(
+        storage, ServeSettings(keys=str(tmp_path / "keys.yaml"), timeout_s=5.0), world_settings.score
+    )
     with served(handler) as address:
 
         def told(path, body, key):
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
             try:
-                with urllib.request.urlopen(urllib.request.Request(f"{address}{path}", json.dumps(body).encode(), headers), timeout=30) as response:
+                with urllib.request.urlopen(
+                    urllib.request.Request(f"{address}{path}", json.dumps(body).encode(), headers), timeout=30
+                ) as response:
                     return response.status
             except urllib.error.HTTPError as error:
                 return error.code
 
-        assert told("/v1/history", {"user_id": 7}, secret) == 200 and told("/v1/history", {"user_id": 7}, shop) == 403
-        assert told("/v1/recommend", {"user_id": 8, "k": 2, "explain": True}, shop) == told("/v1/recommend", {"user_id": 9}, shop) == 200
+        assert (
+            told("/v1/history", {"user_id": 7}, secret) == 200
+            and told("/v1/history", {"user_id": 7}, shop) == 403
+        )
+        assert (
+            told("/v1/recommend", {"user_id": 8, "k": 2, "explain": True}, shop)
+            == told("/v1/recommend", {"user_id": 9}, shop)
+            == 200
+        )
     asyncio.run(handler.recorder.writer.append([]))
-    found = [(entry.user, entry.body) for _, entry in handler.recorder.writer.log.read(0, 100) if entry.kind == "access"]
+    found = [
+        (entry.user, entry.body)
+        for _, entry in handler.recorder.writer.log.read(0, 100)
+        if entry.kind == "access"
+    ]
     assert found == [("7", {"by": "support", "what": "history"}), ("8", {"by": "shop", "what": "explain"})]
     folder, counts = collect(storage, handler.recorder.writer.log)
     rows = pq.read_table(folder / "access.parquet").to_pylist()
@@ -549,7 +739,12 @@ def test_a_request_reads_one_night_however_many_come_meanwhile(handler, monkeypa
     asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000009"}])))
     now = handler.deployments.current
     deployments = itertools.cycle([now, replace(now, state=replace(now.state, snapshot=None))])
-    monkeypatch.setattr(Deployments, "current", property(lambda self: next(deployments), lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        Deployments,
+        "current",
+        property(lambda self: next(deployments), lambda self, value: None),
+        raising=False,
+    )
     for ask in (
         lambda: handler.history(HistoryRequest(user_id=7)),
         lambda: handler.recommend(RecommendRequest(user_id=7, k=3)),
@@ -564,7 +759,10 @@ def test_a_request_reads_one_night_however_many_come_meanwhile(handler, monkeypa
 
 def test_a_user_with_many_events_is_read_aside_and_as_far_as_the_model_reads(handler, monkeypatch):
     history, log = handler.state.predictor.model.shape.history, handler.recorder.writer.log
-    entries = [Entry("event", f"7\0{n}", "7", time.time(), {"item_id": "i0000001", "event": "view", "value": 1.0}) for n in range(1000)]
+    entries = [
+        Entry("event", f"7\0{n}", "7", time.time(), {"item_id": "i0000001", "event": "view", "value": 1.0})
+        for n in range(1000)
+    ]
     log.append(entries)
     read, inner = [], type(log).recent
 
@@ -575,10 +773,15 @@ def test_a_user_with_many_events_is_read_aside_and_as_far_as_the_model_reads(han
 
     monkeypatch.setattr(type(log), "recent", recent)
     asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3)))
-    assert read == [(True, min(QUICK + 1, history)), *([(False, history)] if history > QUICK + 1 else [])]
+    assert read == [
+        (True, min(INLINE_EVENTS + 1, history)),
+        *([(False, history)] if history > INLINE_EVENTS + 1 else []),
+    ]
     read.clear()
-    asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3, new_only=True)))
-    assert read == [(True, QUICK + 1), (False, 1000)], "seen items are left out, however long ago they were seen"
+    asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3, filter_seen=True)))
+    assert read == [(True, INLINE_EVENTS + 1), (False, 1000)], (
+        "seen items are left out, however long ago they were seen"
+    )
 
 
 @pytest.mark.parametrize("handler", ["redis_server"], indirect=True)
@@ -598,12 +801,14 @@ def test_a_store_that_hangs_is_said_and_nobody_waits_long(handler):
     try:
         took = asyncio.run(talk(40))
         assert {tuple(degraded) for _, degraded in took} == {("state",)}
-        assert sum(seconds > 0.2 for seconds, _ in took) <= 1, "the first finds out, the others are not made to wait"
-        with pytest.raises(UnavailableError, match="nothing is known to be kept"):
+        assert sum(seconds > 0.2 for seconds, _ in took) <= 1, (
+            "the first finds out, the others are not made to wait"
+        )
+        with pytest.raises(UnavailableError, match="whether anything was kept is unknown"):
             asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])))
     finally:
         os.kill(pid, signal.SIGCONT)
-    wait_for("the store to be found back", lambda: handler.look() or not handler.recorder.is_unavailable)
+    wait_for("the store to be found back", lambda: handler.refresh() or not handler.recorder.is_unavailable)
     assert asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3))).degraded == []
 
 
@@ -641,10 +846,16 @@ def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypa
         answer = good(address, "/v1/recommend", USER)
         assert (answer["source"], answer["degraded"]) == ("snapshot", ["state"]) and len(answer["items"]) == 5
         status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
-        assert status == 503 and content["retry_after"] == "1" and "nothing is known to be kept" in content["detail"]
+        assert (
+            status == 503
+            and content["retry_after"] == "1"
+            and "whether anything was kept is unknown" in content["detail"]
+        )
         assert ask(address, "/readyz")[0] == 503 and ask(address, "/healthz")[0] == 200
-    assert good(address, "/v1/recommend", USER)["degraded"] == ["state"], "one probe at a time, which is the watch's"
-    handler.look()
+    assert good(address, "/v1/recommend", USER)["degraded"] == ["state"], (
+        "one probe at a time, which is the watch's"
+    )
+    handler.refresh()
     assert good(address, "/v1/recommend", USER)["degraded"] == []
     assert ask(address, "/readyz")[0] == 200
 
@@ -657,9 +868,15 @@ def test_a_model_that_fails_is_said_and_the_nightly_list_answers(address, monkey
 
     monkeypatch.setattr(Predictor, "recommend", broken)
     answer = good(address, "/v1/recommend", {**USER, "mode": "realtime"})
-    assert answer["items"] == nightly["items"] and answer["degraded"] == ["model"] and answer["source"] == "snapshot"
+    assert (
+        answer["items"] == nightly["items"]
+        and answer["degraded"] == ["model"]
+        and answer["source"] == "snapshot"
+    )
     stranger = good(address, "/v1/recommend", {"history": [{"item_id": "i0000001"}], "k": 4})
-    assert stranger["source"] == "popular" and stranger["degraded"] == ["model"] and len(stranger["items"]) == 4
+    assert (
+        stranger["source"] == "popular" and stranger["degraded"] == ["model"] and len(stranger["items"]) == 4
+    )
 
 
 def test_a_model_that_takes_too_long_is_not_waited_for(handler, monkeypatch):
@@ -682,10 +899,10 @@ def test_without_a_snapshot_the_champion_answers(storage, world_settings, world_
         assert answer.source == "popular" and answer.degraded == ["snapshot"] and len(answer.items) == 5
         assert asyncio.run(bare.recommend(RecommendRequest(user_id=7, k=5))).source == "realtime"
         storage.latest.write_bytes(good_latest)
-        bare.look()
+        bare.refresh()
         assert bare.unavailable_parts() == []
         storage.latest.write_bytes(b"{}")
-        whole.look()
+        whole.refresh()
         assert "the old one stays" in caplog.text
         assert asyncio.run(whole.recommend(RecommendRequest(user_id=7, k=5))).source == "snapshot"
         bare.close()
@@ -704,7 +921,10 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
 
     handler.ranker._champion_queue._run = held
     all_asked.set()
-    alone = [asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=5 + user, mode="realtime"))) for user in range(8)]
+    alone = [
+        asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=5 + user, mode="realtime")))
+        for user in range(8)
+    ]
     assert sizes == [1] * 8
 
     async def together():
@@ -721,7 +941,9 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
     assert sum(sizes[8:]) == 8 and len(sizes[8:]) <= 2, "what waits while a batch is answered is the next one"
     for one, other in zip(alone, answers, strict=True):
         assert [item.item_id for item in one.items] == [item.item_id for item in other.items]
-        assert [item.score for item in one.items] == pytest.approx([item.score for item in other.items], abs=1e-5)
+        assert [item.score for item in one.items] == pytest.approx(
+            [item.score for item in other.items], abs=1e-5
+        )
 
 
 def test_a_batcher_is_bounded_and_a_bad_question_hurts_itself_alone():
@@ -737,12 +959,12 @@ def test_a_batcher_is_bounded_and_a_bad_question_hurts_itself_alone():
     batcher = Batcher(run, 10, 3)
 
     async def talk():
-        first = asyncio.create_task(batcher.ask("first"))
+        first = asyncio.create_task(batcher.submit("first"))
         await asyncio.to_thread(started.wait)
-        others = [asyncio.create_task(batcher.ask(question)) for question in ("a", "bad", "c")]
+        others = [asyncio.create_task(batcher.submit(question)) for question in ("a", "bad", "c")]
         await asyncio.sleep(0)
         with pytest.raises(BusyError):
-            await batcher.ask("one too many")
+            await batcher.submit("one too many")
         release.set()
         return await asyncio.gather(first, *others, return_exceptions=True)
 
@@ -755,7 +977,7 @@ def test_too_many_questions_are_told_to_come_again(handler, monkeypatch):
     async def full(_):
         raise BusyError
 
-    monkeypatch.setattr(handler.ranker._champion_queue, "ask", full)
+    monkeypatch.setattr(handler.ranker._champion_queue, "submit", full)
     with pytest.raises(UnavailableError, match="wait"):
         asyncio.run(handler.recommend(RecommendRequest(user_id=7, mode="realtime")))
 
@@ -782,9 +1004,15 @@ def test_no_user_is_named_in_the_log_above_debug(handler, caplog, monkeypatch):
     monkeypatch.setattr(Predictor, "recommend", fails)
     all_of_it()
     monkeypatch.setattr(handler.recorder.writer.log, "append", fails)
-    monkeypatch.setattr(handler.recorder.writer.log, "recent", lambda *_: (_ for _ in ()).throw(StateError("gone")))
+    monkeypatch.setattr(
+        handler.recorder.writer.log, "recent", lambda *_: (_ for _ in ()).throw(StateError("gone"))
+    )
     all_of_it()
-    assert "does not answer" in caplog.text and "cannot be read" in caplog.text and "log is away" in caplog.text
+    assert (
+        "does not respond" in caplog.text
+        and "cannot be read" in caplog.text
+        and "event store is unavailable" in caplog.text
+    )
     assert str(secret) not in caplog.text
 
 
@@ -794,8 +1022,12 @@ class Collector(http.server.BaseHTTPRequestHandler):
     spans: list = []
 
     def do_POST(self):
-        found = trace_service_pb2.ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
-        self.spans += [span for group in found.resource_spans for scope in group.scope_spans for span in scope.spans]
+        found = trace_service_pb2.ExportTraceServiceRequest.FromString(
+            self.rfile.read(int(self.headers["content-length"]))
+        )
+        self.spans += [
+            span for group in found.resource_spans for scope in group.scope_spans for span in scope.spans
+        ]
         self.send_response(200)
         self.end_headers()
 
@@ -811,11 +1043,18 @@ def test_a_request_is_traced_from_its_caller_to_the_model(storage, world_setting
     caller = "0af7651916cd43dd8448eb211c80319c"
     with TestClient(create_app(handler), base_url="http://localhost") as client:
         for headers in ({"traceparent": f"00-{caller}-b7ad6b7169203331-01"}, {}):
-            assert client.post("/v1/recommend", json={"user_id": 7, "mode": "realtime"}, headers=headers).status_code == 200
+            assert (
+                client.post(
+                    "/v1/recommend", json={"user_id": 7, "mode": "realtime"}, headers=headers
+                ).status_code
+                == 200
+            )
     handler.close()
     receiver.shutdown()
     receiver.server_close()
-    assert {span.trace_id.hex() for span in Collector.spans} == {caller}, "the share is tiny, but the caller's trace is gone on with"
+    assert {span.trace_id.hex() for span in Collector.spans} == {caller}, (
+        "the share is tiny, but the caller's trace is gone on with"
+    )
     by_name = {span.name: span for span in Collector.spans}
     request = by_name["POST /v1/recommend"] if "POST /v1/recommend" in by_name else by_name["POST"]
     assert {by_name[name].parent_span_id for name in ("recray.log", "recray.model")} == {request.span_id}
@@ -826,14 +1065,16 @@ def test_a_request_is_traced_from_its_caller_to_the_model(storage, world_setting
 def test_traces_that_cannot_be_sent_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.asgi", None)
     with pytest.raises(SettingsError, match="serve.traces"):
-        provider(1.0)
-    assert provider(0.0) is None
+        make_provider(1.0)
+    assert make_provider(0.0) is None
 
 
 def test_the_types_of_ids_are_those_of_the_log(handler):
     with pytest.raises(RequestError, match="user_id"):
         asyncio.run(handler.intake.events(EventsRequest(user_id="x", events=[{"item_id": "i0000001"}])))
-    integers = SimpleNamespace(predictor=SimpleNamespace(item_ids=SimpleNamespace(type=__import__("pyarrow").int64())))
+    integers = SimpleNamespace(
+        predictor=SimpleNamespace(vocabulary=SimpleNamespace(item_ids=pa.array([], pa.int64())))
+    )
     assert ServingState.require_item(integers, "7", "item_id") == 7
     with pytest.raises(RequestError, match="events.0.item_id"):
         ServingState.require_item(integers, "seven", "events.0.item_id")

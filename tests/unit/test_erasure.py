@@ -1,4 +1,6 @@
-"""A user who is forgotten: no byte of the id is left under the root, answers are those for nobody, and a kill anywhere does no harm."""
+"""A user who is forgotten: no byte of the id is left under the root, answers are those for nobody, and a kill
+anywhere does no harm.
+"""
 
 import asyncio
 import contextlib
@@ -18,21 +20,20 @@ from conftest import world_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recray import lease
 from recray.cli import main
 from recray.config import ServeSettings, load_settings
 from recray.dataset.reader import Dataset
-from recray.erasure import forget
 from recray.errors import SettingsError
-from recray.lease import FAULT
-from recray.optout import OptOut
+from recray.pipeline.erasure import forget
 from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest
 from recray.serving.service import Service
 from recray.snapshot.reader import Snapshot
 from recray.state import collect as collecting
-from recray.state.log import Entry, key_of
+from recray.state.log import Entry, make_key
 from recray.state.store import open_log
-from recray.storage import Storage, open_sealed
+from recray.storage import Storage, lease, open_sealed
+from recray.storage.lease import FAULT
+from recray.storage.opt_out import OptOut
 from recray.testing.published import prepare_here, publish_untrained
 from recray.testing.synthetic import SyntheticShop
 
@@ -45,7 +46,9 @@ def named(user: int) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A root with a published night, an older dataset, a log, collected events, and bad rows, all of which name the user."""
+    """A root with a published night, an older dataset, a log, collected events, and bad rows, all of which
+    name the user.
+    """
     folder = tmp_path_factory.mktemp("erasure")
     SyntheticShop(users=60, items=30, events_per_user=8, seed=2).write(folder)
     events = pq.read_table(folder / "events")
@@ -54,7 +57,9 @@ def whole(tmp_path_factory):
     shutil.rmtree(folder / "events")
     (folder / "events").mkdir()
     broken = (
-        events.slice(0, 3).set_column(0, "user_id", pa.array([WHO] * 3)).set_column(2, "timestamp", pa.array([None] * 3, events["timestamp"].type))
+        events.slice(0, 3)
+        .set_column(0, "user_id", pa.array([WHO] * 3))
+        .set_column(2, "timestamp", pa.array([None] * 3, events["timestamp"].type))
     )
     pq.write_table(pa.concat_tables([events, broken]), folder / "events" / "a.parquet")
     root = folder / "root"
@@ -73,9 +78,33 @@ def whole(tmp_path_factory):
 def entries(prefix="e") -> list[Entry]:
     found = []
     for user in (WHO, OTHER):
-        found.append(Entry("event", key_of(user, f"{prefix}1"), user, 1e9, {"item_id": "i0000001", "event": "view", "value": 1.0}))
-        found.append(Entry("decision", f"{prefix}-of-{user}", user, 1e9, {"items": ["i0000001"], "source": "realtime", "user": user}))
-        found.append(Entry("outcome", f"{prefix}-out-{user}", None, 1e9, {"request_id": f"{prefix}-of-{user}", "outcome": "click"}))
+        found.append(
+            Entry(
+                "event",
+                make_key(user, f"{prefix}1"),
+                user,
+                1e9,
+                {"item_id": "i0000001", "event": "view", "value": 1.0},
+            )
+        )
+        found.append(
+            Entry(
+                "decision",
+                f"{prefix}-of-{user}",
+                user,
+                1e9,
+                {"items": ["i0000001"], "source": "realtime", "user": user},
+            )
+        )
+        found.append(
+            Entry(
+                "outcome",
+                f"{prefix}-out-{user}",
+                None,
+                1e9,
+                {"request_id": f"{prefix}-of-{user}", "outcome": "click"},
+            )
+        )
     return found
 
 
@@ -109,14 +138,26 @@ def assert_forgotten(root: Path, before: Path) -> None:
     assert holding(root, WHO) == []
     mine, theirs = Snapshot.latest(Storage(root)), Snapshot.latest(Storage(before))
     assert mine.manifest["users"] == theirs.manifest["users"] - 1 and mine.find(WHO) is None
-    now, then = (Dataset.open(folder / snapshot.manifest["dataset"], verify=True) for folder, snapshot in ((root, mine), (before, theirs)))
-    assert now.digest == mine.manifest["dataset_digest"] and now.n_users == then.n_users - 1 and now.n_events < then.n_events
+    now, then = (
+        Dataset.open(folder / snapshot.manifest["dataset"], verify=True)
+        for folder, snapshot in ((root, mine), (before, theirs))
+    )
+    assert (
+        now.digest == mine.manifest["dataset_digest"]
+        and now.n_users == then.n_users - 1
+        and now.n_events < then.n_events
+    )
     for shard, was in zip(now.shards(), then.shards(), strict=True):
         for row, user in enumerate(shard.user_ids.to_pylist()):
             old = was.find(user)
             assert mine.find(user) == theirs.find(user) and (shard.split[row] == was.split[old]).all()
-            assert all(np.array_equal(one, other) for one, other in zip(shard.history(row), was.history(old), strict=True))
-    assert [path.name for path in (root / "datasets").glob("*")] == [now.path.name] and len(list((root / "scores").glob("dt=*/*"))) == 1
+            assert all(
+                np.array_equal(one, other)
+                for one, other in zip(shard.history(row), was.history(old), strict=True)
+            )
+    assert [path.name for path in (root / "datasets").glob("*")] == [now.path.name] and len(
+        list((root / "scores").glob("dt=*/*"))
+    ) == 1
     for path in (root / "collected").glob("*"):
         open_sealed(path, collecting.KIND)
     with contextlib.closing(sqlite3.connect(root / "state" / "log.sqlite")) as connection:
@@ -126,9 +167,13 @@ def assert_forgotten(root: Path, before: Path) -> None:
 def test_everything_goes_and_everybody_else_stays(root, whole):
     before = whole[0] / "root"
     places = {path.split("/")[0] for path in holding(root, WHO)}
-    assert places == {"collected", "datasets", "quarantine", "scores", "state"}, "else there is nothing to forget"
+    assert places == {"collected", "datasets", "quarantine", "scores", "state"}, (
+        "else there is nothing to forget"
+    )
     found = run(root)
-    assert found.new and found.log == 6 and found.rows == 3 + 3 * 2, "three of the collected, three bad rows of each dataset"
+    assert found.new and found.log == 6 and found.rows == 3 + 3 * 2, (
+        "three of the collected, three bad rows of each dataset"
+    )
     assert_forgotten(root, before)
     assert holding(root, OTHER) and WHO not in (root / "forgotten.json").read_text()
     again = run(root)
@@ -136,7 +181,15 @@ def test_everything_goes_and_everybody_else_stays(root, whole):
     assert_forgotten(root, before)
 
 
-POINTS = ("forget:listed", "forget:tables", "dataset:sealed", "snapshot:sealed", "forget:written", "LATEST.json:visible", "forget:published")
+POINTS = (
+    "forget:listed",
+    "forget:tables",
+    "dataset:sealed",
+    "snapshot:sealed",
+    "forget:written",
+    "LATEST.json:visible",
+    "forget:published",
+)
 
 
 def test_killed_anywhere_and_repeated_it_ends_right(root, whole):
@@ -160,29 +213,46 @@ def test_the_next_night_reads_nothing_of_the_user(root, whole):
     after = prepare_here(settings)
     assert after.key != before.key and after.n_users == before.n_users - 1 and after.user_history(WHO) is None
     assert after.manifest["opted_out"] > 3 and prepare_here(settings).key == after.key
-    assert holding(root / "datasets", WHO) == [] and holding(root / "quarantine", WHO) == [], "bad rows neither"
+    assert holding(root / "datasets", WHO) == [] and holding(root / "quarantine", WHO) == [], (
+        "bad rows neither"
+    )
 
 
 def test_a_line_that_is_no_row_is_not_kept_where_it_names_the_user(tmp_path):
-    lines = [f"user-{n},i{n % 3},{1_600_000_000 + n}" for n in range(200)] + [f'"{WHO}",i1', f"{WHO},i1,{1_600_000_000}", "somebody,i1"]
+    lines = [f"user-{n},i{n % 3},{1_600_000_000 + n}" for n in range(200)] + [
+        f'"{WHO}",i1',
+        f"{WHO},i1,{1_600_000_000}",
+        "somebody,i1",
+    ]
     (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
-    where = [f"data.events={tmp_path / 'events.csv'}", f"storage.root={tmp_path / 'root'}", "split.kind=leave_one_out", "data.max_bad_fraction=0.1"]
+    where = [
+        f"data.events={tmp_path / 'events.csv'}",
+        f"storage.root={tmp_path / 'root'}",
+        "split.kind=leave_one_out",
+        "data.max_invalid_fraction=0.1",
+    ]
     settings = load_settings(None, where)
     assert prepare_here(settings).manifest["bad_rows"] == 2 and len(holding(tmp_path / "root", WHO)) > 1
     with lease.hold(tmp_path / "root", "forget", 5.0):
         assert forget(Storage(tmp_path / "root"), WHO, None).rows == 1
     assert holding(tmp_path / "root", WHO) == []
     again = prepare_here(settings)
-    assert (again.manifest["bad_rows"], again.manifest["opted_out"]) == (1, 2) and holding(tmp_path / "root", WHO) == []
+    assert (again.manifest["bad_rows"], again.manifest["opted_out"]) == (1, 2) and holding(
+        tmp_path / "root", WHO
+    ) == []
 
 
 def test_the_command_says_what_went_and_what_remains(root, whole, capsys):
     where = [*whole[1], f"storage.root={root}"]
     assert main(["forget", WHO, *where]) == 0
     said = capsys.readouterr().err
-    assert "on the opt-out list" in said and "6 entries of the endpoint's log" in said and "the weights of 1 bundles" in said
+    assert (
+        "on the opt-out list" in said
+        and "6 entries of the endpoint's event store" in said
+        and "the weights of 1 bundles" in said
+    )
     assert holding(root, WHO) == []
-    assert main(["forget", "nobody-ever", *where]) == 0 and "dropped: 0 entries" in capsys.readouterr().err
+    assert main(["forget", "nobody-ever", *where]) == 0 and "erased: 0 entries" in capsys.readouterr().err
 
 
 def test_a_copy_has_all_that_is_kept_of_the_user_and_nothing_of_another(root, whole, tmp_path, capsys):
@@ -192,7 +262,13 @@ def test_a_copy_has_all_that_is_kept_of_the_user_and_nothing_of_another(root, wh
     records = [json.loads(line) for line in file.read_text().splitlines()]
     kinds = Counter(record["kind"] for record in records)
     learned = Dataset.open(root / Snapshot.latest(Storage(root)).manifest["dataset"]).user_history(WHO)
-    once = {"event": 3, "decision": 3, "outcome": 3, "bad_row": 6, "published_list": 1}  # two in the log, of which one was collected; of two nights
+    once = {
+        "event": 3,
+        "decision": 3,
+        "outcome": 3,
+        "bad_row": 6,
+        "published_list": 1,
+    }  # two in the log, of which one was collected; of two nights
     assert kinds == {**once, "learned_event": len(learned.item_index)}
     (listed,) = (record for record in records if record["kind"] == "published_list")
     assert listed["item_ids"] == Snapshot.latest(Storage(root)).find(WHO).item_ids
@@ -202,19 +278,23 @@ def test_a_copy_has_all_that_is_kept_of_the_user_and_nothing_of_another(root, wh
 
     assert main(["export", WHO, "--out", str(file), *where]) == 2 and "it exists" in capsys.readouterr().err
     assert main(["export", "nobody-ever", "--out", str(tmp_path / "none.jsonl"), *where]) == 0
-    assert "nothing is kept" in capsys.readouterr().err and (tmp_path / "none.jsonl").read_text() == ""
+    assert "nothing is stored" in capsys.readouterr().err and (tmp_path / "none.jsonl").read_text() == ""
     with contextlib.closing(open_log("sqlite", root)) as log:
-        (read,) = (entry for _, entry in log.of_user(WHO) if entry.kind == "access")
+        (read,) = (entry for _, entry in log.read_user(WHO) if entry.kind == "access")
     assert read.body == {"by": "recray export", "what": "export"}, "that a history was read is logged"
     run(root)
     assert main(["export", WHO, "--out", str(tmp_path / "gone.jsonl"), *where]) == 0
-    assert [json.loads(line)["kind"] for line in (tmp_path / "gone.jsonl").read_text().splitlines()] == ["opted_out"]
+    assert [json.loads(line)["kind"] for line in (tmp_path / "gone.jsonl").read_text().splitlines()] == [
+        "opted_out"
+    ]
 
 
 @pytest.mark.parametrize("state", ["sqlite", "redis_server"])
 def test_at_the_endpoint_a_user_is_nobody_from_the_next_answer_on(root, whole, request, state):
     settings = load_settings(None, [*whole[1], f"storage.root={root}"])
-    options = ServeSettings(state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0)
+    options = ServeSettings(
+        state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0
+    )
     if state != "sqlite":
         redis = pytest.importorskip("redis").Redis.from_url(options.state)
         redis.flushall()
@@ -228,14 +308,14 @@ def test_at_the_endpoint_a_user_is_nobody_from_the_next_answer_on(root, whole, r
         gone = await one.intake.forget(WHO)
         assert gone.new and gone.dropped >= 3 and not (await two.intake.forget(WHO)).new
         for handler in (one, two):
-            handler.look()
+            handler.refresh()
             kept = await handler.intake.events(event)
             assert (kept.kept, kept.opted_out) == (0, 1)
             assert (await handler.recommend(RecommendRequest(user_id=WHO))).source == "popular"
             assert (await handler.history(HistoryRequest(user_id=WHO))).events == []
             assert (await handler.score(ScoreRequest(user_id=WHO, items=["i0000001"]))).source == "popular"
             assert (await handler.recommend(RecommendRequest(user_id=OTHER))).source != "popular"
-        await one.recorder.keep(lambda writer: writer.append([]))
+        await one.recorder.write(lambda writer: writer.append([]))
 
     asyncio.run(scenario())
     one.close()
@@ -252,29 +332,48 @@ def test_whom_the_operator_excludes_is_in_no_dataset_and_nobody_at_the_endpoint(
     file.write_text(f"{WHO}\nsomebody else\n")
     settings = load_settings(None, [*whole[1], f"storage.root={root}", f"data.exclude_users={file}"])
     dataset = prepare_here(settings)
-    assert dataset.user_history(WHO) is None and dataset.user_history(OTHER) is not None and dataset.manifest["opted_out"] > 3
+    assert (
+        dataset.user_history(WHO) is None
+        and dataset.user_history(OTHER) is not None
+        and dataset.manifest["opted_out"] > 3
+    )
     assert holding(dataset.path, WHO) == []
-    handler = Service(Storage(root), ServeSettings(timeout_s=5.0), settings.score, exclude_users=settings.data.exclude_users)
+    handler = Service(
+        Storage(root), ServeSettings(timeout_s=5.0), settings.score, exclude_users=settings.data.exclude_users
+    )
 
     async def responses(user):
         event = EventsRequest.model_validate({"user_id": user, "events": [{"item_id": "i0000001"}]})
-        return (await handler.recommend(RecommendRequest(user_id=user))).source, (await handler.intake.events(event)).opted_out
+        return (await handler.recommend(RecommendRequest(user_id=user))).source, (
+            await handler.intake.events(event)
+        ).opted_out
 
     assert asyncio.run(responses(WHO)) == ("popular", 1) and asyncio.run(responses(OTHER)) == ("realtime", 0)
     file.write_text(f"{OTHER}\n")
-    handler.look()
+    handler.refresh()
     assert asyncio.run(responses(WHO))[1] == 0 and asyncio.run(responses(OTHER)) == ("popular", 1)
     handler.close()
 
 
-@given(st.lists(st.one_of(st.integers(-(2**63), 2**63 - 1), st.text(min_size=1, max_size=20)), min_size=1, max_size=8, unique_by=str))
+@given(
+    st.lists(
+        st.one_of(st.integers(-(2**63), 2**63 - 1), st.text(min_size=1, max_size=20)),
+        min_size=1,
+        max_size=8,
+        unique_by=str,
+    )
+)
 def test_who_is_on_the_list_is_known_by_any_way_to_write_the_id_and_by_nothing_else(tmp_path_factory, users):
     root = tmp_path_factory.mktemp("list")
     listed = OptOut.of(root)
     assert len(listed) == 0 and listed.digest is None and users[0] not in listed
     assert [listed.add(user) for user in users] == [True] * len(users) and not listed.add(str(users[0]))
     read = OptOut.of(root)
-    assert read.among(users).all() and all(str(user) in read for user in users) and read.digest == listed.digest
+    assert (
+        read.mask_members(users).all()
+        and all(str(user) in read for user in users)
+        and read.digest == listed.digest
+    )
     assert "nobody else at all" not in read
 
 
@@ -282,11 +381,21 @@ def test_a_file_of_users_is_as_good_as_the_list_and_neither_hides_the_other(tmp_
     file = tmp_path / "excluded.txt"
     file.write_text("\ufeff7\n  ann \n\n", encoding="utf-8")
     both, alone = OptOut.of(tmp_path, str(file)), OptOut.of(tmp_path)
-    assert 7 in both and "ann" in both and 8 not in both and len(both) == 2 and alone.digest is None is not both.digest
+    assert (
+        7 in both
+        and "ann" in both
+        and 8 not in both
+        and len(both) == 2
+        and alone.digest is None is not both.digest
+    )
     before = both.digest
     assert alone.add(8) and not alone.add(8)
     file.unlink()
     with pytest.raises(SettingsError, match=r"data.exclude_users: .*excluded.txt cannot be read"):
-        both.look()
+        both.reload()
     assert 8 in both and 7 in both, "who opted out since is known although the file is gone"
-    assert both.digest not in (before, alone.digest) and both.among([7, 8, 9]).tolist() == [True, True, False]
+    assert both.digest not in (before, alone.digest) and both.mask_members([7, 8, 9]).tolist() == [
+        True,
+        True,
+        False,
+    ]

@@ -4,10 +4,10 @@ import scipy.sparse as sp
 from conftest import world_overrides
 
 from recray.config import load_settings
-from recray.evaluation.baselines import NEIGHBOURS, _below_one, _cosine, baselines
+from recray.evaluation.baselines import NEIGHBOURS, _cosine_similarity, _to_fractions, fit_baselines
 from recray.evaluation.evaluate import MODEL, compare, evaluate, evaluate_key
-from recray.evaluation.protocol import Questions
-from recray.evaluation.table import render
+from recray.evaluation.protocol import EvaluationQueries
+from recray.evaluation.table import render_table
 from recray.inference import Predictor
 from recray.testing.published import prepare_here, untrained_bundle
 
@@ -15,9 +15,18 @@ from recray.testing.published import prepare_here, untrained_bundle
 def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dataset, tmp_path):
     bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
     table, ndcg = compare(world_settings, world_dataset, Predictor.load(bundle.path, dataset=world_dataset))
-    assert {setting: values.mean() for setting, values in ndcg.items()} == {s: rows[MODEL]["ndcg@10"] for s, rows in table.items()}
+    assert {setting: values.mean() for setting, values in ndcg.items()} == {
+        s: rows[MODEL]["ndcg@10"] for s, rows in table.items()
+    }
     for rows in table.values():
-        assert list(rows) == [MODEL, "most popular", "popular, last 7 days", "personal frequency", "item-kNN", "EASE"]
+        assert list(rows) == [
+            MODEL,
+            "most popular",
+            "popular, last 7 days",
+            "personal frequency",
+            "item-kNN",
+            "EASE",
+        ]
         for name, row in rows.items():
             if "skipped" in row:
                 continue
@@ -33,34 +42,38 @@ def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dat
 
 
 def test_users_who_are_asked_live_are_answered_by_what_is_popular_then(world_folder, tmp_path):
-    settings = load_settings(None, [*world_overrides(world_folder, tmp_path), "split.asked_at=target"])
+    settings = load_settings(None, [*world_overrides(world_folder, tmp_path), "split.query_time=target"])
     data = prepare_here(settings)
-    questions = Questions(data, "test")
-    rankers = dict(baselines(data, questions, ease_max_items=10_000, ease_l2=500.0))
+    questions = EvaluationQueries(data, "test")
+    rankers = dict(fit_baselines(data, questions, ease_max_items=10_000, ease_l2=500.0))
     assert list(rankers)[1:3] == ["popular, last 7 days", "popular, last day"]
     asked = [question for batch in questions.batches(50) for question in batch]
     days = {question.now // 86_400 for question in asked}
     assert len(days) > 1
     for name, length in (("popular, last 7 days", 7), ("popular, last day", 1)):
-        lists = rankers[name](asked, 5, new_only=False)
+        lists = rankers[name](asked, 5, filter_seen=False)
         for row, question in enumerate(asked):
             counts = data.popularity.window(question.now, length)
             assert (counts[lists[row]] == np.sort(counts[1:])[::-1][:5]).all()
 
 
-@pytest.mark.parametrize("dense", [0.0, 2.0])  # whole rows are looked through, or only what is there is sorted
+@pytest.mark.parametrize(
+    "dense", [0.0, 2.0]
+)  # whole rows are looked through, or only what is there is sorted
 def test_neighbours_are_the_nearest(dense, monkeypatch):
     monkeypatch.setattr("recray.evaluation.baselines.DENSE", dense)
     seen = sp.random(300, 700, 0.05, "csr", np.float32, rng=np.random.default_rng(0)).sign()
-    whole, near = (_cosine(seen, dense=dense) for dense in (True, False))
+    whole, near = (_cosine_similarity(seen, dense=dense) for dense in (True, False))
     assert near.nnz == (near > 0).nnz and np.diff(near.tocsc().indptr).max() == NEIGHBOURS
     for item in (0, 511, 512, 699):
         column = np.sort(whole[:, item])[::-1]
-        np.testing.assert_allclose(np.sort(near[:, [item]].toarray().ravel())[::-1][:NEIGHBOURS], column[:NEIGHBOURS], atol=1e-6)
+        np.testing.assert_allclose(
+            np.sort(near[:, [item]].toarray().ravel())[::-1][:NEIGHBOURS], column[:NEIGHBOURS], atol=1e-6
+        )
 
 
 def test_what_breaks_ties_is_below_one_purchase():
-    found = _below_one(np.array([[0.0, 32_500.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]))
+    found = _to_fractions(np.array([[0.0, 32_500.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]))
     assert found.max() < 1 and (np.diff(found[0, [0, 3, 2, 1]]) > 0).all() and not found[1].any()
 
 
@@ -72,10 +85,14 @@ def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, world_folder):
     rows = [(u, f"i{u % 3}", t + 86_400 * d + u) for u in range(40) for d in range(20)]
     columns = {name: [row[i] for row in rows] for i, name in enumerate(("user_id", "item_id", "timestamp"))}
     pq.write_table(pa.table(columns), tmp_path / "e.parquet")
-    overrides = [o for o in world_overrides(world_folder, tmp_path) if not o.startswith(("data.items", "data.features"))]
+    overrides = [
+        o
+        for o in world_overrides(world_folder, tmp_path)
+        if not o.startswith(("data.items", "data.features"))
+    ]
     settings = load_settings(None, [*overrides, f"data.events={tmp_path / 'e.parquet'}"])
     data = prepare_here(settings)
     bundle = untrained_bundle(settings, data, tmp_path / "b", "b")
     table = evaluate(settings, evaluate_key(settings, data, bundle), data, bundle)
-    assert "skipped" in table["new_only"][MODEL] and table["repeats"][MODEL]["users"] > 0
-    render(table, 10)
+    assert "skipped" in table["filter_seen"][MODEL] and table["with_repeats"][MODEL]["users"] > 0
+    render_table(table, 10)

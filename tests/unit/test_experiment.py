@@ -1,4 +1,5 @@
-"""A challenger on trial: who is answered by it, what ends it, and that the champion is there when it fails."""
+"""A challenger on trial: who is answered by it, what ends it, and that the champion is there when it
+fails."""
 
 import asyncio
 import math
@@ -15,12 +16,12 @@ from harness import DEADLINE_S
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recray import pipeline, promotion
+from recray import pipeline
 from recray.config import ServeSettings, load_settings
 from recray.errors import MissingArtifactError, RefusedError
 from recray.inference import Predictor
 from recray.privacy.accounting import Mechanism
-from recray.release import Release
+from recray.release import Release, begin_experiment, end_experiment
 from recray.serving import outcomes as outcome_test
 from recray.serving.api import FeedbackRequest, RecommendRequest
 from recray.serving.experiment import LEVEL, Experiment, is_in_share
@@ -39,7 +40,9 @@ CLICKS = Rewards({"click": 1.0, "skip": 0.0}, 1.0)
 def shop(world_settings, world_dataset, tmp_path_factory):
     storage = publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("trial"))
     other = load_settings(None, ["train.seed=7"]).train
-    challenger = untrained_bundle(world_settings.model_copy(update={"train": other}), world_dataset, storage.bundle("other"), "other")
+    challenger = untrained_bundle(
+        world_settings.model_copy(update={"train": other}), world_dataset, storage.bundle("other"), "other"
+    )
     return storage, challenger, storage.release.read_bytes()
 
 
@@ -66,38 +69,44 @@ def test_users_keep_their_side_and_the_share_is_what_was_asked_for():
     more = [is_in_share(user, "a", 0.3) for user in users]
     assert all(b for a, b in zip(chosen, more, strict=True) if a), "who is in a share is in a larger one"
     other = [is_in_share(user, "b", 0.1) for user in users]
-    assert np.mean([a and b for a, b in zip(chosen, other, strict=True)]) == pytest.approx(0.01, abs=0.005), "another trial draws anew"
+    assert np.mean([a and b for a, b in zip(chosen, other, strict=True)]) == pytest.approx(0.01, abs=0.005), (
+        "another trial draws anew"
+    )
 
 
 def test_a_challenger_answers_its_share_and_what_it_answered_is_told(shop, handler):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5)
-    handler.look()
+    begin_experiment(storage, challenger, 0.5)
+    handler.refresh()
     assert handler.models().challenger == "other" and handler.models().share == 0.5
     found = {user: ask(handler, user) for user in range(40)}
     sides = {user: is_in_share(str(user), "other", 0.5) for user in found}
     assert {True, False} == set(sides.values())
     for user, answer in found.items():
-        assert (answer.bundle, answer.source) == (("other", "realtime") if sides[user] else ("untrained", "snapshot"))
+        assert (answer.bundle, answer.source) == (
+            ("other", "realtime") if sides[user] else ("untrained", "snapshot")
+        )
     assert ask(handler, next(user for user in sides if sides[user]), mode="batch").bundle == "untrained"
     assert asyncio.run(handler.recommend(RecommendRequest(k=3))).bundle == "untrained"
     asyncio.run(handler.recorder.writer.append([]))
     bodies = {entry.key: entry.body for _, entry in handler.recorder.writer.log.read(0, 100)}
-    assert {bodies[answer.request_id]["arm"] == "challenger" for user, answer in found.items() if sides[user]} == {True}
-    promotion.end_trial(storage, "by hand")
-    handler.look()
+    assert {
+        bodies[answer.request_id]["arm"] == "challenger" for user, answer in found.items() if sides[user]
+    } == {True}
+    end_experiment(storage, "by hand")
+    handler.refresh()
     assert {ask(handler, user).bundle for user in range(10)} == {"untrained"}
     assert Release.read(storage).rolled_back == ("other",) and "by hand" in Release.read(storage).ended
 
 
 def test_a_shadow_answers_nobody_and_is_logged(shop, handler):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5, shadow=True)
-    handler.look()
+    begin_experiment(storage, challenger, 0.5, shadow=True)
+    handler.refresh()
 
     async def talk():
         answer = await handler.recommend(RecommendRequest(user_id=3, k=3))
-        await asyncio.gather(*handler._tasks)
+        await asyncio.gather(*handler.shadow._tasks)
         await handler.recorder.writer.append([])
         return answer
 
@@ -122,12 +131,16 @@ def fails(monkeypatch, handler):
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"), [("realtime", "of its responses failed, of the champion's 0.0%"), ("auto", "where the champion has a nightly list")]
+    ("mode", "said"),
+    [
+        ("realtime", "of its responses failed, of the champion's 0.0%"),
+        ("auto", "where the champion serves batch recommendations"),
+    ],
 )
 def test_a_challenger_that_fails_is_covered_for_and_rolled_back(shop, handler, monkeypatch, mode, said):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5)
-    handler.look()
+    begin_experiment(storage, challenger, 0.5)
+    handler.refresh()
     with monkeypatch.context() as patch:
         fails(patch, handler)
         for user in range(60):
@@ -135,54 +148,68 @@ def test_a_challenger_that_fails_is_covered_for_and_rolled_back(shop, handler, m
             if is_in_share(str(user), "other", 0.5):
                 assert (answer.bundle, answer.source, answer.degraded) == ("untrained", "snapshot", ["model"])
     asyncio.run(handler.recorder.writer.append([]))
-    handler.look()
-    assert handler.deployments.current.experiment is None and not Release.read(storage).on_trial
+    handler.refresh()
+    assert handler.deployments.current.experiment is None and not Release.read(storage).has_experiment
     assert said in Release.read(storage).ended
 
 
-def test_replicas_come_to_one_decision_from_the_log_that_they_share(shop, handler, world_settings, monkeypatch):
+def test_replicas_come_to_one_decision_from_the_log_that_they_share(
+    shop, handler, world_settings, monkeypatch
+):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5)
+    begin_experiment(storage, challenger, 0.5)
     other = Service(storage, ServeSettings(timeout_s=5.0), world_settings.score)
-    handler.look()
+    handler.refresh()
     trial = other.deployments.current.experiment
     with monkeypatch.context() as patch:
         fails(patch, handler)
         for user in range(60):
             ask(handler, user, mode="realtime")
     asyncio.run(handler.recorder.writer.append([]))
-    assert trial.reason_to_end() is None
-    other.look()
-    assert other.deployments.current.experiment is None and "of its responses failed" in Release.read(storage).ended
+    assert trial.find_reason_to_end() is None
+    other.refresh()
+    assert (
+        other.deployments.current.experiment is None
+        and "of its responses failed" in Release.read(storage).ended
+    )
     other.close()
 
 
 def test_a_shadow_that_fails_is_rolled_back_too(shop, handler, monkeypatch):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5, shadow=True)
-    handler.look()
+    begin_experiment(storage, challenger, 0.5, shadow=True)
+    handler.refresh()
 
     async def talk():
         for user in range(60):
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime"))
             assert not answer.degraded
-            await asyncio.gather(*handler._tasks)
+            await asyncio.gather(*handler.shadow._tasks)
         await handler.recorder.writer.append([])
 
     with monkeypatch.context() as patch:
         fails(patch, handler)
         asyncio.run(talk())
-    handler.look()
-    assert handler.deployments.current.experiment is None and "100.0% of its responses failed" in Release.read(storage).ended
+    handler.refresh()
+    assert (
+        handler.deployments.current.experiment is None
+        and "100.0% of its responses failed" in Release.read(storage).ended
+    )
 
 
 def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(shop, handler, monkeypatch):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5)
-    handler.look()
-    inner, slow, answered = Predictor.recommend, handler.deployments.current.challenger.predictor, threading.Event()
+    begin_experiment(storage, challenger, 0.5)
+    handler.refresh()
+    inner, slow, answered = (
+        Predictor.recommend,
+        handler.deployments.current.challenger.predictor,
+        threading.Event(),
+    )
     now_s = [0.0]  # the handler's clock, so that this machine's own pauses do not count
-    monkeypatch.setattr("recray.serving.ranker.time", SimpleNamespace(monotonic=lambda: now_s[0], time=time.time))
+    monkeypatch.setattr(
+        "recray.serving.ranker.time", SimpleNamespace(monotonic=lambda: now_s[0], time=time.time)
+    )
 
     def recommend(self, *args, **options):
         if self is slow:
@@ -192,9 +219,14 @@ def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(sho
 
     async def together(mine, theirs):
         answered.clear()
-        ask = [asyncio.create_task(handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime"))) for user in [*mine, *theirs]]
+        ask = [
+            asyncio.create_task(handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime")))
+            for user in [*mine, *theirs]
+        ]
         champions = await asyncio.gather(*ask[len(mine) :])
-        assert not any(answer.degraded for answer in champions), "the champion's answers wait for the challenger's"
+        assert not any(answer.degraded for answer in champions), (
+            "the champion's answers wait for the challenger's"
+        )
         answered.set()
         await asyncio.gather(*ask)
 
@@ -205,15 +237,22 @@ def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(sho
         assert handler.deployments.current.experiment is not None
         asyncio.run(together(mine[start : start + 2], theirs[start : start + 2]))
     asyncio.run(handler.recorder.writer.append([]))
-    handler.look()
-    assert handler.deployments.current.experiment is None and "quantile of latency" in Release.read(storage).ended
+    handler.refresh()
+    assert (
+        handler.deployments.current.experiment is None
+        and "quantile of latency" in Release.read(storage).ended
+    )
 
 
 def test_a_shadow_that_is_behind_is_left_out(shop, handler, monkeypatch):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5, shadow=True)
-    handler.look()
-    inner, slow, answered = Predictor.recommend, handler.deployments.current.challenger.predictor, threading.Event()
+    begin_experiment(storage, challenger, 0.5, shadow=True)
+    handler.refresh()
+    inner, slow, answered = (
+        Predictor.recommend,
+        handler.deployments.current.challenger.predictor,
+        threading.Event(),
+    )
 
     def recommend(self, *args, **options):
         if self is slow:
@@ -225,7 +264,7 @@ def test_a_shadow_that_is_behind_is_left_out(shop, handler, monkeypatch):
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime"))
             assert not answer.degraded, "answers wait for the shadow's"
         answered.set()
-        await asyncio.gather(*handler._tasks)
+        await asyncio.gather(*handler.shadow._tasks)
 
     monkeypatch.setattr(Predictor, "recommend", recommend)
     asyncio.run(talk())
@@ -234,8 +273,8 @@ def test_a_shadow_that_is_behind_is_left_out(shop, handler, monkeypatch):
 
 def test_a_challenger_whose_outcomes_are_worse_is_rolled_back(shop, handler):
     storage, challenger, _ = shop
-    promotion.begin_trial(storage, challenger, 0.5)
-    handler.look()
+    begin_experiment(storage, challenger, 0.5)
+    handler.refresh()
     random = np.random.default_rng(0)
 
     async def talk():
@@ -246,15 +285,20 @@ def test_a_challenger_whose_outcomes_are_worse_is_rolled_back(shop, handler):
             if random.random() < good:
                 await handler.intake.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
             if n % 300 == 299:
-                handler.look()
+                handler.refresh()
 
     asyncio.run(talk())
-    handler.look()
-    assert handler.deployments.current.experiment is None and "outcomes are worth -" in Release.read(storage).ended
+    handler.refresh()
+    assert (
+        handler.deployments.current.experiment is None
+        and "outcomes are worth -" in Release.read(storage).ended
+    )
 
 
 def simulated(seed, users, share, champion, challenger, visits=3.0, spread=0.5):
-    """The trial's reading of users who come more or less often, with rates of their own around the variant's; also whether it ended."""
+    """The trial's reading of users who come more or less often, with rates of their own around the variant's;
+    also whether it ended.
+    """
     random = np.random.default_rng(seed)
     trial, requests = Experiment("c", share, shadow=False, rewards=CLICKS), 0
     for user in range(users):
@@ -262,16 +306,23 @@ def simulated(seed, users, share, champion, challenger, visits=3.0, spread=0.5):
         rate = (challenger if mine else champion) * (random.gamma(1 / spread, spread) if spread else 1.0)
         for _ in range(random.geometric(1 / visits)):
             requests += 1
-            trial.read(response(requests, user, mine, share))
+            trial.add_entry(response(requests, user, mine, share))
             if random.random() < rate:
-                trial.read(click(requests))
-        if user % 20 == 0 and trial.reason_to_end():
+                trial.add_entry(click(requests))
+        if user % 20 == 0 and trial.find_reason_to_end():
             return trial, True
     return trial, False
 
 
 def response(request_id, user, mine, share=0.5, items=("a",), **more):
-    body = {"trial": "c", "share": share, "arm": "challenger" if mine else "champion", "items": list(items), "degraded": [], **more}
+    body = {
+        "trial": "c",
+        "share": share,
+        "arm": "challenger" if mine else "champion",
+        "items": list(items),
+        "degraded": [],
+        **more,
+    }
     return Entry("decision", str(request_id), str(user), 0.0, body)
 
 
@@ -289,7 +340,7 @@ def test_looking_after_every_step_ends_few_trials_of_equals(share, users):
 def test_worse_challengers_are_found_and_better_ones_are_not_ended():
     assert all(simulated(seed, 4000, 0.3, 0.3, 0.1)[1] for seed in range(5))
     trial, over = simulated(1, 3000, 0.3, 0.1, 0.3)
-    difference, bound = trial.outcomes.difference(0.05)
+    difference, bound = trial.outcomes.estimate_difference(0.05)
     assert not over and difference == pytest.approx(0.2, abs=bound) and 0 < bound < 0.2 and trial.has_won()
 
 
@@ -304,32 +355,36 @@ def test_a_tenth_less_is_found_however_often_users_come(visits):
 def test_outcomes_that_all_pay_the_same_decide_nothing(reward):
     trial = Experiment("c", 0.3, shadow=False, rewards=Rewards({"click": reward}, 1.0))
     for user in range(2000):
-        trial.read(response(user, user, user % 3 == 0, 0.3))
-        trial.read(click(user))
-        assert trial.reason_to_end() is None and not trial.has_won()
+        trial.add_entry(response(user, user, user % 3 == 0, 0.3))
+        trial.add_entry(click(user))
+        assert trial.find_reason_to_end() is None and not trial.has_won()
 
 
 def test_half_the_clicks_and_twice_the_skips_never_win():
     random, trial = np.random.default_rng(0), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
     for n in range(4000):
         mine = bool(random.random() < 0.5)
-        trial.read(response(n, n, mine))
+        trial.add_entry(response(n, n, mine))
         if random.random() < (0.1 if mine else 0.2):
-            trial.read(click(n))
+            trial.add_entry(click(n))
         if random.random() < (0.6 if mine else 0.3):
-            trial.read(click(n, "skip"))
+            trial.add_entry(click(n, "skip"))
         assert not trial.has_won()
-        if trial.reason_to_end():
+        if trial.find_reason_to_end():
             break
-    assert "outcomes are worth -" in trial.reason_to_end()
+    assert "outcomes are worth -" in trial.find_reason_to_end()
 
 
 @given(data=st.data())
 @hypothesis.settings(max_examples=50)
 def test_what_counts_is_declared_bounded_of_the_list_and_once_in_whatever_order_it_comes(data):
-    """Against a plain reading of the rule; every outcome delivered twice changes nothing, one hostile outcome no more than its bound."""
+    """Against a plain reading of the rule; every outcome delivered twice changes nothing, one hostile outcome
+    no more than its bound.
+    """
     rewards = Rewards({"click": 1.0, "purchase": 5.0, "skip": 0.0, "dislike": -2.0}, 3.0)
-    lists = data.draw(st.dictionaries(st.sampled_from(["r1", "r2", "r3"]), st.lists(st.sampled_from("abcd"), unique=True)))
+    lists = data.draw(
+        st.dictionaries(st.sampled_from(["r1", "r2", "r3"]), st.lists(st.sampled_from("abcd"), unique=True))
+    )
     one = st.tuples(
         st.sampled_from(["r1", "r2", "r3", "r4"]),
         st.sampled_from(["click", "purchase", "skip", "dislike", "undeclared"]),
@@ -340,13 +395,19 @@ def test_what_counts_is_declared_bounded_of_the_list_and_once_in_whatever_order_
     first = {}
     for request, outcome, item, value in outcomes:
         if request in lists and (item is None or item in lists[request]):
-            first.setdefault((request, outcome, item), rewards.worth.get(outcome, 0.0) * min(max(value, 0.0), 3.0))
+            first.setdefault(
+                (request, outcome, item), rewards.worth.get(outcome, 0.0) * min(max(value, 0.0), 3.0)
+            )
     order = data.draw(st.permutations([*lists, *range(len(outcomes))]))
     told = sorted(place for place in order if isinstance(place, int))
     places = iter(told + told)  # outcomes keep their order, and come twice
     credits, total = Credits(rewards), 0.0
     for step in [*order, *told]:
-        total += credits.add_response(step, lists[step]) if isinstance(step, str) else credits.add_outcome(*outcomes[next(places)])
+        total += (
+            credits.add_response(step, lists[step])
+            if isinstance(step, str)
+            else credits.add_outcome(*outcomes[next(places)])
+        )
     assert total == pytest.approx(sum(first.values()))
     before = total
     total += credits.add_outcome("r1", "purchase", None, float("1e308"))
@@ -355,15 +416,27 @@ def test_what_counts_is_declared_bounded_of_the_list_and_once_in_whatever_order_
 
 def test_outcomes_of_another_item_or_of_no_declared_name_count_nothing_and_late_responses_all_the_same():
     trial = Experiment("c", 0.5, shadow=False, rewards=CLICKS)
-    trial.read(click("1", item="a", kind="set_aside"))
+    trial.add_entry(click("1", item="a", kind="set_aside"))
     for number in range(6):
-        trial.read(response(number, f"u{number}", bool(number % 2)))
-    for wrong in (click("1", item="z"), click("1", "undeclared"), click("1", item="a"), click("1", item="a", value=9.0), click("unheard of")):
-        trial.read(wrong)
-    for body in ({"trial": "c", "share": 0.1, "arm": "champion"}, {"trial": "b", "share": 0.5, "arm": "champion"}):
-        trial.read(Entry("decision", f"other {body}", "u9", 0.0, {**body, "items": [], "degraded": []}))
-    assert trial.outcomes.difference(0.05)[0] == pytest.approx(1 / 3) and trial.outcomes.users == {True: 3, False: 3}
-    assert OutcomeTest(0.5, CLICKS).difference(0.05) == (0.0, math.inf)
+        trial.add_entry(response(number, f"u{number}", bool(number % 2)))
+    for wrong in (
+        click("1", item="z"),
+        click("1", "undeclared"),
+        click("1", item="a"),
+        click("1", item="a", value=9.0),
+        click("unheard of"),
+    ):
+        trial.add_entry(wrong)
+    for body in (
+        {"trial": "c", "share": 0.1, "arm": "champion"},
+        {"trial": "b", "share": 0.5, "arm": "champion"},
+    ):
+        trial.add_entry(Entry("decision", f"other {body}", "u9", 0.0, {**body, "items": [], "degraded": []}))
+    assert trial.outcomes.estimate_difference(0.05)[0] == pytest.approx(1 / 3) and trial.outcomes.users == {
+        True: 3,
+        False: 3,
+    }
+    assert OutcomeTest(0.5, CLICKS).estimate_difference(0.05) == (0.0, math.inf)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5])
@@ -373,7 +446,7 @@ def test_evidence_reaches_its_level_in_few_runs_of_equals_and_soon_where_one_var
     def significant(rate, users=600):
         test = ShareTest(share, 0.05)
         for user in range(users):
-            test.count(str(user), 0, of_challenger=bool(random.random() < rate))
+            test.count_user(str(user), 0, of_challenger=bool(random.random() < rate))
             if test.is_significant:
                 return True
         return False
@@ -386,21 +459,24 @@ def test_evidence_reaches_its_level_in_few_runs_of_equals_and_soon_where_one_var
 def test_a_user_counts_once_a_day_and_no_clock_that_goes_back_begins_one():
     test = ShareTest(0.5, 0.05)
     for _ in range(100):
-        test.count("one who comes often", 0, of_challenger=True)
+        test.count_user("one who comes often", 0, of_challenger=True)
     assert not test.is_significant
     for user in range(20):
-        test.count(str(user), 1, of_challenger=True)
+        test.count_user(str(user), 1, of_challenger=True)
     assert test.is_significant
-    test.count("late", 0, of_challenger=False)
+    test.count_user("late", 0, of_challenger=False)
     assert test.is_significant
-    test.count("new day", 2, of_challenger=True)
+    test.count_user("new day", 2, of_challenger=True)
     assert not test.is_significant
 
 
 @pytest.mark.parametrize("waiting", [2, 8, 16, 24])
-def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_that_always_does_is_found(waiting):
-    """A queue of each variant: of those who come at once, the ones after the first `waiting` are affected. How many that are says how the crowd
-    was split, which is no fault of the variant that more of it came to."""
+def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_that_always_does_is_found(
+    waiting,
+):
+    """A queue of each variant: of those who come at once, the ones after the first `waiting` are affected.
+    How many that are says how the crowd was split, which is no fault of the variant that more of it came to.
+    """
     random = np.random.default_rng(waiting)
 
     def significant(bursts=200, also=False):
@@ -408,8 +484,15 @@ def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_tha
         for _ in range(bursts):
             sides = random.random(40) < 0.5
             places = np.where(sides, np.cumsum(sides), np.cumsum(~sides))
-            for place, of_challenger in sorted(zip(places.tolist(), sides.tolist(), strict=True)):  # as they were responded to
-                test.read(str(user), 0, of_challenger=of_challenger, affected=place > waiting or (also and of_challenger))
+            for place, of_challenger in sorted(
+                zip(places.tolist(), sides.tolist(), strict=True)
+            ):  # as they were responded to
+                test.add_response(
+                    str(user),
+                    0,
+                    of_challenger=of_challenger,
+                    affected=place > waiting or (also and of_challenger),
+                )
                 if test.is_significant:
                     return True
                 user += 1
@@ -427,8 +510,16 @@ def test_an_overload_that_slows_everybody_ends_nothing_and_neither_do_failures_o
             number += 1
             failed = slow and place > 100
             ms = (5.0 + place * slow) * float(random.lognormal(0, 0.3))
-            trial.read(response(number, number, bool(random.random() < 0.5), model_ms=ms, degraded=["model"] if failed else []))
-        assert trial.reason_to_end() is None
+            trial.add_entry(
+                response(
+                    number,
+                    number,
+                    bool(random.random() < 0.5),
+                    model_ms=ms,
+                    degraded=["model"] if failed else [],
+                )
+            )
+        assert trial.find_reason_to_end() is None
 
 
 def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays():
@@ -437,51 +528,68 @@ def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays():
         mine = bool(random.random() < 0.5)
         failed = random.random() < (0.004 if mine else 0.001)
         ms = (6.0 if mine else 5.0) * float(random.lognormal(0, 0.3))
-        trial.read(response(number, number, mine, model_ms=ms, degraded=["model"] if failed else []))
+        trial.add_entry(response(number, number, mine, model_ms=ms, degraded=["model"] if failed else []))
         if number % 500 == 0:
-            assert trial.reason_to_end() is None
+            assert trial.find_reason_to_end() is None
     assert trial.errors._test.is_significant and trial.latency._tests[0].is_significant
 
 
 def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder, tmp_path):
     settings = load_settings(None, private_overrides(world_folder, tmp_path))
     dataset = prepare_here(settings)
-    said = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 200).statement() | {"population": "users", "epsilon_of_all_trainings": 5.0}
+    said = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 200).statement() | {
+        "population": "users",
+        "epsilon_of_all_trainings": 5.0,
+    }
     storage = publish_untrained(settings, dataset, settings.root(), said)
-    promotion.begin_trial(storage, untrained_bundle(settings, dataset, storage.bundle("other"), "other", said), 0.5)
+    begin_experiment(
+        storage, untrained_bundle(settings, dataset, storage.bundle("other"), "other", said), 0.5
+    )
     found = {}
     for private in (False, True):
         made = Service(storage, ServeSettings(timeout_s=5.0), settings.score, private=private)
         told = made.models()
-        assert (told.users, told.privacy.epsilon_of_all_trainings) == (None, 5.0), "how many users there are is nobody's business"
+        assert (told.users, told.privacy.epsilon_of_all_trainings) == (None, 5.0), (
+            "how many users there are is nobody's business"
+        )
         for user in range(200):
             ask(made, user, mode="realtime")
         asyncio.run(made.recorder.writer.append([]))
-        made.look()
+        made.refresh()
         found[private] = sum(made.deployments.current.experiment.outcomes.users.values())
-        counted = {user for user in range(200) if made.deployments.current.experiment.counted(str(user))}
+        counted = {user for user in range(200) if made.deployments.current.experiment.is_counted(str(user))}
         made.close()
-    held_out = {user for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.held_out)).to_pylist()}
-    assert found == {False: 200, True: len(held_out & set(range(200)))} and counted == held_out & set(range(200)) and 20 < len(counted) < 80
+    held_out = {
+        user
+        for shard in dataset.shards()
+        for user in shard.user_ids.filter(pa.array(shard.holdout)).to_pylist()
+    }
+    assert (
+        found == {False: 200, True: len(held_out & set(range(200)))}
+        and counted == held_out & set(range(200))
+        and 20 < len(counted) < 80
+    )
 
 
 def test_a_trial_that_cannot_begin_or_end_is_refused(shop, world_settings):
     storage, challenger, release = shop
     storage.release.write_bytes(release)
-    settings = world_settings.model_copy(update={"storage": world_settings.storage.model_copy(update={"root": str(storage.root)})})
-    with pytest.raises(RefusedError, match="no challenger on trial"):
-        promotion.end_trial(storage, "by hand")
+    settings = world_settings.model_copy(
+        update={"storage": world_settings.storage.model_copy(update={"root": str(storage.root)})}
+    )
+    with pytest.raises(RefusedError, match="no running experiment"):
+        end_experiment(storage, "by hand")
     with pytest.raises(RefusedError, match="is the champion"):
-        pipeline.run_canary(settings, "untrained", 0.1, shadow=False)
+        pipeline.run("canary", settings, bundle="untrained", share=0.1)
     with pytest.raises(MissingArtifactError, match="nowhere"):
-        pipeline.run_canary(settings, "nowhere", 0.1, shadow=False)
+        pipeline.run("canary", settings, bundle="nowhere", share=0.1)
     assert storage.release.read_bytes() == release
-    pipeline.run_canary(settings, "other", 0.1, shadow=False)
-    assert Release.read(storage).roles_of("other") == ["challenger", "answers 10%"]
-    promotion.end_trial(storage, "of another", "someone else")
-    assert Release.read(storage).on_trial
-    pipeline.run_serve_rollback(settings, None)
+    pipeline.run("canary", settings, bundle="other", share=0.1)
+    assert Release.read(storage).list_roles("other") == ["challenger", "serves 10%"]
+    end_experiment(storage, "of another", "someone else")
+    assert Release.read(storage).has_experiment
+    pipeline.run("serve_rollback", settings, None)
     assert Release.read(storage).ended == "bundle other: ended by hand"
-    with pytest.raises(RefusedError, match="the last one's ended: bundle other"):
-        pipeline.run_serve_rollback(settings, None)
+    with pytest.raises(RefusedError, match="the last one ended: bundle other"):
+        pipeline.run("serve_rollback", settings, None)
     storage.release.write_bytes(release)

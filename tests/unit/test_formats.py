@@ -1,4 +1,6 @@
-"""What files of other people hold that Parquet of one's own would not: odd JSON, CSV with texts of several lines, lists as text."""
+"""What files of other people hold that Parquet of one's own would not: odd JSON, CSV with texts of several
+lines, lists as text.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from test_input import DAY, T, histories, prepared, rows, written
 from recray.errors import DataError
 from recray.prepare import formats
 from recray.prepare.files import InputFile
-from recray.prepare.texts import written_list
+from recray.prepare.texts import parse_list
 
 
 def lines(**changed):
@@ -35,7 +37,9 @@ def test_what_is_no_single_value_spoils_its_own_row_alone(tmp_path, odd):
     objects = [{**one, "event": "view", "value": 1} for one in lines()]
     for place, column in enumerate(("user_id", "item_id", "event", "value", "timestamp")):
         objects[20 + place][column] = odd
-    data = prepared(tmp_path, "data.max_bad_fraction=0.1", events=[as_json(tmp_path / "e.jsonl", objects)])
+    data = prepared(
+        tmp_path, "data.max_invalid_fraction=0.1", events=[as_json(tmp_path / "e.jsonl", objects)]
+    )
     assert (data.n_events, data.manifest["bad_rows"], data.n_users) == (195, 5, 20)
     assert pa.types.is_integer(data.user_type) and data.event_types == ["view"]
 
@@ -46,11 +50,18 @@ def test_the_last_line_alone_of_a_batch_is_no_other_type(tmp_path, monkeypatch):
     data = prepared(tmp_path, events=[as_json(tmp_path / "e.jsonl", objects)])
     assert (data.n_events, data.manifest["bad_rows"]) == (200, 1)
     with pytest.raises(DataError, match="column for user_id has type list"):
-        prepared(tmp_path / "all", events=[as_json(tmp_path / "all.jsonl", [{**one, "user_id": [one["user_id"]]} for one in lines()])])
+        prepared(
+            tmp_path / "all",
+            events=[
+                as_json(tmp_path / "all.jsonl", [{**one, "user_id": [one["user_id"]]} for one in lines()])
+            ],
+        )
 
 
 def test_columns_that_are_not_asked_for_may_hold_anything(tmp_path):
-    objects = lines(comment="half \ud83d", payload={"id": 2**70, "n": [1, "a", None, {"\ud800": 1}]}, **{"\udc00": 1})
+    objects = lines(
+        comment="half \ud83d", payload={"id": 2**70, "n": [1, "a", None, {"\ud800": 1}]}, **{"\udc00": 1}
+    )
     assert prepared(tmp_path, events=[as_json(tmp_path / "e.jsonl", objects)]).n_events == 200
 
 
@@ -60,7 +71,13 @@ def test_lists_that_change_their_type_from_line_to_line_are_lists(tmp_path, monk
     items = [{"item_id": f"i{n}", "tags": ["a", "b"] if n < 4 else later} for n in range(7)]
     chosen = [f"data.items={as_json(tmp_path / 'i.jsonl', items)}", "data.features={tags: multi}"]
     found = written(tmp_path, rows(), *chosen).items["tags"].to_pylist()
-    expected = {"None": (None, []), "[]": ([],), "['a', 1]": (["a", "1"],), "[1.5]": (["1.5"], [1.5]), "a,b": (["a", "b"],)}
+    expected = {
+        "None": (None, []),
+        "[]": ([],),
+        "['a', 1]": (["a", "1"],),
+        "[1.5]": (["1.5"], [1.5]),
+        "a,b": (["a", "b"],),
+    }
     assert found[0] == ["a", "b"] and found[-1] in expected[str(later)]
 
 
@@ -91,8 +108,13 @@ def test_texts_of_several_lines_are_read(tmp_path, title, place):
     table = table.add_column(place, "title", pa.array([title if n == 4 else f"thing {n}" for n in range(7)]))
     pacsv.write_csv(table, tmp_path / "items.csv")
     data = rows().set_column(1, "item_id", pa.array([n % 7 for n in range(200)]))
-    found = written(tmp_path, data, f"data.items={tmp_path / 'items.csv'}", "data.features={title: text, price: numeric}")
-    assert found.items["title"].to_pylist()[4] == title and found.items["price"].to_pylist() == table["price"].to_pylist()
+    found = written(
+        tmp_path, data, f"data.items={tmp_path / 'items.csv'}", "data.features={title: text, price: numeric}"
+    )
+    assert (
+        found.items["title"].to_pylist()[4] == title
+        and found.items["price"].to_pylist() == table["price"].to_pylist()
+    )
 
 
 @pytest.mark.parametrize(("opened", "closed"), [(3, 4), (0, 150)])
@@ -101,7 +123,9 @@ def test_a_stray_quote_that_makes_one_row_of_many_refuses_the_file(tmp_path, ope
     text[opened] = text[opened].replace("view", '"view')
     text[closed] = text[closed].replace(f"view {closed % 10}", f'view {closed % 10}"')
     (tmp_path / "e.csv").write_text("\n".join(["user_id,event,timestamp,item_id", *text, ""]))
-    with pytest.raises(DataError, match=rf"a quote in line {opened + 2} opens a text of {closed - opened + 1} lines"):
+    with pytest.raises(
+        DataError, match=rf"a quote in line {opened + 2} opens a text of {closed - opened + 1} lines"
+    ):
         prepared(tmp_path, events=[tmp_path / "e.csv"])
 
 
@@ -116,14 +140,17 @@ def test_a_part_without_rows_says_nothing_of_types(tmp_path):
     folder = tmp_path / "events"
     folder.mkdir()
     pq.write_table(rows(), folder / "a.parquet")
-    pq.write_table(pa.table({name: pa.array([], pa.string()) for name in ("user_id", "item_id", "timestamp")}), folder / "b.parquet")
+    pq.write_table(
+        pa.table({name: pa.array([], pa.string()) for name in ("user_id", "item_id", "timestamp")}),
+        folder / "b.parquet",
+    )
     assert pa.types.is_integer(prepared(tmp_path, events=[folder]).user_type)
 
 
 @pytest.mark.parametrize("magic", [b"\x1f\x8b\x08", b"PK\x03\x04", b"PAR1", b"BZh9"])
 def test_a_csv_file_that_is_something_else_is_called_what_it_is(tmp_path, magic):
     (tmp_path / "e.csv").write_bytes(magic + bytes(range(200)))
-    with pytest.raises(DataError, match="is no CSV, but (gzip|zip|Parquet|bzip2), by its first bytes"):
+    with pytest.raises(DataError, match="is not CSV: its first bytes are those of (gzip|zip|Parquet|bzip2)"):
         formats.open_file(InputFile(str(tmp_path / "e.csv"), "csv")).names  # noqa: B018
 
 
@@ -143,12 +170,12 @@ def test_a_value_that_is_no_number_is_a_bad_row(tmp_path, kind):
 
 @given(st.lists(st.text("ab ,'\"\\é|", min_size=1, max_size=5), max_size=4))
 def test_a_list_is_the_same_however_it_is_written(values):
-    assert written_list(json.dumps(values)) == values
-    assert written_list(repr(values)) == values
-    assert written_list(repr(tuple(values))) == values
+    assert parse_list(json.dumps(values)) == values
+    assert parse_list(repr(values)) == values
+    assert parse_list(repr(tuple(values))) == values
     plain = [value for value in values if value.strip() and not set("'\"\\,") & set(value)]
     if plain:
-        assert written_list("[" + " ".join(map(repr, plain)) + "]") == plain  # as numpy does
+        assert parse_list("[" + " ".join(map(repr, plain)) + "]") == plain  # as numpy does
 
 
 @pytest.mark.parametrize(
@@ -166,17 +193,21 @@ def test_a_list_is_the_same_however_it_is_written(values):
     ],
 )
 def test_texts_that_are_lists_and_texts_that_are_none(text, values):
-    assert written_list(text) == values
+    assert parse_list(text) == values
 
 
 def test_an_identifier_with_blanks_around_it_is_said(tmp_path):
     table = rows().set_column(0, "user_id", pa.array([f"{n % 20}{' ' * (n < 3)}" for n in range(200)]))
     data = written(tmp_path, table)
-    assert data.n_users == 23 and any(note.startswith("3 ids in events begin or end with a blank") for note in data.said)
+    assert data.n_users == 23 and any(
+        note.startswith("3 ids in events begin or end with a blank") for note in data.said
+    )
 
 
 def test_identifiers_are_as_long_as_the_endpoint_takes_them(tmp_path):
-    table = rows().set_column(1, "item_id", pa.array(["x" * (1001 if n == 9 else 1000 - n % 7) for n in range(200)]))
+    table = rows().set_column(
+        1, "item_id", pa.array(["x" * (1001 if n == 9 else 1000 - n % 7) for n in range(200)])
+    )
     data = written(tmp_path, table)
     assert data.manifest["reasons"] == {"item_id has more than 1000 letters": 1} and data.n_items == 7
 
@@ -185,8 +216,15 @@ def test_one_price_in_two_precisions_is_one_price(tmp_path):
     folder = tmp_path / "items"
     folder.mkdir()
     for name, kind, ids in (("a", pa.float32(), range(4)), ("b", pa.float64(), range(4, 7))):
-        pq.write_table(pa.table({"item_id": [f"i{n}" for n in ids], "price": pa.array([0.85] * len(ids), kind)}), folder / f"{name}.parquet")
-    assert set(written(tmp_path, rows(), f"data.items={folder}", "data.features={price: numeric}").items["price"].to_pylist()) == {0.85}
+        pq.write_table(
+            pa.table({"item_id": [f"i{n}" for n in ids], "price": pa.array([0.85] * len(ids), kind)}),
+            folder / f"{name}.parquet",
+        )
+    assert set(
+        written(tmp_path, rows(), f"data.items={folder}", "data.features={price: numeric}")
+        .items["price"]
+        .to_pylist()
+    ) == {0.85}
 
 
 def test_numbers_in_the_names_of_folders_are_numbers(tmp_path):
@@ -206,7 +244,9 @@ def test_a_folder_under_two_names_is_read_once_and_said(tmp_path):
         (tmp_path / "log").mkdir(exist_ok=True)
         (tmp_path / "log" / name).symlink_to(real)
     data = prepared(tmp_path, events=[tmp_path / "log"])
-    assert data.n_events == 200 and any("a folder that is read under another name too" in note for note in data.said)
+    assert data.n_events == 200 and any(
+        "a folder that is already read under another name" in note for note in data.said
+    )
 
 
 def test_what_recray_wrote_below_the_events_is_no_event(tmp_path):
@@ -225,8 +265,14 @@ def test_the_log_of_a_table_is_said(tmp_path):
 @pytest.mark.parametrize("kind", ["nanoseconds", "text"])
 def test_rows_that_differ_below_the_microsecond_are_two(tmp_path, kind):
     times = [f"2024-03-0{1 + n % 9}T10:00:00.000000{n % 2}07Z" for n in range(200)]
-    given = pa.array(times) if kind == "text" else pa.array(times).cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
-    table = pa.table({"user_id": [n // 18 for n in range(180)], "item_id": ["i1"] * 180, "timestamp": given[:180]})
+    given = (
+        pa.array(times)
+        if kind == "text"
+        else pa.array(times).cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
+    )
+    table = pa.table(
+        {"user_id": [n // 18 for n in range(180)], "item_id": ["i1"] * 180, "timestamp": given[:180]}
+    )
     assert written(tmp_path, table, "data.duplicates=drop").n_events == 180
 
 

@@ -8,14 +8,14 @@ from conftest import world_overrides
 
 from recray.bundle import Bundle
 from recray.config import load_settings
-from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, NEVER_SAID, freshness
+from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, UNKNOWN_DAY, freshness_bucket
 from recray.errors import DataError
-from recray.evaluation.protocol import Questions
+from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Filters, Predictor
 from recray.model import recommender
 from recray.testing.published import prepare_here, untrained_bundle
 from recray.testing.synthetic import SyntheticNews
-from recray.training.trainer import bundle_settings
+from recray.training.plan import bundle_settings
 from recray.training.worker import build_loop
 
 
@@ -27,14 +27,24 @@ def site(tmp_path_factory):
 
 
 def settings_of(site, root, *overrides):
-    given = [f"data.events={site / 'events.parquet'}", f"data.items={site / 'items.parquet'}", f"storage.root={root}", "data.released=published"]
-    given += ["data.features={title: text, section: categorical}", "data.context=[device]", "split.asked_at=target", "split.validation_users=0.5"]
+    given = [
+        f"data.events={site / 'events.parquet'}",
+        f"data.items={site / 'items.parquet'}",
+        f"storage.root={root}",
+        "data.available_from=published",
+    ]
+    given += [
+        "data.features={title: text, section: categorical}",
+        "data.context=[device]",
+        "split.query_time=target",
+        "split.validation_users=0.5",
+    ]
     small = [
         "model.dim=16",
         "model.history=16",
-        "model.repeat=false",
+        "model.repeat_consumption=false",
         "model.id_dropout=0.3",
-        "train.batch_positions=1024",
+        "train.batch_tokens=1024",
         "train.learning_rate=0.01",
     ]
     return load_settings(None, [*given, *small, *overrides])
@@ -46,35 +56,61 @@ def dataset(site, tmp_path_factory):
 
 
 def test_buckets_grow_with_age_and_tell_the_unknown_and_the_unborn():
-    found = freshness(100, np.array([NEVER_SAID, 101, 100, 99, 98, 90, 0, -7000]))
+    found = freshness_bucket(100, np.array([UNKNOWN_DAY, 101, 100, 99, 98, 90, 0, -7000]))
     assert found.tolist()[:4] == [0, 1, 2, 4]
-    assert (np.diff(found[1:7]) > 0).all() and found[7] == FRESHNESS_BUCKETS - 1 and found.max() < FRESHNESS_BUCKETS
+    assert (
+        (np.diff(found[1:7]) > 0).all()
+        and found[7] == FRESHNESS_BUCKETS - 1
+        and found.max() < FRESHNESS_BUCKETS
+    )
     assert recommender.FRESHNESS_BUCKETS == FRESHNESS_BUCKETS
 
 
 def test_release_days_are_read_and_bad_ones_named(dataset, site, world_folder, tmp_path):
-    published = pq.read_table(site / "items.parquet").sort_by("item_id")["published"].cast("int64").to_numpy() // 1_000_000
-    assert (dataset.released_day[1:] == published // DAY_S).all() and dataset.released_day[0] == NEVER_SAID
+    published = (
+        pq.read_table(site / "items.parquet").sort_by("item_id")["published"].cast("int64").to_numpy()
+        // 1_000_000
+    )
+    assert (dataset.released_day[1:] == published // DAY_S).all() and dataset.released_day[0] == UNKNOWN_DAY
     table = pq.read_table(site / "items.parquet")
-    gaps = table.set_column(3, "published", pc.if_else(pc.equal(table["section"], "section 0"), None, table["published"]))
+    gaps = table.set_column(
+        3, "published", pc.if_else(pc.equal(table["section"], "section 0"), None, table["published"])
+    )
     pq.write_table(gaps, tmp_path / "gaps.parquet")
     some = prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / 'gaps.parquet'}"))
     nothing = pc.equal(some.items["section"], "section 0").to_numpy()
-    assert ((some.released_day[1:] == NEVER_SAID) == nothing).all() and nothing.any()
-    with pytest.raises(DataError, match="data.released title is no date"):
-        prepare_here(settings_of(site, tmp_path, "data.released=title"))
+    assert ((some.released_day[1:] == UNKNOWN_DAY) == nothing).all() and nothing.any()
+    with pytest.raises(DataError, match="data.available_from title is not a date"):
+        prepare_here(settings_of(site, tmp_path, "data.available_from=title"))
     for wrong in (1_999, 19_783):  # a year, days
         numbers = table.set_column(3, "published", pa.array([wrong + n for n in range(len(table))]))
         pq.write_table(numbers, tmp_path / "numbers.parquet")
-        with pytest.raises(DataError, match=rf"data.released published holds numbers from {wrong} to .* not seconds"):
+        with pytest.raises(
+            DataError, match=rf"data.available_from published holds numbers from {wrong} to .* not seconds"
+        ):
             prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / 'numbers.parquet'}"))
-    milliseconds = table.set_column(3, "published", table["published"].cast(pa.timestamp("ms")).cast(pa.int64()))
+    milliseconds = table.set_column(
+        3, "published", table["published"].cast(pa.timestamp("ms")).cast(pa.int64())
+    )
     pq.write_table(milliseconds, tmp_path / "numbers.parquet")
-    assert (prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / 'numbers.parquet'}")).released_day == dataset.released_day).all()
+    assert (
+        prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / 'numbers.parquet'}")).released_day
+        == dataset.released_day
+    ).all()
     with pytest.raises(DataError, match="no column 'born'"):
-        prepare_here(settings_of(site, tmp_path, "data.released=born"))
-    with pytest.raises(DataError, match="data.released names born, but data.items is null"):
-        prepare_here(load_settings(None, [*world_overrides(world_folder, tmp_path), "data.items=null", "data.features={}", "data.released=born"]))
+        prepare_here(settings_of(site, tmp_path, "data.available_from=born"))
+    with pytest.raises(DataError, match="data.available_from names born, but data.items is null"):
+        prepare_here(
+            load_settings(
+                None,
+                [
+                    *world_overrides(world_folder, tmp_path),
+                    "data.items=null",
+                    "data.features={}",
+                    "data.available_from=born",
+                ],
+            )
+        )
 
 
 def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, site, tmp_path):
@@ -88,10 +124,14 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
     predictor = Predictor.of(loop.model, dataset, 7)
     trained = dataset.trained_items()
     hits, asked = 0, 0
-    for batch in Questions(dataset, "test").batches(200):
+    for batch in EvaluationQueries(dataset, "test").batches(200):
         cold = [q for q in batch if not trained[q.target].any()]
         if cold:
-            asks = {"now": [q.now for q in cold], "context": [q.context for q in cold], "filters": Filters(new_only=True)}
+            asks = {
+                "now": [q.now for q in cold],
+                "context": [q.context for q in cold],
+                "filters": Filters(filter_seen=True),
+            }
             lists = predictor.recommend([q.history for q in cold], 10, **asks).item_index
             hits += sum(bool(np.isin(q.target, lists[row]).any()) for row, q in enumerate(cold))
             asked += len(cold)
@@ -102,7 +142,7 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
 def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
     bundle = untrained_bundle(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
     assert (Bundle.open(bundle.path).released_day == dataset.released_day).all()
-    assert (Predictor.load(bundle.path)._inputs._released_day == dataset.released_day).all()
+    assert (Predictor.load(bundle.path).encoder._inputs._released_day == dataset.released_day).all()
 
 
 def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
@@ -121,12 +161,15 @@ def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
             days[place[sooner]], days[place[later]] = moment, far
             changed = table.set_column(3, "published", pa.array(days).cast(table["published"].type))
             pq.write_table(changed, tmp_path / f"{folder}.parquet")
-        then, tonight = (prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / name}.parquet")) for name in ("then", "tonight"))
+        then, tonight = (
+            prepare_here(settings_of(site, tmp_path, f"data.items={tmp_path / name}.parquet"))
+            for name in ("then", "tonight")
+        )
         bundle = untrained_bundle(settings_of(site, tmp_path), then, tmp_path / f"b{first}", "b")
         predictor = Predictor.load(bundle.path, dataset=tonight)
-        h = next(Questions(tonight, "test").batches(1))[0].history
+        h = next(EvaluationQueries(tonight, "test").batches(1))[0].history
         shown = predictor.recommend([h], tonight.n_items, now=tonight.now_s).item_index[0]
-        shown = set(predictor.ids_of(shown[shown > 0]))
+        shown = set(predictor.vocabulary.ids_of(shown[shown > 0]))
         assert (sooner in shown) == (answered == sooner) and later not in shown
 
 
@@ -136,6 +179,11 @@ def test_the_news_site_is_drawn_from_its_seed_and_fades(site):
     assert again.event_table() == events and again.item_table() == items
     assert SyntheticNews(users=400, articles=600, events_per_user=12, days=20, seed=1).event_table() != events
     place = pc.index_in(events["item_id"], items["item_id"].combine_chunks())
-    age = (events["timestamp"].cast(pa.int64()).to_numpy() - items["published"].cast(pa.int64()).take(place).to_numpy()) / 86_400e6
+    age = (
+        events["timestamp"].cast(pa.int64()).to_numpy()
+        - items["published"].cast(pa.int64()).take(place).to_numpy()
+    ) / 86_400e6
     assert age.min() >= 0 and age.max() <= again.live_days
-    assert np.histogram(age, bins=4, range=(0, 4))[0].tolist() == sorted(np.histogram(age, bins=4, range=(0, 4))[0].tolist(), reverse=True)
+    assert np.histogram(age, bins=4, range=(0, 4))[0].tolist() == sorted(
+        np.histogram(age, bins=4, range=(0, 4))[0].tolist(), reverse=True
+    )

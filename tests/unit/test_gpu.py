@@ -1,5 +1,6 @@
-"""What a GPU does is what a CPU does, skipped without one, and what of it can be tested on a CPU. Needs no Ray: `pytest --noconftest` on a
-machine with torch and pyarrow runs it."""
+"""What a GPU does is what a CPU does, skipped without one, and what of it can be tested on a CPU. Needs no
+Ray: `pytest --noconftest` on a machine with torch and pyarrow runs it.
+"""
 
 import threading
 
@@ -11,17 +12,17 @@ import torch
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import History
 from recray.errors import SettingsError
-from recray.inference import Filters, Predictor
-from recray.inference.graphs import Graphs, fill, room, size, sizes
-from recray.inference.topk import top_k
+from recray.inference import Catalogue, Filters, Predictor, Vocabulary
+from recray.inference.candidates import top_k
+from recray.inference.graphs import Graphs, allocate, fill, list_sizes, padded_size
 from recray.model.controls import Controls
 from recray.model.device import device
 from recray.model.losses import Criterion, Targets
-from recray.model.packed import BLOCK, mask_of, pack, packs
+from recray.model.packed import BLOCK, build_mask, is_packable, pack
 from recray.model.recommender import Recommender
 from recray.model.shape import Batch, Shape
-from recray.training.loop import Loop, LoopSettings, _ahead
-from recray.training.worker import _row
+from recray.training.loop import Loop, LoopSettings, _prefetch
+from recray.training.worker import _row_length
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -33,7 +34,11 @@ def model(seed=0, **parts) -> Recommender:
     torch.manual_seed(seed)
     random = np.random.default_rng(0)
     bags = {"brand": (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)]))}
-    found = Recommender(Shape(event_types=E, dim=32, history=T, dropout=0.0, feature_buckets=64, **parts), np.arange(V + 1) > 0, bags)
+    found = Recommender(
+        Shape(event_types=E, dim=32, history=T, dropout=0.0, feature_buckets=64, **parts),
+        np.arange(V + 1) > 0,
+        bags,
+    )
     with torch.no_grad():  # nothing at its neutral start
         for parameter in found.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -53,11 +58,28 @@ def histories(count: int, seed: int = 0) -> tuple[Batch, Targets]:
     user, position = real.nonzero(as_tuple=True)
     days, queries = torch.rand(2, V + 1, generator=random), len(user)
     fresh, day = torch.zeros(2, V + 1, dtype=torch.uint8), torch.randint(0, 2, (queries,), generator=random)
-    batch = Batch(item, event, torch.ones(count, T), time, now, user, position, days, fresh, day, torch.zeros(queries, 0, dtype=torch.int64))
+    batch = Batch(
+        item,
+        event,
+        torch.ones(count, T),
+        time,
+        now,
+        user,
+        position,
+        days,
+        fresh,
+        day,
+        torch.zeros(queries, 0, dtype=torch.int64),
+    )
     return batch, Targets(torch.arange(queries + 1), torch.randint(1, V + 1, (queries,), generator=random))
 
 
-PARTS = [{}, {"time_bias": False}, {"relative": True, "positions": False}, {"residual": "plain", "feed": "relu", "scores": "cosine"}]
+PARTS = [
+    {},
+    {"time_bias": False},
+    {"relative": True, "positions": False},
+    {"residual": "plain", "feed": "relu", "scores": "cosine"},
+]
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -82,12 +104,14 @@ def test_a_row_of_nothing_and_one_that_is_full():
 
 def test_what_fills_a_row_costs_next_to_nothing():
     packing = pack(torch.ones(1, BLOCK, dtype=torch.int64), 64 * BLOCK)
-    assert mask_of(packing).kv_num_blocks.tolist() == [[[1] * 64]]
+    assert build_mask(packing).kv_num_blocks.tolist() == [[[1] * 64]]
 
 
 def test_what_the_kernel_cannot_do_is_left_to_the_padded_way():
-    assert packs(Shape(event_types=1, dim=64, heads=4)) and not packs(Shape(event_types=1, dim=64, heads=8))
-    assert not packs(Shape(event_types=1, attention="pointwise"))
+    assert is_packable(Shape(event_types=1, dim=64, heads=4)) and not is_packable(
+        Shape(event_types=1, dim=64, heads=8)
+    )
+    assert not is_packable(Shape(event_types=1, attention="pointwise"))
 
 
 class Given:
@@ -107,45 +131,60 @@ class Given:
 def loop_of(batches, row: int, **settings) -> Loop:
     share = torch.full((V + 1,), 1.0 / V).index_fill(0, torch.tensor([0]), 0.0)
     network = model(repeat=False, prior=False).requires_grad_(False)  # the kernel has no backward on a CPU
-    return Loop(network, batches, lambda *_: (0.0, 1.0), Criterion("softmax", share), LoopSettings(1, 1, 1e-3, 1, 0.0, 0, row=row, **settings))
+    return Loop(
+        network,
+        batches,
+        lambda *_: (0.0, 1.0),
+        Criterion("softmax", share),
+        LoopSettings(1, 1, 1e-3, 1, 0.0, 0, row=row, **settings),
+    )
 
 
 def test_batches_are_packed_but_a_part_without_users():
     whole, (few, _) = histories(5), histories(3, 1)
-    none = few._replace(**{name: getattr(few, name)[:0] for name in few._fields if name not in ("prior_PV", "fresh_PV", "packing")})
-    loop = loop_of(Given(whole, (none, Targets(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)))), 2 * BLOCK)
+    none = few._replace(
+        **{
+            name: getattr(few, name)[:0]
+            for name in few._fields
+            if name not in ("prior_PV", "fresh_PV", "packing")
+        }
+    )
+    loop = loop_of(
+        Given(whole, (none, Targets(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)))),
+        2 * BLOCK,
+    )
     packed, empty = (batch.packing for batch, _, _ in loop._batches(0))
     assert len(packed.row_P) % (2 * BLOCK) == 0 and empty is None
 
 
-def test_batches_made_ahead_come_in_order_and_with_their_errors():
+def test_batches_made_prefetch_come_in_order_and_with_their_errors():
     def some():
         yield from ("a", "b")
         raise ValueError("no third")
 
-    coming = _ahead(some())
+    coming = _prefetch(some())
     assert [next(coming), next(coming)] == ["a", "b"]
     with pytest.raises(ValueError, match="no third"):
         next(coming)
-    closed = _ahead(iter("abc"))
+    closed = _prefetch(iter("abc"))
     assert next(closed) == "a"
     closed.close()
     assert "batches" not in " ".join(thread.name for thread in threading.enumerate())
 
 
 def test_a_row_holds_any_part_of_a_batch(monkeypatch):
-    assert _row(5000, 200) == 5120
+    assert _row_length(5000, 200) == 5120
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
-    assert _row(5000, 200) == 1536  # 1,250 and a history
+    assert _row_length(5000, 200) == 1536  # 1,250 and a history
 
 
 def test_sizes_of_graphs_hold_the_batch():
     for B in (1, 2, 3, 33, 64):
         for events in (1, 32, 33, 200):
-            users, filled = size(B, events, 200)
+            users, filled = padded_size(B, events, 200)
             assert B <= users < 2 * B and events <= filled <= 200
-    assert sizes(3, 40) == [(1, 32), (1, 40), (2, 32), (2, 40), (4, 32), (4, 40)]
+    assert list_sizes(3, 40) == [(1, 32), (1, 40), (2, 32), (2, 40), (4, 32), (4, 40)]
 
 
 def test_in_the_room_of_a_graph_a_batch_is_what_it_was():
@@ -154,13 +193,15 @@ def test_in_the_room_of_a_graph_a_batch_is_what_it_was():
     no_day, no_context = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64)
     asked = batch._replace(user_N=torch.arange(3), position_N=last, day_N=no_day, context_NC=no_context)
     turned = Controls(0.3 * torch.randn(3, 2), None, torch.rand(3), None)
-    mine, controls = room(asked, turned, 4, T)
+    mine, controls = allocate(asked, turned, 4, T)
     with torch.no_grad():
         table, parts = network.items(), network.items.parts()
         for given in (turned, Controls(-turned.log_temperature, None, turned.recency_slope, None)):
             fill(mine, controls, asked, given)
             found = network.hidden(mine, table, parts, controls, masked=True)
-            torch.testing.assert_close(found[:3], network.hidden(asked, table, parts, given, masked=True), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found[:3], network.hidden(asked, table, parts, given, masked=True), atol=1e-5, rtol=1e-5
+            )
             assert found.isfinite().all()
 
 
@@ -182,8 +223,21 @@ def test_a_gpu_learns_from_one_row_what_a_cpu_learns_from_padded_histories(parts
         criterion = Criterion("softmax", share.to(place))
         here = batch._replace(packing=pack(batch.item_BT, 4 * BLOCK)) if place == "cuda" else batch
         cooler = Controls(0.3 * torch.randn(24, 2, generator=torch.Generator().manual_seed(1)).to(place))
-        loss = criterion.backward(network, here.to(torch.device(place)), Targets(*(t.to(place) for t in targets)), 1.0 / len(batch.user_N), cooler)
-        found[place] = loss.cpu(), {name: parameter.grad.cpu() for name, parameter in network.named_parameters() if parameter.grad is not None}
+        loss = criterion.backward(
+            network,
+            here.to(torch.device(place)),
+            Targets(*(t.to(place) for t in targets)),
+            1.0 / len(batch.user_N),
+            cooler,
+        )
+        found[place] = (
+            loss.cpu(),
+            {
+                name: parameter.grad.cpu()
+                for name, parameter in network.named_parameters()
+                if parameter.grad is not None
+            },
+        )
     torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-5, atol=0)
     assert found["cuda"][1].keys() == found["cpu"][1].keys()
     for name, gradient in found["cpu"][1].items():
@@ -193,13 +247,27 @@ def test_a_gpu_learns_from_one_row_what_a_cpu_learns_from_padded_histories(parts
 
 @gpu
 @pytest.mark.parametrize("loss", ["softmax", "sampled", "gbce"])
-@pytest.mark.parametrize("parts", [{}, {"attention": "pointwise", "residual": "plain", "feed": "none", "scores": "cosine", "relative": True}])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"attention": "pointwise", "residual": "plain", "feed": "none", "scores": "cosine", "relative": True},
+    ],
+)
 def test_a_gpu_trains_in_bfloat16(loss, parts):
     batch, targets = histories(24)
     share = torch.full((V + 1,), 1.0 / V).index_fill(0, torch.tensor([0]), 0.0).cuda()
-    settings = LoopSettings(2, 2, 1e-2, 1, 0.0, 0, 0.9, temperature_jitter=0.1, autocast=True, row=0 if parts else 4 * BLOCK)
+    settings = LoopSettings(
+        2, 2, 1e-2, 1, 0.0, 0, 0.9, temperature_jitter=0.1, autocast=True, row=0 if parts else 4 * BLOCK
+    )
     batches = Given(*[(batch, targets)] * 20)
-    loop = Loop(model(**parts).cuda(), batches, lambda *_: (0.0, 1.0), Criterion(loss, share, negatives=64, half=True), settings)
+    loop = Loop(
+        model(**parts).cuda(),
+        batches,
+        lambda *_: (0.0, 1.0),
+        Criterion(loss, share, negatives=64, half=True),
+        settings,
+    )
     first, second = (line["loss"] for line in loop.run())
     assert np.isfinite(first) and second < first
 
@@ -207,19 +275,26 @@ def test_a_gpu_trains_in_bfloat16(loss, parts):
 @pytest.fixture(scope="module")
 def predictors() -> tuple[Predictor, Predictor]:
     random = np.random.default_rng(0)
-    popularity = Popularity.count_events(random.integers(1, V + 1, 500), random.integers(280, 300, 500) * DAY, V)
+    popularity = Popularity.count_events(
+        random.integers(1, V + 1, 500), random.integers(280, 300, 500) * DAY, V
+    )
     ids = pa.array([f"i{n:03d}" for n in range(V)])
     events = ["buy", "cart", "view"]
-    cpu, cuda = (Predictor(model().to(place), ids, events, popularity, prior_days=7, has_time=True) for place in ("cpu", "cuda"))
+    catalogue = Catalogue(Vocabulary(ids, events), popularity, has_time=True)
+    cpu, cuda = (
+        Predictor(model().to(place), catalogue, popularity_prior_days=7) for place in ("cpu", "cuda")
+    )
     for each in (cpu, cuda):
-        each.capture_graphs(8)
+        each.encoder.capture_graphs(8)
     return cpu, cuda
 
 
 def history(length: int, seed: int = 0) -> History:
     random = np.random.default_rng([seed, length])
     times = np.sort(random.integers(0, 299, length)) * DAY
-    return History(random.integers(1, V + 1, length), random.integers(0, E, length), times, np.ones(length, np.float32))
+    return History(
+        random.integers(1, V + 1, length), random.integers(0, E, length), times, np.ones(length, np.float32)
+    )
 
 
 @gpu
@@ -227,13 +302,15 @@ def history(length: int, seed: int = 0) -> History:
 def test_a_gpu_answers_as_a_cpu_does(predictors, count):
     cpu, cuda = predictors
     asked = [history(1 + (7 * n) % (T + 20), n) for n in range(count)]
-    turned = Controls(0.3 * torch.randn(count, 2), torch.randn(count, E), torch.rand(count), 0.2 * torch.randn(count, 2))
+    turned = Controls(
+        0.3 * torch.randn(count, 2), torch.randn(count, E), torch.rand(count), 0.2 * torch.randn(count, 2)
+    )
     for controls in (None, turned, Controls(recency_slope=turned.recency_slope)):
-        theirs = cuda.recommend(asked, 20, now=NOW, filters=Filters(new_only=True), controls=controls)
-        ours = cpu.recommend(asked, 20, now=NOW, filters=Filters(new_only=True), controls=controls)
+        theirs = cuda.recommend(asked, 20, now=NOW, filters=Filters(filter_seen=True), controls=controls)
+        ours = cpu.recommend(asked, 20, now=NOW, filters=Filters(filter_seen=True), controls=controls)
         np.testing.assert_allclose(theirs.scores, ours.scores, rtol=1e-4, atol=1e-4)
         assert (theirs.item_index[:, 0] == ours.item_index[:, 0]).mean() > 0.98
-    state = [each.recommend(asked, 5, now=NOW, watched=True).state for each in (cpu, cuda)]
+    state = [each.recommend(asked, 5, now=NOW, with_state=True).state for each in (cpu, cuda)]
     np.testing.assert_allclose(*state, atol=1e-3)
 
 
@@ -259,4 +336,9 @@ def test_ties_on_a_gpu_go_by_index():
     scores = torch.zeros(3, 500, device="cuda")
     scores[1, 400] = 1.0
     index, values = top_k(scores, 4)
-    assert index.tolist() == [[0, 1, 2, 3], [400, 0, 1, 2], [0, 1, 2, 3]] and values[1].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert index.tolist() == [[0, 1, 2, 3], [400, 0, 1, 2], [0, 1, 2, 3]] and values[1].tolist() == [
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+    ]

@@ -51,10 +51,14 @@ def test_a_full_disk_a_taken_port_and_what_an_aborted_run_left_are_named(monkeyp
     monkeypatch.setattr(preflight, "ENDS_IN_S", 0.0)
     home = tmp_path / "pytest-of-somebody" / "pytest-3" / "home0"
     home.mkdir(parents=True)
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={**os.environ, "HOME": str(home)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={**os.environ, "HOME": str(home)}
+    )
     try:
         (home.parent / ".lock").write_text(str(os.getpid()))
-        assert not [found for found in preflight._left_behind() if str(process.pid) in found], "that run goes on"
+        assert not [found for found in preflight._left_behind() if str(process.pid) in found], (
+            "that run goes on"
+        )
         (home.parent / ".lock").unlink()
         (left,) = preflight._left_behind()
         assert f"kill -9 {process.pid}" in left

@@ -9,22 +9,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recray.config import load_settings
-from recray.dataset.ids import as_id, canonical_integer
+from recray.dataset.ids import to_canonical_integer, to_typed_id
 from recray.errors import RequestError
 from recray.serving.api import Event, EventsRequest, HistoryRequest, RecommendRequest
 from recray.serving.query import resolve_query
-from recray.serving.ranking import bind
+from recray.serving.ranking import bind_query
 from recray.serving.service import Service
-from recray.state.log import Entry, key_of
+from recray.state.log import Entry, make_key
 from recray.state.store import open_log
 from recray.testing.published import publish_untrained
 
 STRANGE = ["007", "1_0", " 12 ", "٣", "+5", "7.0", "7 ", "-0", "0x7", "1e3", "", " ", str(2**63), "7\n", "７"]
 
 
-@given(st.one_of(st.integers(-(2**70), 2**70), st.text(max_size=24), st.integers().map(str), st.integers(0, 99).map(lambda n: f"{n:03d}")))
+@given(
+    st.one_of(
+        st.integers(-(2**70), 2**70),
+        st.text(max_size=24),
+        st.integers().map(str),
+        st.integers(0, 99).map(lambda n: f"{n:03d}"),
+    )
+)
 def test_an_integer_has_one_text(value):
-    found = canonical_integer(value)
+    found = to_canonical_integer(value)
     if isinstance(value, int):
         assert found == (value if -(2**63) <= value < 2**63 else None)
     elif found is not None:
@@ -35,18 +42,22 @@ def test_an_integer_has_one_text(value):
 
 @given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8), st.text(max_size=8))
 def test_keys_of_pairs_do_not_collide_and_say_what_was_named(whose, named, other, also):
-    assert (key_of(whose, named) == key_of(other, also)) == ((whose, named) == (other, also))
-    assert Entry("event", key_of(whose, named), whose, 0.0, {}).named == named
+    assert (make_key(whose, named) == make_key(other, also)) == ((whose, named) == (other, also))
+    assert Entry("event", make_key(whose, named), whose, 0.0, {}).external_id == named
 
 
 def test_a_drawn_key_names_nothing():
-    assert Entry("event", "0192f0c1", "7", 0.0, {}).named is None and key_of("7", "e1") == "7\0e1", "as stores of 0.1.0 have it"
+    assert Entry("event", "0192f0c1", "7", 0.0, {}).external_id is None and make_key("7", "e1") == "7\0e1", (
+        "as stores of 0.1.0 have it"
+    )
 
 
 @pytest.fixture(scope="module")
 def handler(world_folder, world_dataset, tmp_path_factory):
     settings = load_settings(None, world_overrides(world_folder, tmp_path_factory.mktemp("ids")))
-    found = Service(publish_untrained(settings, world_dataset, settings.root()), settings.serve, settings.score)
+    found = Service(
+        publish_untrained(settings, world_dataset, settings.root()), settings.serve, settings.score
+    )
     yield found
     found.close()
 
@@ -67,26 +78,37 @@ def test_the_integer_and_its_text_are_one_user(handler):
 
 
 def test_a_blank_is_no_id_of_a_service_whose_ids_are_text(handler):
-    assert as_id("", integral=False) is as_id(" \t", integral=False) is None and as_id(7, integral=False) == "7"
+    assert (
+        to_typed_id("", is_integral=False) is to_typed_id(" \t", is_integral=False) is None
+        and to_typed_id(7, is_integral=False) == "7"
+    )
     with pytest.raises(RequestError, match=r"events.0.item_id: ' ' is blank"):
         asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": " "}])))
 
 
 def test_what_comes_after_the_moment_asked_about_is_not_known(handler):
-    ids = handler.state.predictor.item_ids.to_pylist()
-    begun, later = Event(item_id=ids[0], timestamp="2024-02-01T00:00:00"), Event(item_id=ids[1], timestamp="2024-02-03T00:00:00")
+    ids = handler.state.predictor.vocabulary.item_ids.to_pylist()
+    begun, later = (
+        Event(item_id=ids[0], timestamp="2024-02-01T00:00:00"),
+        Event(item_id=ids[1], timestamp="2024-02-03T00:00:00"),
+    )
     asked = {"now": "2024-02-02T00:00:00", "k": 10}
-    answers = [asyncio.run(handler.recommend(RecommendRequest(history=events, **asked))) for events in ([begun], [begun, later], [later, begun])]
+    answers = [
+        asyncio.run(handler.recommend(RecommendRequest(history=events, **asked)))
+        for events in ([begun], [begun, later], [later, begun])
+    ]
     assert answers[0].items == answers[1].items == answers[2].items
     alone = asyncio.run(handler.recommend(RecommendRequest(history=[later], **asked)))
     assert alone.source == "popular"
-    stored = bind(resolve_query(RecommendRequest(user_id=7, now="1990-01-01T00:00:00"), handler.state), handler.state)
+    stored = bind_query(
+        resolve_query(RecommendRequest(user_id=7, now="1990-01-01T00:00:00"), handler.state), handler.state
+    )
     assert len(stored.history.item_index) == 0
 
 
 def test_one_event_id_says_one_thing(tmp_path):
     log = open_log("sqlite", tmp_path)
-    first = Entry("event", key_of("7", "e1"), "7", 1.0, {"item_id": "a", "value": 1.0})
-    other = Entry("event", key_of("7", "e1"), "7", 1.0, {"item_id": "b", "value": 1.0})
+    first = Entry("event", make_key("7", "e1"), "7", 1.0, {"item_id": "a", "value": 1.0})
+    other = Entry("event", make_key("7", "e1"), "7", 1.0, {"item_id": "b", "value": 1.0})
     assert log.append([first, first, other]) == [1, 0, -1]
     log.close()

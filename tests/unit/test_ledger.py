@@ -37,12 +37,15 @@ def epsilon(ledger):
 def test_the_cap_pays_for_the_trainings_that_it_was_planned_for(tmp_path):
     """And for no more; whatever comes after the δ of the first one."""
     options = PrivacySettings(enabled=True, cap=8.0, trainings=12, delta=DELTA, steps=100, sampling_rate=0.1)
-    mechanism, ledger = mechanism_of(options, 1000), Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite", "shop")
+    mechanism, ledger = (
+        mechanism_of(options, 1000),
+        Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite", "shop"),
+    )
     assert mechanism.epsilon < 8.0 / 2
     for number in range(12):
         ledger.reserve(f"{number}", mechanism, options.cap)
-        ledger.take(f"{number}", 0, 1)
-        ledger.take(f"{number}", 100)
+        ledger.take_steps(f"{number}", 0, 1)
+        ledger.take_steps(f"{number}", 100)
         ledger.commit(f"{number}")
     assert 7.9 < ledger.statement()["epsilon_of_all_trainings"] <= 8.0
     with pytest.raises(PrivacySpentError) as error:
@@ -54,13 +57,13 @@ def test_a_reservation_counts_until_it_is_committed(url):
     ledger = Ledger.open(url, "shop")
     assert ledger.reserve("a", ONE, None) == 100
     assert ledger.spent() == [Steps(2.0, 0.1, 100)]
-    ledger.take("a", 40)
+    ledger.take_steps("a", 40)
     assert ledger.spent() == [Steps(2.0, 0.1, 100)]
     ledger.commit("a")
     ledger.commit("a")
     assert ledger.spent() == [Steps(2.0, 0.1, 40)]
     with pytest.raises(RefusedError, match="committed"):
-        ledger.take("a", 1)
+        ledger.take_steps("a", 1)
     assert [run.committed for run in Ledger.read(url, "shop").runs()] == [True]
 
 
@@ -82,20 +85,20 @@ def test_a_larger_delta_is_no_way_around_the_cap(url):
 def test_steps_that_a_crash_took_are_counted_and_taken_again(url):
     ledger = Ledger.open(url, "shop")
     ledger.reserve("a", ONE, None)
-    ledger.take("a", 40)  # a checkpoint follows
-    ledger.take("a", 40)  # a crash follows
-    assert ledger.reserve("a", ONE, None, done=40) == 40
-    ledger.take("a", 60)
+    ledger.take_steps("a", 40)  # a checkpoint follows
+    ledger.take_steps("a", 40)  # a crash follows
+    assert ledger.reserve("a", ONE, None, done_steps=40) == 40
+    ledger.take_steps("a", 60)
     ledger.commit("a")
     assert ledger.spent() == [Steps(2.0, 0.1, 140)]
     with pytest.raises(RefusedError, match="has committed"):
-        ledger.reserve("a", ONE, None, done=100)
+        ledger.reserve("a", ONE, None, done_steps=100)
 
 
 def test_a_checkpoint_of_another_ledger_is_refused_and_leaves_nothing(url):
     ledger = Ledger.open(url, "shop")
-    with pytest.raises(RefusedError, match="has taken 40 steps that this ledger does not know"):
-        ledger.reserve("a", ONE, None, done=40)
+    with pytest.raises(RefusedError, match="has taken 40 steps that are not in this ledger"):
+        ledger.reserve("a", ONE, None, done_steps=40)
     assert ledger.runs() == [] and ledger.reserve("a", ONE, None) == 100
 
 
@@ -104,22 +107,24 @@ def test_counts_are_reserved_with_the_steps_and_counted_as_often_as_they_were_dr
     ledger = Ledger.open(url, "shop")
     assert [ledger.reserve("a", counted, None) for _ in range(2)] == [100, 0]
     assert ledger.spent() == [Steps(2.0, 0.1, 100), Steps(5.0, 1.0, 1)]
-    ledger.take("a", 0, 1)
+    ledger.take_steps("a", 0, 1)
     with pytest.raises(RefusedError, match="released its counts 1 of 1 reserved times"):
-        ledger.take("a", 0, 1)
-    ledger.take("a", 40)  # a crash follows, before the first checkpoint
+        ledger.take_steps("a", 0, 1)
+    ledger.take_steps("a", 40)  # a crash follows, before the first checkpoint
     assert ledger.reserve("a", counted, None) == 40
-    ledger.take("a", 0, 1)
-    ledger.take("a", 60)  # a checkpoint follows, then a crash
-    assert ledger.reserve("a", counted, None, done=60) == 0
-    ledger.take("a", 40)
+    ledger.take_steps("a", 0, 1)
+    ledger.take_steps("a", 60)  # a checkpoint follows, then a crash
+    assert ledger.reserve("a", counted, None, done_steps=60) == 0
+    ledger.take_steps("a", 40)
     ledger.commit("a")
     assert ledger.spent() == [Steps(2.0, 0.1, 140), Steps(5.0, 1.0, 2)]
     ledger.reserve("b", counted, None)
     ledger.commit("b")  # it took nothing
     assert ledger.spent() == [Steps(2.0, 0.1, 140), Steps(5.0, 1.0, 2)]
     cap = epsilon_of([*ledger.spent(), Steps(2.0, 0.1, 100)], DELTA)
-    with pytest.raises(RefusedError, match="item counts at σ 0.5 it would be [^_]*the item counts alone do not fit"):
+    with pytest.raises(
+        RefusedError, match="item counts at σ 0.5 it would be [^_]*the item counts alone do not fit"
+    ):
         ledger.reserve("c", dataclasses.replace(counted, counts_sigma=0.5), cap)
     assert ledger.reserve("c", ONE, cap + 1e-9) == 100
 
@@ -158,13 +163,13 @@ def test_a_ledger_of_before_the_counts_goes_on(url):
 def test_repeated_it_reserves_nothing_more(url):
     ledger = Ledger.open(url, "shop")
     assert [ledger.reserve("a", ONE, None) for _ in range(3)] == [100, 0, 0]
-    with pytest.raises(RefusedError, match="too many"):
-        ledger.take("a", 101)
+    with pytest.raises(RefusedError, match="exceed the reservation"):
+        ledger.take_steps("a", 101)
 
 
 def test_steps_without_a_reservation_are_refused(url):
     with pytest.raises(RefusedError, match="reserved nothing"):
-        Ledger.open(url, "shop").take("a", 1)
+        Ledger.open(url, "shop").take_steps("a", 1)
 
 
 def test_nights_compose_and_the_cap_holds(url):
@@ -172,11 +177,14 @@ def test_nights_compose_and_the_cap_holds(url):
     one = epsilon_of([Steps(2.0, 0.1, 100)], DELTA)
     cap = 1.6 * one
     ledger.reserve("a", ONE, cap)
-    with pytest.raises(RefusedError, match="what would fit") as refused:
+    with pytest.raises(RefusedError, match="these fit") as refused:
         for night in "bcdef":
             ledger.reserve(night, ONE, cap)
     assert epsilon(ledger) <= cap < epsilon_of([*ledger.spent(), Steps(2.0, 0.1, 100)], DELTA)
-    sigma, steps = sigma_for(cap, DELTA, 0.1, 100, ledger.spent()), int(str(refused.value).split("at most ")[1].split(" ")[0])
+    sigma, steps = (
+        sigma_for(cap, DELTA, 0.1, 100, ledger.spent()),
+        int(str(refused.value).split("at most ")[1].split(" ")[0]),
+    )
     assert f"{sigma:.3g}" in str(refused.value)
     fits, too_many = (epsilon_of([*ledger.spent(), Steps(2.0, 0.1, n)], DELTA) for n in (steps, steps + 1))
     assert fits <= cap < too_many
@@ -188,7 +196,7 @@ def test_a_resume_with_another_mechanism_is_refused(url):
     ledger = Ledger.open(url, "shop")
     ledger.reserve("a", ONE, None)
     for change in ({"sigma": 1.0}, {"rate": 0.2}, {"clipping_norm": 2.0}):
-        with pytest.raises(RefusedError, match="was begun with"):
+        with pytest.raises(RefusedError, match="began with"):
             ledger.reserve("a", Mechanism(**{**vars(ONE), **change}), None)
 
 
@@ -197,7 +205,7 @@ def test_a_population_grows_and_shares_nobody(url):
     assert shop.admit(map(str, range(20_500))) == 20_500
     assert shop.admit(map(str, range(20_600))) == 100
     assert news.admit(["n1", "n2"]) == 2
-    with pytest.raises(RefusedError, match="ledger of shop"):
+    with pytest.raises(RefusedError, match="belong to population shop"):
         news.admit(["n3", "7"])
     assert (shop.members(), news.members()) == (20_600, 2)
     assert (shop.spent(), news.spent()) == ([], [])
@@ -224,7 +232,12 @@ def test_nothing_is_changed_or_removed(url):
     ledger = Ledger.open(url, "shop")
     ledger.reserve("a", ONE, None)
     ledger.admit(["1"])
-    statements = ["UPDATE entries SET steps = 1", "DELETE FROM entries", "DELETE FROM members", "UPDATE salt SET value = NULL"]
+    statements = [
+        "UPDATE entries SET steps = 1",
+        "DELETE FROM entries",
+        "DELETE FROM members",
+        "UPDATE salt SET value = NULL",
+    ]
     if url.startswith("postgresql"):
         statements.append("TRUNCATE entries")
     for statement in statements:
@@ -257,15 +270,23 @@ def test_a_ledger_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_database_that_is_not_known_to_last_is_refused(tmp_path):
-    with pytest.raises(StorageError, match="cannot be opened|not known to last"):
+    with pytest.raises(StorageError, match="cannot be opened|is not supported"):
         Ledger.open("mysql+pymysql://root@localhost/ledger", "shop")
     with pytest.raises(StorageError, match="cannot be opened"):
         Ledger.open("postgresql://nobody@127.0.0.1:1/ledger?connect_timeout=2", "shop")
 
 
 def test_a_plan_says_what_cadence_and_shards_would_cost():
-    found = {(option.every_days, option.shards): option for option in plan.options(0.5, DELTA, 0.02, 50, (2.0, 0.0), 14)}
-    assert [found[1, 1].trainings, found[1, 7].trainings, found[7, 1].trainings, found[30, 7].trainings] == [14, 2, 2, 1]
+    found = {
+        (option.every_days, option.shards): option
+        for option in plan.options(0.5, DELTA, 0.02, 50, (2.0, 0.0), 14)
+    }
+    assert [found[1, 1].trainings, found[1, 7].trainings, found[7, 1].trainings, found[30, 7].trainings] == [
+        14,
+        2,
+        2,
+        1,
+    ]
     assert found[1, 1].epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.02, 700)], DELTA))
     assert found[1, 1].sigma > found[7, 1].sigma == found[1, 7].sigma > found[30, 1].sigma
     assert epsilon_of([Steps(found[1, 1].sigma, 0.02, 700)], DELTA) <= 0.5
@@ -280,14 +301,16 @@ def test_a_training_that_will_not_go_on_is_closed_by_hand(tmp_path, capsys):
     where = [f"storage.root={tmp_path}"]
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'privacy.sqlite'}", "users")
     ledger.reserve("crashed", ONE, None)
-    ledger.take("crashed", 30)
+    ledger.take_steps("crashed", 30)
     assert ledger.runs()[0].counted[0].number == ONE.steps
     assert main(["privacy", "close", *where]) == 2 and "--training" in capsys.readouterr().err
-    assert main(["privacy", "close", "--training", "other", *where]) == 3 and "other" in capsys.readouterr().err
+    assert (
+        main(["privacy", "close", "--training", "other", *where]) == 3 and "other" in capsys.readouterr().err
+    )
     assert main(["privacy", "close", "--training", "crashed", *where]) == 0
     assert "crashed" in capsys.readouterr().err
     assert ledger.runs()[0].counted[0].number == 30
     with pytest.raises(RefusedError, match="committed"):
-        ledger.take("crashed", 1)
+        ledger.take_steps("crashed", 1)
     with pytest.raises(RefusedError, match="train.seed"):
         ledger.reserve("crashed", ONE, None, 30)

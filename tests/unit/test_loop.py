@@ -3,12 +3,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recray.bundle import LATER, Bundle, latest_bundle, settings_key
+from recray.bundle import OPTIONAL_WEIGHTS, Bundle, find_latest_bundle, settings_key
 from recray.errors import DamagedArtifactError, DataError, TrainingError
-from recray.inference import Predictor
+from recray.inference import Catalogue, Predictor, Vocabulary
 from recray.testing.published import untrained_bundle
 from recray.training.batches import TrainingBatches
-from recray.training.trainer import bundle_settings, train_key
+from recray.training.plan import bundle_settings, plan_training
 from recray.training.worker import build_loop, last_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -49,7 +49,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(world_settings, world_dataset, 
 
 
 def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
-    chosen, key = bundle_settings(world_settings), train_key(world_settings, world_dataset)
+    chosen, key = bundle_settings(world_settings), plan_training(world_settings, world_dataset).key
     bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "bundles" / key, key)
     again = untrained_bundle(world_settings, world_dataset, tmp_path / "again" / key, key)
     assert bundle.digest == again.digest
@@ -57,42 +57,59 @@ def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
     shard = world_dataset.shard(0)
     histories = [shard.history(row) for row in range(5)]
     run = loop(world_settings, world_dataset)
-    live = Predictor(run.model, bundle.item_ids, world_dataset.event_types, world_dataset.popularity, prior_days=7, has_time=True)
+    live = Predictor(
+        run.model,
+        Catalogue(
+            Vocabulary(bundle.item_ids, world_dataset.event_types), world_dataset.popularity, has_time=True
+        ),
+        popularity_prior_days=7,
+    )
     now = world_dataset.now_s
-    assert (predictor.recommend(histories, 10, now=now).scores == live.recommend(histories, 10, now=now).scores).all()
+    assert (
+        predictor.recommend(histories, 10, now=now).scores == live.recommend(histories, 10, now=now).scores
+    ).all()
     folder = tmp_path / "bundles"
-    assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s).key == bundle.key
-    assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s - 1) is None
-    assert latest_bundle(folder, "another", world_dataset.as_of_s) is None
-    resplit = world_settings.model_copy(update={"split": world_settings.split.model_copy(update={"test_fraction": 0.3})})
-    assert settings_key(bundle_settings(resplit)) != settings_key(chosen), "a bundle of another split may know the answers"
+    assert find_latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s).key == bundle.key
+    assert find_latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s - 1) is None
+    assert find_latest_bundle(folder, "another", world_dataset.as_of_s) is None
+    resplit = world_settings.model_copy(
+        update={"split": world_settings.split.model_copy(update={"test_fraction": 0.3})}
+    )
+    assert settings_key(bundle_settings(resplit)) != settings_key(chosen), (
+        "a bundle of another split may know the answers"
+    )
     bundle.path.rename(folder / f".{key}.scratch")
-    assert latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s) is None
+    assert find_latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s) is None
     (folder / f".{key}.scratch").rename(bundle.path)
     assert Bundle.open(bundle.path).manifest["dataset"] == world_dataset.key
 
 
-def test_a_bundle_from_before_a_part_came_is_the_same_model_and_a_foreign_one_is_refused(world_settings, world_dataset, tmp_path):
+def test_a_bundle_from_before_a_part_came_is_the_same_model_and_a_foreign_one_is_refused(
+    world_settings, world_dataset, tmp_path
+):
     bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
     whole = bundle.model().state_dict()
-    older = {name: tensor for name, tensor in whole.items() if not name.endswith(LATER)}
+    older = {name: tensor for name, tensor in whole.items() if not name.endswith(OPTIONAL_WEIGHTS)}
     assert len(older) < len(whole)
     save_file(older, bundle.path / "model.safetensors")
     again = bundle.model().state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
-    save_file({name: tensor for name, tensor in whole.items() if "norm" not in name}, bundle.path / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in whole.items() if "norm" not in name},
+        bundle.path / "model.safetensors",
+    )
     with pytest.raises(DamagedArtifactError, match="do not fit.*norm.weight"):
         bundle.model()
 
 
 def test_keys_follow_what_changes_the_result(world_settings, world_dataset):
-    key = train_key(world_settings, world_dataset)
+    key = plan_training(world_settings, world_dataset).key
 
     def other(*overrides):
         section, value = overrides[0].split("=")
         name, field = section.split(".")
         updated = getattr(world_settings, name).model_copy(update={field: int(value)})
-        return train_key(world_settings.model_copy(update={name: updated}), world_dataset)
+        return plan_training(world_settings.model_copy(update={name: updated}), world_dataset).key
 
     assert other("train.threads=3") == key
     assert other("train.every_days=9") == key
@@ -108,7 +125,9 @@ def test_a_fresh_model_is_drawn_from_its_seed(world_settings, world_dataset):
 
 
 def test_bfloat16_learns_what_float32_learns(world_settings, world_dataset):
-    full, half = (next(loop(world_settings, world_dataset, precision=p).run()) for p in ("float32", "bfloat16"))
+    full, half = (
+        next(loop(world_settings, world_dataset, precision=p).run()) for p in ("float32", "bfloat16")
+    )
     assert half["loss"] != full["loss"]
     np.testing.assert_allclose(half["loss"], full["loss"], rtol=0.01)
 
@@ -122,8 +141,10 @@ def test_a_rank_that_gets_no_window_of_a_batch_takes_part(precision, world_setti
 
 
 def test_validation_users_without_a_target_that_counts_are_named(world_settings, world_dataset, monkeypatch):
-    monkeypatch.setattr("recray.training.worker.wanted", lambda question, new_only: question.target[:0])
-    with pytest.raises(DataError, match="no validation user has a target that repeats asks for"):
+    monkeypatch.setattr(
+        "recray.training.worker.targets_of", lambda question, filter_seen: question.target[:0]
+    )
+    with pytest.raises(DataError, match="no validation user has a target under the protocol with_repeats"):
         loop(world_settings, world_dataset)
 
 
@@ -135,8 +156,13 @@ def test_a_loss_that_is_not_finite_stops_training(world_settings, world_dataset)
         next(run.run())
 
 
-@pytest.mark.parametrize(("breaks", "message"), [("first", "loss of epoch 2 is nan"), ("last", "after epoch 2 a weight is not finite")])
-def test_what_broke_in_a_later_epoch_leaves_the_checkpoint_before_it(breaks, message, world_settings, world_dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [("first", "loss of epoch 2 is nan"), ("last", "after epoch 2 a weight is not finite")],
+)
+def test_what_broke_in_a_later_epoch_leaves_the_checkpoint_before_it(
+    breaks, message, world_settings, world_dataset, tmp_path
+):
     run = loop(world_settings, world_dataset)
     epochs, folder = run.run(), tmp_path / "attempt" / "checkpoint_1"
     next(epochs)
@@ -161,35 +187,58 @@ def test_what_broke_in_a_later_epoch_leaves_the_checkpoint_before_it(breaks, mes
 
 
 def test_the_average_follows_the_weights(world_settings, world_dataset):
-    run = loop(world_settings, world_dataset, average_decay=0.9)
+    run = loop(world_settings, world_dataset, ema_decay=0.9)
     next(run.run())
-    distance = [(a - b).abs().max() for a, b in zip(run.average.parameters(), run.model.parameters(), strict=True)]
+    distance = [
+        (a - b).abs().max() for a, b in zip(run.average.parameters(), run.model.parameters(), strict=True)
+    ]
     assert 0 < max(distance) < 0.1
-    plain = loop(world_settings, world_dataset, average_decay=0.0)
+    plain = loop(world_settings, world_dataset, ema_decay=0.0)
     assert plain.average is plain.model
 
 
 def test_both_settings_may_select(world_settings, world_dataset):
     found = {}
-    for name, primary, select_by in (("repeats", "repeats", "primary"), ("new_only", "new_only", "primary"), ("both", "repeats", "both")):
+    for name, primary, select_by in (
+        ("with_repeats", "with_repeats", "primary"),
+        ("filter_seen", "filter_seen", "primary"),
+        ("both", "with_repeats", "both"),
+    ):
         chosen = bundle_settings(world_settings)
-        chosen["evaluate"]["primary_setting"], chosen["train"]["select_by"] = primary, select_by
+        chosen["evaluate"]["protocol"], chosen["train"]["select_by"] = primary, select_by
         run = build_loop(str(world_dataset.path), chosen, torch.device("cpu"))
         run.train_epoch(0)
         total, users = run.validate(run.model, 0, 1)
         found[name] = total / users
-    assert found["both"] == pytest.approx((found["repeats"] + found["new_only"]) / 2)
+    assert found["both"] == pytest.approx((found["with_repeats"] + found["filter_seen"]) / 2)
 
 
 def test_a_longer_horizon_asks_for_more_baskets(world_dataset):
     one, three = (
-        next(iter(TrainingBatches(world_dataset, history=1000, batch_positions=2000, windows="all", prior_days=0, seed=0, horizon=h).epoch(0)))
+        next(
+            iter(
+                TrainingBatches(
+                    world_dataset,
+                    history=1000,
+                    batch_tokens=2000,
+                    sequences="all",
+                    popularity_prior_days=0,
+                    seed=0,
+                    target_baskets=h,
+                ).epoch(0)
+            )
+        )
         for h in (1, 3)
     )
-    assert torch.equal(one[0].item_BT, three[0].item_BT) and torch.equal(one[0].position_N, three[0].position_N)
+    assert torch.equal(one[0].item_BT, three[0].item_BT) and torch.equal(
+        one[0].position_N, three[0].position_N
+    )
     some, many = one[1].offsets.diff(), three[1].offsets.diff()
     assert (many >= some).all() and many.sum() > 2 * some.sum()
-    first = [three[1].item[start : start + size] for start, size in zip(three[1].offsets.tolist(), some.tolist(), strict=False)]
+    first = [
+        three[1].item[start : start + size]
+        for start, size in zip(three[1].offsets.tolist(), some.tolist(), strict=False)
+    ]
     assert torch.equal(torch.cat(first), one[1].item), "the next basket comes first"
     trained = set(np.concatenate([shard.trained_item_index() for shard in world_dataset.shards()]).tolist())
     assert set(three[1].item.tolist()) <= trained, "what is held out is never a target"

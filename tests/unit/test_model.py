@@ -21,9 +21,20 @@ DAY = 86_400
 def make(features=True, seed=0, **kwargs) -> Recommender:
     torch.manual_seed(seed)
     random = np.random.default_rng(0)
-    bags = {name: (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)])) for name in ("brand", "title")} if features else {}
+    bags = (
+        {
+            name: (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)]))
+            for name in ("brand", "title")
+        }
+        if features
+        else {}
+    )
     seen = np.arange(V + 1) > 0
-    model = Recommender(Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **{"fresh": True, **kwargs}), seen, bags)
+    model = Recommender(
+        Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **{"fresh": True, **kwargs}),
+        seen,
+        bags,
+    )
     with torch.no_grad():  # nothing at its neutral start
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -39,7 +50,11 @@ def make_batch(seed=1) -> Batch:
     prior = torch.rand(2, V + 1, generator=random)
     fresh = torch.randint(0, FRESHNESS_BUCKETS, (2, V + 1), generator=random)
     value = torch.randint(0, 6, (B, T), generator=random).float()
-    asked, day, context = torch.full((B,), T - 1), torch.tensor([0, 1, 1]), torch.zeros(B, 0, dtype=torch.int64)
+    asked, day, context = (
+        torch.full((B,), T - 1),
+        torch.tensor([0, 1, 1]),
+        torch.zeros(B, 0, dtype=torch.int64),
+    )
     return Batch(item, event, value, time, now, torch.arange(B), asked, prior, fresh, day, context)
 
 
@@ -89,14 +104,20 @@ def test_every_preset_reads_its_inputs_and_nothing_of_the_future(parts):
     assert torch.isfinite(base[:, 1:]).all() and (base[:, 0] == -torch.inf).all()
     for name, change in (("item_BT", 1), ("event_BT", -1), ("value_BT", 3.0), ("now_BT", 90 * DAY)):
         moved = batch._replace(
-            **{name: torch.where(getattr(batch, name) + change < 0, 1, (getattr(batch, name) + change)).to(getattr(batch, name).dtype)}
+            **{
+                name: torch.where(getattr(batch, name) + change < 0, 1, (getattr(batch, name) + change)).to(
+                    getattr(batch, name).dtype
+                )
+            }
         )
         moved = moved._replace(item_BT=(moved.item_BT - 1) % V + 1)
         assert (run(model, moved) - base)[:, 1:].abs().max() > 1e-4, name
     early = batch._replace(position_N=torch.full((B,), 4))
     later = early._replace(item_BT=early.item_BT.clone().index_fill_(1, torch.arange(5, T), 7))
     assert torch.equal(run(model, early), run(model, later))
-    torch.testing.assert_close(run(model, batch, masked=True), run(model, batch, masked=False), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        run(model, batch, masked=True), run(model, batch, masked=False), atol=1e-4, rtol=1e-4
+    )
     assert torch.equal(base, run(model, batch, controls(model)))
 
 
@@ -174,12 +195,14 @@ def entropy(weights):
 def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
     model, batch = make(**{**parts, "heads": 1}), make_batch()
     x = model.embed(batch, model.items())
-    seen = model._seen(batch, None, None, masked=True)
+    seen = model._attention_inputs(batch, None, None, masked=True)
     layer = model.blocks[0].attention
     weights = layer.weights(x, seen)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, T))
-    one = model._seen(batch, batch.position_N, None, masked=True)
-    torch.testing.assert_close(layer.weights(x, one, batch.position_N)[:, 0], weights[torch.arange(B), batch.position_N])
+    one = model._attention_inputs(batch, batch.position_N, None, masked=True)
+    torch.testing.assert_close(
+        layer.weights(x, one, batch.position_N)[:, 0], weights[torch.arange(B), batch.position_N]
+    )
     last = model.blocks[-1]
     asked = last.attention.weights(last.attention_norm(x), seen)[torch.arange(B), batch.position_N]
     torch.testing.assert_close(model.entropy(x, batch), entropy(asked), atol=1e-5, rtol=1e-4)
@@ -193,7 +216,12 @@ def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
 @pytest.mark.parametrize("time_bias", [True, False])
 def test_how_many_positions_are_asked_together_changes_nothing(parts, time_bias, monkeypatch):
     model, batch = make(**parts, time_bias=time_bias), make_batch()
-    turned = controls(model, recency_slope=torch.tensor([0.5, 0.0, -1.0]), event_bias=torch.randn(B, E), log_temperature=torch.randn(B, 2))
+    turned = controls(
+        model,
+        recency_slope=torch.tensor([0.5, 0.0, -1.0]),
+        event_bias=torch.randn(B, E),
+        log_temperature=torch.randn(B, 2),
+    )
 
     def found():
         model.zero_grad()
@@ -201,11 +229,18 @@ def test_how_many_positions_are_asked_together_changes_nothing(parts, time_bias,
         states, steered = model.states(x, batch), run(model, batch, turned)
         states.square().sum().backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return [states, steered, run(model, batch), model.roll_out(x, batch), model.entropy(x, batch), *gradients]
+        return [
+            states,
+            steered,
+            run(model, batch),
+            model.roll_out(x, batch),
+            model.entropy(x, batch),
+            *gradients,
+        ]
 
     together = found()
-    monkeypatch.setattr(attention, "RUN", 4)
-    assert len(model._seen(batch, None, None, masked=True).runs) == 3
+    monkeypatch.setattr(attention, "RANGE_SIZE", 4)
+    assert len(model._attention_inputs(batch, None, None, masked=True).ranges) == 3
     for whole, parted in zip(together, found(), strict=True):
         torch.testing.assert_close(whole, parted, atol=1e-3, rtol=1e-3)
 
@@ -225,7 +260,9 @@ def test_temperature_flattens_or_sharpens_its_own_heads():
     warm[:, 0] = 1.0
     hot = attention_weights(model, batch, controls(model, log_temperature=warm))
     cold = attention_weights(model, batch, controls(model, log_temperature=-warm))
-    assert (entropy(hot)[:, 0] > entropy(base)[:, 0]).all() and (entropy(cold)[:, 0] < entropy(base)[:, 0]).all()
+    assert (entropy(hot)[:, 0] > entropy(base)[:, 0]).all() and (
+        entropy(cold)[:, 0] < entropy(base)[:, 0]
+    ).all()
     assert torch.equal(hot[:, 1], base[:, 1])
     # exactly the base distribution to the power 1 / temperature
     powered = base[:, 0] ** math.exp(-1.0)
@@ -239,7 +276,9 @@ def test_event_bias_multiplies_the_weight_of_its_events():
     bias[:, 2] = 1.5
     moved = attention_weights(model, batch, controls(model, event_bias=bias))
     factor = torch.where(batch.event_BT == 2, math.exp(1.5), 1.0)[:, None]
-    torch.testing.assert_close(moved, base * factor / (base * factor).sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        moved, base * factor / (base * factor).sum(-1, keepdim=True), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_recency_slope_multiplies_by_a_power_of_the_age():
@@ -248,7 +287,9 @@ def test_recency_slope_multiplies_by_a_power_of_the_age():
     moved = attention_weights(model, batch, controls(model, recency_slope=torch.full((B,), 2.0)))
     age_days = (batch.now_BT[:, -1:] - batch.time_BT).float() / DAY
     factor = ((1 + age_days) ** -2.0)[:, None]
-    torch.testing.assert_close(moved, base * factor / (base * factor).sum(-1, keepdim=True), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        moved, base * factor / (base * factor).sum(-1, keepdim=True), atol=1e-5, rtol=1e-3
+    )
 
 
 def test_modality_weight_zero_is_the_item_without_it():
@@ -260,7 +301,9 @@ def test_modality_weight_zero_is_the_item_without_it():
         model.items.fusion.zero_()  # the plain sum
     table = model.items()
     expected = model.hidden(batch, parts[0] + parts[2], parts, None, masked=True)
-    torch.testing.assert_close(model.hidden(batch, table, parts, controls(model, log_modality_weight=off)), expected)
+    torch.testing.assert_close(
+        model.hidden(batch, table, parts, controls(model, log_modality_weight=off)), expected
+    )
 
 
 def test_the_future_is_never_read():
@@ -277,7 +320,9 @@ def test_the_future_is_never_read():
 @pytest.mark.parametrize("time_bias", [True, False])
 def test_masked_and_causal_paths_agree(time_bias):
     model, batch = make(time_bias=time_bias), make_batch()
-    torch.testing.assert_close(run(model, batch, masked=True), run(model, batch, masked=False), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        run(model, batch, masked=True), run(model, batch, masked=False), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_padding_is_never_scored_and_unseen_items_have_no_id_vector():
@@ -311,7 +356,11 @@ def test_repeats_count_and_recent_ones_count_by_their_age():
 @pytest.mark.parametrize("sizes", [[1] * 6, [1, 3, 2, 1, 4, 2]])
 def test_cross_entropy_in_blocks_equals_the_whole(sizes, scores, by_item):
     model, batch = make(scores=scores, repeat_by_item=by_item), make_batch()
-    batch = batch._replace(user_N=torch.arange(6) % B, position_N=torch.tensor([8, 7, 6, 5, 4, 3]), day_N=torch.tensor([0, 1, 0, 1, 0, 1]))
+    batch = batch._replace(
+        user_N=torch.arange(6) % B,
+        position_N=torch.tensor([8, 7, 6, 5, 4, 3]),
+        day_N=torch.tensor([0, 1, 0, 1, 0, 1]),
+    )
     random = np.random.default_rng(0)
     items = [random.choice(np.arange(1, V + 1), size, replace=False) for size in sizes]
     targets = Targets(torch.tensor([0, *np.cumsum(sizes)]), torch.from_numpy(np.concatenate(items)))
@@ -319,7 +368,9 @@ def test_cross_entropy_in_blocks_equals_the_whole(sizes, scores, by_item):
     def gradients(block):
         model.zero_grad()
         table, parts = model.items(), model.items.parts()
-        loss = backward_in_blocks(model, model.hidden(batch, table, parts), model.output(table), batch, targets, 0.5, block=block)
+        loss = backward_in_blocks(
+            model, model.hidden(batch, table, parts), model.output(table), batch, targets, 0.5, block=block
+        )
         return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     model.zero_grad()
@@ -333,7 +384,9 @@ def test_cross_entropy_in_blocks_equals_the_whole(sizes, scores, by_item):
         assert found.keys() == plain.keys()
         for name in plain:
             largest = float(plain[name].abs().max())
-            torch.testing.assert_close(found[name], plain[name], rtol=1e-4, atol=1e-5 * max(1.0, largest), msg=name)
+            torch.testing.assert_close(
+                found[name], plain[name], rtol=1e-4, atol=1e-5 * max(1.0, largest), msg=name
+            )
 
 
 def test_an_item_twice_in_a_basket_counts_twice():
@@ -353,18 +406,28 @@ def test_causal_bias_is_zero_on_and_below_the_diagonal():
 
 def queries(n=6):
     batch = make_batch()
-    batch = batch._replace(user_N=torch.arange(n) % B, position_N=torch.tensor([8, 7, 6, 5, 4, 3]), day_N=torch.tensor([0, 1, 0, 1, 0, 1]))
+    batch = batch._replace(
+        user_N=torch.arange(n) % B,
+        position_N=torch.tensor([8, 7, 6, 5, 4, 3]),
+        day_N=torch.tensor([0, 1, 0, 1, 0, 1]),
+    )
     return batch, Targets(torch.arange(n + 1), torch.tensor([4, 9, 11, 2, 30, 17]))
 
 
 def test_gbce_is_its_formula_and_its_gradient_autograds():
     scores = torch.randn(3, 8).index_fill_(1, torch.tensor([0, 5]), -math.inf)
-    item, row, share = torch.tensor([1, 6, 2, 3]), torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0.5, 0.5, 1.0])
+    item, row, share = (
+        torch.tensor([1, 6, 2, 3]),
+        torch.tensor([0, 1, 1, 2]),
+        torch.tensor([1.0, 0.5, 0.5, 1.0]),
+    )
     beta = gbce_beta(negatives=3, items=8, calibration=0.75)
     assert beta == pytest.approx((3 / 7) * (0.75 * (1 - 7 / 3) + 7 / 3))
     assert gbce_beta(5, 8, 0.0) == pytest.approx(1.0)
     twice = torch.zeros(1, 4)
-    assert gbce(1.0)(twice, torch.tensor([1, 1]), torch.tensor([0, 0]), torch.tensor([0.5, 0.5]))[0].item() == pytest.approx(4 * math.log(2))
+    assert gbce(1.0)(twice, torch.tensor([1, 1]), torch.tensor([0, 0]), torch.tensor([0.5, 0.5]))[
+        0
+    ].item() == pytest.approx(4 * math.log(2))
     variable = scores.clone().requires_grad_()
     others = torch.isfinite(scores).index_put((row, item), torch.tensor(False))
     direct = -(beta * share * F.logsigmoid(variable[row, item])).sum() - F.logsigmoid(-variable[others]).sum()
@@ -412,7 +475,9 @@ def test_with_every_item_drawn_a_sampled_loss_is_the_whole_one(loss):
         model.zero_grad()
         table = model.items()
         judge = gbce(gbce_beta(V, V, 0.75))
-        whole = backward_in_blocks(model, model.hidden(batch, table, None), model.output(table), batch, targets, 1.0, judge=judge)
+        whole = backward_in_blocks(
+            model, model.hidden(batch, table, None), model.output(table), batch, targets, 1.0, judge=judge
+        )
         plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(sampled, whole, rtol=1e-4, atol=1e-4)
     for name in plain:
@@ -421,7 +486,8 @@ def test_with_every_item_drawn_a_sampled_loss_is_the_whole_one(loss):
 
 def test_sampling_from_one_item():
     batch, targets = queries()
-    drawn = draw_mixed(batch._replace(item_BT=torch.ones_like(batch.item_BT)), targets._replace(item=torch.ones(6, dtype=torch.int64)),
+    drawn = draw_mixed(batch._replace(item_BT=torch.ones_like(batch.item_BT)),
+    targets._replace(item=torch.ones(6, dtype=torch.int64)),
                        torch.tensor([0.0, 1.0]), negatives=3)  # fmt: skip
     assert drawn.item_U.tolist() == [0, 1] and drawn.correction_U.tolist() == [-math.inf, 0.0]
 
@@ -501,7 +567,12 @@ def test_a_halved_layer_trains_close_to_the_whole_one_and_answers_like_it():
     gradient = torch.randn_like(up)
     up.backward(gradient)
     down.backward(gradient)
-    for mine, theirs in ((up, down), (a.grad, b.grad), (layer.weight.grad, whole.weight.grad), (layer.bias.grad, whole.bias.grad)):
+    for mine, theirs in (
+        (up, down),
+        (a.grad, b.grad),
+        (layer.weight.grad, whole.weight.grad),
+        (layer.bias.grad, whole.bias.grad),
+    ):
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
     layer.eval()
     assert torch.equal(layer(x), whole(x))

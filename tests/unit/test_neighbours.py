@@ -1,6 +1,8 @@
-"""What is published of two logs that differ by one protected user is equal to the byte, but for sums under noise and digests of the data.
+"""What is published of two logs that differ by one protected user is equal to the byte, but for sums under
+noise and digests of the data.
 
-A nightly run is made of each log, stage by stage, with the noise and the sums under it replaced by a constant.
+A nightly run is made of each log, stage by stage, with the noise and the sums under it replaced by a
+constant.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import recray.scoring.score as scoring
+import recray.snapshot.score as scoring
 import recray.training.trainer as trainer
-from recray import cluster, stages
+from recray import cluster
 from recray.config import load_settings
-from recray.dataset.reader import Dataset, nothing_learned_of
+from recray.dataset.reader import Dataset, is_holdout
 from recray.privacy.noise import GridNoise
-from recray.stages import night
+from recray.stages import JobContext, run_stage
+from recray.stages import promote as promote_stage
+from recray.stages import train as train_stage
 from recray.storage import Storage
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop
@@ -35,25 +39,55 @@ from recray.training.worker import build_loop, save_checkpoint
 PUBLISHED = ("bundles", "evaluations", "promotions", "reports", "tracked")
 DIGEST = re.compile(rb"\b(?=[0-9]*[a-f])[0-9a-f]{16,64}\b")
 SMALL = (
-    *("privacy.enabled=true", "privacy.cap=8", "privacy.trainings=1", "privacy.steps=1", "privacy.report_every=1", "privacy.delta=1e-5"),
-    *("split.held_out=0.3", "evaluate.bootstrap=100", "evaluate.max_users=40", "model.dim=8", "model.history=20", "score.k=10", "train.threads=1"),
-    *("data.shards=2", "gates.parity_users=5", "train.validation_users=40", "gates.must_beat=[]"),
+    *(
+        "privacy.enabled=true",
+        "privacy.cap=8",
+        "privacy.trainings=1",
+        "privacy.steps=1",
+        "privacy.report_every=1",
+        "privacy.delta=1e-5",
+    ),
+    *(
+        "split.holdout_users=0.3",
+        "evaluate.bootstrap=100",
+        "evaluate.max_users=40",
+        "model.dim=8",
+        "model.history=20",
+        "score.k=10",
+        "train.threads=1",
+    ),
+    *(
+        "data.shards=2",
+        "promotion.consistency_users=5",
+        "train.validation_users=40",
+        "promotion.must_beat=[]",
+    ),
 )
 
 
 def of_types(folder: Path) -> tuple[pa.Table, Path, list[str]]:
-    """A log whose types of events are nearly as frequent as each other, one of them that of one user alone; and items that nobody met."""
+    """A log whose types of events are nearly as frequent as each other, one of them that of one user alone;
+    and items that nobody met.
+    """
     SyntheticShop(users=120, items=60, events_per_user=12, seed=5).write(folder)
     events = pq.read_table(folder / "events")
     random = np.random.default_rng(0)
     kind = np.where(random.random(len(events)) < 0.5, "buy", "view").astype(object)
     user = events["user_id"].to_numpy()
-    lonely = next(one for one in np.unique(user) if not nothing_learned_of(pa.array([one]), {"seed": 0, "held_out": 0.3})[0])
+    lonely = next(
+        one
+        for one in np.unique(user)
+        if not is_holdout(pa.array([one]), {"seed": 0, "holdout_users": 0.3})[0]
+    )
     kind[user == lonely] = "wish"
     found = events.set_column(3, "event", pa.array(kind.tolist(), pa.string()))
     named = found["item_id"].to_pylist()
     named[int(np.flatnonzero(user == lonely)[0])] = "that nobody else met"
-    return found.set_column(1, "item_id", pa.array(named)), folder / "items.parquet", ["data.features={category: categorical, price: numeric}"]
+    return (
+        found.set_column(1, "item_id", pa.array(named)),
+        folder / "items.parquet",
+        ["data.features={category: categorical, price: numeric}"],
+    )
 
 
 def of_a_shop(folder: Path) -> tuple[pa.Table, Path, list[str]]:
@@ -81,24 +115,35 @@ class Published:
     def __init__(self, folder: Path, events: pa.Table, items: Path, overrides: list[str]) -> None:
         folder.mkdir()
         pq.write_table(events, folder / "events.parquet")
-        where = [f"data.events=[{folder / 'events.parquet'}]", f"data.items={items}", f"storage.root={folder / 'root'}"]
-        self.settings, self.storage = load_settings(None, [*where, *SMALL, *overrides]), Storage(folder / "root")
+        where = [
+            f"data.events=[{folder / 'events.parquet'}]",
+            f"data.items={items}",
+            f"storage.root={folder / 'root'}",
+        ]
+        self.settings, self.storage = (
+            load_settings(None, [*where, *SMALL, *overrides]),
+            Storage(folder / "root"),
+        )
         self.dataset = prepare_here(self.settings)
-        work = stages.Work(self.settings, self.storage, lambda *_, **__: None)
+        work = JobContext(self.settings, self.storage, lambda *_, **__: None)
         with ExitStack() as patched:
             for target, name, instead in (
-                (GridNoise, "released", lambda _, whole: torch.full(whole.shape, 0.01, dtype=torch.float32)),  # sum and noise
+                (
+                    GridNoise,
+                    "from_grid",
+                    lambda _, whole: torch.full(whole.shape, 0.01, dtype=torch.float32),
+                ),  # sum and noise
                 (trainer, "_fit", in_this_process),
-                (scoring, "_on_ray_data", bucket_by_bucket),
+                (scoring, "_score_on_ray_data", bucket_by_bucket),
                 (cluster, "start", lambda *_: None),
-                (night, "_Live", lambda *_: lambda line: None),
-                (night, "_registry_says_no", lambda *_, **__: None),
+                (train_stage, "LiveCurve", lambda *_: lambda line: None),
+                (promote_stage, "find_registry_conflict", lambda *_, **__: None),
                 (Outbox, "deliver", lambda _: None),
             ):
                 patched.enter_context(mock.patch.object(target, name, instead))
             patched.enter_context(mock.patch.dict("os.environ", TZ="UTC"))
-            for stage in (stages.train, stages.evaluate, stages.promote, stages.score, stages.report):
-                stage(work, self.dataset)
+            for stage in ("train", "evaluate", "promote", "score", "report"):
+                run_stage(stage, work, self.dataset)
 
     def files(self) -> dict[str, bytes]:
         """What is published, by its name, with every key and digest in the same words."""
@@ -106,20 +151,32 @@ class Published:
         found = {}
         for path in sorted(path for name in PUBLISHED for path in (root / name).rglob("*") if path.is_file()):
             content = path.read_bytes()
-            named = f"told {json.loads(content)['order'][1]}" if path.parent.name == "tracked" else str(path.relative_to(root))
+            named = (
+                f"told {json.loads(content)['order'][1]}"
+                if path.parent.name == "tracked"
+                else str(path.relative_to(root))
+            )
             named = DIGEST.sub(b"KEY", named.encode()).decode()
             assert named not in found
-            found[named] = content if path.suffix in (".npy", ".parquet", ".safetensors") else DIGEST.sub(b"KEY", content)
+            found[named] = (
+                content
+                if path.suffix in (".npy", ".parquet", ".safetensors")
+                else DIGEST.sub(b"KEY", content)
+            )
         return found
 
     def lists(self) -> dict[object, list[object]]:
-        parts = [pq.read_table(path) for path in sorted((self.storage.root / "scores").rglob("part-*.parquet"))]
+        parts = [
+            pq.read_table(path) for path in sorted((self.storage.root / "scores").rglob("part-*.parquet"))
+        ]
         rows = pa.concat_tables(parts).to_pylist()
         return {row.pop("user_id"): row for row in rows}
 
 
 def in_this_process(settings, run, dataset, chosen, progress, parent, private):
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"), parent and str(parent.path), private["mechanism"])
+    loop = build_loop(
+        str(dataset.path), chosen, torch.device("cpu"), parent and str(parent.path), private["mechanism"]
+    )
     for _ in loop.run():
         pass
     (run / "checkpoint").mkdir()
@@ -147,13 +204,20 @@ def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("neighbours")
     (folder / "world").mkdir()
     events, items, overrides = LOGS[request.param](folder / "world")
-    return events, items, overrides, Published(folder / "all", events, items, overrides), MOST.get(request.param, 100)
+    return (
+        events,
+        items,
+        overrides,
+        Published(folder / "all", events, items, overrides),
+        MOST.get(request.param, 100),
+    )
 
 
 def remarkable(events: pa.Table, dataset: Dataset, count: int) -> list[object]:
-    """Protected users: the one of the newest event, the one of most events, who has an item alone, then any."""
+    """Protected users: the one of the newest event, the one of most events, who has an item alone, then
+    any."""
     split = dataset.manifest["settings"]["split"]
-    mine = events.filter(pa.array(~nothing_learned_of(events["user_id"].combine_chunks(), split)))
+    mine = events.filter(pa.array(~is_holdout(events["user_id"].combine_chunks(), split)))
     newest = mine.sort_by([("timestamp", "descending")])["user_id"][0].as_py()
     most = mine["user_id"].combine_chunks().value_counts().to_pylist()
     owners = events.group_by("item_id").aggregate([("user_id", "count_distinct"), ("user_id", "min")])
@@ -161,7 +225,12 @@ def remarkable(events: pa.Table, dataset: Dataset, count: int) -> list[object]:
     everybody = mine["user_id"].unique().to_pylist()
     random = np.random.default_rng(1).permutation(len(everybody))
     busiest = max(most, key=lambda one: one["counts"])["values"]
-    chosen = [newest, busiest, *[one for one in alone if one in set(everybody)][:1], *(everybody[place] for place in random)]
+    chosen = [
+        newest,
+        busiest,
+        *[one for one in alone if one in set(everybody)][:1],
+        *(everybody[place] for place in random),
+    ]
     return list(dict.fromkeys(chosen))[:count]
 
 
@@ -171,7 +240,12 @@ def test_what_is_published_is_equal_without_any_one_protected_user(base, tmp_pat
     whole, lists, rows = with_all.files(), with_all.lists(), learned(with_all.dataset)
     assert len(whole) > 10 and any("model.safetensors" in name for name in whole)
     for user in remarkable(events, with_all.dataset, min(count, most)):
-        without = Published(tmp_path / f"without {user}", events.filter(pc.not_equal(events["user_id"], user)), items, overrides)
+        without = Published(
+            tmp_path / f"without {user}",
+            events.filter(pc.not_equal(events["user_id"], user)),
+            items,
+            overrides,
+        )
         found = without.files()
         assert sorted(found) == sorted(whole)
         assert [one for one in whole if found[one] != whole[one]] == []
@@ -184,7 +258,12 @@ def test_the_comparison_notices_what_a_user_changes(base, tmp_path):
     """The control: a user of whom nothing is learned is not protected, and shows."""
     events, items, overrides, with_all, _ = base
     users = events["user_id"].combine_chunks()
-    held = users.filter(pa.array(nothing_learned_of(users, with_all.dataset.manifest["settings"]["split"])))
-    gone = Published(tmp_path / "gone", events.filter(pc.invert(pc.is_in(events["user_id"], held.unique().slice(0, 30)))), items, overrides)
+    held = users.filter(pa.array(is_holdout(users, with_all.dataset.manifest["settings"]["split"])))
+    gone = Published(
+        tmp_path / "gone",
+        events.filter(pc.invert(pc.is_in(events["user_id"], held.unique().slice(0, 30)))),
+        items,
+        overrides,
+    )
     found, whole = gone.files(), with_all.files()
     assert [one for one in whole if found.get(one) != whole[one]]

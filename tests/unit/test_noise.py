@@ -1,4 +1,6 @@
-"""Noise that hides: its distribution, and that its last bits, unlike those of noise in 32 bits, tell no neighbour from another."""
+"""Noise that hides: its distribution, and that its last bits, unlike those of noise in 32 bits, tell no
+neighbour from another.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ class NoiseOf32Bits:
         self.deviation = multiplier * contribution
         self.random = np.random.default_rng()
 
-    def rounded(self, total):
+    def to_grid(self, total):
         return total
 
-    def drawn_like(self, whole):
+    def draw_like(self, whole):
         return self.deviation * torch.from_numpy(self.random.standard_normal(tuple(whole.shape), np.float32))
 
-    def released(self, whole):
+    def from_grid(self, whole):
         return whole
 
 
@@ -39,7 +41,11 @@ def made_by(released: torch.Tensor, total: torch.Tensor, deviation: float) -> fl
     """Share of the numbers that noise of 32 bits could have made of this sum: what the last bits say."""
     normal = ((released.double() - total.double()) / deviation).float()
     found = torch.zeros(len(normal), dtype=torch.bool)
-    for near in (normal, torch.nextafter(normal, torch.tensor(-math.inf)), torch.nextafter(normal, torch.tensor(math.inf))):
+    for near in (
+        normal,
+        torch.nextafter(normal, torch.tensor(-math.inf)),
+        torch.nextafter(normal, torch.tensor(math.inf)),
+    ):
         found |= deviation * near + total == released
     return float(found.double().mean())
 
@@ -50,7 +56,9 @@ def test_its_distribution_is_the_normal_one():
     assert abs(stats.skew(drawn)) < 0.02 and abs(stats.kurtosis(drawn)) < 0.04
     assert stats.kstest(drawn[:200_000], "norm").pvalue > 1e-4
     pairs = drawn.reshape(2, -1)  # a sine and its cosine lie half of it apart
-    assert abs(np.corrcoef(pairs)[0, 1]) < 5 / math.sqrt(pairs.shape[1]) and abs(np.corrcoef(pairs**2)[0, 1]) < 5 / math.sqrt(pairs.shape[1])
+    assert abs(np.corrcoef(pairs)[0, 1]) < 5 / math.sqrt(pairs.shape[1]) and abs(
+        np.corrcoef(pairs**2)[0, 1]
+    ) < 5 / math.sqrt(pairs.shape[1])
 
 
 def test_uniform_numbers_are_uniform_and_all_bits_are_drawn():
@@ -67,29 +75,38 @@ def test_so_many_are_drawn_and_never_the_same(count):
 
 
 @pytest.mark.parametrize(("multiplier", "contribution"), [(0.5, 1.0), (10.0, 0.3), (1e-9, 1.0), (40.0, 1e-4)])
-def test_what_is_released_is_whole_multiples_of_a_grid_with_noise_of_the_size_that_is_accounted_for(multiplier, contribution):
+def test_what_is_released_is_whole_multiples_of_a_grid_with_noise_of_the_size_that_is_accounted_for(
+    multiplier, contribution
+):
     numbers = 200_000
     drawn = GridNoise(multiplier, contribution, numbers)
     assert drawn.grid <= GRID * multiplier * contribution and math.log2(drawn.grid) % 1 == 0
     total = torch.randn(numbers) * contribution
-    whole = drawn.rounded(total)
-    assert whole.dtype == torch.int64 and (whole.double() * drawn.grid - total.double()).abs().max() <= drawn.grid / 2
-    added = drawn.drawn_like(whole)
+    whole = drawn.to_grid(total)
+    assert (
+        whole.dtype == torch.int64
+        and (whole.double() * drawn.grid - total.double()).abs().max() <= drawn.grid / 2
+    )
+    added = drawn.draw_like(whole)
     deviation = float(added.double().std()) * drawn.grid
-    least = multiplier * (contribution + drawn.grid * math.sqrt(numbers))  # two neighbours' sums may be so far apart once they are rounded
+    least = multiplier * (
+        contribution + drawn.grid * math.sqrt(numbers)
+    )  # two neighbours' sums may be so far apart once they are rounded
     assert least <= drawn.deviation <= 1.01 * least and deviation == pytest.approx(drawn.deviation, rel=0.01)
-    assert torch.equal(drawn.released(whole), (whole.double() * drawn.grid).float())
+    assert torch.equal(drawn.from_grid(whole), (whole.double() * drawn.grid).float())
 
 
 def test_the_control_of_an_audit_has_none():
     total = torch.randn(1000)
     drawn = GridNoise(0.0, 1.0, 1000)
-    whole = drawn.rounded(total)
-    assert not drawn.drawn_like(whole).any() and torch.allclose(drawn.released(whole), total, atol=1e-5)
+    whole = drawn.to_grid(total)
+    assert not drawn.draw_like(whole).any() and torch.allclose(drawn.from_grid(whole), total, atol=1e-5)
 
 
 def recognised(kind) -> int:
-    """Of two neighbouring sums, how often the last bits say right which one it was: σ 10, where ε .41 is promised."""
+    """Of two neighbouring sums, how often the last bits say right which one it was: σ 10, where ε .41 is
+    promised.
+    """
     right = 0
     for trial in range(TRIALS):
         random = torch.Generator().manual_seed(trial)
@@ -98,8 +115,8 @@ def recognised(kind) -> int:
         sums = [others, others + user / user.norm()]
         there = trial % 2
         drawn = kind(10.0, 1.0, 2000)
-        whole = drawn.rounded(sums[there])
-        released = drawn.released(whole + drawn.drawn_like(whole))
+        whole = drawn.to_grid(sums[there])
+        released = drawn.from_grid(whole + drawn.draw_like(whole))
         without, with_it = (made_by(released, total, 10.0) for total in sums)
         right += (with_it > without) == bool(there) if with_it != without else trial % 4 < 2
     return right
@@ -117,12 +134,18 @@ def only(batch, targets, rows_BT: torch.Tensor):
     wanted = targets.item[torch.repeat_interleave(keep, count)]
     offsets = torch.cat([count.new_zeros(1), count[keep].cumsum(0)])
     asked = {name: getattr(batch, name)[keep] for name in ("user_N", "position_N", "day_N", "context_NC")}
-    return batch._replace(item_BT=batch.item_BT * rows_BT, event_BT=batch.event_BT * rows_BT, **asked), Targets(offsets, wanted)
+    return batch._replace(
+        item_BT=batch.item_BT * rows_BT, event_BT=batch.event_BT * rows_BT, **asked
+    ), Targets(offsets, wanted)
 
 
 def longest(number: int):
     """A batch of six in which somebody is asked at the last position."""
-    return next(one for seed in range(100) if int((one := make_batch(users=6, seed=100 * number + seed))[0].position_N.max()) == T - 1)
+    return next(
+        one
+        for seed in range(100)
+        if int((one := make_batch(users=6, seed=100 * number + seed))[0].position_N.max()) == T - 1
+    )
 
 
 class Onlooker:
@@ -143,13 +166,17 @@ def on_the_lattice_without(kind, numbers: int, deviation: float) -> float:
     """What `made_by` finds where the sum is 0."""
     drawn = kind(deviation, 1.0, numbers)
     zeros = torch.zeros(numbers)
-    whole = drawn.rounded(zeros)
-    return made_by(drawn.released(whole + drawn.drawn_like(whole)), zeros, drawn.deviation)
+    whole = drawn.to_grid(zeros)
+    return made_by(drawn.from_grid(whole + drawn.draw_like(whole)), zeros, drawn.deviation)
 
 
-@pytest.mark.parametrize(("kind", "least", "most"), [(NoiseOf32Bits, 36, TRIALS), (GridNoise, TRIALS - BY_CHANCE, BY_CHANCE)])
+@pytest.mark.parametrize(
+    ("kind", "least", "most"), [(NoiseOf32Bits, 36, TRIALS), (GridNoise, TRIALS - BY_CHANCE, BY_CHANCE)]
+)
 def test_positions_that_nobody_else_reaches_do_not_tell_a_user(kind, least, most, monkeypatch):
-    """A user with a history twice as long as all others is there or not, in a real step; where nobody else is, the sum is 0 without it."""
+    """A user with a history twice as long as all others is there or not, in a real step; where nobody else
+    is, the sum is 0 without it.
+    """
     monkeypatch.setattr("recray.privacy.engine.GridNoise", kind)
     right, deviation = 0, 1.3
     usual = np.median([on_the_lattice_without(kind, T // 2 * D, deviation) for _ in range(TRIALS + 1)])
@@ -165,7 +192,11 @@ def test_positions_that_nobody_else_reaches_do_not_tell_a_user(kind, least, most
         step.step([only(batch, targets, others | mine if there else others)])
         alone = onlooker.seen[T // 2 : T].flatten()
         on_the_lattice = made_by(alone, torch.zeros_like(alone), step.optimizer.noise.deviation)
-        right += (on_the_lattice < usual) == bool(there) if on_the_lattice != usual or kind is NoiseOf32Bits else trial % 4 < 2
+        right += (
+            (on_the_lattice < usual) == bool(there)
+            if on_the_lattice != usual or kind is NoiseOf32Bits
+            else trial % 4 < 2
+        )
     assert least <= right <= most
 
 

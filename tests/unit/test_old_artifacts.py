@@ -1,4 +1,6 @@
-"""What recray 0.1.0 wrote is still opened and answers as it did then. `tests/fixtures/0.1.0` is of the synthetic generator."""
+"""What recray 0.1.0 wrote is still opened and answers as it did then. `tests/fixtures/0.1.0` is of the
+synthetic generator.
+"""
 
 import asyncio
 import json
@@ -7,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from recray.bundle import Bundle
 from recray.config import load_settings
+from recray.config.formats import to_current_settings
 from recray.dataset.reader import Dataset
+from recray.errors import SettingsError
 from recray.inference.policy import Policy
 from recray.release import Release
 from recray.serving.api import EventsRequest, RecommendRequest
@@ -32,16 +37,30 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def settings(workspace):
-    return load_settings(WRITTEN / "settings.yaml", [f"storage.root={workspace.root}", "policy.sigma=0", "policy.explore=0"])
+    return renamed_settings(workspace, "policy.exploration_scale=0", "policy.exploration_share=0")
+
+
+def renamed_settings(workspace, *overrides):
+    """The settings of then with the names of today, as a person would correct the file."""
+    content = to_current_settings(yaml.safe_load((WRITTEN / "settings.yaml").read_text()))
+    file = workspace.root.parent / "renamed.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return load_settings(file, [f"storage.root={workspace.root}", *overrides])
 
 
 def test_every_artifact_opens_whole(workspace):
     assert Dataset.open(workspace.dataset("a6e697f6d31ca8c2"), verify=True).n_users == 40
     snapshot = Snapshot.latest(workspace)
     assert snapshot.find(3) is not None
+    assert snapshot.manifest["filter_seen"] is False and "new_only" not in snapshot.manifest
+    bundle = Bundle.open(workspace.bundle("fixture"))
+    assert bundle.settings["model"]["popularity_prior_days"] == bundle.manifest["popularity_prior_days"] == 7
+    assert Dataset.open(workspace.dataset("a6e697f6d31ca8c2")).query_time == "cutoff"
     champion = Release.read(workspace).champion
     assert champion.policy == "fixture"
-    assert Policy.load(workspace.policy("fixture"), Bundle.open(workspace.bundle("fixture")).digest).actions == ("temperature",)
+    assert Policy.load(
+        workspace.policy("fixture"), Bundle.open(workspace.bundle("fixture")).digest
+    ).actions == ("temperature",)
 
 
 def test_answers_are_those_of_then(workspace, settings):
@@ -49,10 +68,19 @@ def test_answers_are_those_of_then(workspace, settings):
     recorded = json.loads((WRITTEN / "responses.json").read_text())
     assert len(recorded) > 10 and {one["source"] for one in recorded} == {"snapshot", "realtime", "popular"}
     for one in recorded:
-        answer = asyncio.run(handler.recommend(RecommendRequest(**one["request"])))
-        assert (answer.source, answer.bundle, answer.policy) == (one["source"], one["bundle"], one["policy"]), one["request"]
+        request = {
+            ("filter_seen" if name == "new_only" else name): value for name, value in one["request"].items()
+        }
+        answer = asyncio.run(handler.recommend(RecommendRequest(**request)))
+        assert (answer.source, answer.bundle, answer.policy) == (
+            one["source"],
+            one["bundle"],
+            one["policy"],
+        ), one["request"]
         assert [item.item_id for item in answer.items] == [item for item, _ in one["items"]], one["request"]
-        np.testing.assert_allclose([item.score for item in answer.items], [score for _, score in one["items"]], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            [item.score for item in answer.items], [score for _, score in one["items"]], rtol=1e-4, atol=1e-5
+        )
     handler.close()
 
 
@@ -63,7 +91,11 @@ def test_the_log_of_events_goes_on(workspace, settings):
     handler = Service(workspace, settings.serve, settings.score, policy=settings.policy)
     item = handler.state.popular_items[0][0]
     told = asyncio.run(
-        handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": item, "event_id": "e2"}, {"item_id": item, "event_id": "e3"}]))
+        handler.intake.events(
+            EventsRequest(
+                user_id=7, events=[{"item_id": item, "event_id": "e2"}, {"item_id": item, "event_id": "e3"}]
+            )
+        )
     )
     assert told.kept == 1, "e2 was kept by 0.1.0"
     handler.close()
@@ -71,9 +103,17 @@ def test_the_log_of_events_goes_on(workspace, settings):
 
 def test_what_was_collected_is_read(workspace, tmp_path):
     SyntheticShop(users=40, items=30, events_per_user=8, seed=1).write(tmp_path / "world")
-    data = [f"data.events=[{tmp_path / 'world' / 'events'}]", f"data.items={tmp_path / 'world' / 'items.parquet'}"]
+    data = [
+        f"data.events=[{tmp_path / 'world' / 'events'}]",
+        f"data.items={tmp_path / 'world' / 'items.parquet'}",
+    ]
     old = Dataset.open(workspace.dataset("a6e697f6d31ca8c2"))
-    new = prepare_here(load_settings(WRITTEN / "settings.yaml", [*data, f"storage.root={workspace.root}"]))
+    new = prepare_here(renamed_settings(workspace, *data))
     assert list(new.manifest["collected"].values()) == [12] and new.n_events == old.n_events + 2
     assert new.user_history(7).timestamp_s[-1] > old.as_of_s
     assert new.items["item_id"].equals(old.items["item_id"])
+
+
+def test_its_settings_file_is_refused_with_the_new_names():
+    with pytest.raises(SettingsError, match=r"split\.held_out is now split\.holdout_users"):
+        load_settings(WRITTEN / "settings.yaml")

@@ -1,4 +1,6 @@
-"""The protocol on the data that ships: baselines must give the figures of the reference implementation to 1e-3."""
+"""The protocol on the data that ships: baselines must give the figures of the reference implementation to
+1e-3.
+"""
 
 import datetime as dt
 from importlib import resources
@@ -7,9 +9,9 @@ import numpy as np
 import pytest
 
 from recray.config import load_settings
-from recray.evaluation.baselines import baselines
-from recray.evaluation.evaluate import Judge
-from recray.evaluation.protocol import Questions
+from recray.evaluation.baselines import fit_baselines
+from recray.evaluation.evaluate import Evaluator
+from recray.evaluation.protocol import EvaluationQueries
 from recray.testing.published import prepare_here
 
 # HR@10, NDCG@10, recall@10 printed by the reference implementation of the protocol (developer notes)
@@ -31,7 +33,9 @@ NEW_ONLY = {
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     config = str(resources.files("jobs") / "configs" / "demo.yaml")
-    return load_settings(config, [f"storage.root={tmp_path_factory.mktemp('root')}", "evaluate.bootstrap=100"])
+    return load_settings(
+        config, [f"storage.root={tmp_path_factory.mktemp('root')}", "evaluate.bootstrap=100"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +50,25 @@ def test_sizes_and_cut(retail):
 
 
 def test_baselines_reproduce_the_reference(settings, retail):
-    questions = Questions(retail, "test")
+    questions = EvaluationQueries(retail, "test")
     assert len(questions) == 1018
-    judge = Judge(settings, retail, questions)
-    found = {"repeats": {}, "new_only": {}}
-    for name, ranker in baselines(retail, questions, ease_max_items=10_000, ease_l2=500.0):
+    judge = Evaluator(settings, retail, questions)
+    found = {"with_repeats": {}, "filter_seen": {}}
+    for name, ranker in fit_baselines(retail, questions, ease_max_items=10_000, ease_l2=500.0):
         for setting, (row, _) in judge.run(ranker, {}).items():
             found[setting][name] = tuple(row[metric] for metric in ("hr@10", "ndcg@10", "recall@10"))
-            assert row["users"] == (1018 if setting == "repeats" else 885)
-    for setting, expected in (("repeats", REPEATS), ("new_only", NEW_ONLY)):
+            assert row["users"] == (1018 if setting == "with_repeats" else 885)
+    for setting, expected in (("with_repeats", REPEATS), ("filter_seen", NEW_ONLY)):
         for name, figures in expected.items():
             np.testing.assert_allclose(found[setting][name], figures, atol=1e-3, err_msg=f"{name} {setting}")
 
 
 def test_large_catalogues_skip_ease_and_keep_near_neighbours(retail):
-    questions = Questions(retail, "test", max_users=200)
-    rankers = dict(baselines(retail, questions, ease_max_items=100, ease_l2=500.0))
+    questions = EvaluationQueries(retail, "test", max_users=200)
+    rankers = dict(fit_baselines(retail, questions, ease_max_items=100, ease_l2=500.0))
     assert rankers["EASE"] == "more than 100 items"
-    dense = dict(baselines(retail, questions, ease_max_items=10_000, ease_l2=500.0))["item-kNN"]
+    dense = dict(fit_baselines(retail, questions, ease_max_items=10_000, ease_l2=500.0))["item-kNN"]
     batch = next(questions.batches(200))
-    a, b = (ranker(batch, 10, new_only=False) for ranker in (rankers["item-kNN"], dense))
+    a, b = (ranker(batch, 10, filter_seen=False) for ranker in (rankers["item-kNN"], dense))
     overlap = np.mean([len(set(x) & set(y)) / 10 for x, y in zip(a, b, strict=True)])
     assert overlap > 0.3

@@ -1,11 +1,13 @@
-"""Off-policy estimates where the truth is known: closed forms, planted worlds, and a real log beside another one."""
+"""Off-policy estimates where the truth is known: closed forms, planted worlds, and a real log beside another
+one.
+"""
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from policies import ope
-from policies.rewards import Planted, clicks
+from policies.rewards import SyntheticRewards, draw_clicks
 from recray.inference.modulation import explore, log_density
 
 pytestmark = pytest.mark.second
@@ -29,7 +31,8 @@ def test_in_a_closed_form_world_every_estimator_finds_the_value():
     wrong = np.full(len(r), 0.3)
     estimates = {
         "ips": ope.ips(r, w), "snips": ope.snips(r, w), "dm": ope.dm((NEW * PAYS).sum(1)[state]),
-        "dr, true model": ope.dr(r, w, PAYS[state, action], (NEW * PAYS).sum(1)[state]), "dr, wrong model": ope.dr(r, w, wrong, wrong),
+        "dr, true model": ope.dr(r, w, PAYS[state, action], (NEW * PAYS).sum(1)[state]),
+        "dr, wrong model": ope.dr(r, w, wrong, wrong),
         "switch": ope.switch_dr(r, w, PAYS[state, action], (NEW * PAYS).sum(1)[state], 2.0),
     }  # fmt: skip
     for name, terms in estimates.items():
@@ -45,7 +48,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     for seed in range(200):
         _, _, r, w = logged(400, seed)
         flat = np.full(len(r), r.mean())
-        found = ope.bootstraps([ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, flat, flat)], resamples=200, seed=seed)
+        found = ope.bootstraps(
+            [ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, flat, flat)], resamples=200, seed=seed
+        )
         for name, interval in zip(inside, found, strict=True):
             inside[name] += interval.low <= TRUTH <= interval.high
         assert (bound := ope.bernstein(ope.ips(r, w), 8.0)).low <= TRUTH <= bound.high
@@ -61,30 +66,36 @@ def test_users_come_and_go_together():
     mask = user < 50
     (part,) = ope.bootstraps([terms], user, [mask])
     alone = ope.bootstrap(terms[mask], user[mask])
-    assert part.value == pytest.approx(alone.value) and part.high - part.low == pytest.approx(alone.high - alone.low, rel=0.15)
+    assert part.value == pytest.approx(alone.value) and part.high - part.low == pytest.approx(
+        alone.high - alone.low, rel=0.15
+    )
 
 
 def test_the_effective_sample_size_is_that_of_kish():
-    assert ope.effective(np.ones(50)) == pytest.approx(50) and ope.effective(np.array([1.0, 0, 0, 0])) == pytest.approx(1)
+    assert ope.effective_sample_size(np.ones(50)) == pytest.approx(50) and ope.effective_sample_size(
+        np.array([1.0, 0, 0, 0])
+    ) == pytest.approx(1)
 
 
 def test_a_model_of_the_reward_never_saw_the_user_that_it_speaks_of():
     random = np.random.default_rng(0)
     state, action, user = np.zeros((300, 2)), random.uniform(-1, 1, (300, 1)), np.arange(300) // 3
     luck = random.normal(0, 1, 100)[user]
-    (q,) = ope.modelled(state, action, luck, user)
+    (q,) = ope.predict_rewards(state, action, luck, user)
     assert abs(np.corrcoef(q, luck)[0, 1]) < 0.25
 
 
 def test_continuous_actions_in_a_planted_world():
-    world, random = Planted(), np.random.default_rng(5)
+    world, random = SyntheticRewards(), np.random.default_rng(5)
     observation, cases = world.draw(20_000, random)
     action, density = explore(np.zeros((20_000, 1)), 0.5, random)
     mean = 0.5 * world.best(observation)
     w = np.exp(log_density(action, mean, 0.5) - density)
-    r = clicks(world.pay(cases, action), random)
+    r = draw_clicks(world.pay(cases, action), random)
     truth = np.mean([world.pay(cases, explore(mean, 0.5, random)[0]).mean() for _ in range(20)])
-    q, v = ope.modelled(observation, action, r, np.arange(20_000), np.stack([explore(mean, 0.5, random)[0] for _ in range(8)]))
+    q, v = ope.predict_rewards(
+        observation, action, r, np.arange(20_000), np.stack([explore(mean, 0.5, random)[0] for _ in range(8)])
+    )
     for terms in (ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, q, v), ope.switch_dr(r, w, q, v, 20.0)):
         found = ope.bootstrap(terms)
         assert found.low <= truth <= found.high
@@ -98,6 +109,11 @@ def test_on_a_real_log_the_uniform_policy_is_worth_what_its_own_log_says(shared_
     learned, uniform = table[table.policy == "bts"], table[table.policy == "random"]
     w, r = 1 / items / learned.propensity.to_numpy(), learned.value.to_numpy(float)
     flat, truth = np.full(len(r), r.mean()), uniform.value.mean()
-    for terms in (ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, flat, flat), ope.switch_dr(r, w, flat, flat, 20.0)):
+    for terms in (
+        ope.ips(r, w),
+        ope.snips(r, w),
+        ope.dr(r, w, flat, flat),
+        ope.switch_dr(r, w, flat, flat, 20.0),
+    ):
         found = ope.bootstrap(terms)
         assert found.low <= truth <= found.high

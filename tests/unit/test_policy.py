@@ -1,19 +1,21 @@
-"""A policy at run time: what it sees, what it decides, how likely, and that it keeps still where it knows nothing."""
+"""A policy at run time: what it sees, what it decides, how likely, and that it keeps still where it knows
+nothing.
+"""
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import truncnorm
 
-from policies.baselines import Tabled
-from policies.environment import Decisions
-from policies.held_out import HeldOut
+from policies.baselines import TabulatedRewards
+from policies.environment import DecisionEnvironment
+from policies.held_out import HoldoutRewards
 from recray.dataset.reader import History
 from recray.errors import DamagedArtifactError, MissingArtifactError, SettingsError
-from recray.evaluation.protocol import Question
+from recray.evaluation.protocol import EvaluationQuery
 from recray.inference import Predictor
 from recray.inference.modulation import LOG_TEMPERATURE, explore, find_slots, log_density, to_controls
-from recray.inference.policy import OBSERVED, Frozen, Policy, observe, popularity_rank
+from recray.inference.policy import OBSERVED, ObservationNormalizer, Policy, observe, rank_popularity
 
 DAY = 86_400
 
@@ -25,16 +27,24 @@ def history(*events):
 
 
 def seen(*events, now_day=100, has_time=True, state=None, items=4):
-    rank = popularity_rank(np.array([0.0, *range(items)]))
-    return dict(zip(OBSERVED, observe(history(*events), now_day * DAY, rank, has_time=has_time, state=state).tolist(), strict=True))
+    rank = rank_popularity(np.array([0.0, *range(items)]))
+    return dict(
+        zip(
+            OBSERVED,
+            observe(history(*events), now_day * DAY, rank, has_time=has_time, state=state).tolist(),
+            strict=True,
+        )
+    )
 
 
 def policy(seed=0, actions=("temperature", "recency"), digest="bundle"):
     random = np.random.default_rng(seed)
-    frozen = Frozen.of(random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32))
+    frozen = ObservationNormalizer.of(random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32))
     sizes = [len(OBSERVED), 8, 8, len(actions)]
     torch.manual_seed(seed)
-    weights = {f"weight_{n}": torch.randn(b, a) for n, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}
+    weights = {
+        f"weight_{n}": torch.randn(b, a) for n, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    }
     weights |= {f"bias_{n}": torch.randn(b) for n, b in enumerate(sizes[1:])}
     return Policy(actions, frozen, weights, digest, {"seed": seed})
 
@@ -42,9 +52,15 @@ def policy(seed=0, actions=("temperature", "recency"), digest="bundle"):
 def test_an_observation_says_what_its_names_say():
     assert 16 <= len(OBSERVED) <= 24
     found = seen((1, 0, 90), (4, 1, 96), (4, 0, 98), state=[1.5, 0.25])
-    assert found["log_length"] == pytest.approx(np.log(4)) and found["log_distinct"] == pytest.approx(np.log(3))
-    assert found["repeat_rate"] == pytest.approx(1 / 3) and found["distinct_of_last_20"] == pytest.approx(2 / 3)
-    assert found["log_days_since_last"] == pytest.approx(np.log(3)) and found["log_days_known"] == pytest.approx(np.log(11))
+    assert found["log_length"] == pytest.approx(np.log(4)) and found["log_distinct"] == pytest.approx(
+        np.log(3)
+    )
+    assert found["repeat_rate"] == pytest.approx(1 / 3) and found["distinct_of_last_20"] == pytest.approx(
+        2 / 3
+    )
+    assert found["log_days_since_last"] == pytest.approx(np.log(3)) and found[
+        "log_days_known"
+    ] == pytest.approx(np.log(11))
     assert found["log_days_between"] == pytest.approx(np.mean([np.log(7), np.log(3)]))
     assert found["share_of_last_7_days"] == pytest.approx(2 / 3) and found["share_of_last_30_days"] == 1.0
     assert found["popularity"] == pytest.approx(2 / 3) and found["popularity_of_last"] == 1.0
@@ -63,12 +79,16 @@ def test_the_weekend_is_saturday_and_sunday():
 
 
 def test_what_is_not_known_is_zero():
-    empty = observe(History(*(np.zeros(0, np.int64) for _ in range(4))), 5, np.zeros(3, np.float32), has_time=False)
+    empty = observe(
+        History(*(np.zeros(0, np.int64) for _ in range(4))), 5, np.zeros(3, np.float32), has_time=False
+    )
     assert empty.tolist() == [0.0] * len(OBSERVED)
     timeless = seen((1, 0, 90), (2, 0, 95), has_time=False)
     assert [timeless[name] for name in OBSERVED[4:10] + OBSERVED[16:]] == [0.0] * 12
     unknown = seen((0, 0, 90), (2, 0, 95))
-    assert unknown["log_length"] == pytest.approx(np.log(2)), "events of items that the bundle does not know are not looked at"
+    assert unknown["log_length"] == pytest.approx(np.log(2)), (
+        "events of items that the bundle does not know are not looked at"
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.3, 2.0])
@@ -88,21 +108,31 @@ def test_densities_are_those_of_the_truncated_normal(sigma):
 def test_exploration_has_the_mean_and_spread_of_its_distribution():
     action, _ = explore(np.full((100_000, 1), 0.5), 0.4, np.random.default_rng(1))
     truth = truncnorm((-1 - 0.5) / 0.4, (1 - 0.5) / 0.4, loc=0.5, scale=0.4)
-    assert action.mean() == pytest.approx(truth.mean(), abs=0.005) and action.std() == pytest.approx(truth.std(), abs=0.005)
+    assert action.mean() == pytest.approx(truth.mean(), abs=0.005) and action.std() == pytest.approx(
+        truth.std(), abs=0.005
+    )
 
 
 def test_a_policy_is_written_and_read_and_belongs_to_one_bundle(tmp_path):
     mine = policy()
     mine.save(tmp_path / "p", "p")
-    assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".json", ".safetensors"}, "nothing that runs code when it is read"
+    assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".json", ".safetensors"}, (
+        "nothing that runs code when it is read"
+    )
     again = Policy.load(tmp_path / "p", "bundle")
     x = np.random.default_rng(2).normal(0, 1, (50, len(OBSERVED))).astype(np.float32)
-    assert np.array_equal(mine.act(x), again.act(x)) and again.actions == ("temperature", "recency") and again.about == {"seed": 0}
+    assert (
+        np.array_equal(mine.act(x), again.act(x))
+        and again.actions == ("temperature", "recency")
+        and again.about == {"seed": 0}
+    )
     with pytest.raises(DamagedArtifactError, match="another bundle"):
         Policy.load(tmp_path / "p", "other")
     with pytest.raises(MissingArtifactError, match="recray tune"):
         Policy.load(tmp_path / "none", "bundle")
-    (tmp_path / "p" / "policy.safetensors").write_bytes((tmp_path / "p" / "policy.safetensors").read_bytes()[:-4] + b"0000")
+    (tmp_path / "p" / "policy.safetensors").write_bytes(
+        (tmp_path / "p" / "policy.safetensors").read_bytes()[:-4] + b"0000"
+    )
     with pytest.raises(DamagedArtifactError):
         Policy.load(tmp_path / "p", "bundle")
 
@@ -113,18 +143,23 @@ def test_what_a_policy_does_not_know_it_leaves_alone():
     found = mine.act(x)
     assert found[1].tolist() == found[2].tolist() == [0.0, 0.0]
     assert np.abs(found[[0, 3]]).min() > 0 and np.abs(found).max() <= 1.0
-    broken = Policy(mine.actions, mine.frozen, {**mine.weights, "bias_2": torch.tensor([np.nan, 0.0])}, "bundle", {})
+    broken = Policy(
+        mine.actions, mine.normalizer, {**mine.weights, "bias_2": torch.tensor([np.nan, 0.0])}, "bundle", {}
+    )
     assert not broken.act(x).any()
     with pytest.raises(SettingsError, match="1 to 8"):
         policy(actions=[f"temperature.{n}" for n in range(9)])
 
 
 def test_a_clock_that_stood_still_when_a_policy_was_learned_says_nothing():
-    random, clock = np.random.default_rng(5), [OBSERVED.index(name) for name in ("hour_sine", "hour_cosine", "weekend")]
+    random, clock = (
+        np.random.default_rng(5),
+        [OBSERVED.index(name) for name in ("hour_sine", "hour_cosine", "weekend")],
+    )
     x = random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32)
     x[:, clock] = 0.5, 0.87, 1.0
     x[:, 2] = 0.25  # nobody repeated anything: that is no clock
-    mine = Policy(("temperature", "recency"), Frozen.of(x), policy().weights, "bundle", {})
+    mine = Policy(("temperature", "recency"), ObservationNormalizer.of(x), policy().weights, "bundle", {})
     later = x[:50].copy()
     later[:, clock] = -1.0, 0.0, 0.0
     assert np.array_equal(mine.act(later), mine.act(x[:50])) and np.abs(mine.act(later)).min() > 0
@@ -135,21 +170,35 @@ def test_a_clock_that_stood_still_when_a_policy_was_learned_says_nothing():
     assert not mine.act(later).any()
 
     moved = random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32)
-    on = mine.frozen.widened(Frozen.of(moved))
-    assert np.isfinite(on.scale).all() and on.mean[0] == mine.frozen.mean[0] and on.mean[clock[0]] == Frozen.of(moved).mean[clock[0]]
+    on = mine.normalizer.widen(ObservationNormalizer.of(moved))
+    assert (
+        np.isfinite(on.scale).all()
+        and on.mean[0] == mine.normalizer.mean[0]
+        and on.mean[clock[0]] == ObservationNormalizer.of(moved).mean[clock[0]]
+    )
     begun = Policy(mine.actions, on, mine.weights, "bundle", {})
-    assert np.array_equal(begun.act(x[:50]), mine.act(x[:50])), "what begins with it does not begin with what it never learned"
-    back = on.widened(mine.frozen)
-    assert np.isinf(back.scale[clock]).all() and back.knows(later[:1] * 0) == [True], "what is learned at one moment again forgets the clock"
+    assert np.array_equal(begun.act(x[:50]), mine.act(x[:50])), (
+        "what begins with it does not begin with what it never learned"
+    )
+    back = on.widen(mine.normalizer)
+    assert np.isinf(back.scale[clock]).all() and back.is_in_range(later[:1] * 0) == [True], (
+        "what is learned at one moment again forgets the clock"
+    )
 
 
 def test_a_request_alone_is_decided_as_it_is_among_others():
     mine, x = policy(), np.random.default_rng(4).normal(0, 1.5, (300, len(OBSERVED))).astype(np.float32)
     x[:2, 0] = np.nan, np.inf
     x[2:20, 1] = np.linspace(-9, 9, 18)
-    strong = Policy(mine.actions, mine.frozen, {name: 5 * value for name, value in mine.weights.items()}, "bundle", {})
+    strong = Policy(
+        mine.actions, mine.normalizer, {name: 5 * value for name, value in mine.weights.items()}, "bundle", {}
+    )
     together = strong.act(x)
-    assert (together == 0).any() and (np.abs(together) == 1).any() and ((np.abs(together) < 1) & (together != 0)).any()
+    assert (
+        (together == 0).any()
+        and (np.abs(together) == 1).any()
+        and ((np.abs(together) < 1) & (together != 0)).any()
+    )
     for row, expected in zip(x, together, strict=True):
         np.testing.assert_allclose(strong.act(row[None])[0], expected, rtol=1e-3, atol=1e-4)
 
@@ -163,18 +212,22 @@ def predictor(world_settings, world_dataset, tmp_path_factory):
 
 
 def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_dataset):
-    model, kinds = predictor.model, predictor.event_types
+    model, kinds = predictor.model, predictor.vocabulary.event_types
     names = ["temperature", "temperature.1", "recency", f"event.{kinds[0]}", "weight.id", "weight.brand"]
     chosen = find_slots(names, model, kinds)
     users = [world_dataset.user_history(user) for user in range(8)]
-    histories = [predictor.translation(world_dataset).history(one) for one in users]
+    histories = [predictor.vocabulary.translation(world_dataset).history(one) for one in users]
 
     def scores(action):
         turned = to_controls(np.repeat(np.array([action]), len(users), 0), chosen, model, kinds)
         items = [np.arange(1, predictor.n_items + 1)] * len(users)
         return np.stack(predictor.score(histories, items, now=world_dataset.now_s, controls=turned))
 
-    plain = np.stack(predictor.score(histories, [np.arange(1, predictor.n_items + 1)] * len(users), now=world_dataset.now_s))
+    plain = np.stack(
+        predictor.score(
+            histories, [np.arange(1, predictor.n_items + 1)] * len(users), now=world_dataset.now_s
+        )
+    )
     np.testing.assert_allclose(scores(np.zeros(len(names))), plain, atol=1e-6)
     for place in range(len(names)):
         action = np.zeros(len(names))
@@ -187,13 +240,18 @@ def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_datas
 
 
 def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predictor, world_dataset):
-    chosen = find_slots(["temperature", "recency"], predictor.model, predictor.event_types)
-    histories = [predictor.translation(world_dataset).history(world_dataset.user_history(user)) for user in range(6)]
+    chosen = find_slots(["temperature", "recency"], predictor.model, predictor.vocabulary.event_types)
+    histories = [
+        predictor.vocabulary.translation(world_dataset).history(world_dataset.user_history(user))
+        for user in range(6)
+    ]
     actions = np.random.default_rng(0).uniform(-1, 1, (6, 2))
-    steer = lambda rows: to_controls(rows, chosen, predictor.model, predictor.event_types)  # noqa: E731
+    steer = lambda rows: to_controls(rows, chosen, predictor.model, predictor.vocabulary.event_types)  # noqa: E731
     together = predictor.recommend(histories, 10, now=world_dataset.now_s, controls=steer(actions))
     for row, one in enumerate(histories):
-        alone = predictor.recommend([one], 10, now=world_dataset.now_s, controls=steer(actions[row : row + 1]))
+        alone = predictor.recommend(
+            [one], 10, now=world_dataset.now_s, controls=steer(actions[row : row + 1])
+        )
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-6)
 
 
@@ -201,24 +259,33 @@ def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predi
 def held_out(predictor, world_dataset):
     questions = []
     for user in range(60):
-        history = predictor.translation(world_dataset).history(world_dataset.user_history(user))
+        history = predictor.vocabulary.translation(world_dataset).history(world_dataset.user_history(user))
         target = np.unique(history.item_index[-2:])
         before = History(*(values[:-2] for values in history))
-        questions.append(Question(0, user, before, target, world_dataset.now_s, np.zeros(len(predictor.context), np.int64)))
-    return HeldOut(predictor, questions, ["temperature", "recency"])
+        questions.append(
+            EvaluationQuery(
+                0,
+                user,
+                before,
+                target,
+                world_dataset.now_s,
+                np.zeros(len(predictor.vocabulary.context), np.int64),
+            )
+        )
+    return HoldoutRewards(predictor, questions, ["temperature", "recency"])
 
 
 def test_held_out_users_have_a_state_but_for_a_share_of_them(held_out, predictor):
     known = held_out.observation[:, OBSERVED.index("night_known")]
     assert 0.6 <= known.mean() < 1 and not held_out.observation[known == 0, -3:].any()
     place = int(np.flatnonzero(known)[0])
-    question = held_out.questions[place]
-    answer = predictor.recommend([question.history], 2, now=question.now, watched=True)
+    question = held_out.queries[place]
+    answer = predictor.recommend([question.history], 2, now=question.now, with_state=True)
     np.testing.assert_allclose(held_out.observation[place, -3:-1], answer.state[0], rtol=1e-4, atol=1e-5)
 
 
 def test_an_action_is_paid_what_it_brings_more_than_none(held_out):
-    environment = Decisions(held_out, Frozen.of(held_out.observation), 32)
+    environment = DecisionEnvironment(held_out, ObservationNormalizer.of(held_out.observation), 32)
     environment.reset()
     assert not environment.step(np.zeros((32, 2)))[1].any()
     environment.reset()
@@ -237,20 +304,22 @@ def test_what_stands_in_for_the_metric_has_its_gradient(held_out):
         moved = torch.zeros(8, 2, dtype=torch.float64)
         moved[:, k] = step
         with torch.no_grad():
-            slope = (held_out.value(places, action + moved) - held_out.value(places, action - moved)) / (2 * step)
+            slope = (held_out.value(places, action + moved) - held_out.value(places, action - moved)) / (
+                2 * step
+            )
         np.testing.assert_allclose(gradient[:, k].numpy(), slope.numpy(), rtol=0.05, atol=2e-4)
     assert gradient.abs().max() > 1e-3 and all(p.grad is None for p in held_out.predictor.model.parameters())
 
 
 def test_a_bound_is_a_share_of_what_an_action_turns(held_out):
     places, one = np.arange(20), np.tile([1.0, -1.0], (20, 1))
-    half = held_out.turning(held_out.actions, 0.5)
-    assert np.array_equal(half.lists(places, one), held_out.lists(places, 0.5 * one))
-    assert not np.array_equal(half.lists(places, one), held_out.lists(places, one))
+    half = held_out.with_controls(held_out.actions, 0.5)
+    assert np.array_equal(half.recommend(places, one), held_out.recommend(places, 0.5 * one))
+    assert not np.array_equal(half.recommend(places, one), held_out.recommend(places, one))
 
 
 def test_arms_that_were_tried_are_looked_up(held_out):
-    table, random = Tabled(held_out), np.random.default_rng(0)
+    table, random = TabulatedRewards(held_out), np.random.default_rng(0)
     arms = np.array([[0.0, 0.5], [1.0, 0.0], [0.0, 0.0]])[random.integers(0, 3, 40)]
     _, cases = table.draw(40, random)
     np.testing.assert_allclose(table.pay(cases, arms), held_out.pay(cases, arms), atol=1e-9)

@@ -27,7 +27,10 @@ NETWORKS = {
     "counts": {**PRESETS["dp"], "counts": True},
     "counts, cosine": {**PRESETS["dp"], "counts": True, "scores": "cosine"},
 }
-BAGS = {"brand": (np.arange(V + 1) % 7, np.arange(V + 1)), "tags": (np.arange(2 * V) % 5, np.maximum(2 * np.arange(V + 1) - 2, 0))}
+BAGS = {
+    "brand": (np.arange(V + 1) % 7, np.arange(V + 1)),
+    "tags": (np.arange(2 * V) % 5, np.maximum(2 * np.arange(V + 1) - 2, 0)),
+}
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -49,7 +52,9 @@ def make(name: str, seed: int = 0, **more) -> Recommender:
 
 
 def make_batch(users: int = B, seed: int = 1, events: int = 3) -> tuple[Batch, Targets]:
-    """Histories with repeated items, of different lengths, each asked at some positions; the last user is asked nothing."""
+    """Histories with repeated items, of different lengths, each asked at some positions; the last user is
+    asked nothing.
+    """
     random = torch.Generator().manual_seed(seed)
     length = torch.randint(2, T + 1, (users,), generator=random)
     item = torch.randint(1, 6, (users, T), generator=random) * (torch.arange(T) < length[:, None])
@@ -63,14 +68,29 @@ def make_batch(users: int = B, seed: int = 1, events: int = 3) -> tuple[Batch, T
     wanted = torch.randint(1, V + 1, (int(count.sum()),), generator=random)
     nothing = torch.zeros(1, 1)
     zeros = torch.zeros(users, T, dtype=torch.int64)
-    batch = Batch(item, event, zeros.float(), zeros, zeros, user, position, nothing, nothing, torch.zeros_like(user), torch.zeros(len(user), 0))
+    batch = Batch(
+        item,
+        event,
+        zeros.float(),
+        zeros,
+        zeros,
+        user,
+        position,
+        nothing,
+        nothing,
+        torch.zeros_like(user),
+        torch.zeros(len(user), 0),
+    )
     return batch, Targets(offsets, wanted)
 
 
 def alone(batch: Batch, targets: Targets, user: int) -> tuple[Batch, Targets]:
     """The row of one user as a batch of its own."""
     mine = (batch.user_N == user).nonzero()[:, 0]
-    rows = {name: getattr(batch, name)[user : user + 1] for name in ("item_BT", "event_BT", "value_BT", "time_BT", "now_BT")}
+    rows = {
+        name: getattr(batch, name)[user : user + 1]
+        for name in ("item_BT", "event_BT", "value_BT", "time_BT", "now_BT")
+    }
     queries = {
         "user_N": torch.zeros_like(mine),
         "position_N": batch.position_N[mine],
@@ -79,7 +99,9 @@ def alone(batch: Batch, targets: Targets, user: int) -> tuple[Batch, Targets]:
     }
     parts = [targets.item[targets.offsets[n] : targets.offsets[n + 1]] for n in mine.tolist()]
     offsets = torch.tensor([0, *np.cumsum([len(part) for part in parts])], dtype=torch.int64)
-    return batch._replace(**rows, **queries), Targets(offsets, torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64))
+    return batch._replace(**rows, **queries), Targets(
+        offsets, torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    )
 
 
 def by_autograd(model: Recommender, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
@@ -91,16 +113,27 @@ def by_autograd(model: Recommender, batch: Batch, targets: Targets) -> dict[str,
     loss = -(F.log_softmax(scores, 1)[query, targets.item] / count[query]).sum() / max(len(count), 1)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)}
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(trained.items(), found, strict=True)
+    }
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
 
 
-def private(model: Recommender, clipping_norm: float, noise: float = 0.0, users: float = 1.0, rate: float = 1.0) -> PrivateStep:
+def private(
+    model: Recommender, clipping_norm: float, noise: float = 0.0, users: float = 1.0, rate: float = 1.0
+) -> PrivateStep:
     trained = [parameter for name, parameter in model.named_parameters() if name != "temperature"]
-    return PrivateStep(model, torch.optim.SGD(trained, lr=rate), clipping_norm=clipping_norm, noise_multiplier=noise, expected_users=users)
+    return PrivateStep(
+        model,
+        torch.optim.SGD(trained, lr=rate),
+        clipping_norm=clipping_norm,
+        noise_multiplier=noise,
+        expected_users=users,
+    )
 
 
 @networks
@@ -109,10 +142,14 @@ def test_the_ghost_norm_is_that_of_autograd(name):
     expected = [norm_of(by_autograd(make(name), *alone(batch, targets, user))) for user in range(B)]
     assert expected[-1] == 0.0
     step = private(make(name), 1.0)
-    for block, run in ((1 << 20, T), (1, T), (1 << 20, 3)):  # all users at once, one at a time, positions in several runs
+    for block, run in (
+        (1 << 20, T),
+        (1, T),
+        (1 << 20, 3),
+    ):  # all users at once, one at a time, positions in several runs
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("recray.privacy.engine.BLOCK_SCORES", {"cpu": block})
-            patch.setattr("recray.model.attention.RUN", run)
+            patch.setattr("recray.model.attention.RANGE_SIZE", run)
             np.testing.assert_allclose(step.clipped_sum(batch, targets).numpy(), expected, rtol=1e-4)
 
 
@@ -125,7 +162,9 @@ def test_the_contribution_of_each_user_is_at_most_the_clipping_norm(name):
         model = make(name)
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         private(model, clipping_norm).step([alone(batch, targets, user)])
-        moved = norm_of({name: parameter.detach() - before[name] for name, parameter in model.named_parameters()})
+        moved = norm_of(
+            {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+        )
         assert moved <= clipping_norm * (1 + 1e-4)
         np.testing.assert_allclose(moved, min(norms[user], clipping_norm), rtol=1e-3)
 
@@ -157,7 +196,13 @@ def test_noise_has_the_stated_deviation_also_in_an_empty_step():
     step = private(model, clipping_norm, noise=sigma, users=users)
     step.step([])
     assert not model.items.ids.weight[0].any()  # padding, which would be noise alone
-    moved = torch.cat([(parameter.detach() - before[name]).flatten() for name, parameter in model.named_parameters() if "ids" not in name])
+    moved = torch.cat(
+        [
+            (parameter.detach() - before[name]).flatten()
+            for name, parameter in model.named_parameters()
+            if "ids" not in name
+        ]
+    )
     moved = torch.cat([moved, (model.items.ids.weight.detach() - before["items.ids.weight"])[1:].flatten()])
     assert len(moved) > 50_000
     np.testing.assert_allclose(moved.std().item(), sigma * clipping_norm / users, rtol=0.02)
@@ -197,7 +242,9 @@ def test_a_part_whose_norm_is_not_known_is_refused_by_name(more, part):
 
 def test_features_that_are_learned_are_refused_by_name():
     bags = {"brand": (np.zeros(V + 1, np.int64), np.arange(V + 1))}
-    model = Recommender(Shape(event_types=1, dim=D, history=T, **OFF, **PRESETS["dp"]), np.arange(V + 1) > 0, bags)
+    model = Recommender(
+        Shape(event_types=1, dim=D, history=T, **OFF, **PRESETS["dp"]), np.arange(V + 1) > 0, bags
+    )
     with pytest.raises(SettingsError, match="items.features"):
         private(model, 1.0)
 
@@ -217,5 +264,7 @@ def test_both_ways_to_the_norm_of_a_layer_find_it(T):
     layer = torch.nn.Linear(6, 8)
     x, gradient = torch.randn(4, T, 6), torch.randn(4, T, 8)
     found = layer_norms(layer, [x], gradient)
-    torch.testing.assert_close(found[layer.weight], torch.einsum("bti,bto->boi", x, gradient).flatten(1).norm(dim=1))
+    torch.testing.assert_close(
+        found[layer.weight], torch.einsum("bti,bto->boi", x, gradient).flatten(1).norm(dim=1)
+    )
     torch.testing.assert_close(found[layer.bias], gradient.sum(1).norm(dim=1))

@@ -16,7 +16,7 @@ from conftest import private_overrides
 from recray.config import load_settings
 from recray.dataset.reader import History
 from recray.errors import DataError, RefusedError, SettingsError
-from recray.evaluation.protocol import Questions
+from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Predictor
 from recray.model.recommender import Recommender
 from recray.model.shape import PRESETS, Shape
@@ -27,7 +27,8 @@ from recray.privacy.ledger import Ledger
 from recray.privacy.sampling import PoissonUsers
 from recray.testing.published import prepare_here, untrained_bundle
 from recray.training.batches import TrainingBatches, users_estimated
-from recray.training.trainer import _reserve, bundle_settings, mechanism_for
+from recray.training.plan import bundle_settings
+from recray.training.trainer import _reserve, mechanism_for
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 
 NOBODY = History(*np.zeros((4, 0), np.int64))
@@ -49,26 +50,32 @@ def dataset(settings):
 
 def loop_of(settings, dataset, **more):
     mechanism = mechanism_for(settings, dataset)
-    return build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, {**vars(mechanism), **more})
+    return build_loop(
+        str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, {**vars(mechanism), **more}
+    )
 
 
 def test_nothing_is_learned_of_those_who_are_asked(dataset):
-    held = [shard.held_out for shard in dataset.shards()]
+    held = [shard.holdout for shard in dataset.shards()]
     assert 0.15 < np.mean(np.concatenate(held)) < 0.35
-    batches = TrainingBatches(dataset, history=50, batch_positions=500, windows="last", prior_days=0, seed=0)
-    rows = batches.last_windows()
+    batches = TrainingBatches(
+        dataset, history=50, batch_tokens=500, sequences="last", popularity_prior_days=0, seed=0
+    )
+    rows = batches.last_sequences()
     for number, shard in enumerate(dataset.shards()):
         users = np.searchsorted(shard.offsets, rows.start[rows.shard == number], side="right") - 1
-        assert not shard.held_out[users].any() and len(np.unique(users)) == len(users)
-        assert not shard.learned[shard.held_out].any()
+        assert not shard.holdout[users].any() and len(np.unique(users)) == len(users)
+        assert not shard.train_lengths[shard.holdout].any()
     for part in ("validation", "test"):
-        asked = Questions(dataset, part).places
+        asked = EvaluationQueries(dataset, part).positions
         assert len(asked) > 20
         assert all(held[shard][row] for shard, row, _, _ in asked)
 
 
 def test_the_cuts_are_those_of_who_is_asked(dataset):
-    times = np.concatenate([shard.timestamp_s[np.repeat(shard.held_out, np.diff(shard.offsets))] for shard in dataset.shards()])
+    times = np.concatenate(
+        [shard.timestamp_s[np.repeat(shard.holdout, np.diff(shard.offsets))] for shard in dataset.shards()]
+    )
     assert dataset.cut_s("test") == math.ceil(np.quantile(times, 0.9))
     everybody = np.concatenate([shard.timestamp_s for shard in dataset.shards()])
     assert dataset.cut_s("test") != math.ceil(np.quantile(everybody, 0.9))
@@ -78,7 +85,7 @@ def test_what_nobody_is_asked_about_is_learned(world_folder, tmp_path):
     dataset = prepare_here(private_settings(world_folder, tmp_path, "split.kind=leave_one_out"))
     for shard in dataset.shards():
         counts = np.diff(shard.offsets)
-        assert (shard.learned == np.where(shard.held_out, 0, counts)).all()
+        assert (shard.train_lengths == np.where(shard.holdout, 0, counts)).all()
 
 
 def test_dropout_is_not_foreseen(settings, dataset):
@@ -97,7 +104,10 @@ def test_steps_are_taken_as_accounted_and_end_there(settings, dataset):
     lines = list(run.run())
     assert [line["steps"] for line in lines] == [5, 10, 12] and run.progress.step == 12
     assert not any("loss" in line for line in lines)
-    assert run.private.optimizer.noise_multiplier == 0.5 and run.private.optimizer.expected_batch_size == 0.2 * users_estimated(dataset)[1]
+    assert (
+        run.private.optimizer.noise_multiplier == 0.5
+        and run.private.optimizer.expected_batch_size == 0.2 * users_estimated(dataset)[1]
+    )
     assert list(run.run()) == []
 
 
@@ -111,18 +121,23 @@ def test_two_trainings_draw_other_noise(settings, dataset):
 
 
 def test_it_learns_with_little_noise(world_folder, tmp_path):
-    settings = private_settings(world_folder, tmp_path, "privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01")
+    settings = private_settings(
+        world_folder, tmp_path, "privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01"
+    )
     run = loop_of(settings, prepare_here(settings), sigma=0.01)
-    untrained = run._validated()
+    untrained = run._validation_ndcg()
     assert next(run.run())["validation_ndcg"] > 2 * untrained
 
 
 def test_it_learns_from_fixed_features(world_folder, tmp_path):
-    fixed = ["model.items=features", "data.features={category: categorical, brand: categorical, price: numeric, tags: multi, title: text}"]
+    fixed = [
+        "model.items=features",
+        "data.features={category: categorical, brand: categorical, price: numeric, tags: multi, title: text}",
+    ]
     steps = ["privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01"]
     settings = private_settings(world_folder, tmp_path, *fixed, *steps)
     run = loop_of(settings, prepare_here(settings), sigma=0.01)
-    untrained, codes = run._validated(), run.model.items.codes()
+    untrained, codes = run._validation_ndcg(), run.model.items.codes()
     assert next(run.run())["validation_ndcg"] > 2 * untrained
     assert torch.equal(run.model.items.codes(), codes)
     assert (codes.norm(dim=1)[1:] - 1).abs().max() < 1e-5 and not codes[0].any()
@@ -144,8 +159,10 @@ def test_the_counts_are_of_those_who_are_learned_from_and_each_adds_a_vector_of_
     assert counts[0] == 0
     expected = np.zeros_like(counts)
     for shard in dataset.shards():
-        for row in np.flatnonzero(~shard.held_out & (shard.learned > 0)):
-            items = set(shard.item_index[shard.offsets[row] : shard.offsets[row] + shard.learned[row]].tolist())
+        for row in np.flatnonzero(~shard.holdout & (shard.train_lengths > 0)):
+            items = set(
+                shard.item_index[shard.offsets[row] : shard.offsets[row] + shard.train_lengths[row]].tolist()
+            )
             expected[list(items)] += len(items) ** -0.5
     np.testing.assert_allclose(counts, expected)
     each = [_counts_without(dataset, number) for number in range(3)]
@@ -161,12 +178,14 @@ def _counts_without(dataset, number):
         def shards(self):
             left = number
             for shard in dataset.shards():
-                learned = shard.learned.copy()
+                learned = shard.train_lengths.copy()
                 rows = np.flatnonzero(learned > 0)
                 if 0 <= left < len(rows):
                     learned[rows[left]] = 0
                 left -= len(rows)
-                yield SimpleNamespace(offsets=shard.offsets, item_index=shard.item_index, learned=learned)
+                yield SimpleNamespace(
+                    offsets=shard.offsets, item_index=shard.item_index, train_lengths=learned
+                )
 
     return weighted_counts(Fewer())
 
@@ -175,7 +194,8 @@ def test_the_noise_of_the_counts_has_the_stated_deviation(dataset):
     counts, sigma = weighted_counts(dataset), 0.02
     top, *others = np.argsort(-counts)[:20]
     draws = np.stack([log_counts(dataset, sigma) for _ in range(400)]).astype(float)
-    found = np.exp(draws[:, others] - draws[:, [top]]) * counts[top]  # of the largest count, which has noise of its own
+    # of the largest count, which has noise of its own
+    found = np.exp(draws[:, others] - draws[:, [top]]) * counts[top]
     expected = sigma * np.sqrt(1 + (counts[others] / counts[top]) ** 2)
     np.testing.assert_allclose((found.std(0) / expected).mean(), 1.0, rtol=0.1)
     assert (draws.max(1) == 0).all() and (draws >= np.log(sigma / (counts.max() + 6 * sigma))).all()
@@ -184,7 +204,7 @@ def test_the_noise_of_the_counts_has_the_stated_deviation(dataset):
 def test_a_private_training_begins_with_the_noised_counts_of_its_ledger(settings, dataset, tmp_path):
     run = loop_of(settings, dataset)
     taken = []
-    run.take = lambda steps, counts: taken.append((steps, counts))
+    run.take_steps = lambda steps, counts: taken.append((steps, counts))
     lines = run.run()
     next(lines)
     assert taken == [(0, 1), (5, 0)]
@@ -194,11 +214,15 @@ def test_a_private_training_begins_with_the_noised_counts_of_its_ledger(settings
     save_checkpoint(run, tmp_path)
     resumed = loop_of(settings, dataset)
     load_checkpoint(resumed, tmp_path)
-    resumed.take = lambda steps, counts: taken.append((steps, counts))
+    resumed.take_steps = lambda steps, counts: taken.append((steps, counts))
     list(resumed.run())
     assert taken[2:] == [(5, 0), (2, 0)] and torch.equal(resumed.model.offset_V, offset)
     popular = Predictor.of(resumed.model, dataset, 0).recommend([NOBODY], 5, now=0)
-    assert popular.source == ["popular"] and popular.item_index[0].tolist() == (1 + np.argsort(-offset[1:].numpy(), kind="stable")[:5]).tolist()
+    assert (
+        popular.source == ["popular"]
+        and popular.item_index[0].tolist()
+        == (1 + np.argsort(-offset[1:].numpy(), kind="stable")[:5]).tolist()
+    )
 
 
 def test_without_a_share_for_them_there_are_no_counts(world_folder, tmp_path):
@@ -206,7 +230,7 @@ def test_without_a_share_for_them_there_are_no_counts(world_folder, tmp_path):
     mechanism = mechanism_of(settings.privacy, 100)
     assert mechanism.counts_sigma == 0 and mechanism.releases(1) == []
     run = loop_of(settings, prepare_here(settings))
-    run.begin()
+    run.release_counts()
     assert run.model.offset_V is None
 
 
@@ -229,9 +253,13 @@ def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_
         dataset = prepare_here(settings, dt.datetime(2024, 4, day, 23, 59, 59, tzinfo=dt.UTC))
         key = f"night {number}"
         mechanism = mechanism_for(settings, dataset, key)
-        run = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, vars(mechanism))
+        run = build_loop(
+            str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, vars(mechanism)
+        )
         tonight = run.rows.batches.dataset
-        assert (mechanism.part, mechanism.parts) == (number % 3, 3) and abs(len(run.rows) - mechanism.users) < 0.3 * mechanism.users
+        assert (mechanism.part, mechanism.parts) == (number % 3, 3) and abs(
+            len(run.rows) - mechanism.users
+        ) < 0.3 * mechanism.users
         assert np.isclose(weighted_counts(tonight).sum(), _total(tonight))
         next(run.run())
         _reserve(settings, key, dataset, mechanism, None)
@@ -243,8 +271,10 @@ def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_
     assert seen[3] | seen[2] | seen[1] <= everybody and len(everybody) / 5 < len(seen[3]) < len(everybody) / 2
     assert ledger.members() == len(seen[1] | seen[2] | seen[3])
     with pytest.raises(SettingsError, match="more than a tenth of 1/"):
-        mechanism_for(private_settings(world_folder, tmp_path, "privacy.shards=3", "privacy.delta=8e-3"), dataset)
-    with pytest.raises(DataError, match="nobody to learn from in part 1 of 3000"):
+        mechanism_for(
+            private_settings(world_folder, tmp_path, "privacy.shards=3", "privacy.delta=8e-3"), dataset
+        )
+    with pytest.raises(DataError, match="no training users in part 1 of 3000"):
         mechanism_for(private_settings(world_folder, tmp_path, "privacy.shards=3000"), dataset)
 
 
@@ -253,15 +283,29 @@ def test_a_ledger_that_does_not_know_a_private_bundle_is_refused(world_folder, t
     said = {"differential_privacy": True, "population": "others"}
     untrained_bundle(settings, dataset, tmp_path / "bundles" / "other", "other", said)
     mechanism = mechanism_for(settings, dataset)
-    assert _reserve(settings, "first", dataset, mechanism, None)["run_key"] == "first", "of other users, as one without privacy"
-    untrained_bundle(settings, dataset, tmp_path / "bundles" / "mine", "mine", {**said, "population": settings.privacy.population})
-    with pytest.raises(RefusedError, match="does not know bundle mine"):
+    assert _reserve(settings, "first", dataset, mechanism, None)["run_key"] == "first", (
+        "of other users, as one without privacy"
+    )
+    untrained_bundle(
+        settings,
+        dataset,
+        tmp_path / "bundles" / "mine",
+        "mine",
+        {**said, "population": settings.privacy.population},
+    )
+    with pytest.raises(RefusedError, match="does not contain bundle mine"):
         _reserve(settings, "second", dataset, mechanism, None)
-    assert [run.run_key for run in Ledger.read(settings.ledger_url(), settings.privacy.population).runs()] == ["first"]
+    assert [
+        run.run_key for run in Ledger.read(settings.ledger_url(), settings.privacy.population).runs()
+    ] == ["first"]
 
 
 def _learned(dataset):
-    return {user for shard in dataset.shards() for user in shard.user_ids.filter(pa.array(shard.learned > 0)).to_pylist()}
+    return {
+        user
+        for shard in dataset.shards()
+        for user in shard.user_ids.filter(pa.array(shard.train_lengths > 0)).to_pylist()
+    }
 
 
 def _total(dataset):
@@ -269,7 +313,7 @@ def _total(dataset):
     return sum(
         np.sqrt(len(np.unique(shard.item_index[start : start + count])))
         for shard in dataset.shards()
-        for start, count in zip(shard.offsets[:-1], shard.learned, strict=True)
+        for start, count in zip(shard.offsets[:-1], shard.train_lengths, strict=True)
     )
 
 
@@ -281,14 +325,17 @@ def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
     draw = run.sampler.draw
 
     def watched():
-        users = draw() if run.progress.step % 4 else np.zeros(0, np.int64)  # some steps find nobody on any rank
+        # some steps find nobody on any rank
+        users = draw() if run.progress.step % 4 else np.zeros(0, np.int64)
         drawn.append(users.tolist())
         return users
 
     run.sampler.draw = watched
     list(run.run())
     assert run.model.offset_V.std() > 0.1 and torch.equal(run.model.offset_V, run.average.offset_V)
-    torch.save({"weights": run.model.state_dict(), "steps": run.progress.step, "drawn": drawn}, f"{folder}/{rank}.pt")
+    torch.save(
+        {"weights": run.model.state_dict(), "steps": run.progress.step, "drawn": drawn}, f"{folder}/{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
@@ -298,7 +345,9 @@ def test_ranks_draw_apart_and_stay_equal_to_the_bit(settings, dataset, tmp_path)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["steps"] == two["steps"] == 12
     assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
-    assert not {user for step in one["drawn"] for user in step} & {user for step in two["drawn"] for user in step}
+    assert not {user for step in one["drawn"] for user in step} & {
+        user for step in two["drawn"] for user in step
+    }
     assert one["drawn"] != [[user - 1 for user in step] for step in two["drawn"]]
 
 
@@ -307,9 +356,13 @@ def _noisy_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)  # of the weights, which are alike
     off = {"time_bias": False, "repeat": False, "prior": False}
-    model = Recommender(Shape(**PRESETS["dp"], **off, event_types=1, dim=64, history=8), np.arange(1001) > 0, {})
+    model = Recommender(
+        Shape(**PRESETS["dp"], **off, event_types=1, dim=64, history=8), np.arange(1001) > 0, {}
+    )
     before = model.items.ids.weight.detach().clone()
-    sgd = torch.optim.SGD([parameter for name, parameter in model.named_parameters() if name != "temperature"], lr=1.0)
+    sgd = torch.optim.SGD(
+        [parameter for name, parameter in model.named_parameters() if name != "temperature"], lr=1.0
+    )
     PrivateStep(model, sgd, clipping_norm=0.3, noise_multiplier=1.7, expected_users=20.0).step([])
     torch.save((model.items.ids.weight.detach() - before)[1:], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -349,18 +402,22 @@ def test_epsilon_is_that_of_the_literature():
     assert sigma_for(3.0, 1e-5, 0.1, 100, before=spent) > sigma_for(3.0, 1e-5, 0.1, 100)
 
 
-@pytest.mark.parametrize(("nights", "epsilon"), [(7, 2.88), (30, 6.66), pytest.param(365, 32.8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("nights", "epsilon"), [(7, 2.88), (30, 6.66), pytest.param(365, 32.8, marks=pytest.mark.slow)]
+)
 def test_the_same_users_every_night_cost_more_and_more(nights, epsilon):
     every_night = Steps(sigma_for(1.0, 1e-5, 1024 / 6040, 300), 1024 / 6040, 300)
-    np.testing.assert_allclose(epsilon_of([every_night._replace(number=300 * nights)], 1e-5), epsilon, rtol=0.02)
+    np.testing.assert_allclose(
+        epsilon_of([every_night._replace(number=300 * nights)], 1e-5), epsilon, rtol=0.02
+    )
 
 
 def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
     with pytest.raises(SettingsError, match="more than a tenth of 1/1000"):
         mechanism_of(settings.privacy.model_copy(update={"delta": 1.01e-4}), 1000)
-    with pytest.raises(SettingsError, match="promises nothing"):
+    with pytest.raises(SettingsError, match="protects nobody"):
         mechanism_of(settings.privacy.model_copy(update={"sigma": 0.01}), 1000)
-    with pytest.raises(SettingsError, match="spent already"):
+    with pytest.raises(SettingsError, match="already spent"):
         sigma_for(0.5, 1e-5, 0.1, 100, before=[Steps(1.0, 0.1, 100)])
     mechanism = mechanism_of(settings.privacy.model_copy(update={"sigma": None, "epsilon": 2.0}), 1000)
     assert 1.8 < mechanism.epsilon <= 2.0
@@ -372,15 +429,15 @@ def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
         ("privacy.epsilon=0", "greater than 0"),
         ("privacy.epsilon=1", "either epsilon or sigma"),
         ("privacy.cap=null", "privacy.cap"),
-        ("split.held_out=0", "split.held_out: 0 cannot"),
+        ("split.holdout_users=0", "split.holdout_users: 0 cannot"),
         ("data.catalogue=all", "data.catalogue"),
         ("data.min_item_events=5", "data.min_item_events"),
         ("model.preset=ligr", "model.preset"),
-        ("model.repeat=true", "model.repeat"),
-        ("model.prior_days=7", "model.prior_days"),
+        ("model.repeat_consumption=true", "model.repeat_consumption"),
+        ("model.popularity_prior_days=7", "model.popularity_prior_days"),
         ("train.loss=sampled", "train.loss"),
         ("split.kind=random", "random split"),
-        ("gates.must_beat=[EASE]", "gates.must_beat"),
+        ("promotion.must_beat=[EASE]", "promotion.must_beat"),
     ],
 )
 def test_settings_that_break_the_promise_are_refused(world_folder, tmp_path, override, words):
@@ -391,5 +448,7 @@ def test_settings_that_break_the_promise_are_refused(world_folder, tmp_path, ove
 def test_the_statement_says_what_is_promised_and_what_is_not():
     statement = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 1000).statement()
     assert statement["differential_privacy"] and statement["sigma"] == 2.0 and 0 < statement["epsilon"] < 20
-    assert "all their events" in statement["unit"] and any("held out" in text for text in statement["not_protected"])
+    assert "all their events" in statement["unit"] and any(
+        "holdout users" in text for text in statement["not_protected"]
+    )
     json.dumps(statement)

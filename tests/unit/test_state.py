@@ -10,20 +10,28 @@ import pytest
 from harness import DEADLINE_S, wait_for
 
 from recray.errors import SettingsError, StateError
-from recray.state.log import RECENT, Entry
+from recray.state.log import MAX_RECENT, Entry
 from recray.state.sqlite import SqliteLog
 from recray.state.store import open_log
-from recray.state.writer import PATIENT, Writer
+from recray.state.writer import MAX_WAITING_OUTCOMES, Writer
 
 
 def event(n, user="u", key=None, at_s=None):
-    return Entry("event", key or f"{user}-{n}", user, float(n if at_s is None else at_s), {"item_id": n, "event": "ä view"})
+    return Entry(
+        "event",
+        key or f"{user}-{n}",
+        user,
+        float(n if at_s is None else at_s),
+        {"item_id": n, "event": "ä view"},
+    )
 
 
 def test_entries_come_back_once_and_in_order(log):
     assert log.last() == 0 and log.read(0, 10) == []
     assert log.append([event(1), event(2, "v"), event(1)]) == [1, 2, 0]
-    before, third = log.append([event(2, "v"), Entry("decision", "u-1", None, 5.5, {"shown": [1, "x", None]})])
+    before, third = log.append(
+        [event(2, "v"), Entry("decision", "u-1", None, 5.5, {"shown": [1, "x", None]})]
+    )
     assert before == 0 and third > 2
     found = log.read(0, 10)
     assert [number for number, _ in found] == [1, 2, third] and found[0][1] == event(1)
@@ -41,17 +49,17 @@ def test_recent_events_are_those_that_the_night_does_not_know(log):
 
 
 def test_a_user_keeps_the_last_events_only(log):
-    log.append([event(n) for n in range(RECENT + 20)])
+    log.append([event(n) for n in range(MAX_RECENT + 20)])
     found = [entry.body["item_id"] for entry in log.recent("u", 0, 0.0)]
-    assert found == list(range(20, RECENT + 20))
+    assert found == list(range(20, MAX_RECENT + 20))
 
 
 def test_what_is_forgotten_is_gone_and_numbers_go_on(log):
     log.append([event(n) for n in range(1, 6)])
-    log.forget(5)
+    log.drop_through(5)
     assert log.read(0, 10) == [] and log.last() == 5
     assert log.append([event(6)]) == [6]
-    log.forget(3)
+    log.drop_through(3)
     assert [number for number, _ in log.read(0, 10)] == [6]
 
 
@@ -91,7 +99,9 @@ def test_what_was_acknowledged_survives_a_kill(log, tmp_path):
     url = "sqlite" if isinstance(log, SqliteLog) else log.url
     reads, writes = os.pipe()
     os.set_inheritable(writes, True)
-    child = multiprocessing.get_context("fork").Process(target=_die_while_writing, args=(url, tmp_path, writes))
+    child = multiprocessing.get_context("fork").Process(
+        target=_die_while_writing, args=(url, tmp_path, writes)
+    )
     child.start()
     os.close(writes)
     with os.fdopen(reads) as told:
@@ -159,20 +169,29 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
         """The first commit goes on when as many wait as will."""
         commits.append(len(entries))
         if len(commits) == 1:
-            wait_for("the others", lambda: commits[0] + 2 * writer._waiting.qsize() >= 101)
+            wait_for("the others", lambda: commits[0] + 2 * writer._queue.qsize() >= 101)
         return inner(entries)
 
     log.append = held
     writer = Writer(log)
 
     async def talk():
-        writer.later(Entry("decision", "r1", "u", 1.0, {}))
+        writer.enqueue(Entry("decision", "r1", "u", 1.0, {}))
         found = await asyncio.gather(*(writer.append([event(n), event(n)]) for n in range(50)))
         assert all(first and not second for first, second in found)
-        writer.later(Entry("decision", "r2", "u", 1.0, {}))
-        assert await writer.outcome(Entry("outcome", "o2", "u", 2.0, {"request_id": "r2"}), "r2") == (True, True)
-        assert await writer.outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3") == (True, False)
-        assert await writer.outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3") == (False, False)
+        writer.enqueue(Entry("decision", "r2", "u", 1.0, {}))
+        assert await writer.append_outcome(Entry("outcome", "o2", "u", 2.0, {"request_id": "r2"}), "r2") == (
+            True,
+            True,
+        )
+        assert await writer.append_outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3") == (
+            True,
+            False,
+        )
+        assert await writer.append_outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3") == (
+            False,
+            False,
+        )
         return await writer.recent("u", 0, 0.0)
 
     recent = asyncio.run(talk())
@@ -184,10 +203,10 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
 
 
 def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
-    monkeypatch.setattr("recray.state.writer.ELSEWHERE_S", DEADLINE_S)  # however slow this disk is
+    monkeypatch.setattr("recray.state.writer.DECISION_WAIT_S", DEADLINE_S)  # however slow this disk is
     here, there = Writer(log), Writer(log)
-    threading.Timer(0.1, lambda: there.later(Entry("decision", "far", "u", 1.0, {}))).start()
-    assert asyncio.run(here.outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
+    threading.Timer(0.1, lambda: there.enqueue(Entry("decision", "far", "u", 1.0, {}))).start()
+    assert asyncio.run(here.append_outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
     here.close(), there.close()
 
 
@@ -195,17 +214,22 @@ def test_outcomes_of_made_up_requests_do_not_make_others_wait(log):
     writer, patient, has = Writer(log), [], log.has
 
     def look(kind, key):
-        patient.append(writer._patient)
+        patient.append(writer._waiting_outcomes)
         return has(kind, key)
 
     log.has = look
 
     async def many():
-        return await asyncio.gather(*(writer.outcome(Entry("outcome", f"o{n}", "u", 2.0, {}), f"made up {n}") for n in range(40)))
+        return await asyncio.gather(
+            *(
+                writer.append_outcome(Entry("outcome", f"o{n}", "u", 2.0, {}), f"made up {n}")
+                for n in range(40)
+            )
+        )
 
-    assert asyncio.run(many()) == [(True, False)] * 40 and writer._patient == 0
+    assert asyncio.run(many()) == [(True, False)] * 40 and writer._waiting_outcomes == 0
     kept = [entry.kind for _, entry in log.read(0, 100)]
-    assert kept == ["set_aside"] * 40 and 0 < max(patient) <= PATIENT
+    assert kept == ["set_aside"] * 40 and 0 < max(patient) <= MAX_WAITING_OUTCOMES
     writer.close()
 
 
@@ -221,7 +245,7 @@ def test_a_log_that_fails_is_heard_of_and_the_writer_lives_on(log):
     writer = Writer(log)
 
     async def talk():
-        writer.later(Entry("decision", "lost", "u", 1.0, {}))
+        writer.enqueue(Entry("decision", "lost", "u", 1.0, {}))
         with pytest.raises(StateError, match="gone"):
             await writer.append([event(1)])
         broken.clear()
@@ -261,6 +285,6 @@ def test_who_goes_away_while_it_waits_takes_nobody_along(log):
 def test_a_writer_that_is_closed_has_written_all(log):
     writer = Writer(log)
     for n in range(200):
-        writer.later(Entry("decision", f"d{n}", None, 1.0, {}))
+        writer.enqueue(Entry("decision", f"d{n}", None, 1.0, {}))
     writer.close()
     assert log.last() == 200

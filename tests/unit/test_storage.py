@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from recray.errors import DamagedArtifactError, MissingArtifactError, OutputExistsError, RefusedError
-from recray.lease import FAULT
 from recray.snapshot.writer import publish
-from recray.storage import Storage, is_sealed, open_sealed, sealed_directory, storage_error, write_json
+from recray.storage import Storage, is_sealed, open_sealed, sealed_directory, to_storage_error, write_json
+from recray.storage.lease import FAULT
 
 
 def seal(path, key="k", **fields):
@@ -80,11 +80,15 @@ def test_a_disk_that_takes_nothing_is_named_however_deep(tmp_path, number):
         except OSError as error:
             raise RuntimeError("while writing") from error
     except RuntimeError as error:
-        found = storage_error(error, tmp_path)
-    assert str(tmp_path) in found.what and os.strerror(number) in found.what and "repeat the job" in found.fix
-    assert storage_error(RuntimeError(f"native: {os.strerror(number)} (os error {number})"), tmp_path)
-    assert storage_error(RuntimeError("something else"), tmp_path) is None
-    assert storage_error(None, tmp_path) is None
+        found = to_storage_error(error, tmp_path)
+    assert (
+        str(tmp_path) in found.message
+        and os.strerror(number) in found.message
+        and "repeat the job" in found.fix
+    )
+    assert to_storage_error(RuntimeError(f"native: {os.strerror(number)} (os error {number})"), tmp_path)
+    assert to_storage_error(RuntimeError("something else"), tmp_path) is None
+    assert to_storage_error(None, tmp_path) is None
 
 
 COMMIT = """

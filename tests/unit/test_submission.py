@@ -8,12 +8,13 @@ import sys
 
 import pytest
 
-from recray import cluster, submission
+from recray import cluster
+from recray.cli import submission
 from recray.errors import SettingsError
 
 
-def wish(folder, *more, as_of="2011-12-01", config=None, flags=()):
-    return submission.wish("nightly", config, as_of, list(more), folder, flags)
+def submit(folder, *more, as_of="2011-12-01", config=None, flags=()):
+    return submission.prepare_submission("nightly", config, as_of, list(more), folder, flags)
 
 
 @pytest.fixture
@@ -25,26 +26,37 @@ def checkout(tmp_path):
 
 
 def test_the_name_is_job_as_of_and_a_hash_of_settings_and_input(checkout):
-    one = wish(checkout)
+    one = submit(checkout)
     assert one.name.startswith("nightly-2011-12-01-") and len(one.name.rsplit("-", 1)[1]) == 12
-    assert wish(checkout).name == one.name
-    assert wish(checkout, as_of=None).name.startswith("nightly-latest-")
-    others = [wish(checkout, "train.epochs=3"), wish(checkout, config="mine.yaml"), wish(checkout, "storage.root=/elsewhere")]
+    assert submit(checkout).name == one.name
+    assert submit(checkout, as_of=None).name.startswith("nightly-latest-")
+    others = [
+        submit(checkout, "train.epochs=3"),
+        submit(checkout, config="mine.yaml"),
+        submit(checkout, "storage.root=/elsewhere"),
+    ]
     assert len({one.name, *(other.name for other in others)}) == 4
 
 
 def test_a_changed_input_is_another_submission(checkout, tmp_path):
     file = tmp_path / "events.parquet"
     file.write_bytes(b"one")
-    before = wish(checkout, f"data.events=[{file}]").name
+    before = submit(checkout, f"data.events=[{file}]").name
     file.write_bytes(b"two!")
-    assert wish(checkout, f"data.events=[{file}]").name != before
-    assert wish(checkout, "data.events=[/only/on/the/cluster.parquet]").name
+    assert submit(checkout, f"data.events=[{file}]").name != before
+    assert submit(checkout, "data.events=[/only/on/the/cluster.parquet]").name
 
 
 def test_the_job_gets_the_arguments_relative_to_the_working_directory(checkout):
-    found = wish(checkout, "train.epochs=2", flags=["--restart"], config=str(checkout / "mine.yaml"))
-    assert found.passed == ["--config", "mine.yaml", "--restart", "train.epochs=2", "--as-of", "2011-12-01"]
+    found = submit(checkout, "train.epochs=2", flags=["--restart"], config=str(checkout / "mine.yaml"))
+    assert found.arguments == [
+        "--config",
+        "mine.yaml",
+        "--restart",
+        "train.epochs=2",
+        "--as-of",
+        "2011-12-01",
+    ]
     assert found.settings.train.epochs == 2
 
 
@@ -59,19 +71,22 @@ def test_the_job_gets_the_arguments_relative_to_the_working_directory(checkout):
 )
 def test_what_cannot_work_is_refused_before_it_is_sent(checkout, more, options, named):
     with pytest.raises(SettingsError, match=named):
-        wish(checkout, *more, **options)
+        submit(checkout, *more, **options)
 
 
 def test_a_folder_without_the_job_is_named(tmp_path):
     with pytest.raises(SettingsError, match="jobs/nightly.py"):
-        wish(tmp_path)
+        submit(tmp_path)
 
 
 def test_results_are_told_from_logs():
-    line = '{"job": "nightly", "status": "ok", "run_key": "k", "outputs": {}, "metrics": {}, "seconds": 1.0, "reason": "", "warnings": []}'
-    assert submission._result(line)["status"] == "ok"
+    line = (
+        '{"job": "nightly", "status": "ok", "run_key": "k", "outputs": {}, "metrics": {}, "seconds": '
+        '1.0, "reason": "", "warnings": []}'
+    )
+    assert submission._to_result(line)["status"] == "ok"
     for other in ('{"time": "now"}', '{"job": broken', "epoch 1", '{"job": "x"}'):
-        assert submission._result(other) is None
+        assert submission._to_result(other) is None
 
 
 def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
@@ -88,20 +103,31 @@ def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
 
 def test_replicas_of_two_rays_listen_on_ports_of_their_own(monkeypatch):
     first = cluster._free_block(0)
-    assert len(first) == cluster.BLOCK and first[0] in cluster.REPLICA_PORTS and first[-1] in cluster.REPLICA_PORTS
+    assert (
+        len(first) == cluster.BLOCK
+        and first[0] in cluster.REPLICA_PORTS
+        and first[-1] in cluster.REPLICA_PORTS
+    )
     monkeypatch.setattr(cluster, "REPLICA_PORTS", range(first.start, first.stop))
     assert cluster._free_block(0) == first
-    with pytest.raises(OSError, match="something listens in each 100"):
+    with pytest.raises(OSError, match="each block of 100 ports"):
         cluster._free_block(first[3])
-    with socket.create_server(("127.0.0.1", first[50])), pytest.raises(OSError, match="stop it"):
+    with socket.create_server(("127.0.0.1", first[50])), pytest.raises(OSError, match="stop the processes"):
         cluster._free_block(0)
 
 
 def test_no_port_of_serves_is_one_that_another_ray_has_too():
     from ray.serve._private import constants
 
-    ports = {name for name, value in vars(constants).items() if name.startswith("RAY_SERVE_") and re.search("_PORT$", name) and value is not None}
-    of_grpc = {"RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT"}  # nothing of ours speaks it
+    ports = {
+        name
+        for name, value in vars(constants).items()
+        if name.startswith("RAY_SERVE_") and re.search("_PORT$", name) and value is not None
+    }
+    of_grpc = {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT",
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT",
+    }  # nothing of ours speaks it
     first = cluster.serve_environment()
     assert ports - of_grpc == {name for name in first if name.endswith("_PORT")}
     ours = [int(first[name]) for name in ports - of_grpc]
@@ -110,7 +136,8 @@ def test_no_port_of_serves_is_one_that_another_ray_has_too():
 
 def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
     mine, other = (
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"{folder}/haproxy.cfg"]) for folder in (tmp_path, "/tmp/x")
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"{folder}/haproxy.cfg"])
+        for folder in (tmp_path, "/tmp/x")
     )
     try:
         cluster._end_haproxy(str(tmp_path))
@@ -121,7 +148,7 @@ def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
 
 
 def test_a_line_that_says_nothing_is_kept_off_standard_error_and_all_others_pass(capfd):
-    with cluster.without_line("Actor", "in the object store"):
+    with cluster.suppress_lines("Actor", "in the object store"):
         os.write(2, b"before\nAn Actor has arguments in the object store\nAn Actor began\nleft over")
     os.write(2, b" after\n")
     assert capfd.readouterr().err == "before\nAn Actor began\nleft over after\n"

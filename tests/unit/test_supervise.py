@@ -12,7 +12,7 @@ from processes import children, status
 
 JOB = """
 import atexit, os, signal, sys, time
-from recray.supervise import supervise
+from recray.cli.supervise import supervise
 
 def job(tell):
     tell(f"child {{os.getpid()}}")
@@ -34,7 +34,11 @@ def start(body: str) -> subprocess.Popen:
     ("body", "code", "named"),
     [
         ("return 3", 3, ""),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "signal 9 (SIGKILL), which is what the kernel sends when memory runs out"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            1,
+            "signal 9 (SIGKILL), which the kernel sends when memory runs out",
+        ),
         ("os.abort()", 1, "signal 6 (SIGABRT)"),
         ("os._exit(1)", 1, "lost the cluster's head node"),
         ("atexit.register(os.kill, os.getpid(), signal.SIGKILL); return 0", 0, ""),  # all was done, and said
@@ -65,8 +69,12 @@ def test_a_request_to_end_reaches_the_job():
 
 
 def test_what_others_print_goes_to_standard_error():
-    body = "print('python'); os.system('echo native'); tell('result'); atexit.register(print, 'late'); return 0"
-    process = subprocess.run([sys.executable, "-c", JOB.format(body=body)], capture_output=True, text=True, timeout=60)
+    body = (
+        "print('python'); os.system('echo native'); tell('result'); atexit.register(print, 'late'); return 0"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", JOB.format(body=body)], capture_output=True, text=True, timeout=60
+    )
     assert process.stdout.splitlines()[1:] == ["result"]
     assert {"python", "native", "late"} <= set(process.stderr.split())
 
@@ -76,7 +84,9 @@ def test_a_caller_that_ignores_the_end_of_children_or_closed_a_descriptor(closed
     script = tmp_path / "job.py"
     script.write_text(JOB.format(body="return 5"))
     command = f"exec {sys.executable} {script} {closed}"
-    done = subprocess.run(["bash", "-c", command], timeout=60, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    done = subprocess.run(
+        ["bash", "-c", command], timeout=60, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    )
     assert done.returncode == 5
 
 
@@ -90,11 +100,18 @@ def test_the_job_does_not_outlive_its_parent():
 
 def test_the_last_line_is_there_when_the_job_is_killed(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.serve", f"storage.root={tmp_path}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "jobs.serve", f"storage.root={tmp_path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     (job,) = wait_for("the job", lambda: children(process.pid), ended=process.poll)
     os.kill(job, signal.SIGKILL)
     out, said = process.communicate(timeout=60)
     result = json.loads(out.splitlines()[-1])
-    assert (process.returncode, result["job"], result["status"]) == (1, "serve", "failed") and "signal 9" in result["reason"]
+    assert (process.returncode, result["job"], result["status"]) == (
+        1,
+        "serve",
+        "failed",
+    ) and "signal 9" in result["reason"]
     assert json.loads(said.splitlines()[-1])["level"] == "error"

@@ -19,12 +19,16 @@ from recray.training.worker import build_loop
 @pytest.fixture(scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utility, "SPECIFICATION", SyntheticShop(users=300, items=60, events_per_user=12.0, repeat=0.0, seed=3))
+        patch.setattr(
+            utility,
+            "SPECIFICATION",
+            SyntheticShop(users=300, items=60, events_per_user=12.0, repeat=0.0, seed=3),
+        )
         rest = ("privacy.delta=1e-4", "privacy.sampling_rate=1.0", "privacy.steps=4", "train.epochs=1")
-        patch.setitem(utility.OF_DATA, "world", ("model.history=10", "split.held_out=0.3", *rest))
+        patch.setitem(utility.OF_DATA, "world", ("model.history=10", "split.holdout_users=0.3", *rest))
         patch.setattr(utility, "LEARNING_RATES", (1e-3, 1e-2))
         patch.setattr(utility, "EPSILONS", (3.0, 8.0))
-        patch.setattr(utility, "NIGHTS", (1, 2))
+        patch.setattr(utility, "RUN_COUNTS", (1, 2))
         yield utility
 
 
@@ -44,15 +48,21 @@ def test_the_table_has_every_cell_and_a_second_run_measures_none_again(small, tm
         for what in ("ε 3", "ε 8", "not private")
         if (method, what) != ("vanilla", "not private")
     }
-    assert found["world_eps8_over_vanilla"] == pytest.approx(found["table"]["full, ε 8"]["ndcg"] / found["table"]["vanilla, ε 8"]["ndcg"], rel=0.05)
+    assert found["world_eps8_over_vanilla"] == pytest.approx(
+        found["table"]["full, ε 8"]["ndcg"] / found["table"]["vanilla, ε 8"]["ndcg"], rel=0.05
+    )
     assert found["nights"]["ε 3 a night"] == sorted(found["nights"]["ε 3 a night"])
     assert "<svg" in (tmp_path / "a" / "keep" / "svg").read_text()
     (file,) = (tmp_path / "out").glob("*.cells.jsonl")
     cells = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(cells) == 3 * (2 + 2) + 3 + 2 * 1, "two trials a method and two repeats, the other ε, and without privacy all rates but the last"
+    assert len(cells) == 3 * (2 + 2) + 3 + 2 * 1, (
+        "two trials a method and two repeats, the other ε, and without privacy all rates but the last"
+    )
     full = [cell for cell in cells if (cell["method"], cell["epsilon"]) == ("full", 8.0)]
     rate = next(cell["learning_rate"] for cell in full if cell["number"] == 2)
-    assert found["repeats"]["full, ε 8"] == [round(cell["ndcg"], 4) for cell in full if cell["learning_rate"] == rate]
+    assert found["repeats"]["full, ε 8"] == [
+        round(cell["ndcg"], 4) for cell in full if cell["learning_rate"] == rate
+    ]
     trials = {cell["learning_rate"]: cell["validation_ndcg"] for cell in full if cell["number"] == 0}
     assert trials[rate] == max(trials.values())
     _, again = small.measure_utility(tmp_path / "b", "world", [], said.append, tmp_path / "out")
@@ -62,15 +72,17 @@ def test_the_table_has_every_cell_and_a_second_run_measures_none_again(small, tm
 
 
 def test_both_ways_to_rank_agree(bench):
-    loop = build_loop(str(bench.dataset.path), bench.chosen, torch.device("cpu"))
-    model, asked = loop.model.eval(), bench.asked["test"]
-    expected = ranks_of(model, bench.dataset, bench.chosen, asked)
+    loop = build_loop(str(bench.dataset.path), bench.training_settings, torch.device("cpu"))
+    model, asked = loop.model.eval(), bench.queries["test"]
+    expected = ranks_of(model, bench.dataset, bench.training_settings, asked)
     from recray.inference import Predictor
 
     predictor = Predictor.of(model, bench.dataset, 0)
 
     def scores(batch):
-        answer = predictor.recommend([q.history for q in batch], bench.dataset.n_items, now=[q.now for q in batch])
+        answer = predictor.recommend(
+            [q.history for q in batch], bench.dataset.n_items, now=[q.now for q in batch]
+        )
         found = np.full((len(batch), bench.dataset.n_items + 1), -np.inf)
         np.put_along_axis(found, answer.item_index, answer.scores, 1)
         return found
@@ -80,8 +92,10 @@ def test_both_ways_to_rank_agree(bench):
 
 def test_the_peer_learns_the_rows_that_we_learn(bench):
     item, following = utility._rows(bench.dataset, 10)
-    batches = TrainingBatches(bench.dataset, history=10, batch_positions=100, windows="last", prior_days=0, seed=0)
-    windows = batches.last_windows()
+    batches = TrainingBatches(
+        bench.dataset, history=10, batch_tokens=100, sequences="last", popularity_prior_days=0, seed=0
+    )
+    windows = batches.last_sequences()
     assert len(item) == len(windows)
     batch, targets = batches.collate(windows)
     assert (batch.item_BT.numpy() == item[:, : batch.item_BT.shape[1]]).all()
@@ -103,23 +117,41 @@ def test_the_peer_does_not_see_what_follows():
 
 def test_noise_of_popularity_is_that_of_its_epsilon():
     for epsilon, delta in ((1.0, 1e-5), (8.0, 1e-6)):
-        sigma = utility._gaussian(epsilon, delta)
-        beyond = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(-0.5 / sigma - epsilon * sigma)
+        sigma = utility._calibrate_gaussian(epsilon, delta)
+        beyond = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(
+            -0.5 / sigma - epsilon * sigma
+        )
         assert beyond == pytest.approx(delta, rel=1e-6)
-    assert utility._gaussian(8.0, 1e-6) < utility._gaussian(1.0, 1e-6)
+    assert utility._calibrate_gaussian(8.0, 1e-6) < utility._calibrate_gaussian(1.0, 1e-6)
 
 
-def test_night_after_night_each_begins_with_the_one_before_and_a_second_run_measures_none_again(small, tmp_path, monkeypatch):
+def test_night_after_night_each_begins_with_the_one_before_and_a_second_run_measures_none_again(
+    small, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, value in {"SPECIFICATION": small.SPECIFICATION, "OF_DATA": small.OF_DATA, "CUTS": 2, "SEEDS": 1, "LAST": 1, "FIRST_DAY": 100}.items():
+    for name, value in {
+        "SPECIFICATION": small.SPECIFICATION,
+        "OF_DATA": small.OF_DATA,
+        "CUTS": 2,
+        "SEEDS": 1,
+        "LAST": 1,
+        "FIRST_DAY": 100,
+    }.items():
         monkeypatch.setattr(cuts, name, value)
     said = []
     (tmp_path / "a").mkdir()
     chosen, found = cuts.measure_cuts(tmp_path / "a", [], said.append, tmp_path / "out")
-    assert (chosen["privacy"]["cap"], chosen["privacy"]["trainings"]) == (8.0, 2) and [len(row) for row in found["table"]] == [5, 5]
+    assert (chosen["privacy"]["cap"], chosen["privacy"]["trainings"]) == (8.0, 2) and [
+        len(row) for row in found["table"]
+    ] == [5, 5]
     assert found["lead_over_reused_low"] <= found["lead_over_reused"] <= found["lead_over_reused_high"]
-    statements = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("privacy.json")}
-    assert statements.keys() == {"0-0", "0-1", "0-alone"} and statements["0-alone"]["epsilon"] > 1.2 * statements["0-0"]["epsilon"]
+    statements = {
+        path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("privacy.json")
+    }
+    assert (
+        statements.keys() == {"0-0", "0-1", "0-alone"}
+        and statements["0-alone"]["epsilon"] > 1.2 * statements["0-0"]["epsilon"]
+    )
     (file,) = (tmp_path / "out").glob("*.cells.jsonl")
     lines = file.read_text()
     file.write_text(lines[:-10])  # torn

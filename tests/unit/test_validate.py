@@ -26,25 +26,38 @@ def shop(tmp_path, price=None, ids=None, **columns):
     }
     pq.write_table(pa.table(events), tmp_path / "events.parquet")
     prices = pa.array([0.85, *np.linspace(1, 9, 19).round(2).tolist()], price or pa.float32())
-    pq.write_table(pa.table({"item_id": ids or [f"i{n}" for n in range(20)], "price": prices, "brand": ["a", "b"] * 10}), tmp_path / "items.parquet")
+    pq.write_table(
+        pa.table({"item_id": ids or [f"i{n}" for n in range(20)], "price": prices, "brand": ["a", "b"] * 10}),
+        tmp_path / "items.parquet",
+    )
 
 
 def validate(tmp_path, *overrides):
     said = []
-    where = [f"data.events=[{tmp_path / 'events.parquet'}]", f"data.items={tmp_path / 'items.parquet'}", f"storage.root={tmp_path / 'root'}"]
+    where = [
+        f"data.events=[{tmp_path / 'events.parquet'}]",
+        f"data.items={tmp_path / 'items.parquet'}",
+        f"storage.root={tmp_path / 'root'}",
+    ]
     more = ["data.features={price: numeric, brand: categorical}", *overrides]
-    result = pipeline.run_validate(load_settings(None, [*where, *more]), None, lambda text, **_: said.append(text))
+    result = pipeline.run(
+        "validate", load_settings(None, [*where, *more]), None, lambda text, **_: said.append(text)
+    )
     return result, "\n".join(said)
 
 
 def test_a_page_says_what_will_be_learned_and_nothing_is_written(tmp_path):
     shop(tmp_path)
     result, said = validate(tmp_path)
-    assert result.status == "ok" and result.warnings == [] and json.loads(result.to_json())["metrics"]["users"] == 40
+    assert (
+        result.status == "ok"
+        and result.warnings == []
+        and json.loads(result.to_json())["metrics"]["users"] == 40
+    )
     for words in (
         "40 users, 20 items, 600 events, up to 2024-04-29",
-        "0 bad rows, 0 rows that equal another",
-        "events to learn from",
+        "0 invalid rows, 0 rows that equal another",
+        "training events",
         "test from 2024-",
     ):
         assert words in said, said
@@ -55,10 +68,14 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
     shop(tmp_path)
     with pytest.raises(RecrayError) as error:
         validate(
-            tmp_path, "data.columns={user_id: who, basket: order, event: kind}", "data.context=[device]", "data.released=born", "storage.root=here"
+            tmp_path,
+            "data.columns={user_id: who, basket: order, event: kind}",
+            "data.context=[device]",
+            "data.available_from=born",
+            "storage.root=here",
         )
     for named in ("'who'", "'order'", "'kind'", "'device'", "'born'", "'here' is relative"):
-        assert named in error.value.what, error.value.what
+        assert named in error.value.message, error.value.message
 
 
 @pytest.mark.parametrize(
@@ -66,12 +83,16 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
     [
         ({"timestamp": [19_783 + n // 10 for n in range(600)]}, [], "data.time_unit=days if they are days"),
         ({"timestamp": list(range(600))}, [], "whole numbers from 0 to 599"),
-        ({"user_id": ["", " "] * 300}, [], "600 of 600 rows are bad"),
-        ({"item_id": [f" i{n * 7 % 20}" for n in range(600)]}, [], r"no item of data.events is in data.items: data.events has ' i\d+'.*'i\d+'"),
+        ({"user_id": ["", " "] * 300}, [], "600 of 600 rows are invalid"),
+        (
+            {"item_id": [f" i{n * 7 % 20}" for n in range(600)]},
+            [],
+            r"no item of data.events is in data.items: data.events has ' i\d+'.*'i\d+'",
+        ),
         ({"item_id": [f"I{n * 7 % 20}" for n in range(600)]}, [], "no item of data.events is in data.items"),
         ({}, ["split.test_from=2031-01-01"], "impossible split"),
         ({}, ["data.min_item_events=1000"], "no item has 1000 events"),
-        ({}, ["data.min_value=2"], "600 are worth less than data.min_value"),
+        ({}, ["data.min_value=2"], "600 have a value below data.min_value"),
         ({}, ["score.exclude=[brand=c]"], "score: no item has brand=c"),
         ({}, ["score.boosts={price=0.86: 1}"], "score: no item has price=0.86"),
     ],
@@ -86,7 +107,11 @@ def test_items_that_do_not_join_are_a_warning_with_examples_of_both_sides(tmp_pa
     shop(tmp_path, item_id=[f"i{n * 7 % 20}" if n % 10 else f"I{n % 20}" for n in range(600)])
     result, _ = validate(tmp_path)
     (note,) = result.warnings
-    assert note.startswith("90.0% of the events and ") and "data.events has 'I0'" in note and "data.items" in note
+    assert (
+        note.startswith("90.0% of the events and ")
+        and "data.events has 'I0'" in note
+        and "data.items" in note
+    )
 
 
 @pytest.mark.parametrize("price", [pa.float32(), pa.float64(), pa.decimal128(10, 2)])
@@ -94,7 +119,11 @@ def test_items_that_do_not_join_are_a_warning_with_examples_of_both_sides(tmp_pa
 def test_a_rule_finds_a_price_in_the_precision_of_its_column(tmp_path, price, rule):
     from decimal import Decimal
 
-    prices = None if not pa.types.is_decimal(price) else [Decimal("0.85"), *(Decimal(f"{n}.00") for n in range(1, 20))]
+    prices = (
+        None
+        if not pa.types.is_decimal(price)
+        else [Decimal("0.85"), *(Decimal(f"{n}.00") for n in range(1, 20))]
+    )
     shop(tmp_path, price=price if prices is None else None)
     if prices is not None:
         items = pq.read_table(tmp_path / "items.parquet")
@@ -108,36 +137,58 @@ def test_a_rule_finds_a_price_in_the_precision_of_its_column(tmp_path, price, ru
         ({}, None, None),
         ({}, "data.min_user_events=12", None),
         ({}, "data.min_item_events=20", None),
-        ({"user_id": [None] * 4 + [n % 40 for n in range(596)]}, None, "4 of 250 rows are bad"),
+        ({"user_id": [None] * 4 + [n % 40 for n in range(596)]}, None, "4 of 250 rows are invalid"),
         ({}, "split.test_from=2024-04-29", "impossible split"),
     ],
 )
-def test_a_large_log_is_looked_at_in_part_and_what_only_the_whole_can_say_is_no_error(tmp_path, monkeypatch, change, override, noted):
-    monkeypatch.setattr(rehearse, "ROWS", 300)
+def test_a_large_log_is_looked_at_in_part_and_what_only_the_whole_can_say_is_no_error(
+    tmp_path, monkeypatch, change, override, noted
+):
+    monkeypatch.setattr(rehearse, "SAMPLE_ROWS", 300)
     shop(tmp_path, **change)
     pq.write_table(pq.read_table(tmp_path / "events.parquet"), tmp_path / "events.parquet", row_group_size=50)
     more = [] if override is None else [override]
     result, said = validate(tmp_path, *more)
-    assert "in a sample of 250 of 600 rows" in said and (result.metrics["rows"], result.metrics["sample_rows"]) == (600, 250)
+    assert "in a sample of 250 of 600 rows" in said and (
+        result.metrics["rows"],
+        result.metrics["sample_rows"],
+    ) == (600, 250)
     assert result.metrics["events"] == 250 - (4 if change else 0)
-    assert ["sample of 250" in note for note in result.warnings] == ([] if noted is None else [True] * len(result.warnings))
+    assert ["sample of 250" in note for note in result.warnings] == (
+        [] if noted is None else [True] * len(result.warnings)
+    )
     assert noted is None or noted in said
-    where = [f"data.events=[{tmp_path / 'events.parquet'}]", f"data.items={tmp_path / 'items.parquet'}", f"storage.root={tmp_path / 'root'}"]
-    assert prepare_here(load_settings(None, [*where, "data.features={price: numeric}", *more])).n_events >= 596
+    where = [
+        f"data.events=[{tmp_path / 'events.parquet'}]",
+        f"data.items={tmp_path / 'items.parquet'}",
+        f"storage.root={tmp_path / 'root'}",
+    ]
+    assert (
+        prepare_here(load_settings(None, [*where, "data.features={price: numeric}", *more])).n_events >= 596
+    )
 
 
 def test_every_file_is_looked_at_and_what_a_sample_lacks_is_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearse, "ROWS", 300)
+    monkeypatch.setattr(rehearse, "SAMPLE_ROWS", 300)
     shop(tmp_path)
     events = pq.read_table(tmp_path / "events.parquet")
     (tmp_path / "log").mkdir()
     for name in ("cart", "purchase", "view"):
-        table = events.append_column("event", pa.array([name] * 600)).append_column("value", pa.array([5 if name == "purchase" else 0] * 600))
+        table = events.append_column("event", pa.array([name] * 600)).append_column(
+            "value", pa.array([5 if name == "purchase" else 0] * 600)
+        )
         pq.write_table(table, tmp_path / "log" / f"{name}.parquet", row_group_size=100)
-    items = [f"data.events=[{tmp_path / 'log'}]", "policy.actions=[event.purchase]", "data.min_value=1", "score.exclude=[brand=rare]"]
+    items = [
+        f"data.events=[{tmp_path / 'log'}]",
+        "policy.actions=[event.purchase]",
+        "data.min_value=1",
+        "score.exclude=[brand=rare]",
+    ]
     result, said = validate(tmp_path, *items)
     assert result.metrics["sample_rows"] == 300 and "event.purchase" not in said
-    assert any("in a sample of 300 of 1800 rows: score: no item has brand=rare" in note for note in result.warnings)
+    assert any(
+        "in a sample of 300 of 1800 rows: score: no item has brand=rare" in note for note in result.warnings
+    )
 
 
 def test_what_is_wrong_with_many_files_is_said_once(tmp_path):
@@ -147,30 +198,43 @@ def test_what_is_wrong_with_many_files_is_said_once(tmp_path):
         (tmp_path / "log" / f"{n}.parquet").write_bytes((tmp_path / "events.parquet").read_bytes())
     with pytest.raises(RecrayError) as error:
         validate(tmp_path, f"data.events=[{tmp_path / 'log'}]", "data.columns={user_id: users_id}")
-    (line,) = error.value.what.splitlines()
-    assert "0.parquet has no column 'users_id'" in line and "29 more files" in line and error.value.fix.endswith("data.columns.user_id=user_id")
+    (line,) = error.value.message.splitlines()
+    assert (
+        "0.parquet has no column 'users_id'" in line
+        and "29 more files" in line
+        and error.value.fix.endswith("data.columns.user_id=user_id")
+    )
 
 
 def test_one_problem_does_not_hide_the_next(tmp_path):
-    shop(tmp_path, item_id=[f"I{n * 7 % 20}" for n in range(600)], user_id=[None] * 60 + [n % 40 for n in range(540)])
+    shop(
+        tmp_path,
+        item_id=[f"I{n * 7 % 20}" for n in range(600)],
+        user_id=[None] * 60 + [n % 40 for n in range(540)],
+    )
     (tmp_path / "taken").touch()
-    asked = ("split.test_from=2031-01-01", "policy.actions=[event.bought, weight.size, recency]", f"storage.root={tmp_path / 'taken' / 'root'}")
+    asked = (
+        "split.test_from=2031-01-01",
+        "policy.actions=[event.bought, weight.size, recency]",
+        f"storage.root={tmp_path / 'taken' / 'root'}",
+    )
     with pytest.raises(RecrayError) as error:
         validate(tmp_path, *asked)
     for named in (
-        "60 of 600 rows are bad (60 × user_id is null), for example user_id None, item_id 'I0', timestamp '1709251200' in",
+        "60 of 600 rows are invalid (60 × user_id is null), for example user_id None, item_id 'I0', "
+        "timestamp '1709251200' in",
         "no item of data.events is in data.items",
         "impossible split",
         "event.bought: there is no 'bought'",
         "weight.size",
         "taken is no folder",
     ):
-        assert named in error.value.what, error.value.what
-    assert "recray-validate" not in error.value.what and "quarantine" not in error.value.what
+        assert named in error.value.message, error.value.message
+    assert "recray-validate" not in error.value.message and "quarantine" not in error.value.message
     with pytest.raises(RecrayError) as error:
         validate(tmp_path, "data.features={size: numeric, brand: vector, colour: text}", *asked)
-    for named in ("'size', 'colour'", "60 of 600 rows are bad", "impossible split"):
-        assert named in error.value.what, error.value.what
+    for named in ("'size', 'colour'", "60 of 600 rows are invalid", "impossible split"):
+        assert named in error.value.message, error.value.message
 
 
 def test_rules_that_leave_nothing_are_refused(tmp_path):

@@ -14,7 +14,8 @@ from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
 from recray.storage import Storage
 from recray.testing.published import prepare_here, untrained_bundle
-from recray.training.trainer import _origin, bundle_settings, parent_of, train_key
+from recray.training.plan import bundle_settings, parent_of, plan_training
+from recray.training.trainer import _origin
 from recray.training.worker import build_loop, shape_of
 
 EARLY = dt.datetime(2024, 3, 1, tzinfo=dt.UTC)
@@ -30,7 +31,13 @@ def trained(settings, dataset, path, parent=None):
     for epoch in range(4):
         loop.train_epoch(epoch)
     shape = shape_of(chosen["model"], dataset)
-    rest = {"features": chosen["data"]["features"], "prior_days": 7, "settings": chosen, "metrics": {}, "parent": parent}
+    rest = {
+        "features": chosen["data"]["features"],
+        "popularity_prior_days": 7,
+        "settings": chosen,
+        "metrics": {},
+        "parent": parent,
+    }
     return write_bundle(path, path.name, dataset=dataset, shape=shape, state=loop.model.state_dict(), **rest)
 
 
@@ -44,14 +51,23 @@ def test_items_and_event_types_come_and_go_and_the_rest_goes_on(world_folder, tm
     came, stayed = sorted(set(new) - set(old)), sorted(set(new) & set(old))
     assert came and stayed and set(old) - set(new), "the world must lose and gain items for this to be a test"
     chosen = bundle_settings(late)
-    cold, warm = (build_loop(str(after.path), chosen, torch.device("cpu"), parent) for parent in (None, str(bundle.path)))
+    cold, warm = (
+        build_loop(str(after.path), chosen, torch.device("cpu"), parent)
+        for parent in (None, str(bundle.path))
+    )
     theirs = bundle.model()
     for item in stayed:
-        assert torch.equal(warm.model.items.ids.weight[new.index(item) + 1], theirs.items.ids.weight[old.index(item) + 1])
+        assert torch.equal(
+            warm.model.items.ids.weight[new.index(item) + 1], theirs.items.ids.weight[old.index(item) + 1]
+        )
     for item in came:
-        assert torch.equal(warm.model.items.ids.weight[new.index(item) + 1], cold.model.items.ids.weight[new.index(item) + 1])
+        assert torch.equal(
+            warm.model.items.ids.weight[new.index(item) + 1], cold.model.items.ids.weight[new.index(item) + 1]
+        )
     for mine, event in enumerate(after.event_types):
-        assert torch.equal(warm.model.events.weight[mine], theirs.events.weight[before.event_types.index(event)])
+        assert torch.equal(
+            warm.model.events.weight[mine], theirs.events.weight[before.event_types.index(event)]
+        )
     assert torch.equal(warm.model.blocks[0].attention.qkv.weight, theirs.blocks[0].attention.qkv.weight)
     assert warm.train_epoch(0) < cold.train_epoch(0) - 0.1
 
@@ -61,32 +77,42 @@ def test_the_parent_is_the_champion_of_before_also_when_the_night_is_repeated(wo
     storage = Storage(settings.root())
     before, after = prepare_here(settings, EARLY), prepare_here(settings)
     assert parent_of(settings, after) is None
-    anew = train_key(settings, after)
+    anew = plan_training(settings, after).key
     yesterday = untrained_bundle(settings, before, storage.bundle("yesterday"), "yesterday")
     Release(champion=Member.of(yesterday)).write(storage)
     assert parent_of(settings, after).key == "yesterday"
     assert parent_of(settings, before) is None, "a champion of the same night"
-    key = train_key(settings, after)
+    key = plan_training(settings, after).key
     assert key != anew
     tonight = trained(settings, after, storage.bundle("tonight"), parent="yesterday")
     Release(champion=Member.of(tonight), previous=Member.of(yesterday)).write(storage)
     assert parent_of(settings, after).key == "yesterday"
-    assert train_key(settings, after) == key
+    assert plan_training(settings, after).key == key
     for other in ("model.blocks=1", "train.warm_start=false", "data.features={category: categorical}"):
         assert parent_of(settings_in(world_folder, tmp_path, other), after) is None, other
 
 
 def held_out(dataset):
     shards = list(dataset.shards())
-    return {shard.user_ids[i].as_py() for shard in shards for i in range(len(shard)) if shard.split[i, 0] < shard.split[i, 2]}
+    return {
+        shard.user_ids[i].as_py()
+        for shard in shards
+        for i in range(len(shard))
+        if shard.split[i, 0] < shard.split[i, 2]
+    }
 
 
 def test_where_no_time_is_known_a_night_is_another_by_its_data(world_folder, tmp_path):
     nights = []
     for night, length in enumerate((8, 9)):
-        rows = [(f"u{user}", f"i{(user + place) % 7}", place) for user in range(30) for place in range(length)]
+        rows = [
+            (f"u{user}", f"i{(user + place) % 7}", place) for user in range(30) for place in range(length)
+        ]
         pq.write_table(
-            pa.table(dict(zip(("user_id", "item_id", "position"), map(list, zip(*rows, strict=True)), strict=True))), tmp_path / f"{night}.parquet"
+            pa.table(
+                dict(zip(("user_id", "item_id", "position"), map(list, zip(*rows, strict=True)), strict=True))
+            ),
+            tmp_path / f"{night}.parquet",
         )
         told = [
             "data.items=null",
@@ -109,8 +135,13 @@ def test_where_no_time_is_known_a_night_is_another_by_its_data(world_folder, tmp
 
 def test_who_is_held_out_stays_held_out_as_the_log_grows(world_folder, tmp_path):
     """Else a warm start would know the events that it is selected by."""
-    half, everybody = settings_in(world_folder, tmp_path), settings_in(world_folder, tmp_path, "split.validation_users=1.0")
-    yesterday, tonight = (held_out(prepare_here(half, as_of)) for as_of in (dt.datetime(2024, 4, 10, tzinfo=dt.UTC), None))
+    half, everybody = (
+        settings_in(world_folder, tmp_path),
+        settings_in(world_folder, tmp_path, "split.validation_users=1.0"),
+    )
+    yesterday, tonight = (
+        held_out(prepare_here(half, as_of)) for as_of in (dt.datetime(2024, 4, 10, tzinfo=dt.UTC), None)
+    )
     could = held_out(prepare_here(everybody))
     assert 20 < len(tonight) < 0.7 * len(could)
     assert len(yesterday & could) > 20
@@ -124,11 +155,14 @@ def test_a_private_training_begins_with_what_is_private_or_public_alone(world_fo
     statements = {"public": None, "other": {"differential_privacy": True, "population": "others"}}
     statements["mine"] = {"differential_privacy": True, "population": private.privacy.population}
     statements["unaccounted"] = statements["mine"]
-    bundles = {name: untrained_bundle(private, before, storage.bundle(name), name, said) for name, said in statements.items()}
+    bundles = {
+        name: untrained_bundle(private, before, storage.bundle(name), name, said)
+        for name, said in statements.items()
+    }
     mechanism = Mechanism(1.0, 0.2, 12, 1.0, 1e-4, 200)
     ledger = Ledger.open(private.ledger_url(), private.privacy.population)
     ledger.reserve("mine", mechanism, None, 0)
-    ledger.take("mine", 12)
+    ledger.take_steps("mine", 12)
     ledger.commit("mine")
     begun = {}
     for name, bundle in bundles.items():
@@ -143,16 +177,29 @@ def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tm
     plain = private.model_copy(update={"privacy": private.privacy.model_copy(update={"enabled": False})})
     dataset = prepare_here(plain)
     public = untrained_bundle(plain, dataset, tmp_path / "public", "public")
-    other = untrained_bundle(plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"})
+    other = untrained_bundle(
+        plain, dataset, tmp_path / "other", "other", {"differential_privacy": True, "population": "others"}
+    )
     within = untrained_bundle(plain, dataset, Storage(plain.root()).bundle("within"), "within")
 
     def begin(bundle, *more):
-        asked = [*private_overrides(world_folder, tmp_path / "root"), f"privacy.public_start={bundle.path}", "privacy.counts_share=0", *more]
+        asked = [
+            *private_overrides(world_folder, tmp_path / "root"),
+            f"privacy.public_start={bundle.path}",
+            "privacy.counts_share=0",
+            *more,
+        ]
         return parent_of(load_settings(None, asked), dataset)
 
     assert begin(public).key == "public"
-    assert "public data" in _origin(public) and "same ledger, which began with random weights" in _origin(other)
-    for bundle, more, words in ((public, ["model.blocks=1"], "another network"), (other, [], "trained privately"), (within, [], "to protect")):
+    assert "public data" in _origin(public) and "same ledger, which began with random weights" in _origin(
+        other
+    )
+    for bundle, more, words in (
+        (public, ["model.blocks=1"], "another network"),
+        (other, [], "trained privately"),
+        (within, [], "must be protected"),
+    ):
         with pytest.raises(SettingsError, match=words):
             begin(bundle, *more)
     with pytest.raises(SettingsError, match="set counts_share to 0"):

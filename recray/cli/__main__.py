@@ -1,0 +1,7 @@
+"""`python -m recray.cli`."""
+
+import sys
+
+from recray.cli import main
+
+sys.exit(main())

@@ -1,0 +1,276 @@
+"""The score stage: actors that hold the predictor score one bucket of users a task, then the snapshot is
+sealed and published.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recray.bundle import Bundle
+from recray.cluster import require_resources, suppress_lines, unwrap_errors
+from recray.config import ScoreSettings, Settings
+from recray.config.formats import RESULTS_SINCE
+from recray.dataset.reader import Dataset, History
+from recray.inference import Filters, Predictor, Recommendations, Rules
+from recray.inference.memory import keep_freed_memory
+from recray.inference.observer import Observer
+from recray.inference.policy import Policy
+from recray.model.device import device
+from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
+from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """What scores the users: a bundle, optionally with a policy (its run key), or its popularity fallback
+    alone.
+    """
+
+    bundle: Bundle
+    policy: str | None = None
+    popular_only: bool = False
+
+
+def score_key(settings: Settings, dataset: Dataset, model: ScoringModel) -> str:
+    """Run key of score."""
+    variant = "popular only" if model.popular_only else model.policy
+    return key_of(
+        "score",
+        settings.key_settings("score"),
+        dataset.key,
+        dataset.digest,
+        model.bundle.digest,
+        variant,
+        dataset.as_of_s,
+        RESULTS_SINCE,
+    )
+
+
+def score(
+    settings: Settings, key: str, dataset: Dataset, model: ScoringModel
+) -> tuple[Path, dict[str, Any], bool]:
+    """Score every user, with the mean action of the policy if there is one; seal and publish the snapshot.
+    Needs a Ray session.
+
+    Returns its path, its manifest, and whether the publication changed. Raises RefusedError if a newer
+    snapshot is published.
+    """
+    return write_snapshot(
+        Storage(settings.root()), key, dataset, model, settings.score, partial(_score_on_ray_data, settings)
+    )
+
+
+def write_snapshot(
+    storage: Storage,
+    key: str,
+    dataset: Dataset,
+    model: ScoringModel,
+    options: ScoreSettings,
+    score_buckets: ScoreBuckets,
+) -> tuple[Path, dict[str, Any], bool]:
+    """As `score`, with a function that scores the buckets."""
+    path = snapshot_path(storage, dataset.as_of_s, key)
+    bundle, policy = model.bundle, model.policy
+    if not is_sealed(path, KIND, key):
+        fields: dict[str, Any] = {
+            "as_of_s": dataset.as_of_s,
+            "bundle": storage.bundle(bundle.key).relative_to(storage.root).as_posix(),
+            "bundle_digest": bundle.digest,
+            "policy": policy,
+            "popular_only": model.popular_only,
+            "dataset": storage.dataset(dataset.key).relative_to(storage.root).as_posix(),
+            "dataset_digest": dataset.digest,
+            "user_type": str(dataset.user_type),
+            "buckets": dataset.n_shards,
+            "k": options.k,
+            "filter_seen": options.filter_seen,
+            "rules": options.rules(),
+            "precision": options.precision,
+        }
+        with sealed_directory(path, KIND, key, fields) as folder:
+            arguments = {
+                "bundle": str(bundle.path),
+                "policy": None if policy is None else str(storage.policy(policy)),
+                "popular_only": model.popular_only,
+                "dataset": str(dataset.path),
+                "folder": str(folder),
+                "k": options.k,
+                "filter_seen": options.filter_seen,
+                "rules": options.rules(),
+                "batch_users": options.batch_users,
+                "precision": options.precision,
+                "private": bool(bundle.privacy["differential_privacy"]),
+            }
+            summaries = score_buckets(arguments, dataset.n_shards)
+            n_items = len(bundle.item_ids) + len(bundle.cold_items(dataset))
+            fields.update(_summarize(summaries, n_items))
+    manifest = open_sealed(path, KIND, verify=False)
+    return path, manifest, publish(storage, path, manifest)
+
+
+ScoreBuckets = Callable[[dict[str, Any], int], list[dict[str, Any]]]
+"""Results of a `ScoreBucket` with these arguments (and `threads`, `gpu`) for each bucket below a count, in
+any order and any process.
+"""
+
+
+def _score_on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) -> list[dict[str, Any]]:
+    import ray
+
+    options = settings.score
+    actors = min(options.actors, buckets)
+    require_resources(
+        actors * options.cpus_per_actor, actors * options.gpus_per_actor, "score", settings.train.timeout_s
+    )
+    # Ray Data passes the actors' arguments through the object store; Ray warns about each that may restart
+    with unwrap_errors(), suppress_lines("ScoreBucket", "constructor arguments in the object store"):
+        results = ray.data.from_items(list(range(buckets)), override_num_blocks=buckets).map(
+            ScoreBucket,  # type: ignore[arg-type]
+            fn_constructor_kwargs={
+                **arguments,
+                "threads": max(1, len(os.sched_getaffinity(0)) // actors),
+                "gpu": options.gpus_per_actor > 0,
+            },
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=options.cpus_per_actor,
+            num_gpus=options.gpus_per_actor or None,
+            ray_remote_args_fn=lambda: {
+                "max_restarts": options.max_failures,
+                "max_task_retries": options.max_failures,
+            },
+        )
+        return results.take_all()
+
+
+class ScoreBucket:
+    """Actor that scores one bucket (= dataset shard) a call and writes its part.
+
+    Its summaries cover all users; those of a private bundle only the holdout users.
+    """
+
+    def __init__(
+        self,
+        *,
+        bundle: str,
+        policy: str | None,
+        popular_only: bool = False,
+        dataset: str,
+        folder: str,
+        k: int,
+        filter_seen: bool,
+        rules: dict[str, Any],
+        batch_users: int,
+        threads: int,
+        precision: str = "float32",
+        private: bool = False,
+        gpu: bool = False,
+    ) -> None:
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self.dataset = Dataset.open(dataset)
+        scoring_device = device("score.gpus_per_actor", gpu=gpu)
+        opened = Bundle.open(bundle)
+        self.policy = None if policy is None else Policy.load(Path(policy), opened.digest)
+        self.predictor = Predictor.load(
+            opened,
+            dataset=self.dataset,
+            device=scoring_device,
+            popular_only=popular_only,
+            bfloat16=precision == "bfloat16",
+        )
+        self.observer = None if self.policy is None else Observer(self.predictor)
+        self.translation = self.predictor.vocabulary.translation(self.dataset)
+        self.private = private
+        self.folder, self.k, self.batch_users = Path(folder), k, batch_users
+        self.filters = Filters(filter_seen=filter_seen)
+        self.rules = Rules.from_settings(
+            rules, self.dataset, self.translation.to_bundle, self.predictor.cold_V
+        )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        bucket = int(row["item"])
+        shard = self.dataset.shard(bucket)
+        items: list[np.ndarray] = []
+        scores: list[np.ndarray] = []
+        states: list[np.ndarray] = [np.zeros((0, 2), np.float32)]
+        sources: list[str] = []
+        for start in range(0, len(shard), self.batch_users):
+            users = range(start, min(start + self.batch_users, len(shard)))
+            lists, state = self._recommend([self.translation.history(shard.history(user)) for user in users])
+            items.append(lists.item_index)
+            scores.append(lists.scores)
+            states.append(state)
+            sources += lists.source
+
+        shape = (0, min(self.k, self.predictor.n_items))
+        item_index = np.concatenate(items) if items else np.zeros(shape, np.int64)
+        score_values = np.concatenate(scores) if scores else np.zeros(shape, np.float32)
+        is_filled = item_index > 0
+        offsets = pa.array(np.concatenate([[0], np.cumsum(is_filled.sum(1))]), pa.int32())
+        item_ids = self.predictor.vocabulary.item_ids.take(pa.array(item_index[is_filled] - 1))
+        write_part(
+            self.folder,
+            bucket,
+            shard.user_ids,
+            item_ids,
+            offsets,
+            pa.array(score_values[is_filled]),
+            sources,
+            np.concatenate(states),
+        )
+
+        is_reported = shard.queried if self.private else np.ones(len(shard), bool)
+        by_model = np.array([source == "model" for source in sources], bool)
+        best = score_values[by_model & is_reported, 0] if len(by_model) else np.zeros(0)
+        best = best[np.isfinite(best)]
+        return {
+            "users": len(shard),
+            "popular_users": int((~by_model & is_reported).sum()),
+            "top_items": np.unique(item_index[is_reported, :10]),
+            "scored": len(best),
+            "best": np.quantile(best, QUANTILES) if len(best) else np.zeros(len(QUANTILES)),
+        }
+
+    def _recommend(self, histories: list[History]) -> tuple[Recommendations, np.ndarray]:
+        """The lists, and the trained model's state, which the policy observes."""
+        now = self.dataset.now_s
+        query: dict[str, Any] = {"now": now, "filters": self.filters, "rules": self.rules}
+        if self.policy is None or self.observer is None:
+            lists = self.predictor.recommend(histories, self.k, with_state=True, **query)
+            assert lists.state is not None
+            return lists, lists.state
+
+        state = self.predictor.recommend(histories, 2, with_state=True, **query).state
+        assert state is not None
+        observed = self.observer.observe_all(histories, now, state)
+        event_types = self.predictor.vocabulary.event_types
+        controls = self.policy.controls(observed, self.predictor.model, event_types)
+        return self.predictor.recommend(histories, self.k, controls=controls, **query), state
+
+
+def _summarize(parts: list[dict[str, Any]], n_items: int) -> dict[str, Any]:
+    users = sum(part["users"] for part in parts)
+    shown = np.unique(np.concatenate([part["top_items"] for part in parts]))
+    weights = np.array([part["scored"] for part in parts], float)
+    best = np.stack([part["best"] for part in parts])
+    means = (best * weights[:, None]).sum(0) / max(weights.sum(), 1.0)
+    return {
+        "users": users,
+        "popular_users": sum(part["popular_users"] for part in parts),
+        "coverage@10": float((shown > 0).sum() / n_items),
+        # quantiles of every bucket's best scores, averaged over buckets by users
+        "best_score_quantiles": {}
+        if not weights.sum()
+        else {str(q): round(float(value), 6) for q, value in zip(QUANTILES, means, strict=True)},
+    }

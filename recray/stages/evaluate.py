@@ -1,0 +1,64 @@
+"""The stages `evaluate`, a bundle beside the baselines, and `report`, the page of a nightly run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recray.config import Settings
+from recray.dataset.reader import Dataset
+from recray.evaluation import evaluate as evaluation
+from recray.evaluation import report as reporting
+from recray.stages.context import JobContext, Record, StageReport, to_date, to_day
+from recray.stages.train import current_bundle
+from recray.storage import is_sealed
+
+METRICS = ("hr", "ndcg", "mrr", "recall", "coverage", "popularity_share")
+
+
+def evaluate(context: JobContext, dataset: Dataset) -> StageReport:
+    """Evaluate the current bundle and the baselines on the dataset's test users."""
+    settings, bundle = context.settings, current_bundle(context, dataset)
+    key = evaluation.evaluate_key(settings, dataset, bundle)
+    path = context.storage.evaluation(key)
+    is_new = not is_sealed(path, evaluation.KIND, key)
+    table = evaluation.evaluate(settings, key, dataset, bundle)
+    for protocol, rows in table.items():
+        context.say(f"{protocol}: {_summarize(rows[evaluation.MODEL], settings.evaluate.k[0])}")
+
+    metrics = _select_headline(table, settings)
+    entry: dict[str, Any] = {
+        "metrics": {"values": metrics, "step": to_day(dataset.as_of_s)},
+        "documents": {f"evaluation/{to_date(dataset.as_of_s)}-{key}.json": table},
+    }
+    record = Record(bundle, dataset.as_of_s, entry)
+    return StageReport(key, {"evaluation": str(path)}, metrics, is_new, record=record)
+
+
+def _summarize(row: dict[str, Any], k: int) -> str:
+    if "skipped" in row:
+        return f"skipped, {row['skipped']}"
+    segments = [(name, row["segments"][name]) for name in evaluation.SEGMENTS]
+    shown = [f"{name} {part['ndcg']:.4f} ({part['users']})" for name, part in segments if part["users"]]
+    return f"ndcg@{k} {row[f'ndcg@{k}']:.4f}; by segment (users): {', '.join(shown)}"
+
+
+def _select_headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:
+    """The model's metrics at the first k of `evaluate.k`, by protocol: `with_repeats_ndcg@10`, …; none of a
+    skipped protocol.
+    """
+    names = [f"{metric}@{settings.evaluate.k[0]}" for metric in METRICS]
+    rows = {protocol: rankers[evaluation.MODEL] for protocol, rankers in table.items()}
+    return {
+        f"{protocol}_{name}": row[name] for protocol, row in rows.items() for name in names if name in row
+    }
+
+
+def report(context: JobContext, dataset: Dataset) -> StageReport:
+    """Write the page about the nightly run: what was promoted and why, metrics, plots."""
+    bundle = current_bundle(context, dataset)
+    key, path, was_there = reporting.write_report(context.settings, dataset, bundle)
+    folder = f"reports/{to_date(dataset.as_of_s)}-{key}"
+    context.say(f"report: {path / reporting.PAGE}")
+    record = Record(bundle, dataset.as_of_s, {"folders": {folder: context.relative(str(path))}})
+    outputs = {"report": str(path / reporting.PAGE)}
+    return StageReport(key, outputs, is_new=not was_there, record=record)
