@@ -69,8 +69,8 @@ MUTANTS = {
     ),
     "release: what was rolled back comes back": (
         "recray/evaluation/promotion.py",
-        "if challenger.key in release.rolled_back and not by_hand:",
-        "if False:",
+        "if challenger.key in release.rolled_back and not by_hand:\n        reason",
+        "if False:\n        reason",
         "tests/unit/test_promotion.py",
     ),
     "ledger: more steps are taken than were reserved": (
