@@ -316,7 +316,9 @@ def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and
     changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path / "root")})}
     changed |= {"promotion": settings.promotion.model_copy(update={"must_beat": ("EASE",)})}
     changed |= {"train": settings.train.model_copy(update={"learning_rate": 1e-9, "epochs": 1})}
-    changed |= {"model": settings.model.model_copy(update={"repeat_consumption": False, "popularity_prior_days": 0})}
+    changed |= {
+        "model": settings.model.model_copy(update={"repeat_consumption": False, "popularity_prior_days": 0})
+    }
     refused = pipeline.run("nightly", settings.model_copy(update=changed), FIRST)
     assert (
         (refused.status, refused.exit_code) == ("refused", 3)
