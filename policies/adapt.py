@@ -91,8 +91,8 @@ def adapt(
         rounds = [log.select(is_holdout(log)) for log in rounds]
         excluded["of users outside the holdout"] = total - sum(map(len, rounds))
 
-    usable, unusable = _merge_usable_rounds(rounds, bundle.key, policies)
-    log, evaluation_log, outdated = _split_recent_rounds(usable, live.about["key"] if live else "")
+    usable, unusable = merge_usable_rounds(rounds, bundle.key, policies)
+    log, evaluation_log, outdated = split_recent_rounds(usable, live.about["key"] if live else "")
     excluded = +(excluded + unusable + outdated)
     policy = LEARNERS[options.learner](log, live, settings, bundle.digest)
     policy.about["bound"] = bound
@@ -139,14 +139,14 @@ def _require_controls(
         )
 
 
-def _merge_usable_rounds(
+def merge_usable_rounds(
     rounds: Sequence[LoggedDecisions], bundle: str, policies: set[str]
 ) -> tuple[list[LoggedDecisions], ExclusionCounts]:
     """The usable decisions, in rounds of which small ones are merged, the newest last; and the number of the
     others by reason. Raises RefusedError if the newest round has too few usable decisions.
     """
     filtered = [filter_usable(log, bundle, policies) for log in rounds]
-    parts = _group_rounds([int((~_is_evaluation_user(log)).sum()) for log, _ in filtered])
+    parts = group_rounds([int((~_is_evaluation_user(log)).sum()) for log, _ in filtered])
     require_usable(
         rounds[-1] if not len(filtered[-1][0]) else LoggedDecisions.concat(rounds[parts[-1]]),
         bundle,
@@ -157,7 +157,7 @@ def _merge_usable_rounds(
     )
 
 
-def _split_recent_rounds(
+def split_recent_rounds(
     rounds: Sequence[LoggedDecisions], live_key: str
 ) -> tuple[LoggedDecisions, LoggedDecisions, ExclusionCounts]:
     """The decisions to learn from and those to evaluate on, both of the rounds since user behaviour changed;
@@ -196,7 +196,7 @@ def _count_users(log: LoggedDecisions) -> int:
     return len(set(log.user.tolist()))
 
 
-def _group_rounds(counts: Sequence[int]) -> list[slice]:
+def group_rounds(counts: Sequence[int]) -> list[slice]:
     """Groups of rounds, oldest first, with at least `MIN_ROUND_DECISIONS` decisions to learn from, if all
     have as many. The newest group has no more rounds than that needs.
     """

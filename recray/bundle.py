@@ -156,8 +156,6 @@ def write_bundle(
     dataset: Dataset,
     shape: Shape,
     state: dict[str, Tensor],
-    features: dict[str, str],
-    popularity_prior_days: int,
     settings: dict[str, Any],
     metrics: dict[str, Any],
     parent: str | None = None,
@@ -166,6 +164,7 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError.
 
+    settings : from `recray.training.plan.bundle_settings`
     parent : run key of the bundle that initialised the weights
     privacy : the statement of a private training
     page : the same as Markdown
@@ -178,12 +177,12 @@ def write_bundle(
         "split_kind": dataset.split_kind,
         "trained_until_s": dataset.cut_s("test") or dataset.as_of_s,
         "shape": shape.to_dict(),
-        "features": features,
+        "features": settings["data"]["features"],
         "distinct_bins": True,
         "event_types": dataset.event_types,
         "default_event": dataset.manifest.get("default_event"),
         "has_time": dataset.has_time,
-        "popularity_prior_days": popularity_prior_days,
+        "popularity_prior_days": settings["model"]["popularity_prior_days"] if shape.prior else 0,
         "context": dataset.context,
         "text_encoder": dataset.text_encoder,
         "settings_key": settings_key(settings),

@@ -99,9 +99,9 @@ def serve_environment(port: int = 0) -> dict[str, str]:
     # have 97
     folder = tempfile.mkdtemp(prefix="recray-", dir=None if len(tempfile.gettempdir()) < 20 else "/tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(_end_haproxy, folder)
+    atexit.register(end_haproxy, folder)
     metrics, statistics, fallback, fallback_grpc = [free for free in free_ports(5) if free != port][:4]
-    replicas = _free_block(port)
+    replicas = free_block(port)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -122,7 +122,7 @@ def serve_environment(port: int = 0) -> dict[str, str]:
     }
 
 
-def _end_haproxy(folder: str) -> None:
+def end_haproxy(folder: str) -> None:
     """End the processes that Serve leaves behind if it ends while it restarts HAProxy.
 
     folder : of this Ray alone
@@ -144,7 +144,7 @@ def metrics_address() -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def _free_block(other: int) -> range:
+def free_block(other: int) -> range:
     """A block of free ports for the replicas of one Ray, without `other`. Raises OSError if there is none."""
     blocks = [range(first, first + BLOCK) for first in range(REPLICA_PORTS.start, REPLICA_PORTS.stop, BLOCK)]
     for block in random.SystemRandom().sample(blocks, len(blocks)):

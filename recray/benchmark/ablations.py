@@ -25,7 +25,7 @@ from recray.inference import Filters, Predictor
 from recray.model.controls import Controls
 from recray.stages import ProgressLog
 from recray.training.loop import Loop
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 
 DEFAULT = "default"
@@ -71,7 +71,7 @@ def measure_ablations(
     config: dict[str, Any] = {}
     for name, changed in VARIANTS.items():
         settings, dataset = prepare_data(data, folder / "root", [*overrides, *changed])
-        variant_settings = bundle_settings(settings)
+        variant_settings = training_settings(settings)
         loop = build_loop(str(dataset.path), variant_settings, torch.device("cpu"))
         facts = _facts(loop, variant_settings)
         if facts == default:
@@ -79,7 +79,7 @@ def measure_ablations(
             continue
         figures, ndcg = _train_variant(loop, settings, dataset, reference)
         if name == DEFAULT:
-            reference, config, default = ndcg, variant_settings, facts
+            reference, config, default = ndcg, bundle_settings(settings), facts
             metrics |= {"users": len(ndcg["with_repeats"]), "items": dataset.n_items}
             metrics |= {f"{protocol}_ndcg": figures[protocol]["ndcg"] for protocol in ndcg}
         metrics["variants"][name] = {"changed": changed, **figures}
@@ -91,10 +91,10 @@ def measure_ablations(
     return config, metrics
 
 
-def _facts(loop: Loop, settings: dict[str, Any]) -> dict[str, Any]:
+def _facts(loop: Loop, settings: Settings) -> dict[str, Any]:
     """The parts of a training that the variants change."""
     features = loop.model.items.names
-    popularity_prior_days = settings["model"]["popularity_prior_days"] if loop.model.shape.prior else 0
+    popularity_prior_days = settings.model.popularity_prior_days if loop.model.shape.prior else 0
     facts = loop.model.shape.to_dict() | {
         "features": features,
         "popularity_prior_days": popularity_prior_days,
@@ -102,7 +102,7 @@ def _facts(loop: Loop, settings: dict[str, Any]) -> dict[str, Any]:
     return facts | {
         "loss": loop.criterion.loss,
         "half": loop.criterion.half,
-        "jitter": settings["train"]["temperature_jitter"],
+        "jitter": settings.train.temperature_jitter,
     }
 
 

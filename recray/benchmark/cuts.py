@@ -32,7 +32,7 @@ from recray.stages import ProgressLog
 from recray.storage import key_of, sha256_file
 from recray.testing.synthetic import START_S
 from recray.training.batches import users_estimated
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 from recray.version import __version__
 
@@ -65,24 +65,20 @@ def measure_cuts(
         f"privacy.trainings={CUTS}",
     ]
     settings = load_settings(None, [*paths, *options, *overrides])
-    training_settings = bundle_settings(settings)
+    values = bundle_settings(settings)
     cutoffs = [
         dt.datetime.fromtimestamp(START_S + 86_400 * (FIRST_DAY + EVERY_DAYS * cut), dt.UTC)
         for cut in range(CUTS)
     ]
     datasets = [prepare(settings, cutoff, run_tasks=run_in_process) for cutoff in cutoffs]
     key = key_of(
-        training_settings,
-        [dataset.digest for dataset in datasets],
-        SEEDS,
-        __version__,
-        sha256_file(Path(__file__)),
+        values, [dataset.digest for dataset in datasets], SEEDS, __version__, sha256_file(Path(__file__))
     )
     series = TrainingSeries(
         settings, datasets, cache().parent / "cuts" / key, out / f"privacy-cuts-{key}.cells.jsonl", say
     )
     cells = [[series.measure(seed, cut) for cut in range(CUTS)] for seed in range(SEEDS)]
-    return training_settings, _to_metrics(cells, [str(cutoff.date()) for cutoff in cutoffs], say)
+    return values, _to_metrics(cells, [str(cutoff.date()) for cutoff in cutoffs], say)
 
 
 class TrainingSeries:
@@ -112,7 +108,7 @@ class TrainingSeries:
         started, dataset = time.monotonic(), self.datasets[cut]
         queries = select_single_target(EvaluationQueries(dataset, "test"))
         bundle, reused = self.bundle(seed, cut), self.bundle(seed, 0, alone=True)
-        settings = bundle_settings(self.settings)
+        settings = training_settings(self.settings)
         model, offset_V = bundle.model(), bundle.model().offset_V
         assert offset_V is not None
         popular = offset_V.numpy()
@@ -141,22 +137,21 @@ class TrainingSeries:
         options = (
             self.settings.privacy if not alone else self.settings.privacy.model_copy(update={"trainings": 1})
         )
-        dataset, settings = self.datasets[cut], bundle_settings(self.settings)
-        settings = {**settings, "train": {**settings["train"], "seed": seed}}
+        dataset, settings = self.datasets[cut], training_settings(self.settings).replace("train", seed=seed)
         mechanism = mechanism_of(options, users_estimated(dataset)[1])
         loop = build_loop(dataset, settings, torch.device("cpu"), parent, vars(mechanism))
         for _ in loop.run():
             pass
         loop.average.load_state_dict(loop.best)
-        content: dict[str, Any] = {
-            "dataset": dataset,
-            "shape": loop.model.shape,
-            "state": loop.best,
-            "features": {},
-            "popularity_prior_days": 0,
-        }
         return write_bundle(
-            path, path.name, **content, settings=settings, metrics={}, privacy=mechanism.statement()
+            path,
+            path.name,
+            dataset=dataset,
+            shape=loop.model.shape,
+            state=loop.best,
+            settings=bundle_settings(settings),
+            metrics={},
+            privacy=mechanism.statement(),
         )
 
 

@@ -19,7 +19,7 @@ from recray.errors import DataError, SettingsError
 from recray.inference import Predictor
 from recray.stages import ProgressLog
 from recray.testing.published import prepare_here
-from recray.training.plan import bundle_settings
+from recray.training.plan import training_settings
 from recray.training.worker import build_loop
 
 SHIPPED = "demo"  # config of the shipped data
@@ -59,7 +59,7 @@ def train_model(
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     settings, dataset = prepare_data(data, folder / "root", overrides)
-    loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+    loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     epochs = len(list(loop.run()))
     loop.average.load_state_dict(loop.best)
     say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")

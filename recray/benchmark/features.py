@@ -21,14 +21,14 @@ import torch
 import xxhash
 
 from recray.benchmark.data import NO_RULES, prepare_data
-from recray.config import ScoreSettings
+from recray.config import ScoreSettings, Settings
 from recray.dataset.context import CLOCK
 from recray.dataset.reader import Dataset
 from recray.evaluation import metrics as m
 from recray.evaluation.protocol import EvaluationQueries, EvaluationQuery, targets_of
 from recray.inference import Filters, Predictor, Rules
 from recray.stages import ProgressLog
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 
 CONFIGS = {"ml-1m": "video"}  # with features; the other benchmarks use another config
@@ -49,7 +49,7 @@ def measure_features(
     config = CONFIGS.get(Path(data).name)
     settings, whole = prepare_data(data, folder / "whole", overrides, config)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    _write_without_cold_items(whole, folder / "events.parquet")
+    write_without_cold_items(whole, folder / "events.parquet")
     columns = {name: name for name in pq.read_schema(folder / "events.parquet").names}
     split = (
         []
@@ -83,7 +83,7 @@ def measure_features(
             config,
         )
         figures, by_boost = _train_variant(
-            dataset, bundle_settings(settings), BOOSTS if name == "all" else BOOSTS[:1]
+            dataset, training_settings(settings), BOOSTS if name == "all" else BOOSTS[:1]
         )
         metrics["variants"][name] = figures
         say(f"{name}: " + ", ".join(f"{metric} {value}" for metric, value in figures.items()))
@@ -118,7 +118,7 @@ def is_cold(item_id: Any) -> bool:
     return bool(xxhash.xxh64_intdigest(f"cold\0{item_id}".encode()) % ONE_IN == 0)
 
 
-def _write_without_cold_items(dataset: Dataset, path: Path) -> None:
+def write_without_cold_items(dataset: Dataset, path: Path) -> None:
     """Write the dataset's events without those of cold items before the test, in recray's own columns."""
     cold = np.array([False, *(is_cold(item) for item in dataset.items["item_id"].to_pylist())])
     clock = "timestamp" if dataset.clock == "timestamp" else "position"
@@ -145,17 +145,17 @@ def _to_timestamp(time_s: int | None) -> str:
 
 
 def _train_variant(
-    dataset: Dataset, settings: dict[str, Any], boosts: tuple[float, ...]
+    dataset: Dataset, settings: Settings, boosts: tuple[float, ...]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train a model to its early stop; its figures, and the figures of each cold-item boost."""
     loop = build_loop(str(dataset.path), settings, torch.device("cpu"))
     epochs = [line["epoch"] for line in loop.run()]
     loop.average.load_state_dict(loop.best)
-    predictor = Predictor.of(loop.average.eval(), dataset, settings["model"]["popularity_prior_days"])
+    predictor = Predictor.of(loop.average.eval(), dataset, settings.model.popularity_prior_days)
     cold = np.array([False, *(is_cold(item) for item in dataset.items["item_id"].to_pylist())])
-    filter_seen = settings["evaluate"]["protocol"] == "filter_seen"
+    filter_seen = settings.evaluate.protocol == "filter_seen"
     validation = EvaluationQueries(
-        dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"]
+        dataset, "validation", max_users=settings.train.validation_users, seed=settings.split.seed
     )
     rows = []
     for boost in boosts:

@@ -18,6 +18,7 @@ import torch
 from recray.benchmark import peers
 from recray.benchmark.data import prepare_data, write_events
 from recray.benchmark.train import make_request, precision_of
+from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
 from recray.evaluation import metrics as m
@@ -27,7 +28,7 @@ from recray.model.device import device
 from recray.model.recommender import Recommender
 from recray.stages import ProgressLog
 from recray.storage import key_of, sha256_file
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 
 SEEDS = (0, 1, 2)
@@ -59,7 +60,7 @@ def measure_quality(
         )
     keep = folder / "keep"
     keep.mkdir()
-    training_settings = bundle_settings(settings)
+    settings = training_settings(settings)
     queries = [
         query
         for batch in EvaluationQueries(dataset, "test").batches(BATCH)
@@ -71,13 +72,12 @@ def measure_quality(
 
     ranks, curves = {"user": np.array(users)}, []
     library_result = (
-        _train_library(against, training_settings, dataset, folder, threads, say, out) if against else None
+        _train_library(against, settings, dataset, folder, threads, say, out) if against else None
     )
     for seed in SEEDS:
-        seed_settings = {**training_settings, "train": {**training_settings["train"], "seed": seed}}
-        curve, model, precision = _train(dataset, seed_settings, say, seed)
+        curve, model, precision = _train(dataset, settings.replace("train", seed=seed), say, seed)
         for name, is_bfloat16 in [(f"recray_{seed}", False), (f"bfloat16_{seed}", True)][: 1 + half]:
-            ranks[name] = ranks_of(model, dataset, training_settings, queries, half=is_bfloat16)
+            ranks[name] = ranks_of(model, dataset, settings, queries, half=is_bfloat16)
             say(f"{name}: HR@10 {hr(ranks[name]).mean():.4f}, NDCG@10 {ndcg(ranks[name]).mean():.4f}")
         curves += [{"who": f"recray_{seed}", **line} for line in curve]
 
@@ -103,11 +103,11 @@ def measure_quality(
     if library_result is not None:
         ranks[str(against)] = np.array([library_result["ranks"].get(str(user), 0) for user in users])
         curves += [{"who": against, **line} for line in library_result["curve"]]
-        metrics |= _compare_ndcg(own_ranks, ranks[str(against)], str(against)) | {
+        metrics |= compare_ndcg(own_ranks, ranks[str(against)], str(against)) | {
             "peer_taken_from": library_result.get("taken_from")
         }
-        is_comparable = _selects_as_libraries_do(training_settings)
-        metrics |= _time_to_library_ndcg(
+        is_comparable = selects_as_libraries_do(settings)
+        metrics |= time_to_library_ndcg(
             curves, str(against), library_result["pace"] if is_comparable else None
         )
         if not is_comparable:
@@ -122,7 +122,7 @@ def measure_quality(
 
     pq.write_table(pa.table(ranks), keep / "ranks.parquet")
     pq.write_table(pa.Table.from_pylist(curves), keep / "curves.parquet")
-    return training_settings, metrics
+    return bundle_settings(settings), metrics
 
 
 def hr(ranks: np.ndarray) -> np.ndarray:
@@ -135,7 +135,7 @@ def ndcg(ranks: np.ndarray) -> np.ndarray:
     return np.where(hr(ranks) > 0, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0)
 
 
-def _compare_ndcg(own_ranks: list[np.ndarray], library_ranks: np.ndarray, library: str) -> dict[str, Any]:
+def compare_ndcg(own_ranks: list[np.ndarray], library_ranks: np.ndarray, library: str) -> dict[str, Any]:
     """The library's figures, and the paired difference of NDCG with its interval."""
     difference = np.mean([ndcg(ranks) for ranks in own_ranks], 0) - ndcg(library_ranks)
     low, high = m.interval(m.bootstrap_means(difference[:, None], RESAMPLES, 0)[:, 0], CONFIDENCE)
@@ -149,17 +149,17 @@ def _compare_ndcg(own_ranks: list[np.ndarray], library_ranks: np.ndarray, librar
     }
 
 
-def _selects_as_libraries_do(settings: dict[str, Any]) -> bool:
+def selects_as_libraries_do(settings: Settings) -> bool:
     """Whether the validation NDCG is that of the libraries: of one unseen item for each user."""
     return bool(
-        settings["evaluate"]["protocol"] == "filter_seen"
-        and settings["train"]["select_by"] == "protocol"
-        and settings["evaluate"]["k"][0] == K
-        and settings["split"]["kind"] == "leave_one_out"
+        settings.evaluate.protocol == "filter_seen"
+        and settings.train.select_by == "protocol"
+        and settings.evaluate.k[0] == K
+        and settings.split.kind == "leave_one_out"
     )
 
 
-def _time_to_library_ndcg(
+def time_to_library_ndcg(
     curves: list[dict[str, Any]], library: str, pace: dict[str, float] | None
 ) -> dict[str, Any]:
     """Seconds to the library's best validation NDCG, and their ratio to the library's.
@@ -193,12 +193,12 @@ def _time_to_library_ndcg(
 
 
 def _train(
-    dataset: Dataset, settings: dict[str, Any], say: ProgressLog, seed: int
+    dataset: Dataset, settings: Settings, say: ProgressLog, seed: int
 ) -> tuple[list[dict[str, float]], Recommender, str]:
     """Train to the early stop; the learning curve with its clocks (without validation), the model, and the
     precision of its products.
     """
-    loop = build_loop(str(dataset.path), settings, device("train.use_gpu", gpu=settings["train"]["use_gpu"]))
+    loop = build_loop(str(dataset.path), settings, device("train.use_gpu", gpu=settings.train.use_gpu))
     validation_s, validate = {"wall": 0.0, "cpu": 0.0}, loop.validate
 
     def validate_timed(*arguments: Any) -> tuple[float, float]:
@@ -227,7 +227,7 @@ def _train(
 def ranks_of(
     model: Recommender,
     dataset: Dataset,
-    settings: dict[str, Any],
+    settings: Settings,
     queries: list[EvaluationQuery],
     *,
     half: bool = False,
@@ -236,7 +236,7 @@ def ranks_of(
 
     half : compute in bfloat16
     """
-    predictor = Predictor.of(model, dataset, settings["model"]["popularity_prior_days"], bfloat16=half)
+    predictor = Predictor.of(model, dataset, settings.model.popularity_prior_days, bfloat16=half)
     ranks = []
     for first in range(0, len(queries), BATCH):
         batch = queries[first : first + BATCH]
@@ -255,7 +255,7 @@ def ranks_of(
 
 def _train_library(
     library: str,
-    settings: dict[str, Any],
+    settings: Settings,
     dataset: Dataset,
     folder: Path,
     threads: int,
@@ -271,7 +271,7 @@ def _train_library(
     write_events(dataset, events)
     first_number = _first_user_numbers(dataset)
     validation = EvaluationQueries(
-        dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"]
+        dataset, "validation", max_users=settings.train.validation_users, seed=settings.split.seed
     )
     users = [int(first_number[shard] + row) for shard, row, _, _ in validation.positions]
     request = make_request(settings, folder, threads) | {

@@ -18,7 +18,7 @@ from recray.evaluation.plots import plot_growth
 from recray.stages import ProgressLog
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop
-from recray.training.plan import bundle_settings
+from recray.training.plan import training_settings
 from recray.training.worker import build_loop
 
 USERS = (12_500, 25_000, 50_000, 100_000)
@@ -37,7 +37,7 @@ def measure_scale(folder: Path, say: ProgressLog) -> dict[str, Any]:
         SyntheticShop(users=users, items=ITEMS, events_per_user=EVENTS_PER_USER).write(home)
         settings = load_settings(None, [f"data.events=[{home / 'events'}]", f"storage.root={home / 'root'}"])
         dataset = prepare_here(settings)
-        loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+        loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
         trained.append((dataset.n_events, _time_fastest(lambda epoch, loop=loop: loop.train_epoch(epoch))))
         with scorer(home, settings, dataset, loop.best) as score:
             scored.append((dataset.n_users, _time_fastest(lambda _, score=score: score())))
@@ -49,7 +49,7 @@ def measure_scale(folder: Path, say: ProgressLog) -> dict[str, Any]:
     keep.mkdir()
     (keep / "svg").write_text(plot_growth(trained, scored))
     metrics: dict[str, Any] = {"train": trained, "score": scored}
-    metrics |= {"train_exponent": _exponent(trained), "score_exponent": _exponent(scored)}
+    metrics |= {"train_exponent": fit_exponent(trained), "score_exponent": fit_exponent(scored)}
     say(
         f"training time grows as events^{metrics['train_exponent']}, scoring time as "
         f"users^{metrics['score_exponent']}"
@@ -66,7 +66,7 @@ def _time_fastest(run: Any) -> float:
     return round(min(seconds), 3)
 
 
-def _exponent(points: list[tuple[int, float]]) -> float:
+def fit_exponent(points: list[tuple[int, float]]) -> float:
     """Slope of the least-squares line through (log size, log seconds)."""
     size, seconds = np.log(np.array(points, float)).T
     return round(float(np.polyfit(size, seconds, 1)[0]), 3)

@@ -23,7 +23,7 @@ from recray.dataset.reader import Dataset
 from recray.model.device import device
 from recray.snapshot.score import ScoreBucket
 from recray.stages import ProgressLog
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop, shape_of
 
 ROUNDS, LIBRARY_ROUNDS = 5, 2
@@ -42,8 +42,8 @@ def measure_score(
     settings, dataset = prepare_data(data, folder / "root", [*SAME, *overrides])
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    training_settings = bundle_settings(settings)
-    weights = build_loop(str(dataset.path), training_settings, torch.device("cpu")).best
+    settings = training_settings(settings)
+    weights = build_loop(str(dataset.path), settings, torch.device("cpu")).best
     seconds: list[float] = []
     actors = min(settings.score.actors, dataset.n_shards)
     metrics: dict[str, Any] = {
@@ -63,7 +63,7 @@ def measure_score(
         run_rounds()
         if against:
             write_events(dataset, folder / "events.parquet")
-            request = make_request(training_settings, folder, threads) | {
+            request = make_request(settings, folder, threads) | {
                 "epochs": 1,
                 "batches": 1,
                 "recommend": LIBRARY_ROUNDS,
@@ -78,7 +78,7 @@ def measure_score(
     if against:
         metrics["users_per_s_ratio"] = round(rate / statistics.median(library_rates), 2)
         say(f"{metrics['users_per_s_ratio']} times the library's users a second")
-    return training_settings, metrics
+    return bundle_settings(settings), metrics
 
 
 @contextmanager
@@ -90,16 +90,15 @@ def scorer(
 
     Raises SettingsError if the settings require a GPU and there is none.
     """
-    training_settings = bundle_settings(settings)
-    shape = shape_of(training_settings["model"], dataset)
-    content = {
-        "features": training_settings["data"]["features"],
-        "popularity_prior_days": training_settings["model"]["popularity_prior_days"],
-        "settings": training_settings,
-        "metrics": {},
-    }
+    shape = shape_of(settings.model, dataset)
     bundle = write_bundle(
-        folder / "bundle", "benchmark", dataset=dataset, shape=shape, state=state, **content
+        folder / "bundle",
+        "benchmark",
+        dataset=dataset,
+        shape=shape,
+        state=state,
+        settings=bundle_settings(settings),
+        metrics={},
     )
     parts = folder / "parts"
     parts.mkdir()

@@ -19,13 +19,14 @@ import torch
 from scipy.stats import rankdata
 
 from recray.benchmark.data import NO_RULES, find_data, prepare_data
+from recray.config import Settings
 from recray.dataset.context import encode_request
 from recray.dataset.reader import Dataset, History
 from recray.errors import DataError
 from recray.evaluation import metrics as m
 from recray.inference import Predictor
 from recray.stages import ProgressLog
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 
 TEST_SHARE = 0.2
@@ -55,8 +56,7 @@ def measure_slate(
         *overrides,
     ]
     settings, dataset = prepare_data(data, folder / "root", options, "news")
-    training_settings = bundle_settings(settings)
-    loop = build_loop(str(dataset.path), training_settings, torch.device("cpu"))
+    loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     for line in loop.run():
         say(
             f"epoch {line['epoch']}: loss {line['loss']:.4f}, validation NDCG@10 "
@@ -64,7 +64,7 @@ def measure_slate(
         )
     loop.average.load_state_dict(loop.best)
     test = shown[shown.second >= cutoff_s]
-    scores = _score_impressions(loop.average.eval(), dataset, training_settings, test, sessions)
+    scores = _score_impressions(loop.average.eval(), dataset, settings, test, sessions)
     counts = shown[(shown.second < cutoff_s) & shown.clicked].item_id.value_counts()
     popular = [
         counts.reindex(slate.item_id).fillna(0).to_numpy()
@@ -86,7 +86,7 @@ def measure_slate(
         "auc_high": high,
         "popular_auc": aucs[:, 1].mean(),
     }
-    return training_settings, {name: round(float(value), 4) for name, value in metrics.items()}
+    return bundle_settings(settings), {name: round(float(value), 4) for name, value in metrics.items()}
 
 
 def auc(scores: np.ndarray, clicked: np.ndarray) -> float:
@@ -151,10 +151,10 @@ def _write(home: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame
 
 
 def _score_impressions(
-    model: Any, dataset: Dataset, settings: dict[str, Any], test: pd.DataFrame, sessions: pd.DataFrame
+    model: Any, dataset: Dataset, settings: Settings, test: pd.DataFrame, sessions: pd.DataFrame
 ) -> list[np.ndarray]:
     """Scores of the items of each impression, in the order of the impressions."""
-    predictor = Predictor.of(model, dataset, settings["model"]["popularity_prior_days"])
+    predictor = Predictor.of(model, dataset, settings.model.popularity_prior_days)
     before = sessions.set_index("impression_id").history
     slates = list(test.groupby("impression_id", sort=True))
     scores: list[np.ndarray] = []

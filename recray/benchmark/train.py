@@ -14,10 +14,11 @@ import torch
 
 from recray.benchmark import peers
 from recray.benchmark.data import prepare_data, write_events
+from recray.config import Settings
 from recray.model.device import device
 from recray.stages import ProgressLog
 from recray.training.loop import Loop
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 
 EPOCHS, LIBRARY_EPOCHS = 3, 2
@@ -35,18 +36,17 @@ def measure_train(
     settings, dataset = prepare_data(data, folder / "root", [*SAME, *overrides])
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    training_settings = bundle_settings(settings)
+    settings = training_settings(settings)
     target_device = device("train.use_gpu", gpu=settings.train.use_gpu)
-    loop = build_loop(str(dataset.path), training_settings, target_device)
+    loop = build_loop(str(dataset.path), settings, target_device)
     sizes = [
         (int(batch.item_BT.count_nonzero()), len(batch.item_BT)) for batch, _, _ in loop.batches.epoch(0)
     ]
     tokens = sum(real for real, _ in sizes)
     if not any(override.startswith("train.batch_tokens=") for override in overrides):
-        training_settings["train"]["batch_tokens"] = round(
-            LIBRARY_BATCH_USERS * tokens / sum(users for _, users in sizes)
-        )
-        loop = build_loop(str(dataset.path), training_settings, target_device)
+        batch_tokens = round(LIBRARY_BATCH_USERS * tokens / sum(users for _, users in sizes))
+        settings = settings.replace("train", batch_tokens=batch_tokens)
+        loop = build_loop(str(dataset.path), settings, target_device)
     say(
         f"{dataset.n_users} users, {dataset.n_items} items; {tokens} tokens an epoch, "
         f"{loop.batches.padding():.1%} padding"
@@ -68,7 +68,7 @@ def measure_train(
     }
     if against:
         write_events(dataset, folder / "events.parquet")
-        request = make_request(training_settings, folder, threads) | {"epochs": LIBRARY_EPOCHS}
+        request = make_request(settings, folder, threads) | {"epochs": LIBRARY_EPOCHS}
         library_s = peers.run_library(against, request, folder, say)["epoch_s"]
         say(f"{against}: epochs in {', '.join(f'{epoch_s:.1f}' for epoch_s in library_s)} s")
         run_epochs(EPOCHS)
@@ -76,7 +76,7 @@ def measure_train(
         metrics["epoch_ratio"] = round(statistics.median(seconds) / statistics.median(library_s), 4)
         say(f"epoch ratio {metrics['epoch_ratio']}: 1/{1 / metrics['epoch_ratio']:.1f}")
     metrics |= {"epoch_s": round(statistics.median(seconds), 3), "first_epoch_s": round(seconds[0], 2)}
-    return training_settings, metrics
+    return bundle_settings(settings), metrics
 
 
 def precision_of(loop: Loop) -> str:
@@ -84,13 +84,9 @@ def precision_of(loop: Loop) -> str:
     return "bfloat16" if loop.criterion.half else "float32"
 
 
-def make_request(settings: dict[str, Any], folder: Path, threads: int) -> dict[str, Any]:
+def make_request(settings: Settings, folder: Path, threads: int) -> dict[str, Any]:
     """The request to a baseline library: events, threads and the shape of the network."""
-    model, train = settings["model"], settings["train"]
-    shape = {name: model[name] for name in ("dim", "blocks", "heads", "history", "dropout")}
-    rest = {
-        "learning_rate": train["learning_rate"],
-        "seed": train["seed"],
-        "batch_users": LIBRARY_BATCH_USERS,
-    }
+    model, train = settings.model, settings.train
+    shape = {name: getattr(model, name) for name in ("dim", "blocks", "heads", "history", "dropout")}
+    rest = {"learning_rate": train.learning_rate, "seed": train.seed, "batch_users": LIBRARY_BATCH_USERS}
     return {"events": str(folder / "events.parquet"), "threads": threads, **shape, **rest}

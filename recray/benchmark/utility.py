@@ -36,7 +36,7 @@ from recray.storage import key_of, sha256_file
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop
 from recray.training.batches import TrainingBatches, users_estimated
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 from recray.version import __version__
 
@@ -119,14 +119,10 @@ def measure_utility(
         fixed: _Bench(folder / f"fixed-{fixed}", data, [*overrides], fixed=fixed) for fixed in (False, True)
     }
     plain = benches[False]
-    training_settings = bundle_settings(plain.settings)
+    values = bundle_settings(plain.settings)
     code = [sha256_file(Path(file)) for file in (__file__, vanilla_peer.__file__)]
     key = key_of(
-        training_settings,
-        [bench.dataset.digest for bench in benches.values()],
-        LEARNING_RATES,
-        __version__,
-        code,
+        values, [bench.dataset.digest for bench in benches.values()], LEARNING_RATES, __version__, code
     )
     cells = _Cells(out / f"privacy-{name}-{key}.cells.jsonl", say)
     runs: dict[str, dict[str, Any]] = {}
@@ -177,7 +173,7 @@ def measure_utility(
         )
     )
     metrics["nights"] = {"nights": RUN_COUNTS, **epsilons_by_runs}
-    return training_settings, metrics
+    return values, metrics
 
 
 Run = Callable[[str, float | None, float, int], dict[str, Any]]
@@ -232,7 +228,7 @@ class _Bench:
         self.settings, self.dataset = (
             _prepare_world(folder, options) if name == WORLD else prepare_data(data, folder, options, "video")
         )
-        self.training_settings = bundle_settings(self.settings)
+        self.training_settings = training_settings(self.settings)
         self.queries = {
             part: select_single_target(EvaluationQueries(self.dataset, part))
             for part in ("validation", "test")
@@ -273,13 +269,10 @@ class _Bench:
         if method == "vanilla":
             assert epsilon is not None
             return self._run_vanilla(epsilon, rate)
-        train = {
-            **self.training_settings["train"],
-            "learning_rate": rate,
-            "seed": number,
-            "sequences": "last" if epsilon else "all",
-        }
-        settings = {**self.training_settings, "train": train}
+        sequences = "last" if epsilon else "all"
+        settings = self.training_settings.replace(
+            "train", learning_rate=rate, seed=number, sequences=sequences
+        )
         mechanism = None if epsilon is None else vars(self.mechanism(epsilon))
         loop = build_loop(str(self.dataset.path), settings, torch.device("cpu"), None, mechanism)
         for _ in loop.run():
@@ -298,7 +291,7 @@ class _Bench:
         """
         counts = weighted_counts(self.dataset, 0.0 if epsilon is None else 0.5)
         if epsilon is not None:
-            counts += _calibrate_gaussian(
+            counts += calibrate_gaussian(
                 epsilon, self.settings.privacy.delta
             ) * np.random.default_rng().normal(size=len(counts))
         ranks = {
@@ -308,25 +301,20 @@ class _Bench:
         return _to_figures(ranks)
 
     def _run_vanilla(self, epsilon: float, rate: float) -> dict[str, Any]:
-        shape = self.training_settings["model"]
+        shape = self.training_settings.model
         model = vanilla_peer.Vanilla(
-            self.dataset.n_items,
-            shape["dim"],
-            shape["blocks"],
-            shape["heads"],
-            shape["history"],
-            shape["dropout"],
+            self.dataset.n_items, shape.dim, shape.blocks, shape.heads, shape.history, shape.dropout
         )
         vanilla_peer.train(
-            model, *_rows(self.dataset, shape["history"]), self.mechanism(epsilon, counts_share=0.0), rate
+            model, *_rows(self.dataset, shape.history), self.mechanism(epsilon, counts_share=0.0), rate
         )
         model.eval()
 
         def score(batch: list[EvaluationQuery]) -> np.ndarray:
-            item = np.zeros((len(batch), shape["history"]), np.int64)
+            item = np.zeros((len(batch), shape.history), np.int64)
             last = []
             for row, query in enumerate(batch):
-                items = query.history.item_index[-shape["history"] :]
+                items = query.history.item_index[-shape.history :]
                 item[row, : len(items)] = items
                 last.append(max(len(items) - 1, 0))
             with torch.no_grad():
@@ -418,7 +406,7 @@ def _ratio_interval(cell: dict[str, Any], reference: dict[str, Any]) -> tuple[fl
     return m.interval(means[:, 0] / np.maximum(means[:, 1], 1e-9), CONFIDENCE)
 
 
-def _calibrate_gaussian(epsilon: float, delta: float) -> float:
+def calibrate_gaussian(epsilon: float, delta: float) -> float:
     """The smallest σ of a Gaussian mechanism of sensitivity 1 (Balle and Wang, arXiv 1805.06530)."""
 
     def excess_delta(log_sigma: float) -> float:

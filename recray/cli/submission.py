@@ -237,7 +237,7 @@ def _follow(client: JobSubmissionClient, submission_id: str) -> tuple[JobDetails
             continue
         complete = text if details.status.is_terminal() else text[: text.rfind("\n") + 1]
         for line in complete[printed:].splitlines():
-            if line_result := _to_result(line):
+            if line_result := to_result(line):
                 result = line_result
             else:
                 print(line, file=sys.stderr, flush=True)
@@ -247,7 +247,7 @@ def _follow(client: JobSubmissionClient, submission_id: str) -> tuple[JobDetails
         time.sleep(POLL_S)
 
 
-def _to_result(line: str) -> dict[str, Any] | None:
+def to_result(line: str) -> dict[str, Any] | None:
     """A line of the log as the result of a job; None if it is something else."""
     if not line.startswith('{"job": '):
         return None

@@ -933,6 +933,11 @@ class Settings(Section):
         """Database URL of the privacy ledger."""
         return self.privacy.ledger or sqlite_url(self.root() / "privacy.sqlite")
 
+    def replace(self, section: str, **values: Any) -> Settings:
+        """These settings with other values in a section."""
+        changed = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: changed})
+
     def key_settings(self, *sections: str) -> dict[str, Any]:
         """`result_settings` under their first names, which run keys are hashes of."""
         return formats.to_first_names(self.result_settings(*sections))

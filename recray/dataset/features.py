@@ -10,7 +10,7 @@ values, or with one value for all items, has no effect (`describe_features` repo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 def encode_features(
     items: pa.Table,
-    features: dict[str, str],
+    features: Mapping[str, str],
     buckets: int,
     reference: pa.Table | None = None,
     *,

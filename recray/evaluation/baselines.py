@@ -96,13 +96,13 @@ def fit_baselines(
     yield (
         "personal frequency",
         baseline(
-            lambda queries: _count_interactions(queries, dataset.n_items) + _to_fractions(recent(queries))
+            lambda queries: _count_interactions(queries, dataset.n_items) + to_fractions(recent(queries))
         ),
     )
 
     yield (
         "item-kNN",
-        _to_linear_baseline(_cosine_similarity(seen_UV, dense=dataset.n_items <= ease_max_items)),
+        _to_linear_baseline(cosine_similarity(seen_UV, dense=dataset.n_items <= ease_max_items)),
     )
     if dataset.n_items > ease_max_items:
         yield "EASE", f"more than {ease_max_items} items"
@@ -120,7 +120,7 @@ def _fit_public_baselines(
         "personal frequency",
         Baseline(
             dataset.n_items,
-            lambda queries: _count_interactions(queries, dataset.n_items) + _to_fractions(popular(queries)),
+            lambda queries: _count_interactions(queries, dataset.n_items) + to_fractions(popular(queries)),
         ),
     )
     yield "item-kNN", PROTECTED
@@ -166,7 +166,7 @@ def _count_recent(dataset: Dataset, days: int, queries: list[EvaluationQuery]) -
     return dataset.popularity.windows(day, days)[row]
 
 
-def _to_fractions(counts: np.ndarray) -> np.ndarray:
+def to_fractions(counts: np.ndarray) -> np.ndarray:
     """Counts [Q, V] scaled to [0, 1), so that they only break ties of whole numbers."""
     result: np.ndarray = counts / (counts.max(1, keepdims=True) + 1.0)
     return result
@@ -187,7 +187,7 @@ def _multiply(queries: list[EvaluationQuery], weights: np.ndarray | sp.csr_matri
     return result
 
 
-def _cosine_similarity(seen_UV: sp.csr_matrix, *, dense: bool) -> np.ndarray | sp.csr_matrix:
+def cosine_similarity(seen_UV: sp.csr_matrix, *, dense: bool) -> np.ndarray | sp.csr_matrix:
     """Cosine of the items' user sets [V, V], 0 on the diagonal.
 
     dense : keep all neighbours; else the nearest `NEIGHBOURS` of each item

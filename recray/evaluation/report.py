@@ -61,7 +61,7 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
     figures = _draw_figures(table, bundle, k)
     if privacy is not None:
         figures.append(_draw_privacy_spent(storage, privacy))
-    better_baselines = _describe_better_baselines(table, k)
+    better_baselines = describe_better_baselines(table, k)
     facts = {
         "date": _to_date(dataset.as_of_s),
         "dataset": dataset.manifest,
@@ -202,7 +202,7 @@ def _describe_fallback(snapshot: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _describe_better_baselines(table: Table, k: int) -> list[str]:
+def describe_better_baselines(table: Table, k: int) -> list[str]:
     """The baselines whose NDCG is above the model's, as text."""
     texts = []
     for protocol, rows in table.items():

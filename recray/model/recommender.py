@@ -136,7 +136,7 @@ class Recommender(nn.Module):
     def states(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
         """Output of the blocks for the embedded histories [B, T, D]."""
         x = self.dropout(x_BTD)
-        inputs = self._attention_inputs(batch, None, controls, masked=False)
+        inputs = self.attention_inputs(batch, None, controls, masked=False)
         for block in self.blocks:
             x = block(x, inputs, controls)
         result: Tensor = x
@@ -165,7 +165,7 @@ class Recommender(nn.Module):
 
     def before_last(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
         """Output of all blocks but the last for the embedded histories [B, T, D], for inference."""
-        inputs = self._attention_inputs(batch, None, controls, masked=True)
+        inputs = self.attention_inputs(batch, None, controls, masked=True)
         for block in self.blocks[:-1]:
             x_BTD = block(x_BTD, inputs, controls)
         return x_BTD
@@ -176,7 +176,7 @@ class Recommender(nn.Module):
         Runs the last block at the query position only.
         """
         position = batch.position_N
-        inputs = self._attention_inputs(batch, position, controls, masked=True)
+        inputs = self.attention_inputs(batch, position, controls, masked=True)
         states = self.blocks[-1](before_BTD, inputs, controls, position)
         return self._queried(states[:, 0], batch)
 
@@ -184,7 +184,7 @@ class Recommender(nn.Module):
         """Entropy in nats of each query position's attention in the last block [B], from `before_last`."""
         last, position = self.blocks[-1], batch.position_N
         assert isinstance(last, Block)
-        inputs = self._attention_inputs(batch, position, None, masked=True)
+        inputs = self.attention_inputs(batch, position, None, masked=True)
         result: Tensor = torch.special.entr(
             last.attention.weights(last.attention_norm(before_BTD), inputs, position)
         ).sum((1, 2))
@@ -201,7 +201,7 @@ class Recommender(nn.Module):
         Attention roll-out (Abnar and Zuidema, arXiv 2005.00928): the product of the blocks' weights, each
         averaged with the identity.
         """
-        inputs = self._attention_inputs(batch, None, None, masked=True)
+        inputs = self.attention_inputs(batch, None, None, masked=True)
         own = torch.eye(x_BTD.shape[1], device=x_BTD.device)
         reach, x = own[None], x_BTD
         for block in self.blocks:
@@ -218,7 +218,7 @@ class Recommender(nn.Module):
         result: Tensor = hidden
         return result
 
-    def _attention_inputs(
+    def attention_inputs(
         self, batch: Batch, position: Tensor | None, controls: Controls | None, *, masked: bool
     ) -> AttentionInputs:
         """Inputs of attention from all positions, or from one per user, `position` int64 [B]."""

@@ -182,7 +182,7 @@ def _list_path(uri: str, setting: str, excluded: str) -> Iterator[tuple[InputFil
         )
         for name in sorted(sizes, key=natural_key):
             file_path = f"{path}/{name}" if name else path
-            file_uri = _join_uri(uri, name) if name else uri
+            file_uri = join_uri(uri, name) if name else uri
             size = sizes[name]
             file_or_reason: InputFile | str
             if size is None:
@@ -328,7 +328,7 @@ def _parse_partitions(path: str, name: str) -> Partitions:
     return tuple(partitions.items())
 
 
-def _join_uri(uri: str, name: str) -> str:
+def join_uri(uri: str, name: str) -> str:
     """Path or URI of a file below a folder. A URI keeps its host and options (`?region=…`)."""
     if "://" not in uri:
         return str(Path(uri) / name)

@@ -69,12 +69,13 @@ def encode_sentences(column: pa.ChunkedArray, folder: Path, cache_file: Path) ->
         key: text for key, text in zip(hashes, texts, strict=True) if key is not None and key not in vectors
     }
     if missing:
-        vectors |= _encode_each(missing, folder)
+        vectors |= encode_each(missing, folder)
         _write_vectors(cache_file, vectors)
     return pa.array([None if key is None else vectors[key] for key in hashes], pa.list_(pa.float32()))
 
 
-def _encode_each(texts: dict[str, str], folder: Path) -> dict[str, np.ndarray]:
+def encode_each(texts: dict[str, str], folder: Path) -> dict[str, np.ndarray]:
+    """Vectors float32 of texts by their key, by the encoder in a folder."""
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 

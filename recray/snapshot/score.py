@@ -67,7 +67,7 @@ def score(
     snapshot is published.
     """
     return write_snapshot(
-        Storage(settings.root()), key, dataset, model, settings.score, partial(_score_on_ray_data, settings)
+        Storage(settings.root()), key, dataset, model, settings.score, partial(score_on_ray_data, settings)
     )
 
 
@@ -125,7 +125,8 @@ any order and any process.
 """
 
 
-def _score_on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) -> list[dict[str, Any]]:
+def score_on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) -> list[dict[str, Any]]:
+    """Score the buckets by actors of Ray Data; what each reports of its bucket."""
     import ray
 
     options = settings.score

@@ -72,7 +72,7 @@ def hold(root: Path, job: str, lease_s: float) -> Iterator[Lease]:
         try:
             root.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(_acquire(root, lease_s))
-            with _flocked(root / COMMIT, lease_s):
+            with flocked(root / COMMIT, lease_s):
                 attempt = int(_read_holder(root).get("attempt", 0)) + 1
                 process = {"attempt": attempt, "job": job, "host": socket.gethostname(), "pid": os.getpid()}
                 _write(file, {**process, "since": dt.datetime.now(dt.UTC).isoformat(timespec="seconds")})
@@ -106,7 +106,7 @@ def commit(root: Path | None = None) -> Iterator[None]:
     if root is None:
         yield
         return
-    with _flocked(root / COMMIT, None):
+    with flocked(root / COMMIT, None):
         if _held is not None and _held.root == root:
             _held.check()
         yield
@@ -197,7 +197,7 @@ def _replace(root: Path, lease_s: float, touch: tuple[int, int]) -> IO[str] | No
     and mtime).
     """
     scratch = root / f"{LOCK}.{uuid.uuid4().hex[:8]}"
-    with _flocked(root / COMMIT, lease_s):
+    with flocked(root / COMMIT, lease_s):
         current = os.stat(root / LOCK)
         if (current.st_ino, current.st_mtime_ns) != touch:
             return None
@@ -209,7 +209,8 @@ def _replace(root: Path, lease_s: float, touch: tuple[int, int]) -> IO[str] | No
 
 
 @contextlib.contextmanager
-def _flocked(path: Path, timeout_s: float | None) -> Iterator[None]:
+def flocked(path: Path, timeout_s: float | None) -> Iterator[None]:
+    """Hold an exclusive lock of a file; waits for it at most `timeout_s` (None: as long as it takes)."""
     with open(path, "a+") as file:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:

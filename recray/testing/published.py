@@ -19,7 +19,7 @@ from recray.release import Member, Release
 from recray.snapshot.score import ScoreBucket, ScoringModel, write_snapshot
 from recray.storage import Storage
 from recray.testing.synthetic import SyntheticShop
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.private import PrivateLoop
 from recray.training.trainer import mechanism_for
 from recray.training.worker import build_loop
@@ -81,10 +81,10 @@ def untrained_bundle(
 
     privacy : its privacy statement
     """
-    training_settings, mechanism = bundle_settings(settings), mechanism_for(settings, dataset)
+    mechanism = mechanism_for(settings, dataset)
     loop = build_loop(
         str(dataset.path),
-        training_settings,
+        training_settings(settings),
         torch.device("cpu"),
         None,
         None if mechanism is None else vars(mechanism),
@@ -98,9 +98,7 @@ def untrained_bundle(
         dataset=dataset,
         shape=loop.model.shape,
         state=loop.best,
-        features=training_settings["data"]["features"],
-        popularity_prior_days=training_settings["model"]["popularity_prior_days"],
-        settings=training_settings,
+        settings=bundle_settings(settings),
         metrics={},
         privacy=privacy,
     )

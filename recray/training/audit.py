@@ -28,7 +28,7 @@ from recray.privacy.watch import Finding, StepMonitor, check_repeated_noise, to_
 from recray.storage import key_of
 from recray.training.batches import Sequences, TrainingBatches
 from recray.training.canaries import SyntheticRows, synthetic_users
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.private import PrivateLoop, physical_users
 from recray.training.trainer import mechanism_for
 from recray.training.worker import build_loop
@@ -176,7 +176,7 @@ def _bound(run: RunRecord) -> Bound:
 
 def _count_weights(settings: Settings, dataset: Dataset) -> int:
     """Number of weights that a private training updates."""
-    loop = build_loop(dataset, bundle_settings(settings), torch.device("cpu"))
+    loop = build_loop(dataset, training_settings(settings), torch.device("cpu"))
     return sum(parameter.numel() for parameter in loop.model.parameters() if parameter.requires_grad)
 
 
@@ -200,7 +200,7 @@ def _train_on_ray(
         run: RunRecord = ray.get(
             task.remote(
                 str(dataset.path),
-                bundle_settings(settings),
+                training_settings(settings),
                 mechanism,
                 canaries,
                 options.threads,
@@ -213,7 +213,7 @@ def _train_on_ray(
 
 def train_monitored(
     dataset_path: str,
-    settings: dict[str, Any],
+    settings: Settings,
     mechanism: dict[str, Any] | None,
     canaries: int,
     threads: int | None = None,
@@ -235,7 +235,7 @@ def train_monitored(
     record: RunRecord = {}
     if isinstance(loop, PrivateLoop):
         assert mechanism is not None
-        record = _run_monitored(loop, Mechanism(**mechanism), canaries, rows, random)
+        record = run_monitored(loop, Mechanism(**mechanism), canaries, rows, random)
         if canaries or rows:
             return record
     else:
@@ -255,7 +255,7 @@ def train_monitored(
     return {**record, "members": len(members), "others": len(non_members), **rates}
 
 
-def _run_monitored(
+def run_monitored(
     loop: PrivateLoop, mechanism: Mechanism, canaries: int, count: int, random: np.random.Generator
 ) -> RunRecord:
     """Run an unchanged private training with a temporary ledger, and monitor each step."""

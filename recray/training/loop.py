@@ -112,7 +112,7 @@ class Loop:
         while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
             started = time.monotonic()
             loss = self.train_epoch(progress.epoch)
-            ndcg = self._validation_ndcg()
+            ndcg = self.validation_ndcg()
             progress.epoch += 1
             if ndcg > progress.best_ndcg:
                 progress.best_ndcg, progress.best_epoch, self.best = (
@@ -134,7 +134,7 @@ class Loop:
         self.model.train()
         total, queries = torch.zeros(2, device=self.device, dtype=torch.float64)
         batches = self._batches(epoch)
-        for batch, targets, count in batches if self.device.type == "cpu" else _prefetch(batches):
+        for batch, targets, count in batches if self.device.type == "cpu" else prefetch(batches):
             total += self.train_step(batch, targets, count)
             queries += count
         total = self._sum(total[None])[0]
@@ -212,7 +212,7 @@ class Loop:
             dist.all_reduce(tensor)
         return tensor
 
-    def _validation_ndcg(self) -> float:
+    def validation_ndcg(self) -> float:
         total, users = self.validate(self.average, self.rank, self.world)
         total, users = self._sum(
             torch.tensor([total, users], dtype=torch.float64, device=self.device)
@@ -247,7 +247,7 @@ class Loop:
         self.optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
 
 
-def _prefetch(batches: Iterator[tuple[Batch, Targets, int]]) -> Iterator[tuple[Batch, Targets, int]]:
+def prefetch(batches: Iterator[tuple[Batch, Targets, int]]) -> Iterator[tuple[Batch, Targets, int]]:
     """The same batches; a thread builds the next one while a GPU trains on the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         future = pool.submit(next, batches, None)

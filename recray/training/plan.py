@@ -38,17 +38,23 @@ def plan_training(settings: Settings, dataset: Dataset) -> TrainingPlan:
     return TrainingPlan(key, parent)
 
 
+def training_settings(settings: Settings) -> Settings:
+    """The settings that a training reads: a private one may not use features of learned items."""
+    if settings.privacy.enabled and settings.model.items == "learned":
+        return settings.replace("data", features={})  # their part of a gradient's norm is not known exactly
+    return settings
+
+
 def bundle_settings(settings: Settings) -> dict[str, Any]:
-    """The settings that shape a bundle, given its dataset."""
-    values = settings.result_settings("data", "split", "model", "train", "privacy", "evaluate")
+    """The settings that shape a bundle, given its dataset, as JSON values: what its manifest keeps."""
+    sections = ("data", "split", "model", "train", "privacy", "evaluate")
+    values = training_settings(settings).result_settings(*sections)
     values["evaluate"] = {name: values["evaluate"][name] for name in ("k", "protocol")}
     values["train"].pop("every_days")
-    if settings.privacy.epsilon is not None or settings.privacy.sigma is not None:
-        # the cap does not determine the noise
+    if (
+        settings.privacy.epsilon is not None or settings.privacy.sigma is not None
+    ):  # the cap does not plan them
         values["privacy"] |= {"cap": None, "trainings": 1}
-    if settings.privacy.enabled and settings.model.items == "learned":
-        # the exact norm of a gradient of features is unknown
-        values["data"]["features"] = {}
     return values
 
 
@@ -122,15 +128,13 @@ def _is_in_ledger(settings: Settings, bundle: Bundle) -> bool:
 def network_shape(settings: Settings, dataset: Dataset) -> Shape:
     """Shape of the network that these settings train on a dataset."""
     return shape_of(
-        bundle_settings(settings)["model"],
-        dataset,
-        counts=settings.privacy.enabled and settings.privacy.counts_share > 0,
+        settings.model, dataset, counts=settings.privacy.enabled and settings.privacy.counts_share > 0
     )
 
 
 def _has_same_network(settings: Settings, dataset: Dataset, bundle: Bundle) -> bool:
     described = {
-        "features": bundle_settings(settings)["data"]["features"],
+        "features": training_settings(settings).data.features,
         "context": dataset.context,
         "text_encoder": dataset.text_encoder,
     }

@@ -112,7 +112,7 @@ class PrivateLoop(Loop):
             progress.epoch += 1
             progress.best_epoch, progress.best_ndcg, self.best = (
                 progress.epoch,
-                self._validation_ndcg(),
+                self.validation_ndcg(),
                 copy_weights(self.average),
             )
             line = {"epoch": progress.epoch, "steps": progress.step, "validation_ndcg": progress.best_ndcg}

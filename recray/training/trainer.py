@@ -33,7 +33,7 @@ from recray.privacy.ledger import Ledger
 from recray.release import list_bundles
 from recray.storage import Storage, find_disk_errno, find_failed_path, is_sealed
 from recray.training.batches import users_estimated, users_learned
-from recray.training.plan import TrainingPlan, bundle_settings, network_shape
+from recray.training.plan import TrainingPlan, bundle_settings, network_shape, training_settings
 from recray.training.worker import last_checkpoint, train_worker
 
 OnMetrics = Callable[[dict[str, float]], None]
@@ -57,7 +57,6 @@ def train(
         return Bundle.open(final)
     _check_dataset(dataset)
 
-    train_settings = bundle_settings(settings)
     shape = network_shape(settings, dataset)
     mechanism = mechanism_for(settings, dataset, key)
     run.mkdir(parents=True, exist_ok=True)
@@ -67,7 +66,7 @@ def train(
 
     progress = storage.training_runs / f"{key}.jsonl"
     with _CurveFollower(progress, on_metrics):
-        checkpoint = _fit(settings, run, dataset, train_settings, progress, parent, private)
+        checkpoint = _fit(settings, run, dataset, progress, parent, private)
 
     curve = json.loads((checkpoint / "progress.json").read_text())
     statement = None
@@ -87,9 +86,7 @@ def train(
         dataset=dataset,
         shape=shape,
         state=load_file(checkpoint / "best.safetensors"),
-        features=train_settings["data"]["features"],
-        popularity_prior_days=train_settings["model"]["popularity_prior_days"] if shape.prior else 0,
-        settings=train_settings,
+        settings=bundle_settings(settings),
         metrics=curve,
         parent=None if parent is None else parent.key,
         privacy=statement,
@@ -226,7 +223,6 @@ def _fit(
     settings: Settings,
     run: Path,
     dataset: Dataset,
-    train_settings: dict[str, Any],
     progress: Path,
     parent: Bundle | None,
     private: dict[str, Any] | None,
@@ -252,7 +248,7 @@ def _fit(
         train_worker,  # type: ignore[arg-type]  # Ray's types lack its return value
         train_loop_config={
             "dataset": str(dataset.path),
-            "settings": train_settings,
+            "settings": training_settings(settings),
             "threads": options.threads,
             "progress": str(progress),
             "resume": resume and str(resume),

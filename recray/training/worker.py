@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from recray.bundle import Bundle
+from recray.config import ModelSettings, Settings, TrainSettings
 from recray.dataset.features import encode_features
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, RecrayError, TrainingError
@@ -38,31 +39,31 @@ DIGESTS = "digests.json"
 VALIDATION_BATCH = 256
 
 
-def shape_of(model: dict[str, Any], dataset: Dataset, *, counts: bool = False) -> Shape:
+def shape_of(model: ModelSettings, dataset: Dataset, *, counts: bool = False) -> Shape:
     """Architecture for the model settings and the data set.
 
     counts : scores include noised item counts
     """
     return Shape(
         event_types=max(len(dataset.event_types), 1),
-        dim=model["dim"],
-        blocks=model["blocks"],
-        heads=model["heads"],
-        history=model["history"],
-        dropout=model["dropout"],
-        values=model["values"],
+        dim=model.dim,
+        blocks=model.blocks,
+        heads=model.heads,
+        history=model.history,
+        dropout=model.dropout,
+        values=model.values,
         **{
-            part: default if model[part] is None else model[part]
-            for part, default in PRESETS[model["preset"]].items()
+            part: default if (value := getattr(model, part)) is None else value
+            for part, default in PRESETS[model.preset].items()
         },
-        time_bias=model["time_bias"] and dataset.has_time,
-        repeat=model["repeat_consumption"],
-        repeat_by_item=model["repeat_by_item"],
-        prior=model["popularity_prior_days"] > 0 and dataset.has_time,
+        time_bias=model.time_bias and dataset.has_time,
+        repeat=model.repeat_consumption,
+        repeat_by_item=model.repeat_by_item,
+        prior=model.popularity_prior_days > 0 and dataset.has_time,
         fresh=dataset.released_day is not None,
-        feature_buckets=model["feature_buckets"],
-        id_dropout=model["id_dropout"],
-        fixed_items=model["items"] == "features",
+        feature_buckets=model.feature_buckets,
+        id_dropout=model.id_dropout,
+        fixed_items=model.items == "features",
         context=len(dataset.context),
         counts=counts,
     )
@@ -129,7 +130,7 @@ def _train(config: dict[str, Any]) -> None:
 
 def build_loop(
     dataset: Dataset | str,
-    settings: dict[str, Any],
+    settings: Settings,
     device: torch.device,
     parent: str | None = None,
     mechanism: dict[str, Any] | None = None,
@@ -137,15 +138,15 @@ def build_loop(
     """Build model, batches, validation and optimiser.
 
     dataset : or its folder
-    settings : from `Settings.result_settings`
+    settings : as `recray.training.plan.training_settings` returns them
     parent : folder of the bundle whose weights the model begins with
     mechanism : a `Mechanism` as a dictionary, for a private training
     """
     dataset = Dataset.open(dataset) if isinstance(dataset, str) else dataset
-    model_settings, train = settings["model"], settings["train"]
-    shape = shape_of(model_settings, dataset, counts=bool(mechanism and mechanism["counts_sigma"]))
-    torch.manual_seed(train["seed"])
-    features = encode_features(dataset.items, settings["data"]["features"], shape.feature_buckets)
+    train = settings.train
+    shape = shape_of(settings.model, dataset, counts=bool(mechanism and mechanism["counts_sigma"]))
+    torch.manual_seed(train.seed)
+    features = encode_features(dataset.items, settings.data.features, shape.feature_buckets)
     if mechanism is not None:
         dataset = dataset.with_training_part(mechanism["part"], mechanism["parts"])
     seen = dataset.trained_items()
@@ -159,24 +160,24 @@ def build_loop(
     batches = TrainingBatches(
         dataset,
         history=shape.history,
-        batch_tokens=train["batch_tokens"],
-        sequences=train["sequences"] if mechanism is None else "last",
-        popularity_prior_days=model_settings["popularity_prior_days"] if shape.prior else 0,
-        seed=train["seed"],
-        target_baskets=train["target_baskets"],
+        batch_tokens=train.batch_tokens,
+        sequences=train.sequences if mechanism is None else "last",
+        popularity_prior_days=settings.model.popularity_prior_days if shape.prior else 0,
+        seed=train.seed,
+        target_baskets=train.target_baskets,
     )
 
-    half = train["precision"] == "bfloat16" or (train["precision"] == "auto" and _is_bfloat16_fast(device))
+    half = train.precision == "bfloat16" or (train.precision == "auto" and _is_bfloat16_fast(device))
     loop_settings = _loop_settings(train, shape, device, half=half, private=mechanism is not None)
     for module in model.modules():
         if isinstance(module, Linear):
             module.halved = half and mechanism is None
     criterion = Criterion(
-        train["loss"],
+        train.loss,
         torch.from_numpy(batches.item_share()).to(device),
-        full_items=train["full_softmax_items"],
-        negatives=train["negatives"],
-        calibration=train["gbce_calibration"],
+        full_items=train.full_softmax_items,
+        negatives=train.negatives,
+        calibration=train.gbce_calibration,
         half=half,
         dated=batches.dated if shape.prior or shape.fresh else None,
     )
@@ -193,30 +194,30 @@ def build_loop(
         criterion,
         loop_settings,
         Mechanism(**mechanism),
-        report_every=settings["privacy"]["report_every"],
+        report_every=settings.privacy.report_every,
     )
 
 
 def _loop_settings(
-    train: dict[str, Any], shape: Shape, device: torch.device, *, half: bool, private: bool
+    train: TrainSettings, shape: Shape, device: torch.device, *, half: bool, private: bool
 ) -> LoopSettings:
     return LoopSettings(
-        epochs=train["epochs"],
-        patience=train["patience"],
-        learning_rate=train["learning_rate"],
-        warmup_steps=train["warmup_steps"],
-        weight_decay=train["weight_decay"],
-        seed=train["seed"],
-        ema_decay=train["ema_decay"],
-        temperature_jitter=train["temperature_jitter"],
+        epochs=train.epochs,
+        patience=train.patience,
+        learning_rate=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        seed=train.seed,
+        ema_decay=train.ema_decay,
+        temperature_jitter=train.temperature_jitter,
         autocast=half and device.type == "cuda",
-        row=_row_length(train["batch_tokens"], shape.history)
+        row=row_length(train.batch_tokens, shape.history)
         if device.type == "cuda" and is_packable(shape) and not private
         else 0,
     )
 
 
-def _row_length(positions: int, history: int) -> int:
+def row_length(positions: int, history: int) -> int:
     """Length of the row for one rank's part of any batch, except one whose single history is longer."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     longest = positions if world == 1 else positions // world + history
@@ -241,20 +242,17 @@ def _is_bfloat16_fast(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _build_validation(
-    dataset: Dataset, model: Recommender, settings: dict[str, Any], *, private: bool
-) -> Validate:
+def _build_validation(dataset: Dataset, model: Recommender, settings: Settings, *, private: bool) -> Validate:
     """A function for the mean NDCG of validation users under the protocol of selection, or under both.
 
     It uses the predictor that serves. Raises DataError where a protocol has no target.
     """
-    evaluate = settings["evaluate"]
-    k = evaluate["k"][0]
-    protocols = PROTOCOLS if settings["train"]["select_by"] == "both" else (evaluate["protocol"],)
+    k = settings.evaluate.k[0]
+    protocols = PROTOCOLS if settings.train.select_by == "both" else (settings.evaluate.protocol,)
     queries = EvaluationQueries(
-        dataset, "validation", max_users=settings["train"]["validation_users"], seed=settings["split"]["seed"]
+        dataset, "validation", max_users=settings.train.validation_users, seed=settings.split.seed
     )
-    predictor = Predictor.of(model, dataset, settings["model"]["popularity_prior_days"], private=private)
+    predictor = Predictor.of(model, dataset, settings.model.popularity_prior_days, private=private)
 
     all_queries = [query for batch in queries.batches(VALIDATION_BATCH) for query in batch]
     users = {

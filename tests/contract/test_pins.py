@@ -34,7 +34,7 @@ from recray.serving.service import Service
 from recray.storage import Storage, key_of
 from recray.testing.published import prepare_here, publish_untrained, untrained_bundle
 from recray.testing.synthetic import SyntheticShop
-from recray.training.plan import bundle_settings
+from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -254,7 +254,9 @@ def test_losses_and_weights_of_a_training_are_those_recorded(published, parts):
     overrides = [*world_overrides(storage.root.parent, storage.root), "data.shards=2", *parts]
 
     def trained() -> tuple[list[float], dict[str, torch.Tensor]]:
-        loop = build_loop(str(dataset), bundle_settings(load_settings(None, overrides)), torch.device("cpu"))
+        loop = build_loop(
+            str(dataset), training_settings(load_settings(None, overrides)), torch.device("cpu")
+        )
         losses = [epoch["loss"] for epoch in loop.run()]
         return losses, loop.best
 

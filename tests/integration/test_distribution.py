@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from recray.config import load_settings
 from recray.errors import SettingsError
 from recray.testing.published import prepare_here
-from recray.training.plan import TrainingPlan, bundle_settings, plan_training
+from recray.training.plan import TrainingPlan, plan_training, training_settings
 from recray.training.worker import build_loop
 
 STEPS = 20
@@ -60,7 +60,7 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
     settings = settings_of(world_folder, tmp_path)
     dataset = prepare_here(settings)
-    chosen = bundle_settings(settings)
+    chosen = training_settings(settings)
     one = build_loop(str(dataset.path), chosen, torch.device("cpu"))
     assert sum(1 for _ in one.batches.epoch(0)) >= STEPS
     list(one.run())

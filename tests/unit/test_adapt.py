@@ -63,9 +63,9 @@ def test_rounds_are_looked_back_at_until_the_world_changed():
 
 
 def test_small_rounds_speak_together_and_the_newest_are_no_more_than_it_takes():
-    assert adapt._group_rounds([700, 600]) == [slice(0, 1), slice(1, 2)]
-    assert adapt._group_rounds([100, 700, 200, 200, 200]) == [slice(0, 2), slice(2, 5)]
-    assert adapt._group_rounds([900, 100]) == [slice(0, 2)] and adapt._group_rounds([10, 20]) == [slice(0, 2)]
+    assert adapt.group_rounds([700, 600]) == [slice(0, 1), slice(1, 2)]
+    assert adapt.group_rounds([100, 700, 200, 200, 200]) == [slice(0, 2), slice(2, 5)]
+    assert adapt.group_rounds([900, 100]) == [slice(0, 2)] and adapt.group_rounds([10, 20]) == [slice(0, 2)]
     rounds = [round_of(SyntheticRewards(), 700, seed) for seed in range(10)]
     rounds += [
         replace(
@@ -74,13 +74,13 @@ def test_small_rounds_speak_together_and_the_newest_are_no_more_than_it_takes():
         )
     ]
     rounds[10].log_density[:500] = round_of(SyntheticRewards(), 5000, 10).log_density[:500]
-    sound, aside = adapt._merge_usable_rounds(rounds, "b", {""})
+    sound, aside = adapt.merge_usable_rounds(rounds, "b", {""})
     assert aside == {"not explored": 4500} and sum(map(len, sound)) == 7500 and len(sound) == 5
-    log, judged, left = adapt._split_recent_rounds(sound, "")
+    log, judged, left = adapt.split_recent_rounds(sound, "")
     assert len(log) + len(judged) == 7500 and left == {}
     silent = replace(rounds[0], log_density=np.full(700, np.nan))
     with pytest.raises(RefusedError, match="explored"):
-        adapt._merge_usable_rounds([*rounds, silent], "b", {""})
+        adapt.merge_usable_rounds([*rounds, silent], "b", {""})
 
 
 def test_most_of_what_is_to_be_had_is_learned_from_clicks():

@@ -21,10 +21,10 @@ from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.audit import Bound, Canaries, bound, chance_of, lower_bound, true_positives
 from recray.privacy.watch import Finding, StepMonitor, check_repeated_noise
 from recray.testing.published import prepare_here
-from recray.training.audit import _run_monitored, sequence_losses, train_monitored
+from recray.training.audit import run_monitored, sequence_losses, train_monitored
 from recray.training.batches import TrainingBatches, users_learned
 from recray.training.canaries import synthetic_users
-from recray.training.plan import bundle_settings
+from recray.training.plan import training_settings
 from recray.training.worker import build_loop
 
 
@@ -128,7 +128,7 @@ def test_a_training_keeps_its_claim_and_one_without_noise_is_caught(settings, da
     found = {}
     for sigma in (mechanism.sigma, 0.0):
         run = train_monitored(
-            str(dataset.path), bundle_settings(settings), {**vars(mechanism), "sigma": sigma}, 1000
+            str(dataset.path), training_settings(settings), {**vars(mechanism), "sigma": sigma}, 1000
         )
         found[sigma] = bound(run["planted"], run["seen"], settings.privacy.delta)
     assert found[mechanism.sigma].epsilon < mechanism.epsilon
@@ -142,13 +142,13 @@ def looked_at(settings, dataset, mutate=lambda loop: None, rows=8) -> dict[str, 
     random = np.random.default_rng()
     loop = build_loop(
         dataset.with_shard(synthetic_users(dataset, rows, random)),
-        bundle_settings(settings),
+        training_settings(settings),
         torch.device("cpu"),
         None,
         vars(mechanism),
     )
     mutate(loop)
-    found = _run_monitored(loop, mechanism, 0, rows, random)
+    found = run_monitored(loop, mechanism, 0, rows, random)
     assert len(found["planted"]) == rows and np.isfinite(found["seen"]).all()
     return {finding["name"]: Finding(**finding) for finding in found["findings"]}
 
@@ -245,7 +245,7 @@ def test_noise_on_every_rank_and_on_none_is_caught(tmp_path, noisy, sound):
 
 
 def test_losses_are_those_of_each_user_alone(settings, dataset):
-    loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+    loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     batches = TrainingBatches(
         dataset, history=20, batch_tokens=500, sequences="last", popularity_prior_days=0, seed=0
     )

@@ -16,7 +16,7 @@ from recray.benchmark.score import scorer
 from recray.config import load_settings
 from recray.errors import DataError, SettingsError
 from recray.evaluation import metrics
-from recray.training.plan import bundle_settings
+from recray.training.plan import training_settings
 from recray.training.worker import build_loop
 
 
@@ -42,13 +42,13 @@ def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
             for e, v in ((1, 0.1), (2, 0.149), (3, 0.151), (4, 0.2))
         ]
     ours, theirs = np.array([1, 2, 3, 1, 0]), np.array([2, 4, 11, 1, 5])
-    found = quality._compare_ndcg([ours] * 3, theirs, "peer")
-    times = quality._time_to_library_ndcg(curves, "peer", {"seconds": 1.0, "cpu_seconds": 0.5})
+    found = quality.compare_ndcg([ours] * 3, theirs, "peer")
+    times = quality.time_to_library_ndcg(curves, "peer", {"seconds": 1.0, "cpu_seconds": 0.5})
     assert times["peer_epochs"] == 2 and times["peer_seconds"] == 200.0
     assert times["time_to_peer_ratio"] == pytest.approx(30 / 200) and times[
         "cpu_time_to_peer_ratio"
     ] == pytest.approx(60 / 200)
-    untold = quality._time_to_library_ndcg(curves, "peer", None)
+    untold = quality.time_to_library_ndcg(curves, "peer", None)
     assert untold["seconds_to_peer"] == times["seconds_to_peer"] and untold["time_to_peer_ratio"] is None
     assert found["ndcg_lead"] == pytest.approx((quality.ndcg(ours) - quality.ndcg(theirs)).mean(), abs=1e-4)
     assert found["ndcg_lead_low"] < found["ndcg_lead"] < found["ndcg_lead_high"]
@@ -60,17 +60,17 @@ def test_the_time_to_a_peer_is_told_where_both_select_alike():
         "train": {"select_by": "protocol"},
         "split": {"kind": "leave_one_out"},
     }
-    assert quality._selects_as_libraries_do(alike)
+    assert quality.selects_as_libraries_do(alike)
     for section, other in (
         ("evaluate", {"protocol": "with_repeats"}),
         ("train", {"select_by": "both"}),
         ("split", {"kind": "time"}),
     ):
-        assert not quality._selects_as_libraries_do({**alike, section: {**alike[section], **other}})
+        assert not quality.selects_as_libraries_do({**alike, section: {**alike[section], **other}})
 
 
 def test_held_out_items_are_nowhere_before_the_test(world_dataset, tmp_path):
-    features._write_without_cold_items(world_dataset, tmp_path / "events.parquet")
+    features.write_without_cold_items(world_dataset, tmp_path / "events.parquet")
     kept = pq.read_table(tmp_path / "events.parquet").to_pandas()
     cold = {item for item in world_dataset.items["item_id"].to_pylist() if features.is_cold(item)}
     assert 3 < len(cold) < 40
@@ -190,7 +190,7 @@ def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_a_round_scores_every_user(world_settings, world_dataset, tmp_path):
-    state = build_loop(str(world_dataset.path), bundle_settings(world_settings), torch.device("cpu")).best
+    state = build_loop(str(world_dataset.path), training_settings(world_settings), torch.device("cpu")).best
     with scorer(tmp_path, world_settings, world_dataset, state) as score:
         score()
     assert (
@@ -200,8 +200,8 @@ def test_a_round_scores_every_user(world_settings, world_dataset, tmp_path):
 
 
 def test_the_exponent_of_linear_growth_is_one():
-    assert scale._exponent([(10, 2.0), (20, 4.0), (40, 8.0)]) == pytest.approx(1.0)
-    assert scale._exponent([(10, 2.0), (20, 8.0), (40, 32.0)]) == pytest.approx(2.0)
+    assert scale.fit_exponent([(10, 2.0), (20, 4.0), (40, 8.0)]) == pytest.approx(1.0)
+    assert scale.fit_exponent([(10, 2.0), (20, 8.0), (40, 32.0)]) == pytest.approx(2.0)
 
 
 def test_variants_are_held_against_the_default(world_folder, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Predictor
 from recray.testing.published import prepare_here
 from recray.training.batches import TrainingBatches
-from recray.training.plan import bundle_settings
+from recray.training.plan import training_settings
 from recray.training.worker import build_loop
 
 HALF = 20  # items of each device
@@ -113,7 +113,7 @@ def test_training_knows_the_context_in_which_the_target_came(dataset):
 
 def test_what_the_context_decides_is_learned_and_the_unknown_stays_neutral(dataset, by_device, tmp_path):
     loop = build_loop(
-        str(dataset.path), bundle_settings(settings_of(by_device, tmp_path)), torch.device("cpu")
+        str(dataset.path), training_settings(settings_of(by_device, tmp_path)), torch.device("cpu")
     )
     for epoch in range(8):
         loop.train_epoch(epoch)

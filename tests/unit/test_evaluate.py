@@ -4,7 +4,7 @@ import scipy.sparse as sp
 from conftest import world_overrides
 
 from recray.config import load_settings
-from recray.evaluation.baselines import NEIGHBOURS, _cosine_similarity, _to_fractions, fit_baselines
+from recray.evaluation.baselines import NEIGHBOURS, cosine_similarity, fit_baselines, to_fractions
 from recray.evaluation.evaluate import MODEL, compare, evaluate, evaluate_key
 from recray.evaluation.protocol import EvaluationQueries
 from recray.evaluation.table import render_table
@@ -63,7 +63,7 @@ def test_users_who_are_asked_live_are_answered_by_what_is_popular_then(world_fol
 def test_neighbours_are_the_nearest(dense, monkeypatch):
     monkeypatch.setattr("recray.evaluation.baselines.DENSE", dense)
     seen = sp.random(300, 700, 0.05, "csr", np.float32, rng=np.random.default_rng(0)).sign()
-    whole, near = (_cosine_similarity(seen, dense=dense) for dense in (True, False))
+    whole, near = (cosine_similarity(seen, dense=dense) for dense in (True, False))
     assert near.nnz == (near > 0).nnz and np.diff(near.tocsc().indptr).max() == NEIGHBOURS
     for item in (0, 511, 512, 699):
         column = np.sort(whole[:, item])[::-1]
@@ -73,7 +73,7 @@ def test_neighbours_are_the_nearest(dense, monkeypatch):
 
 
 def test_what_breaks_ties_is_below_one_purchase():
-    found = _to_fractions(np.array([[0.0, 32_500.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]))
+    found = to_fractions(np.array([[0.0, 32_500.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]))
     assert found.max() < 1 and (np.diff(found[0, [0, 3, 2, 1]]) > 0).all() and not found[1].any()
 
 

@@ -470,7 +470,7 @@ def test_a_user_counts_once_a_day_and_no_clock_that_goes_back_begins_one():
     assert not test.is_significant
 
 
-@pytest.mark.parametrize("waiting", [2, 8, 16, 24])
+@pytest.mark.parametrize("waiting", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16)), 24])
 def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_that_always_does_is_found(
     waiting,
 ):

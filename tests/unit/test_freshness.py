@@ -15,7 +15,7 @@ from recray.inference import Filters, Predictor
 from recray.model import recommender
 from recray.testing.published import prepare_here, untrained_bundle
 from recray.testing.synthetic import SyntheticNews
-from recray.training.plan import bundle_settings
+from recray.training.plan import training_settings
 from recray.training.worker import build_loop
 
 
@@ -115,7 +115,7 @@ def test_release_days_are_read_and_bad_ones_named(dataset, site, world_folder, t
 
 def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, site, tmp_path):
     settings = settings_of(site, tmp_path)
-    loop = build_loop(str(dataset.path), bundle_settings(settings), torch.device("cpu"))
+    loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     for epoch in range(12):
         loop.train_epoch(epoch)
     weight = loop.model.freshness.weight.detach().squeeze(-1)

@@ -57,7 +57,7 @@ def test_a_better_policy_passes_and_the_verdict_says_how_much(good):
 
 
 def test_a_better_policy_is_not_refused_by_chance(good):
-    verdicts = [gate.judge(log_of(SyntheticRewards(), seed=seed), good) for seed in range(30)]
+    verdicts = [gate.judge(log_of(SyntheticRewards(), seed=seed), good) for seed in range(20)]
     assert [verdict.reason for verdict in verdicts if not verdict.passed] == []
     assert np.mean([verdict.figures["shuffled"] for verdict in verdicts]) < 0.1, "95 % intervals miss 5 %"
 

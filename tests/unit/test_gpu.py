@@ -21,8 +21,8 @@ from recray.model.losses import Criterion, Targets
 from recray.model.packed import BLOCK, build_mask, is_packable, pack
 from recray.model.recommender import Recommender
 from recray.model.shape import Batch, Shape
-from recray.training.loop import Loop, LoopSettings, _prefetch
-from recray.training.worker import _row_length
+from recray.training.loop import Loop, LoopSettings, prefetch
+from recray.training.worker import row_length
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -162,21 +162,21 @@ def test_batches_made_prefetch_come_in_order_and_with_their_errors():
         yield from ("a", "b")
         raise ValueError("no third")
 
-    coming = _prefetch(some())
+    coming = prefetch(some())
     assert [next(coming), next(coming)] == ["a", "b"]
     with pytest.raises(ValueError, match="no third"):
         next(coming)
-    closed = _prefetch(iter("abc"))
+    closed = prefetch(iter("abc"))
     assert next(closed) == "a"
     closed.close()
     assert "batches" not in " ".join(thread.name for thread in threading.enumerate())
 
 
 def test_a_row_holds_any_part_of_a_batch(monkeypatch):
-    assert _row_length(5000, 200) == 5120
+    assert row_length(5000, 200) == 5120
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
-    assert _row_length(5000, 200) == 1536  # 1,250 and a history
+    assert row_length(5000, 200) == 1536  # 1,250 and a history
 
 
 def test_sizes_of_graphs_hold_the_batch():

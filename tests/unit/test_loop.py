@@ -13,9 +13,7 @@ from recray.training.worker import build_loop, last_checkpoint, load_checkpoint,
 
 
 def loop(settings, dataset, **train):
-    chosen = bundle_settings(settings)
-    chosen["train"] = {**chosen["train"], **train}
-    return build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    return build_loop(str(dataset.path), settings.replace("train", **train), torch.device("cpu"))
 
 
 def test_training_learns(world_settings, world_dataset):
@@ -200,12 +198,11 @@ def test_the_average_follows_the_weights(world_settings, world_dataset):
 def test_both_settings_may_select(world_settings, world_dataset):
     found = {}
     for name, primary, select_by in (
-        ("with_repeats", "with_repeats", "primary"),
-        ("filter_seen", "filter_seen", "primary"),
+        ("with_repeats", "with_repeats", "protocol"),
+        ("filter_seen", "filter_seen", "protocol"),
         ("both", "with_repeats", "both"),
     ):
-        chosen = bundle_settings(world_settings)
-        chosen["evaluate"]["protocol"], chosen["train"]["select_by"] = primary, select_by
+        chosen = world_settings.replace("evaluate", protocol=primary).replace("train", select_by=select_by)
         run = build_loop(str(world_dataset.path), chosen, torch.device("cpu"))
         run.train_epoch(0)
         total, users = run.validate(run.model, 0, 1)

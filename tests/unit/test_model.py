@@ -195,11 +195,11 @@ def entropy(weights):
 def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
     model, batch = make(**{**parts, "heads": 1}), make_batch()
     x = model.embed(batch, model.items())
-    seen = model._attention_inputs(batch, None, None, masked=True)
+    seen = model.attention_inputs(batch, None, None, masked=True)
     layer = model.blocks[0].attention
     weights = layer.weights(x, seen)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, T))
-    one = model._attention_inputs(batch, batch.position_N, None, masked=True)
+    one = model.attention_inputs(batch, batch.position_N, None, masked=True)
     torch.testing.assert_close(
         layer.weights(x, one, batch.position_N)[:, 0], weights[torch.arange(B), batch.position_N]
     )
@@ -240,7 +240,7 @@ def test_how_many_positions_are_asked_together_changes_nothing(parts, time_bias,
 
     together = found()
     monkeypatch.setattr(attention, "RANGE_SIZE", 4)
-    assert len(model._attention_inputs(batch, None, None, masked=True).ranges) == 3
+    assert len(model.attention_inputs(batch, None, None, masked=True).ranges) == 3
     for whole, parted in zip(together, found(), strict=True):
         torch.testing.assert_close(whole, parted, atol=1e-3, rtol=1e-3)
 

@@ -34,6 +34,7 @@ from recray.storage import Storage
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop
 from recray.tracking.outbox import Outbox
+from recray.training.plan import training_settings
 from recray.training.worker import build_loop, save_checkpoint
 
 PUBLISHED = ("bundles", "evaluations", "promotions", "reports", "tracked")
@@ -134,7 +135,7 @@ class Published:
                     lambda _, whole: torch.full(whole.shape, 0.01, dtype=torch.float32),
                 ),  # sum and noise
                 (trainer, "_fit", in_this_process),
-                (scoring, "_score_on_ray_data", bucket_by_bucket),
+                (scoring, "score_on_ray_data", bucket_by_bucket),
                 (cluster, "start", lambda *_: None),
                 (train_stage, "LiveCurve", lambda *_: lambda line: None),
                 (promote_stage, "find_registry_conflict", lambda *_, **__: None),
@@ -173,7 +174,8 @@ class Published:
         return {row.pop("user_id"): row for row in rows}
 
 
-def in_this_process(settings, run, dataset, chosen, progress, parent, private):
+def in_this_process(settings, run, dataset, progress, parent, private):
+    chosen = training_settings(settings)
     loop = build_loop(
         str(dataset.path), chosen, torch.device("cpu"), parent and str(parent.path), private["mechanism"]
     )

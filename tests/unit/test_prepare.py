@@ -10,7 +10,7 @@ from recray.config import load_settings
 from recray.dataset.reader import Dataset, assign_buckets
 from recray.errors import DamagedArtifactError, DataError, OutputExistsError, TooManyInvalidRowsError
 from recray.evaluation.protocol import EvaluationQueries
-from recray.prepare.files import _join_uri
+from recray.prepare.files import join_uri
 from recray.prepare.partition import LIVE_POSITION
 from recray.prepare.prepare import prepare, prepare_key, run_in_process
 from recray.prepare.split import quantile
@@ -429,10 +429,8 @@ def test_folders_and_uris_are_listed_below(tmp_path, form):
         load_settings(None, [f"data.events=['{place}']", f"storage.root={tmp_path / 'root'}"])
     )
     assert data.n_events == len(ROWS)
-    assert (
-        _join_uri("s3://bucket/data?region=eu", "x 1.parquet") == "s3://bucket/data/x%201.parquet?region=eu"
-    )
-    assert _join_uri("hdfs://host:9000/data", "x.parquet") == "hdfs://host:9000/data/x.parquet"
+    assert join_uri("s3://bucket/data?region=eu", "x 1.parquet") == "s3://bucket/data/x%201.parquet?region=eu"
+    assert join_uri("hdfs://host:9000/data", "x.parquet") == "hdfs://host:9000/data/x.parquet"
 
 
 def test_nobody_with_enough_events_is_named(tmp_path):

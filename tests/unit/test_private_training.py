@@ -27,7 +27,7 @@ from recray.privacy.ledger import Ledger
 from recray.privacy.sampling import PoissonUsers
 from recray.testing.published import prepare_here, untrained_bundle
 from recray.training.batches import TrainingBatches, users_estimated
-from recray.training.plan import bundle_settings
+from recray.training.plan import training_settings
 from recray.training.trainer import _reserve, mechanism_for
 from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 
@@ -51,7 +51,7 @@ def dataset(settings):
 def loop_of(settings, dataset, **more):
     mechanism = mechanism_for(settings, dataset)
     return build_loop(
-        str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, {**vars(mechanism), **more}
+        str(dataset.path), training_settings(settings), torch.device("cpu"), None, {**vars(mechanism), **more}
     )
 
 
@@ -125,7 +125,7 @@ def test_it_learns_with_little_noise(world_folder, tmp_path):
         world_folder, tmp_path, "privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01"
     )
     run = loop_of(settings, prepare_here(settings), sigma=0.01)
-    untrained = run._validation_ndcg()
+    untrained = run.validation_ndcg()
     assert next(run.run())["validation_ndcg"] > 2 * untrained
 
 
@@ -137,7 +137,7 @@ def test_it_learns_from_fixed_features(world_folder, tmp_path):
     steps = ["privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01"]
     settings = private_settings(world_folder, tmp_path, *fixed, *steps)
     run = loop_of(settings, prepare_here(settings), sigma=0.01)
-    untrained, codes = run._validation_ndcg(), run.model.items.codes()
+    untrained, codes = run.validation_ndcg(), run.model.items.codes()
     assert next(run.run())["validation_ndcg"] > 2 * untrained
     assert torch.equal(run.model.items.codes(), codes)
     assert (codes.norm(dim=1)[1:] - 1).abs().max() < 1e-5 and not codes[0].any()
@@ -254,7 +254,7 @@ def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_
         key = f"night {number}"
         mechanism = mechanism_for(settings, dataset, key)
         run = build_loop(
-            str(dataset.path), bundle_settings(settings), torch.device("cpu"), None, vars(mechanism)
+            str(dataset.path), training_settings(settings), torch.device("cpu"), None, vars(mechanism)
         )
         tonight = run.rows.batches.dataset
         assert (mechanism.part, mechanism.parts) == (number % 3, 3) and abs(
@@ -320,7 +320,7 @@ def _total(dataset):
 def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    run = build_loop(path, bundle_settings(settings), torch.device("cpu"), None, mechanism)
+    run = build_loop(path, training_settings(settings), torch.device("cpu"), None, mechanism)
     drawn = []
     draw = run.sampler.draw
 

@@ -299,7 +299,7 @@ def test_a_baseline_that_is_better_is_something_to_look_at():
         "item-kNN": {**row, "model_lead": 0.1},
         "personal frequency": {"skipped": "why"},
     }
-    assert report._describe_better_baselines({"with_repeats": rows}, 10) == [
+    assert report.describe_better_baselines({"with_repeats": rows}, 10) == [
         "without seen-item filter: NDCG@10 is -0.0123 [-0.0200, -0.0010] against EASE, "
         "which is significantly better"
     ]

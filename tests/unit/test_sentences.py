@@ -63,7 +63,7 @@ def test_what_was_encoded_is_kept_and_only_the_new_is_encoded(world, tmp_path, m
     asked = []
     monkeypatch.setattr(
         sentences,
-        "_encode_each",
+        "encode_each",
         lambda texts, folder: (
             asked.extend(texts.values()) or {key: np.ones(384, np.float32) for key in texts}
         ),

@@ -4,6 +4,8 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -69,21 +71,26 @@ def test_an_identity_lasts_as_long_as_the_store(log, tmp_path):
     again.close()
 
 
-def _append_many(url, root, name):
-    log = open_log(url, root)
-    for n in range(100):
-        assert all(log.append([event(n, name), event(n, "all of them", key=f"shared {n}")])[:1])
+APPEND_MANY = """
+import sys
+from pathlib import Path
+from recray.state.log import Entry
+from recray.state.store import open_log
+
+url, root, name = sys.argv[1:]
+log = open_log(url, Path(root))
+for n in range(100):
+    own = Entry("event", f"{name}-{n}", name, float(n), {"item_id": n})
+    shared = Entry("event", f"shared {n}", "all of them", float(n), {"item_id": n})
+    assert log.append([own, shared])[0]
+"""
 
 
 def test_processes_write_at_once(log, tmp_path):
     url = "sqlite" if isinstance(log, SqliteLog) else log.url
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_append_many, args=(url, tmp_path, f"w{n}")) for n in range(3)]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join()
-    assert [process.exitcode for process in writers] == [0, 0, 0]
+    command = [sys.executable, "-c", APPEND_MANY, url, str(tmp_path)]
+    writers = [subprocess.Popen([*command, f"w{n}"]) for n in range(3)]
+    assert [process.wait(timeout=DEADLINE_S) for process in writers] == [0, 0, 0]
     numbers = [number for number, _ in log.read(0, 1000)]
     assert len(numbers) == 400 and numbers == sorted(set(numbers)) and numbers[-1] <= log.last()
 

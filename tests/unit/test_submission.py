@@ -84,9 +84,9 @@ def test_results_are_told_from_logs():
         '{"job": "nightly", "status": "ok", "run_key": "k", "outputs": {}, "metrics": {}, "seconds": '
         '1.0, "reason": "", "warnings": []}'
     )
-    assert submission._to_result(line)["status"] == "ok"
+    assert submission.to_result(line)["status"] == "ok"
     for other in ('{"time": "now"}', '{"job": broken', "epoch 1", '{"job": "x"}'):
-        assert submission._to_result(other) is None
+        assert submission.to_result(other) is None
 
 
 def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
@@ -102,18 +102,18 @@ def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
 
 
 def test_replicas_of_two_rays_listen_on_ports_of_their_own(monkeypatch):
-    first = cluster._free_block(0)
+    first = cluster.free_block(0)
     assert (
         len(first) == cluster.BLOCK
         and first[0] in cluster.REPLICA_PORTS
         and first[-1] in cluster.REPLICA_PORTS
     )
     monkeypatch.setattr(cluster, "REPLICA_PORTS", range(first.start, first.stop))
-    assert cluster._free_block(0) == first
+    assert cluster.free_block(0) == first
     with pytest.raises(OSError, match="each block of 100 ports"):
-        cluster._free_block(first[3])
+        cluster.free_block(first[3])
     with socket.create_server(("127.0.0.1", first[50])), pytest.raises(OSError, match="stop the processes"):
-        cluster._free_block(0)
+        cluster.free_block(0)
 
 
 def test_no_port_of_serves_is_one_that_another_ray_has_too():
@@ -140,7 +140,7 @@ def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
         for folder in (tmp_path, "/tmp/x")
     )
     try:
-        cluster._end_haproxy(str(tmp_path))
+        cluster.end_haproxy(str(tmp_path))
         assert mine.wait(10) == -9 and other.poll() is None
     finally:
         other.kill()

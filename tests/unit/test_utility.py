@@ -117,12 +117,12 @@ def test_the_peer_does_not_see_what_follows():
 
 def test_noise_of_popularity_is_that_of_its_epsilon():
     for epsilon, delta in ((1.0, 1e-5), (8.0, 1e-6)):
-        sigma = utility._calibrate_gaussian(epsilon, delta)
+        sigma = utility.calibrate_gaussian(epsilon, delta)
         beyond = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(
             -0.5 / sigma - epsilon * sigma
         )
         assert beyond == pytest.approx(delta, rel=1e-6)
-    assert utility._calibrate_gaussian(8.0, 1e-6) < utility._calibrate_gaussian(1.0, 1e-6)
+    assert utility.calibrate_gaussian(8.0, 1e-6) < utility.calibrate_gaussian(1.0, 1e-6)
 
 
 def test_night_after_night_each_begins_with_the_one_before_and_a_second_run_measures_none_again(

@@ -14,7 +14,7 @@ from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
 from recray.storage import Storage
 from recray.testing.published import prepare_here, untrained_bundle
-from recray.training.plan import bundle_settings, parent_of, plan_training
+from recray.training.plan import bundle_settings, parent_of, plan_training, training_settings
 from recray.training.trainer import _origin
 from recray.training.worker import build_loop, shape_of
 
@@ -26,18 +26,11 @@ def settings_in(world_folder, root, *overrides):
 
 
 def trained(settings, dataset, path, parent=None):
-    chosen = bundle_settings(settings)
-    loop = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     for epoch in range(4):
         loop.train_epoch(epoch)
-    shape = shape_of(chosen["model"], dataset)
-    rest = {
-        "features": chosen["data"]["features"],
-        "popularity_prior_days": 7,
-        "settings": chosen,
-        "metrics": {},
-        "parent": parent,
-    }
+    shape = shape_of(settings.model, dataset)
+    rest = {"settings": bundle_settings(settings), "metrics": {}, "parent": parent}
     return write_bundle(path, path.name, dataset=dataset, shape=shape, state=loop.model.state_dict(), **rest)
 
 
@@ -50,7 +43,7 @@ def test_items_and_event_types_come_and_go_and_the_rest_goes_on(world_folder, tm
     old, new = before.items["item_id"].to_pylist(), after.items["item_id"].to_pylist()
     came, stayed = sorted(set(new) - set(old)), sorted(set(new) & set(old))
     assert came and stayed and set(old) - set(new), "the world must lose and gain items for this to be a test"
-    chosen = bundle_settings(late)
+    chosen = training_settings(late)
     cold, warm = (
         build_loop(str(after.path), chosen, torch.device("cpu"), parent)
         for parent in (None, str(bundle.path))
