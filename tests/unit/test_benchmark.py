@@ -55,18 +55,14 @@ def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
 
 
 def test_the_time_to_a_peer_is_told_where_both_select_alike():
-    alike = {
-        "evaluate": {"protocol": "filter_seen", "k": (10, 20)},
-        "train": {"select_by": "protocol"},
-        "split": {"kind": "leave_one_out"},
-    }
+    alike = load_settings(None, ["evaluate.protocol=filter_seen", "split.kind=leave_one_out"])
     assert quality.selects_as_libraries_do(alike)
-    for section, other in (
+    for section, values in (
         ("evaluate", {"protocol": "with_repeats"}),
         ("train", {"select_by": "both"}),
         ("split", {"kind": "time"}),
     ):
-        assert not quality.selects_as_libraries_do({**alike, section: {**alike[section], **other}})
+        assert not quality.selects_as_libraries_do(alike.replace(section, **values))
 
 
 def test_held_out_items_are_nowhere_before_the_test(world_dataset, tmp_path):
