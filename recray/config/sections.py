@@ -934,7 +934,9 @@ class Settings(Section):
         return self.privacy.ledger or sqlite_url(self.root() / "privacy.sqlite")
 
     def replace(self, section: str, **values: Any) -> Settings:
-        """These settings with other values in a section."""
+        """These settings with other values in a section. Raises KeyError for a name that it does not have."""
+        if unknown := values.keys() - type(getattr(self, section)).model_fields.keys():
+            raise KeyError(f"{section}: {', '.join(sorted(unknown))}")
         changed = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: changed})
 

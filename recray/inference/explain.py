@@ -45,18 +45,18 @@ def explain(
     the mean of all items.
     """
     encoder, limit = predictor.encoder, predictor.model.shape.history
-    kept = np.flatnonzero(np.asarray(history.item_index) > 0)[-limit:]
+    positions = np.flatnonzero(np.asarray(history.item_index) > 0)[-limit:]
     readable = predictor.readable(history)
     if not len(readable.item_index):
-        return Explanation(kept[:0], np.zeros(0, np.float32), np.zeros((len(items), 0), np.float32))
+        return Explanation(positions[:0], np.zeros(0, np.float32), np.zeros((len(items), 0), np.float32))
     codes = np.zeros(predictor.model.shape.context, np.int64) if context is None else context
     reach = encoder.attention_reach(encoder.batch([readable], np.array([now], np.int64), codes[None]))
 
-    if len(kept) == 1:
+    if len(positions) == 1:
         every_item = np.arange(predictor.n_items + 1)
         contexts = None if context is None else [context]
         scores = predictor.score([readable], [every_item], now=now, controls=controls, context=contexts)[0]
-        return Explanation(kept, reach, (scores[items] - scores[1:].mean())[:, None])
+        return Explanation(positions, reach, (scores[items] - scores[1:].mean())[:, None])
 
     is_repeat = np.isin(
         readable.item_index, items
@@ -69,4 +69,4 @@ def explain(
     scores = np.stack(
         predictor.score(histories, [items] * len(histories), now=now, controls=expanded, context=contexts)
     )
-    return Explanation(kept[selected], reach[selected], (scores[:1] - scores[1:]).T)
+    return Explanation(positions[selected], reach[selected], (scores[:1] - scores[1:]).T)

@@ -359,6 +359,12 @@ def test_an_old_name_of_a_setting_is_refused_with_the_new_one(old, new, tmp_path
         load_settings(file)
 
 
+def test_a_value_of_no_setting_is_not_taken():
+    assert Settings().replace("train", epochs=3).train.epochs == 3
+    with pytest.raises(KeyError, match="train: epoch"):
+        Settings().replace("train", epoch=3)
+
+
 @pytest.mark.parametrize(("name", "old", "new"), OLD_VALUES)
 def test_an_old_value_of_a_setting_is_refused_with_the_new_one(name, old, new):
     with pytest.raises(SettingsError, match=f"did you mean '{new}'"):
