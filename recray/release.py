@@ -1,4 +1,5 @@
-"""RELEASE.json: the champion and the challenger, and every way in which they change.
+"""RELEASE.json: the champion and the challenger, and every way in which they change; and what LATEST.json
+publishes.
 
 The file is replaced atomically. MLflow's aliases follow it, so a nightly run needs no registry to find its
 champion.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 from recray.bundle import Bundle
 from recray.config import Settings
 from recray.errors import DamagedArtifactError, MissingArtifactError, RefusedError
-from recray.storage import Storage, lease, read_json, write_json
+from recray.storage import Storage, lease, read_json, read_manifest, write_json
 
 FORMAT_VERSION = 1
+SNAPSHOT = "snapshot"
+"""The kind of artifact that LATEST.json names."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,46 @@ class Member:
                 "recray promote KEY promotes one",
             )
         return bundle
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published snapshot: who scored which dataset.
+
+    bundle_digest : sha256 of the manifest of the bundle that scored it
+    dataset : its folder
+    policy : run key of the attention policy; None: the unmodified model
+    manifest : the whole manifest
+    """
+
+    run_key: str
+    bundle_digest: str
+    dataset: Path
+    dataset_digest: str
+    policy: str | None
+    popular_only: bool
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, storage: Storage) -> Published | None:
+        """The published snapshot; None before the first one. Raises MissingArtifactError,
+        DamagedArtifactError.
+        """
+        if not storage.latest.exists():
+            return None
+        entry = read_json(storage.latest)
+        if not isinstance(entry, dict) or not {"snapshot", "manifest_sha256"} <= entry.keys():
+            raise DamagedArtifactError(f"{storage.latest} names no snapshot", "repeat `recray score`")
+        manifest = read_manifest(storage.root / entry["snapshot"], SNAPSHOT)
+        return cls(
+            manifest["run_key"],
+            manifest["bundle_digest"],
+            storage.root / manifest["dataset"],
+            manifest["dataset_digest"],
+            manifest.get("policy"),
+            bool(manifest.get("popular_only")),
+            manifest,
+        )
 
 
 @dataclass(frozen=True)

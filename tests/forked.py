@@ -25,6 +25,7 @@ NEEDED = (
     "recray.cli",
     "recray.evaluation.report",
     "recray.pipeline.nightly",
+    "recray.pipeline.operate",
     "recray.prepare.prepare",
     "recray.evaluation.promotion",
     "recray.snapshot.score",

@@ -22,7 +22,7 @@ from recray.config import Settings, load_settings, sqlite_url
 from recray.dataset.reader import Dataset
 from recray.errors import ClusterError, MissingArtifactError, SettingsError
 from recray.pipeline.terminal import Reporter
-from recray.release import Release
+from recray.release import Published, Release
 from recray.serving import app
 from recray.serving.guard import draw_key
 from recray.stages import JobResult
@@ -252,7 +252,8 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def _load_titles(settings: Settings) -> dict[Any, str]:
     storage = Storage(settings.root())
-    snapshot = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-    items = Dataset.open(storage.root / snapshot["dataset"]).items
+    published = Published.read(storage)
+    assert published is not None, "the demo's nightly run ended well"
+    items = Dataset.open(published.dataset).items
     column = "title" if "title" in items.column_names else "item_id"
     return dict(zip(items["item_id"].to_pylist(), items[column].to_pylist(), strict=True))

@@ -21,7 +21,7 @@ from recray.evaluation.evaluate import KIND as EVALUATION
 from recray.evaluation.evaluate import MODEL, Table, evaluate_key, read_table
 from recray.evaluation.statement import Line, describe_audits, describe_training, load_audits
 from recray.evaluation.table import TITLES, format_cells
-from recray.release import Release, list_bundles
+from recray.release import Published, Release, list_bundles
 from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
 from recray.version import __version__
 
@@ -43,12 +43,14 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
         )
     release = Release.read(storage)
     decision_key, decision = _find_decision(storage, release, dataset, bundle)
-    snapshot = _published_snapshot(storage, dataset)
+    snapshot = Published.read(storage)
+    if snapshot is not None and snapshot.dataset_digest != dataset.digest:
+        snapshot = None  # it is of another dataset
     key = key_of(
         "report",
         evaluation_key,
         decision_key,
-        snapshot and snapshot["run_key"],
+        snapshot and snapshot.run_key,
         release.champion and release.champion.digest,
         RESULTS_SINCE,
     )
@@ -76,7 +78,7 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
         ],
         "privacy": privacy,
         "privacy_lines": _privacy_lines(storage, bundle) if privacy else [],
-        "snapshot": snapshot,
+        "snapshot": snapshot and snapshot.manifest,
         "protocols": {
             protocol: {"title": TITLES[protocol], "rows": _to_rows(rows, k)}
             for protocol, rows in table.items()
@@ -194,8 +196,8 @@ def _headlines(table: Table, protocol: str, k: int) -> list[dict[str, str]]:
     ]
 
 
-def _describe_fallback(snapshot: dict[str, Any] | None) -> list[str]:
-    if snapshot is None or not snapshot.get("popular_only"):
+def _describe_fallback(snapshot: Published | None) -> list[str]:
+    if snapshot is None or not snapshot.popular_only:
         return []
     return [
         "no model was promoted yet: everybody gets the popularity fallback (promotion.first_run: fallback)"
@@ -236,16 +238,6 @@ def _find_decision(
         return "", None
     _, key, decision = max(decisions, key=lambda entry: entry[:2])
     return key, decision
-
-
-def _published_snapshot(storage: Storage, dataset: Dataset) -> dict[str, Any] | None:
-    """The manifest of the published snapshot; None if it belongs to another dataset."""
-    if not storage.latest.exists():
-        return None
-    manifest: dict[str, Any] = read_json(
-        storage.root / read_json(storage.latest)["snapshot"] / "manifest.json"
-    )
-    return manifest if manifest["dataset_digest"] == dataset.digest else None
 
 
 def _to_date(as_of_s: int) -> str:

@@ -10,6 +10,7 @@ from recray.pipeline import discard, hold_workspace, open_dataset
 from recray.pipeline.follow import run_follow
 from recray.release import (
     Member,
+    Published,
     Release,
     begin_experiment,
     end_experiment,
@@ -20,7 +21,7 @@ from recray.release import (
 from recray.stages import AsOf, JobResult, ProgressLog, run_stage
 from recray.stages.policy import open_published_dataset, require_usable_policy
 from recray.stages.train import current_bundle
-from recray.storage import Storage, read_json
+from recray.storage import Storage
 
 
 def promote(
@@ -90,24 +91,22 @@ def rollback(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> Job
 
 def _is_published_by(storage: Storage, champion: Member | None) -> bool:
     """Whether the published snapshot is the champion's, or no other could be scored."""
-    if champion is None or not storage.latest.exists():
+    published = Published.read(storage)
+    if champion is None or published is None:
         return True
-    published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-    return bool(published["bundle_digest"] == champion.digest and published.get("policy") == champion.policy)
+    return (published.bundle_digest, published.policy) == (champion.digest, champion.policy)
 
 
 def is_policy_withdrawn(storage: Storage, release: Release) -> bool:
     """Whether the published snapshot is of a policy that was withdrawn from the champion: an attempt ended
     before it scored.
     """
-    champion = release.champion
-    if champion is None or not storage.latest.exists():
+    champion, published = release.champion, Published.read(storage)
+    if champion is None or published is None or published.policy is None:
         return False
-    published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-    policy = published.get("policy")
-    if policy is None or published["bundle_digest"] != champion.digest:
+    if published.bundle_digest != champion.digest:
         return False
-    return f"{champion.run_key}+{policy}" in release.rolled_back
+    return f"{champion.run_key}+{published.policy}" in release.rolled_back
 
 
 def canary(

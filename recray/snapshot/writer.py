@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from recray.dataset.schema import snapshot_schema
 from recray.errors import RefusedError
+from recray.release import SNAPSHOT
 from recray.storage import Storage, lease, manifest_digest, read_json, write_json
 
-KIND = "snapshot"
+KIND = SNAPSHOT
 
 
 def snapshot_path(storage: Storage, as_of_s: int, key: str) -> Path:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from recray.dataset.reader import KIND, is_holdout
+from recray.dataset.reader import KIND as DATASET
+from recray.dataset.reader import is_holdout
 from recray.prepare import prepare as preparation
+from recray.release import Published
 from recray.stages.context import AsOf, JobContext, StageReport
 from recray.state import collect as collection
 from recray.state.rewards import Rewards
 from recray.state.store import open_log
-from recray.storage import Storage, is_sealed, read_json
+from recray.storage import Storage, is_sealed, read_json, read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,18 +64,18 @@ def _report_endpoint(context: JobContext, folder: Path, identity: str) -> None:
 
 def _last_published_entry(storage: Storage, identity: str) -> int:
     """The last entry number of an event store that is in the published run, 0 for none."""
-    if not storage.latest.exists():
+    published = Published.read(storage)
+    if published is None:
         return 0
-    snapshot = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-    dataset = read_json(storage.root / snapshot["dataset"] / "manifest.json")
-    return int(dataset.get("collected", {}).get(identity, 0))
+    collected = read_manifest(published.dataset, DATASET).get("collected", {})
+    return int(collected.get(identity, 0))
 
 
 def prepare(context: JobContext, as_of: AsOf, files: preparation.Input) -> StageReport:
     """Prepare a dataset from the input files."""
     key = preparation.prepare_key(context.settings, as_of, files)
     path = context.storage.dataset(key)
-    is_new = not is_sealed(path, KIND, key)
+    is_new = not is_sealed(path, DATASET, key)
     dataset = preparation.prepare(context.settings, as_of, files)
     manifest = dataset.manifest
     metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}

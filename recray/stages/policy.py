@@ -15,10 +15,10 @@ from recray import cluster
 from recray.config import Settings
 from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
-from recray.errors import ArtifactError, RefusedError
+from recray.errors import ArtifactError, MissingArtifactError, RefusedError
 from recray.evaluation.criteria import explain_incomparable
 from recray.inference.policy import KIND, Policy
-from recray.release import Release, load_champion, read_policy_key, release_policy, require_private
+from recray.release import Published, Release, load_champion, read_policy_key, release_policy, require_private
 from recray.stages.context import (
     JobContext,
     Record,
@@ -186,8 +186,10 @@ def _last_adapted(storage: Storage, bundle: Bundle) -> dict[str, Any] | None:
 
 def open_published_dataset(storage: Storage) -> Dataset:
     """The dataset of the published run. Raises MissingArtifactError, DamagedArtifactError."""
-    published = read_json(storage.root / read_json(storage.latest)["snapshot"] / "manifest.json")
-    return Dataset.open(storage.root / published["dataset"], verify=True)
+    published = Published.read(storage)
+    if published is None:
+        raise MissingArtifactError(f"nothing is published in {storage.root}", "run recray nightly first")
+    return Dataset.open(published.dataset, verify=True)
 
 
 def require_usable_policy(settings: Settings, policy: Policy, key: str) -> None:

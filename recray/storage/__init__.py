@@ -289,22 +289,7 @@ def open_sealed(path: Path, kind: str, *, verify: bool | Callable[[str], bool] =
 
     Raises MissingArtifactError, DamagedArtifactError (naming the file).
     """
-    if not (path / MANIFEST).is_file():
-        raise MissingArtifactError(
-            f"no {kind} at {path}", f"run the job that writes the {kind}, or check storage.root"
-        )
-    manifest: dict[str, Any] = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _content_digest(manifest):
-        raise DamagedArtifactError(
-            f"{kind} {path.name}: {MANIFEST} differs from its digest",
-            f"remove {path} and repeat the job that wrote it",
-        )
-    if manifest.get("kind") != kind or manifest.get("format_version") != FORMAT_VERSION:
-        raise DamagedArtifactError(
-            f"{path} is {manifest.get('kind')} format {manifest.get('format_version')}, not {kind} format "
-            f"{FORMAT_VERSION}",
-            "read it with the version of recray that wrote it",
-        )
+    manifest = read_manifest(path, kind)
     files = manifest["files"]
     damaged = [
         name
@@ -322,6 +307,30 @@ def open_sealed(path: Path, kind: str, *, verify: bool | Callable[[str], bool] =
         raise DamagedArtifactError(
             f"{kind} {path.name}: {damaged[0]} differs from the digest in its manifest",
             f"remove {path} and repeat the job that wrote it",
+        )
+    return manifest
+
+
+def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+    """Manifest of an artifact, under today's names; its files are not looked at.
+
+    Raises MissingArtifactError, DamagedArtifactError.
+    """
+    if not (path / MANIFEST).is_file():
+        raise MissingArtifactError(
+            f"no {kind} at {path}", f"run the job that writes the {kind}, or check storage.root"
+        )
+    manifest: dict[str, Any] = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _content_digest(manifest):
+        raise DamagedArtifactError(
+            f"{kind} {path.name}: {MANIFEST} differs from its digest",
+            f"remove {path} and repeat the job that wrote it",
+        )
+    if manifest.get("kind") != kind or manifest.get("format_version") != FORMAT_VERSION:
+        raise DamagedArtifactError(
+            f"{path} is {manifest.get('kind')} format {manifest.get('format_version')}, not {kind} format "
+            f"{FORMAT_VERSION}",
+            "read it with the version of recray that wrote it",
         )
     return to_current_manifest(kind, manifest)
 

@@ -497,7 +497,7 @@ def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says
         "run",
         f"{address}/openapi.json",
         "--max-examples",
-        "15",
+        "8",
         "--phases",
         "examples,coverage,fuzzing",
         "--no-color",
