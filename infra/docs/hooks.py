@@ -20,6 +20,7 @@ from recray import errors
 from recray.cli import build_parser
 from recray.config import Settings
 from recray.serving.http import openapi
+from recray.serving.telemetry import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"\]\((\.\.?/[^)#\s]+|[\w.][^)#:\s]*)(#[^)\s]+)?\)")
@@ -32,6 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "configuration": configuration(),
         "commands": commands(),
         "rest": rest(),
+        "metrics": metrics(),
         "troubleshooting": troubleshooting(),
     }.items():
         files.append(File.generated(config, f"{name}.md", content=content))
@@ -135,6 +137,24 @@ def rest() -> str:
         for example in schema.get("examples", []):
             lines += ["```json", json.dumps(example, indent=2, ensure_ascii=False), "```", ""]
     return "\n".join(lines)
+
+
+def metrics() -> str:
+    """The endpoint's Prometheus metrics."""
+    lines = [
+        "# Metrics",
+        "",
+        "The endpoint counts on Ray's metrics port, where Prometheus reads. Ray puts `ray_` before each name and adds "
+        "labels of its own. The dashboard and the alerts in `infra/grafana` read these names. What a nightly run "
+        "measures is in MLflow and in [its outputs](outputs.md#metrics-of-a-run).",
+        "",
+        "| metric | kind | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, metric in METRICS.items():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        lines.append(f"| `{name}` | {metric.kind} | {labels} | {cell(metric.description)} |")
+    return "\n".join(lines) + "\n"
 
 
 def troubleshooting() -> str:

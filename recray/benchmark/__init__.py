@@ -52,7 +52,9 @@ BENCHMARKS = {
     "features": _on_data("features.measure_features", "data", "overrides", "say"),
     "slate": _on_data("slate.measure_slate", "data", "overrides", "say"),
     "train": _on_data("train.measure_train", "data", "against", "overrides", "say"),
+    "train --against": Benchmark("checkouts.compare_train", ("checkout", "data", "overrides", "say"), True),
     "score": _on_data("score.measure_score", "data", "against", "overrides", "say"),
+    "score --against": Benchmark("checkouts.compare_score", ("checkout", "data", "overrides", "say"), True),
     "catalogue": Benchmark("catalogue.measure_catalogue"),
     "scale": Benchmark("scale.measure_scale"),
     "privacy": Benchmark("privacy.measure_privacy"),
@@ -91,7 +93,8 @@ def run(
     """Run one benchmark and write its figures as a JSON file in `out`.
 
     data : folder of a data set, or its name under $RECRAY_DATA, for benchmarks that run on one
-    against : baseline library that runs on the same data, or another checkout (prepare, privacy, serve);
+    against : baseline library that runs on the same data, or another checkout (prepare, privacy, score,
+        serve, train);
         None: recray alone
     overrides : of the settings, with `data`
     overload, state, users : other measurements of the endpoint, for serve
@@ -167,7 +170,7 @@ def _select(name: str, options: dict[str, Any]) -> tuple[str, Benchmark]:
     if options["data"] is not None and f"{name} --data" in BENCHMARKS:
         variant = f"{name} --data {options['data']}"
         variant = variant if variant in BENCHMARKS else f"{name} --data"
-    elif options["against"] is not None and f"{name} --against" in BENCHMARKS:
+    elif options["against"] not in (None, *LIBRARIES) and f"{name} --against" in BENCHMARKS:
         variant = f"{name} --against"
     return variant, BENCHMARKS[variant]
 

@@ -4,14 +4,54 @@ processes.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from recray.benchmark.peers import cache
-from recray.errors import SettingsError
+from recray.errors import SettingsError, TrainingError
 from recray.stages import ProgressLog
+
+ROUNDS = 5
+
+
+def compare_train(
+    folder: Path, other: Path, data: str, overrides: list[str], say: ProgressLog
+) -> dict[str, float]:
+    """Seconds of a training epoch, here and in another checkout (`recray benchmark train`)."""
+    measure = partial(_run_benchmark, folder, ["train", "--data", data, *overrides], "epoch_s")
+    return compare_checkouts(other, "training", ROUNDS, measure, "s", say)
+
+
+def compare_score(
+    folder: Path, other: Path, data: str, overrides: list[str], say: ProgressLog
+) -> dict[str, float]:
+    """Users a second of batch inference, here and in another checkout (`recray benchmark score`)."""
+    measure = partial(_run_benchmark, folder, ["score", "--data", data, *overrides], "users_per_s")
+    return compare_checkouts(other, "inference", ROUNDS, measure, "users/s", say)
+
+
+def _run_benchmark(folder: Path, words: list[str], metric: str, checkout: Path) -> dict[str, float]:
+    """One metric of a benchmark of a checkout, run by that checkout's code."""
+    code = "import sys; from recray.cli import main; sys.exit(main())"
+    process = subprocess.run(
+        [sys.executable, "-c", code, "benchmark", *words, "--out", str(folder / "results")],
+        env=environment_of(checkout),
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        raise TrainingError(
+            f"recray benchmark {words[0]} failed in {checkout}: {process.stderr.strip()[-600:]}",
+            "run it there by hand",
+        )
+    return {"": float(json.loads(process.stdout.splitlines()[-1])["metrics"][metric])}
 
 
 def compare_checkouts(
@@ -34,7 +74,8 @@ def compare_checkouts(
     own = Path(__file__).resolve().parents[2]
     if not (other / "recray" / package).is_dir():
         raise SettingsError(
-            f"--against {other}: no checkout of recray", "git worktree add FOLDER COMMIT makes one"
+            f"--against {other}: no checkout of recray and no baseline library",
+            "git worktree add FOLDER COMMIT makes a checkout; libraries are implicit and rectools",
         )
     measured: list[tuple[dict[str, float], dict[str, float]]] = []
     for number in range(-1, rounds):

@@ -236,7 +236,8 @@ def _add_benchmark(commands: Any) -> None:
     benchmark.add_argument(
         "--against",
         help="quality, train, score: the baseline library to run on the same data, implicit or rectools; "
-        "prepare, privacy, serve: folder of another checkout of recray, run in turns with this one",
+        "prepare, privacy, score, serve, train: folder of another checkout of recray, run in turns with this "
+        "one",
     )
     flags = {
         "--overload": "serve: three times as many requests as it can serve",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 HOUR_S = 3600.0
 MOST_VALUES = 10_000  # of one kind between two flushes; the last ones are kept
@@ -65,6 +65,53 @@ class Telemetry:
         )
 
 
+class Metric(NamedTuple):
+    """A metric of the endpoint: its kind in Prometheus, what it counts, its labels and, of a histogram, its
+    buckets.
+    """
+
+    kind: str
+    description: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[int, ...] = ()
+
+
+METRICS = {
+    "recray_answers_total": Metric("counter", "responses of /v1/recommend", ("source", "bundle", "arm")),
+    "recray_degraded_total": Metric("counter", "responses with an unavailable part", ("part",)),
+    "recray_refused_total": Metric("counter", "refused requests", ("why",)),
+    "recray_kept_total": Metric("counter", "entries that the event store acknowledged", ("kind",)),
+    "recray_latency_ms": Metric(
+        "histogram", "latency of responses of /v1/recommend, in the replica", ("source",), LATENCY_MS
+    ),
+    "recray_batch_size": Metric("histogram", "requests in one pass of the model", (), BATCH),
+    "recray_feedback_lag_s": Metric(
+        "histogram", "seconds from an event or outcome to its acknowledgement", (), LAG_S
+    ),
+    "recray_action": Metric(
+        "gauge", "mean of an attention control's action in the last second, -1 to 1", ("control",)
+    ),
+    "recray_waiting": Metric("gauge", "requests that wait for the model"),
+    "recray_coverage": Metric("gauge", "share of the catalogue that was recommended in the running hour"),
+    "recray_decisions_lost": Metric("gauge", "impressions that could not be written, since the start"),
+    "recray_outcomes_set_aside": Metric("gauge", "outcomes without a known impression, since the start"),
+    "recray_parts_away": Metric("gauge", "unavailable parts"),
+    "recray_run_age_s": Metric("gauge", "seconds since the as-of of the published run"),
+    "recray_serving": Metric("gauge", "1 for the current deployment", ("as_of", "bundle", "challenger")),
+}
+"""Every metric of the endpoint by its name; the documents list them from here."""
+
+STATE = {
+    "waiting": "recray_waiting",
+    "coverage": "recray_coverage",
+    "lost": "recray_decisions_lost",
+    "set_aside": "recray_outcomes_set_aside",
+    "away": "recray_parts_away",
+    "run_age_s": "recray_run_age_s",
+}
+"""Value of `Telemetry.flush`'s state -> its gauge."""
+
+
 class RayTelemetry(Telemetry):
     """Telemetry in Ray's metrics, for a process that is connected to Ray."""
 
@@ -72,67 +119,50 @@ class RayTelemetry(Telemetry):
         super().__init__()
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        self._responses = Counter(
-            "recray_answers_total", "responses of /v1/recommend", ("source", "bundle", "arm")
-        )
-        self._degraded = Counter("recray_degraded_total", "responses with an unavailable part", ("part",))
-        self._refused = Counter("recray_refused_total", "refused requests", ("why",))
-        self._kept = Counter("recray_kept_total", "entries that the event store acknowledged", ("kind",))
-        self._latency = Histogram(
-            "recray_latency_ms",
-            "latency of responses of /v1/recommend, in the replica",
-            list(LATENCY_MS),
-            ("source",),
-        )
-        self._batch = Histogram("recray_batch_size", "requests in one pass of the model", list(BATCH))
-        self._lag = Histogram(
-            "recray_feedback_lag_s", "seconds from an event or outcome to its acknowledgement", list(LAG_S)
-        )
-        self._action = Gauge(
-            "recray_action", "mean of an attention control's action in the last second, -1 to 1", ("control",)
-        )
-        self._gauges = {
-            "waiting": Gauge("recray_waiting", "requests that wait for the model"),
-            "coverage": Gauge(
-                "recray_coverage", "share of the catalogue that was recommended in the running hour"
+        makers: dict[str, Callable[..., Any]] = {
+            "counter": Counter,
+            "gauge": Gauge,
+            "histogram": lambda name, text, labels: Histogram(
+                name, text, list(METRICS[name].buckets), labels
             ),
-            "lost": Gauge("recray_decisions_lost", "impressions that could not be written, since the start"),
-            "set_aside": Gauge(
-                "recray_outcomes_set_aside", "outcomes without a known impression, since the start"
-            ),
-            "away": Gauge("recray_parts_away", "unavailable parts"),
-            "run_age_s": Gauge("recray_run_age_s", "seconds since the as-of of the published run"),
         }
-        self._serving = Gauge(
-            "recray_serving", "1 for the current deployment", ("as_of", "bundle", "challenger")
-        )
+        self._metrics: dict[str, Any] = {
+            name: makers[metric.kind](name, metric.description, metric.labels)
+            for name, metric in METRICS.items()
+        }
         self._served: dict[str, str] = {}
 
     def flush(self, state: dict[str, float], serving: dict[str, str]) -> None:
         responses, degraded, refused, kept = self.responses, self.degraded, self.refused, self.kept
         latency_ms, batches, lags_s, actions = self.latency_ms, self.batches, self.lags_s, self.actions
         super().flush(state, serving)  # first: numbers from now on belong to the next flush
+        metrics = self._metrics
         for (source, bundle, variant), count in list(responses.items()):
-            self._responses.inc(count, {"source": source, "bundle": bundle, "arm": variant})
+            labels = {"source": source, "bundle": bundle, "arm": variant}
+            metrics["recray_answers_total"].inc(count, labels)
         for counter, label, tally in (
-            (self._degraded, "part", degraded), (self._refused, "why", refused), (self._kept, "kind", kept)
-        ):  # fmt: skip
+            ("recray_degraded_total", "part", degraded),
+            ("recray_refused_total", "why", refused),
+            ("recray_kept_total", "kind", kept),
+        ):
             for name, count in list(tally.items()):
-                counter.inc(count, {label: name})
+                metrics[counter].inc(count, {label: name})
+
         for source, ms in list(latency_ms):
-            self._latency.observe(ms, {"source": source})
+            metrics["recray_latency_ms"].observe(ms, {"source": source})
         for size in list(batches):
-            self._batch.observe(size)
+            metrics["recray_batch_size"].observe(size)
         for lag in list(lags_s):
-            self._lag.observe(max(lag, 0.0))
+            metrics["recray_feedback_lag_s"].observe(max(lag, 0.0))
+
         values_by_control: dict[str, list[float]] = {}
         for control, value in list(actions):
             values_by_control.setdefault(control, []).append(value)
         for control, values in values_by_control.items():
-            self._action.set(sum(values) / len(values), {"control": control})
-        for name, gauge in self._gauges.items():
-            gauge.set(state[name])
+            metrics["recray_action"].set(sum(values) / len(values), {"control": control})
+        for name, gauge in STATE.items():
+            metrics[gauge].set(state[name])
         if self._served and self._served != serving:
-            self._serving.set(0, self._served)
-        self._serving.set(1, serving)
+            metrics["recray_serving"].set(0, self._served)
+        metrics["recray_serving"].set(1, serving)
         self._served = serving

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from recray.config import Settings
+from recray.serving.telemetry import METRICS
 from recray.testing.published import publish_synthetic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -87,9 +88,10 @@ def test_the_site_builds_without_a_warning_and_has_every_setting_command_and_end
         words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    settings, commands, rest = (
-        (tmp_path / f"{name}.html").read_text() for name in ("configuration", "commands", "rest")
+    settings, commands, rest, metrics = (
+        (tmp_path / f"{name}.html").read_text() for name in ("configuration", "commands", "rest", "metrics")
     )
+    assert len(METRICS) > 10 and all(f"<code>{name}</code>" in metrics for name in METRICS)
     for section, field in Settings.model_fields.items():
         for name in field.annotation.model_fields:
             assert f"<code>{section}.{name}</code>" in settings

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import shutil
 import signal
 import urllib.error
 import urllib.request
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,16 @@ def test_repeating_the_night_changes_nothing(night, settings):
     assert written(settings) == stamps
 
 
+def documented_metrics() -> list[str]:
+    """Patterns of the metrics in the table of the documents."""
+    page = Path(__file__).resolve().parents[2] / "infra" / "docs" / "pages" / "outputs.md"
+    table = page.read_text().split("## Metrics of a run")[1]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 8
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    return [name.replace("_K", "_10").replace("…", "*") for name in names]
+
+
 def test_mlflow_knows_the_run_once(night, settings):
     from mlflow import MlflowClient
 
@@ -127,6 +139,8 @@ def test_mlflow_knows_the_run_once(night, settings):
     assert run.data.params["train.epochs"] == "2" and "storage.root" not in run.data.params
     curve = client.get_metric_history(run.info.run_id, "validation_ndcg")
     assert [point.step for point in curve] == [1, 2]
+    patterns = documented_metrics()
+    assert [name for name in run.data.metrics if not any(fnmatch(name, each) for each in patterns)] == []
     assert run.data.metrics["with_repeats_ndcg_at_10"] == pytest.approx(night.metrics["with_repeats_ndcg@10"])
     assert run.data.metrics["snapshot_users"] == 300 and "snapshot_best_score_q0.5" in run.data.metrics
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"bundle", "evaluation", "snapshots"}
