@@ -145,8 +145,8 @@ def metrics() -> str:
         "# Metrics",
         "",
         "The endpoint counts on Ray's metrics port, where Prometheus reads. Ray puts `ray_` before each name "
-        "and adds labels of its own. The dashboard and the alerts in `infra/grafana` read these names. What a "
-        "nightly run measures is in MLflow and in [its outputs](outputs.md#metrics-of-a-run).",
+        "and adds labels of its own. The dashboard and the alerts in `infra/grafana` read these names. What "
+        "a nightly run measures is in MLflow and in [its outputs](outputs.md#metrics-of-a-run).",
         "",
         "| metric | kind | labels | meaning |",
         "|---|---|---|---|",
