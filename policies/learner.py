@@ -169,7 +169,8 @@ def _build_algorithm(environment: DecisionEnvironment, options: Ppo, seed: int, 
             grad_clip=1.0,
         )
         .rl_module(model_config=make_module_config(options.hidden))
-        .debugging(seed=seed, log_level="ERROR")
+        # without Ray's monitor of the system: stopped before its thread began, it would never end
+        .debugging(seed=seed, log_level="ERROR", log_sys_usage=False)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gymnasium's, about the environment of a previous training

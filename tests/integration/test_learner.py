@@ -4,6 +4,7 @@ another policy.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -31,13 +32,20 @@ def share(world, act):
     )
 
 
-def test_an_episode_is_one_decision_and_the_next_one_asks_for_others():
+def test_an_episode_is_one_decision_and_the_next_one_asks_for_others(monkeypatch):
+    draws, draw = [], SyntheticRewards.draw
+
+    def remembered(self, n, random):
+        draws.append(draw(self, n, random))
+        return draws[-1]
+
+    monkeypatch.setattr(SyntheticRewards, "draw", remembered)
     world = SyntheticRewards()
     frozen = ObservationNormalizer.of(world.draw(500, np.random.default_rng(0))[0])
     environment = DecisionEnvironment(world, frozen, 64, penalty=0.1)
     first, _ = environment.reset(seed=3)
     assert first.shape == (64, len(OBSERVED)) and environment.observation_space.contains(first)
-    cases = environment._cases
+    _, cases = draws[-1]
     _, reward, over, _, _ = environment.step(np.full((64, 1), 5.0))
     assert over.all(), "one decision"
     np.testing.assert_allclose(reward, world.pay(cases, np.ones((64, 1))) - 0.1, rtol=1e-5)
@@ -97,7 +105,14 @@ def test_what_lists_lack_costs_as_much_after_a_resume(tmp_path, monkeypatch):
 
 def test_it_begins_as_the_trained_model():
     world = SyntheticRewards()
-    policy = learn(world, replace(QUICK, decisions=1, minibatch=256, batch=256, lr=1e-9, last_lr=1e-9), "b")
+    running: list[str] = []
+
+    def note_threads(decisions: int, metrics: dict[str, float]) -> None:
+        running.extend(type(thread).__name__ for thread in threading.enumerate())
+
+    options = replace(QUICK, decisions=1, minibatch=256, batch=256, lr=1e-9, last_lr=1e-9)
+    policy = learn(world, options, "b", on_metrics=note_threads)
+    assert running and "UtilMonitor" not in running, "stopped before it began, it would never end"
     assert np.abs(policy.act(world.draw(200, np.random.default_rng(0))[0])).max() < 1e-3
 
 
