@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium
@@ -32,7 +32,7 @@ from recray.errors import RefusedError
 from recray.evaluation.criteria import Check
 from recray.evaluation.protocol import EvaluationQuery
 from recray.inference import Predictor, Rules
-from recray.inference.policy import OBSERVED, ObservationNormalizer, Policy
+from recray.inference.policy import OBSERVED, ObservationNormalizer, Policy, PolicyAbout
 
 FOLDS = 3
 MIN_ROUND_DECISIONS = 500  # decisions to learn from; a smaller round cannot contradict older ones
@@ -117,7 +117,7 @@ def adapt(
         "reason": verdict.reason,
         "set_aside": excluded,
     }
-    policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
+    policy.about |= {"checks": [check.to_record() for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict, excluded
 
 
@@ -329,7 +329,7 @@ def learn_by_marwil(
         for first in range(0, len(order) - size + 1, size):
             rows = order[first : first + size]
             _update(learner, state[rows], log.action[rows].astype(np.float32), target[rows])
-    about = {"decisions": len(log), "learner": "marwil", "seed": seed}
+    about: PolicyAbout = {"decisions": len(log), "learner": "marwil", "seed": seed}
     return Policy(actions, normalizer, to_policy_weights(module.state_dict()), bundle_digest, about)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class _Row:
     request_id: str
     items: list[str]
     reason: str
-    values: dict[str, Any]
+    values: Mapping[str, Any]
 
     @property
     def explored(self) -> bool:
@@ -265,7 +265,7 @@ def _read_decisions(file: Path, actions: tuple[str, ...], bound: float, until_s:
     return rows
 
 
-def _exclusion_reason(decision: dict[str, Any], actions: tuple[str, ...], bound: float) -> str:
+def _exclusion_reason(decision: Mapping[str, Any], actions: tuple[str, ...], bound: float) -> str:
     """Why a logged decision is excluded; empty if it is not."""
     if not decision.keys() >= REQUIRED_FIELDS:
         return "without " + ", ".join(sorted(REQUIRED_FIELDS - decision.keys()))

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,12 +79,6 @@ def tune(
     rules = Rules.from_settings(
         settings.score.rules(), dataset, predictor.vocabulary.translation(dataset).to_bundle, predictor.cold_V
     )
-    list_options: dict[str, Any] = {
-        "filter_seen": filter_seen,
-        "listed_filter_seen": settings.score.filter_seen,
-        "rules": rules,
-        "bound": options.bound,
-    }
     evaluation, training = (
         HoldoutRewards(
             predictor,
@@ -93,7 +86,10 @@ def tune(
             options.actions,
             metric=options.metric,
             k=k,
-            **list_options,
+            filter_seen=filter_seen,
+            listed_filter_seen=settings.score.filter_seen,
+            rules=rules,
+            bound=options.bound,
         )
         for rows in (np.flatnonzero(is_evaluation_user), np.flatnonzero(~is_evaluation_user))
     )
@@ -120,7 +116,7 @@ def tune(
         "promoted": verdict.passed,
         "reason": verdict.reason,
     }
-    policy.about |= {"checks": [asdict(check) for check in verdict.checks], "figures": verdict.figures}
+    policy.about |= {"checks": [check.to_record() for check in verdict.checks], "figures": verdict.figures}
     return policy, verdict
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ from recray.dataset.schema import ITEM_ID
 from recray.errors import ArtifactError, DamagedArtifactError
 from recray.model.recommender import Recommender
 from recray.model.shape import Shape
-from recray.storage import key_of, manifest_digest, open_sealed, sealed_directory
+from recray.storage import Manifest, key_of, manifest_digest, open_sealed, sealed_directory
 from recray.version import __version__
 
 KIND = "bundle"
@@ -37,10 +38,80 @@ KIND = "bundle"
 OPTIONAL_WEIGHTS = ("items.fusion", "attention.event_bias.weight")
 
 
+class CurveLine(TypedDict, total=False):
+    """An epoch of a learning curve.
+
+    epoch : number of the epoch, from 1
+    steps : optimiser steps up to its end
+    loss : mean loss of a query; a private training has none
+    validation_ndcg : mean NDCG of the validation users
+    seconds : duration of the epoch; only in lines of a running training
+    """
+
+    epoch: Required[int]
+    steps: Required[int]
+    loss: float
+    validation_ndcg: Required[float]
+    seconds: float
+
+
+class TrainingMetrics(TypedDict, total=False):
+    """The content of `metrics.json`: the progress of the training at its end; empty of untrained weights.
+
+    epoch, step : epochs and optimiser steps
+    best_epoch, best_ndcg : the epoch whose weights were kept, and its validation NDCG
+    """
+
+    epoch: int
+    step: int
+    best_epoch: int
+    best_ndcg: float
+    curve: list[CurveLine]
+
+
+class PrivacyStatement(TypedDict, total=False):
+    """The content of `privacy.json`. Without privacy, it has `differential_privacy` (false) alone.
+
+    epsilon, delta : the guarantee of this training
+    sigma, rate, steps, clipping_norm, users, counts_sigma, part, parts : its mechanism, as in
+        `recray.privacy.accounting.Mechanism`
+    unit, adjacency, accountant, sampling, protected, not_protected, randomness : what they mean, as text
+    population, trainings, epsilon_of_all_trainings : the ledger after this training
+    cap : maximum ε of all trainings; None: none is set
+    held_out : share of the users who are holdout users
+    began_with : the initial weights, as text
+    """
+
+    differential_privacy: Required[bool]
+    epsilon: float
+    sigma: float
+    rate: float
+    steps: int
+    clipping_norm: float
+    delta: float
+    users: int
+    counts_sigma: float
+    part: int
+    parts: int
+    unit: str
+    adjacency: str
+    accountant: str
+    sampling: str
+    protected: str
+    not_protected: list[str]
+    randomness: str
+    population: str
+    trainings: int
+    epsilon_of_all_trainings: float
+    cap: float | None
+    held_out: float
+    began_with: str
+
+
 class Bundle:
     """A trained model on disk. Open it with `Bundle.open`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self.key: str = manifest["run_key"]
@@ -65,19 +136,19 @@ class Bundle:
         return released_day(self.items) if self.manifest["has_time"] else None
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the training, under today's names."""
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the training by section, under today's names."""
         return to_current_settings(yaml.safe_load((self.path / "config.yaml").read_text()))
 
     @cached_property
-    def metrics(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
+    def metrics(self) -> TrainingMetrics:
+        result: TrainingMetrics = json.loads((self.path / "metrics.json").read_text())
         return result
 
     @cached_property
-    def privacy(self) -> dict[str, Any]:
+    def privacy(self) -> PrivacyStatement:
         """The privacy statement: `differential_privacy`, and if it is true the guarantee and its unit."""
-        result: dict[str, Any] = json.loads((self.path / "privacy.json").read_text())
+        result: PrivacyStatement = json.loads((self.path / "privacy.json").read_text())
         return result
 
     @cached_property
@@ -156,10 +227,10 @@ def write_bundle(
     dataset: Dataset,
     shape: Shape,
     state: dict[str, Tensor],
-    settings: dict[str, Any],
-    metrics: dict[str, Any],
+    settings: Mapping[str, Any],
+    metrics: TrainingMetrics,
     parent: str | None = None,
-    privacy: dict[str, Any] | None = None,
+    privacy: PrivacyStatement | None = None,
     page: str | None = None,
 ) -> Bundle:
     """Write a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError.
@@ -213,7 +284,7 @@ def write_bundle(
     return Bundle.open(path)
 
 
-def settings_key(settings: dict[str, Any]) -> str:
+def settings_key(settings: Mapping[str, Any]) -> str:
     """Key of the settings of a training without its data, to find the last bundle with the same settings."""
     return key_of("bundle-settings", to_first_names(settings))
 

@@ -148,15 +148,17 @@ class Release:
             if content.pop("format_version") != FORMAT_VERSION:
                 raise ValueError("another format")
             roles = {role: content.pop(role) for role in ("champion", "challenger", "previous")}
-            members: dict[str, Any] = {
-                role: None if member is None else Member(**member) for role, member in roles.items()
-            }
+            champion, challenger, previous = (
+                None if member is None else Member(**member) for member in roles.values()
+            )
             names = ("share", "shadow", "ended", "since_s")  # releases of 0.1.0 have none
             experiment: dict[str, Any] = {name: content[name] for name in names if name in content}
             is_running = experiment.get("share") or experiment.get("shadow")
             experiment.setdefault("since_s", storage.release.stat().st_mtime if is_running else 0.0)
             return cls(
-                **members,
+                champion=champion,
+                challenger=challenger,
+                previous=previous,
                 decision=content.pop("decision"),
                 rolled_back=tuple(content.pop("rolled_back")),
                 **experiment,

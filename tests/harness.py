@@ -98,7 +98,7 @@ class Job:
     ) -> None:
         words = ["--as-of", as_of, *world_overrides(folder, root), *QUICK, *more]
         environment = environment if fault is None else {**environment, FAULT: fault}
-        Job._begun.append(self)
+        self._begun.append(self)
         self._folder = Path(tempfile.mkdtemp(prefix="recray-job-"))
         self.out, self.log = self._folder / "out", self._folder / "log"
         if fork:
@@ -116,10 +116,14 @@ class Job:
     def end_all(cls) -> None:
         """Kill what still runs, and forget all."""
         for job in cls._begun:
-            if job.alive():
-                kill(job.worker, job.pid)
-            shutil.rmtree(job._folder, ignore_errors=True)
+            job.discard()
         cls._begun.clear()
+
+    def discard(self) -> None:
+        """Kill it if it still runs, and remove what it wrote."""
+        if self.alive():
+            kill(self.worker, self.pid)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def pid(self) -> int:

@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,6 +21,11 @@ from recray.errors import SettingsError
 from recray.stages import JobResult, ProgressLog
 
 LIBRARIES = ("implicit", "rectools")
+
+Result = dict[str, Any]
+"""The figures of a benchmark, or of a part of it: the JSON object `metrics` of its result file. The docstring
+of its `measure_` function describes the fields.
+"""
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def run(
     return result
 
 
-def _measure(name: str, folder: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measure(name: str, folder: Path, options: Mapping[str, Any]) -> tuple[Mapping[str, Any], Result]:
     """Settings of a benchmark's runs, and its metrics. Raises SettingsError for options it does not take."""
     variant, benchmark = _select(name, options)
     flags = {"data": "--data", "against": "--against", "overrides": "settings"}
@@ -164,7 +169,7 @@ def _measure(name: str, folder: Path, options: dict[str, Any]) -> tuple[dict[str
     return result if benchmark.returns_settings else ({}, result)
 
 
-def _select(name: str, options: dict[str, Any]) -> tuple[str, Benchmark]:
+def _select(name: str, options: Mapping[str, Any]) -> tuple[str, Benchmark]:
     """The variant of a benchmark that its options mean."""
     variant = name
     if options["data"] is not None and f"{name} --data" in BENCHMARKS:
@@ -175,13 +180,17 @@ def _select(name: str, options: dict[str, Any]) -> tuple[str, Benchmark]:
     return variant, BENCHMARKS[variant]
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, Mapping[str, str | int | None]]:
     """The machine and the package versions of the figures."""
     import torch
 
     packages = [name for name in ("recray", "ray", "torch", "pyarrow", "numpy") if find_spec(name)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts: dict[str, Any] = {"cpus": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()}
+    facts: dict[str, str | int | None] = {
+        "cpus": os.cpu_count(),
+        "memory_bytes": memory,
+        "platform": platform.platform(),
+    }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return {"machine": facts, "versions": {name: version(name) for name in packages}}

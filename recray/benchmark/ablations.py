@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from recray.benchmark import Result
 from recray.benchmark.data import NO_RULES, prepare_data
 from recray.config import Settings
 from recray.dataset.reader import Dataset
@@ -56,7 +58,7 @@ TEMPERATURES = {"sharper": -math.log(2.0), "blunter": math.log(2.0)}  # log temp
 
 def measure_ablations(
     folder: Path, data: str | None, overrides: list[str], say: ProgressLog
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """By variant and protocol: NDCG, the default's paired difference with its interval, and NDCG at half and
     at double temperature.
 
@@ -65,10 +67,10 @@ def measure_ablations(
     data : as for `prepare_data`; None: the shipped data, with the demo's settings
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    metrics: dict[str, Any] = {"variants": {}}
+    metrics: Result = {"variants": {}}
     reference: dict[str, np.ndarray] = {}
-    default: dict[str, Any] = {}
-    config: dict[str, Any] = {}
+    default: Mapping[str, Any] = {}
+    config: Mapping[str, Any] = {}
     for name, changed in VARIANTS.items():
         settings, dataset = prepare_data(data, folder / "root", [*overrides, *changed])
         variant_settings = training_settings(settings)
@@ -91,7 +93,7 @@ def measure_ablations(
     return config, metrics
 
 
-def _facts(loop: Loop, settings: Settings) -> dict[str, Any]:
+def _facts(loop: Loop, settings: Settings) -> Mapping[str, Any]:
     """The parts of a training that the variants change."""
     features = loop.model.items.names
     popularity_prior_days = settings.model.popularity_prior_days if loop.model.shape.prior else 0
@@ -108,7 +110,7 @@ def _facts(loop: Loop, settings: Settings) -> dict[str, Any]:
 
 def _train_variant(
     loop: Loop, settings: Settings, dataset: Dataset, reference: dict[str, np.ndarray]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[Result, dict[str, np.ndarray]]:
     """Train to the early stop and evaluate; the figures, and NDCG of each user by protocol."""
     seconds = [line["seconds"] for line in loop.run()]
     loop.average.load_state_dict(loop.best)
@@ -121,7 +123,7 @@ def _train_variant(
     }
     headline = f"ndcg@{settings.evaluate.k[0]}"
 
-    figures: dict[str, Any] = {
+    figures: Result = {
         "epochs": len(seconds),
         "best_epoch": loop.progress.best_epoch,
         "epoch_s": round(float(np.mean(seconds)), 1),
@@ -151,13 +153,13 @@ def _to_ranker(predictor: Predictor, log_temperature: float) -> Ranker:
             if log_temperature
             else None
         )
-        options: dict[str, Any] = {
-            "now": [query.now for query in queries],
-            "context": [query.context for query in queries],
-            "controls": controls,
-        }
         return predictor.recommend(
-            [query.history for query in queries], k, filters=Filters(filter_seen=filter_seen), **options
+            [query.history for query in queries],
+            k,
+            now=[query.now for query in queries],
+            filters=Filters(filter_seen=filter_seen),
+            context=[query.context for query in queries],
+            controls=controls,
         ).item_index
 
     return rank

@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from recray.benchmark import Result
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import History
 from recray.errors import TrainingError
@@ -37,11 +37,11 @@ TOP_USERS, TOP_K, TOP_BATCH = 10_000, 100, 1024
 STEP_BOUND, TOP_BOUND = 4e9, 3e9
 
 
-def measure_catalogue(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_catalogue(folder: Path, say: ProgressLog) -> Result:
     """Peak bytes and seconds at each size; `top_item_ratio`: seconds an item at the largest size divided by
     those at the smallest.
     """
-    metrics: dict[str, Any] = {}
+    metrics: Result = {}
     for items in SIZES:
         for work in ("step", "top"):
             process = subprocess.run(

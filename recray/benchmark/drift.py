@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from policies.rewards import SyntheticRewards
+from recray.benchmark import Result
 from recray.benchmark.serve import running_serve
 from recray.inference.policy import OBSERVED, Policy
 from recray.pipeline.follow import FILE
@@ -59,7 +60,7 @@ FOLLOW = (
 )
 
 
-def measure_drift(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_drift(folder: Path, say: ProgressLog) -> Result:
     """`lead`: share of the oracle's gain over the trained model after each round; `frozen`: the same of the
     policy that was live at the drift, after it; `regained_within`: rounds after the drift until 80 % of the
     gain were regained, None: never; `refused`: the reason why a round published nothing; `failed`: failed
@@ -98,7 +99,7 @@ def measure_drift(folder: Path, say: ProgressLog) -> dict[str, Any]:
     }
 
 
-def measure_follow(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_follow(folder: Path, say: ProgressLog) -> Result:
     """The same with `recray adapt --follow` and no operator: `RATE` requests a second, outcomes within
     seconds.
 
@@ -309,7 +310,9 @@ def _run_round(port: int, rewards: SyntheticRewards, observation: np.ndarray, nu
     return sum(failed)
 
 
-def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+def _post(
+    connection: http.client.HTTPConnection, path: str, body: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
     """The JSON of the response; None if there was none, or an error."""
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
@@ -321,9 +324,9 @@ def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, Any
     return json.loads(content) if response.status == 200 else None
 
 
-def _adapt(storage: Storage) -> dict[str, Any]:
+def _adapt(storage: Storage) -> Mapping[str, Any]:
     """The result of `recray adapt`."""
     command = [sys.executable, "-m", "recray.cli", "adapt", f"storage.root={storage.root}", *EXPLORE, *MANUAL]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    result: Mapping[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result

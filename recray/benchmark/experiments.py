@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from recray.benchmark import Result
 from recray.serving.experiment import Experiment
 from recray.stages import ProgressLog
 from recray.state.log import Entry
@@ -120,21 +121,15 @@ def run_experiment(cell: Cell, seed: int, responses: int, within: int | None = N
         zip(*columns, strict=True)
     ):
         challenger_responses += of_challenger
-        body: dict[str, Any] = {
+        body = {
             "trial": "c",
             "share": cell.share,
             "arm": "challenger" if of_challenger else "champion",
             "items": (),
+            "degraded": ("model",) if has_failed else (),
+            "model_ms": elapsed_ms,
         }
-        experiment.add_entry(
-            Entry(
-                "decision",
-                str(number),
-                str(user_id),
-                0.0,
-                {**body, "degraded": ("model",) if has_failed else (), "model_ms": elapsed_ms},
-            )
-        )
+        experiment.add_entry(Entry("decision", str(number), str(user_id), 0.0, body))
         if has_click:
             experiment.add_entry(
                 Entry(
@@ -171,7 +166,7 @@ def _add_bursts(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -
 
 def measure_experiments(
     _: Path, say: ProgressLog, runs: int = RUNS, responses: int = RESPONSES, worse_runs: int = WORSE_RUNS
-) -> dict[str, Any]:
+) -> Result:
     """`ended_most`: how many experiments of equal variants ended in the worst cell; `found_least`: the
     minimum share of worse challengers that were rolled back within `WITHIN` of their responses.
     """

@@ -6,11 +6,13 @@ The second figure leaves out events of the item itself, which the repeat-consump
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from recray.benchmark import Result
 from recray.benchmark.data import train_model
 from recray.dataset.reader import History
 from recray.evaluation.evaluate import select_test_queries
@@ -28,7 +30,7 @@ BATCH = 256
 
 def measure_explain(
     folder: Path, data: str | None, overrides: list[str], say: ProgressLog
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """The drop of the first item's score without the named events and without random ones, means over test
     users with intervals.
 
@@ -45,7 +47,7 @@ def measure_explain(
     ]
     random = np.random.default_rng(0)
     random.shuffle(queries)
-    metrics: dict[str, Any] = {"epochs": epochs}
+    metrics: Result = {"epochs": epochs}
     for protocol in ("with_repeats", "filter_seen"):
         drops = [
             _measure_drops(predictor, query, random, filter_seen=protocol == "filter_seen")
@@ -77,10 +79,9 @@ def _measure_drops(
 ) -> tuple[float, float]:
     """The drop of the first item's score without the named events, and without random ones."""
     history = query.history.last(predictor.model.shape.history)
-    options: dict[str, Any] = {"now": query.now, "context": [query.context]}
-    item = predictor.recommend([history], 1, filters=Filters(filter_seen=filter_seen), **options).item_index[
-        0
-    ]
+    filters = Filters(filter_seen=filter_seen)
+    first = predictor.recommend([history], 1, now=query.now, filters=filters, context=[query.context])
+    item = first.item_index[0]
     explanation = explain(predictor, history, item, now=query.now, context=query.context)
     named = explanation.position[np.argsort(-explanation.drop[0], kind="stable")[:NAMED]]
     at_random = random.choice(len(history.item_index), NAMED, replace=False)

@@ -11,6 +11,7 @@ warm, at most `BUDGET` of their NDCG. So the test targets have no influence on t
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
+from recray.benchmark import Result
 from recray.benchmark.data import NO_RULES, prepare_data
 from recray.config import ScoreSettings, Settings
 from recray.dataset.context import CLOCK
@@ -42,7 +44,7 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 
 def measure_features(
     folder: Path, data: str, overrides: list[str], say: ProgressLog
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """By variant: HR@10 and NDCG@10 of warm targets, HR@10 of cold targets, and its ratio to chance with an
     interval over users.
     """
@@ -70,7 +72,7 @@ def measure_features(
         **{f"ids + {name}": {name: kind} for name, kind in features.items()},
         "all": features,
     }
-    metrics: dict[str, Any] = {"items": whole.n_items, "variants": {}}
+    metrics: Result = {"items": whole.n_items, "variants": {}}
     for name, columns_used in variants.items():
         settings, dataset = prepare_data(
             data,
@@ -146,7 +148,7 @@ def _to_timestamp(time_s: int | None) -> str:
 
 def _train_variant(
     dataset: Dataset, settings: Settings, boosts: tuple[float, ...]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Train a model to its early stop; its figures, and the figures of each cold-item boost."""
     loop = build_loop(str(dataset.path), settings, torch.device("cpu"))
     epochs = [line["epoch"] for line in loop.run()]
@@ -170,7 +172,7 @@ def _train_variant(
 
 def _evaluate(
     predictor: Predictor, queries: EvaluationQueries, cold: np.ndarray, filter_seen: bool, boost: float
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Figures of warm and of cold targets."""
     rules = Rules.from_settings(
         ScoreSettings(cold_item_boost=boost).rules(), queries.dataset, np.arange(len(cold)), predictor.cold_V
@@ -201,7 +203,7 @@ def _evaluate(
         "cold_hr@10_among_cold": hits_among_cold,
         "cold_places": cold_counts,
     }
-    result: dict[str, Any] = {
+    result: dict[str, float] = {
         name: round(float(np.mean(values)), 4) for name, values in means.items() if values
     }
     if cold_hits:
@@ -218,10 +220,11 @@ def _evaluate(
 def _recommend(
     predictor: Predictor, batch: list[EvaluationQuery], filters: Filters, rules: Rules | None
 ) -> np.ndarray:
-    options: dict[str, Any] = {
-        "now": [query.now for query in batch],
-        "context": [query.context for query in batch],
-        "filters": filters,
-        "rules": rules,
-    }
-    return predictor.recommend([query.history for query in batch], K, **options).item_index
+    return predictor.recommend(
+        [query.history for query in batch],
+        K,
+        now=[query.now for query in batch],
+        filters=filters,
+        rules=rules,
+        context=[query.context for query in batch],
+    ).item_index

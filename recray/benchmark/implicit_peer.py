@@ -6,11 +6,14 @@ history) are ignored; the other parameters are implicit's defaults. With `patien
 so the curve has one line.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import time
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,12 +21,15 @@ import scipy.sparse as sp
 import threadpoolctl
 from implicit.als import AlternatingLeastSquares
 
+if TYPE_CHECKING:  # the library's environment has no recray
+    from recray.benchmark.peers import LibraryRequest
+
 K = 10
 TRAIN, VALIDATION, TEST = 0, 1, 2
 RANKED_USERS = 500  # whose whole catalogue is ranked at once
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
+def main(request: LibraryRequest) -> Mapping[str, Any]:
     """Train, and return what the request asks for."""
     events = pd.read_parquet(request["events"])
     shape = (int(events.user.max()) + 1, int(events["item"].max()) + 1)
@@ -34,7 +40,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     wall, cpu = time.monotonic(), time.process_time()
     with threadpoolctl.threadpool_limits(1, "blas"):  # as implicit recommends: it has its own threads
         model.fit(trained, show_progress=False)
-        response: dict[str, Any] = {"epoch_s": [(time.monotonic() - wall) / model.iterations]}
+        epoch_s = [(time.monotonic() - wall) / model.iterations]
         line = {
             "epoch": model.iterations,
             "seconds": time.monotonic() - wall,
@@ -57,7 +63,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             started = time.monotonic()
             model.recommend(users, trained[users], N=K, filter_already_liked_items=True)
             times.append(time.monotonic() - started)
-    return response | {"users": len(users), "recommend_s": times}
+    return {"epoch_s": epoch_s, "users": len(users), "recommend_s": times}
 
 
 def _to_matrix(events: pd.DataFrame, shape: tuple[int, int]) -> sp.csr_matrix:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from recray.errors import ClusterError
 from recray.stages import ProgressLog
@@ -20,7 +20,60 @@ PINS = {"rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "implicit==0.7.
 HOME = {"rectools": "rectools", "implicit": "rectools"}  # the environment of each library
 
 
-def run_library(library: str, request: dict[str, Any], folder: Path, say: ProgressLog) -> dict[str, Any]:
+class LibraryRequest(TypedDict):
+    """The request to a library: the data, the shape of the network, and the work, see `rectools_peer.py`.
+
+    events : Parquet file of `recray.benchmark.data.write_events`
+    batches : training batches of an epoch; without it all of them
+    """
+
+    events: str
+    threads: int
+    dim: int
+    blocks: int
+    heads: int
+    history: int
+    dropout: float
+    learning_rate: float
+    seed: int
+    batch_users: int
+    epochs: NotRequired[int]
+    batches: NotRequired[int]
+    recommend: NotRequired[int]
+    patience: NotRequired[int]
+    validation_users: NotRequired[list[int]]
+    keep: NotRequired[str]
+    epochs_at_most: NotRequired[int]
+
+
+class LibraryLine(TypedDict):
+    """A line of a learning curve: an epoch, the seconds and CPU seconds of the training so far, and the mean
+    NDCG of the validation users.
+    """
+
+    epoch: int
+    seconds: float
+    cpu_seconds: float
+    validation_ndcg: float
+
+
+class LibraryResponse(TypedDict, total=False):
+    """The response of a library, with the fields that its request asks for.
+
+    epoch_s : seconds of each epoch
+    users, recommend_s : number of users, and the seconds of each round of their recommendations
+    ranks : rank of the test item of each user, by the user's number, from 1; 0: not ranked
+    """
+
+    epoch_s: list[float]
+    users: int
+    recommend_s: list[float]
+    curve: list[LibraryLine]
+    best_epoch: int
+    ranks: dict[str, int]
+
+
+def run_library(library: str, request: LibraryRequest, folder: Path, say: ProgressLog) -> LibraryResponse:
     """Run `<library>_peer.py` in the library's environment with a request; the JSON that it returns.
 
     Raises ClusterError if the environment cannot be created or the library fails.
@@ -46,7 +99,7 @@ def run_library(library: str, request: dict[str, Any], folder: Path, say: Progre
         raise ClusterError(
             f"{library} failed: {' | '.join(last_lines)[-600:]}", f"run it manually: {python} {script}"
         )
-    result: dict[str, Any] = json.loads(response_file.read_text().strip().splitlines()[-1])
+    result: LibraryResponse = json.loads(response_file.read_text().strip().splitlines()[-1])
     return result
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from policies.logs import LoggedDecisions, require_usable
 from policies.rewards import SyntheticRewards, draw_clicks
 from policies.tune import load_queries, measure_decision_share
 from recray import cluster
+from recray.benchmark import Result
 from recray.benchmark.data import train_model
 from recray.dataset.reader import History
 from recray.evaluation.metrics import bootstrap_means, interval
@@ -59,7 +61,7 @@ BUNDLE = "benchmark"
 Act = Callable[[np.ndarray], np.ndarray]
 
 
-def measure_policy(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_policy(folder: Path, say: ProgressLog) -> Result:
     """`planted_oracle_gap_closed` by PPO (mean and minimum of five seeds) and by each baseline;
     `twin_false_promotion_rate`, with those of shuffled rewards and A/A tests; how a policy that is 10 % worse
     is refused and rolled back; seconds for 100,000 decisions.
@@ -72,7 +74,7 @@ def measure_policy(folder: Path, say: ProgressLog) -> dict[str, Any]:
     return metrics
 
 
-def _measure_synthetic(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def _measure_synthetic(folder: Path, say: ProgressLog) -> Result:
     rewards = SyntheticRewards()
     observation, cases = rewards.draw(EVALUATION_USERS, np.random.default_rng(10_000))
     paid: dict[str, list[np.ndarray]] = {}
@@ -99,7 +101,7 @@ def _measure_synthetic(folder: Path, say: ProgressLog) -> dict[str, Any]:
         for name, by_seed in paid.items()
     }
     ppo = np.mean(paid["ppo"], 0)
-    metrics: dict[str, Any] = {
+    metrics: Result = {
         "planted_oracle_gap_closed": round(float(np.mean(closed["ppo"])), 4),
         "planted_oracle_gap_closed_least": round(min(closed["ppo"]), 4),
         "gap_closed": {name: [round(value, 4) for value in values] for name, values in closed.items()},
@@ -159,7 +161,7 @@ def _compare_paired(
     return differences
 
 
-def _measure_twins(say: ProgressLog) -> dict[str, Any]:
+def _measure_twins(say: ProgressLog) -> Result:
     """How often policies without a gain pass the promotion criteria; the logs of each policy have users of
     their own.
     """
@@ -254,7 +256,7 @@ class _ConstantPolicy:
         return np.full((len(observation), 1), self.action, np.float32)
 
 
-def _measure_worse(say: ProgressLog) -> dict[str, Any]:
+def _measure_worse(say: ProgressLog) -> Result:
     """A policy that earns a tenth less: how often the promotion criteria refuse it, and its experiment rolls
     it back.
     """
@@ -328,7 +330,7 @@ def _run_canary(
 
 def measure_real(
     folder: Path, data: str, overrides: list[str], say: ProgressLog
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """On the histories of a data set, clean and with noise events: NDCG of half of the test users under each
     method, learned on the others.
 
@@ -340,7 +342,7 @@ def measure_real(
     cluster.start()
     queries, filter_seen = load_queries(settings, dataset, predictor)
     np.random.default_rng(0).shuffle(queries)
-    metrics: dict[str, Any] = {"epochs": epochs, "actions": ACTIONS, **_measure_decisions(predictor, queries)}
+    metrics: Result = {"epochs": epochs, "actions": ACTIONS, **_measure_decisions(predictor, queries)}
     say(
         f"a decision takes {metrics['deciding_share']:.1%} of a response's time, with exploration "
         f"{metrics['exploring_share']:.1%}"
@@ -363,9 +365,7 @@ def measure_real(
     return bundle_settings(settings), metrics
 
 
-def _measure_on_histories(
-    training: HoldoutRewards, evaluation: HoldoutRewards, decisions: int
-) -> dict[str, Any]:
+def _measure_on_histories(training: HoldoutRewards, evaluation: HoldoutRewards, decisions: int) -> Result:
     """Figures of policies and baselines that are learned on `training`."""
     policies = [
         learn(training, replace(Ppo(), decisions=decisions), BUNDLE, seed=seed) for seed in range(SEEDS)
@@ -447,12 +447,10 @@ def _fit_real_baselines(
     training: HoldoutRewards, normalizer: ObservationNormalizer, decisions: int
 ) -> dict[str, list[Act]]:
     users, table, seeds = min(len(training), SEARCH_USERS), baselines.TabulatedRewards(training), range(SEEDS)
-    options: dict[str, Any] = {"steps": STEPS, "at_once": STEP_USERS}
+    fit = partial(baselines.fit_by_gradient, training, normalizer, steps=STEPS, at_once=STEP_USERS)
     return {
         "best global action": [baselines.search_constant(training, users)],
-        "global, by gradient": [
-            baselines.fit_by_gradient(training, normalizer, seed=seed, **options) for seed in seeds
-        ],
+        "global, by gradient": [fit(seed=seed) for seed in seeds],
         "closed form in length": [baselines.fit_by_length(training, users)],
         "LinUCB": [
             baselines.fit_bandit(table, normalizer, decisions, thompson=False, seed=seed) for seed in seeds
@@ -460,9 +458,7 @@ def _fit_real_baselines(
         "Thompson sampling": [
             baselines.fit_bandit(table, normalizer, decisions, thompson=True, seed=seed) for seed in seeds
         ],
-        "hyper-network, by gradient": [
-            baselines.fit_by_gradient(training, normalizer, hidden=64, seed=seed, **options) for seed in seeds
-        ],
+        "hyper-network, by gradient": [fit(hidden=64, seed=seed) for seed in seeds],
     }
 
 

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from recray.benchmark import Result
 from recray.benchmark.catalogue import RandomUsers, peak_bytes
 from recray.benchmark.checkouts import compare_checkouts, environment_of
 from recray.errors import TrainingError
@@ -36,7 +36,7 @@ LARGE_USERS, LARGE_ITEMS, LARGE_BOUND = 256, 100_000, 4e9
 STEPS, ROUNDS = 6, 3
 
 
-def measure_privacy(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_privacy(folder: Path, say: ProgressLog) -> Result:
     """`dp_step_time_ratio` and `dp_step_memory_ratio`: private over plain, seconds of a step and bytes above
     those of the idle process; `dp_large_memory_ratio`: peak bytes of a step with 100,000 items over 4 GB.
     """
@@ -53,7 +53,7 @@ def measure_privacy(folder: Path, say: ProgressLog) -> dict[str, Any]:
     }
     large = _run_step("private", LARGE_USERS, LARGE_ITEMS)
     say(f"{LARGE_ITEMS:,} items: {large['seconds']:.1f} s a step, peak {large['peak_bytes'] / 1e9:.2f} GB")
-    metrics: dict[str, Any] = {
+    metrics: Result = {
         f"{kind}_{name}": round(value, 4)
         for kind, values in medians.items()
         for name, value in values.items()

@@ -7,15 +7,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from recray.benchmark import peers
+from recray.benchmark import Result, peers
 from recray.benchmark.data import prepare_data, write_events
 from recray.benchmark.train import make_request, precision_of
 from recray.config import Settings
@@ -39,10 +40,37 @@ LIBRARY_PATIENCE = 8
 PACE_EPOCHS = 2
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
+Clock = Literal["seconds", "cpu_seconds"]
+CLOCKS: tuple[Clock, ...] = ("seconds", "cpu_seconds")
+
+
+class Line(peers.LibraryLine, total=False):
+    """A line of a learning curve, by the clocks of the libraries: without the time of validation."""
+
+    steps: int
+    loss: float
+
+
+class NamedLine(Line):
+    """A line of the curve of `who`: a library, or `recray_` and the seed."""
+
+    who: str
+
+
+class TrainedLibrary(peers.LibraryResponse):
+    """The response of a library that trained to its early stop.
+
+    pace : factor of its seconds, by clock, that converts them to the current speed of this machine
+    taken_from : name of the file that it was read from; None: the library ran
+    """
+
+    pace: dict[Clock, float]
+    taken_from: str | None
+
 
 def measure_quality(
     folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog, out: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """HR@10 and NDCG@10 of the test users, means over seeds. With a baseline library also the paired
     difference of NDCG, and the time to the library's validation NDCG in CPU seconds and in seconds.
 
@@ -70,7 +98,8 @@ def measure_quality(
     first_number = _first_user_numbers(dataset)
     users = [int(first_number[query.shard] + query.row) for query in queries]
 
-    ranks, curves = {"user": np.array(users)}, []
+    ranks = {"user": np.array(users)}
+    curves: list[NamedLine] = []
     library_result = (
         _train_library(against, settings, dataset, folder, threads, say, out) if against else None
     )
@@ -86,7 +115,7 @@ def measure_quality(
         "hr@10": [float(hr(values).mean()) for values in own_ranks],
         "ndcg@10": [float(ndcg(values).mean()) for values in own_ranks],
     }
-    metrics: dict[str, Any] = {
+    metrics: Result = {
         "users": len(queries),
         "items": dataset.n_items,
         "seeds": {name: _round(values) for name, values in by_metric.items()},
@@ -100,16 +129,23 @@ def measure_quality(
             "ndcg@10_bfloat16": round(float(np.mean(bfloat16_ndcg)), 4),
             "bfloat16_over_float32": round(sum(bfloat16_ndcg) / sum(by_metric["ndcg@10"]), 5),
         }
-    if library_result is not None:
-        ranks[str(against)] = np.array([library_result["ranks"].get(str(user), 0) for user in users])
-        curves += [{"who": against, **line} for line in library_result["curve"]]
-        metrics |= compare_ndcg(own_ranks, ranks[str(against)], str(against)) | {
-            "peer_taken_from": library_result.get("taken_from")
+    if against and library_result is not None:
+        ranks[against] = np.array([library_result["ranks"].get(str(user), 0) for user in users])
+        curves += [
+            {
+                "who": against,
+                "epoch": line["epoch"],
+                "seconds": line["seconds"],
+                "cpu_seconds": line["cpu_seconds"],
+                "validation_ndcg": line["validation_ndcg"],
+            }
+            for line in library_result["curve"]
+        ]
+        metrics |= compare_ndcg(own_ranks, ranks[against], against) | {
+            "peer_taken_from": library_result["taken_from"]
         }
         is_comparable = selects_as_libraries_do(settings)
-        metrics |= time_to_library_ndcg(
-            curves, str(against), library_result["pace"] if is_comparable else None
-        )
+        metrics |= time_to_library_ndcg(curves, against, library_result["pace"] if is_comparable else None)
         if not is_comparable:
             say(
                 f"no time to {against}: it selects epochs by one unseen item of each user, and these "
@@ -135,7 +171,7 @@ def ndcg(ranks: np.ndarray) -> np.ndarray:
     return np.where(hr(ranks) > 0, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0)
 
 
-def compare_ndcg(own_ranks: list[np.ndarray], library_ranks: np.ndarray, library: str) -> dict[str, Any]:
+def compare_ndcg(own_ranks: list[np.ndarray], library_ranks: np.ndarray, library: str) -> Result:
     """The library's figures, and the paired difference of NDCG with its interval."""
     difference = np.mean([ndcg(ranks) for ranks in own_ranks], 0) - ndcg(library_ranks)
     low, high = m.interval(m.bootstrap_means(difference[:, None], RESAMPLES, 0)[:, 0], CONFIDENCE)
@@ -159,21 +195,19 @@ def selects_as_libraries_do(settings: Settings) -> bool:
     )
 
 
-def time_to_library_ndcg(
-    curves: list[dict[str, Any]], library: str, pace: dict[str, float] | None
-) -> dict[str, Any]:
+def time_to_library_ndcg(curves: list[NamedLine], library: str, pace: dict[Clock, float] | None) -> Result:
     """Seconds to the library's best validation NDCG, and their ratio to the library's.
 
     pace : factor of the library's seconds, by clock, that converts them to the current speed of this machine;
         None: no ratio
     """
     best = max((line for line in curves if line["who"] == library), key=lambda line: line["validation_ndcg"])
-    times: dict[str, Any] = {
+    times: Result = {
         "peer_validation_ndcg": round(best["validation_ndcg"], 4),
         "peer_epochs": best["epoch"],
         "peer_pace": pace,
     }
-    for clock in ("seconds", "cpu_seconds"):
+    for clock in CLOCKS:
         reached: list[Any] = []
         for seed in SEEDS:
             as_good = [
@@ -194,7 +228,7 @@ def time_to_library_ndcg(
 
 def _train(
     dataset: Dataset, settings: Settings, say: ProgressLog, seed: int
-) -> tuple[list[dict[str, float]], Recommender, str]:
+) -> tuple[list[Line], Recommender, str]:
     """Train to the early stop; the learning curve with its clocks (without validation), the model, and the
     precision of its products.
     """
@@ -209,11 +243,14 @@ def _train(
         return result
 
     loop.validate = validate_timed
-    curve = []
+    curve: list[Line] = []
     wall, cpu = time.monotonic(), time.process_time()
-    for line in loop.run():
-        line["seconds"] = time.monotonic() - wall - validation_s["wall"]
-        line["cpu_seconds"] = time.process_time() - cpu - validation_s["cpu"]
+    for epoch_line in loop.run():
+        line: Line = {
+            **epoch_line,
+            "seconds": time.monotonic() - wall - validation_s["wall"],
+            "cpu_seconds": time.process_time() - cpu - validation_s["cpu"],
+        }
         curve.append(line)
         say(
             f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, "
@@ -240,12 +277,13 @@ def ranks_of(
     ranks = []
     for first in range(0, len(queries), BATCH):
         batch = queries[first : first + BATCH]
-        options: dict[str, Any] = {
-            "now": [query.now for query in batch],
-            "context": [query.context for query in batch],
-            "filters": Filters(filter_seen=True),
-        }
-        ranked = predictor.recommend([query.history for query in batch], dataset.n_items, **options)
+        ranked = predictor.recommend(
+            [query.history for query in batch],
+            dataset.n_items,
+            now=[query.now for query in batch],
+            filters=Filters(filter_seen=True),
+            context=[query.context for query in batch],
+        )
         ranks += [
             1 + int(np.flatnonzero(ranked.item_index[row] == targets_of(query, filter_seen=True)[0])[0])
             for row, query in enumerate(batch)
@@ -261,7 +299,7 @@ def _train_library(
     threads: int,
     say: ProgressLog,
     out: Path,
-) -> dict[str, Any]:
+) -> TrainedLibrary:
     """Train a baseline library to its own early stop; an interrupted run with the same request is resumed.
 
     A result in `out` is reused. Its `pace` is the current duration of the first epochs divided by the
@@ -274,7 +312,8 @@ def _train_library(
         dataset, "validation", max_users=settings.train.validation_users, seed=settings.split.seed
     )
     users = [int(first_number[shard] + row) for shard, row, _, _ in validation.positions]
-    request = make_request(settings, folder, threads) | {
+    request: peers.LibraryRequest = {
+        **make_request(settings, folder, threads),
         "batch_users": LIBRARY_BATCH_USERS,
         "patience": LIBRARY_PATIENCE,
         "validation_users": users,
@@ -283,20 +322,19 @@ def _train_library(
     key = key_of(library, peers.PINS[peers.HOME[library]], key_fields, sha256_file(events))
     for file in sorted(out.glob(f"*.{library}-{key}.json")):
         say(f"{library} result reused: {file}")
-        result: dict[str, Any] = json.loads(file.read_text())
-        current = peers.run_library(
-            library, request | {"keep": str(folder), "epochs_at_most": PACE_EPOCHS}, folder, say
-        )["curve"]
+        result: peers.LibraryResponse = json.loads(file.read_text())
+        first_epochs: peers.LibraryRequest = {**request, "keep": str(folder), "epochs_at_most": PACE_EPOCHS}
+        current = peers.run_library(library, first_epochs, folder, say)["curve"]
         recorded = result["curve"][len(current) - 1]
-        pace = {clock: round(current[-1][clock] / recorded[clock], 4) for clock in ("seconds", "cpu_seconds")}
+        pace = {clock: round(current[-1][clock] / recorded[clock], 4) for clock in CLOCKS}
         say(f"{library}: its first epochs take {pace['seconds']:.2f} times the recorded seconds")
-        return result | {"taken_from": file.name, "pace": pace}
+        return {**result, "taken_from": file.name, "pace": pace}
     keep = peers.cache() / "runs" / key
     keep.mkdir(parents=True, exist_ok=True)
     say(f"{library} trains to its early stop; its state is saved in {keep}")
-    result = peers.run_library(library, request | {"keep": str(keep)}, folder, say)
+    result = peers.run_library(library, {**request, "keep": str(keep)}, folder, say)
     (folder / "keep" / f"{library}-{key}.json").write_text(json.dumps(result) + "\n")
-    return result | {"pace": {"seconds": 1.0, "cpu_seconds": 1.0}}
+    return {**result, "taken_from": None, "pace": {"seconds": 1.0, "cpu_seconds": 1.0}}
 
 
 def _first_user_numbers(dataset: Dataset) -> np.ndarray:

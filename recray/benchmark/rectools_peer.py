@@ -8,6 +8,8 @@ That takes hours, so the state is saved in the folder `keep` after each epoch, a
 from it. `epochs_at_most` ends the curve early. The result is one JSON line.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import math
@@ -15,8 +17,9 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -26,9 +29,15 @@ from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
+if TYPE_CHECKING:  # the library's environment has no recray
+    from recray.benchmark.peers import LibraryLine, LibraryRequest
+
 K = 10
 TRAIN, VALIDATION, TEST = 0, 1, 2
 RANKED_USERS = 500  # whose whole catalogue is ranked at once
+
+State = dict[str, torch.Tensor]
+"""Weights of a network, or moments of its optimizer, by name."""
 
 
 class Clock(Callback):  # type: ignore[misc]
@@ -43,7 +52,7 @@ class Clock(Callback):  # type: ignore[misc]
         self.seconds.append(time.monotonic() - self._started)
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
+def main(request: LibraryRequest) -> Mapping[str, Any]:
     """Train, and return what the request asks for."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
@@ -53,7 +62,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         return _train_to_early_stop(model, events, request)
     dataset = _to_dataset(events[events.part == TRAIN])
     model.fit(dataset)
-    response: dict[str, Any] = {"epoch_s": clock.seconds}
+    response = {"epoch_s": clock.seconds}
     if request.get("recommend"):
         users = events.user[events.part == TRAIN].unique()
         times = []
@@ -61,7 +70,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             started = time.monotonic()
             model.recommend(users, dataset, k=K, filter_viewed=True)
             times.append(time.monotonic() - started)
-        response |= {"users": len(users), "recommend_s": times}
+        return {**response, "users": len(users), "recommend_s": times}
     return response
 
 
@@ -71,7 +80,7 @@ def _to_dataset(events: pd.DataFrame) -> Dataset:
     return Dataset.construct(frame)
 
 
-def _build_model(request: dict[str, Any]) -> tuple[SASRecModel, Clock]:
+def _build_model(request: LibraryRequest) -> tuple[SASRecModel, Clock]:
     clock = Clock()
 
     def trainer() -> Trainer:
@@ -102,15 +111,17 @@ def _build_model(request: dict[str, Any]) -> tuple[SASRecModel, Clock]:
     return model, clock
 
 
-def _train_to_early_stop(model: SASRecModel, events: pd.DataFrame, request: dict[str, Any]) -> dict[str, Any]:
+def _train_to_early_stop(
+    model: SASRecModel, events: pd.DataFrame, request: LibraryRequest
+) -> Mapping[str, Any]:
     """Train by epoch with an early stop; the curve (epoch, seconds and CPU seconds of training so far, NDCG)
     and the ranks.
     """
     trained = _to_dataset(events[events.part == TRAIN])
     users = np.array(request["validation_users"])
     state_file = Path(request["keep"]) / "state.npz"
-    curve: list[dict[str, Any]] = []
-    best: dict[str, Any] = {}
+    curve: list[LibraryLine] = []
+    best: State = {}
     if state_file.exists():
         curve, best = _restore(model, trained, state_file)
     max_epochs = request.get("epochs_at_most", math.inf)
@@ -121,11 +132,10 @@ def _train_to_early_stop(model: SASRecModel, events: pd.DataFrame, request: dict
         model.fit_partial(trained, min_epochs=1, max_epochs=1)
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
         ndcg = _measure_ndcg(model, trained, events[events.part == VALIDATION], users)
-        before = curve[-1] if curve else {"seconds": 0.0, "cpu_seconds": 0.0}
-        line = {
+        line: LibraryLine = {
             "epoch": epoch,
-            "seconds": before["seconds"] + wall,
-            "cpu_seconds": before["cpu_seconds"] + cpu,
+            "seconds": wall + (curve[-1]["seconds"] if curve else 0.0),
+            "cpu_seconds": cpu + (curve[-1]["cpu_seconds"] if curve else 0.0),
             "validation_ndcg": ndcg,
         }
         curve.append(line)
@@ -140,11 +150,11 @@ def _train_to_early_stop(model: SASRecModel, events: pd.DataFrame, request: dict
     return {"curve": curve, "best_epoch": _best_epoch(curve), "ranks": ranks}
 
 
-def _best_epoch(curve: list[dict[str, Any]]) -> int:
+def _best_epoch(curve: list[LibraryLine]) -> int:
     return max(curve, key=lambda line: line["validation_ndcg"])["epoch"] if curve else 0
 
 
-def _save(model: SASRecModel, curve: list[dict[str, Any]], best: dict[str, Any], path: Path) -> None:
+def _save(model: SASRecModel, curve: list[LibraryLine], best: State, path: Path) -> None:
     """Save weights, best weights, the optimizer's moments and the curve as arrays."""
     arrays: dict[str, Any] = {"curve": np.frombuffer(json.dumps(curve).encode(), np.uint8)}
     moments = {
@@ -159,10 +169,10 @@ def _save(model: SASRecModel, curve: list[dict[str, Any]], best: dict[str, Any],
     os.replace(scratch, path)
 
 
-def _restore(model: SASRecModel, trained: Dataset, path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _restore(model: SASRecModel, trained: Dataset, path: Path) -> tuple[list[LibraryLine], State]:
     """Restore a saved model to its state after `fit_partial`; the curve and the best weights."""
     with np.load(path, allow_pickle=False) as arrays:
-        groups: dict[str, dict[str, Any]] = {"weights": {}, "best": {}, "moments": {}}
+        groups: dict[str, State] = {"weights": {}, "best": {}, "moments": {}}
         for name in arrays.files:
             group, _, rest = name.partition("/")
             if rest:
@@ -173,7 +183,7 @@ def _restore(model: SASRecModel, trained: Dataset, path: Path) -> tuple[list[dic
     model.is_fitted = model.lightning_model.is_fitted = True
     model.torch_model.load_state_dict(groups["weights"])
     optimizer = model.lightning_model.configure_optimizers()
-    moments: dict[int, dict[str, Any]] = {}
+    moments: dict[int, State] = {}
     for name, value in groups["moments"].items():
         moments.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

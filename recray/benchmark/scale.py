@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recray.benchmark import Result
 from recray.benchmark.score import scorer
 from recray.config import load_settings
 from recray.evaluation.plots import plot_growth
@@ -26,7 +27,7 @@ ITEMS, EVENTS_PER_USER = 5_000, 20.0
 ROUNDS = 2  # the faster one counts, since other work on the machine only adds time
 
 
-def measure_scale(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_scale(folder: Path, say: ProgressLog) -> Result:
     """Seconds at each size; `train_exponent`, `score_exponent`: slope of log seconds over log size, 1 for a
     linear cost.
     """
@@ -48,7 +49,7 @@ def measure_scale(folder: Path, say: ProgressLog) -> dict[str, Any]:
     keep = folder / "keep"
     keep.mkdir()
     (keep / "svg").write_text(plot_growth(trained, scored))
-    metrics: dict[str, Any] = {"train": trained, "score": scored}
+    metrics: Result = {"train": trained, "score": scored}
     metrics |= {"train_exponent": fit_exponent(trained), "score_exponent": fit_exponent(scored)}
     say(
         f"training time grows as events^{metrics['train_exponent']}, scoring time as "

@@ -6,15 +6,16 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recray.benchmark import peers
+from recray.benchmark import Result, peers
 from recray.benchmark.data import prepare_data, write_events
 from recray.benchmark.train import SAME, make_request
 from recray.bundle import write_bundle
@@ -32,7 +33,7 @@ K = 10
 
 def measure_score(
     folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """Half of recray's rounds over all users, the library's, the other half of recray's: medians of each, and
     their ratio.
 
@@ -46,11 +47,7 @@ def measure_score(
     weights = build_loop(str(dataset.path), settings, torch.device("cpu")).best
     seconds: list[float] = []
     actors = min(settings.score.actors, dataset.n_shards)
-    metrics: dict[str, Any] = {
-        "users": dataset.n_users,
-        "actors": actors,
-        "precision": settings.score.precision,
-    }
+    metrics: Result = {"users": dataset.n_users, "actors": actors, "precision": settings.score.precision}
     with scorer(folder, settings, dataset, weights) as score:
 
         def run_rounds() -> None:
@@ -63,7 +60,8 @@ def measure_score(
         run_rounds()
         if against:
             write_events(dataset, folder / "events.parquet")
-            request = make_request(settings, folder, threads) | {
+            request: peers.LibraryRequest = {
+                **make_request(settings, folder, threads),
                 "epochs": 1,
                 "batches": 1,
                 "recommend": LIBRARY_ROUNDS,
@@ -105,21 +103,22 @@ def scorer(
     options = settings.score
     device("score.gpus_per_actor", gpu=options.gpus_per_actor > 0)
     actors = min(options.actors, dataset.n_shards)
-    arguments = {
-        "bundle": str(bundle.path),
-        "policy": None,
-        "dataset": str(dataset.path),
-        "folder": str(parts),
-        "k": K,
-        "filter_seen": True,
-        "rules": options.rules(),
-        "batch_users": options.batch_users,
-        "threads": max(torch.get_num_threads() // actors, 1),
-        "precision": options.precision,
-        "gpu": options.gpus_per_actor > 0,
-    }
+    create = partial(
+        ScoreBucket,
+        bundle=str(bundle.path),
+        policy=None,
+        dataset=str(dataset.path),
+        folder=str(parts),
+        k=K,
+        filter_seen=True,
+        rules=options.rules(),
+        batch_users=options.batch_users,
+        threads=max(torch.get_num_threads() // actors, 1),
+        precision=options.precision,
+        gpu=options.gpus_per_actor > 0,
+    )
     with ProcessPoolExecutor(
-        actors, multiprocessing.get_context("spawn"), initializer=_create_actor, initargs=(arguments,)
+        actors, multiprocessing.get_context("spawn"), initializer=_create_actor, initargs=(create,)
     ) as pool:
         yield lambda: list(pool.map(_score, range(dataset.n_shards))).clear()
 
@@ -127,9 +126,9 @@ def scorer(
 _actor: ScoreBucket | None = None  # of a scoring process
 
 
-def _create_actor(arguments: dict[str, Any]) -> None:
+def _create_actor(create: Callable[[], ScoreBucket]) -> None:
     global _actor
-    _actor = ScoreBucket(**arguments)
+    _actor = create()
 
 
 def _score(bucket: int) -> None:

@@ -28,6 +28,7 @@ import pyarrow as pa
 import torch
 import uvicorn
 
+from recray.benchmark import Result
 from recray.benchmark.checkouts import compare_checkouts, environment_of
 from recray.cluster import free_ports
 from recray.config import Settings
@@ -64,7 +65,7 @@ PREDICTIONS, REST_S = 300, 0.002  # of the Predictor alone
 LISTED, USERS_A_BUCKET, LOOK_UPS = 10, 50_000, 100_000  # of the large snapshot
 
 
-def measure_serve(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_serve(folder: Path, say: ProgressLog) -> Result:
     """`rps` of each server at 16 clients; `ms_over_asgi` = 1000 / rps - 1000 / rps of uvicorn; ratios of
     recray's to that of Serve's defaults and of uvicorn.
 
@@ -81,7 +82,7 @@ def measure_serve(folder: Path, say: ProgressLog) -> dict[str, Any]:
     realtime = [
         post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)
     ]
-    metrics: dict[str, Any] = {}
+    metrics: Result = {}
     with running_serve(storage, {}, "serve.max_batch=1") as port:
         unbatched = [_load_fully(port, realtime, "recray serve, real time, one at a time", say)]
     with _run_uvicorn(storage) as port:
@@ -167,7 +168,7 @@ def measure_against(folder: Path, other: Path, say: ProgressLog) -> dict[str, fl
     return compare_checkouts(other, "serving", CHECKOUT_ROUNDS, measure, "responses/s", say)
 
 
-def measure_state(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_state(folder: Path, say: ProgressLog) -> Result:
     """The effect of a slow read of recent events on other users, at `RATE` of their requests a second.
 
     `others_p99_ratio`: their p99 while one client sends requests for a user with 1,000 recent events, over
@@ -195,7 +196,7 @@ def measure_state(folder: Path, say: ProgressLog) -> dict[str, Any]:
         f"p99 of other users: {unloaded_ms:.1f} ms, {loaded.ms(99):.1f} ms with a user of 1,000 events, who "
         f"is served {heavy_result.per_s:.0f} times a second"
     )
-    metrics: dict[str, Any] = {
+    metrics: Result = {
         "others_p99_ms": [round(before.ms(99), 1), round(after.ms(99), 1)],
         "others_p99_beside_ms": round(loaded.ms(99), 1),
         "others_p99_ratio": round(loaded.ms(99) / unloaded_ms, 3),
@@ -206,7 +207,7 @@ def measure_state(folder: Path, say: ProgressLog) -> dict[str, Any]:
 
 def _measure_hung_redis(
     storage: Storage, requests: Sequence[bytes], folder: Path, say: ProgressLog
-) -> dict[str, Any]:
+) -> Result:
     """The load while Redis does not respond."""
     binary = shutil.which("redis-server")
     if binary is None:
@@ -247,7 +248,7 @@ def _measure_hung_redis(
     }
 
 
-def measure_overload(folder: Path, say: ProgressLog) -> dict[str, Any]:
+def measure_overload(folder: Path, say: ProgressLog) -> Result:
     """Real-time requests at `TIMES` the capacity, in an open loop: `p99_ratio` of the accepted ones over that
     at capacity (mean of before and after).
 
@@ -306,7 +307,7 @@ def _count_wrong_lists(storage: Storage, bodies: Sequence[bytes]) -> int:
     return sum(items not in expected for items in served)
 
 
-def measure_users(folder: Path, users: int, say: ProgressLog) -> dict[str, Any]:
+def measure_users(folder: Path, users: int, say: ProgressLog) -> Result:
     """A snapshot of `users` users: seconds to load it, private memory above that of a small one, and
     milliseconds of a look-up.
     """

@@ -10,6 +10,7 @@ without a click. Most items have no text here, so this measures the ranking of a
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
+from recray.benchmark import Result
 from recray.benchmark.data import NO_RULES, find_data, prepare_data
 from recray.config import Settings
 from recray.dataset.context import encode_request
@@ -37,7 +39,7 @@ RESAMPLES, CONFIDENCE = 1000, 0.95
 
 def measure_slate(
     folder: Path, data: str, overrides: list[str], say: ProgressLog
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """Mean AUC over impressions, its interval, and the AUC of click counts before the test."""
     home = find_data(data)
     torch.set_num_threads(len(os.sched_getaffinity(0)))

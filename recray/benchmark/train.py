@@ -7,12 +7,13 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recray.benchmark import peers
+from recray.benchmark import Result, peers
 from recray.benchmark.data import prepare_data, write_events
 from recray.config import Settings
 from recray.model.device import device
@@ -29,7 +30,7 @@ LIBRARY_BATCH_USERS = 128  # its default
 
 def measure_train(
     folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Result]:
     """Half of recray's epochs, the library's, the other half of recray's: medians of each, and their ratio. A
     batch has as many tokens as the library's.
     """
@@ -61,14 +62,14 @@ def measure_train(
             say(f"recray: epoch in {seconds[-1]:.2f} s")
 
     run_epochs(0)
-    metrics: dict[str, Any] = {
+    metrics: Result = {
         "positions": tokens,
         "padding": round(loop.batches.padding(), 4),
         "precision": precision_of(loop),
     }
     if against:
         write_events(dataset, folder / "events.parquet")
-        request = make_request(settings, folder, threads) | {"epochs": LIBRARY_EPOCHS}
+        request: peers.LibraryRequest = {**make_request(settings, folder, threads), "epochs": LIBRARY_EPOCHS}
         library_s = peers.run_library(against, request, folder, say)["epoch_s"]
         say(f"{against}: epochs in {', '.join(f'{epoch_s:.1f}' for epoch_s in library_s)} s")
         run_epochs(EPOCHS)
@@ -84,9 +85,18 @@ def precision_of(loop: Loop) -> str:
     return "bfloat16" if loop.criterion.half else "float32"
 
 
-def make_request(settings: Settings, folder: Path, threads: int) -> dict[str, Any]:
+def make_request(settings: Settings, folder: Path, threads: int) -> peers.LibraryRequest:
     """The request to a baseline library: events, threads and the shape of the network."""
     model, train = settings.model, settings.train
-    shape = {name: getattr(model, name) for name in ("dim", "blocks", "heads", "history", "dropout")}
-    rest = {"learning_rate": train.learning_rate, "seed": train.seed, "batch_users": LIBRARY_BATCH_USERS}
-    return {"events": str(folder / "events.parquet"), "threads": threads, **shape, **rest}
+    return {
+        "events": str(folder / "events.parquet"),
+        "threads": threads,
+        "dim": model.dim,
+        "blocks": model.blocks,
+        "heads": model.heads,
+        "history": model.history,
+        "dropout": model.dropout,
+        "learning_rate": train.learning_rate,
+        "seed": train.seed,
+        "batch_users": LIBRARY_BATCH_USERS,
+    }

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -106,7 +106,7 @@ def run_status(settings: Settings, reporter: Reporter) -> JobResult:
     if release.ended:
         table.add_row("last experiment", "", release.ended)
     address = f"http://{settings.serve.host}:{settings.serve.port}"
-    health: dict[str, Any] = {}
+    health: Mapping[str, Any] = {}
     try:
         with urllib.request.urlopen(f"{address}/healthz", timeout=2) as response:
             health = dict(json.load(response))
@@ -227,7 +227,7 @@ def _send_requests(address: str, settings: Settings, reporter: Reporter) -> None
     """Three requests: a user of the log, a history in the request, an unknown user."""
     titles = _load_titles(settings)
     bought = [item for item, title in titles.items() if "PARTY BUNTING" in title][:1] or list(titles)[:1]
-    requests: list[tuple[str, dict[str, Any]]] = [
+    requests: list[tuple[str, Mapping[str, Any]]] = [
         ("a user of the log", {"user_id": 17850, "k": 3}),
         (
             f"a visitor who just bought {titles[bought[0]]}",
@@ -243,7 +243,7 @@ def _send_requests(address: str, settings: Settings, reporter: Reporter) -> None
         reporter.say(f"{user}  →  {names}  [{response['source']}, {elapsed_ms:.0f} ms]")
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def post(url: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
     """POST a JSON body; the JSON of the response."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:

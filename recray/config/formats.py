@@ -52,7 +52,11 @@ VALUES = {
 FIELDS = {"bundle": {"prior_days": "popularity_prior_days"}, "snapshot": {"new_only": "filter_seen"}}
 """Kind of artifact -> {old field of its manifest: its name}."""
 
+PROTOCOLS = VALUES["evaluate.protocol"]
+"""Old name of a protocol, in the files of an evaluation -> its name."""
+
 _FIRST = {new: old for old, new in SETTINGS.items()}
+_FIRST_PROTOCOLS = {new: old for old, new in PROTOCOLS.items()}
 
 
 def find_old_names(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -75,6 +79,11 @@ def to_first_names(content: Mapping[str, Any]) -> dict[str, Any]:
         _FIRST.get(name, name): {new: old for old, new in renamed.items()} for name, renamed in VALUES.items()
     }
     return _rename(content, _FIRST, values)
+
+
+def first_protocol(protocol: str) -> str:
+    """The first name of a protocol."""
+    return _FIRST_PROTOCOLS.get(protocol, protocol)
 
 
 def to_current_manifest(kind: str, manifest: Mapping[str, Any]) -> dict[str, Any]:

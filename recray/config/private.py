@@ -124,7 +124,7 @@ def _is_allowed(restriction: Restriction, value: Any) -> bool:
         return True
 
 
-def _read_value(content: dict[str, Any], name: str, default: Any) -> Any:
+def _read_value(content: Mapping[str, Any], name: str, default: Any) -> Any:
     section, _, field = name.partition(".")
     fields = content.get(section)
     return fields.get(field, default) if isinstance(fields, dict) else default

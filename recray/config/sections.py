@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import zoneinfo
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 from urllib.parse import unquote
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -679,6 +679,16 @@ class PolicySettings(Section):
     exploration_share: float = operational(0.0, "share of the users whose responses explore", ge=0, le=1)
 
 
+class RuleSettings(TypedDict):
+    """The declaration of `recray.inference.Rules` as JSON, with the names and values of `ScoreSettings`."""
+
+    diversity: float
+    boosts: dict[str, float]
+    exclude: list[str]
+    caps: dict[str, int]
+    cold_item_boost: NotRequired[float]  # older snapshots have none
+
+
 class ScoreSettings(Section):
     advanced = frozenset({"actors", "batch_users", "cpus_per_actor", "max_failures", "precision"})
 
@@ -721,11 +731,10 @@ class ScoreSettings(Section):
     )
     max_failures: int = operational(3, "restarts of a lost actor, and retries of its batch", ge=0)
 
-    def rules(self) -> dict[str, Any]:
+    def rules(self) -> RuleSettings:
         """The declaration of `recray.inference.Rules`, as plain JSON values."""
-        return self.model_dump(
-            mode="json", include={"diversity", "boosts", "exclude", "caps", "cold_item_boost"}
-        )
+        names = {"diversity", "boosts", "exclude", "caps", "cold_item_boost"}
+        return cast(RuleSettings, self.model_dump(mode="json", include=names))
 
 
 class ServeSettings(Section):

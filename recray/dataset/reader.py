@@ -23,7 +23,7 @@ from recray.dataset.context import encode_clock
 from recray.dataset.popularity import DAY_S, UNKNOWN_DAY, Popularity
 from recray.dataset.schema import AVAILABLE_FROM, CONTEXT, ITEM_ID, USER_ID
 from recray.errors import MissingArtifactError
-from recray.storage import manifest_digest, open_sealed
+from recray.storage import Manifest, manifest_digest, open_sealed
 
 KIND = "dataset"
 
@@ -185,14 +185,22 @@ class Shard:
 class Dataset:
     """A prepared dataset. Open it with `Dataset.open`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        part: int = 0,
+        parts: int = 1,
+        added_shards: tuple[Shard, ...] = (),
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.key: str = manifest["run_key"]
         self.n_users: int = manifest["users"]
         self.n_items: int = manifest["items"]
         self.n_events: int = manifest["events"]
-        self.n_shards: int = manifest["shards"]
+        self.n_shards: int = manifest["shards"] + len(added_shards)
         self.event_types: list[str] = manifest["event_types"]
         self.clock: str = manifest["clock"]
         self.as_of_s: int = manifest["as_of_s"]
@@ -201,7 +209,7 @@ class Dataset:
         self.text_encoder: str | None = manifest.get("text_encoder")
         self.query_time: str = manifest["settings"]["split"].get("query_time", "cutoff")
         self.split_kind: str = manifest["settings"]["split"]["kind"]
-        self._part, self._parts = 0, 1
+        self._part, self._parts, self._added_shards = part, parts, added_shards
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
@@ -218,16 +226,12 @@ class Dataset:
         """
         if parts == 1:
             return self
-        dataset = Dataset(self.path, self.manifest)
-        dataset._part, dataset._parts = part, parts
-        return dataset
+        return Dataset(self.path, self.manifest, part=part, parts=parts, added_shards=self._added_shards)
 
     def with_shard(self, shard: Shard) -> Dataset:
-        """The same dataset with one more shard of users, in memory only."""
-        dataset = Dataset(self.path, {**self.manifest, "shards": self.n_shards + 1})
-        dataset._part, dataset._parts = self._part, self._parts
-        dataset._shards[self.n_shards] = shard
-        return dataset
+        """The same dataset with one more shard of users, in memory only. They are in every training part."""
+        added = (*self._added_shards, shard)
+        return Dataset(self.path, self.manifest, part=self._part, parts=self._parts, added_shards=added)
 
     @cached_property
     def digest(self) -> str:
@@ -293,6 +297,9 @@ class Dataset:
 
     def shard(self, number: int) -> Shard:
         """Shard `number`, mapped once."""
+        n_files = self.n_shards - len(self._added_shards)
+        if number >= n_files:
+            return self._added_shards[number - n_files]
         if number not in self._shards:
             self._shards[number] = self._map(number)
         return self._shards[number]
@@ -343,7 +350,7 @@ class Dataset:
 
     def user_history(self, user_id: Any) -> History | None:
         """All events of a user, None for an unknown user."""
-        shard = self.shard(assign_bucket(user_id, self.n_shards))
+        shard = self.shard(assign_bucket(user_id, self.manifest["shards"]))
         row = shard.find(user_id)
         return None if row is None else shard.history(row)
 

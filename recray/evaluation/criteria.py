@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,6 +20,7 @@ from recray.evaluation import metrics as m
 from recray.evaluation.evaluate import (
     MODEL,
     Evaluator,
+    Row,
     Table,
     count_public_popularity,
     read_ndcg,
@@ -28,6 +29,7 @@ from recray.evaluation.evaluate import (
 )
 from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Predictor
+from recray.inference.policy import CheckRecord
 from recray.storage import manifest_digest
 
 # share of a bundle's items that the dataset must have; the same shop has nearly all, another next to none
@@ -43,6 +45,24 @@ class Check:
     passed: bool
     text: str
 
+    def to_record(self) -> CheckRecord:
+        """As JSON values."""
+        return {"name": self.name, "passed": self.passed, "text": self.text}
+
+
+class Comparison(TypedDict, total=False):
+    """A challenger compared with the champion on the same test users; empty if they were not compared.
+
+    champion : the champion's row of the evaluation
+    difference, low, high : the challenger's mean NDCG minus the champion's, and its confidence interval
+    """
+
+    champion: Row
+    difference: float
+    low: float
+    high: float
+    users: int
+
 
 def check_promotion(
     settings: Settings,
@@ -52,8 +72,8 @@ def check_promotion(
     table: Table,
     evaluation: Path,
     training_data: Path,
-) -> tuple[list[Check], dict[str, Any]]:
-    """The checks of a challenger, and the figures of its comparison with the champion (empty without one).
+) -> tuple[list[Check], Comparison]:
+    """The checks of a challenger, and its comparison with the champion.
 
     table, evaluation : the challenger's evaluation on `dataset`, and its folder
     training_data : folder of the dataset that the challenger was trained on, which may not exist any more
@@ -66,7 +86,7 @@ def check_promotion(
     rows = table[settings.evaluate.protocol]
     checks += [check_baseline(name, rows, settings.evaluate.k[0]) for name in settings.promotion.must_beat]
 
-    comparison: dict[str, Any] = {}
+    comparison: Comparison = {}
     predictor = Predictor.load(challenger.path, dataset=dataset)
     if champion is not None:
         check, comparison = check_champion(
@@ -108,7 +128,7 @@ def check_same_data(dataset: Dataset, bundle: Bundle, training_data: Path) -> Ch
     return Check(name, True, text)
 
 
-def check_baseline(baseline: str, rows: dict[str, Any], k: int) -> Check:
+def check_baseline(baseline: str, rows: dict[str, Row], k: int) -> Check:
     """Whether the model's NDCG is above a baseline's."""
     name = f"beats {baseline}"
     model_row, baseline_row = rows[MODEL], rows[baseline]
@@ -127,7 +147,7 @@ def check_champion(
     champion: Bundle,
     ndcg: np.ndarray,
     public_popularity_V: np.ndarray | None = None,
-) -> tuple[Check, dict[str, Any]]:
+) -> tuple[Check, Comparison]:
     """Whether the confidence interval of the paired NDCG difference to the champion lies above
     -promotion.margin.
 
@@ -151,7 +171,7 @@ def check_champion(
         m.bootstrap_means(difference[:, None], options.bootstrap, options.seed)[:, 0], options.confidence
     )
     margin = settings.promotion.margin
-    comparison = {
+    comparison: Comparison = {
         "champion": row,
         "difference": float(difference.mean()),
         "low": low,

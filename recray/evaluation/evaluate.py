@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.config.formats import RESULTS_SINCE
+from recray.config.formats import PROTOCOLS as RENAMED
+from recray.config.formats import RESULTS_SINCE, first_protocol
 from recray.dataset.reader import Dataset
 from recray.errors import DataError
 from recray.evaluation import metrics as m
@@ -33,10 +34,22 @@ LENGTH_BANDS = {
 }
 SEGMENTS = (*LENGTH_BANDS, "warm targets", "cold targets")
 
-Table = dict[str, Any]
-"""protocol -> ranker -> {metric@k: mean, metric@k_low, metric@k_high, coverage@k, popularity_share@k,
-segments, …}
+Row = dict[str, Any]
+"""The results of a ranker under a protocol: `users`; metric@k, its mean over the users, with metric@k_low and
+metric@k_high; coverage@k and popularity_share@k; `segments` (name -> `Segment`). In a table also `order`, and
+for a baseline `model_lead`, the model's NDCG minus its own, with `model_lead_low` and `model_lead_high`. A
+ranker that cannot be evaluated has only `skipped`, the reason.
 """
+
+Table = dict[str, dict[str, Row]]
+"""protocol -> ranker -> its row"""
+
+
+class Segment(TypedDict):
+    """Headline NDCG of a part of the users or targets; None without users."""
+
+    users: int
+    ndcg: float | None
 
 
 def evaluate_key(settings: Settings, dataset: Dataset, bundle: Bundle) -> str:
@@ -67,7 +80,8 @@ def evaluate(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> 
 
 def read_table(path: Path) -> Table:
     """The table of an evaluation folder, with the rankers in order."""
-    table = json.loads((path / "metrics.json").read_text())
+    content = json.loads((path / "metrics.json").read_text())
+    table = {RENAMED.get(protocol, protocol): rows for protocol, rows in content.items()}
     return {
         protocol: {name: table[protocol][name] for name in order_rankers(table[protocol])}
         for protocol in PROTOCOLS
@@ -76,11 +90,14 @@ def read_table(path: Path) -> Table:
 
 def read_ndcg(path: Path, protocol: str) -> np.ndarray:
     """The model's headline NDCG of each test user that has a target under `protocol`, float64 [U]."""
-    result: np.ndarray = np.load(path / f"ndcg_{protocol}.npy", allow_pickle=False)
+    file = path / f"ndcg_{protocol}.npy"
+    if not file.exists():
+        file = path / f"ndcg_{first_protocol(protocol)}.npy"
+    result: np.ndarray = np.load(file, allow_pickle=False)
     return result
 
 
-def order_rankers(rows: dict[str, Any]) -> list[str]:
+def order_rankers(rows: dict[str, Row]) -> list[str]:
     """Names of the rankers: the model first, then the baselines in the order of their evaluation."""
     return sorted(rows, key=lambda name: rows[name].get("order", 0))
 
@@ -120,6 +137,7 @@ def compare(
         public_popularity_V=public_popularity_V,
     )
     for number, (name, ranker) in enumerate(baselines, start=1):
+        rows: dict[str, Row]
         if isinstance(ranker, str):
             rows = {protocol: {"skipped": ranker} for protocol in PROTOCOLS}
         else:
@@ -189,9 +207,7 @@ class Evaluator:
         else:
             self.popularity, self.trained = public_popularity_V, np.ones(dataset.n_items + 1, bool)
 
-    def run(
-        self, ranker: Ranker, reference: dict[str, np.ndarray]
-    ) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
+    def run(self, ranker: Ranker, reference: dict[str, np.ndarray]) -> dict[str, tuple[Row, np.ndarray]]:
         """By protocol: the row, and the headline NDCG of each user.
 
         reference : the model's NDCG by protocol, for paired differences
@@ -203,7 +219,7 @@ class Evaluator:
 
     def _evaluate(
         self, ranker: Ranker, filter_seen: bool, reference: np.ndarray | None
-    ) -> tuple[dict[str, Any], np.ndarray]:
+    ) -> tuple[Row, np.ndarray]:
         options, ks = self.options, self.options.k
         lists, targets, lengths = self._rank_all(ranker, filter_seen)
         if not targets:
@@ -215,7 +231,7 @@ class Evaluator:
         paired = columns if reference is None else np.column_stack([columns, reference - headline])
         samples = m.bootstrap_means(paired, options.bootstrap, options.seed)
 
-        row: dict[str, Any] = {"users": len(targets)}
+        row: Row = {"users": len(targets)}
         for column, name in enumerate(names):
             row[name] = float(columns[:, column].mean())
             row[f"{name}_low"], row[f"{name}_high"] = m.interval(samples[:, column], options.confidence)
@@ -247,9 +263,9 @@ class Evaluator:
 
     def _segments(
         self, lists: np.ndarray, targets: list[np.ndarray], lengths: np.ndarray, ndcg: np.ndarray
-    ) -> dict[str, Any]:
+    ) -> dict[str, Segment]:
         """Headline NDCG by history length, and for warm targets (seen in training) and cold ones."""
-        segments: dict[str, Any] = {}
+        segments: dict[str, Segment] = {}
         for name, (low, high) in LENGTH_BANDS.items():
             segments[name] = _summarize(ndcg[(lengths >= low) & (lengths <= high)])
 
@@ -265,5 +281,5 @@ class Evaluator:
         return segments
 
 
-def _summarize(values: np.ndarray) -> dict[str, Any]:
+def _summarize(values: np.ndarray) -> Segment:
     return {"users": len(values), "ndcg": float(values.mean()) if len(values) else None}

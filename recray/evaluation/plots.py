@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from recray.evaluation.evaluate import MODEL, SEGMENTS, Table
+from recray.bundle import CurveLine
+from recray.evaluation.evaluate import MODEL, SEGMENTS, Row, Table
 from recray.evaluation.table import TITLES
 
 BLUE, GREY, FAINT, INK = "#2456d6", "#9aa5b8", "#d9dee8", "#273043"
@@ -36,7 +37,7 @@ STYLE: Any = {
 }
 
 
-def plot_learning_curve(curve: list[dict[str, float]], best_epoch: int, k: int) -> str:
+def plot_learning_curve(curve: list[CurveLine], best_epoch: int, k: int) -> str:
     """Loss and validation NDCG by epoch, with the selected epoch marked."""
 
     def draw(figure: Figure) -> None:
@@ -273,7 +274,7 @@ def plot_gap_closed(
     return _svg(draw, 10.2, 3.4)
 
 
-def find_best_baseline(rows: dict[str, Any], k: int) -> str:
+def find_best_baseline(rows: dict[str, Row], k: int) -> str:
     """Name of the baseline with the highest NDCG."""
     return max(
         (name for name, row in rows.items() if name != MODEL and "skipped" not in row),
@@ -281,7 +282,7 @@ def find_best_baseline(rows: dict[str, Any], k: int) -> str:
     )
 
 
-def _plot_grouped_bars(axes: Axes, names: list[str], rows: dict[str, Any], best: str) -> None:
+def _plot_grouped_bars(axes: Axes, names: list[str], rows: dict[str, Row], best: str) -> None:
     for offset, ranker, colour in ((-0.2, MODEL, BLUE), (0.2, best, GREY)):
         values = [rows[ranker]["segments"][name]["ndcg"] or 0.0 for name in names]
         axes.bar(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from recray.bundle import Bundle
 from recray.config import Settings
@@ -19,6 +19,7 @@ from recray.errors import ArtifactError
 from recray.evaluation import criteria
 from recray.evaluation.evaluate import evaluate, evaluate_key
 from recray.evaluation.statement import list_violations, load_audits
+from recray.inference.policy import CheckRecord
 from recray.privacy.accounting import epsilon_of
 from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
@@ -26,8 +27,23 @@ from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directo
 
 KIND = "promotion"
 
-Decision = dict[str, Any]
-"""promoted, reason, challenger, champion (run keys), dataset, as_of_s, checks, comparison."""
+
+class Decision(TypedDict):
+    """A decision about a challenger, the content of `decision.json`.
+
+    reason : why the challenger is not promoted; empty if it is
+    challenger, champion, dataset : run keys; None: there is no champion
+    as_of_s : the end of the dataset
+    """
+
+    promoted: bool
+    reason: str
+    challenger: str
+    champion: str | None
+    dataset: str
+    as_of_s: int
+    checks: list[CheckRecord]
+    comparison: criteria.Comparison
 
 
 def promote(
@@ -163,17 +179,17 @@ def _to_decision(
     challenger: Bundle,
     release: Release,
     checks: list[criteria.Check],
-    comparison: dict[str, Any],
+    comparison: criteria.Comparison,
     reason: str,
 ) -> Decision:
     return {
         "promoted": not reason,
         "reason": reason,
         "challenger": challenger.key,
-        "champion": release.champion and release.champion.run_key,
+        "champion": None if release.champion is None else release.champion.run_key,
         "dataset": dataset.key,
         "as_of_s": dataset.as_of_s,
-        "checks": [asdict(check) for check in checks],
+        "checks": [check.to_record() for check in checks],
         "comparison": comparison,
     }
 

@@ -6,19 +6,21 @@ An immutable artifact. It holds no path and no wall-clock time, so the same run 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from recray.bundle import Bundle
+from recray.bundle import Bundle, PrivacyStatement
 from recray.config import Settings
 from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError
 from recray.evaluation import plots
 from recray.evaluation.evaluate import KIND as EVALUATION
-from recray.evaluation.evaluate import MODEL, Table, evaluate_key, read_table
+from recray.evaluation.evaluate import MODEL, Row, Table, evaluate_key, read_table
+from recray.evaluation.promotion import Decision
 from recray.evaluation.statement import Line, describe_audits, describe_training, load_audits
 from recray.evaluation.table import TITLES, format_cells
 from recray.release import Published, Release, list_bundles
@@ -93,7 +95,7 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
     return key, path, False
 
 
-def _write_pages(path: Path, key: str, dataset: Dataset, bundle: Bundle, facts: dict[str, Any]) -> None:
+def _write_pages(path: Path, key: str, dataset: Dataset, bundle: Bundle, facts: Mapping[str, Any]) -> None:
     html = Environment(
         loader=PackageLoader("recray.evaluation"),
         undefined=StrictUndefined,
@@ -133,7 +135,7 @@ def _draw_figures(table: Table, bundle: Bundle, k: int) -> list[dict[str, str]]:
     return [dict(zip(("name", "title", "text", "svg"), figure, strict=True)) for figure in drawn]
 
 
-def _draw_privacy_spent(storage: Storage, privacy: dict[str, Any]) -> dict[str, str]:
+def _draw_privacy_spent(storage: Storage, privacy: PrivacyStatement) -> dict[str, str]:
     """The ε spent by the trainings of a population, by the dates of its private bundles."""
     statements = [(bundle.as_of_s, bundle.privacy) for bundle in map(Bundle.open, list_bundles(storage))]
     points = sorted(
@@ -149,9 +151,18 @@ def _draw_privacy_spent(storage: Storage, privacy: dict[str, Any]) -> dict[str, 
     }
 
 
-def _to_rows(rows: dict[str, Any], k: int) -> list[dict[str, Any]]:
+class _ShownRow(TypedDict):
+    """A row of a table as text cells. `reason`: why its ranker was skipped, empty if it was not."""
+
+    name: str
+    cells: list[str]
+    is_model: bool
+    reason: str
+
+
+def _to_rows(rows: dict[str, Row], k: int) -> list[_ShownRow]:
     """The table of a protocol as text cells."""
-    shown = []
+    shown: list[_ShownRow] = []
     for name, row in rows.items():
         cells = format_cells(row, k)
         cells += [""] * (CELLS - len(cells))  # the model has no difference to itself
@@ -222,7 +233,7 @@ def describe_better_baselines(table: Table, k: int) -> list[str]:
 
 def _find_decision(
     storage: Storage, release: Release, dataset: Dataset, bundle: Bundle
-) -> tuple[str, dict[str, Any] | None]:
+) -> tuple[str, Decision | None]:
     """Run key and content of the promotion of this bundle on this dataset, preferring the current one; "" and
     None without one.
     """

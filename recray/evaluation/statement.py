@@ -8,8 +8,10 @@ its assumptions, ε of this training and in total, tuning, and the result of an 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from recray.bundle import PrivacyStatement
+from recray.privacy.results import AuditResults
 from recray.storage import read_json
 
 
@@ -20,9 +22,15 @@ class Line(NamedTuple):
     text: str
 
 
-def describe_training(statement: dict[str, Any]) -> list[Line]:
+def describe_training(statement: PrivacyStatement) -> list[Line]:
     """The page of a bundle's statement (`privacy.json`), heading by heading."""
-    facts = {"counts_sigma": 0.0, "part": 0, "parts": 1, "randomness": "of the framework", **statement}
+    facts: PrivacyStatement = {
+        "counts_sigma": 0.0,
+        "part": 0,
+        "parts": 1,
+        "randomness": "of the framework",
+        **statement,
+    }
     counts = f", item counts once at σ {facts['counts_sigma']:.3g}" if facts["counts_sigma"] else ""
     part = "" if facts["parts"] == 1 else f", part {facts['part'] + 1} of {facts['parts']}"
     mechanism = (
@@ -48,7 +56,7 @@ def describe_training(statement: dict[str, Any]) -> list[Line]:
     ]
 
 
-def _describe_total(facts: dict[str, Any]) -> str:
+def _describe_total(facts: PrivacyStatement) -> str:
     trainings = "training" if facts["trainings"] == 1 else "trainings"
     cap = facts.get("cap")
     return (
@@ -58,13 +66,13 @@ def _describe_total(facts: dict[str, Any]) -> str:
     )
 
 
-def load_audits(root: Path, settings_key: str) -> dict[str, dict[str, Any]]:
+def load_audits(root: Path, settings_key: str) -> dict[str, AuditResults]:
     """Complete audits of trainings with the settings of a bundle, by their keys."""
     audits = {path.stem: read_json(path) for path in sorted((root / "audits").glob("*.json"))}
     return {key: audit for key, audit in audits.items() if audit.get("settings_key") == settings_key}
 
 
-def list_violations(audit: dict[str, Any]) -> list[str]:
+def list_violations(audit: AuditResults) -> list[str]:
     """The guarantees of a training that an audit refuted, and its failed checks, as text."""
     refuted = [
         f"ε {claim['claim']:.3g} is refuted" for claim in audit["claims"] if claim["verdict"] == "refuted"
@@ -72,7 +80,7 @@ def list_violations(audit: dict[str, Any]) -> list[str]:
     return refuted + [f"{check['name']}: {check['text']}" for check in audit["checks"] if not check["passed"]]
 
 
-def describe_audits(audits: dict[str, dict[str, Any]]) -> Line:
+def describe_audits(audits: dict[str, AuditResults]) -> Line:
     """Results of the audits of a bundle's settings."""
     if not audits:
         return Line("Audit", "no audit with these settings; run recray privacy audit")
@@ -87,7 +95,7 @@ def describe_audits(audits: dict[str, dict[str, Any]]) -> Line:
     return Line("Audit", ". ".join(texts))
 
 
-def to_markdown(statement: dict[str, Any], title: str) -> str:
+def to_markdown(statement: PrivacyStatement, title: str) -> str:
     """The page as a Markdown file beside the weights."""
     lines = [f"- **{line.name}**: {line.text}" for line in describe_training(statement)]
     return "\n".join([f"# Privacy of {title}", "", *lines, ""])

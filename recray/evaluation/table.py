@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table as RichTable
 
-from recray.evaluation.evaluate import MODEL, Table
+from recray.evaluation.evaluate import MODEL, Row, Table
 
 TITLES = {"with_repeats": "without seen-item filter", "filter_seen": "with seen-item filter"}
 
@@ -38,7 +36,7 @@ def render_table(table: Table, k: int) -> RichTable:
     return out
 
 
-def format_cells(row: dict[str, Any], k: int) -> list[str]:
+def format_cells(row: Row, k: int) -> list[str]:
     """Metrics of a row, and the paired difference if the row has one; dashes for a skipped row."""
     if "skipped" in row:
         return ["–"] * 7

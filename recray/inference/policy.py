@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import le, mul, sub
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -167,6 +167,51 @@ def _is_inside(low: list[float], row: list[float], high: list[float]) -> bool:
     return all(map(le, low, row)) and all(map(le, row, high))
 
 
+class CheckRecord(TypedDict):
+    """A `recray.evaluation.criteria.Check` as JSON."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+class PolicyAbout(TypedDict, total=False):
+    """How and when a policy was learned.
+
+    key : run key
+    asked : key of the request that it was learned for
+    against : run key of the policy that it had to improve on; None: the unmodified model
+    decisions, learner, seed : how many decisions it was learned from, by which algorithm
+    bound : effect of an action of 1, as a share of the full effect of its control
+    private : whether it was learned from holdout users alone
+    bundle, dataset, as_of_s : run keys, and the end of the data
+    round, made_s, newest_s : of `adapt`: number of the round against the same policy, from 1; its time, and
+        that of the newest decision, seconds since 1970
+    promoted, reason, checks, figures : the verdict of the promotion criteria
+    set_aside : number of excluded decisions by reason
+    """
+
+    key: str
+    asked: str
+    against: str | None
+    decisions: int
+    learner: str
+    seed: int
+    bound: float
+    private: bool
+    bundle: str
+    dataset: str
+    as_of_s: int
+    round: int
+    made_s: float
+    newest_s: float
+    promoted: bool
+    reason: str
+    checks: list[CheckRecord]
+    figures: dict[str, float]
+    set_aside: Mapping[str, int]
+
+
 class Policy:
     """A learned policy: a small network from an observation to the mean action.
 
@@ -176,7 +221,6 @@ class Policy:
     normalizer : statistics of the observations that it was learned on
     weights : `weight_0 [h, D]`, `bias_0 [h]`, … in order; tanh between the layers
     bundle_digest : digest of the bundle that it belongs to
-    about : how and when it was learned
     """
 
     def __init__(
@@ -185,7 +229,7 @@ class Policy:
         normalizer: ObservationNormalizer,
         weights: dict[str, Tensor],
         bundle_digest: str,
-        about: dict[str, Any],
+        about: PolicyAbout,
     ) -> None:
         if not 0 < len(actions) <= MAX_ACTIONS:
             raise SettingsError(f"policy.actions names {len(actions)} controls", f"name 1 to {MAX_ACTIONS}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from torch import Tensor
 from recray.dataset.features import to_elements
 from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
+
+if TYPE_CHECKING:
+    from recray.config.sections import RuleSettings
 
 MAX_COUNT_BOOST = 60.0  # exp of it, times any count, is still finite in float32
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?", re.ASCII)
@@ -52,7 +55,7 @@ class Rules:
 
     @classmethod
     def from_settings(
-        cls, settings: dict[str, Any], dataset: Dataset, to_bundle: np.ndarray, cold_V: np.ndarray
+        cls, settings: RuleSettings, dataset: Dataset, to_bundle: np.ndarray, cold_V: np.ndarray
     ) -> Rules | None:
         """The `diversity`, `boosts`, `exclude`, `caps` and `cold_item_boost` of `ScoreSettings`, applied to a
         dataset's item table; None where they change nothing.
@@ -62,7 +65,6 @@ class Rules:
 
         Raises RefusedError for a column that the dataset does not have.
         """
-        # older snapshots have no cold_item_boost
         cold_boost = settings.get("cold_item_boost", 0.0) * torch.from_numpy(cold_V).float()
         boost = torch.zeros(len(cold_V))
         bundle_index = torch.from_numpy(to_bundle)
@@ -165,7 +167,7 @@ class Rules:
         )
 
 
-def find_unmatched(settings: dict[str, Any], dataset: Dataset) -> list[str]:
+def find_unmatched(settings: RuleSettings, dataset: Dataset) -> list[str]:
     """The `feature=value` of boosts and exclusions that no item of the dataset has. Raises RefusedError as
     `Rules.from_settings`.
     """
@@ -173,7 +175,7 @@ def find_unmatched(settings: dict[str, Any], dataset: Dataset) -> list[str]:
     return [name for name in names if not _match_rule(dataset, name).any()]
 
 
-def is_everything_excluded(settings: dict[str, Any], dataset: Dataset) -> bool:
+def is_everything_excluded(settings: RuleSettings, dataset: Dataset) -> bool:
     """Whether the exclusions leave no item of the dataset. Raises RefusedError as `Rules.from_settings`."""
     return bool(settings["exclude"]) and bool(
         torch.stack([_match_rule(dataset, name) for name in settings["exclude"]]).any(0).all()

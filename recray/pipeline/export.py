@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def export(storage: Storage, user_id: str, log: Log | None, file: Path) -> Count
     return Counter(record["kind"] for record in records)
 
 
-def _iter_records(storage: Storage, user_id: str, log: Log | None) -> Iterator[dict[str, Any]]:
+def _iter_records(storage: Storage, user_id: str, log: Log | None) -> Iterator[Mapping[str, Any]]:
     if user_id in OptOut.of(storage.root):
         yield {"where": "forgotten.json", "kind": "opted_out"}
     for _, entry in log.read_user(user_id) if log is not None else ():
@@ -101,7 +101,7 @@ def _iter_records(storage: Storage, user_id: str, log: Log | None) -> Iterator[d
     yield from _iter_list(storage, user_id)
 
 
-def _iter_table_rows(storage: Storage, folder: Path, user_id: str) -> Iterator[dict[str, Any]]:
+def _iter_table_rows(storage: Storage, folder: Path, user_id: str) -> Iterator[Mapping[str, Any]]:
     """Rows of the Parquet files of a folder that name the user, or a request of the user."""
     request_ids = pa.array([], pa.string())
     for path in sorted(folder.glob("[!.]*.parquet")):  # decisions before outcomes
@@ -121,7 +121,7 @@ def _iter_table_rows(storage: Storage, folder: Path, user_id: str) -> Iterator[d
             yield {"where": str(path.relative_to(storage.root)), "kind": kind, **row}
 
 
-def _iter_history(storage: Storage, user_id: str) -> Iterator[dict[str, Any]]:
+def _iter_history(storage: Storage, user_id: str) -> Iterator[Mapping[str, Any]]:
     """Events of the newest dataset with the user."""
     for path in _newest_first(storage.root / "datasets", "*", DATASET):
         dataset = Dataset.open(path)
@@ -131,7 +131,7 @@ def _iter_history(storage: Storage, user_id: str) -> Iterator[dict[str, Any]]:
             continue
         items, types = dataset.items[ITEM_ID], dataset.manifest["event_types"]
         for item, event, timestamp, value in zip(*(column.tolist() for column in history), strict=True):
-            time_field: dict[str, Any] = (
+            time_field: dict[str, str | int] = (
                 {"time": _to_iso(timestamp)} if dataset.has_time else {"position": timestamp}
             )
             record = {
@@ -145,7 +145,7 @@ def _iter_history(storage: Storage, user_id: str) -> Iterator[dict[str, Any]]:
         return
 
 
-def _iter_list(storage: Storage, user_id: str) -> Iterator[dict[str, Any]]:
+def _iter_list(storage: Storage, user_id: str) -> Iterator[Mapping[str, Any]]:
     """The newest published recommendation list of the user."""
     for path in _newest_first(storage.scores, "dt=*/*", SNAPSHOT):
         published = Snapshot(path, open_sealed(path, SNAPSHOT, verify=False)).find(user_id)

@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from recray.config import Settings
 from recray.errors import RecrayError, RefusedError
 from recray.stages import JobResult, ProgressLog
 from recray.storage import Storage, lease, read_json, write_json
+
+if TYPE_CHECKING:
+    from recray.inference.policy import PolicyAbout
 
 FILE = "follow.json"
 CHECKS_PER_WINDOW = 6  # in an attribution window
@@ -110,7 +113,7 @@ def _run_round(
     write_json(storage.root / FILE, asdict(status))
 
 
-def _count_round(status: FollowerStatus, about: dict[str, Any], result: JobResult) -> None:
+def _count_round(status: FollowerStatus, about: PolicyAbout, result: JobResult) -> None:
     status.rounds += 1
     status.promoted += bool(about["promoted"]) and not result.reason
     status.refusals += bool(result.reason)

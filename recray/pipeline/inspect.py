@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from rich.table import Table
 
@@ -13,6 +13,7 @@ from recray.errors import ArtifactError, SettingsError, TrackingError
 from recray.pipeline import hold_workspace, open_dataset
 from recray.privacy import tables
 from recray.privacy.ledger import Ledger
+from recray.privacy.results import AuditResults
 from recray.release import Release, list_bundles
 from recray.stages import AsOf, JobContext, JobResult, to_date
 from recray.stages.train import audit
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
     from recray.pipeline.terminal import Reporter
 
 MODEL_COLUMNS = ("bundle", "as of", "validation NDCG", "roles", "MLflow version")
+
+
+class ModelRow(TypedDict):
+    """A bundle in the result of `recray models`.
+
+    bundle : run key
+    as_of : UTC date of the end of its data
+    validation_ndcg : None of untrained weights
+    version : of the model in MLflow; None: it has none, or MLflow is unavailable
+    """
+
+    bundle: str
+    as_of: str
+    validation_ndcg: float | None
+    roles: list[str]
+    version: str | None
 
 
 def show_models(settings: Settings, reporter: Reporter) -> JobResult:
@@ -37,9 +54,9 @@ def show_models(settings: Settings, reporter: Reporter) -> JobResult:
             context.warn(error.message)
 
     table = Table(*MODEL_COLUMNS, title=f"{context.storage.root}", title_justify="left")
-    rows: list[dict[str, Any]] = []
+    rows: list[ModelRow] = []
     for bundle in sorted(opened, key=lambda bundle: (bundle.as_of_s, bundle.key)):
-        row: dict[str, Any] = {
+        row: ModelRow = {
             "bundle": bundle.key,
             "as_of": to_date(bundle.as_of_s),
             "validation_ndcg": bundle.metrics.get("best_ndcg"),
@@ -90,7 +107,7 @@ def run_privacy(
             results, file = audit(context, open_dataset(settings, as_of))
         result.outputs["audit"], result.warnings = str(file), context.warnings
         table, result.metrics = tables.audit(results)
-        _judge_audit(result)
+        _judge_audit(results, result)
     elif action == "plan":
         table, result.metrics = tables.plan(settings, days)
     else:
@@ -109,21 +126,20 @@ def _close(settings: Settings, training: str | None, reporter: Reporter) -> None
         Ledger.read(settings.ledger_url(), settings.privacy.population).commit(training)
 
 
-def _judge_audit(result: JobResult) -> None:
+def _judge_audit(results: AuditResults, result: JobResult) -> None:
     """Fail a job whose audit refuted a claim, failed a check, or did not refute its control."""
-    metrics = result.metrics
     failures = [
         f"{check['name']} (training {check['training']}): {check['text']}"
-        for check in metrics["checks"]
+        for check in results["checks"]
         if not check["passed"]
     ]
-    for claim in metrics["claims"]:
+    for claim in results["claims"]:
         name = f"ε {claim['claim']:.3g}"
         if claim["verdict"] == "refuted":
             failures.insert(0, f"{name} is refuted")
         elif claim["verdict"] == "cannot tell":
             result.warnings.append(
-                f"{name}: {metrics['canaries']} canaries do not suffice; raise privacy.audit_canaries or "
+                f"{name}: {results['canaries']} canaries do not suffice; raise privacy.audit_canaries or "
                 "lower privacy.delta"
             )
         elif not claim["control_caught"]:

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -53,7 +52,7 @@ def validate(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> Job
     notes = []
     if items is not None:
         notes = describe_features(items, dict(settings.data.features), settings.model.feature_buckets)
-    metrics: dict[str, Any] = {"rows": source.rows, "items": 0 if items is None else len(items)}
+    metrics: dict[str, int] = {"rows": source.rows, "items": 0 if items is None else len(items)}
     readable = settings if items is not None or settings.data.items is None else without_items(settings)
     with tempfile.TemporaryDirectory(prefix="recray-validate-") as folder:
         rehearsal = rehearse(readable, as_of, Path(folder), source, items)

@@ -61,7 +61,7 @@ class PartitionPlan:
     integral_float_ids: tuple[str, ...]  # ids that text files write as 7.0
     needs_integer_items: bool  # whether data.items alone defines the catalogue, with integer ids
     # the split whose holdout users alone define the event types and the end of the data; None: all users do
-    holdout_split: dict[str, Any] | None
+    holdout_split: Mapping[str, Any] | None
     default_event: str
     opted_out: OptOut
     first_live: int  # number of the first row group that the endpoint collected

@@ -140,7 +140,7 @@ def run_on_ray_data(task: Callable[[int], None], count: int) -> None:
 
     cluster.start()
 
-    def run(row: dict[str, Any]) -> dict[str, Any]:
+    def run(row: dict[str, int]) -> dict[str, int]:
         task(int(row["item"]))
         return row
 
@@ -165,7 +165,7 @@ def _last_collected(files: tuple[InputFile, ...]) -> dict[str, int]:
     return last_numbers
 
 
-def _retry_options() -> dict[str, Any]:
+def _retry_options() -> dict[str, int]:
     return {"max_retries": TASK_RETRIES}
 
 

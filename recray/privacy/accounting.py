@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from recray.config import PrivacySettings
 from recray.errors import SettingsError
+
+if TYPE_CHECKING:
+    from recray.bundle import PrivacyStatement
 
 TOLERANCE = 0.01  # of ε, in the accountant and in the search for σ
 SIGMA_TOLERANCE = 0.005  # of σ
@@ -76,12 +79,20 @@ class Mechanism:
             *(f"not protected: {claim}" for claim in statement["not_protected"]),
         ]
 
-    def statement(self) -> dict[str, Any]:
+    def statement(self) -> PrivacyStatement:
         """The privacy statement of the weights: what is protected and what is not."""
         return {
             "differential_privacy": True,
             "epsilon": round(self.epsilon, 4),
-            **asdict(self),
+            "sigma": self.sigma,
+            "rate": self.rate,
+            "steps": self.steps,
+            "clipping_norm": self.clipping_norm,
+            "delta": self.delta,
+            "users": self.users,
+            "counts_sigma": self.counts_sigma,
+            "part": self.part,
+            "parts": self.parts,
             "unit": "protected with all their events",
             "adjacency": "add or remove one user: two logs are neighbours if one has a user with all "
             "events, and the other does not",

@@ -18,7 +18,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -104,6 +104,14 @@ class Run:
             else (self.steps_reserved, self.counts_reserved)
         )
         return [Steps(self.mechanism.sigma, self.mechanism.rate, steps), *self.mechanism.releases(counts)]
+
+
+class TotalSpent(TypedDict):
+    """Spent privacy of a population, as a privacy statement has it; ε at the δ of the last training."""
+
+    population: str
+    trainings: int
+    epsilon_of_all_trainings: float
 
 
 class Ledger:
@@ -251,8 +259,8 @@ class Ledger:
         runs = self.runs()
         return _most_spent(runs, runs[-1].mechanism.delta) if runs else []
 
-    def statement(self) -> dict[str, Any]:
-        """Spent privacy for a statement: number of trainings, and ε at the δ of the last one."""
+    def statement(self) -> TotalSpent:
+        """The spent privacy of the population."""
         runs = self.runs()
         delta = runs[-1].mechanism.delta if runs else 0.0
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,8 +13,9 @@ from recray.errors import MissingArtifactError, SettingsError
 from recray.privacy import plan as planning
 from recray.privacy.accounting import epsilon_of, noise_of
 from recray.privacy.ledger import Ledger
+from recray.privacy.results import AuditResults
 
-TableAndFigures = tuple[Table, dict[str, Any]]
+TableAndFigures = tuple[Table, Mapping[str, Any]]
 
 
 def status(settings: Settings) -> TableAndFigures:
@@ -106,7 +108,7 @@ def plan(settings: Settings, days: int) -> TableAndFigures:
     return table, {"options": [asdict(option) for option in cadences]}
 
 
-def audit(results: dict[str, Any]) -> TableAndFigures:
+def audit(results: AuditResults) -> TableAndFigures:
     """Results of `recray.training.audit`."""
     title = (
         f"{results['canaries']} canaries, about {results['users']} users, {results['steps']} steps, δ "

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from recray.privacy.results import FindingRecord
 
 SIGMAS = 6.0  # largest deviation of a figure from its expected value, in standard deviations
 ALLOWED = 0.01  # largest deficit of the noise's variance, and excess of a contribution
@@ -31,6 +32,10 @@ class Finding:
     name: str
     passed: bool
     text: str
+
+    def to_record(self) -> FindingRecord:
+        """As JSON values."""
+        return {"name": self.name, "passed": self.passed, "text": self.text}
 
 
 class StepMonitor:
@@ -149,8 +154,3 @@ def check_repeated_noise(noise: dict[str, list[float]]) -> Finding:
         if abs(np.corrcoef(first_noise_a[:length], first_noise_b[:length])[0, 1]) > SAME:
             return Finding("noise of its own", False, f"{name_a} and {name_b} began with the same noise")
     return Finding("noise of its own", True, f"{len(with_noise)} trainings began with noise of their own")
-
-
-def to_dicts(findings: list[Finding]) -> list[dict[str, Any]]:
-    """Findings as dictionaries for JSON."""
-    return [vars(finding) for finding in findings]

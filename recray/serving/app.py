@@ -42,13 +42,14 @@ class Endpoint:
         torch.set_num_threads(1)
         keep_freed_memory()
         sys.setswitchinterval(SWITCH_S)
-        options: dict[str, Any] = {
-            "private": settings.privacy.enabled,
-            "policy": settings.policy,
-            "exclude_users": settings.data.exclude_users,
-        }
         self.service = Service(
-            Storage(settings.root()), settings.serve, settings.score, RayTelemetry(), **options
+            Storage(settings.root()),
+            settings.serve,
+            settings.score,
+            RayTelemetry(),
+            private=settings.privacy.enabled,
+            policy=settings.policy,
+            exclude_users=settings.data.exclude_users,
         )
         threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -232,7 +232,7 @@ class Deployments:
             adopt_policy(self.storage, experiment.challenger, experiment.since_s)
 
 
-def _is_holdout(user: str, splits: Sequence[dict[str, Any]]) -> bool:
+def _is_holdout(user: str, splits: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the user is a holdout user of all these splits, so that no bundle's privacy is concerned."""
     return all(is_holdout(pa.array([user]), split)[0] for split in splits)
 

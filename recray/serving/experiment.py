@@ -10,9 +10,9 @@ the same decision. `find_reason_to_end` decides; `recray.release.end_experiment`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import xxhash
 
@@ -29,6 +29,19 @@ assert ERRORS + ALONE + LATENCY + WORSE <= LEVEL
 def is_in_share(user: str, challenger: str, share: float) -> bool:
     """Whether a user is in the share of a challenger."""
     return float(xxhash.xxh64_intdigest(f"{challenger}\0{user}".encode())) / 2.0**64 < share
+
+
+class Labels(TypedDict):
+    """Labels of an impression in an experiment.
+
+    trial : the challenger's name
+    share : of the users whom it serves
+    arm : `champion`, `challenger` or `shadow`, which responded
+    """
+
+    trial: str
+    share: float
+    arm: str
 
 
 @dataclass
@@ -65,7 +78,7 @@ class Experiment:
         """Whether the challenger serves this user."""
         return user is not None and not self.shadow and is_in_share(user, self.challenger, self.share)
 
-    def to_labels(self, user: str | None) -> dict[str, Any]:
+    def to_labels(self, user: str | None) -> Labels:
         """Labels of an impression, by which `add_entry` recognises it."""
         variant = "shadow" if self.shadow else "challenger" if self.serves(user) else "champion"
         return {"trial": self.challenger, "share": self.share, "arm": variant}
@@ -98,7 +111,7 @@ class Experiment:
             if "asked" not in body:  # else no user saw the response
                 self.outcomes.add_response(entry.key, entry.user, body["items"], of_challenger=of_challenger)
 
-    def _count(self, user: str, day: int, body: dict[str, Any], *, of_challenger: bool) -> None:
+    def _count(self, user: str, day: int, body: Mapping[str, Any], *, of_challenger: bool) -> None:
         """Count a response of a model where the other variant would have run its model too."""
         failed = bool(body.get("refused")) or "model" in body["degraded"]
         self.errors.add_response(user, day, of_challenger=of_challenger, failed=failed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -28,6 +28,19 @@ class Exploration:
     actions: tuple[str, ...]
     bound: float
     random: np.random.Generator
+
+
+class DecisionBody(TypedDict):
+    """A `Decision` as JSON, in the body of an impression."""
+
+    policy: str
+    actions: list[str]
+    observation: list[float]
+    mean: list[float]
+    action: list[float]
+    log_density: float | None
+    sigma: float
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -54,14 +67,18 @@ class Decision:
         """Value of each attention control, by name."""
         return dict(zip(self.actions, (self.bound * float(value) for value in self.action), strict=True))
 
-    def to_body(self) -> dict[str, Any]:
+    def to_body(self) -> DecisionBody:
         """As JSON values. Numbers keep all digits, so that the density can be computed again."""
-        body: dict[str, Any] = {
-            name: [float(value) for value in getattr(self, name)]
-            for name in ("observation", "mean", "action")
+        return {
+            "policy": self.policy,
+            "actions": list(self.actions),
+            "observation": [float(value) for value in self.observation],
+            "mean": [float(value) for value in self.mean],
+            "action": [float(value) for value in self.action],
+            "log_density": self.log_density,
+            "sigma": self.sigma,
+            "bound": self.bound,
         }
-        body |= {name: getattr(self, name) for name in ("log_density", "sigma", "bound")}
-        return {"policy": self.policy, "actions": list(self.actions), **body}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from opentelemetry.trace import Tracer
 
@@ -52,7 +51,7 @@ class Ranking:
         """The decision of policy or exploration for the model that ranked."""
         return None if self.model_input is None else self.model_input.modulation.decision
 
-    def to_measurements(self) -> dict[str, Any]:
+    def to_measurements(self) -> dict[str, float]:
         """Duration and refusal of the model, as an experiment reads them."""
         if self.model_ms is None:
             return {}

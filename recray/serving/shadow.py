@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from recray.errors import PartUnavailableError, RecrayError
@@ -49,7 +50,7 @@ class ShadowTraffic:
         query: Query,
         challenger: ServingState,
         experiment: Experiment,
-        champion: dict[str, Any] | None,
+        champion: Mapping[str, Any] | None,
     ) -> None:
         """Record the challenger's response to a query, with the measurements of the champion's model."""
         started, ranked, degraded = time.monotonic(), RankedItems([], "realtime"), list[Part]()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from recray.bundle import Bundle
+from recray.bundle import Bundle, PrivacyStatement
 from recray.config import ScoreSettings
 from recray.dataset.ids import to_typed_id
 from recray.dataset.reader import Dataset, History
@@ -56,7 +56,7 @@ class ServingState:
     bundle_digest: str
     policy: str | None
     policy_network: Policy | None
-    privacy: dict[str, Any]
+    privacy: PrivacyStatement
     popular_items: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
     bound: float = 1.0

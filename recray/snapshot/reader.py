@@ -16,7 +16,7 @@ from recray.dataset.reader import assign_bucket
 from recray.dataset.schema import USER_ID
 from recray.errors import DamagedArtifactError
 from recray.snapshot.writer import KIND, index_name, part_name
-from recray.storage import Storage, manifest_digest, open_sealed, read_json
+from recray.storage import Manifest, Storage, manifest_digest, open_sealed, read_json
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ScoredUser:
 class Snapshot:
     """An opened snapshot. A bucket's index is mapped into memory at its first use."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self.key: str = manifest["run_key"]
         self.buckets: int = manifest["buckets"]
@@ -60,7 +60,7 @@ class Snapshot:
         return cls(path, manifest)
 
     @classmethod
-    def create_empty(cls, storage: Storage, manifest: dict[str, Any]) -> Snapshot:
+    def create_empty(cls, storage: Storage, manifest: Manifest) -> Snapshot:
         """A snapshot without users, for serving where none can be read. `manifest`: as a snapshot's, without
         its files.
         """

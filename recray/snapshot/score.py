@@ -5,11 +5,11 @@ sealed and published.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from recray.bundle import Bundle
 from recray.cluster import require_resources, suppress_lines, unwrap_errors
 from recray.config import ScoreSettings, Settings
 from recray.config.formats import RESULTS_SINCE
+from recray.config.sections import RuleSettings
 from recray.dataset.reader import Dataset, History
 from recray.inference import Filters, Predictor, Recommendations, Rules
 from recray.inference.memory import keep_freed_memory
@@ -26,7 +27,7 @@ from recray.inference.observer import Observer
 from recray.inference.policy import Policy
 from recray.model.device import device
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
-from recray.storage import Storage, is_sealed, key_of, open_sealed, sealed_directory
+from recray.storage import Manifest, Storage, is_sealed, key_of, open_sealed, sealed_directory
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -40,6 +41,50 @@ class ScoringModel:
     bundle: Bundle
     policy: str | None = None
     popular_only: bool = False
+
+
+class BucketArguments(TypedDict):
+    """Arguments of a `ScoreBucket`, but for those of its process; see there."""
+
+    bundle: str
+    policy: str | None
+    popular_only: bool
+    dataset: str
+    folder: str
+    k: int
+    filter_seen: bool
+    rules: RuleSettings
+    batch_users: int
+    precision: str
+    private: bool
+
+
+class BucketSummary(TypedDict):
+    """Figures of a bucket.
+
+    users : of the bucket
+    popular_users : users who got the popularity fallback
+    top_items : indices of the items at the first 10 positions of any list, int64, each once; 0 for no item
+    scored, best : users with a list of the model, and the `QUANTILES` of their best scores, float64; zeros
+        without such a user
+
+    Those of a private bundle cover holdout users only, apart from `users`.
+    """
+
+    users: int
+    popular_users: int
+    top_items: np.ndarray
+    scored: int
+    best: np.ndarray
+
+
+SnapshotFigures = TypedDict(
+    "SnapshotFigures",
+    {"users": int, "popular_users": int, "coverage@10": float, "best_score_quantiles": dict[str, float]},
+)
+"""Figures of a snapshot, which its manifest has too. `best_score_quantiles`: by quantile, of the best scores
+of the model's lists; empty without such a list.
+"""
 
 
 def score_key(settings: Settings, dataset: Dataset, model: ScoringModel) -> str:
@@ -57,9 +102,7 @@ def score_key(settings: Settings, dataset: Dataset, model: ScoringModel) -> str:
     )
 
 
-def score(
-    settings: Settings, key: str, dataset: Dataset, model: ScoringModel
-) -> tuple[Path, dict[str, Any], bool]:
+def score(settings: Settings, key: str, dataset: Dataset, model: ScoringModel) -> tuple[Path, Manifest, bool]:
     """Score every user, with the mean action of the policy if there is one; seal and publish the snapshot.
     Needs a Ray session.
 
@@ -78,7 +121,7 @@ def write_snapshot(
     model: ScoringModel,
     options: ScoreSettings,
     score_buckets: ScoreBuckets,
-) -> tuple[Path, dict[str, Any], bool]:
+) -> tuple[Path, Manifest, bool]:
     """As `score`, with a function that scores the buckets."""
     path = snapshot_path(storage, dataset.as_of_s, key)
     bundle, policy = model.bundle, model.policy
@@ -99,7 +142,7 @@ def write_snapshot(
             "precision": options.precision,
         }
         with sealed_directory(path, KIND, key, fields) as folder:
-            arguments = {
+            arguments: BucketArguments = {
                 "bundle": str(bundle.path),
                 "policy": None if policy is None else str(storage.policy(policy)),
                 "popular_only": model.popular_only,
@@ -119,13 +162,13 @@ def write_snapshot(
     return path, manifest, publish(storage, path, manifest)
 
 
-ScoreBuckets = Callable[[dict[str, Any], int], list[dict[str, Any]]]
+ScoreBuckets = Callable[[BucketArguments, int], list[BucketSummary]]
 """Results of a `ScoreBucket` with these arguments (and `threads`, `gpu`) for each bucket below a count, in
 any order and any process.
 """
 
 
-def score_on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: int) -> list[dict[str, Any]]:
+def score_on_ray_data(settings: Settings, arguments: BucketArguments, buckets: int) -> list[BucketSummary]:
     """Score the buckets by actors of Ray Data; what each reports of its bucket."""
     import ray
 
@@ -151,7 +194,7 @@ def score_on_ray_data(settings: Settings, arguments: dict[str, Any], buckets: in
                 "max_task_retries": options.max_failures,
             },
         )
-        return results.take_all()
+        return cast(list[BucketSummary], results.take_all())
 
 
 class ScoreBucket:
@@ -170,7 +213,7 @@ class ScoreBucket:
         folder: str,
         k: int,
         filter_seen: bool,
-        rules: dict[str, Any],
+        rules: RuleSettings,
         batch_users: int,
         threads: int,
         precision: str = "float32",
@@ -199,7 +242,7 @@ class ScoreBucket:
             rules, self.dataset, self.translation.to_bundle, self.predictor.cold_V
         )
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: Mapping[str, int]) -> BucketSummary:
         bucket = int(row["item"])
         shard = self.dataset.shard(bucket)
         items: list[np.ndarray] = []
@@ -246,21 +289,21 @@ class ScoreBucket:
     def _recommend(self, histories: list[History]) -> tuple[Recommendations, np.ndarray]:
         """The lists, and the trained model's state, which the policy observes."""
         now = self.dataset.now_s
-        query: dict[str, Any] = {"now": now, "filters": self.filters, "rules": self.rules}
+        recommend = partial(self.predictor.recommend, now=now, filters=self.filters, rules=self.rules)
         if self.policy is None or self.observer is None:
-            lists = self.predictor.recommend(histories, self.k, with_state=True, **query)
+            lists = recommend(histories, self.k, with_state=True)
             assert lists.state is not None
             return lists, lists.state
 
-        state = self.predictor.recommend(histories, 2, with_state=True, **query).state
+        state = recommend(histories, 2, with_state=True).state
         assert state is not None
         observed = self.observer.observe_all(histories, now, state)
         event_types = self.predictor.vocabulary.event_types
         controls = self.policy.controls(observed, self.predictor.model, event_types)
-        return self.predictor.recommend(histories, self.k, controls=controls, **query), state
+        return recommend(histories, self.k, controls=controls), state
 
 
-def _summarize(parts: list[dict[str, Any]], n_items: int) -> dict[str, Any]:
+def _summarize(parts: list[BucketSummary], n_items: int) -> SnapshotFigures:
     users = sum(part["users"] for part in parts)
     shown = np.unique(np.concatenate([part["top_items"] for part in parts]))
     weights = np.array([part["scored"] for part in parts], float)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime as dt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from recray.dataset.schema import snapshot_schema
 from recray.errors import RefusedError
 from recray.release import SNAPSHOT
-from recray.storage import Storage, lease, manifest_digest, read_json, write_json
+from recray.storage import Manifest, Storage, lease, manifest_digest, read_json, write_json
 
 KIND = SNAPSHOT
 
@@ -79,7 +78,7 @@ def _to_lists(state: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(state[is_known].ravel()), mask=pa.array(~is_known))
 
 
-def publish(storage: Storage, snapshot: Path, manifest: dict[str, Any]) -> bool:
+def publish(storage: Storage, snapshot: Path, manifest: Manifest) -> bool:
     """Point `LATEST.json` at a snapshot; False if it already does.
 
     Raises RefusedError if a snapshot of a later as-of time is published, or if this attempt was fenced off.

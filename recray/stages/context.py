@@ -11,7 +11,7 @@ import datetime as dt
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,7 +65,7 @@ class JobResult:
     status: str
     run_key: str = ""
     outputs: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -93,7 +93,7 @@ class StageReport:
 
     run_key: str = ""
     outputs: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     is_new: bool = True
     reason: str = ""
     record: Record | None = None
@@ -156,7 +156,7 @@ def run_stage(name: str, context: JobContext, *inputs: Any, **options: Any) -> J
     report = stage(context, *inputs, **options)
     if report.record is not None:
         bundle, as_of_s, entry = report.record.bundle, report.record.as_of_s, report.record.entry
-        run = {
+        run: Entry = {
             "run_key": bundle.key,
             "run_name": name_run(bundle.as_of_s),
             "order": [as_of_s, POSITION[name]],

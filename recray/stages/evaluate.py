@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.evaluation import evaluate as evaluation
@@ -11,6 +9,7 @@ from recray.evaluation import report as reporting
 from recray.stages.context import JobContext, Record, StageReport, to_date, to_day
 from recray.stages.train import current_bundle
 from recray.storage import is_sealed
+from recray.tracking.outbox import Entry
 
 METRICS = ("hr", "ndcg", "mrr", "recall", "coverage", "popularity_share")
 
@@ -26,7 +25,7 @@ def evaluate(context: JobContext, dataset: Dataset) -> StageReport:
         context.say(f"{protocol}: {_summarize(rows[evaluation.MODEL], settings.evaluate.k[0])}")
 
     metrics = _select_headline(table, settings)
-    entry: dict[str, Any] = {
+    entry: Entry = {
         "metrics": {"values": metrics, "step": to_day(dataset.as_of_s)},
         "documents": {f"evaluation/{to_date(dataset.as_of_s)}-{key}.json": table},
     }
@@ -34,7 +33,7 @@ def evaluate(context: JobContext, dataset: Dataset) -> StageReport:
     return StageReport(key, {"evaluation": str(path)}, metrics, is_new, record=record)
 
 
-def _summarize(row: dict[str, Any], k: int) -> str:
+def _summarize(row: evaluation.Row, k: int) -> str:
     if "skipped" in row:
         return f"skipped, {row['skipped']}"
     segments = [(name, row["segments"][name]) for name in evaluation.SEGMENTS]
@@ -42,7 +41,7 @@ def _summarize(row: dict[str, Any], k: int) -> str:
     return f"ndcg@{k} {row[f'ndcg@{k}']:.4f}; by segment (users): {', '.join(shown)}"
 
 
-def _select_headline(table: dict[str, Any], settings: Settings) -> dict[str, float]:
+def _select_headline(table: evaluation.Table, settings: Settings) -> dict[str, float]:
     """The model's metrics at the first k of `evaluate.k`, by protocol: `with_repeats_ndcg@10`, …; none of a
     skipped protocol.
     """

@@ -58,8 +58,15 @@ def _report_endpoint(context: JobContext, folder: Path, identity: str) -> None:
     if settings.privacy.enabled:
         among = partial(is_holdout, split=settings.split.model_dump())
     values = collection.summarize(folder, Rewards.declared(settings.serve), among)
-    run = {"run_key": f"endpoint {identity}", "run_name": "endpoint", "order": [step, 0]}
-    context.outbox.put(folder.name, {**run, "metrics": {"values": values, "step": step}})
+    context.outbox.put(
+        folder.name,
+        {
+            "run_key": f"endpoint {identity}",
+            "run_name": "endpoint",
+            "order": [step, 0],
+            "metrics": {"values": values, "step": step},
+        },
+    )
 
 
 def _last_published_entry(storage: Storage, identity: str) -> int:

@@ -17,7 +17,7 @@ from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, MissingArtifactError, RefusedError
 from recray.evaluation.criteria import explain_incomparable
-from recray.inference.policy import KIND, Policy
+from recray.inference.policy import KIND, Policy, PolicyAbout
 from recray.release import Published, Release, load_champion, read_policy_key, release_policy, require_private
 from recray.stages.context import (
     JobContext,
@@ -31,6 +31,7 @@ from recray.stages.context import (
 from recray.state.collect import collected_folders
 from recray.state.rewards import Rewards
 from recray.storage import Storage, is_sealed, key_of, lease, read_json
+from recray.tracking.outbox import Entry
 
 if TYPE_CHECKING:
     from recray.bundle import Bundle
@@ -54,7 +55,7 @@ def tune(context: JobContext, dataset: Dataset) -> StageReport:
     start = live
     if live is None or live.actions != settings.policy.actions:
         start = _earlier_policy(context, bundle)
-    start_key, against = (policy and policy.about.get("key") for policy in (start, live))
+    start_key, against = (None if policy is None else policy.about.get("key") for policy in (start, live))
     key = key_of(request, start_key, against)
     path = storage.policy(key)
     is_new = not is_sealed(path, KIND, key)
@@ -137,7 +138,7 @@ def adapt(context: JobContext, *, enough: int = 0) -> StageReport:
         number = last["round"] + 1
     is_new = not is_sealed(storage.policy(key), KIND, key)
     if is_new:
-        about = {
+        about: PolicyAbout = {
             "key": key,
             "asked": request,
             "against": deciding,
@@ -156,7 +157,7 @@ def _learn_round(
     dataset: Dataset,
     bundle: Bundle,
     live: Policy | None,
-    about: dict[str, Any],
+    about: PolicyAbout,
 ) -> None:
     """Learn the policy of a round, and write it."""
     settings, storage = context.settings, context.storage
@@ -173,9 +174,9 @@ def _learn_round(
     policy.save(storage.policy(about["key"]), about["key"])
 
 
-def _last_adapted(storage: Storage, bundle: Bundle) -> dict[str, Any] | None:
-    """The manifest of the last policy that `adapt` made for a bundle, among those that can be read."""
-    adapted = []
+def _last_adapted(storage: Storage, bundle: Bundle) -> PolicyAbout | None:
+    """How the last policy was learned that `adapt` made for a bundle, among those that can be read."""
+    adapted: list[PolicyAbout] = []
     for path in storage.policy("").glob("[!.]*"):
         with contextlib.suppress(ArtifactError, OSError, KeyError, ValueError):
             about = read_json(path / "policy.json")["about"]
@@ -225,8 +226,8 @@ def _release(context: JobContext, key: str, bundle: Bundle, as_of_s: int, *, is_
     else:
         status = f"serves {release.share:.0%} of the users"
     context.say(f"policy {key} {status}")
-    metrics: dict[str, Any] = {**about["figures"], "promoted": int(about["promoted"])}
-    entry: dict[str, Any] = {
+    metrics = {**about["figures"], "promoted": int(about["promoted"])}
+    entry: Entry = {
         "metrics": {
             "values": {f"policy_{name}": value for name, value in metrics.items()},
             "step": to_day(as_of_s),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recray.bundle import Bundle
 from recray.dataset.reader import Dataset
 from recray.errors import TrackingError
@@ -11,6 +9,7 @@ from recray.evaluation import promotion
 from recray.release import Release
 from recray.stages.context import JobContext, Record, StageReport, to_date, to_day
 from recray.stages.train import current_bundle
+from recray.tracking.outbox import Entry
 
 PROMOTION_WAITS = "MLflow is unavailable: the promotion waits for the next run, the champion stays"
 
@@ -38,14 +37,14 @@ def promote(context: JobContext, dataset: Dataset, bundle: Bundle | None = None)
     status = "is the champion" if is_promoted else f"is not promoted: {decision['reason']}"
     context.say(f"bundle {bundle.key} {status}")
 
-    metrics: dict[str, Any] = {"promoted": int(is_promoted)}
+    metrics: dict[str, float] = {"promoted": int(is_promoted)}
     if comparison := decision["comparison"]:
         metrics["champion_difference"] = comparison["difference"]
         metrics["champion_difference_low"] = comparison["low"]
     outputs, record = {"release": str(storage.release)}, None
     if key:
         outputs["promotion"] = str(storage.promotion(key))
-        entry: dict[str, Any] = {
+        entry: Entry = {
             "metrics": {"values": metrics, "step": to_day(dataset.as_of_s)},
             "documents": {f"promotions/{to_date(dataset.as_of_s)}-{key}.json": decision},
         }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recray import cluster
 from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
@@ -14,6 +12,7 @@ from recray.snapshot import writer
 from recray.stages.context import JobContext, Record, StageReport, load_usable_policy, to_date, to_day
 from recray.stages.train import current_bundle
 from recray.storage import is_sealed, manifest_digest
+from recray.tracking.outbox import Entry
 
 
 def score(context: JobContext, dataset: Dataset) -> StageReport:
@@ -40,7 +39,7 @@ def score(context: JobContext, dataset: Dataset) -> StageReport:
     quantiles = {f"best_score_q{q}": value for q, value in manifest["best_score_quantiles"].items()}
     figures = {name: value for name, value in {**metrics, **quantiles}.items() if name not in hidden}
     values = {f"snapshot_{name}": value for name, value in figures.items()}
-    entry: dict[str, Any] = {
+    entry: Entry = {
         "documents": {f"snapshots/{to_date(dataset.as_of_s)}-{key}.json": document},
         "metrics": {"values": values, "step": to_day(dataset.as_of_s)},
     }

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from recray import cluster
-from recray.bundle import KIND, Bundle, find_latest_bundle, settings_key
+from recray.bundle import KIND, Bundle, CurveLine, find_latest_bundle, settings_key
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.evaluation.criteria import explain_incomparable
+from recray.privacy.results import AuditResults
 from recray.stages.context import JobContext, Record, StageReport, name_run, to_date, to_day
 from recray.storage import is_sealed, lease, read_json, write_json
 from recray.tracking import runs
+from recray.tracking.outbox import Entry
 from recray.training import audit as auditing
 from recray.training import trainer
 from recray.training.plan import bundle_settings
@@ -37,7 +39,7 @@ def train(context: JobContext, dataset: Dataset) -> StageReport:
     bundle = Bundle.open(path) if is_new else trainer.train(settings, plan, dataset)
 
     tags = {runs.RUN_KEY: plan.key, runs.DATASET: bundle.manifest["dataset"], runs.DIGEST: bundle.digest}
-    entry: dict[str, Any] = {
+    entry: Entry = {
         "settings": bundle_settings(settings),
         "curve": bundle.metrics["curve"],
         "folders": {"bundle": context.relative(str(path))},
@@ -114,7 +116,7 @@ class LiveCurve:
         with self._if_available():
             self._run = self._tracking.run(key, name)
 
-    def __call__(self, line: dict[str, float]) -> None:
+    def __call__(self, line: CurveLine) -> None:
         k = self._context.settings.evaluate.k[0]
         loss = f"loss {line['loss']:.4f}  " if "loss" in line else f"{line['steps']:.0f} steps  "
         shown = f"{loss}validation ndcg@{k} {line['validation_ndcg']:.4f}  {line['seconds']:.1f} s"
@@ -138,7 +140,7 @@ class LiveCurve:
             self._context.warn_of_tracking(error)
 
 
-def audit(context: JobContext, dataset: Dataset) -> tuple[dict[str, Any], Path]:
+def audit(context: JobContext, dataset: Dataset) -> tuple[AuditResults, Path]:
     """Audit how much of its ε a private training on the dataset reveals; returns the results and their file.
 
     The audit is an MLflow run of its own. Results of a stopped attempt and of a complete audit are reused:
@@ -147,26 +149,28 @@ def audit(context: JobContext, dataset: Dataset) -> tuple[dict[str, Any], Path]:
     settings = context.settings
     key = auditing.audit_key(settings, dataset)
     file = context.storage.audit(key)
-    results = read_json(file) if file.exists() else {"runs": {}}
-    if "claims" not in results:
+    stored: Any = read_json(file) if file.exists() else {"runs": {}}
+    results: AuditResults
+    if "claims" in stored:
+        results = stored
+        context.say(f"audit: reused; delete {file} to repeat it")
+    else:
         cluster.start()
         results = auditing.audit(
             settings,
             dataset,
             context.say,
-            results["runs"],
+            stored["runs"],
             lambda finished: write_json(file, {"runs": finished}),
         )
         write_json(file, results)
-    else:
-        context.say(f"audit: reused; delete {file} to repeat it")
 
     values = {
         f"{name.replace('ε', 'epsilon')} {figure}".replace(" ", "_"): float(value)
         for name, figures in results["runs"].items()
         for figure, value in figures.items()
     }
-    entry: dict[str, Any] = {
+    entry: Entry = {
         "run_key": key,
         "run_name": f"audit {to_date(dataset.as_of_s)}",
         "order": [dataset.as_of_s, 5],

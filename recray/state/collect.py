@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,7 @@ def _summarize_responses(responses: pa.Table) -> dict[str, float]:
 
 
 def _summarize_outcomes(
-    rows: list[dict[str, Any]], credits: Credits, response_count: int, variant_of: dict[str, str]
+    rows: Sequence[Mapping[str, Any]], credits: Credits, response_count: int, variant_of: dict[str, str]
 ) -> dict[str, float]:
     """Metrics of outcomes. variant_of : variant of each impression of an experiment, by request id"""
     metrics: dict[str, float] = {"outcomes/set_aside": sum(row["set_aside"] for row in rows)}
@@ -310,7 +310,7 @@ class _ParquetWriters:
         self.writers_by_name[name].write_table(table)
 
 
-def _event_row(number: int, entry: Entry) -> dict[str, Any]:
+def _event_row(number: int, entry: Entry) -> Mapping[str, Any]:
     body = entry.body
     row = {
         "number": number,
@@ -328,7 +328,7 @@ def _event_row(number: int, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _decision_row(entry: Entry) -> dict[str, Any]:
+def _decision_row(entry: Entry) -> Mapping[str, Any]:
     columns = {name: entry.body.get(name) for name in ("source", "night", "bundle", "degraded", "ms")}
     details = {name: value for name, value in entry.body.items() if name not in columns and name != "items"}
     item_ids = [str(item) for item in entry.body["items"]]
@@ -343,7 +343,7 @@ def _decision_row(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _outcome_row(entry: Entry) -> dict[str, Any]:
+def _outcome_row(entry: Entry) -> Mapping[str, Any]:
     body = entry.body
     item = None if body.get("item_id") is None else str(body["item_id"])
     row = {"request_id": body["request_id"], "outcome": body["outcome"], "value": body.get("value")}

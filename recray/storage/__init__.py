@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ from recray.storage import lease
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DIGEST_THREADS = 4
+
+Manifest = dict[str, Any]
+"""The content of an artifact's `manifest.json`: `format_version`, `kind`, `run_key`, `files` (path -> its
+`sha256` and `bytes`), `sha256` of the manifest without this field, and the fields of its kind, which its
+writer passes to `sealed_directory`.
+"""
 
 
 class Storage:
@@ -230,7 +236,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def sealed_directory(path: Path, kind: str, run_key: str, fields: dict[str, Any]) -> Iterator[Path]:
+def sealed_directory(path: Path, kind: str, run_key: str, fields: Mapping[str, Any]) -> Iterator[Path]:
     """Write an artifact: yields a scratch folder, then writes its manifest and renames it to `path`.
 
     `fields` may be filled while the folder is written; they go into the manifest. After an exception nothing
@@ -282,7 +288,7 @@ def is_sealed(path: Path, kind: str, run_key: str) -> bool:
     return True
 
 
-def open_sealed(path: Path, kind: str, *, verify: bool | Callable[[str], bool] = True) -> dict[str, Any]:
+def open_sealed(path: Path, kind: str, *, verify: bool | Callable[[str], bool] = True) -> Manifest:
     """Manifest of an artifact, under today's names.
 
     verify : check the digest of every file, or of those whose name it accepts
@@ -311,7 +317,7 @@ def open_sealed(path: Path, kind: str, *, verify: bool | Callable[[str], bool] =
     return manifest
 
 
-def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+def read_manifest(path: Path, kind: str) -> Manifest:
     """Manifest of an artifact, under today's names; its files are not looked at.
 
     Raises MissingArtifactError, DamagedArtifactError.
@@ -320,7 +326,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         raise MissingArtifactError(
             f"no {kind} at {path}", f"run the job that writes the {kind}, or check storage.root"
         )
-    manifest: dict[str, Any] = read_json(path / MANIFEST)
+    manifest: Manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("sha256") != _content_digest(manifest):
         raise DamagedArtifactError(
             f"{kind} {path.name}: {MANIFEST} differs from its digest",
@@ -361,7 +367,7 @@ def reseal(directory: Path) -> None:
     _seal(directory, manifest["kind"], manifest["run_key"], fields)
 
 
-def _seal(directory: Path, kind: str, run_key: str, fields: dict[str, Any]) -> None:
+def _seal(directory: Path, kind: str, run_key: str, fields: Mapping[str, Any]) -> None:
     files = {}
     for file in sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST):
         with open(file, "rb") as handle:
@@ -377,7 +383,7 @@ def _file_point(path: Path, state: str) -> None:
     lease.commit_point(f"{path.name if path.stem.isupper() else path.parent.name}:{state}")
 
 
-def _content_digest(manifest: dict[str, Any]) -> str:
+def _content_digest(manifest: Manifest) -> str:
     """sha256 of a manifest without its own digest, as canonical JSON."""
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

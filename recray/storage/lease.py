@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypedDict
 
 from recray.errors import RefusedError, StorageError
 
@@ -32,6 +32,21 @@ BEATS = 10  # touches of the lock file in a lease
 FAULT = "RECRAY_FAULT"
 
 _held: Lease | None = None
+
+
+class Holder(TypedDict, total=False):
+    """The content of the lock file; empty before the first holder has written it.
+
+    attempt : number of the holder, from 1
+    job, host, pid : the holding process
+    since : start of the hold, ISO 8601 in UTC
+    """
+
+    attempt: int
+    job: str
+    host: str
+    pid: int
+    since: str
 
 
 class Lease:
@@ -74,8 +89,11 @@ def hold(root: Path, job: str, lease_s: float) -> Iterator[Lease]:
             file = stack.enter_context(_acquire(root, lease_s))
             with flocked(root / COMMIT, lease_s):
                 attempt = int(_read_holder(root).get("attempt", 0)) + 1
-                process = {"attempt": attempt, "job": job, "host": socket.gethostname(), "pid": os.getpid()}
-                _write(file, {**process, "since": dt.datetime.now(dt.UTC).isoformat(timespec="seconds")})
+                since = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+                holder = Holder(
+                    attempt=attempt, job=job, host=socket.gethostname(), pid=os.getpid(), since=since
+                )
+                _write(file, holder)
         except OSError as error:
             raise StorageError(
                 f"storage.root {root} cannot be written to: {error}",
@@ -233,7 +251,7 @@ def _beat(descriptor: int, ended: threading.Event, every_s: float) -> None:
             os.utime(descriptor)
 
 
-def _write(file: IO[str], content: dict[str, Any]) -> None:
+def _write(file: IO[str], content: Holder) -> None:
     file.seek(0)
     file.truncate()
     json.dump(content, file)
@@ -241,14 +259,15 @@ def _write(file: IO[str], content: dict[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _read_holder(root: Path) -> dict[str, Any]:
+def _read_holder(root: Path) -> Holder:
     try:
-        return dict(json.loads((root / LOCK).read_text()))
+        holder: Holder = json.loads((root / LOCK).read_text())
     except (OSError, ValueError):
         return {}
+    return holder
 
 
-def _describe(holder: dict[str, Any]) -> str:
+def _describe(holder: Holder) -> str:
     if not holder:
         return "another job"
     return (

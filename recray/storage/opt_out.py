@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,13 @@ from recray.errors import SettingsError
 from recray.storage import read_json, write_json
 
 FILE = "forgotten.json"
+
+
+class ListContent(TypedDict):
+    """The content of `FILE`: the salt of the hashes in hex, and the time at which each user was added."""
+
+    salt: str
+    users: dict[str, str]
 
 
 class OptOut:
@@ -107,7 +114,7 @@ class OptOut:
             if self._is_listed(user_id):
                 return False
             salt = self._salt or os.urandom(32)
-            content: dict[str, Any] = (
+            content: ListContent = (
                 read_json(self.path) if self.path.exists() else {"salt": salt.hex(), "users": {}}
             )
             content["users"][_hash_user(salt, user_id)] = dt.datetime.now(dt.UTC).isoformat(

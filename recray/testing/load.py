@@ -12,7 +12,7 @@ import multiprocessing
 import selectors
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Load:
         return float(np.percentile(self.latency_s, percent) * 1000) if len(self.latency_s) else float("nan")
 
 
-def post(path: str, body: dict[str, Any]) -> bytes:
+def post(path: str, body: Mapping[str, Any]) -> bytes:
     """The bytes of a POST request."""
     content = json.dumps(body).encode()
     return (

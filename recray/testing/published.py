@@ -7,16 +7,15 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from recray.bundle import Bundle, write_bundle
+from recray.bundle import Bundle, PrivacyStatement, write_bundle
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.prepare.prepare import prepare, run_in_process
 from recray.release import Member, Release
-from recray.snapshot.score import ScoreBucket, ScoringModel, write_snapshot
+from recray.snapshot.score import BucketArguments, BucketSummary, ScoreBucket, ScoringModel, write_snapshot
 from recray.storage import Storage
 from recray.testing.synthetic import SyntheticShop
 from recray.training.plan import bundle_settings, training_settings
@@ -51,7 +50,7 @@ def publish_synthetic(
 
 
 def publish_untrained(
-    settings: Settings, dataset: Dataset, root: Path, privacy: dict[str, Any] | None = None
+    settings: Settings, dataset: Dataset, root: Path, privacy: PrivacyStatement | None = None
 ) -> Storage:
     """Publish a champion of untrained weights for the dataset, and its batch recommendations by
     `settings.score`, in a workspace.
@@ -75,7 +74,7 @@ def publish_untrained(
 
 
 def untrained_bundle(
-    settings: Settings, dataset: Dataset, path: Path, key: str, privacy: dict[str, Any] | None = None
+    settings: Settings, dataset: Dataset, path: Path, key: str, privacy: PrivacyStatement | None = None
 ) -> Bundle:
     """Write a model bundle of untrained weights.
 
@@ -104,7 +103,7 @@ def untrained_bundle(
     )
 
 
-def score_buckets(arguments: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def score_buckets(arguments: BucketArguments, count: int) -> list[BucketSummary]:
     """Score the buckets in this process, without Ray."""
     bucket = ScoreBucket(**arguments, threads=torch.get_num_threads())
     return [bucket({"item": number}) for number in range(count)]

@@ -7,17 +7,47 @@ entry is not queued again. Sending is idempotent, so a kill between sending and 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
+from recray.bundle import CurveLine
 from recray.errors import DamagedArtifactError, TrackingError
 from recray.release import Release
 from recray.storage import Storage, read_json, write_json
 from recray.tracking.runs import Tracking
 
-Entry = dict[str, Any]
-"""run_key and run_name of the MLflow run, `order` [as_of_s, stage], and any of: settings, curve, metrics
-(values, step), documents (path: content), folders (path: path under storage.root), register (tags), finished.
-"""
+
+class Metrics(TypedDict):
+    """Metrics at a step, for example a day."""
+
+    values: Mapping[str, float]
+    step: int
+
+
+class Entry(TypedDict, total=False):
+    """A report to an MLflow run.
+
+    run_key, run_name : of the run
+    order : as_of_s, and the stage's position
+    settings : by section
+    documents : content by path among the run's artifacts
+    folders : path under `storage.root` by path among the run's artifacts
+    register : tags of the model version
+    finished : whether the run ends
+    run_id : MLflow's id of the run, once the entry is sent; nothing but the order and the key remains with it
+    """
+
+    run_key: str
+    run_name: str
+    order: list[int]
+    settings: Mapping[str, Any]
+    curve: list[CurveLine]
+    metrics: Metrics
+    documents: Mapping[str, Any]
+    folders: dict[str, str]
+    register: dict[str, str]
+    finished: bool
+    run_id: str
 
 
 class Outbox:

@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recray.bundle import CurveLine
 from recray.config import TrackingSettings, sqlite_url
 from recray.errors import TrackingError
 from recray.release import Release
@@ -118,7 +119,7 @@ class Tracking:
                 self._client.create_run(self._experiment, tags={RUN_KEY: run_key}, run_name=name).info.run_id
             )
 
-    def log_settings(self, run_id: str, settings: dict[str, Any]) -> None:
+    def log_settings(self, run_id: str, settings: Mapping[str, Any]) -> None:
         """Log settings as parameters `section.field`."""
         from mlflow.entities import Param
 
@@ -130,7 +131,7 @@ class Tracking:
         with self._tracking_errors():
             self._client.log_batch(run_id, params=[Param(name, value) for name, value in pairs])
 
-    def log_metrics(self, run_id: str, values: dict[str, float], step: int) -> None:
+    def log_metrics(self, run_id: str, values: Mapping[str, float], step: int) -> None:
         """Log values at a step."""
         from mlflow.entities import Metric
 
@@ -140,14 +141,12 @@ class Tracking:
         with self._tracking_errors():
             self._client.log_batch(run_id, metrics=entries)
 
-    def log_curve(self, run_id: str, lines: list[dict[str, float]]) -> None:
+    def log_curve(self, run_id: str, lines: Sequence[CurveLine]) -> None:
         """Log lines of a learning curve, by epoch."""
         for line in lines:
-            self.log_metrics(
-                run_id,
-                {name: line[name] for name in ("loss", "validation_ndcg") if name in line},
-                int(line["epoch"]),
-            )
+            values = {"loss": line["loss"]} if "loss" in line else {}
+            values["validation_ndcg"] = line["validation_ndcg"]
+            self.log_metrics(run_id, values, line["epoch"])
 
     def log_document(self, run_id: str, content: Any, path: str) -> None:
         """Log a JSON document as an artifact."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from recray.model.recommender import Recommender
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
 from recray.privacy.audit import Bound, Canaries, bound, ceiling, required_canaries, true_positives
 from recray.privacy.ledger import Ledger
-from recray.privacy.watch import Finding, StepMonitor, check_repeated_noise, to_dicts
+from recray.privacy.results import AuditCheck, AuditClaim, AuditResults, FindingRecord
+from recray.privacy.watch import Finding, StepMonitor, check_repeated_noise
 from recray.storage import key_of
 from recray.training.batches import Sequences, TrainingBatches
 from recray.training.canaries import SyntheticRows, synthetic_users
@@ -60,7 +61,7 @@ def audit(
     log: Callable[[str], None],
     runs: dict[str, RunRecord],
     keep: Callable[[dict[str, RunRecord]], None],
-) -> dict[str, Any]:
+) -> AuditResults:
     """Measure how much ε an attacker can demonstrate for a private training.
 
     The trainings are: one at the training's own ε and one at each of `privacy.audit_claims`, each with
@@ -147,7 +148,7 @@ def _planned_runs(
     ]
 
 
-def _judge_claims(claims: dict[str, float], runs: dict[str, RunRecord]) -> list[dict[str, Any]]:
+def _judge_claims(claims: dict[str, float], runs: dict[str, RunRecord]) -> list[AuditClaim]:
     """Verdict of each claimed ε, and whether the control without noise refutes it."""
     control = runs[CONTROL]["epsilon"]
     return [
@@ -161,13 +162,14 @@ def _judge_claims(claims: dict[str, float], runs: dict[str, RunRecord]) -> list[
     ]
 
 
-def _checks(runs: dict[str, RunRecord]) -> list[dict[str, Any]]:
+def _checks(runs: dict[str, RunRecord]) -> list[AuditCheck]:
     """Findings of each training's steps, and whether all trainings drew noise of their own."""
-    checks = [
-        {"training": name, **finding} for name, run in runs.items() for finding in run.get("findings", [])
-    ]
+    checks: list[AuditCheck] = []
+    for name, run in runs.items():
+        findings: list[FindingRecord] = run.get("findings", [])
+        checks += [{"training": name, **finding} for finding in findings]
     first_noise = {name: run["first_noise"] for name, run in runs.items() if "first_noise" in run}
-    return [*checks, {"training": "all", **vars(check_repeated_noise(first_noise))}]
+    return [*checks, {"training": "all", **check_repeated_noise(first_noise).to_record()}]
 
 
 def _bound(run: RunRecord) -> Bound:
@@ -186,7 +188,7 @@ def rate_name(false_positives: float) -> str:
 
 
 def _train_on_ray(
-    settings: Settings, dataset: Dataset, mechanism: dict[str, Any] | None, canaries: int, rows: int
+    settings: Settings, dataset: Dataset, mechanism: Mapping[str, Any] | None, canaries: int, rows: int
 ) -> RunRecord:
     import ray
 
@@ -214,7 +216,7 @@ def _train_on_ray(
 def train_monitored(
     dataset_path: str,
     settings: Settings,
-    mechanism: dict[str, Any] | None,
+    mechanism: Mapping[str, Any] | None,
     canaries: int,
     threads: int | None = None,
     device: str = "cpu",
@@ -294,7 +296,7 @@ def run_monitored(
         f"{monitor.steps} steps were taken, {ledger_run.steps_taken} are in the ledger",
     )
     record: RunRecord = {
-        "findings": to_dicts([*monitor.findings(), accounted]),
+        "findings": [finding.to_record() for finding in (*monitor.findings(), accounted)],
         "first_noise": monitor.first_noise,
     }
     if synthetic is not None:

@@ -11,8 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from recray.model.losses import Criterion, Targets
 from recray.model.packed import pack
 from recray.model.recommender import Recommender
 from recray.model.shape import Batch
+
+if TYPE_CHECKING:
+    from recray.bundle import CurveLine, TrainingMetrics
 
 SCALAR_FACTOR = 10.0  # on the learning rate of the few scalar parameters
 
@@ -63,16 +66,23 @@ class LoopSettings:
 
 @dataclass
 class Progress:
-    """Progress of a run. `curve` has an entry per epoch: epoch, steps, loss, validation_ndcg."""
+    """Progress of a run. `curve` has a line per epoch."""
 
     epoch: int = 0
     step: int = 0
     best_epoch: int = 0
     best_ndcg: float = -1.0
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[CurveLine] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_dict(self) -> TrainingMetrics:
+        """As the content of a bundle's `metrics.json`."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best_epoch": self.best_epoch,
+            "best_ndcg": self.best_ndcg,
+            "curve": self.curve,
+        }
 
 
 class Loop:
@@ -106,7 +116,7 @@ class Loop:
         self.average = copy.deepcopy(model).eval().requires_grad_(False) if settings.ema_decay else model
         self.best = copy_weights(model)
 
-    def run(self) -> Iterator[dict[str, float]]:
+    def run(self) -> Iterator[CurveLine]:
         """Train and yield each epoch's line of the curve, plus `seconds`, which is not kept."""
         progress, settings = self.progress, self.settings
         while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
@@ -120,7 +130,12 @@ class Loop:
                     progress.epoch,
                     copy_weights(self.average),
                 )
-            line = {"epoch": progress.epoch, "steps": progress.step, "loss": loss, "validation_ndcg": ndcg}
+            line: CurveLine = {
+                "epoch": progress.epoch,
+                "steps": progress.step,
+                "loss": loss,
+                "validation_ndcg": ndcg,
+            }
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
 
@@ -234,7 +249,7 @@ class Loop:
             "optimizer": optimizer,
         }
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]], progress: TrainingMetrics) -> None:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.best = state["best"]

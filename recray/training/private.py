@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from recray.bundle import CurveLine
 from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
 from recray.model.recommender import Recommender
@@ -96,7 +97,7 @@ class PrivateLoop(Loop):
             expected_users=mechanism.rate * mechanism.users,
         )
 
-    def run(self) -> Iterator[dict[str, float]]:
+    def run(self) -> Iterator[CurveLine]:
         """Train to the last step; yields a line per checkpoint, without the loss, which is not private."""
         progress = self.progress
         if progress.step == 0:
@@ -115,7 +116,11 @@ class PrivateLoop(Loop):
                 self.validation_ndcg(),
                 copy_weights(self.average),
             )
-            line = {"epoch": progress.epoch, "steps": progress.step, "validation_ndcg": progress.best_ndcg}
+            line: CurveLine = {
+                "epoch": progress.epoch,
+                "steps": progress.step,
+                "validation_ndcg": progress.best_ndcg,
+            }
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
 

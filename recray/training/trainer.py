@@ -15,7 +15,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from safetensors.torch import load_file
 
-from recray.bundle import KIND, Bundle, write_bundle
+from recray.bundle import KIND, Bundle, CurveLine, PrivacyStatement, write_bundle
 from recray.cluster import first_line, keep_signal_handlers, require_resources, unwrap_errors
 from recray.config import Settings
 from recray.dataset.reader import Dataset
@@ -34,9 +34,9 @@ from recray.release import list_bundles
 from recray.storage import Storage, find_disk_errno, find_failed_path, is_sealed
 from recray.training.batches import users_estimated, users_learned
 from recray.training.plan import TrainingPlan, bundle_settings, network_shape, training_settings
-from recray.training.worker import last_checkpoint, train_worker
+from recray.training.worker import Reservation, WorkerConfig, last_checkpoint, train_worker
 
-OnMetrics = Callable[[dict[str, float]], None]
+OnMetrics = Callable[[CurveLine], None]
 """Called in the driver with each new line of the learning curve."""
 
 
@@ -68,18 +68,16 @@ def train(
     with _CurveFollower(progress, on_metrics):
         checkpoint = _fit(settings, run, dataset, progress, parent, private)
 
-    curve = json.loads((checkpoint / "progress.json").read_text())
-    statement = None
+    metrics = json.loads((checkpoint / "progress.json").read_text())
+    statement: PrivacyStatement | None = None
     if mechanism is not None:
-        statement = (
-            mechanism.statement()
-            | _ledger(settings).statement()
-            | {
-                "cap": settings.privacy.cap,
-                "held_out": settings.split.holdout_users,
-                "began_with": _origin(parent),
-            }
-        )
+        statement = {
+            **mechanism.statement(),
+            **_ledger(settings).statement(),
+            "cap": settings.privacy.cap,
+            "held_out": settings.split.holdout_users,
+            "began_with": _origin(parent),
+        }
     bundle = write_bundle(
         final,
         key,
@@ -87,7 +85,7 @@ def train(
         shape=shape,
         state=load_file(checkpoint / "best.safetensors"),
         settings=bundle_settings(settings),
-        metrics=curve,
+        metrics=metrics,
         parent=None if parent is None else parent.key,
         privacy=statement,
         page=None if statement is None else to_markdown(statement, f"bundle {key}"),
@@ -177,7 +175,7 @@ def _ledger(settings: Settings) -> Ledger:
 
 def _reserve(
     settings: Settings, key: str, dataset: Dataset, mechanism: Mechanism, resume: Path | None
-) -> dict[str, Any]:
+) -> Reservation:
     """Reserve the steps of a private training in the ledger. Returns what its workers need to take them.
 
     Raises RefusedError.
@@ -192,13 +190,13 @@ def _reserve(
     )
     done_steps = json.loads((resume / "progress.json").read_text())["step"] if resume else 0
     ledger.reserve(key, mechanism, options.cap, done_steps, users)
-    reservation = {
+    return {
+        "mechanism": asdict(mechanism),
         "ledger": settings.ledger_url(),
         "population": options.population,
         "run_key": key,
         "cap": options.cap,
     }
-    return {"mechanism": asdict(mechanism), **reservation}
 
 
 def _check_ledger(settings: Settings, ledger: Ledger) -> None:
@@ -225,7 +223,7 @@ def _fit(
     dataset: Dataset,
     progress: Path,
     parent: Bundle | None,
-    private: dict[str, Any] | None,
+    private: Reservation | None,
 ) -> Path:
     """Run Ray Train to the end; returns the folder of the last checkpoint.
 
@@ -244,17 +242,18 @@ def _fit(
     resume = last_checkpoint(run)
 
     resources = {"CPU": options.cpus_per_worker, **({"GPU": 1} if options.use_gpu else {})}
+    config: WorkerConfig = {
+        "dataset": str(dataset.path),
+        "settings": training_settings(settings),
+        "threads": options.threads,
+        "progress": str(progress),
+        "resume": None if resume is None else str(resume),
+        "parent": None if parent is None else str(parent.path.resolve()),
+        "private": private,
+    }
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's types lack its return value
-        train_loop_config={
-            "dataset": str(dataset.path),
-            "settings": training_settings(settings),
-            "threads": options.threads,
-            "progress": str(progress),
-            "resume": resume and str(resume),
-            "parent": parent and str(parent.path.resolve()),
-            "private": private,
-        },
+        train_loop_config=dict(config),
         scaling_config=ScalingConfig(
             num_workers=options.workers, use_gpu=options.use_gpu, resources_per_worker=resources
         ),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -37,6 +37,41 @@ from recray.training.warm import copy_parent_weights
 FILES = ("model", "average", "best", "optimizer")
 DIGESTS = "digests.json"
 VALIDATION_BATCH = 256
+
+
+class Reservation(TypedDict):
+    """What the workers of a private training need to take its steps.
+
+    mechanism : fields of the `Mechanism`
+    ledger : URL of its database
+    cap : maximum ε of the population; None: none is set
+    """
+
+    mechanism: Mapping[str, Any]
+    ledger: str
+    population: str
+    run_key: str
+    cap: float | None
+
+
+class WorkerConfig(TypedDict):
+    """The config of `train_worker`.
+
+    dataset : its folder
+    threads : of each worker; None: the cores of its machine, shared among its workers
+    progress : file to which rank 0 appends the lines of the learning curve
+    resume : folder of the checkpoint of an earlier attempt; None: there is none
+    parent : folder of the bundle whose weights the training begins with; None: random weights
+    private : None: the training is not private
+    """
+
+    dataset: str
+    settings: Settings
+    threads: int | None
+    progress: str
+    resume: str | None
+    parent: str | None
+    private: Reservation | None
 
 
 def shape_of(model: ModelSettings, dataset: Dataset, *, counts: bool = False) -> Shape:
@@ -69,14 +104,8 @@ def shape_of(model: ModelSettings, dataset: Dataset, *, counts: bool = False) ->
     )
 
 
-def train_worker(config: dict[str, Any]) -> RecrayError | None:
+def train_worker(config: WorkerConfig) -> RecrayError | None:
     """The function that Ray Train runs on every worker.
-
-    `config` has the keys
-    - dataset, settings, threads, progress
-    - resume : checkpoint of an earlier attempt, or None
-    - parent : bundle whose weights the training begins with, or None
-    - private : mechanism of a private training, with ledger, population, run_key and cap; or None
 
     Returns an error that every restart would repeat on every rank. Raising it would make Ray Train restart,
     and each restart of a private training costs privacy.
@@ -88,7 +117,7 @@ def train_worker(config: dict[str, Any]) -> RecrayError | None:
     return None
 
 
-def _train(config: dict[str, Any]) -> None:
+def _train(config: WorkerConfig) -> None:
     import ray.train
     import ray.train.torch
 
@@ -101,13 +130,9 @@ def _train(config: dict[str, Any]) -> None:
         # nothing here reads uninitialized memory
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
-    loop = build_loop(
-        config["dataset"],
-        config["settings"],
-        device,
-        config["parent"],
-        (private := config["private"]) and private["mechanism"],
-    )
+    private = config["private"]
+    mechanism = None if private is None else private["mechanism"]
+    loop = build_loop(config["dataset"], config["settings"], device, config["parent"], mechanism)
 
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -125,7 +150,7 @@ def _train(config: dict[str, Any]) -> None:
                 report = ray.train.Checkpoint.from_directory(folder)
                 with open(config["progress"], "a") as file:
                     file.write(json.dumps(line) + "\n")
-            ray.train.report(line, checkpoint=report)
+            ray.train.report(dict(line), checkpoint=report)
 
 
 def build_loop(
@@ -133,14 +158,14 @@ def build_loop(
     settings: Settings,
     device: torch.device,
     parent: str | None = None,
-    mechanism: dict[str, Any] | None = None,
+    mechanism: Mapping[str, Any] | None = None,
 ) -> Loop:
     """Build model, batches, validation and optimiser.
 
     dataset : or its folder
     settings : as `recray.training.plan.training_settings` returns them
     parent : folder of the bundle whose weights the model begins with
-    mechanism : a `Mechanism` as a dictionary, for a private training
+    mechanism : fields of the `Mechanism` of a private training
     """
     dataset = Dataset.open(dataset) if isinstance(dataset, str) else dataset
     train = settings.train
@@ -224,7 +249,7 @@ def row_length(positions: int, history: int) -> int:
     return -(-longest // BLOCK) * BLOCK
 
 
-def _ledger_taker(private: dict[str, Any], done_steps: int) -> Callable[[int, int], None]:
+def _ledger_taker(private: Reservation, done_steps: int) -> Callable[[int, int], None]:
     """A function that records steps in the ledger.
 
     First reserves the steps that remain after `done_steps`.

@@ -198,10 +198,14 @@ def test_responses_and_what_is_logged_of_them_are_those_recorded(published, case
     handler = Service(storage, ServeSettings(timeout_s=60.0), settings.score, policy=settings.policy)
     responses: dict[str, Any] = {}
 
+    async def tasks() -> set[asyncio.Task[Any]]:
+        return asyncio.all_tasks()
+
     async def shadowed() -> None:
-        await asyncio.gather(*handler.shadow._tasks)
+        await asyncio.gather(*(asyncio.all_tasks() - lasting - {asyncio.current_task()}))
 
     with TestClient(create_app(handler), base_url="http://localhost") as client:
+        lasting = client.portal.call(tasks)  # the application's own
 
         def post(name: str, path: str, body: dict[str, Any]) -> None:
             response = client.post(path, json=body)

@@ -64,6 +64,8 @@ def entry(storage, bundle, **more):
 
 
 def test_what_is_spooled_is_told_once_and_in_order(shop):
+    from mlflow import MlflowClient
+
     settings, storage, _, (first, second) = shop
     outbox = Outbox(storage, Tracking(settings.tracking, storage))
     outbox.put("late", entry(storage, second, order=[2, 0], metrics={"values": {"ndcg@10": 0.2}, "step": 2}))
@@ -77,7 +79,7 @@ def test_what_is_spooled_is_told_once_and_in_order(shop):
     for _ in range(2):
         outbox.deliver()
         assert outbox.pending() == []
-    client = outbox.tracking._client
+    client = MlflowClient(outbox.tracking.uri)
     assert {
         v.tags[runs.RUN_KEY]: int(v.version) for v in client.search_model_versions("name = 'recray'")
     } == {"b0": 1, "b1": 2}
@@ -116,11 +118,13 @@ def test_a_bundle_registered_under_another_dataset_is_refused(shop):
 
 
 def test_an_alias_that_points_nowhere_is_refused_and_mended(shop):
+    from mlflow import MlflowClient
+
     settings, storage, _, (first, second) = shop
     outbox = Outbox(storage, Tracking(settings.tracking, storage))
     outbox.put("b0", entry(storage, first))
     assert pipeline.run("promote", settings, None, bundle="b0").metrics["promoted"] == 1
-    client = outbox.tracking._client
+    client = MlflowClient(outbox.tracking.uri)
     assert outbox.tracking.aliases() == {"champion": "1"}
     client.delete_model_version("recray", "1")
     if outbox.tracking.aliases():

@@ -56,6 +56,8 @@ def storage(settings):
 
 
 def test_a_policy_is_made_judged_and_kept(settings, storage):
+    from mlflow import MlflowClient
+
     before = storage.release.read_bytes()
     result = pipeline.run("tune", settings, None)
     bundle = Bundle.open(storage.bundle("untrained"))
@@ -75,7 +77,8 @@ def test_a_policy_is_made_judged_and_kept(settings, storage):
     if not result.metrics["promoted"]:
         assert storage.release.read_bytes() == before
     tracking = Tracking(settings.tracking, storage)
-    run = tracking._client.get_run(tracking.run("untrained", ""))
+    run_id = tracking.run("untrained", "")
+    run = MlflowClient(tracking.uri).get_run(run_id)
     assert run.data.metrics["policy_gain"] == pytest.approx(policy.about["figures"]["gain"])
     again = pipeline.run("tune", settings, None)
     assert again.status == "skipped" and again.run_key == result.run_key

@@ -30,6 +30,7 @@ from recray.inference.policy import OBSERVED, Policy
 from recray.pipeline.follow import FILE, run_follow
 from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
+from recray.serving.modulation import Exploration
 from recray.serving.service import Service
 from recray.stages import JobResult
 from recray.state.collect import collect, collected_folders
@@ -109,7 +110,7 @@ def test_most_of_what_is_to_be_had_is_learned_from_clicks():
 
 
 @pytest.fixture
-def shop(world_folder, world_dataset, tmp_path):
+def shop(world_folder, world_dataset, tmp_path, monkeypatch):
     settings = load_settings(
         None,
         [
@@ -120,10 +121,13 @@ def shop(world_folder, world_dataset, tmp_path):
         ],
     )  # fmt: skip
     storage = publish_untrained(settings, world_dataset, settings.root())
+
+    def explore_alike(sigma, actions, bound, random):
+        return Exploration(sigma, actions, bound, np.random.default_rng(1))
+
+    # one round in 400 is refused by chance
+    monkeypatch.setattr("recray.serving.service.Exploration", explore_alike)
     handler = Service(storage, settings.serve, settings.score, policy=settings.policy)
-    handler._exploration = replace(
-        handler._exploration, random=np.random.default_rng(1)
-    )  # one round in 400 is refused by chance
     yield settings, storage, handler
     handler.close()
 

@@ -136,9 +136,9 @@ def test_a_training_keeps_its_claim_and_one_without_noise_is_caught(settings, da
     assert found[0.0].verdict(3.0) == found[0.0].verdict(1.0) == "refuted"
 
 
-def looked_at(settings, dataset, mutate=lambda loop: None, rows=8) -> dict[str, Finding]:
+def looked_at(settings, dataset, mutate=lambda loop: None, rows=8, **parts) -> dict[str, Finding]:
     """What is found of a training of 10 steps with made-up users, after something was done to it."""
-    mechanism = Mechanism(sigma=1.0, rate=0.2, steps=10, clipping_norm=0.5, delta=1e-4, users=200)
+    mechanism = Mechanism(sigma=1.0, rate=0.2, steps=10, clipping_norm=0.5, delta=1e-4, users=200, **parts)
     random = np.random.default_rng()
     loop = build_loop(
         dataset.with_shard(synthetic_users(dataset, rows, random)),
@@ -160,6 +160,13 @@ def test_a_sound_training_has_no_findings_and_its_made_up_users_are_clipped(sett
         "no gradient needed clipping" not in found["contribution"].text
         and "added 0.5" in found["contribution"].text
     )
+
+
+def test_a_training_on_a_part_of_the_users_is_audited_alike(settings, dataset):
+    """With `privacy.shards`: the made-up users are in whichever part learns."""
+    for part in (0, 1):
+        findings = looked_at(settings, dataset, part=part, parts=2)
+        assert [finding for finding in findings.values() if not finding.passed] == []
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_auc():
     assert slate.auc(np.array([3.0, 2, 1, 1]), clicked) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
 
 
-def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
+def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path, monkeypatch):
     moments = pd.to_datetime(["2019-11-09 10:00", "2019-11-10 10:00", "2019-11-14 10:00"])
     sessions = pd.DataFrame(
         {
@@ -125,9 +125,14 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
     pd.DataFrame({"item_id": ["a", "not1"], "title": ["x", "y"], "category": ["k", "k"]}).to_parquet(
         tmp_path / "items.parquet"
     )
-    shown, sessions, _ = slate._read(tmp_path)
     (tmp_path / "out").mkdir()
-    slate._write(tmp_path, tmp_path / "out", shown, sessions)
+
+    def enough(*args):
+        raise InterruptedError("the data set is written")
+
+    monkeypatch.setattr(slate, "prepare_data", enough)
+    with pytest.raises(InterruptedError, match="is written"):
+        slate.measure_slate(tmp_path / "out", str(tmp_path), [], print)
     events = pd.read_parquet(tmp_path / "out" / "events.parquet").sort_values("timestamp")
     assert events[events.user_id == "u"].item_id.tolist() == ["a", "click1", "click2"]
     assert events[events.user_id == "v"].item_id.tolist() == ["c", "click3"]
@@ -137,7 +142,7 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path):
         *(f"{w}{i}" for w in ("click", "not") for i in (1, 2, 3)),
     }
     with pytest.raises(DataError, match="does not have the layout of MIND"):
-        slate._read(tmp_path / "out")
+        slate.measure_slate(tmp_path, str(tmp_path / "out"), [], print)
 
 
 def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):

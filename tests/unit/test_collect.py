@@ -3,7 +3,9 @@ night that read it.
 """
 
 import datetime as dt
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -157,6 +159,8 @@ def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tm
 
 
 def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
+    from mlflow import MlflowClient
+
     settings = load_settings(None, world_overrides(world_folder, tmp_path / "root"))
     log = open_log("sqlite", settings.root())
     away = {**decision("d2").body, "degraded": ["model"], "ms": 3.5, "arm": "challenger", "bundle": "c"}
@@ -181,14 +185,18 @@ def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
         "outcomes/challenger/an_answer": 1.0, "events": 1,
     }  # fmt: skip
     tracking = Tracking(settings.tracking, storage)
-    run = tracking._client.get_run(tracking.run(f"endpoint {log.identity}", "endpoint"))
+    run_id = tracking.run(f"endpoint {log.identity}", "endpoint")
+    client = MlflowClient(tracking.uri)
+    run = client.get_run(run_id)
     assert run.data.metrics["answers/bundle/c"] == 1 and run.data.metrics["degraded/model"] == 0.5
     assert pipeline.run("collect", settings, None).status == "skipped"
-    assert len(tracking._client.get_metric_history(run.info.run_id, "answers")) == 1
+    assert len(client.get_metric_history(run_id, "answers")) == 1
     log.close()
 
 
 def test_with_privacy_mlflow_is_told_of_users_who_are_held_out_alone(world_folder, tmp_path):
+    from mlflow import MlflowClient
+
     settings = load_settings(None, private_overrides(world_folder, tmp_path / "root"))
     users = [str(user) for user in range(60)]
     held = is_holdout(pa.array(users), settings.split.model_dump())
@@ -217,7 +225,8 @@ def test_with_privacy_mlflow_is_told_of_users_who_are_held_out_alone(world_folde
         and mine["outcomes/click/an_answer"] == 1.0
     )
     tracking = Tracking(settings.tracking, Storage(settings.root()))
-    run = tracking._client.get_run(tracking.run(f"endpoint {log.identity}", "endpoint"))
+    run_id = tracking.run(f"endpoint {log.identity}", "endpoint")
+    run = MlflowClient(tracking.uri).get_run(run_id)
     assert (
         run.data.metrics["answers"]
         == run.data.metrics["events"]
@@ -240,11 +249,10 @@ def test_another_store_is_counted_anew(tmp_path):
 def test_a_log_that_was_restored_from_an_older_copy_is_refused(tmp_path):
     storage, log = Storage(tmp_path), open_log("sqlite", tmp_path)
     log.append([event("e1")])
-    older = (
-        (tmp_path / "state" / "log.sqlite").read_bytes()
-        if log._connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        else b""
-    )
+    with closing(sqlite3.connect(tmp_path / "state" / "log.sqlite")) as connection:
+        (is_busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    assert not is_busy, "the file has all of the log"
+    older = (tmp_path / "state" / "log.sqlite").read_bytes()
     log.append([event("e2"), event("e3")])
     collecting.collect(storage, log)
     log.close()

@@ -53,7 +53,6 @@ from recray.serving.batching import Batcher, BusyError
 from recray.serving.deployment import Deployments
 from recray.serving.guard import draw_key
 from recray.serving.http import create_app
-from recray.serving.ranking import rank_inputs
 from recray.serving.service import Service
 from recray.serving.state import ServingState
 from recray.serving.traces import make_provider
@@ -73,10 +72,16 @@ def storage(world_settings, world_dataset, tmp_path_factory):
 
 
 @pytest.fixture
-def handler(storage, world_settings, tmp_path, request):
+def timeout_s():
+    """`serve.timeout_s` of the handler; a test that waits for it sets less."""
+    return 5.0
+
+
+@pytest.fixture
+def handler(storage, world_settings, tmp_path, request, timeout_s):
     state = getattr(request, "param", "sqlite")
     options = ServeSettings(
-        state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=5.0
+        state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=timeout_s
     )
     if state != "sqlite":
         pytest.importorskip("redis").Redis.from_url(options.state).flushall()
@@ -784,10 +789,10 @@ def test_a_user_with_many_events_is_read_aside_and_as_far_as_the_model_reads(han
     )
 
 
+@pytest.mark.parametrize("timeout_s", [2.0])
 @pytest.mark.parametrize("handler", ["redis_server"], indirect=True)
 def test_a_store_that_hangs_is_said_and_nobody_waits_long(handler):
     pid = pytest.importorskip("redis").Redis.from_url(handler.options.state).info()["process_id"]
-    handler.recorder._options = handler.options.model_copy(update={"timeout_s": 2.0})
 
     async def talk(n):
         took = []
@@ -912,33 +917,33 @@ def test_without_a_snapshot_the_champion_answers(storage, world_settings, world_
 
 
 def test_requests_that_come_together_are_answered_together(handler, monkeypatch):
-    sizes, inner, all_asked = [], rank_inputs, threading.Event()
+    sizes, inner, all_asked = handler.telemetry.batches, Predictor.recommend, threading.Event()
 
-    def held(questions):
-        sizes.append(len(questions))
+    def held(self, *args, **options):
         assert all_asked.wait(DEADLINE_S)
-        return inner(questions)
+        return inner(self, *args, **options)
 
-    handler.ranker._champion_queue._run = held
+    monkeypatch.setattr(Predictor, "recommend", held)
     all_asked.set()
     alone = [
         asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=5 + user, mode="realtime")))
         for user in range(8)
     ]
-    assert sizes == [1] * 8
+    assert list(sizes) == [1] * 8
+    sizes.clear()
 
     async def together():
         all_asked.clear()
         requests = [RecommendRequest(user_id=user, k=5 + user, mode="realtime") for user in range(8)]
         tasks = [asyncio.create_task(handler.recommend(request)) for request in requests]
         async with asyncio.timeout(DEADLINE_S):
-            while sum(sizes[8:]) + handler.ranker._champion_queue.waiting < 8:
+            while sum(sizes) + handler.ranker.waiting < 8:
                 await asyncio.sleep(0.001)
         all_asked.set()
         return await asyncio.gather(*tasks)
 
     answers = asyncio.run(together())
-    assert sum(sizes[8:]) == 8 and len(sizes[8:]) <= 2, "what waits while a batch is answered is the next one"
+    assert sum(sizes) == 8 and len(sizes) <= 2, "what waits while a batch is answered is the next one"
     for one, other in zip(alone, answers, strict=True):
         assert [item.item_id for item in one.items] == [item.item_id for item in other.items]
         assert [item.score for item in one.items] == pytest.approx(
@@ -974,10 +979,10 @@ def test_a_batcher_is_bounded_and_a_bad_question_hurts_itself_alone():
 
 
 def test_too_many_questions_are_told_to_come_again(handler, monkeypatch):
-    async def full(_):
+    async def full(self, query):
         raise BusyError
 
-    monkeypatch.setattr(handler.ranker._champion_queue, "submit", full)
+    monkeypatch.setattr(Batcher, "submit", full)
     with pytest.raises(UnavailableError, match="wait"):
         asyncio.run(handler.recommend(RecommendRequest(user_id=7, mode="realtime")))
 

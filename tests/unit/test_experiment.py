@@ -22,6 +22,7 @@ from recray.errors import MissingArtifactError, RefusedError
 from recray.inference import Predictor
 from recray.privacy.accounting import Mechanism
 from recray.release import Release, begin_experiment, end_experiment
+from recray.serving import health
 from recray.serving import outcomes as outcome_test
 from recray.serving.api import FeedbackRequest, RecommendRequest
 from recray.serving.experiment import LEVEL, Experiment, is_in_share
@@ -99,6 +100,11 @@ def test_a_challenger_answers_its_share_and_what_it_answered_is_told(shop, handl
     assert Release.read(storage).rolled_back == ("other",) and "by hand" in Release.read(storage).ended
 
 
+async def other_tasks_end():
+    """The shadow's answers come in the background."""
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+
+
 def test_a_shadow_answers_nobody_and_is_logged(shop, handler):
     storage, challenger, _ = shop
     begin_experiment(storage, challenger, 0.5, shadow=True)
@@ -106,7 +112,7 @@ def test_a_shadow_answers_nobody_and_is_logged(shop, handler):
 
     async def talk():
         answer = await handler.recommend(RecommendRequest(user_id=3, k=3))
-        await asyncio.gather(*handler.shadow._tasks)
+        await other_tasks_end()
         await handler.recorder.writer.append([])
         return answer
 
@@ -184,7 +190,7 @@ def test_a_shadow_that_fails_is_rolled_back_too(shop, handler, monkeypatch):
         for user in range(60):
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime"))
             assert not answer.degraded
-            await asyncio.gather(*handler.shadow._tasks)
+            await other_tasks_end()
         await handler.recorder.writer.append([])
 
     with monkeypatch.context() as patch:
@@ -264,7 +270,7 @@ def test_a_shadow_that_is_behind_is_left_out(shop, handler, monkeypatch):
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime"))
             assert not answer.degraded, "answers wait for the shadow's"
         answered.set()
-        await asyncio.gather(*handler.shadow._tasks)
+        await other_tasks_end()
 
     monkeypatch.setattr(Predictor, "recommend", recommend)
     asyncio.run(talk())
@@ -524,7 +530,7 @@ def test_an_overload_that_slows_everybody_ends_nothing_and_neither_do_failures_o
         assert trial.find_reason_to_end() is None
 
 
-def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays():
+def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays(monkeypatch):
     random, trial = np.random.default_rng(2), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
     for number in range(30_000):
         mine = bool(random.random() < 0.5)
@@ -533,7 +539,10 @@ def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays():
         trial.add_entry(response(number, number, mine, model_ms=ms, degraded=["model"] if failed else []))
         if number % 500 == 0:
             assert trial.find_reason_to_end() is None
-    assert trial.errors._test.is_significant and trial.latency._tests[0].is_significant
+    monkeypatch.setattr(health, "FAILED", -1.0)
+    monkeypatch.setattr(health, "SLOWER", 0.0)
+    assert "of the champion's" in trial.errors.find_failure(), "it was significant, but too little"
+    assert "75% quantile" in trial.latency.find_failure()
 
 
 def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder, tmp_path):

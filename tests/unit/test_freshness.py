@@ -9,6 +9,7 @@ from conftest import world_overrides
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.dataset.popularity import DAY_S, FRESHNESS_BUCKETS, UNKNOWN_DAY, freshness_bucket
+from recray.dataset.reader import History
 from recray.errors import DataError
 from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Filters, Predictor
@@ -142,7 +143,14 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
 def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
     bundle = untrained_bundle(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
     assert (Bundle.open(bundle.path).released_day == dataset.released_day).all()
-    assert (Predictor.load(bundle.path).encoder._inputs._released_day == dataset.released_day).all()
+    released = dataset.released_day
+    days = np.unique(released[released != UNKNOWN_DAY])
+    assert 2 < len(days) < 100
+    predictor = Predictor.load(bundle.path)
+    event = History(np.array([1]), np.array([0]), np.array([0]), np.ones(1, np.float32))
+    contexts = np.zeros((len(days), predictor.model.shape.context), np.int64)
+    batch = predictor.encoder.batch([event] * len(days), days * DAY_S, contexts)
+    assert (batch.fresh_PV[batch.day_N].numpy() == freshness_bucket(days[:, None], released)).all()
 
 
 def test_release_days_are_those_of_tonight(dataset, site, tmp_path):

@@ -14,7 +14,7 @@ from recray.dataset.reader import History
 from recray.errors import SettingsError
 from recray.inference import Catalogue, Filters, Predictor, Vocabulary
 from recray.inference.candidates import top_k
-from recray.inference.graphs import Graphs, allocate, fill, list_sizes, padded_size
+from recray.inference.graphs import allocate, fill, list_sizes, padded_size
 from recray.model.controls import Controls
 from recray.model.device import device
 from recray.model.losses import Criterion, Targets
@@ -140,7 +140,7 @@ def loop_of(batches, row: int, **settings) -> Loop:
     )
 
 
-def test_batches_are_packed_but_a_part_without_users():
+def test_batches_are_packed_but_a_part_without_users(monkeypatch):
     whole, (few, _) = histories(5), histories(3, 1)
     none = few._replace(
         **{
@@ -153,7 +153,15 @@ def test_batches_are_packed_but_a_part_without_users():
         Given(whole, (none, Targets(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)))),
         2 * BLOCK,
     )
-    packed, empty = (batch.packing for batch, _, _ in loop._batches(0))
+    packings = []
+
+    def train_step(batch, targets, count):
+        packings.append(batch.packing)
+        return torch.zeros(())
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    loop.train_epoch(0)
+    packed, empty = packings
     assert len(packed.row_P) % (2 * BLOCK) == 0 and empty is None
 
 
@@ -315,18 +323,27 @@ def test_a_gpu_answers_as_a_cpu_does(predictors, count):
 
 
 @gpu
-def test_graphs_are_for_the_weights_that_they_were_made_with(predictors):
+def test_graphs_are_for_the_weights_that_they_were_made_with(predictors, monkeypatch):
     _, cuda = predictors
+    passes, hidden = [], cuda.model.hidden  # a graph that is replayed does without
+
+    def counted(*args, **options):
+        passes.append(1)
+        return hidden(*args, **options)
+
+    monkeypatch.setattr(cuda.model, "hidden", counted)
     before = cuda.recommend([history(9)], 5, now=NOW).scores
+    assert not passes
     with torch.no_grad():
         for parameter in cuda.model.parameters():
             parameter.mul_(1.1)
     cuda.refresh()
-    assert cuda._graphs is None
     plain = cuda.recommend([history(9)], 5, now=NOW).scores
-    cuda.capture_graphs(8)
-    assert isinstance(cuda._graphs, Graphs)
+    assert len(passes) == 1
+    cuda.encoder.capture_graphs(8)
+    passes.clear()
     replayed = cuda.recommend([history(9)], 5, now=NOW).scores
+    assert not passes
     np.testing.assert_allclose(replayed, plain, atol=1e-5)
     assert abs(replayed - before).max() > 1e-3
 

@@ -38,17 +38,21 @@ def open_nothing():
     raise OSError("connection refused")
 
 
+def problems_with(words):
+    return [problem for problem in preflight.problems() if words in problem]
+
+
 def test_a_full_disk_a_taken_port_and_what_an_aborted_run_left_are_named(monkeypatch, tmp_path):
-    assert preflight._full_disks() == [] and preflight._taken_ports() == []
+    monkeypatch.setattr(preflight, "ENDS_IN_S", 0.0)
+    assert problems_with("GiB free") == problems_with("something listens") == []
     monkeypatch.setattr(preflight, "NEEDED", {str(tmp_path): 1 << 60})
-    (full,) = preflight._full_disks()
+    (full,) = problems_with("GiB free")
     assert str(tmp_path) in full and "GiB free" in full and "TMPDIR" in full
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setattr(preflight, "NOBODY_LISTENS", (port,))
-        (taken,) = preflight._taken_ports()
+        (taken,) = problems_with("something listens")
         assert f"127.0.0.1:{port}" in taken
-    monkeypatch.setattr(preflight, "ENDS_IN_S", 0.0)
     home = tmp_path / "pytest-of-somebody" / "pytest-3" / "home0"
     home.mkdir(parents=True)
     process = subprocess.Popen(
@@ -56,11 +60,9 @@ def test_a_full_disk_a_taken_port_and_what_an_aborted_run_left_are_named(monkeyp
     )
     try:
         (home.parent / ".lock").write_text(str(os.getpid()))
-        assert not [found for found in preflight._left_behind() if str(process.pid) in found], (
-            "that run goes on"
-        )
+        assert not [left for left in problems_with("kill -9") if str(process.pid) in left], "that run goes on"
         (home.parent / ".lock").unlink()
-        (left,) = preflight._left_behind()
+        (left,) = problems_with("kill -9")
         assert f"kill -9 {process.pid}" in left
     finally:
         process.communicate(b"\n")

@@ -4,6 +4,7 @@ nobody may learn from.
 
 from __future__ import annotations
 
+import csv
 import datetime as dt
 import gzip
 import json
@@ -25,7 +26,6 @@ from recray.dataset.context import encode_value
 from recray.dataset.reader import assign_buckets
 from recray.errors import DataError, RefusedError, SettingsError, TooManyInvalidRowsError
 from recray.prepare.files import list_files, natural_key
-from recray.prepare.formats import _Csv
 from recray.prepare.prepare import find_input, inspect_input
 from recray.prepare.times import (
     INFERRED_UNITS,
@@ -310,13 +310,23 @@ def test_one_row_that_a_stray_quote_takes_is_missed_too(tmp_path, end, last):
 
 
 def test_quotes_that_end_in_their_line_cost_no_second_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(_Csv, "_check_quotes", None)
+    readings, reader = [], csv.reader
+
+    def remembered(lines, *args, strict=False, **options):
+        readings.extend([1] * strict)
+        return reader(lines, *args, strict=strict, **options)
+
+    monkeypatch.setattr(csv, "reader", remembered)
     for end in ("\n", ""):
         text = "\n".join(
             ["user_id,item_id,timestamp", *(f'{n % 20},"i{n % 7}",{T + n * DAY // 20}' for n in range(200))]
         )
         (tmp_path / "e.csv").write_text(text + end)
         assert prepared(tmp_path, events=[tmp_path / "e.csv"]).n_events == 200
+    assert not readings
+    (tmp_path / "e.csv").write_text(text.replace('"i3"', '"i\n3"', 1))
+    prepared(tmp_path, events=[tmp_path / "e.csv"])
+    assert readings, "a text of two lines is checked"
 
 
 def test_texts_of_several_lines_are_texts(tmp_path):

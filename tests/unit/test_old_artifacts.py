@@ -16,6 +16,7 @@ from recray.config import load_settings
 from recray.config.formats import to_current_settings
 from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
+from recray.evaluation.evaluate import read_ndcg, read_table
 from recray.inference.policy import Policy
 from recray.release import Release
 from recray.serving.api import EventsRequest, RecommendRequest
@@ -117,3 +118,14 @@ def test_what_was_collected_is_read(workspace, tmp_path):
 def test_its_settings_file_is_refused_with_the_new_names():
     with pytest.raises(SettingsError, match=r"split\.held_out is now split\.holdout_users"):
         load_settings(WRITTEN / "settings.yaml")
+
+
+def test_an_evaluation_with_the_first_names_of_its_protocols_is_read(tmp_path):
+    """A nightly run of then that is repeated today finds it, and goes on from it."""
+    row = {"ndcg@10": 0.25, "order": 0}
+    table = {"repeats": {"recray": row}, "new_only": {"recray": {"skipped": "nothing new"}}}
+    (tmp_path / "metrics.json").write_text(json.dumps(table))
+    np.save(tmp_path / "ndcg_repeats.npy", np.array([0.5, 0.0]))
+    read = read_table(tmp_path)
+    assert read == {"with_repeats": table["repeats"], "filter_seen": table["new_only"]}
+    assert read_ndcg(tmp_path, "with_repeats").tolist() == [0.5, 0.0]

@@ -284,12 +284,19 @@ def test_held_out_users_have_a_state_but_for_a_share_of_them(held_out, predictor
     np.testing.assert_allclose(held_out.observation[place, -3:-1], answer.state[0], rtol=1e-4, atol=1e-5)
 
 
-def test_an_action_is_paid_what_it_brings_more_than_none(held_out):
+def test_an_action_is_paid_what_it_brings_more_than_none(held_out, monkeypatch):
+    draws, draw = [], held_out.draw
+
+    def remembered(n, random):
+        draws.append(draw(n, random))
+        return draws[-1]
+
+    monkeypatch.setattr(held_out, "draw", remembered)
     environment = DecisionEnvironment(held_out, ObservationNormalizer.of(held_out.observation), 32)
     environment.reset()
     assert not environment.step(np.zeros((32, 2)))[1].any()
     environment.reset()
-    cases, action = environment._cases, np.full((32, 2), -1.0)
+    (_, cases), action = draws[-1], np.full((32, 2), -1.0)
     brings = held_out.pay(cases, action) - held_out.pay(cases, np.zeros((32, 2)))
     assert np.abs(brings).max() > 0
     np.testing.assert_allclose(environment.step(action)[1], brings, atol=1e-6)

@@ -4,12 +4,14 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 
 import pytest
-from harness import DEADLINE_S, wait_for
+from harness import DEADLINE_S
 
 from recray.errors import SettingsError, StateError
 from recray.state.log import MAX_RECENT, Entry
@@ -120,10 +122,23 @@ def test_what_was_acknowledged_survives_a_kill(log, tmp_path):
     assert users.count("first") == users.count("second") >= len(acknowledged)
 
 
-def test_sqlite_waits_for_the_disk(tmp_path):
+def test_sqlite_waits_for_the_disk(tmp_path, monkeypatch):
+    connections, connect = [], sqlite3.connect
+
+    def remembered(*args, **options):
+        connections.append(connect(*args, **options))
+        return connections[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", remembered)
     log = open_log("sqlite", tmp_path)
-    assert log._connection().execute("PRAGMA synchronous").fetchone()[0] == 2
-    assert log._connection().execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    writer = threading.Thread(target=log.append, args=([event(1)],))
+    writer.start()
+    writer.join()
+    assert log.last() == 1 and len(connections) == 2, "one for each thread"
+    for connection in connections:
+        assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    log.close()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -169,14 +184,13 @@ def test_a_redis_that_was_emptied_is_a_new_store(redis_server, tmp_path):
 
 
 def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
-    commits = []
+    commits, all_queued = [], threading.Event()
     inner = log.append
 
     def held(entries):
         """The first commit goes on when as many wait as will."""
         commits.append(len(entries))
-        if len(commits) == 1:
-            wait_for("the others", lambda: commits[0] + 2 * writer._queue.qsize() >= 101)
+        assert all_queued.wait(DEADLINE_S)
         return inner(entries)
 
     log.append = held
@@ -184,8 +198,10 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
 
     async def talk():
         writer.enqueue(Entry("decision", "r1", "u", 1.0, {}))
-        found = await asyncio.gather(*(writer.append([event(n), event(n)]) for n in range(50)))
-        assert all(first and not second for first, second in found)
+        appends = [asyncio.create_task(writer.append([event(n), event(n)])) for n in range(50)]
+        await asyncio.sleep(0)  # each begins: it is in the queue
+        all_queued.set()
+        assert all(first and not second for first, second in await asyncio.gather(*appends))
         writer.enqueue(Entry("decision", "r2", "u", 1.0, {}))
         assert await writer.append_outcome(Entry("outcome", "o2", "u", 2.0, {"request_id": "r2"}), "r2") == (
             True,
@@ -217,26 +233,34 @@ def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
     here.close(), there.close()
 
 
-def test_outcomes_of_made_up_requests_do_not_make_others_wait(log):
-    writer, patient, has = Writer(log), [], log.has
+def test_outcomes_of_made_up_requests_do_not_make_others_wait(log, monkeypatch):
+    monkeypatch.setattr("recray.state.writer.DECISION_WAIT_S", DEADLINE_S)  # who waits does so to the end
+    writer = Writer(log)
+    impatient = 40 - MAX_WAITING_OUTCOMES
 
-    def look(kind, key):
-        patient.append(writer._waiting_outcomes)
-        return has(kind, key)
-
-    log.has = look
-
-    async def many():
-        return await asyncio.gather(
-            *(
-                writer.append_outcome(Entry("outcome", f"o{n}", "u", 2.0, {}), f"made up {n}")
-                for n in range(40)
+    async def many(times):
+        outcomes = {
+            f"made up {times}.{n}": asyncio.create_task(
+                writer.append_outcome(Entry("outcome", f"o{times}.{n}", "u", 2.0, {}), f"made up {times}.{n}")
             )
-        )
+            for n in range(40)
+        }
+        ended = asyncio.as_completed(outcomes.values(), timeout=DEADLINE_S / 4)
+        assert [await next(ended) for _ in range(impatient)] == [(True, False)] * impatient
+        waiting = {request: outcome for request, outcome in outcomes.items() if not outcome.done()}
+        assert len(waiting) == MAX_WAITING_OUTCOMES
+        for request in waiting:
+            writer.enqueue(Entry("decision", request, "u", 1.0, {}))
+        assert await asyncio.gather(*waiting.values()) == [(True, True)] * MAX_WAITING_OUTCOMES
 
-    assert asyncio.run(many()) == [(True, False)] * 40 and writer._waiting_outcomes == 0
-    kept = [entry.kind for _, entry in log.read(0, 100)]
-    assert kept == ["set_aside"] * 40 and 0 < max(patient) <= MAX_WAITING_OUTCOMES
+    for times in range(2):  # those that waited have made room for others
+        asyncio.run(many(times))
+    kinds = Counter(entry.kind for _, entry in log.read(0, 100))
+    assert kinds == {
+        "set_aside": 2 * impatient,
+        "decision": 2 * MAX_WAITING_OUTCOMES,
+        "outcome": 2 * MAX_WAITING_OUTCOMES,
+    }
     writer.close()
 
 

@@ -90,8 +90,11 @@ def test_both_ways_to_rank_agree(bench):
     assert utility.ranks_by(scores, asked).tolist() == expected.tolist()
 
 
-def test_the_peer_learns_the_rows_that_we_learn(bench):
-    item, following = utility._rows(bench.dataset, 10)
+def test_the_peer_learns_the_rows_that_we_learn(bench, monkeypatch):
+    learned = []
+    monkeypatch.setattr(utility.vanilla_peer, "train", lambda model, *rows, **options: learned.append(rows))
+    bench.run("vanilla", 8.0, 1e-3, 0)
+    ((item, following, *_),) = learned
     batches = TrainingBatches(
         bench.dataset, history=10, batch_tokens=100, sequences="last", popularity_prior_days=0, seed=0
     )

@@ -24,7 +24,9 @@ def test_taste_can_be_learned_and_noise_hides_it():
     def concentration(**kwargs):
         world = SyntheticShop(users=400, items=200, seed=3, repeat=0.0, **kwargs)
         table = pa.concat_tables(world.event_tables())
-        kind = world._categories()[[int(item[1:]) for item in table["item_id"].to_pylist()]]
+        categories = world.item_table()["category"].to_pylist()
+        kind_of_item = np.array([int(category.removeprefix("kind ")) for category in categories])
+        kind = kind_of_item[[int(item[1:]) for item in table["item_id"].to_pylist()]]
         user = table["user_id"].to_numpy()
         top = [np.bincount(kind[user == u]).max() / (user == u).sum() for u in range(100)]
         return np.mean(top)
