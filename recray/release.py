@@ -17,11 +17,9 @@ from typing import Any
 from recray.bundle import Bundle
 from recray.config import Settings
 from recray.errors import DamagedArtifactError, MissingArtifactError, RefusedError
-from recray.storage import Storage, lease, read_json, read_manifest, write_json
+from recray.storage import SNAPSHOT, Storage, lease, read_json, read_manifest, write_json
 
 FORMAT_VERSION = 1
-SNAPSHOT = "snapshot"
-"""The kind of artifact that LATEST.json names."""
 
 
 @dataclass(frozen=True)

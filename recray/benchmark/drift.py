@@ -27,7 +27,6 @@ from policies.rewards import SyntheticRewards
 from recray.benchmark import Result
 from recray.benchmark.serve import running_serve
 from recray.inference.policy import OBSERVED, Policy
-from recray.pipeline.follow import FILE
 from recray.release import read_policy_key
 from recray.serving.api import RecommendRequest
 from recray.serving.modulation import read_run_observation
@@ -139,7 +138,7 @@ def measure_follow(folder: Path, say: ProgressLog) -> Result:
                     follower.restart()
                     say("the follower was killed and restarted")
                 time.sleep(POLL_S)
-        status = read_json(storage.root / FILE)
+        status = read_json(storage.follow)
 
     return {
         "lead": gains,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +26,6 @@ from torch import Tensor
 from recray.dataset.features import to_elements
 from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
-
-if TYPE_CHECKING:
-    from recray.config.sections import RuleSettings
 
 MAX_COUNT_BOOST = 60.0  # exp of it, times any count, is still finite in float32
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?", re.ASCII)
@@ -55,7 +52,7 @@ class Rules:
 
     @classmethod
     def from_settings(
-        cls, settings: RuleSettings, dataset: Dataset, to_bundle: np.ndarray, cold_V: np.ndarray
+        cls, settings: Mapping[str, Any], dataset: Dataset, to_bundle: np.ndarray, cold_V: np.ndarray
     ) -> Rules | None:
         """The `diversity`, `boosts`, `exclude`, `caps` and `cold_item_boost` of `ScoreSettings`, applied to a
         dataset's item table; None where they change nothing.
@@ -167,7 +164,7 @@ class Rules:
         )
 
 
-def find_unmatched(settings: RuleSettings, dataset: Dataset) -> list[str]:
+def find_unmatched(settings: Mapping[str, Any], dataset: Dataset) -> list[str]:
     """The `feature=value` of boosts and exclusions that no item of the dataset has. Raises RefusedError as
     `Rules.from_settings`.
     """
@@ -175,7 +172,7 @@ def find_unmatched(settings: RuleSettings, dataset: Dataset) -> list[str]:
     return [name for name in names if not _match_rule(dataset, name).any()]
 
 
-def is_everything_excluded(settings: RuleSettings, dataset: Dataset) -> bool:
+def is_everything_excluded(settings: Mapping[str, Any], dataset: Dataset) -> bool:
     """Whether the exclusions leave no item of the dataset. Raises RefusedError as `Rules.from_settings`."""
     return bool(settings["exclude"]) and bool(
         torch.stack([_match_rule(dataset, name) for name in settings["exclude"]]).any(0).all()

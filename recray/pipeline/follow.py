@@ -21,7 +21,6 @@ from recray.storage import Storage, lease, read_json, write_json
 if TYPE_CHECKING:
     from recray.inference.policy import PolicyAbout
 
-FILE = "follow.json"
 CHECKS_PER_WINDOW = 6  # in an attribution window
 MIN_WAIT_S, MAX_WAIT_S = 2.0, 60.0  # between two checks
 
@@ -83,7 +82,7 @@ def run_follow(settings: Settings, adapt: Callable[[], JobResult], say: Progress
         "adapt",
         "ok",
         status.policy,
-        {"follow": str(storage.root / FILE)},
+        {"follow": str(storage.follow)},
         status.metrics(),
         round(time.monotonic() - started, 2),
     )
@@ -110,7 +109,7 @@ def _run_round(
             else:
                 status.reason = ""
     status.looked_s = time.time()
-    write_json(storage.root / FILE, asdict(status))
+    write_json(storage.follow, asdict(status))
 
 
 def _count_round(status: FollowerStatus, about: PolicyAbout, result: JobResult) -> None:

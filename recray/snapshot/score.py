@@ -44,7 +44,14 @@ class ScoringModel:
 
 
 class BucketArguments(TypedDict):
-    """Arguments of a `ScoreBucket`, but for those of its process; see there."""
+    """Arguments of a `ScoreBucket`, but for those of its process (`threads`, `gpu`).
+
+    bundle, policy, dataset : their folders; policy None: the unmodified model
+    popular_only : only the popularity fallback scores
+    folder : of the parts that are written
+    k, filter_seen, rules, batch_users, precision : as in `ScoreSettings`
+    private : the bundle was trained privately, so summaries cover holdout users only
+    """
 
     bundle: str
     policy: str | None

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from recray.dataset.schema import snapshot_schema
 from recray.errors import RefusedError
-from recray.release import SNAPSHOT
-from recray.storage import Manifest, Storage, lease, manifest_digest, read_json, write_json
+from recray.storage import SNAPSHOT, Manifest, Storage, lease, manifest_digest, read_json, write_json
 
 KIND = SNAPSHOT
 

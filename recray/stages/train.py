@@ -12,7 +12,6 @@ from recray.bundle import KIND, Bundle, CurveLine, find_latest_bundle, settings_
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.evaluation.criteria import explain_incomparable
-from recray.privacy.results import AuditResults
 from recray.stages.context import JobContext, Record, StageReport, name_run, to_date, to_day
 from recray.storage import is_sealed, lease, read_json, write_json
 from recray.tracking import runs
@@ -140,7 +139,7 @@ class LiveCurve:
             self._context.warn_of_tracking(error)
 
 
-def audit(context: JobContext, dataset: Dataset) -> tuple[AuditResults, Path]:
+def audit(context: JobContext, dataset: Dataset) -> tuple[auditing.AuditResults, Path]:
     """Audit how much of its ε a private training on the dataset reveals; returns the results and their file.
 
     The audit is an MLflow run of its own. Results of a stopped attempt and of a complete audit are reused:
@@ -150,7 +149,7 @@ def audit(context: JobContext, dataset: Dataset) -> tuple[AuditResults, Path]:
     key = auditing.audit_key(settings, dataset)
     file = context.storage.audit(key)
     stored: Any = read_json(file) if file.exists() else {"runs": {}}
-    results: AuditResults
+    results: auditing.AuditResults
     if "claims" in stored:
         results = stored
         context.say(f"audit: reused; delete {file} to repeat it")

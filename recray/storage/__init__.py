@@ -32,6 +32,8 @@ from recray.storage import lease
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SNAPSHOT = "snapshot"
+"""The kind of artifact that LATEST.json names."""
 DIGEST_THREADS = 4
 
 Manifest = dict[str, Any]
@@ -89,6 +91,11 @@ class Storage:
     def latest(self) -> Path:
         """The pointer to the published snapshot."""
         return self.root / "LATEST.json"
+
+    @property
+    def follow(self) -> Path:
+        """What `recray adapt --follow` does."""
+        return self.root / "follow.json"
 
     @property
     def release(self) -> Path:

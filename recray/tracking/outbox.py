@@ -7,10 +7,9 @@ entry is not queued again. Sending is idempotent, so a kill between sending and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from recray.bundle import CurveLine
 from recray.errors import DamagedArtifactError, TrackingError
 from recray.release import Release
 from recray.storage import Storage, read_json, write_json
@@ -41,7 +40,7 @@ class Entry(TypedDict, total=False):
     run_name: str
     order: list[int]
     settings: Mapping[str, Any]
-    curve: list[CurveLine]
+    curve: Sequence[Mapping[str, Any]]
     metrics: Metrics
     documents: Mapping[str, Any]
     folders: dict[str, str]

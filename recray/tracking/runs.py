@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recray.bundle import CurveLine
 from recray.config import TrackingSettings, sqlite_url
 from recray.errors import TrackingError
 from recray.release import Release
@@ -141,7 +140,7 @@ class Tracking:
         with self._tracking_errors():
             self._client.log_batch(run_id, metrics=entries)
 
-    def log_curve(self, run_id: str, lines: Sequence[CurveLine]) -> None:
+    def log_curve(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
         """Log lines of a learning curve, by epoch."""
         for line in lines:
             values = {"loss": line["loss"]} if "loss" in line else {}

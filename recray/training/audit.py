@@ -24,7 +24,8 @@ from recray.model.recommender import Recommender
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
 from recray.privacy.audit import Bound, Canaries, bound, ceiling, required_canaries, true_positives
 from recray.privacy.ledger import Ledger
-from recray.privacy.results import AuditCheck, AuditClaim, AuditResults, FindingRecord
+from recray.privacy.results import AuditCheck, AuditClaim, FindingRecord
+from recray.privacy.results import AuditResults as AuditResults  # of what `audit` returns
 from recray.privacy.watch import Finding, StepMonitor, check_repeated_noise
 from recray.storage import key_of
 from recray.training.batches import Sequences, TrainingBatches

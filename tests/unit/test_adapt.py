@@ -27,7 +27,7 @@ from recray.config import load_settings, render_yaml
 from recray.errors import RefusedError, StateError
 from recray.inference.modulation import explore, log_density
 from recray.inference.policy import OBSERVED, Policy
-from recray.pipeline.follow import FILE, run_follow
+from recray.pipeline.follow import run_follow
 from recray.release import Release
 from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.modulation import Exploration
@@ -374,7 +374,7 @@ def test_a_follower_learns_when_enough_is_ripe_alone_in_its_workspace_until_it_i
     try:
 
         def followed():
-            path = storage.root / FILE
+            path = storage.follow
             return read_json(path) if path.exists() else {"looked_s": 0.0, "rounds": 0}
 
         wait_for("a look", lambda: followed()["looked_s"], ended=follower.poll)
