@@ -27,7 +27,7 @@ from policies.rewards import DoublyRobustRewards
 from policies.tune import TIMED_QUERIES, measure_decision_share, to_criteria
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.dataset.reader import Dataset, draw_uniform, is_holdout
+from recray.dataset.reader import Dataset, hash_to_unit_interval, is_holdout
 from recray.errors import RefusedError
 from recray.evaluation.criteria import Check
 from recray.evaluation.protocol import EvaluationQuery
@@ -212,7 +212,7 @@ def group_rounds(counts: Sequence[int]) -> list[slice]:
 
 def _is_evaluation_user(log: LoggedDecisions) -> np.ndarray:
     """Which decisions are of evaluation users, bool [n]."""
-    return draw_uniform(pa.array(log.user), "judges") < EVALUATION_SHARE
+    return hash_to_unit_interval(pa.array(log.user), "judges") < EVALUATION_SHARE
 
 
 def _make_holdout_filter(settings: Settings, bundle: Bundle) -> Callable[[LoggedDecisions], np.ndarray]:

@@ -17,7 +17,7 @@ from policies.held_out import HoldoutRewards
 from policies.learner import Ppo, learn
 from recray.bundle import Bundle
 from recray.config import Settings
-from recray.dataset.reader import Dataset, draw_uniform
+from recray.dataset.reader import Dataset, hash_to_unit_interval
 from recray.errors import DataError, RefusedError
 from recray.evaluation.evaluate import select_test_queries
 from recray.evaluation.protocol import EvaluationQuery, targets_of
@@ -70,7 +70,7 @@ def tune(
         )
     # the same users in every run, so that `start` was not learned from the users who evaluate it
     is_evaluation_user = (
-        draw_uniform(
+        hash_to_unit_interval(
             pa.array([str(dataset.shard(query.shard).user_ids[query.row]) for query in queries]), "judges"
         )
         < EVALUATION_SHARE

@@ -22,7 +22,7 @@ from recray.bundle import write_bundle
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.model.device import device
-from recray.snapshot.score import ScoreBucket
+from recray.snapshot.score import BucketScorer
 from recray.stages import ProgressLog
 from recray.training.plan import bundle_settings, training_settings
 from recray.training.worker import build_loop, shape_of
@@ -104,7 +104,7 @@ def scorer(
     device("score.gpus_per_actor", gpu=options.gpus_per_actor > 0)
     actors = min(options.actors, dataset.n_shards)
     create = partial(
-        ScoreBucket,
+        BucketScorer,
         bundle=str(bundle.path),
         policy=None,
         dataset=str(dataset.path),
@@ -123,10 +123,10 @@ def scorer(
         yield lambda: list(pool.map(_score, range(dataset.n_shards))).clear()
 
 
-_actor: ScoreBucket | None = None  # of a scoring process
+_actor: BucketScorer | None = None  # of a scoring process
 
 
-def _create_actor(create: Callable[[], ScoreBucket]) -> None:
+def _create_actor(create: Callable[[], BucketScorer]) -> None:
     global _actor
     _actor = create()
 

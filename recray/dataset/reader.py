@@ -53,7 +53,7 @@ def assign_bucket(user_id: Any, buckets: int) -> int:
     return int(xxhash.xxh64_intdigest(str(user_id).encode()) % buckets)
 
 
-def draw_uniform(user_ids: pa.Array, seed: object) -> np.ndarray:
+def hash_to_unit_interval(user_ids: pa.Array, seed: object) -> np.ndarray:
     """A number in [0, 1) for each user, float64 [users]. It depends only on user and seed, so holdout users
     stay the same in every run.
     """
@@ -63,7 +63,9 @@ def draw_uniform(user_ids: pa.Array, seed: object) -> np.ndarray:
 
 def is_holdout(user_ids: pa.Array, split: Mapping[str, Any]) -> np.ndarray:
     """The holdout users of a split, bool [users]."""
-    result: np.ndarray = draw_uniform(user_ids, f"held out {split['seed']}") < split.get("holdout_users", 0.0)
+    result: np.ndarray = hash_to_unit_interval(user_ids, f"held out {split['seed']}") < split.get(
+        "holdout_users", 0.0
+    )
     return result
 
 
@@ -143,7 +145,7 @@ class Shard:
         """The users who are queried in validation and test, bool [users]."""
         return np.ones(len(self), bool) if self.holdout is None else self.holdout
 
-    def count_leaks(self, cut_s: int) -> tuple[int, int]:
+    def count_split_violations(self, cut_s: int) -> tuple[int, int]:
         """How many training events are at or after a time, and how many events come before an earlier one of
         their user: both should be 0.
         """
@@ -321,7 +323,7 @@ class Dataset:
         is_in_part = (
             None
             if self._parts == 1
-            else np.floor(draw_uniform(columns[USER_ID], "part") * self._parts) == self._part
+            else np.floor(hash_to_unit_interval(columns[USER_ID], "part") * self._parts) == self._part
         )
         return Shard(
             user_ids=columns[USER_ID],
@@ -341,7 +343,7 @@ class Dataset:
             },
         )
 
-    def trained_items(self) -> np.ndarray:
+    def mask_trained_items(self) -> np.ndarray:
         """Items that occur in training events, bool [n_items + 1]; the others are cold."""
         is_trained = np.zeros(self.n_items + 1, bool)
         for shard in self.shards():

@@ -210,7 +210,7 @@ def check_leakage(dataset: Dataset, bundle: Bundle) -> Check:
     if cutoff_s is None:
         return Check(name, True, f"no test target was in the training of bundle {bundle.key}")
 
-    late = sum(shard.count_leaks(cutoff_s)[0] for shard in dataset.shards())
+    late = sum(shard.count_split_violations(cutoff_s)[0] for shard in dataset.shards())
     cutoff = dt.datetime.fromtimestamp(cutoff_s, dt.UTC).isoformat(sep=" ", timespec="minutes")
     return Check(
         name,

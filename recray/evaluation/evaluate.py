@@ -203,7 +203,7 @@ class Evaluator:
     ) -> None:
         self.options, self.dataset, self.queries = settings.evaluate, dataset, queries
         if public_popularity_V is None:
-            self.popularity, self.trained = dataset.popularity.total(), dataset.trained_items()
+            self.popularity, self.trained = dataset.popularity.total(), dataset.mask_trained_items()
         else:
             self.popularity, self.trained = public_popularity_V, np.ones(dataset.n_items + 1, bool)
 
@@ -255,11 +255,11 @@ class Evaluator:
 
     def _batches(self, filter_seen: bool) -> Iterator[tuple[list[EvaluationQuery], list[np.ndarray]]]:
         for batch in self.queries.batches(BATCH):
-            kept = [
+            with_targets = [
                 (query, items) for query in batch if len(items := targets_of(query, filter_seen=filter_seen))
             ]
-            if kept:
-                yield [query for query, _ in kept], [items for _, items in kept]
+            if with_targets:
+                yield [query for query, _ in with_targets], [items for _, items in with_targets]
 
     def _segments(
         self, lists: np.ndarray, targets: list[np.ndarray], lengths: np.ndarray, ndcg: np.ndarray
@@ -271,12 +271,12 @@ class Evaluator:
 
         k = self.options.k[0]
         for name, is_warm in (("warm targets", True), ("cold targets", False)):
-            kept = [(row, items[self.trained[items] == is_warm]) for row, items in enumerate(targets)]
-            kept = [(row, items) for row, items in kept if len(items)]
+            with_targets = [(row, items[self.trained[items] == is_warm]) for row, items in enumerate(targets)]
+            with_targets = [(row, items) for row, items in with_targets if len(items)]
             values = np.zeros(0)
-            if kept:
-                rows = [row for row, _ in kept]
-                values = m.per_user(lists[rows], [items for _, items in kept], k)["ndcg"]
+            if with_targets:
+                rows = [row for row, _ in with_targets]
+                values = m.per_user(lists[rows], [items for _, items in with_targets], k)["ndcg"]
             segments[name] = _summarize(values)
         return segments
 

@@ -40,7 +40,7 @@ class HistoryEncoder:
             popularity_prior_days=0 if model.prior_scale is None else popularity_prior_days,
             has_time=catalogue.has_time,
             event_types=model.shape.event_types,
-            released_day=catalogue.known_from if model.shape.fresh else None,
+            released_day=catalogue.available_from_day if model.shape.fresh else None,
         )
         self._graphs: Graphs | None = None
         self.refresh()

@@ -78,8 +78,8 @@ def observe(
     time_s = history.timestamp_s[-OBSERVED_EVENTS:]
     items = item.tolist()
     if 0 in items:
-        kept = item > 0
-        item, event, time_s = item[kept], event[kept], time_s[kept]
+        is_known = item > 0
+        item, event, time_s = item[is_known], event[is_known], time_s[is_known]
         items = item.tolist()
     n = len(items)
     summary, clock, last_run = _EMPTY_HISTORY, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)

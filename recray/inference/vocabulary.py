@@ -114,7 +114,7 @@ class Catalogue:
     popularity : dated counts in this vocabulary, for the popularity prior and, unless the model has counts of
         its own, the popularity fallback
     has_time : whether `timestamp_s` is a time
-    known_from : day since which each item is available, as the model was told it; None: not known
+    available_from_day : day since which each item is available, as the model was told it; None: not known
     available_from : the same, for items that are not recommended before that day, unless somebody interacted
         with them before; None: all are
     retired : indices of items that are never recommended
@@ -123,7 +123,7 @@ class Catalogue:
     vocabulary: Vocabulary
     popularity: Popularity
     has_time: bool
-    known_from: np.ndarray | None = None
+    available_from_day: np.ndarray | None = None
     available_from: np.ndarray | None = None
     retired: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -147,11 +147,13 @@ class Catalogue:
         cold_items : items of the dataset that the bundle knows by their features alone
         """
         private = bool(bundle.privacy["differential_privacy"])
-        item_ids, known_from = bundle.item_ids, bundle.released_day
+        item_ids, available_from_day = bundle.item_ids, bundle.released_day
         if cold_items is not None and len(cold_items):
             item_ids = pa.concat_arrays([item_ids, cold_items[ITEM_ID].combine_chunks()])
-            if known_from is not None:
-                known_from = np.concatenate([known_from, np.full(len(cold_items), UNKNOWN_DAY)])
+            if available_from_day is not None:
+                available_from_day = np.concatenate(
+                    [available_from_day, np.full(len(cold_items), UNKNOWN_DAY)]
+                )
         manifest = bundle.manifest
         vocabulary = Vocabulary(
             item_ids, manifest["event_types"], manifest.get("default_event"), manifest.get("context", [])
@@ -159,18 +161,18 @@ class Catalogue:
         has_time: bool = manifest["has_time"]
         if dataset is None:
             popularity = Popularity.load(bundle.path / "popularity.parquet", len(item_ids))
-            return cls(vocabulary, popularity, has_time, known_from, known_from)
+            return cls(vocabulary, popularity, has_time, available_from_day, available_from_day)
 
         position, available_from = dataset.translate(item_ids), None
         if (current := dataset.released_day) is not None:
-            if known_from is None:
+            if available_from_day is None:
                 available_from = np.full(len(item_ids) + 1, UNKNOWN_DAY)
             else:
-                available_from = known_from.copy()
+                available_from = available_from_day.copy()
             available_from[position] = current
             available_from[0] = UNKNOWN_DAY
-            known_from = None if known_from is None else available_from
+            available_from_day = None if available_from_day is None else available_from
         counts = dataset.public_popularity if private else dataset.popularity
         retired = np.setdiff1d(np.arange(1, len(item_ids) + 1), position)
         popularity = counts.remap(position, len(item_ids))
-        return cls(vocabulary, popularity, has_time, known_from, available_from, retired)
+        return cls(vocabulary, popularity, has_time, available_from_day, available_from, retired)

@@ -122,7 +122,7 @@ def draw_mixed(batch: Batch, targets: Targets, share_V: Tensor, negatives: int) 
     return Candidates(index, torch.where(competes, -torch.log(-torch.expm1(log_miss)), -math.inf).float())
 
 
-def draw_uniform(batch: Batch, targets: Targets, share_V: Tensor, negatives: int) -> Candidates:
+def hash_to_unit_interval(batch: Batch, targets: Targets, share_V: Tensor, negatives: int) -> Candidates:
     """`negatives` uniform draws without correction."""
     index, competes = _index(
         batch, targets, torch.randint(1, len(share_V), (negatives,), device=share_V.device)
@@ -204,7 +204,7 @@ class Criterion:
         """
         correction = index = None
         if self.loss != "softmax":
-            draw = draw_mixed if self.loss == "sampled" else draw_uniform
+            draw = draw_mixed if self.loss == "sampled" else hash_to_unit_interval
             candidates = draw(batch, targets, self.share_V, self.negatives)
             batch, targets = candidates.reindex(batch, targets)
             index, correction = candidates

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from recray.config import SplitSettings
-from recray.dataset.reader import Shard, draw_uniform, is_holdout
+from recray.dataset.reader import Shard, hash_to_unit_interval, is_holdout
 from recray.errors import DataError, ImpossibleSplitError
 from recray.prepare.shards import count_holdout_baskets
 
@@ -83,7 +83,7 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int]) -> 
         is_queried = (
             mask_holdout(shard, settings)
             if settings.holdout_users
-            else draw_uniform(shard.user_ids, settings.seed) < settings.validation_users
+            else hash_to_unit_interval(shard.user_ids, settings.seed) < settings.validation_users
         )
         before_test = _count_before(shard, cuts["test"])
         before_validation = _count_before(shard, cuts["validation"])
@@ -138,7 +138,7 @@ def check_cuts(shard: Shard, cuts: dict[str, int]) -> None:
     """Raises DataError if a history is not in order of time, or an event at or after the test cut is in
     training.
     """
-    leaked, out_of_order = shard.count_leaks(cuts["test"]) if cuts else (0, 0)
+    leaked, out_of_order = shard.count_split_violations(cuts["test"]) if cuts else (0, 0)
     if leaked or out_of_order:
         raise DataError(
             f"{leaked} events at or after the test cut are in training, {out_of_order} events come before an "

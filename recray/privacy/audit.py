@@ -56,7 +56,7 @@ class Canaries:
         self._owner_M = np.searchsorted(ends, flat, side="right")
         self._position_M = flat - (ends - sizes)[self._owner_M]
         self.planted_M = self._random.random(count) < 0.5
-        self.seen_M, self._clean_M = np.zeros(count), np.zeros(count)
+        self.membership_score_M, self._clean_M = np.zeros(count), np.zeros(count)
         self.rate, self.clipping_norm = rate, clipping_norm
 
     def plant(self, gradients: list[Tensor]) -> None:
@@ -68,7 +68,7 @@ class Canaries:
 
     def observe(self, gradients: list[Tensor], users: float) -> None:
         """Record the released gradient of a step, the noised sum over `users`, minus the sum of others."""
-        self.seen_M += users * self._read(gradients) - self._clean_M
+        self.membership_score_M += users * self._read(gradients) - self._clean_M
 
     def _read(self, gradients: list[Tensor]) -> np.ndarray:
         values = np.zeros(len(self.planted_M))
@@ -112,13 +112,13 @@ class Bound:
         )
 
 
-def bound(planted_M: np.ndarray, seen_M: np.ndarray, delta: float) -> Bound:
+def bound(planted_M: np.ndarray, membership_score_M: np.ndarray, delta: float) -> Bound:
     """The best lower bound of ε over the numbers of guesses.
 
-    Half of the guesses are present (the largest `seen_M`), half are absent (the smallest).
+    Half of the guesses are present (the largest `membership_score_M`), half are absent (the smallest).
     """
     count = len(planted_M)
-    order = np.argsort(seen_M, kind="stable")
+    order = np.argsort(membership_score_M, kind="stable")
     highest, bounds = ceiling(count, delta), []
     for half in _halves(count):
         correct = int(planted_M[order[count - half :]].sum() + (~planted_M[order[:half]]).sum())

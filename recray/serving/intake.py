@@ -68,7 +68,7 @@ class Intake:
             entries.append(Entry("event", key, user, at_s, body))
         numbers = await self._recorder.write(lambda writer: writer.append(entries))
         kept = [entry for entry, number in zip(entries, numbers, strict=True) if number > 0]
-        self._telemetry.kept["event"] += len(kept)
+        self._telemetry.stored["event"] += len(kept)
         self._telemetry.lags_s.extend(now_s - entry.at_s for entry in entries)
         event_types = state.predictor.vocabulary.event_types
         unknown = sum(
@@ -100,7 +100,7 @@ class Intake:
         is_new, is_known = await self._recorder.write(
             lambda writer: writer.append_outcome(entry, request.request_id)
         )
-        self._telemetry.kept["outcome" if is_known else "set_aside"] += is_new
+        self._telemetry.stored["outcome" if is_known else "set_aside"] += is_new
         self._telemetry.lags_s.append(time.time() - at_s)
         return FeedbackResponse(kept=is_new, set_aside=not is_known, notes=self._note_reward(request))
 
@@ -121,7 +121,7 @@ class Intake:
             bounded = min(max(request.value, 0.0), options.outcome_bound)
             notes["bounded"] = f"value: {request.value:g} counts as {bounded:g} (serve.outcome_bound)"
         for name in notes:
-            self._telemetry.kept[f"outcome_{name}"] += 1
+            self._telemetry.stored[f"outcome_{name}"] += 1
         return list(notes.values())
 
     async def forget(self, user_id: str) -> ForgetResponse:

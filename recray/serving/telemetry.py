@@ -27,7 +27,7 @@ class Telemetry:
     responses: Tally[tuple[str, str, str]] = field(default_factory=Tally)  # source, bundle, variant
     degraded: Tally[str] = field(default_factory=Tally)
     refused: Tally[str] = field(default_factory=Tally)
-    kept: Tally[str] = field(default_factory=Tally)
+    stored: Tally[str] = field(default_factory=Tally)
     latency_ms: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=MOST_VALUES))
     batches: deque[int] = field(default_factory=lambda: deque(maxlen=MOST_VALUES))
     lags_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_VALUES))
@@ -59,7 +59,7 @@ class Telemetry:
         state : current values of the gauges
         serving : labels of the deployment
         """
-        self.responses, self.degraded, self.refused, self.kept = Tally(), Tally(), Tally(), Tally()
+        self.responses, self.degraded, self.refused, self.stored = Tally(), Tally(), Tally(), Tally()
         self.latency_ms, self.batches, self.lags_s, self.actions = (
             deque(maxlen=MOST_VALUES) for _ in range(4)
         )
@@ -133,7 +133,7 @@ class RayTelemetry(Telemetry):
         self._served: dict[str, str] = {}
 
     def flush(self, state: dict[str, float], serving: dict[str, str]) -> None:
-        responses, degraded, refused, kept = self.responses, self.degraded, self.refused, self.kept
+        responses, degraded, refused, stored = self.responses, self.degraded, self.refused, self.stored
         latency_ms, batches, lags_s, actions = self.latency_ms, self.batches, self.lags_s, self.actions
         super().flush(state, serving)  # first: numbers from now on belong to the next flush
         metrics = self._metrics
@@ -143,7 +143,7 @@ class RayTelemetry(Telemetry):
         for counter, label, tally in (
             ("recray_degraded_total", "part", degraded),
             ("recray_refused_total", "why", refused),
-            ("recray_kept_total", "kind", kept),
+            ("recray_kept_total", "kind", stored),
         ):
             for name, count in list(tally.items()):
                 metrics[counter].inc(count, {label: name})

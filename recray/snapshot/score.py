@@ -44,7 +44,7 @@ class ScoringModel:
 
 
 class BucketArguments(TypedDict):
-    """Arguments of a `ScoreBucket`, but for those of its process (`threads`, `gpu`).
+    """Arguments of a `BucketScorer`, but for those of its process (`threads`, `gpu`).
 
     bundle, policy, dataset : their folders; policy None: the unmodified model
     popular_only : only the popularity fallback scores
@@ -127,7 +127,7 @@ def write_snapshot(
     dataset: Dataset,
     model: ScoringModel,
     options: ScoreSettings,
-    score_buckets: ScoreBuckets,
+    score_buckets: BucketScoring,
 ) -> tuple[Path, Manifest, bool]:
     """As `score`, with a function that scores the buckets."""
     path = snapshot_path(storage, dataset.as_of_s, key)
@@ -169,8 +169,8 @@ def write_snapshot(
     return path, manifest, publish(storage, path, manifest)
 
 
-ScoreBuckets = Callable[[BucketArguments, int], list[BucketSummary]]
-"""Results of a `ScoreBucket` with these arguments (and `threads`, `gpu`) for each bucket below a count, in
+BucketScoring = Callable[[BucketArguments, int], list[BucketSummary]]
+"""Results of a `BucketScorer` with these arguments (and `threads`, `gpu`) for each bucket below a count, in
 any order and any process.
 """
 
@@ -185,9 +185,9 @@ def score_on_ray_data(settings: Settings, arguments: BucketArguments, buckets: i
         actors * options.cpus_per_actor, actors * options.gpus_per_actor, "score", settings.train.timeout_s
     )
     # Ray Data passes the actors' arguments through the object store; Ray warns about each that may restart
-    with unwrap_errors(), suppress_lines("ScoreBucket", "constructor arguments in the object store"):
+    with unwrap_errors(), suppress_lines("BucketScorer", "constructor arguments in the object store"):
         results = ray.data.from_items(list(range(buckets)), override_num_blocks=buckets).map(
-            ScoreBucket,  # type: ignore[arg-type]
+            BucketScorer,  # type: ignore[arg-type]
             fn_constructor_kwargs={
                 **arguments,
                 "threads": max(1, len(os.sched_getaffinity(0)) // actors),
@@ -204,7 +204,7 @@ def score_on_ray_data(settings: Settings, arguments: BucketArguments, buckets: i
         return cast(list[BucketSummary], results.take_all())
 
 
-class ScoreBucket:
+class BucketScorer:
     """Actor that scores one bucket (= dataset shard) a call and writes its part.
 
     Its summaries cover all users; those of a private bundle only the holdout users.

@@ -71,8 +71,8 @@ def _select_model(context: JobContext, dataset: Dataset) -> scoring.ScoringModel
             "score a later run, or an older one in a storage.root of its own",
         )
     policy = read_policy_key(storage)
-    is_sound = load_usable_policy(context, bundle, policy) is not None
-    return scoring.ScoringModel(bundle, policy if is_sound else None, popular_only)
+    has_usable_policy = load_usable_policy(context, bundle, policy) is not None
+    return scoring.ScoringModel(bundle, policy if has_usable_policy else None, popular_only)
 
 
 def _check_rules(context: JobContext, dataset: Dataset) -> None:

@@ -15,7 +15,7 @@ from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.prepare.prepare import prepare, run_in_process
 from recray.release import Member, Release
-from recray.snapshot.score import BucketArguments, BucketSummary, ScoreBucket, ScoringModel, write_snapshot
+from recray.snapshot.score import BucketArguments, BucketScorer, BucketSummary, ScoringModel, write_snapshot
 from recray.storage import Storage
 from recray.testing.synthetic import SyntheticShop
 from recray.training.plan import bundle_settings, training_settings
@@ -105,5 +105,5 @@ def untrained_bundle(
 
 def score_buckets(arguments: BucketArguments, count: int) -> list[BucketSummary]:
     """Score the buckets in this process, without Ray."""
-    bucket = ScoreBucket(**arguments, threads=torch.get_num_threads())
+    bucket = BucketScorer(**arguments, threads=torch.get_num_threads())
     return [bucket({"item": number}) for number in range(count)]

@@ -301,9 +301,9 @@ def run_monitored(
         "first_noise": monitor.first_noise,
     }
     if synthetic is not None:
-        return {**record, "planted": synthetic.planted_M, "seen": synthetic.seen_M}
+        return {**record, "planted": synthetic.planted_M, "seen": synthetic.membership_score_M}
     if step.canaries is not None:
-        return {**record, "planted": step.canaries.planted_M, "seen": step.canaries.seen_M}
+        return {**record, "planted": step.canaries.planted_M, "seen": step.canaries.membership_score_M}
     loop.average.load_state_dict(loop.best)
     return record
 

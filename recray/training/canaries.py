@@ -66,7 +66,7 @@ class SyntheticRows:
     """The last `count` rows of a training are synthetic, and about half of them are absent.
 
     planted_M : whether each is present
-    seen_M : how much the released gradients resemble each one's contribution
+    membership_score_M : how much the released gradients resemble each one's contribution
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SyntheticRows:
     ) -> None:
         self.loop, self.monitor, self.random = loop, monitor, random
         self.first = len(loop.rows) - count
-        self.planted_M, self.seen_M = random.random(count) < 0.5, np.zeros(count)
+        self.planted_M, self.membership_score_M = random.random(count) < 0.5, np.zeros(count)
         self.rows = _SplitRows(loop.rows, self.first, loop.private.optimizer.params)
         loop.rows = self.rows
         sampler = loop.sampler = copy.copy(loop.sampler)
@@ -94,7 +94,7 @@ class SyntheticRows:
         take_step()
         noised = torch.cat([gradient.flatten() for gradient in self.monitor.released])
         real_sum = torch.cat([gradient.flatten() for gradient in self.rows.real_sum])
-        self.seen_M += (added_MP.double() @ (noised - real_sum)).cpu().numpy()
+        self.membership_score_M += (added_MP.double() @ (noised - real_sum)).cpu().numpy()
 
     def _contribution(self, row: int) -> Tensor:
         batch, targets = self.rows.batches.collate(self.rows.sequences[np.array([row])])

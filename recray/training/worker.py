@@ -174,7 +174,7 @@ def build_loop(
     features = encode_features(dataset.items, settings.data.features, shape.feature_buckets)
     if mechanism is not None:
         dataset = dataset.with_training_part(mechanism["part"], mechanism["parts"])
-    seen = dataset.trained_items()
+    seen = dataset.mask_trained_items()
     if mechanism is not None:  # the weights must not reveal which items have events; the catalogue is public
         seen = np.arange(dataset.n_items + 1) > 0
 

@@ -23,7 +23,7 @@ from recray.serving.ranking import bind_query, rank_inputs
 from recray.serving.sources import look_up_complete_list, look_up_list
 from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
-from recray.snapshot.score import ScoreBucket
+from recray.snapshot.score import BucketScorer
 from recray.snapshot.writer import write_part
 from recray.storage import Storage
 from recray.testing.published import prepare_here, publish_untrained, untrained_bundle
@@ -247,7 +247,7 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
         "rules": NO_RULES,
     }
     bucket = int(assign_buckets([999], data.n_shards)[0])
-    part = ScoreBucket(**shared, folder=str(tmp_path), k=5, filter_seen=False)({"item": bucket})
+    part = BucketScorer(**shared, folder=str(tmp_path), k=5, filter_seen=False)({"item": bucket})
     rows = {row["user_id"]: row for row in pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()}
     assert part["popular_users"] == 1 and rows[999]["source"] == "popular" and len(rows[999]["item_ids"]) == 5
     assert {row["source"] for user, row in rows.items() if user != 999} == {"model"}
@@ -257,13 +257,13 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
             (spread, margin), known = row["state"], _met(data, user)
             assert 0 <= spread <= np.log(max(len(data.user_history(user).item_index), 2)) and len(known)
             assert margin == pytest.approx(row["scores"][0] - row["scores"][1], abs=1e-6)
-    everything = ScoreBucket(**shared, folder=str(tmp_path), k=500, filter_seen=True)({"item": bucket})
+    everything = BucketScorer(**shared, folder=str(tmp_path), k=500, filter_seen=True)({"item": bucket})
     lists = pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()
     assert all(not set(row["item_ids"]) & _met(data, row["user_id"]) for row in lists)
     assert np.isfinite(everything["best"]).all()
     if not torch.cuda.is_available():
         with pytest.raises(SettingsError, match="score.gpus_per_actor asks for a GPU"):
-            ScoreBucket(**shared, folder=str(tmp_path), k=5, filter_seen=True, gpu=True)
+            BucketScorer(**shared, folder=str(tmp_path), k=5, filter_seen=True, gpu=True)
 
 
 def test_a_night_in_half_the_bits_is_nearly_the_same(world_settings, world_dataset, tmp_path):
@@ -279,7 +279,7 @@ def test_a_night_in_half_the_bits_is_nearly_the_same(world_settings, world_datas
     nights = []
     for precision in ("float32", "bfloat16"):
         (folder := tmp_path / precision).mkdir()
-        ScoreBucket(**shared, folder=str(folder), k=10, filter_seen=True, precision=precision)({"item": 0})
+        BucketScorer(**shared, folder=str(folder), k=10, filter_seen=True, precision=precision)({"item": 0})
         nights.append(pq.read_table(folder / "part-00000.parquet").to_pylist())
     exact, near = (np.array([row["scores"] for row in night]) for night in nights)
     assert 0 < abs(exact - near).max() < 0.05 * exact.std() + 1e-3

@@ -124,7 +124,7 @@ def test_the_dial_lifts_what_is_known_by_features_alone(world_folder, items, tmp
     predictor = Predictor.load(untrained_bundle(settings, dataset, tmp_path / "bundle", "bundle").path)
     known, nothing = predictor.vocabulary.index_of(["j-known", "j-bare"])
     assert predictor.cold_V[known] and not predictor.cold_V[nothing] and not predictor.cold_V[0]
-    assert not (predictor.cold_V & dataset.trained_items()).any()
+    assert not (predictor.cold_V & dataset.mask_trained_items()).any()
     rules = Rules.from_settings(
         ScoreSettings(cold_item_boost=20.0).rules(), dataset, np.arange(dataset.n_items + 1), predictor.cold_V
     )

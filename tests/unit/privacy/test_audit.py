@@ -94,14 +94,14 @@ def test_canaries_lie_apart_and_are_planted_at_their_rate():
     canaries.plant(everywhere)
     assert all((gradient == 3.5).all() for gradient in everywhere)
     canaries.observe([gradient / 4 for gradient in everywhere], users=4)
-    assert (canaries.seen_M == 0.5).all(), "what others add is known"
+    assert (canaries.membership_score_M == 0.5).all(), "what others add is known"
     canaries = Canaries(weights, 30, 0.25, 1.0, entropy=0)
     for _ in range(2000):
         total = [torch.zeros_like(weight) for weight in weights]
         canaries.plant(total)
         canaries.observe(total, users=1)
-    assert (canaries.seen_M[~canaries.planted_M] == 0).all() and 5 < canaries.planted_M.sum() < 25
-    np.testing.assert_allclose(canaries.seen_M[canaries.planted_M] / 2000, 0.25, atol=0.05)
+    assert (canaries.membership_score_M[~canaries.planted_M] == 0).all() and 5 < canaries.planted_M.sum() < 25
+    np.testing.assert_allclose(canaries.membership_score_M[canaries.planted_M] / 2000, 0.25, atol=0.05)
     with pytest.raises(SettingsError, match="audit_canaries"):
         Canaries(weights, 35, 0.25, 1.0)
 

@@ -187,7 +187,7 @@ def in_this_process(settings, run, dataset, progress, parent, private):
 
 
 def bucket_by_bucket(settings, arguments, buckets):
-    scorer = scoring.ScoreBucket(**arguments, threads=1)
+    scorer = scoring.BucketScorer(**arguments, threads=1)
     return [scorer({"item": bucket}) for bucket in range(buckets)]
 
 

@@ -27,7 +27,7 @@ from recray.storage import Storage
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop
 
-WRITTEN = Path(__file__).parents[1] / "fixtures" / "0.1.0"
+WRITTEN = Path(__file__).parents[2] / "fixtures" / "0.1.0"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_privacy import D, T, make, make_batch, private
+from test_engine import D, T, make, make_batch, private
 
 from recray.model.losses import Targets
 from recray.privacy import noise

@@ -295,7 +295,7 @@ CAPPED = ("privacy.enabled=true", "privacy.cap=8")
 
 @pytest.mark.parametrize(
     "config",
-    sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml")),
+    sorted((Path(__file__).parents[3] / "jobs" / "configs").glob("*.yaml")),
     ids=lambda path: path.stem,
 )
 def test_two_settings_turn_privacy_on_whatever_else_is_written_out(config, monkeypatch):

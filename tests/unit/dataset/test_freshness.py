@@ -123,7 +123,7 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
     assert weight[2] > weight[1] + 1, "today's articles above those that are not there yet"
     assert weight[2] > weight[6] + 1, "and above those of three days ago"
     predictor = Predictor.of(loop.model, dataset, 7)
-    trained = dataset.trained_items()
+    trained = dataset.mask_trained_items()
     hits, asked = 0, 0
     for batch in EvaluationQueries(dataset, "test").batches(200):
         cold = [q for q in batch if not trained[q.target].any()]
