@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests. --setup-only: stop after the set-up. --full: the slow tests too. Other arguments go to pytest, which then
-# runs alone; without them there are three lanes side by side, so that one works while another waits: lint, types and the tests that need
-# no Ray; those that start jobs on one cluster; those that start clusters, endpoints or servers of their own or run Ray in their process.
+# runs alone; without them there are two lanes side by side: the tests that need no Ray, and those that start jobs on one cluster; and
+# lint, types, the tests that start clusters, endpoints or servers of their own, then those that run Ray in pytest's process.
 marks="not slow"
 only_setup=
 rest=()
@@ -40,30 +40,27 @@ if [[ ${#rest[@]} -gt 0 ]]; then
     exec .venv/bin/python -m pytest -m "$marks" "${rest[@]}"
 fi
 
-# lanes on two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
+# two lanes on two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 export RAY_worker_niceness=0 # Ray's workers come after everybody else by default: beside a busy process they would stand still
 tests() { # tests with a marker expression
     .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
 }
-lint_and_no_ray() {
+no_ray_then_jobs() {
+    tests "not ray and not own and not second and not long"
+}
+clusters_then_ray() {
     local failed=0
+    .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
     bash infra/lint.sh || failed=1
-    tests "not ray and not own and not jobs and not second and not long" || failed=1
+    tests "(ray or own or second) and not alone and not long" || failed=1
     tests "alone" || failed=1 # in a process of its own
     return $failed
-}
-jobs() {
-    .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
-    tests "jobs"
-}
-clusters() {
-    tests "(ray or own or second) and not jobs and not alone and not long"
 }
 long() {
     tests "long"
 }
-lanes=(lint_and_no_ray jobs clusters)
+lanes=(no_ray_then_jobs clusters_then_ray)
 [[ -n $marks ]] || lanes+=(long) # for what the others leave idle; more of them would get in each other's way
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -24,7 +24,6 @@ from recray.testing.cluster import Head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "2024-04-20", "2024-04-21"
-pytestmark = pytest.mark.jobs
 
 
 @pytest.fixture(scope="module")

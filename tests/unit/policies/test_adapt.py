@@ -41,6 +41,8 @@ from recray.storage import Storage, read_json
 from recray.storage.lease import hold_exclusively
 from recray.testing.published import publish_untrained
 
+pytestmark = pytest.mark.second
+
 
 def round_of(world, n, seed, sigma=1.0):
     random = np.random.default_rng(seed)

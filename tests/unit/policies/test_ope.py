@@ -10,6 +10,8 @@ from policies import ope
 from policies.rewards import SyntheticRewards, draw_clicks
 from recray.inference.modulation import explore, log_density
 
+pytestmark = pytest.mark.second
+
 P = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # who logged: actions by state
 NEW = np.array([[0.1, 0.1, 0.8], [0.5, 0.25, 0.25]])
 PAYS = np.array([[0.2, 0.5, 0.6], [0.1, 0.4, 0.3]])
