@@ -89,10 +89,7 @@ class Published:
         """
         if not storage.latest.exists():
             return None
-        entry = read_json(storage.latest)
-        if not isinstance(entry, dict) or not {"snapshot", "manifest_sha256"} <= entry.keys():
-            raise DamagedArtifactError(f"{storage.latest} names no snapshot", "repeat `recray score`")
-        manifest = read_manifest(storage.root / entry["snapshot"], SNAPSHOT)
+        manifest = read_manifest(storage.read_latest()[0], SNAPSHOT)
         return cls(
             manifest["run_key"],
             manifest["bundle_digest"],

@@ -99,8 +99,7 @@ def run(
 
     data : folder of a data set, or its name under $RECRAY_DATA, for benchmarks that run on one
     against : baseline library that runs on the same data, or another checkout (prepare, privacy, score,
-        serve, train);
-        None: recray alone
+        serve, train); None: recray alone
     overrides : of the settings, with `data`
     overload, state, users : other measurements of the endpoint, for serve
     drift, follow : rewards that change under a running endpoint, for policy

@@ -215,14 +215,14 @@ def _keep_nearest(similarity: sp.csr_matrix, first: int) -> sp.csr_matrix:
     if similarity.nnz > DENSE * np.prod(similarity.shape) and np.prod(similarity.shape) <= CELLS:
         block = similarity.toarray()
         block[np.arange(len(block)), first + np.arange(len(block))] = 0.0
-        nearest = (
+        columns = (
             np.argpartition(-block, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS]
             if block.shape[1] > NEIGHBOURS
             else np.argsort(-block, axis=1)
         )
-        rows = np.repeat(np.arange(len(block)), nearest.shape[1])
+        rows = np.repeat(np.arange(len(block)), columns.shape[1])
         nearest = sp.csr_matrix(
-            (np.take_along_axis(block, nearest, 1).ravel(), (rows, nearest.ravel())), shape=block.shape
+            (np.take_along_axis(block, columns, 1).ravel(), (rows, columns.ravel())), shape=block.shape
         )
         nearest.eliminate_zeros()
         return nearest

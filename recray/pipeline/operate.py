@@ -91,8 +91,7 @@ def rollback(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> Job
 
 def _is_published_by(storage: Storage, champion: Member | None) -> bool:
     """Whether the published snapshot is the champion's, or no other could be scored."""
-    published = Published.read(storage)
-    if champion is None or published is None:
+    if champion is None or (published := Published.read(storage)) is None:
         return True
     return (published.bundle_digest, published.policy) == (champion.digest, champion.policy)
 
@@ -101,8 +100,8 @@ def is_policy_withdrawn(storage: Storage, release: Release) -> bool:
     """Whether the published snapshot is of a policy that was withdrawn from the champion: an attempt ended
     before it scored.
     """
-    champion, published = release.champion, Published.read(storage)
-    if champion is None or published is None or published.policy is None:
+    champion = release.champion
+    if champion is None or (published := Published.read(storage)) is None or published.policy is None:
         return False
     if published.bundle_digest != champion.digest:
         return False

@@ -16,7 +16,7 @@ from recray.dataset.reader import assign_bucket
 from recray.dataset.schema import USER_ID
 from recray.errors import DamagedArtifactError
 from recray.snapshot.writer import KIND, index_name, part_name
-from recray.storage import Manifest, Storage, manifest_digest, open_sealed, read_json
+from recray.storage import Manifest, Storage, manifest_digest, open_sealed
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,9 @@ class Snapshot:
         """The published snapshot, after its index files were verified. Raises MissingArtifactError,
         DamagedArtifactError.
         """
-        entry = read_json(storage.latest)
-        if not isinstance(entry, dict) or not {"snapshot", "manifest_sha256"} <= entry.keys():
-            raise DamagedArtifactError(f"{storage.latest} names no snapshot", "repeat `recray score`")
-        path = storage.root / entry["snapshot"]
+        path, sha256 = storage.read_latest()
         manifest = open_sealed(path, KIND, verify=_is_served)
-        if manifest_digest(path) != entry["manifest_sha256"]:
+        if manifest_digest(path) != sha256:
             raise DamagedArtifactError(
                 f"{path} is not the snapshot that was published", "repeat `recray score`"
             )

@@ -92,6 +92,15 @@ class Storage:
         """The pointer to the published snapshot."""
         return self.root / "LATEST.json"
 
+    def read_latest(self) -> tuple[Path, str]:
+        """The published snapshot: its folder, and the sha256 that its manifest had. Raises
+        DamagedArtifactError.
+        """
+        entry = read_json(self.latest)
+        if not isinstance(entry, dict) or not {"snapshot", "manifest_sha256"} <= entry.keys():
+            raise DamagedArtifactError(f"{self.latest} names no snapshot", "repeat `recray score`")
+        return self.root / entry["snapshot"], entry["manifest_sha256"]
+
     @property
     def follow(self) -> Path:
         """What `recray adapt --follow` does."""
