@@ -90,6 +90,53 @@ class ActingPolicy(Protocol):
     def act(self, observation_ND: np.ndarray, /) -> np.ndarray: ...
 
 
+@dataclass(frozen=True)
+class Estimates:
+    """What the estimators of `policies.ope` read, for three policies: the evaluated one, production, and the
+    trained model (action 0). All have the same exploration.
+
+    share : of the log's exploration
+    w, v : by policy
+    unexplored : predicted gain of a decision without exploration
+    """
+
+    share: float
+    w: tuple[np.ndarray, np.ndarray, np.ndarray]
+    q: np.ndarray
+    v: tuple[np.ndarray, np.ndarray, np.ndarray]
+    unexplored: float
+
+    def differences(self, reward: np.ndarray) -> np.ndarray:
+        """Doubly robust difference of each decision to production, [n]."""
+        evaluated, production = (ope.dr(reward, self.w[n], self.q, self.v[n]) for n in (0, 1))
+        result: np.ndarray = evaluated - production
+        return result
+
+
+def estimate(log: LoggedDecisions, policy: ActingPolicy, criteria: Criteria, seed: int = 0) -> Estimates:
+    """Weights and predicted rewards, at the smallest exploration that leaves enough effective samples."""
+    mean, zero = policy.act(log.observation), np.zeros_like(log.mean)
+    for share in EXPLORATION_SHARES:
+        w = importance_weights(log, mean, share), importance_weights(log, log.mean, share)
+        if min(map(ope.effective_sample_size, w)) >= criteria.effective:
+            break
+
+    drawn = [
+        np.stack(
+            [explore(centre, share * log.sigma[:, None], random)[0] for random in _make_generators(seed)]
+        )
+        for centre in (mean, log.mean, zero)
+    ]
+    state = policy.normalizer.normalise(log.observation)
+    q, evaluated, production, trained, played, before = ope.predict_rewards(
+        state, log.action, log.reward, log.user_codes, *drawn, mean[None], log.mean[None], seed=seed
+    )
+    # most users get responses without exploration; the reward model is too coarse for small differences
+    unexplored = float((played - before).mean())
+    weights = (*w, importance_weights(log, zero, share))
+    return Estimates(share, weights, q, (evaluated, production, trained), unexplored)
+
+
 def judge(
     log: LoggedDecisions,
     policy: ActingPolicy,
@@ -104,32 +151,13 @@ def judge(
     diversity : of the policy's lists, as a share of the trained model's; None: not measured
     latency : a decision's share of the Predictor's time; None: not measured
     """
-    mean, codes = policy.act(log.observation), log.user_codes
-    for share in EXPLORATION_SHARES:
-        w = importance_weights(log, mean, share), importance_weights(log, log.mean, share)
-        if min(map(ope.effective_sample_size, w)) >= criteria.effective:
-            break
-
-    zero = np.zeros_like(mean)
-    drawn = [
-        np.stack(
-            [explore(centre, share * log.sigma[:, None], random)[0] for random in _make_generators(seed)]
-        )
-        for centre in (mean, log.mean, zero)
-    ]
-    state, segments = policy.normalizer.normalise(log.observation), split_by_history_length(log.observation)
-    q, *v, played, before = ope.predict_rewards(
-        state, log.action, log.reward, codes, *drawn, mean[None], log.mean[None], seed=seed
-    )
-    trained = ope.dr(log.reward, w[0], q, v[0]) - ope.dr(
-        log.reward, importance_weights(log, zero, share), q, v[2]
-    )
-    over_trained = ope.bootstrap(trained, codes, criteria.confidence, seed=seed)
+    estimates = estimate(log, policy, criteria, seed)
+    codes, segments = log.user_codes, split_by_history_length(log.observation)
     evaluation = ope.compare_with_production(
         log.reward,
-        w,
-        q,
-        (v[0], v[1]),
+        estimates.w,
+        estimates.q,
+        estimates.v,
         codes,
         segments,
         confidence=criteria.confidence,
@@ -137,23 +165,22 @@ def judge(
         max_weight=criteria.max_weight,
         seed=seed,
     )
-    # most users get responses without exploration; the reward model is too coarse for small differences
-    unexplored = float((played - before).mean())
 
-    checks = _check_evaluation(evaluation, share, unexplored, len(log), criteria)
-    own = {name: float(np.average(log.reward[mask], weights=w[1][mask])) for name, mask in segments.items()}
+    checks = _check_evaluation(evaluation, estimates.share, estimates.unexplored, len(log), criteria)
+    earned = estimates.w[1]
+    own = {name: float(np.average(log.reward[mask], weights=earned[mask])) for name, mask in segments.items()}
     checks += [
         *_check_segments(evaluation.segments, own, criteria),
         *_check_limits(diversity, latency, criteria),
     ]
     figures = {
-        "explored": share,
+        "explored": estimates.share,
         "level": criteria.level,
         "dr_surely": evaluation.lower,
-        "over_trained": over_trained.value,
-        "over_trained_low": over_trained.low,
-        "over_trained_high": over_trained.high,
-        "unexplored": unexplored,
+        "over_trained": evaluation.over_trained.value,
+        "over_trained_low": evaluation.over_trained.low,
+        "over_trained_high": evaluation.over_trained.high,
+        "unexplored": estimates.unexplored,
         "effective_samples": evaluation.effective,
         "shuffled": evaluation.shuffled,
         "largest_weight": evaluation.largest,

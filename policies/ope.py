@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.special import stdtrit
@@ -98,24 +99,62 @@ def bootstraps(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Interval]:
-    """Bootstrap-t intervals of means over users (Efron and Tibshirani 1993, section 12.5). All means share
-    the same resamples. The intervals are skewed as the terms are.
+    """The intervals of `resample`, all of the same confidence."""
+    resampled = resample(terms, user, among, resamples=resamples, seed=seed)
+    return [resampled.interval(column, confidence) for column in range(len(terms))]
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """M means over users, and their resamples.
+
+    mean, error : [M]
+    t : differences of the resampled means to the mean, in their own standard errors, [resamples, M]
+    """
+
+    mean: np.ndarray
+    error: np.ndarray
+    t: np.ndarray
+
+    def interval(self, column: int, confidence: float) -> Interval:
+        """The bootstrap-t interval of a mean."""
+        t_low, t_high = np.quantile(self.t[:, column], [(1 - confidence) / 2, (1 + confidence) / 2])
+        mean, error = self.mean[column], self.error[column]
+        return Interval(float(mean), float(mean - t_high * error), float(mean - t_low * error))
+
+
+def resample(
+    terms: Sequence[np.ndarray],
+    user: np.ndarray | None = None,
+    among: Sequence[np.ndarray | None] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Resampled:
+    """Means over users with the same resamples for all, for bootstrap-t intervals (Efron and Tibshirani 1993,
+    section 12.5). The intervals are skewed as the terms are.
 
     terms : M arrays [n]
     user : codes from 0 [n]; the decisions of a user are resampled together; None: each decision on its own
     among : masks [n] of the decisions that each mean is over; None: all
     """
-    masks = [
-        np.ones(len(terms[0])) if mask is None else mask.astype(np.float64)
-        for mask in among or [None] * len(terms)
-    ]
     codes = np.arange(len(terms[0])) if user is None else user
     users = int(codes.max()) + 1
-    sums = np.stack(
-        [np.bincount(codes, values * mask, users) for values, mask in zip(terms, masks, strict=True)], 1
+    masks = [None] * len(terms) if among is None else list(among)
+    counts: dict[int, np.ndarray] = {}
+    for mask in masks:
+        if id(mask) not in counts:
+            counts[id(mask)] = np.bincount(codes, mask, users).astype(np.float64)
+    group = np.array([list(counts).index(id(mask)) for mask in masks])
+    sums_UM = np.stack(
+        [
+            np.bincount(codes, values if mask is None else values * mask, users)
+            for values, mask in zip(terms, masks, strict=True)
+        ],
+        1,
     )
-    counts = np.stack([np.bincount(codes, mask, users) for mask in masks], 1)
-    mean, error = _mean_and_error(np.ones((1, users)), sums, counts)
+    counts_UG = np.stack(list(counts.values()), 1)
+    mean, error = _mean_and_error(np.ones((1, users)), sums_UM, counts_UG, group)
 
     random = np.random.default_rng(seed)
     step = max((1 << 22) // users, 1)
@@ -124,29 +163,36 @@ def bootstraps(
         drawn = RESAMPLE_COUNTS[
             random.integers(0, len(RESAMPLE_COUNTS), (min(step, resamples - start), users), dtype=np.uint16)
         ]
-        resampled_mean, spread = _mean_and_error(drawn, sums, counts)
+        resampled_mean, spread = _mean_and_error(drawn, sums_UM, counts_UG, group)
         t[start : start + len(drawn)] = (resampled_mean - mean) / np.maximum(spread, 1e-300)
-
-    t_low, t_high = np.quantile(t, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    low, high = mean[0] - t_high * error[0], mean[0] - t_low * error[0]
-    return [Interval(*map(float, bounds)) for bounds in zip(mean[0], low, high, strict=True)]
+    return Resampled(mean[0], error[0], t)
 
 
 def _mean_and_error(
-    drawn_RU: np.ndarray, sums_UM: np.ndarray, counts_UM: np.ndarray
+    drawn_RU: np.ndarray, sums_UM: np.ndarray, counts_UG: np.ndarray, group_M: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means [R, M] of resamples with these counts of each user, and their standard errors."""
-    n = np.maximum(drawn_RU @ counts_UM, 1.0)
+    """Means [R, M] of resamples with these counts of each user, and their standard errors.
+
+    counts_UG : decisions by user, one column for each set of decisions
+    group_M : the set of each mean
+    """
+    n = np.maximum(drawn_RU @ counts_UG, 1.0)[:, group_M]
     mean = drawn_RU @ sums_UM / n
     squares = (
         drawn_RU @ (sums_UM**2)
-        - 2 * mean * (drawn_RU @ (sums_UM * counts_UM))
-        + mean**2 * (drawn_RU @ (counts_UM**2))
+        - 2 * mean * (drawn_RU @ (sums_UM * counts_UG[:, group_M]))
+        + mean**2 * (drawn_RU @ (counts_UG**2))[:, group_M]
     )
     return mean, np.sqrt(np.maximum(squares, 0.0)) / n
 
 
-def lower_bound(terms: np.ndarray, user: np.ndarray, level: float, seed: int = 0) -> float:
+def lower_bound(
+    terms: np.ndarray,
+    user: np.ndarray,
+    level: float,
+    seed: int = 0,
+    resampled: Callable[[float], Interval] | None = None,
+) -> float:
     """Lower confidence bound of the mean of terms, with error probability `level`, where the terms of a user
     are correlated and users differ in how many they have.
 
@@ -157,6 +203,7 @@ def lower_bound(terms: np.ndarray, user: np.ndarray, level: float, seed: int = 0
     of a user's terms.
 
     user : codes from 0 [n]
+    resampled : interval of the mean by confidence, if it was resampled with others; None: resampled here
     """
     users = int(user.max()) + 1
     sums, counts = np.bincount(user, terms, users), np.bincount(user, minlength=users).astype(np.float64)
@@ -176,7 +223,8 @@ def lower_bound(terms: np.ndarray, user: np.ndarray, level: float, seed: int = 0
 
     bound = mean - float(stdtrit(freedom, 1.0 - level)) * error
     if level * RESAMPLES >= MIN_TAIL_RESAMPLES:
-        bound = min(bound, bootstrap(terms, user, confidence=1.0 - 2.0 * level, seed=seed).low)
+        resampled = resampled or partial(resample([terms], user, seed=seed).interval, 0)
+        bound = min(bound, resampled(1.0 - 2.0 * level).low)
     return bound
 
 
@@ -226,6 +274,7 @@ class Evaluation:
     log.
 
     intervals : of the paired differences
+    over_trained : of the doubly robust difference to the trained model
     lower : lower bound of the doubly robust difference, with error probability `level`
     production : of the rewards that were earned
     segments : of the doubly robust difference by segment
@@ -236,6 +285,7 @@ class Evaluation:
     """
 
     intervals: dict[str, Interval]
+    over_trained: Interval
     lower: float
     production: Interval
     segments: dict[str, Interval]
@@ -247,9 +297,9 @@ class Evaluation:
 
 def compare_with_production(
     r: np.ndarray,
-    w: tuple[np.ndarray, np.ndarray],
+    w: tuple[np.ndarray, np.ndarray, np.ndarray],
     q: np.ndarray,
-    v: tuple[np.ndarray, np.ndarray],
+    v: tuple[np.ndarray, np.ndarray, np.ndarray],
     user: np.ndarray,
     segments: Mapping[str, np.ndarray],
     *,
@@ -260,8 +310,8 @@ def compare_with_production(
 ) -> Evaluation:
     """The difference to production, paired by decision, with every estimator.
 
-    w, v : of the evaluated policy and of production, both with the same exploration, which may be narrower
-        than the log's
+    w, v : of the evaluated policy, of production and of the trained model, all with the same exploration,
+        which may be narrower than the log's
     segments : masks [n]
     """
     estimators: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -272,20 +322,24 @@ def compare_with_production(
         "switch_dr": lambda w, v: switch_dr(r, w, q, v, max_weight),
     }
     terms = {name: to_terms(w[0], v[0]) - to_terms(w[1], v[1]) for name, to_terms in estimators.items()}
+    trained = dr(r, w[0], q, v[0]) - dr(r, w[2], q, v[2])
     random = np.random.default_rng(seed)
     shuffled = [(w[0] - w[1]) * (random.permutation(r) - r.mean()) for _ in range(SHUFFLES)]
 
-    all_terms = [*terms.values(), r, w[0], *[terms["dr"]] * len(segments), *shuffled]
-    among = [None] * (len(terms) + 2) + list(segments.values()) + [None] * SHUFFLES
-    intervals = bootstraps(all_terms, user, among, confidence=confidence, seed=seed)
-    names = len(terms)
+    names, whole = list(terms), [trained, r, w[0], *shuffled]
+    by_segment = [terms["dr"]] * len(segments)
+    among = [None] * (len(names) + len(whole)) + list(segments.values())
+    resampled = resample([*terms.values(), *whole, *by_segment], user, among, seed=seed)
+    intervals = [resampled.interval(column, confidence) for column in range(len(among))]
+    over_trained, production, weight, *of_shuffled = intervals[len(names) : len(names) + len(whole)]
     return Evaluation(
-        dict(zip(terms, intervals[:names], strict=True)),
-        lower_bound(terms["dr"], user, level, seed),
-        intervals[names],
-        dict(zip(segments, intervals[names + 2 : -SHUFFLES], strict=True)),
-        min(map(effective_sample_size, w)),
+        dict(zip(names, intervals, strict=False)),
+        over_trained,
+        lower_bound(terms["dr"], user, level, seed, partial(resampled.interval, names.index("dr"))),
+        production,
+        dict(zip(segments, intervals[len(names) + len(whole) :], strict=True)),
+        min(map(effective_sample_size, w[:2])),
         float(max(w[0].max(), w[1].max())),
-        intervals[names + 1],
-        float(np.mean([not interval.low <= 0 <= interval.high for interval in intervals[-SHUFFLES:]])),
+        weight,
+        float(np.mean([not interval.low <= 0 <= interval.high for interval in of_shuffled])),
     )

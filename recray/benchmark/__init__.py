@@ -76,6 +76,7 @@ BENCHMARKS = {
     "policy --data": _on_data("policy.measure_real", "data", "overrides", "say"),
     "policy-drift": Benchmark("drift.measure_drift"),
     "policy-follow": Benchmark("drift.measure_follow"),
+    "rounds": Benchmark("rounds.measure_rounds"),
     "experiments": Benchmark("experiments.measure_experiments"),
 }
 """By name and variant, and by what the command line names beside it."""

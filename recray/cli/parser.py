@@ -50,6 +50,8 @@ BENCHMARKS = {
     "explain": "whether the events that an explanation names carried the score",
     "policy": "a learned attention policy on synthetic users whose best actions are known; with --data, on "
     "real histories",
+    "rounds": "how often a policy without a gain passes the promotion criteria, in one round and in any of "
+    "200",
     "experiments": "how many experiments of equal variants end, and how soon worse ones do",
 }
 
