@@ -37,22 +37,17 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
     started = time.monotonic()
     settings = with_port(settings)
     _require_servable(settings)
-    cluster.start(request_limit=settings.serve.request_limit, port=settings.serve.port)
-
-    with app.run_endpoint(settings) as address:
-        metrics = cluster.metrics_address()
-        wait_until_stopped(
-            app.is_running,
-            lambda: reporter.say(
-                f"serving on {address} (API page: {address}/docs; metrics: {metrics}); Ctrl-C ends it"
-            ),
-        )
-    return JobResult(
-        "serve",
-        "ok",
-        outputs={"address": address, "metrics": metrics},
-        seconds=round(time.monotonic() - started, 2),
-    )
+    outputs: dict[str, str] = {}
+    try:
+        cluster.start(request_limit=settings.serve.request_limit, port=settings.serve.port)
+        with app.run_endpoint(settings) as address:
+            outputs |= {"address": address, "metrics": cluster.metrics_address()}
+            pages = f"API page: {address}/docs; metrics: {outputs['metrics']}"
+            text = f"serving on {address} ({pages}); Ctrl-C ends it"
+            wait_until_stopped(app.is_running, lambda: reporter.say(text))
+    except KeyboardInterrupt:
+        reporter.say("stopped while it was starting")
+    return JobResult("serve", "ok", outputs=outputs, seconds=round(time.monotonic() - started, 2))
 
 
 def _require_servable(settings: Settings) -> None:
