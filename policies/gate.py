@@ -176,14 +176,14 @@ def judge(
     figures = {
         "explored": estimates.share,
         "level": criteria.level,
-        "dr_surely": evaluation.lower,
-        "over_trained": evaluation.over_trained.value,
-        "over_trained_low": evaluation.over_trained.low,
-        "over_trained_high": evaluation.over_trained.high,
+        "dr_surely": evaluation.gain_lower_bound,
+        "over_trained": evaluation.gain_over_trained.value,
+        "over_trained_low": evaluation.gain_over_trained.low,
+        "over_trained_high": evaluation.gain_over_trained.high,
         "unexplored": estimates.unexplored,
-        "effective_samples": evaluation.effective,
-        "shuffled": evaluation.shuffled,
-        "largest_weight": evaluation.largest,
+        "effective_samples": evaluation.effective_sample_size,
+        "shuffled": evaluation.shuffled_exclusion_rate,
+        "largest_weight": evaluation.max_weight,
         "production": evaluation.production.value,
         "decisions": float(len(log)),
     }
@@ -209,7 +209,7 @@ def compare(
     """
     difference = paid - none
     segments = split_by_history_length(observation)
-    gain, *by_segment = ope.bootstraps(
+    gain, *by_segment = ope.bootstrap_intervals(
         [difference] * (1 + len(segments)),
         None,
         [None, *segments.values()],
@@ -247,13 +247,13 @@ def _check_evaluation(
     """
     earned = max(abs(evaluation.production.value), 1e-12)
     values = {name: interval.value for name, interval in evaluation.intervals.items()}
-    gain, weight = evaluation.intervals["dr"], evaluation.weight
+    gain, weight = evaluation.intervals["dr"], evaluation.mean_weight
     estimates = ", ".join(f"{name} {value:+.4f}" for name, value in values.items())
     gain_text = (
         f"gain {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] a decision, compared with {earned:.4f}, "
         f"both at {share:g} times the logged exploration"
     )
-    gain_text += f"; lower bound {evaluation.lower:+.4f} at level {criteria.level:.2g}"
+    gain_text += f"; lower bound {evaluation.gain_lower_bound:+.4f} at level {criteria.level:.2g}"
     weight_text = (
         f"the mean weight is {weight.value:.3f}, not 1: actions were not played with the logged densities"
     )
@@ -261,7 +261,8 @@ def _check_evaluation(
         f"predicted gain without exploration {unexplored:+.4f}, required {criteria.segment * earned:+.4f}"
     )
     support_text = (
-        f"{evaluation.effective:.0f} effective samples of {decisions}, required {criteria.effective:.0f}"
+        f"{evaluation.effective_sample_size:.0f} effective samples of {decisions}, "
+        f"required {criteria.effective:.0f}"
     )
     return [
         Check(
@@ -269,14 +270,14 @@ def _check_evaluation(
             all(value > 0 for value in values.values()),
             f"estimators disagree: {estimates}",
         ),
-        Check("gain", evaluation.lower > criteria.threshold * earned, gain_text),
+        Check("gain", evaluation.gain_lower_bound > criteria.threshold * earned, gain_text),
         Check("unexplored", unexplored >= criteria.segment * earned, unexplored_text),
-        Check("support", evaluation.effective >= criteria.effective, support_text),
+        Check("support", evaluation.effective_sample_size >= criteria.effective, support_text),
         Check("weights", 2 * weight.low - weight.value <= 1 <= 2 * weight.high - weight.value, weight_text),
         Check(
             "shuffled rewards",
-            evaluation.shuffled <= MAX_SHUFFLED,
-            f"{evaluation.shuffled:.0%} of the intervals on shuffled rewards exclude 0",
+            evaluation.shuffled_exclusion_rate <= MAX_SHUFFLED,
+            f"{evaluation.shuffled_exclusion_rate:.0%} of the intervals on shuffled rewards exclude 0",
         ),
     ]
 

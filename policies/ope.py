@@ -79,33 +79,33 @@ def bernstein(terms: np.ndarray, width: float, confidence: float = 0.95) -> Inte
     return Interval(mean, mean - half_width, mean + half_width)
 
 
-def bootstrap(
+def bootstrap_interval(
     terms: np.ndarray,
     user: np.ndarray | None = None,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """`bootstraps` for a single mean."""
-    return bootstraps([terms], user, confidence=confidence, resamples=resamples, seed=seed)[0]
+    """`bootstrap_intervals` for a single mean."""
+    return bootstrap_intervals([terms], user, confidence=confidence, resamples=resamples, seed=seed)[0]
 
 
-def bootstraps(
+def bootstrap_intervals(
     terms: Sequence[np.ndarray],
     user: np.ndarray | None = None,
-    among: Sequence[np.ndarray | None] | None = None,
+    masks: Sequence[np.ndarray | None] | None = None,
     *,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Interval]:
     """The intervals of `resample`, all of the same confidence."""
-    resampled = resample(terms, user, among, resamples=resamples, seed=seed)
+    resampled = resample(terms, user, masks, resamples=resamples, seed=seed)
     return [resampled.interval(column, confidence) for column in range(len(terms))]
 
 
 @dataclass(frozen=True)
-class Resampled:
+class BootstrapResult:
     """M means over users, and their resamples.
 
     mean, error : [M]
@@ -126,30 +126,30 @@ class Resampled:
 def resample(
     terms: Sequence[np.ndarray],
     user: np.ndarray | None = None,
-    among: Sequence[np.ndarray | None] | None = None,
+    masks: Sequence[np.ndarray | None] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Resampled:
+) -> BootstrapResult:
     """Means over users with the same resamples for all, for bootstrap-t intervals (Efron and Tibshirani 1993,
     section 12.5). The intervals are skewed as the terms are.
 
     terms : M arrays [n]
     user : codes from 0 [n]; the decisions of a user are resampled together; None: each decision on its own
-    among : masks [n] of the decisions that each mean is over; None: all
+    masks : [n], of the decisions that each mean is over; None: all
     """
     codes = np.arange(len(terms[0])) if user is None else user
     users = int(codes.max()) + 1
-    masks = [None] * len(terms) if among is None else list(among)
+    term_masks = [None] * len(terms) if masks is None else list(masks)
     counts: dict[int, np.ndarray] = {}
-    for mask in masks:
+    for mask in term_masks:
         if id(mask) not in counts:
             counts[id(mask)] = np.bincount(codes, mask, users).astype(np.float64)
-    group = np.array([list(counts).index(id(mask)) for mask in masks])
+    group = np.array([list(counts).index(id(mask)) for mask in term_masks])
     sums_UM = np.stack(
         [
             np.bincount(codes, values if mask is None else values * mask, users)
-            for values, mask in zip(terms, masks, strict=True)
+            for values, mask in zip(terms, term_masks, strict=True)
         ],
         1,
     )
@@ -165,7 +165,7 @@ def resample(
         ]
         resampled_mean, spread = _mean_and_error(drawn, sums_UM, counts_UG, group)
         t[start : start + len(drawn)] = (resampled_mean - mean) / np.maximum(spread, 1e-300)
-    return Resampled(mean[0], error[0], t)
+    return BootstrapResult(mean[0], error[0], t)
 
 
 def _mean_and_error(
@@ -191,7 +191,7 @@ def lower_bound(
     user: np.ndarray,
     level: float,
     seed: int = 0,
-    resampled: Callable[[float], Interval] | None = None,
+    interval_at: Callable[[float], Interval] | None = None,
 ) -> float:
     """Lower confidence bound of the mean of terms, with error probability `level`, where the terms of a user
     are correlated and users differ in how many they have.
@@ -203,28 +203,30 @@ def lower_bound(
     of a user's terms.
 
     user : codes from 0 [n]
-    resampled : interval of the mean by confidence, if it was resampled with others; None: resampled here
+    interval_at : interval of the mean by confidence, if it was resampled with others; None: resampled here
     """
     users = int(user.max()) + 1
     sums, counts = np.bincount(user, terms, users), np.bincount(user, minlength=users).astype(np.float64)
     n, mean = counts.sum(), float(terms.mean())
     share = counts / n
     residual = (sums - mean * counts) / n / np.maximum(1.0 - share, 1e-9)
-    error = math.sqrt(float((residual**2).sum()))
+    standard_error = math.sqrt(float((residual**2).sum()))
 
-    independent = float(((terms - mean) ** 2).sum())
-    clustered = float(((sums - mean * counts) ** 2).sum())
-    excess = float((counts**2).sum() / n) - 1.0
+    within_squares = float(((terms - mean) ** 2).sum())
+    cluster_squares = float(((sums - mean * counts) ** 2).sum())
+    excess_cluster_size = float((counts**2).sum() / n) - 1.0
     correlation = (
-        min(max((clustered / max(independent, 1e-300) - 1.0) / excess, 0.0), 1.0) if excess > 0 else 0.0
+        min(max((cluster_squares / max(within_squares, 1e-300) - 1.0) / excess_cluster_size, 0.0), 1.0)
+        if excess_cluster_size > 0
+        else 0.0
     )
-    weight = counts * (1.0 + (counts - 1.0) * correlation)
-    freedom = max(float(weight.sum() ** 2 / (weight**2).sum()) - 1.0, 1.0)
+    expected_variance = counts * (1.0 + (counts - 1.0) * correlation)
+    degrees_of_freedom = max(float(expected_variance.sum() ** 2 / (expected_variance**2).sum()) - 1.0, 1.0)
 
-    bound = mean - float(stdtrit(freedom, 1.0 - level)) * error
+    bound = mean - float(stdtrit(degrees_of_freedom, 1.0 - level)) * standard_error
     if level * RESAMPLES >= MIN_TAIL_RESAMPLES:
-        resampled = resampled or partial(resample([terms], user, seed=seed).interval, 0)
-        bound = min(bound, resampled(1.0 - 2.0 * level).low)
+        interval_at = interval_at or partial(resample([terms], user, seed=seed).interval, 0)
+        bound = min(bound, interval_at(1.0 - 2.0 * level).low)
     return bound
 
 
@@ -238,7 +240,7 @@ def predict_rewards(
     action_NK: np.ndarray,
     r: np.ndarray,
     user: np.ndarray,
-    *played_MNK: np.ndarray,
+    *policy_actions_MNK: np.ndarray,
     seed: int = 0,
 ) -> tuple[np.ndarray, ...]:
     """A reward model's predictions: of the logged actions, q [n], and of each set of played actions, the mean
@@ -247,15 +249,15 @@ def predict_rewards(
     Cross-fitted (Chernozhukov et al. 2018): no user's prediction is fitted on that user's rewards.
     """
     fold = np.random.default_rng(seed).integers(0, FOLDS, int(user.max()) + 1)[user]
-    actions = action_NK[None], *played_MNK
+    actions = action_NK[None], *policy_actions_MNK
     predictions = tuple(np.zeros(len(r)) for _ in actions)
     for number in range(FOLDS):
         rows = fold == number
         x = _to_features(state_ND[~rows], action_NK[~rows])
-        weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ r[~rows])
+        coefficients = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ r[~rows])
         for values, draws in zip(predictions, actions, strict=True):
             values[rows] = np.mean(
-                [_to_features(state_ND[rows], drawn[rows]) @ weights for drawn in draws], 0
+                [_to_features(state_ND[rows], drawn[rows]) @ coefficients for drawn in draws], 0
             )
     return predictions
 
@@ -274,25 +276,26 @@ class Evaluation:
     log.
 
     intervals : of the paired differences
-    over_trained : of the doubly robust difference to the trained model
-    lower : lower bound of the doubly robust difference, with error probability `level`
+    gain_over_trained : of the doubly robust difference to the trained model
+    gain_lower_bound : of the doubly robust difference, with error probability `level`
     production : of the rewards that were earned
     segments : of the doubly robust difference by segment
-    effective, largest, weight : the smaller effective sample size and the largest weight of both policies,
-        and the mean weight of the evaluated one, which is 1 where the log's densities are right
-    shuffled : share of the intervals of the doubly robust difference that exclude 0 when the rewards are
-        shuffled, SHUFFLES times
+    effective_sample_size, max_weight, mean_weight : the smaller effective sample size and the largest weight
+        of both policies, and the mean weight of the evaluated one, which is 1 where the log's densities are
+        right
+    shuffled_exclusion_rate : share of the intervals of the doubly robust difference that exclude 0 when the
+        rewards are shuffled, SHUFFLES times
     """
 
     intervals: dict[str, Interval]
-    over_trained: Interval
-    lower: float
+    gain_over_trained: Interval
+    gain_lower_bound: float
     production: Interval
     segments: dict[str, Interval]
-    effective: float
-    largest: float
-    weight: Interval
-    shuffled: float
+    effective_sample_size: float
+    max_weight: float
+    mean_weight: Interval
+    shuffled_exclusion_rate: float
 
 
 def compare_with_production(
@@ -322,24 +325,26 @@ def compare_with_production(
         "switch_dr": lambda w, v: switch_dr(r, w, q, v, max_weight),
     }
     terms = {name: to_terms(w[0], v[0]) - to_terms(w[1], v[1]) for name, to_terms in estimators.items()}
-    trained = dr(r, w[0], q, v[0]) - dr(r, w[2], q, v[2])
+    terms_vs_trained = dr(r, w[0], q, v[0]) - dr(r, w[2], q, v[2])
     random = np.random.default_rng(seed)
-    shuffled = [(w[0] - w[1]) * (random.permutation(r) - r.mean()) for _ in range(SHUFFLES)]
+    shuffled_terms = [(w[0] - w[1]) * (random.permutation(r) - r.mean()) for _ in range(SHUFFLES)]
 
-    names, whole = list(terms), [trained, r, w[0], *shuffled]
+    names, unsegmented_terms = list(terms), [terms_vs_trained, r, w[0], *shuffled_terms]
     by_segment = [terms["dr"]] * len(segments)
-    among = [None] * (len(names) + len(whole)) + list(segments.values())
-    resampled = resample([*terms.values(), *whole, *by_segment], user, among, seed=seed)
-    intervals = [resampled.interval(column, confidence) for column in range(len(among))]
-    over_trained, production, weight, *of_shuffled = intervals[len(names) : len(names) + len(whole)]
+    masks = [None] * (len(names) + len(unsegmented_terms)) + list(segments.values())
+    resampled = resample([*terms.values(), *unsegmented_terms, *by_segment], user, masks, seed=seed)
+    intervals = [resampled.interval(column, confidence) for column in range(len(masks))]
+    gain_over_trained, production, mean_weight, *shuffled_intervals = intervals[
+        len(names) : len(names) + len(unsegmented_terms)
+    ]
     return Evaluation(
         dict(zip(names, intervals, strict=False)),
-        over_trained,
+        gain_over_trained,
         lower_bound(terms["dr"], user, level, seed, partial(resampled.interval, names.index("dr"))),
         production,
-        dict(zip(segments, intervals[len(names) + len(whole) :], strict=True)),
+        dict(zip(segments, intervals[len(names) + len(unsegmented_terms) :], strict=True)),
         min(map(effective_sample_size, w[:2])),
         float(max(w[0].max(), w[1].max())),
-        weight,
-        float(np.mean([not interval.low <= 0 <= interval.high for interval in of_shuffled])),
+        mean_weight,
+        float(np.mean([not interval.low <= 0 <= interval.high for interval in shuffled_intervals])),
     )

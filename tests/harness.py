@@ -27,6 +27,15 @@ from recray.storage.lease import FAULT
 from recray.testing.cluster import Head
 
 STAGES = ("prepare", "train", "evaluate", "promote", "score", "report")
+BEFORE = {
+    "prepare": "lease:held",
+    "train": "dataset:visible",
+    "evaluate": "bundle:visible",
+    "promote": "evaluation:visible",
+    "score": "RELEASE.json:visible",
+    "report": "LATEST.json:visible",
+}
+"""The commit point after which a nightly run comes to a stage."""
 ARTIFACTS = ("datasets", "bundles", "evaluations", "promotions", "scores", "reports")
 WRITES = {"prepare": ("datasets",), "train": ("bundles", "training")}
 AS_OF = "2024-04-20"

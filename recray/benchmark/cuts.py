@@ -142,7 +142,7 @@ class TrainingSeries:
         loop = build_loop(dataset, settings, torch.device("cpu"), parent, vars(mechanism))
         for _ in loop.run():
             pass
-        loop.average.load_state_dict(loop.best)
+        loop.ema_model.load_state_dict(loop.best)
         return write_bundle(
             path,
             path.name,

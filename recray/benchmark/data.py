@@ -61,12 +61,12 @@ def train_model(
     settings, dataset = prepare_data(data, folder / "root", overrides)
     loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     epochs = len(list(loop.run()))
-    loop.average.load_state_dict(loop.best)
+    loop.ema_model.load_state_dict(loop.best)
     say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
     return (
         settings,
         dataset,
-        Predictor.of(loop.average.eval(), dataset, settings.model.popularity_prior_days),
+        Predictor.of(loop.ema_model.eval(), dataset, settings.model.popularity_prior_days),
         epochs,
     )
 

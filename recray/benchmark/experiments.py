@@ -117,14 +117,14 @@ def run_experiment(cell: Cell, seed: int, responses: int, within: int | None = N
     order = _add_bursts(ms, failed, is_challenger) if cell.bursts else np.arange(responses)
     challenger_responses: int = 0
     columns = (column[order].tolist() for column in (user, is_challenger, ms, failed, clicked))
-    for number, (user_id, of_challenger, elapsed_ms, has_failed, has_click) in enumerate(
+    for number, (user_id, is_challenger, elapsed_ms, has_failed, has_click) in enumerate(
         zip(*columns, strict=True)
     ):
-        challenger_responses += of_challenger
+        challenger_responses += is_challenger
         body = {
             "trial": "c",
             "share": cell.share,
-            "arm": "challenger" if of_challenger else "champion",
+            "arm": "challenger" if is_challenger else "champion",
             "items": (),
             "degraded": ("model",) if has_failed else (),
             "model_ms": elapsed_ms,

@@ -256,9 +256,9 @@ def _train(
             f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, "
             f"validation NDCG@10 {line['validation_ndcg']:.4f}"
         )
-    loop.average.load_state_dict(loop.best)
+    loop.ema_model.load_state_dict(loop.best)
     say(f"seed {seed}: epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
-    return curve, loop.average.eval(), precision_of(loop)
+    return curve, loop.ema_model.eval(), precision_of(loop)
 
 
 def ranks_of(

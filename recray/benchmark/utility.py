@@ -277,10 +277,10 @@ class _Bench:
         loop = build_loop(str(self.dataset.path), settings, torch.device("cpu"), None, mechanism)
         for _ in loop.run():
             pass
-        loop.average.load_state_dict(loop.best)
+        loop.ema_model.load_state_dict(loop.best)
         return _to_figures(
             {
-                part: ranks_of(loop.average.eval(), self.dataset, settings, queries)
+                part: ranks_of(loop.ema_model.eval(), self.dataset, settings, queries)
                 for part, queries in self.queries.items()
             }
         )

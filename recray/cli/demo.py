@@ -219,11 +219,11 @@ def with_port(settings: Settings) -> Settings:
 
 
 def _send_requests(address: str, settings: Settings, reporter: Reporter) -> None:
-    """Three requests: a user of the log, a history in the request, an unknown user."""
+    """Three requests: a user of the event log, a history in the request, an unknown user."""
     titles = _load_titles(settings)
     bought = [item for item, title in titles.items() if "PARTY BUNTING" in title][:1] or list(titles)[:1]
     requests: list[tuple[str, Mapping[str, Any]]] = [
-        ("a user of the log", {"user_id": 17850, "k": 3}),
+        ("a user of the event log", {"user_id": 17850, "k": 3}),
         (
             f"a visitor who just bought {titles[bought[0]]}",
             {"history": [{"item_id": bought[0]}], "k": 3, "filter_seen": True},

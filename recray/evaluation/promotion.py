@@ -47,24 +47,24 @@ class Decision(TypedDict):
 
 
 def promote(
-    settings: Settings, dataset: Dataset, challenger: Bundle, *, by_hand: bool = False
+    settings: Settings, dataset: Dataset, challenger: Bundle, *, is_manual: bool = False
 ) -> tuple[str, Decision, bool]:
     """Decide whether the challenger becomes the champion, and update RELEASE.json.
 
     Returns the promotion's run key, the decision, and whether RELEASE.json changed. If a criterion fails, the
     decision has `promoted` false; that is no error.
 
-    by_hand : allow a bundle that was rolled back
+    is_manual : allow a bundle that was rolled back
     """
     storage = Storage(settings.root())
     release = Release.read(storage)
     if release.champion and release.champion.digest == challenger.digest:
         return _reuse_decision(storage, release, dataset, challenger)
-    if challenger.key in release.rolled_back and not by_hand:
+    if challenger.key in release.rolled_back and not is_manual:
         reason = f"bundle {challenger.key} was rolled back; `recray promote {challenger.key}` allows it again"
         return "", _to_decision(dataset, challenger, release, [], {}, reason), False
 
-    champion = _open_champion(storage, release, by_hand=by_hand)
+    champion = _open_champion(storage, release, is_manual=is_manual)
     privacy = None
     if settings.privacy.enabled:
         privacy = _check_privacy(settings, challenger)
@@ -76,7 +76,7 @@ def promote(
     if not is_sealed(path, KIND, key):
         _write_decision(settings, path, key, dataset, challenger, champion, release, privacy)
     decision = read_json(path / "decision.json")
-    changed = _update_release(storage, challenger, key, promoted=decision["promoted"], by_hand=by_hand)
+    changed = _update_release(storage, challenger, key, promoted=decision["promoted"], is_manual=is_manual)
     return key, decision, changed
 
 
@@ -100,14 +100,14 @@ def promote_key(
     )
 
 
-def _open_champion(storage: Storage, release: Release, *, by_hand: bool) -> Bundle | None:
+def _open_champion(storage: Storage, release: Release, *, is_manual: bool) -> Bundle | None:
     """The champion, to compare with. If it is missing or damaged, only a promotion by hand continues."""
     if release.champion is None:
         return None
     try:
         return release.champion.open(storage)
     except ArtifactError:
-        if not by_hand:
+        if not is_manual:
             raise
         return None
 
@@ -210,7 +210,9 @@ def _reuse_decision(
     return "", _to_decision(dataset, champion, release, [], {}, reason), False
 
 
-def _update_release(storage: Storage, challenger: Bundle, key: str, *, promoted: bool, by_hand: bool) -> bool:
+def _update_release(
+    storage: Storage, challenger: Bundle, key: str, *, promoted: bool, is_manual: bool
+) -> bool:
     """Write the release that follows from a decision; False if it was written before."""
 
     def transform(release: Release) -> Release:
@@ -218,7 +220,7 @@ def _update_release(storage: Storage, challenger: Bundle, key: str, *, promoted:
             return release if release.has_experiment else replace(release, challenger=Member.of(challenger))
         if release.champion is not None and release.champion.digest == challenger.digest:
             return release  # by an earlier attempt that was killed after this step
-        if challenger.key in release.rolled_back and not by_hand:
+        if challenger.key in release.rolled_back and not is_manual:
             return release  # its experiment ended while the criteria were checked
         return Release(
             champion=Member.of(challenger),

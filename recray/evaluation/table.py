@@ -12,15 +12,16 @@ TITLES = {"with_repeats": "without seen-item filter", "filter_seen": "with seen-
 def render_table(table: Table, k: int) -> RichTable:
     """Model and baselines under both protocols at `k`, with the model's paired NDCG difference to each."""
     out = RichTable(
-        caption="paired difference: recray's NDCG minus the row's, per user, with its bootstrap interval",
+        caption="recray minus row: NDCG of the same users, with its 95 % bootstrap interval",
         caption_justify="left",
     )
     out.add_column("")
     for name in (f"HR@{k}", f"NDCG@{k}", f"MRR@{k}", f"Recall@{k}", "coverage", "top 10 %"):
         out.add_column(name, justify="right", no_wrap=True)
-    out.add_column("paired difference", justify="right", no_wrap=True)
+    out.add_column("recray minus row", justify="right", no_wrap=True)
     for protocol, rows in table.items():
-        out.add_row(f"{TITLES[protocol]}, {rows[MODEL].get('users', 0)} users", style="italic")
+        users = f"{rows[MODEL].get('users', 0)} users" + " with a new item" * (protocol == "filter_seen")
+        out.add_row(f"{TITLES[protocol]}, {users}", style="italic")
         for name, row in rows.items():
             out.add_row(f"  {name}", *format_cells(row, k), style="bold" if name == MODEL else None)
         out.add_section()

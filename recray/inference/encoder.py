@@ -53,11 +53,13 @@ class HistoryEncoder:
         self._parts_MVD = self.model.items.parts()
         self.table_VD = self.model.items()
         self._output_VD = self.model.output(self.table_VD)
-        known_V = self.model.items.present().any(0)
-        self.blank_items = (~known_V[1:]).nonzero()[:, 0] + 1  # without an id vector and without a feature
+        has_vector_V = self.model.items.present().any(0)
+        self.blank_items = (~has_vector_V[1:]).nonzero()[
+            :, 0
+        ] + 1  # without an id vector and without a feature
 
-        if len(self.blank_items) and known_V.any():  # such an item scores as all others do on average
-            mean_D = self._output_VD[known_V].mean(0)
+        if len(self.blank_items) and has_vector_V.any():  # such an item scores as all others do on average
+            mean_D = self._output_VD[has_vector_V].mean(0)
             self._output_VD = self._output_VD.index_copy(
                 0, self.blank_items, mean_D.expand(len(self.blank_items), -1)
             )
@@ -75,8 +77,8 @@ class HistoryEncoder:
         batch = self.batch([event], np.zeros(1, np.int64), np.zeros((1, self.model.shape.context), np.int64))
         variants: list[Controls | None] = [None]
         if controls:
-            neutral = controls_of([dict.fromkeys(controls, 0.0)], self.model, self._event_types)
-            variants.append(neutral.map(lambda tensor: tensor.to(self.device)))
+            neutral_controls = controls_of([dict.fromkeys(controls, 0.0)], self.model, self._event_types)
+            variants.append(neutral_controls.map(lambda tensor: tensor.to(self.device)))
         self.model.eval()
         self._graphs = Graphs(self._hidden, (batch, variants), users, self.model.shape.history)
 
@@ -97,8 +99,8 @@ class HistoryEncoder:
             hidden, entropy = self._hidden_and_entropy(batch, controls)
         else:
             graphs = None if torch.is_grad_enabled() else self._graphs
-            replayed = None if graphs is None else graphs(batch, controls)
-            hidden = self._hidden(batch, controls) if replayed is None else replayed
+            graph_hidden = None if graphs is None else graphs(batch, controls)
+            hidden = self._hidden(batch, controls) if graph_hidden is None else graph_hidden
         if was_training:
             self.model.train()
         return hidden, entropy
@@ -108,13 +110,13 @@ class HistoryEncoder:
         return self.model.scores(hidden, self._output_VD[items], batch, first=items.start)
 
     @torch.no_grad()
-    def attention_reach(self, batch: Batch) -> np.ndarray:
+    def attention_rollout(self, batch: Batch) -> np.ndarray:
         """How much of each event reaches the hidden state through the attention (roll-out), float32 [T]."""
         was_training = self.model.training
         self.model.eval()
-        reach = self.model.roll_out(self.model.embed(batch, self.table_VD), batch)[0].cpu().numpy()
+        rollout_T = self.model.roll_out(self.model.embed(batch, self.table_VD), batch)[0].cpu().numpy()
         self.model.train(was_training)
-        return reach
+        return rollout_T
 
     def _hidden(self, batch: Batch, controls: Controls | None) -> Tensor:
         with self._precision():
@@ -123,9 +125,9 @@ class HistoryEncoder:
     def _hidden_and_entropy(self, batch: Batch, controls: Controls | None) -> tuple[Tensor, Tensor]:
         with self._precision():
             embedded = self.model.embed(batch, self.table_VD, self._parts_MVD, controls)
-            before = self.model.before_last(embedded, batch, controls)
-            hidden = self.model.hidden_at_query(before, batch, controls).float()
-        return hidden, self.model.entropy(before.float(), batch)
+            penultimate_BTD = self.model.hidden_before_last(embedded, batch, controls)
+            hidden = self.model.hidden_at_query(penultimate_BTD, batch, controls).float()
+        return hidden, self.model.entropy(penultimate_BTD.float(), batch)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16)

@@ -50,18 +50,18 @@ def explain(
     if not len(readable.item_index):
         return Explanation(positions[:0], np.zeros(0, np.float32), np.zeros((len(items), 0), np.float32))
     codes = np.zeros(predictor.model.shape.context, np.int64) if context is None else context
-    reach = encoder.attention_reach(encoder.batch([readable], np.array([now], np.int64), codes[None]))
+    rollout_T = encoder.attention_rollout(encoder.batch([readable], np.array([now], np.int64), codes[None]))
 
     if len(positions) == 1:
         every_item = np.arange(predictor.n_items + 1)
         contexts = None if context is None else [context]
         scores = predictor.score([readable], [every_item], now=now, controls=controls, context=contexts)[0]
-        return Explanation(positions, reach, (scores[items] - scores[1:].mean())[:, None])
+        return Explanation(positions, rollout_T, (scores[items] - scores[1:].mean())[:, None])
 
     is_repeat = np.isin(
         readable.item_index, items
     )  # the repeat-consumption head reads these without attention
-    selected = np.sort(np.lexsort((reach, is_repeat))[-events:])
+    selected = np.sort(np.lexsort((rollout_T, is_repeat))[-events:])
     occluded = [History(*(np.delete(values, position) for values in readable)) for position in selected]
     histories = [readable, *occluded]
     expanded = None if controls is None else controls.map(lambda t: t.expand(len(histories), *t.shape[1:]))
@@ -69,4 +69,4 @@ def explain(
     scores = np.stack(
         predictor.score(histories, [items] * len(histories), now=now, controls=expanded, context=contexts)
     )
-    return Explanation(positions[selected], reach[selected], (scores[:1] - scores[1:]).T)
+    return Explanation(positions[selected], rollout_T[selected], (scores[:1] - scores[1:]).T)

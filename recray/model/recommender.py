@@ -128,7 +128,7 @@ class Recommender(nn.Module):
         """
         x_BTD = self.embed(batch, table_VD, parts_MVD, controls)
         if masked:
-            return self.hidden_at_query(self.before_last(x_BTD, batch, controls), batch, controls)
+            return self.hidden_at_query(self.hidden_before_last(x_BTD, batch, controls), batch, controls)
         if batch.packing is not None:
             return self._queried(self._packed(x_BTD, batch, controls), batch)
         return self._queried(self.states(x_BTD, batch, controls)[batch.user_N, batch.position_N], batch)
@@ -163,7 +163,7 @@ class Recommender(nn.Module):
         )
         return x_PD.index_select(0, packing.first_B[batch.user_N] + batch.position_N)
 
-    def before_last(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
+    def hidden_before_last(self, x_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
         """Output of all blocks but the last for the embedded histories [B, T, D], for inference."""
         inputs = self.attention_inputs(batch, None, controls, masked=True)
         for block in self.blocks[:-1]:
@@ -171,7 +171,7 @@ class Recommender(nn.Module):
         return x_BTD
 
     def hidden_at_query(self, before_BTD: Tensor, batch: Batch, controls: Controls | None = None) -> Tensor:
-        """Hidden states of one query per user [B, D], from `before_last`.
+        """Hidden states of one query per user [B, D], from `hidden_before_last`.
 
         Runs the last block at the query position only.
         """
@@ -181,7 +181,9 @@ class Recommender(nn.Module):
         return self._queried(states[:, 0], batch)
 
     def entropy(self, before_BTD: Tensor, batch: Batch) -> Tensor:
-        """Entropy in nats of each query position's attention in the last block [B], from `before_last`."""
+        """Entropy in nats of each query position's attention in the last block [B], from
+        `hidden_before_last`.
+        """
         last, position = self.blocks[-1], batch.position_N
         assert isinstance(last, Block)
         inputs = self.attention_inputs(batch, position, None, masked=True)
@@ -203,12 +205,12 @@ class Recommender(nn.Module):
         """
         inputs = self.attention_inputs(batch, None, None, masked=True)
         own = torch.eye(x_BTD.shape[1], device=x_BTD.device)
-        reach, x = own[None], x_BTD
+        rollout, x = own[None], x_BTD
         for block in self.blocks:
             assert isinstance(block, Block)
-            reach = (0.5 * own + 0.5 * block.attention.weights(block.attention_norm(x), inputs)) @ reach
+            rollout = (0.5 * own + 0.5 * block.attention.weights(block.attention_norm(x), inputs)) @ rollout
             x = block(x, inputs, None)
-        return reach[torch.arange(len(x), device=x.device), batch.position_N]
+        return rollout[torch.arange(len(x), device=x.device), batch.position_N]
 
     def finish(self, states: Tensor) -> Tensor:
         """Hidden states that `scores` compares with items, from states [..., D]."""

@@ -131,48 +131,54 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
     item_counts: list[pa.Table] = []
     invalid_tables: list[pa.Table] = []
     for batch in _stage_batches(plan, group):
-        valid, invalid, clocked = _split_invalid(plan, batch)
+        valid, invalid, has_time_of_day = _split_invalid(plan, batch)
         if len(plan.opted_out):
             is_opted_out, is_opted_out_invalid = (
                 _mask_opted_out(plan.opted_out, rows) for rows in (valid, invalid)
             )
             stats.opted_out += int(is_opted_out.sum() + is_opted_out_invalid.sum())
-            valid, clocked, invalid = (
+            valid, has_time_of_day, invalid = (
                 valid.filter(pa.array(~is_opted_out)),
-                clocked[~is_opted_out],
+                has_time_of_day[~is_opted_out],
                 invalid.filter(pa.array(~is_opted_out_invalid)),
             )
 
-        describes = mask_describing_users(plan, valid)
-        stats.clocked |= bool(clocked[describes].any())
+        is_statistics_row = mask_statistics_users(plan, valid)
+        stats.clocked |= bool(has_time_of_day[is_statistics_row].any())
         stats.rows += len(batch.table) + len(batch.invalid_lines)
         invalid_tables.append(invalid)
 
         if plan.as_of_us is not None:
-            is_kept = valid["t"].to_numpy() <= plan.as_of_us
-            stats.late += int((~is_kept).sum())
-            valid, describes = valid.filter(pa.array(is_kept)), describes[is_kept]
-        with_low_values = valid
+            is_before_as_of = valid["t"].to_numpy() <= plan.as_of_us
+            stats.late += int((~is_before_as_of).sum())
+            valid, is_statistics_row = (
+                valid.filter(pa.array(is_before_as_of)),
+                is_statistics_row[is_before_as_of],
+            )
+        valid_before_value_filter = valid
         if plan.min_value is not None:
-            is_kept = valid[schema.VALUE].to_numpy() >= np.float32(plan.min_value)
-            stats.low += int((~is_kept).sum())
-            valid, describes = valid.filter(pa.array(is_kept)), describes[is_kept]
+            reaches_min_value = valid[schema.VALUE].to_numpy() >= np.float32(plan.min_value)
+            stats.low += int((~reaches_min_value).sum())
+            valid, is_statistics_row = (
+                valid.filter(pa.array(reaches_min_value)),
+                is_statistics_row[reaches_min_value],
+            )
 
-        staged = with_low_values if plan.keeps_low_values and not group.live else valid
+        staged = valid_before_value_filter if plan.keeps_low_values and not group.live else valid
         _scatter_to_shards(staged, plan.shards, scratch, writers)
         if not len(valid):
             continue
 
-        describing_rows = valid if describes.all() else valid.filter(pa.array(describes))
+        statistics_rows = valid if is_statistics_row.all() else valid.filter(pa.array(is_statistics_row))
         if plan.clock == schema.TIMESTAMP:
-            stats.update_last_us(pc.max(describing_rows["t"]).as_py())
+            stats.update_last_us(pc.max(statistics_rows["t"]).as_py())
         if schema.VALUE in plan.columns:
             stats.negative += int((valid[schema.VALUE].to_numpy() <= 0).sum())
         stats.words += _count_matching_ids(valid, lambda text: pc.is_in(text, pa.array(NULL_IDS)))
         stats.padded += _count_matching_ids(
             valid, lambda text: pc.not_equal(pc.utf8_trim_whitespace(text), text)
         )
-        _add_counts(stats.event_types, describing_rows[schema.EVENT])
+        _add_counts(stats.event_types, statistics_rows[schema.EVENT])
         item_counts.append(valid.group_by(schema.ITEM_ID).aggregate([([], "count_all")]))
 
     for writer in writers.values():
@@ -298,11 +304,11 @@ def _stage_batches(plan: PartitionPlan, group: RowGroup) -> Iterator[_StagedBatc
     with open_file(group.file) as file:
         columns = None if group.live else list(plan.columns.values())
         for batch in file.batches(group.part, BATCH_ROWS, columns):
-            staged = (_CollectedRows if group.live else _OwnerRows)(plan, batch, group.file)
+            staged = (_CollectedRows if group.live else _InputRows)(plan, batch, group.file)
             yield staged.stage()
 
 
-class _OwnerRows:
+class _InputRows:
     """Rows of `data.events`, staged column by column."""
 
     def __init__(self, plan: PartitionPlan, batch: Batch, file: InputFile) -> None:
@@ -381,13 +387,16 @@ class _OwnerRows:
         if name == schema.TIMESTAMP:
             return self._stage_time(column)
         if name in (schema.USER_ID, schema.ITEM_ID, schema.BASKET):
-            where, is_text = f"{self.file.uri}: {self.plan.columns[name]}", self.file.format != "parquet"
+            column_location, is_text = (
+                f"{self.file.uri}: {self.plan.columns[name]}",
+                self.file.format != "parquet",
+            )
             if self.plan.needs_integer_items and name == schema.ITEM_ID and pa.types.is_string(column.type):
                 column = self._to_integer_text(column)
             ids = to_id_column(
                 column,
                 staged_type,
-                where,
+                column_location,
                 is_text_file=is_text,
                 is_integral=name in self.plan.integral_float_ids,
             )
@@ -411,10 +420,10 @@ class _OwnerRows:
         text = pc.replace_substring_regex(
             _blank_to_null(column, is_text_file=True), rf"^(-?[0-9]+){POINT_ZERO}", r"\1"
         )
-        is_other = pc.fill_null(pc.invert(pc.match_substring_regex(text, CANONICAL)), False)
-        if pc.any(is_other).as_py():
-            self.invalid["item_id is no whole number, as those of data.items are"] = is_other.to_numpy()
-        return pc.if_else(is_other, pa.scalar(None, pa.string()), text)
+        is_not_integer = pc.fill_null(pc.invert(pc.match_substring_regex(text, CANONICAL)), False)
+        if pc.any(is_not_integer).as_py():
+            self.invalid["item_id is no whole number, as those of data.items are"] = is_not_integer.to_numpy()
+        return pc.if_else(is_not_integer, pa.scalar(None, pa.string()), text)
 
     def _stage_time(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         times = self.plan.times.read(column)
@@ -466,7 +475,7 @@ class _OwnerRows:
             return values
 
 
-class _CollectedRows(_OwnerRows):
+class _CollectedRows(_InputRows):
     """Rows that the endpoint collected; null for an id that does not fit the type of `data.events`."""
 
     def digest_rows(self) -> np.ndarray:
@@ -570,7 +579,7 @@ def _parse_float(text: str | None) -> float | None:
         return None
 
 
-def mask_describing_users(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
+def mask_statistics_users(plan: PartitionPlan, rows: pa.Table) -> np.ndarray:
     """Rows of users who describe the data, bool [rows]."""
     if plan.holdout_split is None:
         return np.ones(len(rows), bool)

@@ -21,7 +21,7 @@ from recray.prepare.partition import (
     ROW_DIGEST,
     STAGED_POSITION,
     PartitionPlan,
-    mask_describing_users,
+    mask_statistics_users,
     read_partition,
 )
 from recray.storage import write_json
@@ -101,9 +101,9 @@ def count_shard(plan: ShardPlan, number: int) -> None:
         else pc.is_in(items, value_set=plan.item_ids).cast(pa.int64()).to_numpy()
     )
     order = _filter_rows(plan, table, (item + 1) * in_vocabulary[item] if len(items) else item, event).order
-    describing_rows = order[mask_describing_users(plan.partition, table)[order]]
+    statistics_rows = order[mask_statistics_users(plan.partition, table)[order]]
     for name, ids, codes, rows in zip(
-        names, (items, types), (item, event), (order, describing_rows), strict=True
+        names, (items, types), (item, event), (order, statistics_rows), strict=True
     ):
         counts = pa.table({name: ids, "count_all": np.bincount(codes[rows], minlength=len(ids))})
         pq.write_table(counts.filter(pc.greater(counts["count_all"], 0)), plan.counts_path(number, name))

@@ -55,14 +55,14 @@ class Canaries:
         ends = sizes.cumsum()
         self._owner_M = np.searchsorted(ends, flat, side="right")
         self._position_M = flat - (ends - sizes)[self._owner_M]
-        self.planted_M = self._random.random(count) < 0.5
+        self.is_present_M = self._random.random(count) < 0.5
         self.membership_score_M, self._clean_M = np.zeros(count), np.zeros(count)
         self.rate, self.clipping_norm = rate, clipping_norm
 
     def plant(self, gradients: list[Tensor]) -> None:
         """Add the canaries of this step to the sum of the clipped gradients."""
         self._clean_M = self._read(gradients)
-        drawn = self.planted_M & (self._random.random(len(self.planted_M)) < self.rate)
+        drawn = self.is_present_M & (self._random.random(len(self.is_present_M)) < self.rate)
         for number, where in self._by_owner(drawn):
             gradients[number].view(-1)[torch.from_numpy(self._position_M[where])] += self.clipping_norm
 
@@ -71,8 +71,8 @@ class Canaries:
         self.membership_score_M += users * self._read(gradients) - self._clean_M
 
     def _read(self, gradients: list[Tensor]) -> np.ndarray:
-        values = np.zeros(len(self.planted_M))
-        for number, where in self._by_owner(np.ones(len(self.planted_M), bool)):
+        values = np.zeros(len(self.is_present_M))
+        for number, where in self._by_owner(np.ones(len(self.is_present_M), bool)):
             values[where] = (
                 gradients[number]
                 .reshape(-1)[torch.from_numpy(self._position_M[where])]
@@ -112,16 +112,16 @@ class Bound:
         )
 
 
-def bound(planted_M: np.ndarray, membership_score_M: np.ndarray, delta: float) -> Bound:
+def bound(is_present_M: np.ndarray, membership_score_M: np.ndarray, delta: float) -> Bound:
     """The best lower bound of ε over the numbers of guesses.
 
     Half of the guesses are present (the largest `membership_score_M`), half are absent (the smallest).
     """
-    count = len(planted_M)
+    count = len(is_present_M)
     order = np.argsort(membership_score_M, kind="stable")
     highest, bounds = ceiling(count, delta), []
     for half in _halves(count):
-        correct = int(planted_M[order[count - half :]].sum() + (~planted_M[order[:half]]).sum())
+        correct = int(is_present_M[order[count - half :]].sum() + (~is_present_M[order[:half]]).sum())
         bounds.append(
             Bound(lower_bound(count, 2 * half, correct, delta, SHARED), highest, count, 2 * half, correct)
         )

@@ -16,14 +16,14 @@ from typing import Any, TypedDict
 
 import xxhash
 
-from recray.serving.health import ALONE, ERRORS, LATENCY, ErrorTest, LatencyTest
-from recray.serving.outcomes import WORSE, OutcomeTest
+from recray.serving.health import ERROR_LEVEL, LATENCY_LEVEL, UNPAIRED_ERROR_LEVEL, ErrorTest, LatencyTest
+from recray.serving.outcomes import LOSS_LEVEL, OutcomeTest
 from recray.serving.sequential import DAY_S
 from recray.state.log import Entry
 from recray.state.rewards import Rewards
 
 LEVEL = 0.05  # maximum probability of an end with equal variants; sum of the three tests
-assert ERRORS + ALONE + LATENCY + WORSE <= LEVEL
+assert ERROR_LEVEL + UNPAIRED_ERROR_LEVEL + LATENCY_LEVEL + LOSS_LEVEL <= LEVEL
 
 
 def is_in_share(user: str, challenger: str, share: float) -> bool:
@@ -51,7 +51,7 @@ class Experiment:
     since_s : its start; earlier entries belong to another experiment
     rewards : rewards of outcomes
     is_counted : whether a user's requests and outcomes are evaluated
-    refused : users of whom this replica has recorded a refused request
+    refused_users : of whom this replica has recorded a refused request
     """
 
     challenger: str
@@ -60,7 +60,7 @@ class Experiment:
     since_s: float = 0.0
     rewards: Rewards = field(default_factory=lambda: Rewards({}, 1.0))
     is_counted: Callable[[str], bool] = lambda user: True
-    refused: set[str] = field(default_factory=set)
+    refused_users: set[str] = field(default_factory=set)
     errors: ErrorTest = field(init=False)
     latency: LatencyTest = field(init=False)
     outcomes: OutcomeTest = field(init=False)
@@ -100,23 +100,23 @@ class Experiment:
             day = max(int((entry.at_s - self.since_s) / DAY_S), 0) if self.since_s else 0
             if body["arm"] == "shadow":
                 if "beside" in body:
-                    self._count(entry.user, day, body["beside"], of_challenger=False)
-                    self._count(entry.user, day, body, of_challenger=True)
+                    self._count(entry.user, day, body["beside"], is_challenger=False)
+                    self._count(entry.user, day, body, is_challenger=True)
                 return
-            of_challenger = body["arm"] == "challenger"
+            is_challenger = body["arm"] == "challenger"
             if "model_ms" in body and body.get("listed"):
                 self.errors.add_unpaired_response(entry.user, day, failed="model" in body["degraded"])
             elif "model_ms" in body:
-                self._count(entry.user, day, body, of_challenger=of_challenger)
+                self._count(entry.user, day, body, is_challenger=is_challenger)
             if "asked" not in body:  # else no user saw the response
-                self.outcomes.add_response(entry.key, entry.user, body["items"], of_challenger=of_challenger)
+                self.outcomes.add_response(entry.key, entry.user, body["items"], is_challenger=is_challenger)
 
-    def _count(self, user: str, day: int, body: Mapping[str, Any], *, of_challenger: bool) -> None:
+    def _count(self, user: str, day: int, body: Mapping[str, Any], *, is_challenger: bool) -> None:
         """Count a response of a model where the other variant would have run its model too."""
         failed = bool(body.get("refused")) or "model" in body["degraded"]
-        self.errors.add_response(user, day, of_challenger=of_challenger, failed=failed)
+        self.errors.add_response(user, day, is_challenger=is_challenger, failed=failed)
         self.latency.add_response(
-            user, day, math.inf if failed else body["model_ms"], of_challenger=of_challenger
+            user, day, math.inf if failed else body["model_ms"], is_challenger=is_challenger
         )
 
     def find_reason_to_end(self) -> str | None:

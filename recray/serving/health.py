@@ -9,7 +9,11 @@ import numpy as np
 
 from recray.serving.sequential import ShareTest
 
-ERRORS, ALONE, LATENCY = 0.025, 0.002, 0.005  # level of each test, over a whole experiment
+ERROR_LEVEL, UNPAIRED_ERROR_LEVEL, LATENCY_LEVEL = (
+    0.025,
+    0.002,
+    0.005,
+)  # level of each test, over a whole experiment
 FAILED = 0.01  # tolerated difference of the error rates
 MOST_FAILED = 0.1  # tolerated error rate where the champion serves batch recommendations
 SLOWER = 1.5  # tolerated ratio of the latency quantiles
@@ -28,19 +32,22 @@ class ErrorTest:
     """
 
     def __init__(self, share: float) -> None:
-        self._test, self._unpaired_test = ShareTest(share, ERRORS), ShareTest(MOST_FAILED, ALONE)
+        self._test, self._unpaired_test = (
+            ShareTest(share, ERROR_LEVEL),
+            ShareTest(MOST_FAILED, UNPAIRED_ERROR_LEVEL),
+        )
         self._recent = {True: Failures(), False: Failures()}
         self._recent_unpaired = Failures()
 
-    def add_response(self, user: str, day: int, *, of_challenger: bool, failed: bool) -> None:
+    def add_response(self, user: str, day: int, *, is_challenger: bool, failed: bool) -> None:
         """Count a response of a variant where the other one would have run its model too."""
-        self._recent[of_challenger].append(failed)
-        self._test.add_response(user, day, of_challenger=of_challenger, affected=failed)
+        self._recent[is_challenger].append(failed)
+        self._test.add_response(user, day, is_challenger=is_challenger, affected=failed)
 
     def add_unpaired_response(self, user: str, day: int, *, failed: bool) -> None:
         """Count a response of the challenger where the champion would have served batch recommendations."""
         self._recent_unpaired.append(failed)
-        self._unpaired_test.count_user(user, day, of_challenger=failed)
+        self._unpaired_test.count_user(user, day, is_challenger=failed)
 
     def find_failure(self) -> str | None:
         """Why the challenger fails the test, as text; None if it passes."""
@@ -84,22 +91,22 @@ class LatencyTest:
     """
 
     def __init__(self, share: float) -> None:
-        self._tests = [ShareTest(share, LATENCY / len(QUANTILES)) for _ in QUANTILES]
+        self._tests = [ShareTest(share, LATENCY_LEVEL / len(QUANTILES)) for _ in QUANTILES]
         self._recent: dict[bool, deque[float]] = {
-            of_challenger: deque(maxlen=RECENT) for of_challenger in (True, False)
+            is_challenger: deque(maxlen=RECENT) for is_challenger in (True, False)
         }
         self._limits: list[float] | None = None
         self._countdown = LEAST  # responses of the champion until the limits are updated
 
-    def add_response(self, user: str, day: int, ms: float, *, of_challenger: bool) -> None:
+    def add_response(self, user: str, day: int, ms: float, *, is_challenger: bool) -> None:
         """Count a response where the other variant would have run its model too; infinite `ms`: it failed."""
         if self._limits is not None:
             for limit, test in zip(self._limits, self._tests, strict=True):
-                test.add_response(user, day, of_challenger=of_challenger, affected=ms > limit)
+                test.add_response(user, day, is_challenger=is_challenger, affected=ms > limit)
         if math.isinf(ms):
             return
-        self._recent[of_challenger].append(ms)
-        self._countdown -= not of_challenger
+        self._recent[is_challenger].append(ms)
+        self._countdown -= not is_challenger
         if not self._countdown:
             self._limits, self._countdown = (
                 np.quantile(np.array(self._recent[False]), QUANTILES).tolist(),
@@ -111,8 +118,8 @@ class LatencyTest:
         for quantile, test in zip(QUANTILES, self._tests, strict=True):
             if test.is_significant and self._recent[True]:
                 challenger, champion = (
-                    float(np.quantile(np.array(self._recent[of_challenger]), quantile))
-                    for of_challenger in (True, False)
+                    float(np.quantile(np.array(self._recent[is_challenger]), quantile))
+                    for is_challenger in (True, False)
                 )
                 if challenger > SLOWER * champion:
                     return (

@@ -11,7 +11,7 @@ from scipy.special import ndtri
 from recray.state.rewards import Credits, Rewards
 
 LEAST_USERS = 100  # of the challenger, before outcomes are tested
-WORSE, BETTER = 0.008, 0.05  # levels, over a whole experiment
+LOSS_LEVEL, GAIN_LEVEL = 0.008, 0.05  # levels, over a whole experiment
 RHO = 0.1  # makes the first bound tightest after about 2 log(1 / level) / RHO² users
 PLANNED = 5_000  # responses of the challenger for which the second bound is planned
 ROUNDING = 1e-12  # relative error of sums of squares
@@ -40,18 +40,18 @@ class OutcomeTest:
         # by request: the user, and whether the challenger responded
         self._responses: dict[str, tuple[str, bool]] = {}
         # over a variant's users: responses n, rewards y, nn, ny, yy
-        self._sums = {of_challenger: [0.0] * 5 for of_challenger in (True, False)}
+        self._sums = {is_challenger: [0.0] * 5 for is_challenger in (True, False)}
 
-    def add_response(self, request_id: str, user: str, items: list[Any], *, of_challenger: bool) -> None:
+    def add_response(self, request_id: str, user: str, items: list[Any], *, is_challenger: bool) -> None:
         """Count a response with its items."""
         if user not in self._users:
             self._users[user] = 0, 0.0
-            self.users[of_challenger] += 1
-        self._responses[request_id] = user, of_challenger
+            self.users[is_challenger] += 1
+        self._responses[request_id] = user, is_challenger
         reward = self._credits.add_response(request_id, items)  # of outcomes that came before
         if len(self._responses) > (self._credits.limit or math.inf):
             del self._responses[next(iter(self._responses))]
-        self._add(user, of_challenger, 1, reward)
+        self._add(user, is_challenger, 1, reward)
 
     def add_outcome(self, request_id: str, outcome: str, item_id: Any, value: float) -> None:
         """Count an outcome of a response."""
@@ -59,10 +59,10 @@ class OutcomeTest:
         if reward and request_id in self._responses:
             self._add(*self._responses[request_id], 0, reward)
 
-    def _add(self, user: str, of_challenger: bool, responses: int, reward: float) -> None:
+    def _add(self, user: str, is_challenger: bool, responses: int, reward: float) -> None:
         n, y = self._users[user]
         self._users[user] = new_n, new_y = n + responses, y + reward
-        sums = self._sums[of_challenger]
+        sums = self._sums[is_challenger]
         sums[0] += responses
         sums[1] += reward
         sums[2] += new_n * new_n - n * n
@@ -101,7 +101,7 @@ class OutcomeTest:
 
     def find_failure(self) -> str | None:
         """Why the challenger fails the test, as text; None if it passes."""
-        difference, bound = self.estimate_difference(WORSE)
+        difference, bound = self.estimate_difference(LOSS_LEVEL)
         if self.users[True] >= LEAST_USERS and difference + bound < 0:
             return (
                 f"its outcomes are worth {difference:+.4f} a response compared with the champion's, at "
@@ -111,7 +111,7 @@ class OutcomeTest:
 
     def is_better(self) -> bool:
         """Whether the challenger's outcomes are significantly better."""
-        difference, bound = self.estimate_difference(BETTER)
+        difference, bound = self.estimate_difference(GAIN_LEVEL)
         return self.users[True] >= LEAST_USERS and difference - bound > 0
 
 

@@ -105,11 +105,11 @@ class EventRecorder:
         """Record that the champion's queue was full, once for each user of an experiment: its tests count
         users.
         """
-        if experiment is None or experiment.shadow or user is None or user in experiment.refused:
+        if experiment is None or experiment.shadow or user is None or user in experiment.refused_users:
             return
-        if len(experiment.refused) >= MOST_REFUSED:
-            experiment.refused.clear()
-        experiment.refused.add(user)
+        if len(experiment.refused_users) >= MOST_REFUSED:
+            experiment.refused_users.clear()
+        experiment.refused_users.add(user)
         body = {
             "items": [],
             "asked": "refused",

@@ -38,13 +38,13 @@ class ShareTest:
         self._evidence = np.zeros(len(ODDS))
         self._was_affected = False
 
-    def add_response(self, user: str, day: int, *, of_challenger: bool, affected: bool) -> None:
+    def add_response(self, user: str, day: int, *, is_challenger: bool, affected: bool) -> None:
         """Count a response, so many days after the start."""
         if affected and not self._was_affected:
-            self.count_user(user, day, of_challenger=of_challenger)
+            self.count_user(user, day, is_challenger=is_challenger)
         self._was_affected = affected
 
-    def count_user(self, user: str, day: int, *, of_challenger: bool) -> None:
+    def count_user(self, user: str, day: int, *, is_challenger: bool) -> None:
         """Count an affected user, so many days after the start; if the clock goes back, on the last day."""
         if day > self._day:
             self._day = day
@@ -54,7 +54,7 @@ class ShareTest:
         if code in self._users or len(self._users) >= MOST_USERS:
             return
         self._users.add(code)
-        self._evidence += self._gain[0 if of_challenger else 1]
+        self._evidence += self._gain[0 if is_challenger else 1]
 
     @property
     def is_significant(self) -> bool:

@@ -83,8 +83,8 @@ class Service:
             device=model_device,
         )
         self.recorder = EventRecorder(storage, options)
-        self.opted_out = OptOut.of(storage.root, exclude_users)
-        self.intake = Intake(self.deployments, self.recorder, self.opted_out, options, self.telemetry)
+        self.opt_out_list = OptOut.of(storage.root, exclude_users)
+        self.intake = Intake(self.deployments, self.recorder, self.opt_out_list, options, self.telemetry)
         self.traces = make_provider(options.traces)
         self._tracer = make_tracer(self.traces)
         self.ranker = Ranker(options, self.telemetry, self._tracer)
@@ -108,7 +108,7 @@ class Service:
         self.deployments.refresh(self.recorder.log)
         self.recorder.reconnect()
         try:
-            self.opted_out.reload()
+            self.opt_out_list.reload()
         except (RecrayError, OSError) as error:
             self._logger.error("the opt-out list cannot be read, the current one stays: %s", error)
         try:
@@ -137,7 +137,7 @@ class Service:
         respond.
         """
         started, deployment = time.monotonic(), self.deployments.current
-        request = admit_request(request, deployment.state, self.opted_out)
+        request = admit_request(request, deployment.state, self.opt_out_list)
         new_entries, unavailable = await self._read_new_entries(request, deployment.state)
         query = resolve_query(request, deployment.state, new_entries)
         route = choose_route(query, deployment, self._exploration, self._exploration_share)
@@ -157,29 +157,29 @@ class Service:
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Score candidates. Raises as `recommend`."""
         started, state = time.monotonic(), self.state
-        request = admit_request(request, state, self.opted_out)
+        request = admit_request(request, state, self.opt_out_list)
         new_entries, unavailable = await self._read_new_entries(request, state)
         query = resolve_query(request, state, new_entries)
         try:
-            ranked = await self.ranker.run_model(bind_query(query, state))
+            ranked_items = await self.ranker.run_model(bind_query(query, state))
         except PartUnavailableError:
             raise UnavailableError("the model does not respond", "retry later") from None
-        items = [ScoredItem(item_id=item_id, score=score) for item_id, score in ranked.items]
+        items = [ScoredItem(item_id=item_id, score=score) for item_id, score in ranked_items.items]
         response = ScoreResponse(
             request_id=make_id(),
             as_of=state.date,
             bundle=state.bundle,
             degraded=list(unavailable),
-            source="popular" if ranked.source == "popular" else "realtime",
+            source="popular" if ranked_items.source == "popular" else "realtime",
             items=items,
         )
-        self._record_other(response, response.source, query.user, started, "score")
+        self._record_endpoint_response(response, response.source, query.user, started, "score")
         return response
 
     async def history(self, request: HistoryRequest) -> HistoryResponse:
         """Read the history behind a user's recommendations."""
         state = self.state
-        if has_opted_out(request.user_id, state, self.opted_out):
+        if has_opted_out(request.user_id, state, self.opt_out_list):
             return HistoryResponse(events=[])
         user = state.to_user_name(request.user_id)
         self.recorder.record_access(user, "history")
@@ -195,11 +195,11 @@ class Service:
     async def similar(self, request: SimilarRequest) -> SimilarResponse:
         """Find similar items. Raises RequestError for an unknown item, UnavailableError without a model."""
         started, state = time.monotonic(), self.state
-        ranked = await asyncio.to_thread(rank_similar_items, request.item_id, request.k, state)
+        ranked_items = await asyncio.to_thread(rank_similar_items, request.item_id, request.k, state)
         response = SimilarResponse(
-            request_id=make_id(), as_of=state.date, bundle=state.bundle, items=ranked.to_items()
+            request_id=make_id(), as_of=state.date, bundle=state.bundle, items=ranked_items.to_items()
         )
-        self._record_other(response, "realtime", None, started, "similar")
+        self._record_endpoint_response(response, "realtime", None, started, "similar")
         return response
 
     def models(self) -> ModelsResponse:
@@ -248,11 +248,11 @@ class Service:
         model_input = ranking.model_input or bind_query(query, ranking.state)
         model_input = model_input.explaining([item.item_id for item in response.items])
         try:
-            explained = await self.ranker.run_model(model_input)
+            explained_items = await self.ranker.run_model(model_input)
         except PartUnavailableError:
             response.degraded.append("model")
             return
-        add_reasons(response.items, explained.reasons or [], ranking.state)
+        add_reasons(response.items, explained_items.reasons or [], ranking.state)
 
     def _record(
         self,
@@ -286,7 +286,7 @@ class Service:
         }
         get_current_span().set_attributes(attributes)
 
-    def _record_other(
+    def _record_endpoint_response(
         self,
         response: ScoreResponse | SimilarResponse,
         source: str,
@@ -313,18 +313,18 @@ def count_relevant_events(request: RecommendRequest | ScoreRequest, state: Servi
 
 def to_response(ranking: Ranking, deployment: Deployment, unavailable: Sequence[Part]) -> RecommendResponse:
     """A ranking as a response, with a new id."""
-    state, ranked, decision = ranking.state, ranking.ranked, ranking.decision
+    state, ranked_items, decision = ranking.state, ranking.ranked, ranking.decision
     return RecommendResponse(
         request_id=make_id(),
         as_of=deployment.state.date,
         bundle=state.bundle,
         policy=deployment.state.snapshot.manifest.get("policy")
-        if ranked.source == "snapshot"
+        if ranked_items.source == "snapshot"
         else state.policy,
         controls=None if decision is None else decision.to_controls(),
         degraded=list(dict.fromkeys([*unavailable, *ranking.unavailable])),
-        source=ranked.source,
-        items=ranked.to_items(),
+        source=ranked_items.source,
+        items=ranked_items.to_items(),
     )
 
 

@@ -231,10 +231,10 @@ class BucketScorer:
         keep_freed_memory()
         self.dataset = Dataset.open(dataset)
         scoring_device = device("score.gpus_per_actor", gpu=gpu)
-        opened = Bundle.open(bundle)
-        self.policy = None if policy is None else Policy.load(Path(policy), opened.digest)
+        opened_bundle = Bundle.open(bundle)
+        self.policy = None if policy is None else Policy.load(Path(policy), opened_bundle.digest)
         self.predictor = Predictor.load(
-            opened,
+            opened_bundle,
             dataset=self.dataset,
             device=scoring_device,
             popular_only=popular_only,
@@ -304,22 +304,22 @@ class BucketScorer:
 
         state = recommend(histories, 2, with_state=True).state
         assert state is not None
-        observed = self.observer.observe_all(histories, now, state)
+        observations = self.observer.observe_all(histories, now, state)
         event_types = self.predictor.vocabulary.event_types
-        controls = self.policy.controls(observed, self.predictor.model, event_types)
+        controls = self.policy.controls(observations, self.predictor.model, event_types)
         return recommend(histories, self.k, controls=controls), state
 
 
 def _summarize(parts: list[BucketSummary], n_items: int) -> SnapshotFigures:
     users = sum(part["users"] for part in parts)
-    shown = np.unique(np.concatenate([part["top_items"] for part in parts]))
+    top_items = np.unique(np.concatenate([part["top_items"] for part in parts]))
     weights = np.array([part["scored"] for part in parts], float)
     best = np.stack([part["best"] for part in parts])
     means = (best * weights[:, None]).sum(0) / max(weights.sum(), 1.0)
     return {
         "users": users,
         "popular_users": sum(part["popular_users"] for part in parts),
-        "coverage@10": float((shown > 0).sum() / n_items),
+        "coverage@10": float((top_items > 0).sum() / n_items),
         # quantiles of every bucket's best scores, averaged over buckets by users
         "best_score_quantiles": {}
         if not weights.sum()

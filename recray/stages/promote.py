@@ -19,7 +19,7 @@ def promote(context: JobContext, dataset: Dataset, bundle: Bundle | None = None)
 
     `promoted` and `reason` of the report give the result.
     """
-    storage, by_hand = context.storage, bundle is not None
+    storage, is_manual = context.storage, bundle is not None
     bundle = bundle or current_bundle(context, dataset)
     context.deliver()
     release = Release.read(storage)
@@ -30,7 +30,7 @@ def promote(context: JobContext, dataset: Dataset, bundle: Bundle | None = None)
         context.warn(reason)
         return StageReport(outputs={"release": str(storage.release)}, metrics={"promoted": 0}, reason=reason)
 
-    key, decision, changed = promotion.promote(context.settings, dataset, bundle, by_hand=by_hand)
+    key, decision, changed = promotion.promote(context.settings, dataset, bundle, is_manual=is_manual)
     for check in decision["checks"]:
         context.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
     is_promoted = bool(decision["promoted"])

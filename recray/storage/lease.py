@@ -28,10 +28,10 @@ from recray.errors import RefusedError, StorageError
 
 LOCK = ".lock"
 COMMIT = ".commit.lock"
-BEATS = 10  # touches of the lock file in a lease
+HEARTBEATS_PER_LEASE = 10  # touches of the lock file in a lease
 FAULT = "RECRAY_FAULT"
 
-_held: Lease | None = None
+_current_lease: Lease | None = None
 
 
 class Holder(TypedDict, total=False):
@@ -58,15 +58,15 @@ class Lease:
 
     def check(self) -> None:
         """Raises RefusedError if another attempt has taken over."""
-        held = os.fstat(self._file.fileno())
+        own_stat = os.fstat(self._file.fileno())
         try:
-            current = os.stat(self.root / LOCK)
+            lock_stat = os.stat(self.root / LOCK)
             holder = _read_holder(self.root)
         except FileNotFoundError:
-            current, holder = None, {}
+            lock_stat, holder = None, {}
         if (
-            current is None
-            or (current.st_dev, current.st_ino) != (held.st_dev, held.st_ino)
+            lock_stat is None
+            or (lock_stat.st_dev, lock_stat.st_ino) != (own_stat.st_dev, own_stat.st_ino)
             or holder.get("attempt") != self.attempt
         ):
             raise RefusedError(
@@ -82,12 +82,12 @@ def hold(root: Path, job: str, lease_s: float) -> Iterator[Lease]:
     """Hold the workspace for a job. Raises RefusedError that names a live holder, StorageError if the
     workspace cannot be written to.
     """
-    global _held
+    global _current_lease
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(_acquire(root, lease_s))
-            with flocked(root / COMMIT, lease_s):
+            with hold_file_lock(root / COMMIT, lease_s):
                 attempt = int(_read_holder(root).get("attempt", 0)) + 1
                 since = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
                 holder = Holder(
@@ -101,17 +101,21 @@ def hold(root: Path, job: str, lease_s: float) -> Iterator[Lease]:
             ) from None
 
         lease = Lease(root, file, attempt)
-        ended = threading.Event()
-        beat = threading.Thread(target=_beat, args=(file.fileno(), ended, lease_s / BEATS), daemon=True)
-        beat.start()
-        _held = lease
+        stop_event = threading.Event()
+        heartbeat = threading.Thread(
+            target=_run_heartbeat,
+            args=(file.fileno(), stop_event, lease_s / HEARTBEATS_PER_LEASE),
+            daemon=True,
+        )
+        heartbeat.start()
+        _current_lease = lease
         commit_point("lease:held")
         try:
             yield lease
         finally:
-            _held = None
-            ended.set()
-            beat.join()
+            _current_lease = None
+            stop_event.set()
+            heartbeat.join()
 
 
 @contextlib.contextmanager
@@ -120,13 +124,13 @@ def commit(root: Path | None = None) -> Iterator[None]:
 
     root : None for the workspace that this process holds; without one nothing is checked
     """
-    root = root or (_held.root if _held else None)
+    root = root or (_current_lease.root if _current_lease else None)
     if root is None:
         yield
         return
-    with flocked(root / COMMIT, None):
-        if _held is not None and _held.root == root:
-            _held.check()
+    with hold_file_lock(root / COMMIT, None):
+        if _current_lease is not None and _current_lease.root == root:
+            _current_lease.check()
         yield
 
 
@@ -176,30 +180,30 @@ def describe_holder(root: Path) -> str | None:
 def _acquire(root: Path, lease_s: float) -> Iterator[IO[str]]:
     """The locked lock file, once its holder has died or has not touched it for `lease_s`."""
     path = root / LOCK
-    previous, silent_s, poll_s = None, 0.0, min(lease_s / BEATS, 0.2)
-    checked = time.monotonic()
+    previous_stamp, silent_s, poll_s = None, 0.0, min(lease_s / HEARTBEATS_PER_LEASE, 0.2)
+    checked_at_s = time.monotonic()
     while True:
         file: IO[str] = open(path, "a+")  # noqa: SIM115 - entered below
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            touch = (os.fstat(file.fileno()).st_ino, os.fstat(file.fileno()).st_mtime_ns)
+            lock_stamp = (os.fstat(file.fileno()).st_ino, os.fstat(file.fileno()).st_mtime_ns)
             file.close()
-            if previous is not None and touch != previous:
+            if previous_stamp is not None and lock_stamp != previous_stamp:
                 raise RefusedError(
                     f"{_describe(_read_holder(root))} is running in {root}",
                     "wait until it ends, or use another storage.root",
                 ) from None
-            previous, now = touch, time.monotonic()
+            previous_stamp, now = lock_stamp, time.monotonic()
             # a longer gap means that this process was suspended, and so perhaps was the holder
-            silent_s += min(now - checked, 2 * poll_s)
-            checked = now
+            silent_s += min(now - checked_at_s, 2 * poll_s)
+            checked_at_s = now
             if silent_s > lease_s:
-                replacement = _replace(root, lease_s, touch)
+                replacement = _replace(root, lease_s, lock_stamp)
                 if replacement is not None:
                     file = replacement
                     break
-                previous, silent_s = None, 0.0  # another job was faster
+                previous_stamp, silent_s = None, 0.0  # another job was faster
                 continue
             time.sleep(poll_s)
         else:
@@ -210,14 +214,14 @@ def _acquire(root: Path, lease_s: float) -> Iterator[IO[str]]:
         yield file
 
 
-def _replace(root: Path, lease_s: float, touch: tuple[int, int]) -> IO[str] | None:
-    """Replace the lock file of a dead holder by a new locked one; None if it was touched since `touch` (inode
-    and mtime).
+def _replace(root: Path, lease_s: float, lock_stamp: tuple[int, int]) -> IO[str] | None:
+    """Replace the lock file of a dead holder by a new locked one; None if it was touched since `lock_stamp`
+    (inode and mtime).
     """
     scratch = root / f"{LOCK}.{uuid.uuid4().hex[:8]}"
-    with flocked(root / COMMIT, lease_s):
+    with hold_file_lock(root / COMMIT, lease_s):
         current = os.stat(root / LOCK)
-        if (current.st_ino, current.st_mtime_ns) != touch:
+        if (current.st_ino, current.st_mtime_ns) != lock_stamp:
             return None
         file = open(scratch, "a+")  # noqa: SIM115 - the caller holds it
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -227,7 +231,7 @@ def _replace(root: Path, lease_s: float, touch: tuple[int, int]) -> IO[str] | No
 
 
 @contextlib.contextmanager
-def flocked(path: Path, timeout_s: float | None) -> Iterator[None]:
+def hold_file_lock(path: Path, timeout_s: float | None) -> Iterator[None]:
     """Hold an exclusive lock of a file; waits for it at most `timeout_s` (None: as long as it takes)."""
     with open(path, "a+") as file:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -245,8 +249,8 @@ def flocked(path: Path, timeout_s: float | None) -> Iterator[None]:
         yield
 
 
-def _beat(descriptor: int, ended: threading.Event, every_s: float) -> None:
-    while not ended.wait(every_s):
+def _run_heartbeat(descriptor: int, stop_event: threading.Event, every_s: float) -> None:
+    while not stop_event.wait(every_s):
         with contextlib.suppress(OSError):
             os.utime(descriptor)
 

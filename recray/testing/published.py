@@ -90,7 +90,7 @@ def untrained_bundle(
     )
     if isinstance(loop, PrivateLoop):
         loop.release_counts()
-        loop.best = loop.average.state_dict()
+        loop.best = loop.ema_model.state_dict()
     return write_bundle(
         path,
         key,

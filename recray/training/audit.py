@@ -244,12 +244,12 @@ def train_monitored(
     else:
         for _ in loop.run():
             pass
-        loop.average.load_state_dict(loop.best)
+        loop.ema_model.load_state_dict(loop.best)
 
     batches = loop.batches
     assert isinstance(batches, TrainingBatches)
     members, non_members = (
-        sequence_losses(loop.average.eval(), batches, batches.last_sequences(holdout=holdout))
+        sequence_losses(loop.ema_model.eval(), batches, batches.last_sequences(holdout=holdout))
         for holdout in (False, True)
     )
     rates = {
@@ -301,10 +301,10 @@ def run_monitored(
         "first_noise": monitor.first_noise,
     }
     if synthetic is not None:
-        return {**record, "planted": synthetic.planted_M, "seen": synthetic.membership_score_M}
+        return {**record, "planted": synthetic.is_present_M, "seen": synthetic.membership_score_M}
     if step.canaries is not None:
-        return {**record, "planted": step.canaries.planted_M, "seen": step.canaries.membership_score_M}
-    loop.average.load_state_dict(loop.best)
+        return {**record, "planted": step.canaries.is_present_M, "seen": step.canaries.membership_score_M}
+    loop.ema_model.load_state_dict(loop.best)
     return record
 
 

@@ -49,23 +49,25 @@ def synthetic_users(dataset: Dataset, count: int, random: np.random.Generator) -
 class _SplitRows(PrivateRows):
     """Rows whose physical batches hold real users first, then synthetic ones; records the sum in between."""
 
-    def __init__(self, rows: PrivateRows, first: int, parameters: list[torch.nn.Parameter]) -> None:
+    def __init__(
+        self, rows: PrivateRows, first_synthetic_row: int, parameters: list[torch.nn.Parameter]
+    ) -> None:
         self.__dict__.update(rows.__dict__)
-        self.first, self.parameters = first, parameters
+        self.first_synthetic_row, self.parameters = first_synthetic_row, parameters
         self.real_sum: list[Tensor] = []
 
     def physical_batches(self, users: np.ndarray) -> Iterator[tuple[Batch, Targets]]:
-        yield from super().physical_batches(users[users < self.first])
+        yield from super().physical_batches(users[users < self.first_synthetic_row])
         self.real_sum = [
             parameter.grad.double() for parameter in self.parameters if parameter.grad is not None
         ]
-        yield from super().physical_batches(users[users >= self.first])
+        yield from super().physical_batches(users[users >= self.first_synthetic_row])
 
 
 class SyntheticRows:
     """The last `count` rows of a training are synthetic, and about half of them are absent.
 
-    planted_M : whether each is present
+    is_present_M : whether each is present
     membership_score_M : how much the released gradients resemble each one's contribution
     """
 
@@ -73,28 +75,31 @@ class SyntheticRows:
         self, loop: PrivateLoop, count: int, monitor: StepMonitor, random: np.random.Generator
     ) -> None:
         self.loop, self.monitor, self.random = loop, monitor, random
-        self.first = len(loop.rows) - count
-        self.planted_M, self.membership_score_M = random.random(count) < 0.5, np.zeros(count)
-        self.rows = _SplitRows(loop.rows, self.first, loop.private.optimizer.params)
+        self.first_synthetic_row = len(loop.rows) - count
+        self.is_present_M, self.membership_score_M = random.random(count) < 0.5, np.zeros(count)
+        self.rows = _SplitRows(loop.rows, self.first_synthetic_row, loop.private.optimizer.params)
         loop.rows = self.rows
         sampler = loop.sampler = copy.copy(loop.sampler)
         sampler.own_users = sampler.own_users[
-            (sampler.own_users < self.first)
-            | np.append(np.zeros(self.first, bool), self.planted_M)[sampler.own_users]
+            (sampler.own_users < self.first_synthetic_row)
+            | np.append(np.zeros(self.first_synthetic_row, bool), self.is_present_M)[sampler.own_users]
         ]
 
     def step(self, take_step: object) -> None:
         """Run one step of the loop, `take_step`, and observe it."""
         assert callable(take_step)
-        added_MP = torch.stack(
-            [self._contribution(self.first + number) for number in range(len(self.planted_M))]
+        contributions_MP = torch.stack(
+            [
+                self._contribution(self.first_synthetic_row + number)
+                for number in range(len(self.is_present_M))
+            ]
         )
-        if self.first:
-            self._contribution(int(self.random.integers(self.first)))
+        if self.first_synthetic_row:
+            self._contribution(int(self.random.integers(self.first_synthetic_row)))
         take_step()
-        noised = torch.cat([gradient.flatten() for gradient in self.monitor.released])
+        released_gradient = torch.cat([gradient.flatten() for gradient in self.monitor.released])
         real_sum = torch.cat([gradient.flatten() for gradient in self.rows.real_sum])
-        self.membership_score_M += (added_MP.double() @ (noised - real_sum)).cpu().numpy()
+        self.membership_score_M += (contributions_MP.double() @ (released_gradient - real_sum)).cpu().numpy()
 
     def _contribution(self, row: int) -> Tensor:
         batch, targets = self.rows.batches.collate(self.rows.sequences[np.array([row])])

@@ -98,7 +98,9 @@ class Loop:
     ) -> None:
         self.model, self.batches, self.validate = model, batches, validate
         self.criterion, self.settings = criterion, settings
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         self.device = next(model.parameters()).device
         self.progress = Progress()
         groups = [
@@ -113,7 +115,7 @@ class Loop:
             **implementation,
         )
         # the validated and kept weights: the model itself, or its exponential moving average (EMA)
-        self.average = copy.deepcopy(model).eval().requires_grad_(False) if settings.ema_decay else model
+        self.ema_model = copy.deepcopy(model).eval().requires_grad_(False) if settings.ema_decay else model
         self.best = copy_weights(model)
 
     def run(self) -> Iterator[CurveLine]:
@@ -128,7 +130,7 @@ class Loop:
                 progress.best_ndcg, progress.best_epoch, self.best = (
                     ndcg,
                     progress.epoch,
-                    copy_weights(self.average),
+                    copy_weights(self.ema_model),
                 )
             line: CurveLine = {
                 "epoch": progress.epoch,
@@ -148,11 +150,11 @@ class Loop:
         torch.manual_seed(int(seed))
         self.model.train()
         total, queries = torch.zeros(2, device=self.device, dtype=torch.float64)
-        batches = self._batches(epoch)
-        for batch, targets, count in batches if self.device.type == "cpu" else prefetch(batches):
-            total += self.train_step(batch, targets, count)
-            queries += count
-        total = self._sum(total[None])[0]
+        batches = self._prepare_batches(epoch)
+        for batch, targets, n_queries in batches if self.device.type == "cpu" else prefetch(batches):
+            total += self.train_step(batch, targets, n_queries)
+            queries += n_queries
+        total = self._sum_over_ranks(total[None])[0]
         loss = float(total / queries.clamp(min=1))
         if not math.isfinite(loss):
             raise TrainingError(
@@ -167,19 +169,19 @@ class Loop:
             )
         return loss
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Batch, Targets, int]]:
+    def _prepare_batches(self, epoch: int) -> Iterator[tuple[Batch, Targets, int]]:
         """The completed batches of an epoch, on the model's device."""
-        for batch, targets, count in self.batches.epoch(epoch, self.rank, self.world):
+        for batch, targets, n_queries in self.batches.epoch(epoch, self.rank, self.world_size):
             batch = self.criterion.complete(batch)
             if self.settings.row and len(batch.item_BT):
                 batch = batch._replace(packing=pack(batch.item_BT, self.settings.row))
-            yield batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), count
+            yield batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), n_queries
 
-    def train_step(self, batch: Batch, targets: Targets, count: int) -> Tensor:
-        """One step on this rank's part of a global batch of `count` queries; returns its summed loss."""
+    def train_step(self, batch: Batch, targets: Targets, n_queries: int) -> Tensor:
+        """One step on this rank's part of a global batch of `n_queries` queries; returns its summed loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
-            loss = self.criterion.backward(self.model, batch, targets, 1.0 / count, self._jitter(batch))
+            loss = self.criterion.backward(self.model, batch, targets, 1.0 / n_queries, self._jitter(batch))
         self._all_reduce_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.progress.step += 1
@@ -187,7 +189,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.step()
-        self._update_average()
+        self._update_ema()
         return loss
 
     def _jitter(self, batch: Batch) -> Controls | None:
@@ -200,36 +202,36 @@ class Loop:
         )
 
     @torch.no_grad()
-    def _update_average(self) -> None:
+    def _update_ema(self) -> None:
         """Move the EMA towards the weights; faster in early steps, so that the initial weights fade soon."""
-        if self.average is self.model:
+        if self.ema_model is self.model:
             return
         step = self.progress.step
         decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _all_reduce_gradients(self) -> None:
         """Sum gradients over the ranks in one flat tensor. Losses are already divided by the global batch."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         gradients = []
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        flat = self._sum(torch.cat([g.reshape(-1) for g in gradients]))
+        flat = self._sum_over_ranks(torch.cat([g.reshape(-1) for g in gradients]))
         parts = flat.split([g.numel() for g in gradients])  # type: ignore[no-untyped-call]
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        if self.world > 1:
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def validation_ndcg(self) -> float:
-        total, users = self.validate(self.average, self.rank, self.world)
-        total, users = self._sum(
+        total, users = self.validate(self.ema_model, self.rank, self.world_size)
+        total, users = self._sum_over_ranks(
             torch.tensor([total, users], dtype=torch.float64, device=self.device)
         ).tolist()
         result: float = total / max(users, 1.0)
@@ -244,22 +246,22 @@ class Loop:
         }
         return {
             "model": copy_weights(self.model),
-            "average": copy_weights(self.average),
+            "average": copy_weights(self.ema_model),
             "best": self.best,
             "optimizer": optimizer,
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]], progress: TrainingMetrics) -> None:
         self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
+        self.ema_model.load_state_dict(state["average"])
         self.best = state["best"]
         self.progress = Progress(**progress)
-        by_parameter: dict[int, dict[str, Tensor]] = {}
+        state_by_parameter: dict[int, dict[str, Tensor]] = {}
         for name, value in state["optimizer"].items():
             index, key = name.split(".", 1)
-            by_parameter.setdefault(int(index), {})[key] = value
+            state_by_parameter.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": state_by_parameter, "param_groups": groups})
 
 
 def prefetch(batches: Iterator[tuple[Batch, Targets, int]]) -> Iterator[tuple[Batch, Targets, int]]:
@@ -276,12 +278,16 @@ def _parameter_groups(model: Recommender) -> list[tuple[float, list[nn.Parameter
 
     The few parameters of the repeat-consumption head, the popularity prior and freshness need larger steps.
     """
-    fast = [
+    scalar_parameters = [
         p for name, p in model.named_parameters() if name.startswith(("repeat.", "prior_scale", "freshness."))
     ]
-    fast_ids = {id(p) for p in fast}
-    rest = [p for p in model.parameters() if id(p) not in fast_ids]
-    return [(1.0, rest), (SCALAR_FACTOR, fast)] if fast else [(1.0, rest)]
+    scalar_ids = {id(p) for p in scalar_parameters}
+    other_parameters = [p for p in model.parameters() if id(p) not in scalar_ids]
+    return (
+        [(1.0, other_parameters), (SCALAR_FACTOR, scalar_parameters)]
+        if scalar_parameters
+        else [(1.0, other_parameters)]
+    )
 
 
 def copy_weights(model: Recommender) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class PrivateLoop(Loop):
         self.rows = PrivateRows(batches, model.shape.dim * model.shape.blocks)
         self.steps, self.counts_sigma = mechanism.steps, mechanism.counts_sigma
         self.report_every, self.take_steps = report_every, take_steps
-        self.sampler = PoissonUsers(len(self.rows), mechanism.rate, rank=self.rank, world=self.world)
+        self.sampler = PoissonUsers(len(self.rows), mechanism.rate, rank=self.rank, world=self.world_size)
         self.private = PrivateStep(
             model,
             self.optimizer,
@@ -114,7 +114,7 @@ class PrivateLoop(Loop):
             progress.best_epoch, progress.best_ndcg, self.best = (
                 progress.epoch,
                 self.validation_ndcg(),
-                copy_weights(self.average),
+                copy_weights(self.ema_model),
             )
             line: CurveLine = {
                 "epoch": progress.epoch,
@@ -132,10 +132,10 @@ class PrivateLoop(Loop):
         if self.rank == 0:
             self.take_steps(0, 1)
             offset_V.copy_(torch.from_numpy(log_counts(self.rows.batches.dataset, self.counts_sigma)))
-        if self.world > 1:
+        if self.world_size > 1:
             dist.broadcast(offset_V, 0)
-        assert self.average.offset_V is not None
-        self.average.offset_V.copy_(offset_V)
+        assert self.ema_model.offset_V is not None
+        self.ema_model.offset_V.copy_(offset_V)
 
     def _check_weights(self) -> None:
         """Raises TrainingError if a weight is not finite, or if the ranks' weights are not bit-identical."""
@@ -145,12 +145,12 @@ class PrivateLoop(Loop):
                 f"after step {self.progress.step} a weight is not finite",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
-        if self.world == 1:
+        if self.world_size == 1:
             return
         first = weights.clone()
         dist.broadcast(first, 0)
         differs = torch.tensor(float(not torch.equal(first, weights)), device=self.device)
-        if float(self._sum(differs)):
+        if float(self._sum_over_ranks(differs)):
             raise TrainingError(
                 f"after step {self.progress.step} the ranks' weights differ",
                 "report this as a bug; the last checkpoint is kept",
@@ -167,4 +167,4 @@ class PrivateLoop(Loop):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.private.step(self.rows.physical_batches(self.sampler.draw()))
-        self._update_average()
+        self._update_ema()

@@ -13,22 +13,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from harness import Job, Workspace, assert_tracked, wait_for
+from harness import BEFORE, Job, Workspace, assert_tracked, wait_for
 
 from recray.cluster import free_ports
 
 FIRST = dt.date(2024, 4, 20)
 CHALLENGE = ("promotion.margin=1", "tracking.timeout_s=30", "tracking.retries=0")
-BEFORE = {
-    "prepare": "lease:held",
-    "train": "dataset:visible",
-    "evaluate": "bundle:visible",
-    "promote": "evaluation:visible",
-    "flip": "promotion:visible",  # the gate has answered
-    "score": "RELEASE.json:visible",
-    "report": "LATEST.json:visible",
-}
-"""The commit point after which a nightly run comes to a stage."""
+POINTS = {**BEFORE, "flip": "promotion:visible"}  # flip: the promotion is decided, the aliases are not set
 IN_CI = ("train", "flip")  # of one nightly run: away at its training, and at the flip of its repeat
 
 
@@ -132,13 +123,13 @@ def test_a_server_works_as_the_local_store_does(shop, server):
 
 @pytest.mark.parametrize(
     "stages",
-    [IN_CI, *(pytest.param([stage], marks=pytest.mark.slow) for stage in BEFORE)],
+    [IN_CI, *(pytest.param([stage], marks=pytest.mark.slow) for stage in POINTS)],
     ids=lambda stages: "-".join(stages),
 )
 def test_a_nightly_run_without_mlflow_is_scored_by_the_champion_and_told_later(shop, server, stages):
     before = shop.release()["champion"]["run_key"]
     for number, stage in enumerate(stages):
-        night = shop.night(again=number > 0, fault=f"STOP@{BEFORE[stage]}")
+        night = shop.night(again=number > 0, fault=f"STOP@{POINTS[stage]}")
         stopped = night.stops()
         server.stop()
         try:

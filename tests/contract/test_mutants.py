@@ -51,13 +51,13 @@ MUTANTS = {
     ),
     "lease: who was taken for dead still publishes": (
         "recray/storage/lease.py",
-        "            _held.check()\n        yield\n",
+        "            _current_lease.check()\n        yield\n",
         "            pass\n        yield\n",
         "tests/unit/storage/test_lease.py",
     ),
     "lease: a holder that lives is taken for dead": (
         "recray/storage/lease.py",
-        "if previous is not None and touch != previous:",
+        "if previous_stamp is not None and lock_stamp != previous_stamp:",
         "if False:",
         "tests/unit/storage/test_lease.py",
     ),
@@ -69,7 +69,7 @@ MUTANTS = {
     ),
     "release: what was rolled back comes back": (
         "recray/evaluation/promotion.py",
-        "if challenger.key in release.rolled_back and not by_hand:\n        reason",
+        "if challenger.key in release.rolled_back and not is_manual:\n        reason",
         "if False:\n        reason",
         "tests/unit/evaluation/test_promotion.py",
     ),

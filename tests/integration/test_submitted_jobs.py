@@ -147,8 +147,6 @@ def test_the_exit_code_is_the_jobs_and_an_older_night_is_refused(head, root, wor
     done = submit(head, *words)
     assert done.returncode == 3 and last(done)["status"] == "refused"
     assert "was a clock set back?" in last(done)["reason"]
-    done = submit(head, "train", "--as-of", "2024-03-03", *world_overrides(world_folder, root))
-    assert done.returncode == 1 and "recray prepare" in last(done)["reason"]
 
 
 @pytest.mark.parametrize("job", ["prepare", pytest.param("nightly", marks=pytest.mark.slow)])

@@ -268,7 +268,8 @@ def test_rounds_count_the_logs_that_pass(monkeypatch):
     monkeypatch.setattr(rounds, "make_cells", lambda: cells)
     found = rounds.measure_rounds(None, lambda line: None, logs=6, control_logs=3)
     none, gain = (
-        [rounds.judge_log(seed, cell) for seed in range(n)] for cell, n in zip(cells.values(), (6, 3))
+        [rounds.judge_log(seed, cell) for seed in range(n)]
+        for cell, n in zip(cells.values(), (6, 3), strict=True)
     )
     assert found["level_most"] == round(sum(above for above, *_ in none) / 6, 4) < 0.5
     assert found["control_least"] == sum(above for above, *_ in gain) / 3 == 1.0

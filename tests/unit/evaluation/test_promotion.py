@@ -127,7 +127,7 @@ def test_rolled_back_the_old_champion_returns_and_the_new_one_only_by_hand(fresh
         and f"recray promote {second.key}" in decision["reason"]
     )
     assert promotion.promote(settings, dataset, third)[1]["promoted"]
-    assert promotion.promote(settings, dataset, second, by_hand=True)[1]["promoted"]
+    assert promotion.promote(settings, dataset, second, is_manual=True)[1]["promoted"]
     assert Release.read(storage).rolled_back == ()
 
 

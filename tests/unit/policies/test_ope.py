@@ -48,7 +48,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     for seed in range(200):
         _, _, r, w = logged(400, seed)
         flat = np.full(len(r), r.mean())
-        found = ope.bootstraps(
+        found = ope.bootstrap_intervals(
             [ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, flat, flat)], resamples=200, seed=seed
         )
         for name, interval in zip(inside, found, strict=True):
@@ -61,11 +61,11 @@ def test_users_come_and_go_together():
     random = np.random.default_rng(0)
     user = np.repeat(np.arange(100), 20)
     terms = random.normal(0, 1, 100)[user]
-    apart, together = ope.bootstrap(terms), ope.bootstrap(terms, user)
+    apart, together = ope.bootstrap_interval(terms), ope.bootstrap_interval(terms, user)
     assert together.high - together.low > 3.5 * (apart.high - apart.low)
     mask = user < 50
-    (part,) = ope.bootstraps([terms], user, [mask])
-    alone = ope.bootstrap(terms[mask], user[mask])
+    (part,) = ope.bootstrap_intervals([terms], user, [mask])
+    alone = ope.bootstrap_interval(terms[mask], user[mask])
     assert part.value == pytest.approx(alone.value) and part.high - part.low == pytest.approx(
         alone.high - alone.low, rel=0.15
     )
@@ -97,7 +97,7 @@ def test_continuous_actions_in_a_planted_world():
         observation, action, r, np.arange(20_000), np.stack([explore(mean, 0.5, random)[0] for _ in range(8)])
     )
     for terms in (ope.ips(r, w), ope.snips(r, w), ope.dr(r, w, q, v), ope.switch_dr(r, w, q, v, 20.0)):
-        found = ope.bootstrap(terms)
+        found = ope.bootstrap_interval(terms)
         assert found.low <= truth <= found.high
         assert found.low > r.mean(), "it is better than what logged it"
 
@@ -115,5 +115,5 @@ def test_on_a_real_log_the_uniform_policy_is_worth_what_its_own_log_says(shared_
         ope.dr(r, w, flat, flat),
         ope.switch_dr(r, w, flat, flat, 20.0),
     ):
-        found = ope.bootstrap(terms)
+        found = ope.bootstrap_interval(terms)
         assert found.low <= truth <= found.high

@@ -90,7 +90,7 @@ def test_canaries_lie_apart_and_are_planted_at_their_rate():
     weights = [torch.zeros(7, 3), torch.zeros(5), torch.zeros(2, 2, 2)]
     canaries = Canaries(weights, 34, 0.25, 0.5, entropy=0)
     everywhere = [torch.full_like(weight, 3.0) for weight in weights]
-    canaries.planted_M[:], canaries.rate = True, 1.0
+    canaries.is_present_M[:], canaries.rate = True, 1.0
     canaries.plant(everywhere)
     assert all((gradient == 3.5).all() for gradient in everywhere)
     canaries.observe([gradient / 4 for gradient in everywhere], users=4)
@@ -100,8 +100,10 @@ def test_canaries_lie_apart_and_are_planted_at_their_rate():
         total = [torch.zeros_like(weight) for weight in weights]
         canaries.plant(total)
         canaries.observe(total, users=1)
-    assert (canaries.membership_score_M[~canaries.planted_M] == 0).all() and 5 < canaries.planted_M.sum() < 25
-    np.testing.assert_allclose(canaries.membership_score_M[canaries.planted_M] / 2000, 0.25, atol=0.05)
+    assert (
+        canaries.membership_score_M[~canaries.is_present_M] == 0
+    ).all() and 5 < canaries.is_present_M.sum() < 25
+    np.testing.assert_allclose(canaries.membership_score_M[canaries.is_present_M] / 2000, 0.25, atol=0.05)
     with pytest.raises(SettingsError, match="audit_canaries"):
         Canaries(weights, 35, 0.25, 1.0)
 

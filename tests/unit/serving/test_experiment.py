@@ -454,7 +454,7 @@ def test_evidence_reaches_its_level_in_few_runs_of_equals_and_soon_where_one_var
     def significant(rate, users=600):
         test = ShareTest(share, 0.05)
         for user in range(users):
-            test.count_user(str(user), 0, of_challenger=bool(random.random() < rate))
+            test.count_user(str(user), 0, is_challenger=bool(random.random() < rate))
             if test.is_significant:
                 return True
         return False
@@ -467,14 +467,14 @@ def test_evidence_reaches_its_level_in_few_runs_of_equals_and_soon_where_one_var
 def test_a_user_counts_once_a_day_and_no_clock_that_goes_back_begins_one():
     test = ShareTest(0.5, 0.05)
     for _ in range(100):
-        test.count_user("one who comes often", 0, of_challenger=True)
+        test.count_user("one who comes often", 0, is_challenger=True)
     assert not test.is_significant
     for user in range(20):
-        test.count_user(str(user), 1, of_challenger=True)
+        test.count_user(str(user), 1, is_challenger=True)
     assert test.is_significant
-    test.count_user("late", 0, of_challenger=False)
+    test.count_user("late", 0, is_challenger=False)
     assert test.is_significant
-    test.count_user("new day", 2, of_challenger=True)
+    test.count_user("new day", 2, is_challenger=True)
     assert not test.is_significant
 
 
@@ -492,14 +492,14 @@ def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_tha
         for _ in range(bursts):
             sides = random.random(40) < 0.5
             places = np.where(sides, np.cumsum(sides), np.cumsum(~sides))
-            for place, of_challenger in sorted(
+            for place, is_challenger in sorted(
                 zip(places.tolist(), sides.tolist(), strict=True)
             ):  # as they were responded to
                 test.add_response(
                     str(user),
                     0,
-                    of_challenger=of_challenger,
-                    affected=place > waiting or (also and of_challenger),
+                    is_challenger=is_challenger,
+                    affected=place > waiting or (also and is_challenger),
                 )
                 if test.is_significant:
                     return True

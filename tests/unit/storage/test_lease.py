@@ -106,8 +106,8 @@ def test_commit_without_a_lease_still_lets_one_in_at_a_time(tmp_path):
     with (
         lease.commit(tmp_path),
         pytest.raises(RefusedError, match="hangs while it publishes"),
-        lease.flocked(tmp_path / lease.COMMIT, 0.1),
+        lease.hold_file_lock(tmp_path / lease.COMMIT, 0.1),
     ):
         pass
-    with lease.flocked(tmp_path / lease.COMMIT, 0.1):
+    with lease.hold_file_lock(tmp_path / lease.COMMIT, 0.1):
         assert lease.describe_holder(tmp_path) is None

@@ -188,11 +188,11 @@ def test_the_average_follows_the_weights(world_settings, world_dataset):
     run = loop(world_settings, world_dataset, ema_decay=0.9)
     next(run.run())
     distance = [
-        (a - b).abs().max() for a, b in zip(run.average.parameters(), run.model.parameters(), strict=True)
+        (a - b).abs().max() for a, b in zip(run.ema_model.parameters(), run.model.parameters(), strict=True)
     ]
     assert 0 < max(distance) < 0.1
     plain = loop(world_settings, world_dataset, ema_decay=0.0)
-    assert plain.average is plain.model
+    assert plain.ema_model is plain.model
 
 
 def test_both_settings_may_select(world_settings, world_dataset):

@@ -332,7 +332,7 @@ def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
 
     run.sampler.draw = watched
     list(run.run())
-    assert run.model.offset_V.std() > 0.1 and torch.equal(run.model.offset_V, run.average.offset_V)
+    assert run.model.offset_V.std() > 0.1 and torch.equal(run.model.offset_V, run.ema_model.offset_V)
     torch.save(
         {"weights": run.model.state_dict(), "steps": run.progress.step, "drawn": drawn}, f"{folder}/{rank}.pt"
     )
