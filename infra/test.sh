@@ -67,7 +67,7 @@ trap 'rm -rf "$folder"' EXIT
 set -m # lanes are process groups, which an interrupt ends as a whole
 declare -A process
 for lane in "${lanes[@]}"; do
-    "$lane" >"$folder/$lane" 2>&1 &
+    (code=0; "$lane" || code=$?; echo "$SECONDS" >"$folder/$lane.seconds"; exit $code) >"$folder/$lane" 2>&1 &
     process[$lane]=$!
 done
 trap 'kill -INT -- "${process[@]/#/-}" 2>/dev/null; wait; exit 130' INT TERM
@@ -76,7 +76,7 @@ failed=()
 for lane in "${lanes[@]}"; do
     code=0
     wait "${process[$lane]}" || code=$?
-    printf '\n════ lane %s, exit code %s, after %s s ════\n' "$lane" "$code" "$SECONDS"
+    printf '\n════ lane %s, exit code %s, after %s s ════\n' "$lane" "$code" "$(cat "$folder/$lane.seconds" 2>/dev/null || echo "$SECONDS")"
     cat "$folder/$lane"
     [[ $code == 0 ]] || failed+=("$lane")
 done

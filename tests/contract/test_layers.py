@@ -112,20 +112,27 @@ def test_the_network_and_its_loop_need_torch_and_numpy_alone():
 
 
 @pytest.mark.parametrize(
-    ("module", "forbidden"),
+    "imports_in_turn",
     [
-        ("recray", "ray torch mlflow pyarrow pandas"),
-        ("recray.cli", "ray torch mlflow"),
-        ("recray.model.recommender", "ray mlflow pyarrow pandas pydantic"),
-        ("recray.training.loop", "ray mlflow pyarrow pandas pydantic"),
-        ("recray.evaluation.metrics", "ray mlflow torch pyarrow"),
-        ("recray.inference.predictor", "ray mlflow pydantic"),
+        {
+            "recray": "ray torch mlflow pyarrow pandas",
+            "recray.evaluation.metrics": "ray mlflow torch pyarrow",
+            "recray.model.recommender": "ray mlflow pyarrow pandas pydantic",
+            "recray.training.loop": "ray mlflow pyarrow pandas pydantic",
+            "recray.inference.predictor": "ray mlflow pydantic",
+        },
+        {"recray.cli": "ray torch mlflow"},
     ],
+    ids=["library", "command"],
 )
-def test_importing_costs_no_more_than_it_should(module, forbidden):
-    code = f"import sys, {module}; print([m for m in {forbidden.split()!r} if m in sys.modules])"
+def test_importing_costs_no_more_than_it_should(imports_in_turn):
+    """One module after the other in one process: none brings in what it must not."""
+    code = "import sys, importlib\n"
+    for module, forbidden in imports_in_turn.items():
+        code += f"importlib.import_module({module!r})\n"
+        code += f"print({module!r}, [m for m in {forbidden.split()!r} if m in sys.modules])\n"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+    assert out.splitlines() == [f"{module} []" for module in imports_in_turn]
 
 
 def test_no_pickle_is_written_or_read():

@@ -192,7 +192,8 @@ def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
 
 def test_a_round_scores_every_user(world_settings, world_dataset, tmp_path):
     state = build_loop(str(world_dataset.path), training_settings(world_settings), torch.device("cpu")).best
-    with scorer(tmp_path, world_settings, world_dataset, state) as score:
+    alone = world_settings.replace("score", actors=1)
+    with scorer(tmp_path, alone, world_dataset, state) as score:
         score()
     assert (
         sum(pq.read_metadata(part).num_rows for part in (tmp_path / "parts").glob("*.parquet"))
