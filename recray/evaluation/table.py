@@ -20,7 +20,7 @@ def render_table(table: Table, k: int) -> RichTable:
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("recray minus row", justify="right", no_wrap=True)
     for protocol, rows in table.items():
-        users = f"{rows[MODEL].get('users', 0)} users" + " with new items" * (protocol == "filter_seen")
+        users = f"{rows[MODEL].get('users', 0)} users" + " with unseen targets" * (protocol == "filter_seen")
         out.add_row(f"{TITLES[protocol]}, {users}", style="italic")
         for name, row in rows.items():
             out.add_row(f"  {name}", *format_cells(row, k), style="bold" if name == MODEL else None)
