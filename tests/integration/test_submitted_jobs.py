@@ -149,6 +149,12 @@ def test_the_exit_code_is_the_jobs_and_an_older_night_is_refused(head, root, wor
     assert "was a clock set back?" in last(done)["reason"]
 
 
+@pytest.mark.slow
+def test_a_job_that_fails_gives_its_exit_code(head, root, world_folder, first_night):
+    done = submit(head, "train", "--as-of", "2024-03-03", *world_overrides(world_folder, root))
+    assert done.returncode == 1 and "recray prepare" in last(done)["reason"]
+
+
 @pytest.mark.parametrize("job", ["prepare", pytest.param("nightly", marks=pytest.mark.slow)])
 def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head, tmp_path, job):
     """The way of the README: Ray's own client, the demo's config, nothing but the checkout."""

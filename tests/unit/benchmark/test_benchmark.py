@@ -267,12 +267,14 @@ def test_a_benchmark_on_data_asks_for_them(what, tmp_path):
 def test_rounds_count_the_logs_that_pass(monkeypatch):
     cells = {name: rounds.Cell(0.3, 0.0, 2000, 300, gain) for name, gain in (("none", 0.0), ("gain", 1.0))}
     monkeypatch.setattr(rounds, "make_cells", lambda: cells)
-    found = rounds.measure_rounds(None, lambda line: None, logs=6, control_logs=3)
+    metrics = rounds.measure_rounds(None, lambda line: None, logs=6, control_logs=3)
     none, gain = (
         [rounds.judge_log(seed, cell) for seed in range(n)]
         for cell, n in zip(cells.values(), (6, 3), strict=True)
     )
-    assert found["level_most"] == round(sum(above for above, *_ in none) / 6, 4) < 0.5
-    assert found["control_least"] == sum(above for above, *_ in gain) / 3 == 1.0
+    assert metrics["level_most"] == round(sum(above for above, *_ in none) / 6, 4) < 0.5
+    assert metrics["control_least"] == sum(above for above, *_ in gain) / 3 == 1.0
     never = np.prod([np.mean([not by_round[k] for *_, by_round in none]) for k in range(rounds.ROUNDS)])
-    assert found["any_most"] == round(1 - never, 4) == found["table"][0][3] < found["table"][1][3] == 1.0
+    assert (
+        metrics["any_most"] == round(1 - never, 4) == metrics["table"][0][3] < metrics["table"][1][3] == 1.0
+    )
