@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from recray.config import PolicySettings
 from recray.errors import RefusedError
+from recray.events.rewards import Credits, Rewards
 from recray.inference.modulation import log_density
 from recray.inference.policy import OBSERVED
-from recray.state.rewards import Credits, Rewards
 
 MIN_DECISIONS = 100
 OTHER_BUNDLE, NOT_EXPLORED = "of another bundle", "not explored"

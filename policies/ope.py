@@ -69,27 +69,6 @@ class Interval:
     high: float
 
 
-def bernstein(terms: np.ndarray, width: float, confidence: float = 0.95) -> Interval:
-    """Empirical Bernstein bounds of the mean of independent terms within a range of `width` (Maurer and
-    Pontil 2009, theorem 4, both sides).
-    """
-    n, log = len(terms), np.log(4.0 / (1.0 - confidence))
-    half_width = float(np.sqrt(2.0 * terms.var(ddof=1) * log / n) + 7.0 * width * log / (3.0 * (n - 1)))
-    mean = float(terms.mean())
-    return Interval(mean, mean - half_width, mean + half_width)
-
-
-def bootstrap_interval(
-    terms: np.ndarray,
-    user: np.ndarray | None = None,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """`bootstrap_intervals` for a single mean."""
-    return bootstrap_intervals([terms], user, confidence=confidence, resamples=resamples, seed=seed)[0]
-
-
 def bootstrap_intervals(
     terms: Sequence[np.ndarray],
     user: np.ndarray | None = None,

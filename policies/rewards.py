@@ -69,7 +69,7 @@ class SyntheticRewards:
     """Synthetic rewards with known best actions. Users differ in their best temperature, as a function of the
     observation.
 
-    The mean reward of action a for a user with optimum b is `level + lead (exp(-((a - b) / width)²) - exp(-(b
+    The mean reward of action a for a user with optimum b is `level + gain (exp(-((a - b) / width)²) - exp(-(b
     / width)²))`. Action 0 therefore pays `level` to everybody, and the oracle, who plays b, earns more.
 
     level : reward of action 0
@@ -79,7 +79,7 @@ class SyntheticRewards:
     """
 
     level: float = 0.3
-    lead: float = 0.3
+    gain: float = 0.3
     width: float = 0.6
     length: float = 3.2
     stale: float = 1.4
@@ -126,7 +126,7 @@ class SyntheticRewards:
         best = torch.from_numpy(self.best(cases))
         near = torch.exp(-(((action_NK - best) / self.width) ** 2).mean(1))
         none = torch.exp(-((best / self.width) ** 2).mean(1))
-        return self.level + self.lead * (near - none)
+        return self.level + self.gain * (near - none)
 
 
 class DoublyRobustRewards:

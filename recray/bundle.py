@@ -30,7 +30,7 @@ from recray.dataset.schema import ITEM_ID
 from recray.errors import ArtifactError, DamagedArtifactError
 from recray.model.recommender import Recommender
 from recray.model.shape import Shape
-from recray.storage import Manifest, key_of, manifest_digest, open_sealed, sealed_directory
+from recray.storage import Manifest, immutable_directory, key_of, manifest_digest, open_immutable
 from recray.version import __version__
 
 KIND = "bundle"
@@ -120,7 +120,7 @@ class Bundle:
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Open a bundle and verify every file. Raises MissingArtifactError, DamagedArtifactError."""
-        return cls(Path(path), open_sealed(Path(path), KIND))
+        return cls(Path(path), open_immutable(Path(path), KIND))
 
     @cached_property
     def digest(self) -> str:
@@ -259,7 +259,7 @@ def write_bundle(
         "settings_key": settings_key(settings),
         "parent": parent,
     }
-    with sealed_directory(path, KIND, key, fields) as folder:
+    with immutable_directory(path, KIND, key, fields) as folder:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())},
             folder / "model.safetensors",
@@ -294,7 +294,7 @@ def find_latest_bundle(folder: Path, key: str, as_of_s: int) -> Bundle | None:
     candidates = []
     for path in folder.glob("[!.]*"):
         try:
-            content = open_sealed(path, KIND, verify=False)
+            content = open_immutable(path, KIND, verify=False)
         except ArtifactError:
             continue  # skip a damaged bundle
         if content["settings_key"] == key and content["as_of_s"] <= as_of_s:

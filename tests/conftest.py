@@ -38,13 +38,13 @@ hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
-def world_folder(tmp_path_factory) -> Path:
+def synthetic_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     SyntheticShop(users=300, items=120, events_per_user=15, seed=1).write(folder)
     return folder
 
 
-def world_overrides(folder: Path, root: Path) -> list[str]:
+def synthetic_overrides(folder: Path, root: Path) -> list[str]:
     return [
         f"data.events=[{folder / 'events'}]",
         f"data.items={folder / 'items.parquet'}",
@@ -68,7 +68,7 @@ def world_overrides(folder: Path, root: Path) -> list[str]:
 def private_overrides(folder: Path, root: Path) -> list[str]:
     """The same world with user-level privacy; what cannot be trained privately gives way by itself."""
     return [
-        *world_overrides(folder, root),
+        *synthetic_overrides(folder, root),
         "data.context=[]",
         "privacy.enabled=true",
         "privacy.cap=1000",
@@ -88,13 +88,13 @@ def private_overrides(folder: Path, root: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def world_settings(world_folder, tmp_path_factory) -> Settings:
-    return load_settings(None, world_overrides(world_folder, tmp_path_factory.mktemp("root")))
+def synthetic_settings(synthetic_folder, tmp_path_factory) -> Settings:
+    return load_settings(None, synthetic_overrides(synthetic_folder, tmp_path_factory.mktemp("root")))
 
 
 @pytest.fixture(scope="session")
-def world_dataset(world_settings) -> Dataset:
-    return prepare_here(world_settings)
+def synthetic_dataset(synthetic_settings) -> Dataset:
+    return prepare_here(synthetic_settings)
 
 
 @pytest.fixture(scope="session")
@@ -106,8 +106,8 @@ def shared_data() -> Path:
 
 def pytest_sessionstart() -> None:
     """Say at once what would make tests fail for no fault of the code."""
-    if found := problems():
-        pytest.exit("the tests cannot run here:\n  " + "\n  ".join(found), returncode=1)
+    if messages := problems():
+        pytest.exit("the tests cannot run here:\n  " + "\n  ".join(messages), returncode=1)
 
 
 ORDER = ("alone", "", "jobs", "own", "ray")
@@ -207,14 +207,14 @@ def assert_nothing_left(home: Path, before: dict[int, str] | None = None) -> Non
         # an actor lives as long as somebody has its handle, and the errors of a test are cycles that hold
         # some
         gc.collect()
-        found = {
+        leftovers = {
             pid: title
             for pid, title in _processes(home).items()
             if before is None or (pid not in before and not any(own in title for own in RAYS_OWN))
         }
-        return sorted(f"{pid} {title}" for pid, title in found.items())
+        return sorted(f"{pid} {title}" for pid, title in leftovers.items())
 
-    wait_for("the processes that a module started to end", lambda: not left(), saw=left)
+    wait_for("the processes that a module started to end", lambda: not left(), last_seen=left)
 
 
 def _processes(home: Path) -> dict[int, str]:
@@ -240,11 +240,11 @@ def head(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def workspace(head, world_folder, tmp_path_factory):
+def workspace(head, synthetic_folder, tmp_path_factory):
     """A workspace where a nightly run ended, to be cut back to before any stage of it."""
     from harness import Workspace
 
-    return Workspace(tmp_path_factory.mktemp("workspace"), world_folder, head.environment)
+    return Workspace(tmp_path_factory.mktemp("workspace"), synthetic_folder, head.environment)
 
 
 @pytest.fixture(autouse=True)
@@ -266,13 +266,13 @@ def postgres() -> Iterator[str]:
     """URL of a PostgreSQL server of our own, without a database."""
     from harness import wait_for
 
-    found = [
+    programs = [
         *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
         *(Path(path) for path in [shutil.which("initdb")] if path),
     ]
-    if not found:
+    if not programs:
         absent("PostgreSQL is not installed (Debian's package postgresql, or its bin folder in PATH)")
-    binaries = found[-1].resolve().parent
+    binaries = programs[-1].resolve().parent
     user = "nobody" if os.getuid() == 0 else None  # it does not run as root
     with tempfile.TemporaryDirectory(prefix="recray-postgres-") as folder:
         if user:
@@ -289,7 +289,7 @@ def postgres() -> Iterator[str]:
             wait_for(
                 "PostgreSQL",
                 lambda: not subprocess.run(ready).returncode,
-                saw=log.read_text,
+                last_seen=log.read_text,
                 ended=server.poll,
             )
             yield f"postgresql://recray@127.0.0.1:{port}"
@@ -340,12 +340,12 @@ def start_redis(binary: str, folder: str, port: int) -> subprocess.Popen:
 @pytest.fixture(params=["sqlite", "redis"])
 def log(request, tmp_path):
     """An empty log of the endpoint, in sqlite and in a real Redis."""
-    from recray.state.store import open_log
+    from recray.events.store import open_log
 
     if request.param == "sqlite":
-        found = open_log("sqlite", tmp_path)
+        event_log = open_log("sqlite", tmp_path)
     else:
         pytest.importorskip("redis").Redis.from_url(url := request.getfixturevalue("redis_server")).flushall()
-        found = open_log(url, tmp_path)
-    yield found
-    found.close()
+        event_log = open_log(url, tmp_path)
+    yield event_log
+    event_log.close()

@@ -19,7 +19,7 @@ from unittest import mock
 
 import psutil
 import pyarrow.parquet as pq
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from forked import FORKS, run_job
 from processes import children, status, titled
 
@@ -46,16 +46,16 @@ Value = TypeVar("Value")
 
 
 def wait_for(
-    what: str,
+    awaited: str,
     condition: Callable[[], Value],
     *,
-    saw: Callable[[], Any] | None = None,
+    last_seen: Callable[[], Any] | None = None,
     ended: Callable[[], Any] | None = None,
     every_s: float = 0.05,
 ) -> Value:
     """The first true value of a condition; an OSError or ValueError in it counts as not yet.
 
-    saw : what to show if it never came (default: what the condition gave last)
+    last_seen : what to show if it never came (default: what the condition gave last)
     ended : true once it cannot come any more, for instance `process.poll` or `lambda: not job.alive()`
 
     Raises AssertionError naming what was waited for and what was seen last.
@@ -75,7 +75,7 @@ def wait_for(
         if over or time.monotonic() > deadline:
             why = "it ended" if over else f"{DEADLINE_S:.0f} s went by"
             raise AssertionError(
-                f"waited for {what}, but {why}; last seen: {last if saw is None else saw()!s}"
+                f"waited for {awaited}, but {why}; last seen: {last if last_seen is None else last_seen()!s}"
             )
         time.sleep(every_s)
 
@@ -100,12 +100,12 @@ class Job:
         folder: Path,
         root: Path,
         environment: dict[str, str],
-        *more: str,
+        *overrides: str,
         as_of: str = AS_OF,
         fault: str | None = None,
         fork: bool = True,
     ) -> None:
-        words = ["--as-of", as_of, *world_overrides(folder, root), *QUICK, *more]
+        words = ["--as-of", as_of, *synthetic_overrides(folder, root), *QUICK, *overrides]
         environment = environment if fault is None else {**environment, FAULT: fault}
         self._begun.append(self)
         self._folder = Path(tempfile.mkdtemp(prefix="recray-job-"))
@@ -155,12 +155,12 @@ class Job:
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def waits_for(self, what: str, condition: Callable[[], Value], every_s: float = 0.05) -> Value:
+    def waits_for(self, awaited: str, condition: Callable[[], Value], every_s: float = 0.05) -> Value:
         """Wait for something that comes while the job runs."""
         return wait_for(
-            what,
+            awaited,
             condition,
-            saw=lambda: f"\n{self.said[-2000:]}",
+            last_seen=lambda: f"\n{self.said[-2000:]}",
             ended=lambda: not self.alive(),
             every_s=every_s,
         )
@@ -183,7 +183,7 @@ class Job:
 
     def end(self) -> tuple[int, dict[str, Any]]:
         """Exit code and last line, {} if there is none."""
-        wait_for("the job to end", lambda: not self.alive(), saw=lambda: f"\n{self.said[-2000:]}")
+        wait_for("the job to end", lambda: not self.alive(), last_seen=lambda: f"\n{self.said[-2000:]}")
         code = (
             self._process.returncode
             if isinstance(self._process, subprocess.Popen)
@@ -214,11 +214,11 @@ class Workspace:
     that the run promises to write alike.
     """
 
-    def __init__(self, folder: Path, world: Path, environment: dict[str, str]) -> None:
-        self.root, self._cuts, self.world, self.environment = (
+    def __init__(self, folder: Path, data_folder: Path, environment: dict[str, str]) -> None:
+        self.root, self._cuts, self.data_folder, self.environment = (
             folder / "root",
             folder / "cuts",
-            world,
+            data_folder,
             environment,
         )
         self._cuts.mkdir()
@@ -226,7 +226,7 @@ class Workspace:
             sys.executable,
             str(Path(__file__).with_name("cutting.py")),
             str(self._cuts),
-            *world_overrides(world, self.root),
+            *synthetic_overrides(data_folder, self.root),
             *QUICK,
         ]
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
@@ -249,15 +249,15 @@ class Workspace:
             shutil.rmtree(root / name)
         return root
 
-    def job(self, name: str, *more: str, **options: Any) -> Job:
-        return Job(name, self.world, self.root, self.environment, *more, **options)
+    def job(self, name: str, *overrides: str, **options: Any) -> Job:
+        return Job(name, self.data_folder, self.root, self.environment, *overrides, **options)
 
     def assert_right(self) -> None:
         assert_right(self.root, self.reference)
 
-    def nightly_finds_the_rest_right(self, *more: str) -> None:
+    def nightly_finds_the_rest_right(self, *overrides: str) -> None:
         """One nightly run, after which everything is as if nothing had happened."""
-        self.job("nightly", *more).ends_ok()
+        self.job("nightly", *overrides).ends_ok()
         self.assert_right()
 
 
@@ -296,22 +296,22 @@ def kill(*pids: int | None) -> None:
 
 def content(root: Path) -> dict[str, bytes]:
     """Every file that a nightly run promises to write alike, by its name under the root."""
-    found = {
+    files = {
         str(p.relative_to(root)): p.read_bytes()
         for name in ARTIFACTS
         for p in sorted((root / name).rglob("*"))
         if p.is_file()
     }
-    return found | {name: (root / name).read_bytes() for name in ("LATEST.json", "RELEASE.json")}
+    return files | {name: (root / name).read_bytes() for name in ("LATEST.json", "RELEASE.json")}
 
 
 def assert_right(root: Path, reference: dict[str, bytes]) -> None:
     """The files are those of an undisturbed run, nothing else lies there, one row a user, and MLflow has one
     of each.
     """
-    mine = content(root)
-    assert sorted(mine) == sorted(reference)
-    assert [name for name in mine if mine[name] != reference[name]] == []
+    ours = content(root)
+    assert sorted(ours) == sorted(reference)
+    assert [name for name in ours if ours[name] != reference[name]] == []
     assert not [p for name in ARTIFACTS for p in (root / name).rglob(".*")], "scratch of an attempt was left"
     assert not list(root.glob("staging/*")) and not [p for p in root.glob("training/*") if p.is_dir()]
     users = [

@@ -27,13 +27,13 @@ def problems() -> list[str]:
     return [*_full_disks(), *_taken_ports(), *_left_behind()]
 
 
-def absent(what: str) -> None:
+def absent(server: str) -> None:
     """Skip a test for want of something that this machine lacks. In CI that is a failure: there, nothing is
     left out unseen.
     """
     if os.environ.get("CI"):
-        pytest.fail(f"{what}; in CI no test is left out for that")
-    pytest.skip(what)
+        pytest.fail(f"{server}; in CI no test is left out for that")
+    pytest.skip(server)
 
 
 def _full_disks() -> list[str]:
@@ -47,15 +47,15 @@ def _full_disks() -> list[str]:
 
 
 def _taken_ports() -> list[str]:
-    found = []
+    ports = []
     for port in NOBODY_LISTENS:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                found.append(
+                ports.append(
                     f"something listens on 127.0.0.1:{port}, which tests take for a server that is not "
                     "there: stop it"
                 )
-    return found
+    return ports
 
 
 def _left_behind() -> list[str]:

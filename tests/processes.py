@@ -17,13 +17,13 @@ class Running(NamedTuple):
 
 def running(*words: str) -> list[Running]:
     """All processes that we may look at, or those whose title holds one of the words."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it ended, or is another user's
             title = " ".join(process.cmdline()).strip()
             if title and (not words or any(word in title for word in words)):
-                found.append(Running(process, Path(process.environ().get("HOME", "")), title))
-    return found
+                processes.append(Running(process, Path(process.environ().get("HOME", "")), title))
+    return processes
 
 
 def titled(home: Path, *words: str) -> list[int]:

@@ -33,13 +33,13 @@ class Benchmark:
     """A benchmark: the function that measures, and what it takes in this order beside the folder it works in.
 
     function : `module.function` of `recray.benchmark`, imported when it runs
-    takes : of data, against, checkout, overrides, users, say and out
+    takes : of data, against, checkout, overrides, users, progress and out
     needs_data : `--data` must name a data set
     returns_settings : it returns the settings of its runs before the metrics
     """
 
     function: str
-    takes: tuple[str, ...] = ("say",)
+    takes: tuple[str, ...] = ("progress",)
     needs_data: bool = False
     returns_settings: bool = False
 
@@ -50,30 +50,34 @@ def _on_data(function: str, *takes: str, needs_data: bool = True) -> Benchmark:
 
 BENCHMARKS = {
     "prepare": Benchmark("prepare.measure_prepare"),
-    "prepare --against": Benchmark("prepare.measure_against", ("checkout", "say")),
+    "prepare --against": Benchmark("prepare.measure_against", ("checkout", "progress")),
     "submit": Benchmark("submit.measure_submit"),
-    "quality": _on_data("quality.measure_quality", "data", "against", "overrides", "say", "out"),
-    "ablations": _on_data("ablations.measure_ablations", "data", "overrides", "say", needs_data=False),
-    "features": _on_data("features.measure_features", "data", "overrides", "say"),
-    "slate": _on_data("slate.measure_slate", "data", "overrides", "say"),
-    "train": _on_data("train.measure_train", "data", "against", "overrides", "say"),
-    "train --against": Benchmark("checkouts.compare_train", ("checkout", "data", "overrides", "say"), True),
-    "score": _on_data("score.measure_score", "data", "against", "overrides", "say"),
-    "score --against": Benchmark("checkouts.compare_score", ("checkout", "data", "overrides", "say"), True),
+    "quality": _on_data("quality.measure_quality", "data", "against", "overrides", "progress", "out"),
+    "ablations": _on_data("ablations.measure_ablations", "data", "overrides", "progress", needs_data=False),
+    "features": _on_data("features.measure_features", "data", "overrides", "progress"),
+    "slate": _on_data("slate.measure_slate", "data", "overrides", "progress"),
+    "train": _on_data("train.measure_train", "data", "against", "overrides", "progress"),
+    "train --against": Benchmark(
+        "checkouts.compare_train", ("checkout", "data", "overrides", "progress"), True
+    ),
+    "score": _on_data("score.measure_score", "data", "against", "overrides", "progress"),
+    "score --against": Benchmark(
+        "checkouts.compare_score", ("checkout", "data", "overrides", "progress"), True
+    ),
     "catalogue": Benchmark("catalogue.measure_catalogue"),
     "scale": Benchmark("scale.measure_scale"),
     "privacy": Benchmark("privacy.measure_privacy"),
-    "privacy --against": Benchmark("privacy.measure_against", ("checkout", "say")),
-    "privacy --data": _on_data("utility.measure_utility", "data", "overrides", "say", "out"),
-    "privacy --data cuts": _on_data("cuts.measure_cuts", "overrides", "say", "out"),
+    "privacy --against": Benchmark("privacy.measure_against", ("checkout", "progress")),
+    "privacy --data": _on_data("utility.measure_utility", "data", "overrides", "progress", "out"),
+    "privacy --data cuts": _on_data("cuts.measure_cuts", "overrides", "progress", "out"),
     "serve": Benchmark("serve.measure_serve"),
-    "serve --against": Benchmark("serve.measure_against", ("checkout", "say")),
+    "serve --against": Benchmark("serve.measure_against", ("checkout", "progress")),
     "serve-overload": Benchmark("serve.measure_overload"),
     "serve-state": Benchmark("serve.measure_state"),
-    "serve-users": Benchmark("serve.measure_users", ("users", "say")),
-    "explain": _on_data("explain.measure_explain", "data", "overrides", "say", needs_data=False),
+    "serve-users": Benchmark("serve.measure_users", ("users", "progress")),
+    "explain": _on_data("explain.measure_explain", "data", "overrides", "progress", needs_data=False),
     "policy": Benchmark("policy.measure_policy"),
-    "policy --data": _on_data("policy.measure_real", "data", "overrides", "say"),
+    "policy --data": _on_data("policy.measure_real", "data", "overrides", "progress"),
     "policy-drift": Benchmark("drift.measure_drift"),
     "policy-follow": Benchmark("drift.measure_follow"),
     "rounds": Benchmark("rounds.measure_rounds"),
@@ -85,7 +89,7 @@ BENCHMARKS = {
 def run(
     benchmark: str,
     out: Path,
-    say: ProgressLog,
+    progress: ProgressLog,
     *,
     data: str | None = None,
     against: str | None = None,
@@ -123,7 +127,7 @@ def run(
         data = str(find_data(data).resolve())  # before RECRAY_DATA is set to its folder
     with tempfile.TemporaryDirectory(prefix="recray-benchmark-") as folder:
         options = {"data": data, "against": against, "overrides": list(overrides), "users": users}
-        config, metrics = _measure(benchmark, Path(folder), {**options, "say": say, "out": out})
+        config, metrics = _measure(benchmark, Path(folder), {**options, "progress": progress, "out": out})
         attachments = {path.name: path.read_bytes() for path in Path(folder).glob("keep/*")}
 
     result = JobResult(
@@ -154,8 +158,8 @@ def _measure(name: str, folder: Path, options: Mapping[str, Any]) -> tuple[Mappi
     if benchmark.needs_data and options["data"] is None:
         raise SettingsError(f"benchmark {name} needs --data", "--data ml-1m, or the path of its folder")
     if "against" in benchmark.takes and options["against"] not in (None, *LIBRARIES):
-        known = f"known: {', '.join(LIBRARIES)}"
-        raise SettingsError(f"benchmark {name}: --against {options['against']}", known)
+        fix = f"known: {', '.join(LIBRARIES)}"
+        raise SettingsError(f"benchmark {name}: --against {options['against']}", fix)
     if name == "train" and options["against"] == "implicit":
         raise SettingsError(
             "benchmark train compares epochs, and implicit has none",

@@ -57,7 +57,7 @@ TEMPERATURES = {"sharper": -math.log(2.0), "blunter": math.log(2.0)}  # log temp
 
 
 def measure_ablations(
-    folder: Path, data: str | None, overrides: list[str], say: ProgressLog
+    folder: Path, data: str | None, overrides: list[str], progress: ProgressLog
 ) -> tuple[Mapping[str, Any], Result]:
     """By variant and protocol: NDCG, the default's paired difference with its interval, and NDCG at half and
     at double temperature.
@@ -77,7 +77,7 @@ def measure_ablations(
         loop = build_loop(str(dataset.path), variant_settings, torch.device("cpu"))
         facts = _facts(loop, variant_settings)
         if facts == default:
-            say(f"{name}: skipped, it equals the default here")
+            progress(f"{name}: skipped, it equals the default here")
             continue
         figures, ndcg = _train_variant(loop, settings, dataset, reference)
         if name == DEFAULT:
@@ -89,7 +89,7 @@ def measure_ablations(
             f"{protocol} " + ", ".join(f"{metric} {value}" for metric, value in figures[protocol].items())
             for protocol in ndcg
         )
-        say(f"{name}: {summary}; {figures['epochs']} epochs of {figures['epoch_s']} s")
+        progress(f"{name}: {summary}; {figures['epochs']} epochs of {figures['epoch_s']} s")
     return config, metrics
 
 

@@ -37,33 +37,33 @@ TOP_USERS, TOP_K, TOP_BATCH = 10_000, 100, 1024
 STEP_BOUND, TOP_BOUND = 4e9, 3e9
 
 
-def measure_catalogue(folder: Path, say: ProgressLog) -> Result:
+def measure_catalogue(folder: Path, progress: ProgressLog) -> Result:
     """Peak bytes and seconds at each size; `top_item_ratio`: seconds an item at the largest size divided by
     those at the smallest.
     """
     metrics: Result = {}
     for items in SIZES:
-        for work in ("step", "top"):
+        for part in ("step", "top"):
             process = subprocess.run(
-                [sys.executable, "-m", __name__, work, str(items)], capture_output=True, text=True
+                [sys.executable, "-m", __name__, part, str(items)], capture_output=True, text=True
             )
             if process.returncode:
                 raise TrainingError(
-                    f"{work} of {items} items failed: {process.stderr.strip()[-600:]}",
+                    f"{part} of {items} items failed: {process.stderr.strip()[-600:]}",
                     "check the free memory of this machine",
                 )
             figures = json.loads(process.stdout)
-            say(
-                f"{items:,} items, {work}: peak {figures['peak_bytes'] / 1e9:.2f} GB, "
+            progress(
+                f"{items:,} items, {part}: peak {figures['peak_bytes'] / 1e9:.2f} GB, "
                 f"{figures['seconds']:.2f} s"
             )
-            metrics |= {f"{work}_{items}_{name}": value for name, value in figures.items()}
+            metrics |= {f"{part}_{items}_{name}": value for name, value in figures.items()}
     small, large = SIZES[0], SIZES[-1]
     ratio = metrics[f"top_{large}_seconds"] / large / (metrics[f"top_{small}_seconds"] / small)
     metrics["top_item_ratio"] = round(ratio, 3)
     metrics["step_memory_ratio"] = round(metrics[f"step_{large}_peak_bytes"] / STEP_BOUND, 3)
     metrics["top_memory_ratio"] = round(metrics[f"top_{large}_peak_bytes"] / TOP_BOUND, 3)
-    say(f"top {TOP_K}: the cost of an item is {ratio:.2f} times that in the small catalogue")
+    progress(f"top {TOP_K}: the cost of an item is {ratio:.2f} times that in the small catalogue")
     return metrics
 
 
@@ -80,7 +80,7 @@ class RandomUsers:
     def __init__(self, users: int, items: int, history: int, steps: int) -> None:
         self.users, self.items, self.history, self.steps = users, items, history, steps
 
-    def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
+    def epoch(self, epoch: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
         """`steps` batches."""
         random = torch.Generator().manual_seed(epoch)
         user, position = (
@@ -122,7 +122,7 @@ def _time_step(items: int) -> float:
     loop = Loop(
         model,
         RandomUsers(STEP_USERS, items, HISTORY, STEPS),
-        lambda model, rank, world: (0.0, 1.0),
+        lambda model, rank, world_size: (0.0, 1.0),
         criterion,
         settings,
     )

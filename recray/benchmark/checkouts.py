@@ -21,19 +21,19 @@ ROUNDS = 5
 
 
 def compare_train(
-    folder: Path, other: Path, data: str, overrides: list[str], say: ProgressLog
+    folder: Path, other: Path, data: str, overrides: list[str], progress: ProgressLog
 ) -> dict[str, float]:
     """Seconds of a training epoch, here and in another checkout (`recray benchmark train`)."""
     measure = partial(_run_benchmark, folder, ["train", "--data", data, *overrides], "epoch_s")
-    return compare_checkouts(other, "training", ROUNDS, measure, "s", say)
+    return compare_checkouts(other, "training", ROUNDS, measure, "s", progress)
 
 
 def compare_score(
-    folder: Path, other: Path, data: str, overrides: list[str], say: ProgressLog
+    folder: Path, other: Path, data: str, overrides: list[str], progress: ProgressLog
 ) -> dict[str, float]:
     """Users a second of batch inference, here and in another checkout (`recray benchmark score`)."""
     measure = partial(_run_benchmark, folder, ["score", "--data", data, *overrides], "users_per_s")
-    return compare_checkouts(other, "inference", ROUNDS, measure, "users/s", say)
+    return compare_checkouts(other, "inference", ROUNDS, measure, "users/s", progress)
 
 
 def _run_benchmark(folder: Path, words: list[str], metric: str, checkout: Path) -> dict[str, float]:
@@ -60,7 +60,7 @@ def compare_checkouts(
     rounds: int,
     measure: Callable[[Path], dict[str, float]],
     unit: str,
-    say: ProgressLog,
+    progress: ProgressLog,
 ) -> dict[str, float]:
     """Ratios of this checkout's measures to the other's: the median over rounds `NAME_ratio`, `NAME_lowest`
     and `NAME_highest`. `NAME_here` is the median of this checkout. A measure without a name has no prefix.
@@ -89,7 +89,7 @@ def compare_checkouts(
                 f"ratio {ratio:.3f}"
                 for name, ratio in ratios.items()
             ]
-            say(f"round {number + 1}: {'; '.join(lines)}")
+            progress(f"round {number + 1}: {'; '.join(lines)}")
     figures: dict[str, float] = {}
     for name in measured[0][0]:
         ratios_by_round = [here[name] / there[name] for here, there in measured]

@@ -20,7 +20,7 @@ import torch
 
 from recray.benchmark.peers import cache
 from recray.benchmark.quality import CONFIDENCE, RESAMPLES, ndcg, ranks_of
-from recray.benchmark.utility import COMMON, OF_DATA, SPECIFICATION, WORLD, ranks_by, select_single_target
+from recray.benchmark.utility import COMMON, OF_DATA, SPECIFICATION, SYNTHETIC, ranks_by, select_single_target
 from recray.bundle import Bundle, write_bundle
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
@@ -43,7 +43,7 @@ LAST = 3  # cutoffs at which the reused training is old
 
 
 def measure_cuts(
-    folder: Path, overrides: list[str], say: ProgressLog, out: Path
+    folder: Path, overrides: list[str], progress: ProgressLog, out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`lead_over_popularity_least`, the minimum over the cutoffs of the mean difference in NDCG@10, and
     `lead_over_reused`, the mean difference at the last cutoffs. `_low` is the lower end of the interval over
@@ -58,7 +58,7 @@ def measure_cuts(
     ]
     options = [
         *COMMON,
-        *OF_DATA[WORLD],
+        *OF_DATA[SYNTHETIC],
         "train.learning_rate=0.01",
         "privacy.enabled=true",
         f"privacy.cap={CAP:g}",
@@ -75,24 +75,24 @@ def measure_cuts(
         values, [dataset.digest for dataset in datasets], SEEDS, __version__, sha256_file(Path(__file__))
     )
     series = TrainingSeries(
-        settings, datasets, cache().parent / "cuts" / key, out / f"privacy-cuts-{key}.cells.jsonl", say
+        settings, datasets, cache().parent / "cuts" / key, out / f"privacy-cuts-{key}.cells.jsonl", progress
     )
     cells = [[series.measure(seed, cut) for cut in range(CUTS)] for seed in range(SEEDS)]
-    return values, _to_metrics(cells, [str(cutoff.date()) for cutoff in cutoffs], say)
+    return values, _to_metrics(cells, [str(cutoff.date()) for cutoff in cutoffs], progress)
 
 
 class TrainingSeries:
     """The trainings of all seeds, and their measured cells at each cutoff."""
 
     def __init__(
-        self, settings: Settings, datasets: list[Dataset], weights: Path, cells: Path, say: ProgressLog
+        self, settings: Settings, datasets: list[Dataset], weights: Path, cells: Path, progress: ProgressLog
     ) -> None:
-        self.settings, self.datasets, self.weights, self.cells, self.say = (
+        self.settings, self.datasets, self.weights, self.cells, self.progress = (
             settings,
             datasets,
             weights,
             cells,
-            say,
+            progress,
         )
         cells.parent.mkdir(parents=True, exist_ok=True)
         lines = cells.read_text().split("\n")[:-1] if cells.exists() else []
@@ -119,7 +119,7 @@ class TrainingSeries:
         }
         cell = {"seed": seed, "cut": cut, "seconds": round(time.monotonic() - started, 1), "ranks": ranks}
         figures = ", ".join(f"{name} {ndcg(np.array(values)).mean():.4f}" for name, values in ranks.items())
-        self.say(f"seed {seed}, cutoff {cut + 1} of {CUTS}: {figures}; {cell['seconds']:.0f} s")
+        self.progress(f"seed {seed}, cutoff {cut + 1} of {CUTS}: {figures}; {cell['seconds']:.0f} s")
         self._measured[seed, cut] = cell
         with open(self.cells, "a") as file:
             file.write(json.dumps(cell) + "\n")
@@ -155,7 +155,7 @@ class TrainingSeries:
         )
 
 
-def _to_metrics(cells: list[list[dict[str, Any]]], dates: list[str], say: ProgressLog) -> dict[str, Any]:
+def _to_metrics(cells: list[list[dict[str, Any]]], dates: list[str], progress: ProgressLog) -> dict[str, Any]:
     """Figures of the cells [seeds][cutoffs]."""
 
     def user_ndcg(cut: int, name: str) -> np.ndarray:
@@ -169,7 +169,7 @@ def _to_metrics(cells: list[list[dict[str, Any]]], dates: list[str], say: Progre
         table.append(
             [date, *(round(float(values.mean()), 4) for values in (private, popular, reused)), len(private)]
         )
-        say(
+        progress(
             f"{date}: private {private.mean():.4f}, popularity {popular.mean():.4f}, reused "
             f"{reused.mean():.4f}; {len(private)} users"
         )

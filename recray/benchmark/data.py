@@ -52,7 +52,7 @@ def prepare_data(
 
 
 def train_model(
-    data: str | None, folder: Path, overrides: list[str], say: ProgressLog
+    data: str | None, folder: Path, overrides: list[str], progress: ProgressLog
 ) -> tuple[Settings, Dataset, Predictor, int]:
     """As `prepare_data`; and the predictor of a model that was trained on it in this process, and its number
     of epochs.
@@ -62,7 +62,7 @@ def train_model(
     loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     epochs = len(list(loop.run()))
     loop.ema_model.load_state_dict(loop.best)
-    say(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
+    progress(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
     return (
         settings,
         dataset,

@@ -59,7 +59,7 @@ FOLLOW = (
 )
 
 
-def measure_drift(folder: Path, say: ProgressLog) -> Result:
+def measure_drift(folder: Path, progress: ProgressLog) -> Result:
     """`lead`: share of the oracle's gain over the trained model after each round; `frozen`: the same of the
     policy that was live at the drift, after it; `regained_within`: rounds after the drift until 80 % of the
     gain were regained, None: never; `refused`: the reason why a round published nothing; `failed`: failed
@@ -77,13 +77,15 @@ def measure_drift(folder: Path, say: ProgressLog) -> Result:
         for number in range(BEFORE + AFTER):
             if number == BEFORE:
                 rewards, frozen = replace(rewards, drift=-1.0), _load_live_policy(storage)
-                say(f"drift: {_gain_share(rewards, observation, frozen):.0%} of the oracle's gain are left")
+                progress(
+                    f"drift: {_gain_share(rewards, observation, frozen):.0%} of the oracle's gain are left"
+                )
             failed += _run_round(port, rewards, observation, number)
             result = _adapt(storage)
             promoted.append(bool(result["metrics"]["promoted"]))
             refused.append(result["reason"])
             gains.append(round(_gain_share(rewards, observation, _load_live_policy(storage)), 3))
-            say(f"round {number + 1}: {gains[-1]:.0%} of the oracle's gain, {failed} failed requests")
+            progress(f"round {number + 1}: {gains[-1]:.0%} of the oracle's gain, {failed} failed requests")
 
     regained = [number for number, share in enumerate(gains[BEFORE:], 1) if share >= 0.8]
     return {
@@ -98,7 +100,7 @@ def measure_drift(folder: Path, say: ProgressLog) -> Result:
     }
 
 
-def measure_follow(folder: Path, say: ProgressLog) -> Result:
+def measure_follow(folder: Path, progress: ProgressLog) -> Result:
     """The same with `recray adapt --follow` and no operator: `RATE` requests a second, outcomes within
     seconds.
 
@@ -123,20 +125,20 @@ def measure_follow(folder: Path, say: ProgressLog) -> Result:
             ) + AFTER_S and regained_s is None:
                 share = _gain_share(clients.rewards, observation, _load_live_policy(storage))
                 gains.append((round(now_s, 1), round(share, 3)))
-                say(
+                progress(
                     f"{now_s:.0f} s: {share:.0%} of the oracle's gain, {clients.failed} of "
                     f"{clients.answered + clients.failed} requests failed"
                 )
                 if drift_s == math.inf and (now_s >= BEFORE_S or share >= 0.8):
                     drift_s, clients.rewards = now_s, replace(clients.rewards, drift=-1.0)
                     frozen = _gain_share(clients.rewards, observation, _load_live_policy(storage))
-                    say(f"drift: {frozen:.0%} of the oracle's gain are left")
+                    progress(f"drift: {frozen:.0%} of the oracle's gain are left")
                 elif share >= 0.8 and drift_s < now_s:
                     regained_s = round(now_s - drift_s, 1)
                 if killed_s is None and now_s >= drift_s + KILLED_AFTER_S:
                     killed_s = round(now_s - drift_s, 1)
                     follower.restart()
-                    say("the follower was killed and restarted")
+                    progress("the follower was killed and restarted")
                 time.sleep(POLL_S)
         status = read_json(storage.follow)
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from recray.benchmark import Result
+from recray.events.log import Entry
+from recray.events.rewards import Rewards
 from recray.serving.experiment import Experiment
 from recray.stages import ProgressLog
-from recray.state.log import Entry
-from recray.state.rewards import Rewards
 
 RUNS, RESPONSES = 500, 20_000
 WORSE_RUNS, WITHIN = 100, 500  # of the challenger's own responses
@@ -38,14 +38,14 @@ class Cell:
 
     failing : share of the responses that fail
     latency : draws n latencies in milliseconds
-    more_failing, slower : added failures and latency factor of the challenger
+    added_failures, slower : added failures and latency factor of the challenger
     """
 
     failing: float
     latency: Callable[[np.random.Generator, int], np.ndarray]
     share: float
     bursts: bool = False
-    more_failing: float = 0.0
+    added_failures: float = 0.0
     slower: float = 1.0
 
 
@@ -94,7 +94,7 @@ def make_worse_cells() -> dict[str, Cell]:
         for share in SHARES
     }
     failing = {
-        f"5 points more than {base:.0%}, share {share:g}": Cell(base, _log_normal, share, more_failing=0.05)
+        f"5 points more than {base:.0%}, share {share:g}": Cell(base, _log_normal, share, added_failures=0.05)
         for base in (0.0, 0.01, 0.03)
         for share in SHARES
     }
@@ -112,7 +112,7 @@ def run_experiment(cell: Cell, seed: int, responses: int, within: int | None = N
     user = random.integers(0, USERS, responses)
     is_challenger = is_challenger_user[user]
     ms = cell.latency(random, responses) * np.where(is_challenger, cell.slower, 1.0)
-    failed = random.random(responses) < cell.failing + cell.more_failing * is_challenger
+    failed = random.random(responses) < cell.failing + cell.added_failures * is_challenger
     clicked = random.random(responses) < CLICKED
     order = _add_bursts(ms, failed, is_challenger) if cell.bursts else np.arange(responses)
     challenger_responses: int = 0
@@ -165,7 +165,7 @@ def _add_bursts(ms: np.ndarray, failed: np.ndarray, is_challenger: np.ndarray) -
 
 
 def measure_experiments(
-    _: Path, say: ProgressLog, runs: int = RUNS, responses: int = RESPONSES, worse_runs: int = WORSE_RUNS
+    _: Path, progress: ProgressLog, runs: int = RUNS, responses: int = RESPONSES, worse_runs: int = WORSE_RUNS
 ) -> Result:
     """`ended_most`: how many experiments of equal variants ended in the worst cell; `found_least`: the
     minimum share of worse challengers that were rolled back within `WITHIN` of their responses.
@@ -186,11 +186,11 @@ def measure_experiments(
         for name, cell in make_equal_cells().items():
             ended = sum(count is not None for count in run_all(cell, runs, None))
             table.append([name, ended, runs])
-            say(f"equal variants, {name}: {ended} of {runs} ended")
+            progress(f"equal variants, {name}: {ended} of {runs} ended")
         for name, cell in make_worse_cells().items():
             ended = sum(count is not None for count in run_all(cell, worse_runs, WITHIN))
             table.append([name, ended, worse_runs])
-            say(f"{name}: {ended} of {worse_runs} ended within {WITHIN} of the challenger's responses")
+            progress(f"{name}: {ended} of {worse_runs} ended within {WITHIN} of the challenger's responses")
     n = len(make_equal_cells())
     return {
         "runs": runs,

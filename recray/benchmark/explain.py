@@ -29,7 +29,7 @@ BATCH = 256
 
 
 def measure_explain(
-    folder: Path, data: str | None, overrides: list[str], say: ProgressLog
+    folder: Path, data: str | None, overrides: list[str], progress: ProgressLog
 ) -> tuple[Mapping[str, Any], Result]:
     """The drop of the first item's score without the named events and without random ones, means over test
     users with intervals.
@@ -38,7 +38,7 @@ def measure_explain(
 
     data : as for `prepare_data`; None: the shipped data
     """
-    settings, dataset, predictor, epochs = train_model(data, folder, overrides, say)
+    settings, dataset, predictor, epochs = train_model(data, folder, overrides, progress)
     queries = [
         query
         for batch in select_test_queries(settings, dataset).batches(BATCH)
@@ -67,7 +67,7 @@ def measure_explain(
         }
         figures["named_lowers_more"] = float((values[:, 0] > values[:, 1]).mean())
         metrics[protocol] = {name: round(float(value), 4) for name, value in figures.items()}
-        say(
+        progress(
             f"{protocol}: {named:.3f} lower without the named events, {at_random:.3f} without random ones "
             f"[{low:.3f}, {high:.3f}]"
         )

@@ -43,7 +43,7 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
 def measure_features(
-    folder: Path, data: str, overrides: list[str], say: ProgressLog
+    folder: Path, data: str, overrides: list[str], progress: ProgressLog
 ) -> tuple[Mapping[str, Any], Result]:
     """By variant: HR@10 and NDCG@10 of warm targets, HR@10 of cold targets, and its ratio to chance with an
     interval over users.
@@ -88,7 +88,7 @@ def measure_features(
             dataset, training_settings(settings), BOOSTS if name == "all" else BOOSTS[:1]
         )
         metrics["variants"][name] = figures
-        say(f"{name}: " + ", ".join(f"{metric} {value}" for metric, value in figures.items()))
+        progress(f"{name}: " + ", ".join(f"{metric} {value}" for metric, value in figures.items()))
 
     metrics["cold_item_boost"] = by_boost
     best = metrics["variants"]["all"]

@@ -17,7 +17,7 @@ from recray.stages import ProgressLog
 from recray.storage import key_of
 
 PINS = {"rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "implicit==0.7.3", "pyarrow==25.0.1")}
-HOME = {"rectools": "rectools", "implicit": "rectools"}  # the environment of each library
+ENVIRONMENTS = {"rectools": "rectools", "implicit": "rectools"}  # the environment of each library
 
 
 class LibraryRequest(TypedDict):
@@ -73,12 +73,14 @@ class LibraryResponse(TypedDict, total=False):
     ranks: dict[str, int]
 
 
-def run_library(library: str, request: LibraryRequest, folder: Path, say: ProgressLog) -> LibraryResponse:
+def run_library(
+    library: str, request: LibraryRequest, folder: Path, progress: ProgressLog
+) -> LibraryResponse:
     """Run `<library>_peer.py` in the library's environment with a request; the JSON that it returns.
 
     Raises ClusterError if the environment cannot be created or the library fails.
     """
-    python = create_environment(HOME[library], say)
+    python = create_environment(ENVIRONMENTS[library], progress)
     request_file = folder / "request.json"
     request_file.write_text(json.dumps(request))
     script = str(resources.files("recray.benchmark") / f"{library}_peer.py")
@@ -94,7 +96,7 @@ def run_library(library: str, request: LibraryRequest, folder: Path, say: Progre
         for line in process.stderr:
             last_lines = [*last_lines[-9:], line.strip()]
             if line.startswith("{"):
-                say(f"{library}: {line.strip()}")
+                progress(f"{library}: {line.strip()}")
     if process.returncode:
         raise ClusterError(
             f"{library} failed: {' | '.join(last_lines)[-600:]}", f"run it manually: {python} {script}"
@@ -108,19 +110,19 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recray" / "peers"
 
 
-def create_environment(library: str, say: ProgressLog) -> Path:
+def create_environment(library: str, progress: ProgressLog) -> Path:
     """The Python of the library's environment, which is created in the user's cache if it does not exist.
     $RECRAY_TORCH_INDEX names an index with a CPU build of torch.
     """
-    home = cache() / f"{library}-{key_of(PINS[library])}"
-    python, complete = home / "bin" / "python", home / ".complete"
+    environment = cache() / f"{library}-{key_of(PINS[library])}"
+    python, complete = environment / "bin" / "python", environment / ".complete"
     if complete.exists():
         return python
-    say(f"creating the environment of {library} (some minutes, once)")
+    progress(f"creating the environment of {library} (some minutes, once)")
     index = ["--index-url", os.environ["RECRAY_TORCH_INDEX"]] if os.environ.get("RECRAY_TORCH_INDEX") else []
     torch, *rest = PINS[library]
     pip = [str(python), "-m", "pip", "install", "--quiet"]
-    for command in ([sys.executable, "-m", "venv", str(home)], [*pip, *index, torch], [*pip, *rest]):
+    for command in ([sys.executable, "-m", "venv", str(environment)], [*pip, *index, torch], [*pip, *rest]):
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
             raise ClusterError(

@@ -33,14 +33,14 @@ from recray.dataset.reader import History
 from recray.evaluation.metrics import bootstrap_means, interval
 from recray.evaluation.plots import plot_gap_closed
 from recray.evaluation.protocol import EvaluationQuery
+from recray.events.log import Entry
+from recray.events.rewards import Rewards as OutcomeRewards
 from recray.inference import Predictor
 from recray.inference.modulation import explore
 from recray.inference.observer import Observer
 from recray.inference.policy import OBSERVED, ObservationNormalizer, Policy
 from recray.serving.experiment import Experiment, is_in_share
 from recray.stages import ProgressLog
-from recray.state.log import Entry
-from recray.state.rewards import Rewards as OutcomeRewards
 from recray.training.plan import bundle_settings
 
 SEEDS = 5
@@ -61,20 +61,20 @@ BUNDLE = "benchmark"
 Act = Callable[[np.ndarray], np.ndarray]
 
 
-def measure_policy(folder: Path, say: ProgressLog) -> Result:
+def measure_policy(folder: Path, progress: ProgressLog) -> Result:
     """`planted_oracle_gap_closed` by PPO (mean and minimum of five seeds) and by each baseline;
     `twin_false_promotion_rate`, with those of shuffled rewards and A/A tests; how a policy that is 10 % worse
     is refused and rolled back; seconds for 100,000 decisions.
     """
     torch.set_num_threads(1)
     cluster.start()
-    metrics = _measure_synthetic(folder, say)
-    metrics |= _measure_twins(say)
-    metrics |= _measure_worse(say)
+    metrics = _measure_synthetic(folder, progress)
+    metrics |= _measure_twins(progress)
+    metrics |= _measure_worse(progress)
     return metrics
 
 
-def _measure_synthetic(folder: Path, say: ProgressLog) -> Result:
+def _measure_synthetic(folder: Path, progress: ProgressLog) -> Result:
     rewards = SyntheticRewards()
     observation, cases = rewards.draw(EVALUATION_USERS, np.random.default_rng(10_000))
     paid: dict[str, list[np.ndarray]] = {}
@@ -88,7 +88,7 @@ def _measure_synthetic(folder: Path, say: ProgressLog) -> Result:
             **_fit_baselines(rewards, policies[-1].normalizer, seed),
         }.items():
             paid.setdefault(name, []).append(rewards.pay(cases, act(observation)))
-        say(
+        progress(
             f"seed {seed}: {policies[-1].about['decisions']:,} decisions in {seconds[-1]:.0f} s, "
             f"{paid['ppo'][-1].mean():.4f} a request"
         )
@@ -121,7 +121,7 @@ def _measure_synthetic(folder: Path, say: ProgressLog) -> Result:
             metrics["gap_closed"], sample[:, 0], rewards.best(sample)[:, 0], policies[0].act(sample)[:, 0]
         )
     )
-    say(
+    progress(
         f"{metrics['planted_oracle_gap_closed']:.1%} of the oracle's gain; "
         + ", ".join(f"{name} {np.mean(shares):.1%}" for name, shares in closed.items())
     )
@@ -161,7 +161,7 @@ def _compare_paired(
     return differences
 
 
-def _measure_twins(say: ProgressLog) -> Result:
+def _measure_twins(progress: ProgressLog) -> Result:
     """How often policies without a gain pass the promotion criteria; the logs of each policy have users of
     their own.
     """
@@ -185,7 +185,7 @@ def _measure_twins(say: ProgressLog) -> Result:
                 _add_control(_draw_log(SyntheticRewards(), LOGGED, SIGMA, random, other.act), random),
                 _TwoControlPolicy(other),
             ).passed
-        say(f"{number + 1} policies, {(number + 1) * LOGS} logs of each kind; promoted: {promoted}")
+        progress(f"{number + 1} policies, {(number + 1) * LOGS} logs of each kind; promoted: {promoted}")
     return {f"{name}_false_promotion_rate": round(count / runs, 4) for name, count in promoted.items()} | {
         "false_promotion_runs": runs
     }
@@ -256,7 +256,7 @@ class _ConstantPolicy:
         return np.full((len(observation), 1), self.action, np.float32)
 
 
-def _measure_worse(say: ProgressLog) -> Result:
+def _measure_worse(progress: ProgressLog) -> Result:
     """A policy that earns a tenth less: how often the promotion criteria refuse it, and its experiment rolls
     it back.
     """
@@ -286,7 +286,7 @@ def _measure_worse(say: ProgressLog) -> Result:
         "worse_returned_where_users_come_back": sum(requests is not None for requests in repeated)
         / len(repeated),
     }
-    say(
+    progress(
         f"a policy with {metrics['worse_reward']:.1%} of the reward: refused {metrics['worse_refused']:.0%}, "
         f"rolled back within {metrics['worse_returned_within']} requests, "
         f"{metrics['worse_returned_where_users_come_back']:.0%} where users have {VISITS} visits on average"
@@ -329,7 +329,7 @@ def _run_canary(
 
 
 def measure_real(
-    folder: Path, data: str, overrides: list[str], say: ProgressLog
+    folder: Path, data: str, overrides: list[str], progress: ProgressLog
 ) -> tuple[Mapping[str, Any], Result]:
     """On the histories of a data set, clean and with noise events: NDCG of half of the test users under each
     method, learned on the others.
@@ -338,12 +338,12 @@ def measure_real(
     policies pass on the same users, as in `recray tune`; `promoted_by_log`: on a log that explored, as in
     `recray adapt`. `hindsight`: the best of eleven temperatures for each user.
     """
-    settings, dataset, predictor, epochs = train_model(data, folder, overrides, say)
+    settings, dataset, predictor, epochs = train_model(data, folder, overrides, progress)
     cluster.start()
     queries, filter_seen = load_queries(settings, dataset, predictor)
     np.random.default_rng(0).shuffle(queries)
     metrics: Result = {"epochs": epochs, "actions": ACTIONS, **_measure_decisions(predictor, queries)}
-    say(
+    progress(
         f"a decision takes {metrics['deciding_share']:.1%} of a response's time, with exploration "
         f"{metrics['exploring_share']:.1%}"
     )
@@ -357,7 +357,7 @@ def measure_real(
         )
         figures = _measure_on_histories(training, evaluation, min(settings.policy.decisions, REAL_DECISIONS))
         metrics[f"noise {share:.0%}"] = figures
-        say(
+        progress(
             f"{share:.0%} noise: NDCG {figures['ndcg']}, gain {figures['over_nothing']}, "
             f"{figures['promoted']} of {SEEDS} promoted {figures['reasons']}, "
             f"{figures['promoted_by_log']} by a log"

@@ -45,26 +45,26 @@ class MemoryPeak:
         self.workers, self.store = max(self.workers, workers), max(self.store, store)
 
 
-def measure_prepare(folder: Path, say: ProgressLog) -> dict[str, float]:
+def measure_prepare(folder: Path, progress: ProgressLog) -> dict[str, float]:
     """Peak memory of prepare at 1 and 10 million synthetic events, and the bound of 1 GB + 100 B an event."""
     metrics: dict[str, float] = {}
     for millions in MILLIONS:
-        say(f"writing a synthetic data set of {millions} million events")
+        progress(f"writing a synthetic data set of {millions} million events")
         shop = SyntheticShop(users=50_000 * millions, items=20_000, events_per_user=20.0)
-        shop.write(folder / f"world-{millions}")
-        metrics.update(_measure_memory(folder, millions, say))
+        shop.write(folder / f"shop-{millions}")
+        metrics.update(_measure_memory(folder, millions, progress))
     return metrics
 
 
-def measure_against(folder: Path, other: Path, say: ProgressLog) -> dict[str, float]:
+def measure_against(folder: Path, other: Path, progress: ProgressLog) -> dict[str, float]:
     """Events a second of prepare at 1 million synthetic events, here and in another checkout, alternating,
     without the start of Ray and imports.
 
     Raises SettingsError for a folder that is not a checkout.
     """
-    SyntheticShop(users=50_000, items=20_000, events_per_user=20.0).write(folder / "world")
+    SyntheticShop(users=50_000, items=20_000, events_per_user=20.0).write(folder / "shop")
     return compare_checkouts(
-        other, "prepare", ROUNDS, lambda checkout: {"": _measure_rate(folder, checkout)}, "events/s", say
+        other, "prepare", ROUNDS, lambda checkout: {"": _measure_rate(folder, checkout)}, "events/s", progress
     )
 
 
@@ -75,7 +75,7 @@ from recray.config import load_settings
 from recray.prepare.prepare import prepare
 folder = sys.argv[1]
 settings = load_settings(None,
-[f"data.events=[{folder}/world/events]", f"data.items={folder}/world/items.parquet",
+[f"data.events=[{folder}/shop/events]", f"data.items={folder}/shop/items.parquet",
 f"storage.root={folder}/root"])
 cluster.start()
 import ray
@@ -103,9 +103,9 @@ def _measure_rate(folder: Path, checkout: Path) -> float:
     return float(json.loads(process.stdout.splitlines()[-1]))
 
 
-def _measure_memory(folder: Path, millions: int, say: ProgressLog) -> dict[str, float]:
+def _measure_memory(folder: Path, millions: int, progress: ProgressLog) -> dict[str, float]:
     """Memory and seconds of `recray prepare` as a person runs it."""
-    data, memory, started = folder / f"world-{millions}", MemoryPeak(), time.monotonic()
+    data, memory, started = folder / f"shop-{millions}", MemoryPeak(), time.monotonic()
     command = [
         sys.executable,
         "-c",
@@ -124,7 +124,7 @@ def _measure_memory(folder: Path, millions: int, say: ProgressLog) -> dict[str, 
         raise RecrayError(f"prepare ended with exit code {job.returncode}: {errors[-2000:]}")
     seconds, events = time.monotonic() - started, json.loads(output.splitlines()[-1])["metrics"]["events"]
     bound = BASE_BYTES + 100 * events
-    say(
+    progress(
         f"{events} events: peak {memory.total / 1e6:.0f} MB (workers {memory.workers / 1e6:.0f}, object "
         f"store {memory.store / 1e6:.0f}), bound {bound / 1e6:.0f} MB, {seconds:.0f} s with Ray's start"
     )

@@ -36,7 +36,7 @@ LARGE_USERS, LARGE_ITEMS, LARGE_BOUND = 256, 100_000, 4e9
 STEPS, ROUNDS = 6, 3
 
 
-def measure_privacy(folder: Path, say: ProgressLog) -> Result:
+def measure_privacy(folder: Path, progress: ProgressLog) -> Result:
     """`dp_step_time_ratio` and `dp_step_memory_ratio`: private over plain, seconds of a step and bytes above
     those of the idle process; `dp_large_memory_ratio`: peak bytes of a step with 100,000 items over 4 GB.
     """
@@ -45,14 +45,16 @@ def measure_privacy(folder: Path, say: ProgressLog) -> Result:
         for kind in ("plain", "private") if number % 2 == 0 else ("private", "plain"):
             run = _run_step(kind, USERS, ITEMS)
             by_kind[kind].append(run)
-            say(f"{kind}: {run['seconds']:.2f} s a step, {run['bytes'] / 1e6:.0f} MB")
+            progress(f"{kind}: {run['seconds']:.2f} s a step, {run['bytes'] / 1e6:.0f} MB")
 
     medians = {
         kind: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         for kind, runs in by_kind.items()
     }
     large = _run_step("private", LARGE_USERS, LARGE_ITEMS)
-    say(f"{LARGE_ITEMS:,} items: {large['seconds']:.1f} s a step, peak {large['peak_bytes'] / 1e9:.2f} GB")
+    progress(
+        f"{LARGE_ITEMS:,} items: {large['seconds']:.1f} s a step, peak {large['peak_bytes'] / 1e9:.2f} GB"
+    )
     metrics: Result = {
         f"{kind}_{name}": round(value, 4)
         for kind, values in medians.items()
@@ -62,14 +64,14 @@ def measure_privacy(folder: Path, say: ProgressLog) -> Result:
     metrics["dp_step_memory_ratio"] = round(medians["private"]["bytes"] / medians["plain"]["bytes"], 3)
     metrics["dp_large_peak_bytes"] = large["peak_bytes"]
     metrics["dp_large_memory_ratio"] = round(large["peak_bytes"] / LARGE_BOUND, 3)
-    say(
+    progress(
         f"a private step takes {metrics['dp_step_time_ratio']} times the time, "
         f"{metrics['dp_step_memory_ratio']} times the memory"
     )
     return metrics
 
 
-def measure_against(folder: Path, other: Path, say: ProgressLog) -> dict[str, float]:
+def measure_against(folder: Path, other: Path, progress: ProgressLog) -> dict[str, float]:
     """Seconds of a private step here and in another checkout, alternating. Raises SettingsError for a folder
     that is not a checkout.
     """
@@ -79,7 +81,7 @@ def measure_against(folder: Path, other: Path, say: ProgressLog) -> dict[str, fl
         ROUNDS,
         lambda checkout: {"": _run_step("private", USERS, ITEMS, checkout)["seconds"]},
         "s a step",
-        say,
+        progress,
     )
 
 
@@ -114,7 +116,7 @@ def _time_plain(users: int, items: int) -> list[float]:
     loop = Loop(
         _build_model(items).train(),
         batches,
-        lambda model, rank, world: (0.0, 1.0),
+        lambda model, rank, world_size: (0.0, 1.0),
         Criterion("softmax", share),
         settings,
     )

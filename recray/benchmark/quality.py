@@ -69,7 +69,7 @@ class TrainedLibrary(peers.LibraryResponse):
 
 
 def measure_quality(
-    folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog, out: Path
+    folder: Path, data: str, against: str | None, overrides: list[str], progress: ProgressLog, out: Path
 ) -> tuple[Mapping[str, Any], Result]:
     """HR@10 and NDCG@10 of the test users, means over seeds. With a baseline library also the paired
     difference of NDCG, and the time to the library's validation NDCG in CPU seconds and in seconds.
@@ -101,13 +101,13 @@ def measure_quality(
     ranks = {"user": np.array(users)}
     curves: list[NamedLine] = []
     library_result = (
-        _train_library(against, settings, dataset, folder, threads, say, out) if against else None
+        _train_library(against, settings, dataset, folder, threads, progress, out) if against else None
     )
     for seed in SEEDS:
-        curve, model, precision = _train(dataset, settings.replace("train", seed=seed), say, seed)
+        curve, model, precision = _train(dataset, settings.replace("train", seed=seed), progress, seed)
         for name, is_bfloat16 in [(f"recray_{seed}", False), (f"bfloat16_{seed}", True)][: 1 + half]:
             ranks[name] = ranks_of(model, dataset, settings, queries, half=is_bfloat16)
-            say(f"{name}: HR@10 {hr(ranks[name]).mean():.4f}, NDCG@10 {ndcg(ranks[name]).mean():.4f}")
+            progress(f"{name}: HR@10 {hr(ranks[name]).mean():.4f}, NDCG@10 {ndcg(ranks[name]).mean():.4f}")
         curves += [{"who": f"recray_{seed}", **line} for line in curve]
 
     own_ranks = [ranks[f"recray_{seed}"] for seed in SEEDS]
@@ -147,11 +147,11 @@ def measure_quality(
         is_comparable = selects_as_libraries_do(settings)
         metrics |= time_to_library_ndcg(curves, against, library_result["pace"] if is_comparable else None)
         if not is_comparable:
-            say(
+            progress(
                 f"no time to {against}: it selects epochs by one unseen item of each user, and these "
                 "settings do not"
             )
-        say(
+        progress(
             f"NDCG@10 difference to {against} {metrics['ndcg_lead']:+.4f} [{metrics['ndcg_lead_low']:+.4f}, "
             f"{metrics['ndcg_lead_high']:+.4f}]"
         )
@@ -227,7 +227,7 @@ def time_to_library_ndcg(curves: list[NamedLine], library: str, pace: dict[Clock
 
 
 def _train(
-    dataset: Dataset, settings: Settings, say: ProgressLog, seed: int
+    dataset: Dataset, settings: Settings, progress: ProgressLog, seed: int
 ) -> tuple[list[Line], Recommender, str]:
     """Train to the early stop; the learning curve with its clocks (without validation), the model, and the
     precision of its products.
@@ -252,12 +252,12 @@ def _train(
             "cpu_seconds": time.process_time() - cpu - validation_s["cpu"],
         }
         curve.append(line)
-        say(
+        progress(
             f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, "
             f"validation NDCG@10 {line['validation_ndcg']:.4f}"
         )
     loop.ema_model.load_state_dict(loop.best)
-    say(f"seed {seed}: epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
+    progress(f"seed {seed}: epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
     return curve, loop.ema_model.eval(), precision_of(loop)
 
 
@@ -297,7 +297,7 @@ def _train_library(
     dataset: Dataset,
     folder: Path,
     threads: int,
-    say: ProgressLog,
+    progress: ProgressLog,
     out: Path,
 ) -> TrainedLibrary:
     """Train a baseline library to its own early stop; an interrupted run with the same request is resumed.
@@ -319,20 +319,20 @@ def _train_library(
         "validation_users": users,
     }
     key_fields = {name: value for name, value in request.items() if name not in ("events", "threads")}
-    key = key_of(library, peers.PINS[peers.HOME[library]], key_fields, sha256_file(events))
+    key = key_of(library, peers.PINS[peers.ENVIRONMENTS[library]], key_fields, sha256_file(events))
     for file in sorted(out.glob(f"*.{library}-{key}.json")):
-        say(f"{library} result reused: {file}")
+        progress(f"{library} result reused: {file}")
         result: peers.LibraryResponse = json.loads(file.read_text())
         first_epochs: peers.LibraryRequest = {**request, "keep": str(folder), "epochs_at_most": PACE_EPOCHS}
-        current = peers.run_library(library, first_epochs, folder, say)["curve"]
+        current = peers.run_library(library, first_epochs, folder, progress)["curve"]
         recorded = result["curve"][len(current) - 1]
         pace = {clock: round(current[-1][clock] / recorded[clock], 4) for clock in CLOCKS}
-        say(f"{library}: its first epochs take {pace['seconds']:.2f} times the recorded seconds")
+        progress(f"{library}: its first epochs take {pace['seconds']:.2f} times the recorded seconds")
         return {**result, "taken_from": file.name, "pace": pace}
     keep = peers.cache() / "runs" / key
     keep.mkdir(parents=True, exist_ok=True)
-    say(f"{library} trains to its early stop; its state is saved in {keep}")
-    result = peers.run_library(library, {**request, "keep": str(keep)}, folder, say)
+    progress(f"{library} trains to its early stop; its state is saved in {keep}")
+    result = peers.run_library(library, {**request, "keep": str(keep)}, folder, progress)
     (folder / "keep" / f"{library}-{key}.json").write_text(json.dumps(result) + "\n")
     return {**result, "taken_from": None, "pace": {"seconds": 1.0, "cpu_seconds": 1.0}}
 

@@ -102,7 +102,9 @@ def judge_log(seed: int, cell: Cell) -> tuple[bool, bool, np.ndarray]:
     return verdict.figures["dr_surely"] > 0, verdict.passed, np.array(above)
 
 
-def measure_rounds(_: Path, say: ProgressLog, logs: int = LOGS, control_logs: int = CONTROL_LOGS) -> Result:
+def measure_rounds(
+    _: Path, progress: ProgressLog, logs: int = LOGS, control_logs: int = CONTROL_LOGS
+) -> Result:
     """Of the cells without a gain, `level_most`, the largest share of the logs whose lower bound is above 0
     at level .025, and `any_most`, the largest probability that the bound of any of 200 rounds is above 0 at
     the level of the round. Each round has a log drawn from those of the cell, with replacement.
@@ -119,7 +121,7 @@ def measure_rounds(_: Path, say: ProgressLog, logs: int = LOGS, control_logs: in
             above, passed = (float(np.mean([result[column] for result in results])) for column in (0, 1))
             any_round = 1.0 - float(np.prod(1.0 - np.mean([by_round for *_, by_round in results], 0)))
             table.append([name, round(above, 4), round(passed, 4), round(any_round, 4)])
-            say(
+            progress(
                 f"{name}: bound above 0 in {above:.1%} of {n} logs, all criteria passed in {passed:.1%}; "
                 f"in any of {ROUNDS} rounds {any_round:.1%}"
             )

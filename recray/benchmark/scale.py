@@ -27,22 +27,24 @@ ITEMS, EVENTS_PER_USER = 5_000, 20.0
 ROUNDS = 2  # the faster one counts, since other work on the machine only adds time
 
 
-def measure_scale(folder: Path, say: ProgressLog) -> Result:
+def measure_scale(folder: Path, progress: ProgressLog) -> Result:
     """Seconds at each size; `train_exponent`, `score_exponent`: slope of log seconds over log size, 1 for a
     linear cost.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     trained, scored = [], []
     for users in USERS:
-        home = folder / str(users)
-        SyntheticShop(users=users, items=ITEMS, events_per_user=EVENTS_PER_USER).write(home)
-        settings = load_settings(None, [f"data.events=[{home / 'events'}]", f"storage.root={home / 'root'}"])
+        user_folder = folder / str(users)
+        SyntheticShop(users=users, items=ITEMS, events_per_user=EVENTS_PER_USER).write(user_folder)
+        settings = load_settings(
+            None, [f"data.events=[{user_folder / 'events'}]", f"storage.root={user_folder / 'root'}"]
+        )
         dataset = prepare_here(settings)
         loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
         trained.append((dataset.n_events, _time_fastest(lambda epoch, loop=loop: loop.train_epoch(epoch))))
-        with scorer(home, settings, dataset, loop.best) as score:
+        with scorer(user_folder, settings, dataset, loop.best) as score:
             scored.append((dataset.n_users, _time_fastest(lambda _, score=score: score())))
-        say(
+        progress(
             f"{users:,} users: {dataset.n_events:,} events trained in {trained[-1][1]:.1f} s, all users "
             f"scored in {scored[-1][1]:.1f} s"
         )
@@ -51,7 +53,7 @@ def measure_scale(folder: Path, say: ProgressLog) -> Result:
     (keep / "svg").write_text(plot_growth(trained, scored))
     metrics: Result = {"train": trained, "score": scored}
     metrics |= {"train_exponent": fit_exponent(trained), "score_exponent": fit_exponent(scored)}
-    say(
+    progress(
         f"training time grows as events^{metrics['train_exponent']}, scoring time as "
         f"users^{metrics['score_exponent']}"
     )

@@ -32,7 +32,7 @@ K = 10
 
 
 def measure_score(
-    folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog
+    folder: Path, data: str, against: str | None, overrides: list[str], progress: ProgressLog
 ) -> tuple[Mapping[str, Any], Result]:
     """Half of recray's rounds over all users, the library's, the other half of recray's: medians of each, and
     their ratio.
@@ -55,7 +55,7 @@ def measure_score(
                 started = time.monotonic()
                 score()
                 seconds.append(time.monotonic() - started)
-                say(f"recray: {dataset.n_users / seconds[-1]:.0f} users/s")
+                progress(f"recray: {dataset.n_users / seconds[-1]:.0f} users/s")
 
         run_rounds()
         if against:
@@ -66,16 +66,16 @@ def measure_score(
                 "batches": 1,
                 "recommend": LIBRARY_ROUNDS,
             }
-            response = peers.run_library(against, request, folder, say)
+            response = peers.run_library(against, request, folder, progress)
             library_rates = [response["users"] / elapsed_s for elapsed_s in response["recommend_s"]]
-            say(f"{against}: {', '.join(f'{rate:.0f}' for rate in library_rates)} users/s")
+            progress(f"{against}: {', '.join(f'{rate:.0f}' for rate in library_rates)} users/s")
             run_rounds()
             metrics |= {"peer": against, "peer_users_per_s": round(statistics.median(library_rates), 1)}
     rate = statistics.median(dataset.n_users / elapsed_s for elapsed_s in seconds)
     metrics["users_per_s"] = round(rate, 1)
     if against:
         metrics["users_per_s_ratio"] = round(rate / statistics.median(library_rates), 2)
-        say(f"{metrics['users_per_s_ratio']} times the library's users a second")
+        progress(f"{metrics['users_per_s_ratio']} times the library's users a second")
     return bundle_settings(settings), metrics
 
 

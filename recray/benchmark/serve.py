@@ -46,7 +46,7 @@ from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
 from recray.stages import ProgressLog
-from recray.storage import Storage, open_sealed, sealed_directory
+from recray.storage import Storage, immutable_directory, open_immutable
 from recray.testing.load import Load, load, post
 from recray.testing.published import publish_synthetic
 
@@ -66,7 +66,7 @@ PREDICTIONS, REST_S = 300, 0.002  # of the Predictor alone
 LISTED, USERS_A_BUCKET, LOOK_UPS = 10, 50_000, 100_000  # of the large snapshot
 
 
-def measure_serve(folder: Path, say: ProgressLog) -> Result:
+def measure_serve(folder: Path, progress: ProgressLog) -> Result:
     """`rps` of each server at 16 clients; `ms_over_asgi` = 1000 / rps - 1000 / rps of uvicorn; ratios of
     recray's to that of Serve's defaults and of uvicorn.
 
@@ -85,23 +85,25 @@ def measure_serve(folder: Path, say: ProgressLog) -> Result:
     ]
     metrics: Result = {}
     with running_serve(storage, {}, "serve.max_batch=1") as port:
-        unbatched = [_load_fully(port, realtime, "recray serve, real time, one at a time", say)]
+        unbatched = [_load_fully(port, realtime, "recray serve, real time, one at a time", progress)]
     with _run_uvicorn(storage) as port:
-        first = _load_fully(port, lists, "uvicorn, nightly lists", say)
+        first = _load_fully(port, lists, "uvicorn, nightly lists", progress)
     with running_serve(storage, {}) as port:
-        own = _load_fully(port, lists, "recray serve, nightly lists", say)
+        own = _load_fully(port, lists, "recray serve, nightly lists", progress)
         one_client = load(port, lists, 1, SECONDS)
         predictor_ms, one_ms = [_predictor_ms(storage)], list[float]()
         for _ in range(ROUNDS):
             one_ms.append(load(port, realtime, 1, WARM_S).ms(50))
             predictor_ms.append(_predictor_ms(storage))
-        batched = _load_fully(port, realtime, "recray serve, real time", say)
+        batched = _load_fully(port, realtime, "recray serve, real time", progress)
     with _run_uvicorn(storage) as port:
-        last = _load_fully(port, lists, "uvicorn, repeated", say)
+        last = _load_fully(port, lists, "uvicorn, repeated", progress)
     with running_serve(storage, {}, "serve.max_batch=1") as port:
-        unbatched.append(_load_fully(port, realtime, "recray serve, real time, one at a time, repeated", say))
+        unbatched.append(
+            _load_fully(port, realtime, "recray serve, real time, one at a time, repeated", progress)
+        )
     with running_serve(storage, DEFAULTS) as port:
-        default = _load_fully(port, lists, "Serve's default settings, nightly lists", say)
+        default = _load_fully(port, lists, "Serve's default settings, nightly lists", progress)
     unbatched_ms = float(np.mean([1000 / result.per_s for result in unbatched]))
     asgi_ms = (1000 / first.per_s + 1000 / last.per_s) / 2
     metrics |= {
@@ -132,11 +134,11 @@ def measure_serve(folder: Path, say: ProgressLog) -> Result:
     ratios = (
         f"{metrics['rps_ratio_default']} times Serve's defaults; batching {metrics['batching_ratio']} times"
     )
-    say(f"{metrics['ms_over_asgi']} ms over uvicorn, {ratios}")
+    progress(f"{metrics['ms_over_asgi']} ms over uvicorn, {ratios}")
     return metrics
 
 
-def measure_against(folder: Path, other: Path, say: ProgressLog) -> dict[str, float]:
+def measure_against(folder: Path, other: Path, progress: ProgressLog) -> dict[str, float]:
     """Responses a second at `CLIENTS` clients, here and in another checkout, alternating: nightly lists, real
     time, and users with recent events.
 
@@ -166,10 +168,10 @@ def measure_against(folder: Path, other: Path, say: ProgressLog) -> dict[str, fl
             load(port, lists, CLIENTS, WARM_S)
             return {name: load(port, requests, CLIENTS, SECONDS).per_s for name, requests in kinds.items()}
 
-    return compare_checkouts(other, "serving", CHECKOUT_ROUNDS, measure, "responses/s", say)
+    return compare_checkouts(other, "serving", CHECKOUT_ROUNDS, measure, "responses/s", progress)
 
 
-def measure_state(folder: Path, say: ProgressLog) -> Result:
+def measure_state(folder: Path, progress: ProgressLog) -> Result:
     """The effect of a slow read of recent events on other users, at `RATE` of their requests a second.
 
     `others_p99_ratio`: their p99 while one client sends requests for a user with 1,000 recent events, over
@@ -197,7 +199,7 @@ def measure_state(folder: Path, say: ProgressLog) -> Result:
         float(np.percentile(np.concatenate([one.latency_s for one in loads]), 99) * 1000)
         for loads in (alone, beside)
     )
-    say(
+    progress(
         f"p99 of other users: {p99_ms:.1f} ms, {beside_ms:.1f} ms with a user of 1,000 events, who is "
         f"served {np.mean(heavy_per_s):.0f} times a second; {sum(len(one.latency_s) for one in alone):,} "
         "requests each"
@@ -211,16 +213,16 @@ def measure_state(folder: Path, say: ProgressLog) -> Result:
         ],
         "heavy_per_s": round(float(np.mean(heavy_per_s)), 1),
     }
-    return metrics | _measure_hung_redis(storage, light, folder, say)
+    return metrics | _measure_hung_redis(storage, light, folder, progress)
 
 
 def _measure_hung_redis(
-    storage: Storage, requests: Sequence[bytes], folder: Path, say: ProgressLog
+    storage: Storage, requests: Sequence[bytes], folder: Path, progress: ProgressLog
 ) -> Result:
     """The load while Redis does not respond."""
     binary = shutil.which("redis-server")
     if binary is None:
-        say("redis-server is not installed: the hanging store is not measured")
+        progress("redis-server is not installed: the hanging store is not measured")
         return {}
     (port,) = free_ports(1)
     options = [
@@ -249,7 +251,9 @@ def _measure_hung_redis(
         redis.terminate()
         redis.wait()
     degraded = float(np.mean([b'"state"' in body for body in hung.bodies]))
-    say(f"Redis hangs: p99 {hung.ms(99):.0f} ms, maximum {hung.ms(100):.0f} ms, {degraded:.0%} report it")
+    progress(
+        f"Redis hangs: p99 {hung.ms(99):.0f} ms, maximum {hung.ms(100):.0f} ms, {degraded:.0%} report it"
+    )
     return {
         "hung_p99_ms": round(hung.ms(99), 1),
         "hung_max_ms": round(hung.ms(100), 1),
@@ -257,7 +261,7 @@ def _measure_hung_redis(
     }
 
 
-def measure_overload(folder: Path, say: ProgressLog) -> Result:
+def measure_overload(folder: Path, progress: ProgressLog) -> Result:
     """Real-time requests at `TIMES` the capacity, in an open loop: `p99_ratio` of the accepted ones over that
     at capacity (mean of before and after).
 
@@ -270,9 +274,9 @@ def measure_overload(folder: Path, say: ProgressLog) -> Result:
         post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)
     ]
     with running_serve(storage, {}) as port:
-        capacity = _load_fully(port, realtime, "at capacity", say)
+        capacity = _load_fully(port, realtime, "at capacity", progress)
         overload = load(port, realtime, CONNECTIONS, SECONDS, rate=TIMES * capacity.per_s, keep=True)
-        after = _load_fully(port, realtime, "after the overload", say)
+        after = _load_fully(port, realtime, "after the overload", progress)
     calm_ms = (capacity.ms(99) + after.ms(99)) / 2
     wrong = (
         sum(overload.other_statuses.values())
@@ -295,7 +299,7 @@ def measure_overload(folder: Path, say: ProgressLog) -> Result:
         "wrong": wrong,
         "afterwards_rps": round(after.per_s, 1),
     }
-    say(
+    progress(
         f"at {TIMES} times the capacity: {metrics['accepted_rps']} a second accepted, {metrics['refused']} "
         f"refused with Retry-After, p99 ratio {metrics['p99_ratio']}, {wrong} wrong responses"
     )
@@ -316,7 +320,7 @@ def _count_wrong_lists(storage: Storage, bodies: Sequence[bytes]) -> int:
     return sum(items not in expected for items in served)
 
 
-def measure_users(folder: Path, users: int, say: ProgressLog) -> Result:
+def measure_users(folder: Path, users: int, progress: ProgressLog) -> Result:
     """A snapshot of `users` users: seconds to load it, private memory above that of a small one, and
     milliseconds of a look-up.
     """
@@ -324,7 +328,7 @@ def measure_users(folder: Path, users: int, say: ProgressLog) -> Result:
     small = _measure_loading(storage, USERS)
     started = time.perf_counter()
     _publish_large_snapshot(storage, users)
-    say(f"a snapshot of {users:,} users in {time.perf_counter() - started:.0f} s")
+    progress(f"a snapshot of {users:,} users in {time.perf_counter() - started:.0f} s")
     large = _measure_loading(storage, users)
     metrics = {
         "users": users,
@@ -334,7 +338,7 @@ def measure_users(folder: Path, users: int, say: ProgressLog) -> Result:
         "lookup_p50_ms": round(large["p50_ms"], 4),
         "lookup_p99_ms": round(large["p99_ms"], 4),
     }
-    say(
+    progress(
         f"loaded in {metrics['load_s']} s, {metrics['private_bytes'] / 1e6:+.0f} MB private, a look-up "
         f"{metrics['lookup_p99_ms']} ms (p99)"
     )
@@ -357,7 +361,7 @@ def _publish_large_snapshot(storage: Storage, users: int) -> None:
     ends = np.searchsorted(bucket_of_user[order], np.arange(buckets + 1))
     items = pa.array(Dataset.open(storage.root / previous.manifest["dataset"]).items["item_id"].to_pylist())
     path = snapshot_path(storage, previous.as_of_s + 1, "grown")
-    with sealed_directory(path, KIND, "grown", fields) as folder:
+    with immutable_directory(path, KIND, "grown", fields) as folder:
         for bucket in range(buckets):
             bucket_ids = ids[order[ends[bucket] : ends[bucket + 1]]]
             shown = items.take(pa.array(((bucket_ids[:, None] * 7 + np.arange(LISTED)) % len(items)).ravel()))
@@ -366,7 +370,7 @@ def _publish_large_snapshot(storage: Storage, users: int) -> None:
             write_part(
                 folder, bucket, pa.array(bucket_ids), shown, offsets, scores, ["model"] * len(bucket_ids)
             )
-    publish(storage, path, open_sealed(path, KIND, verify=False))
+    publish(storage, path, open_immutable(path, KIND, verify=False))
 
 
 def _measure_loading(storage: Storage, users: int) -> dict[str, float]:
@@ -396,11 +400,11 @@ def look_up(root: str, users: int) -> None:
     print(json.dumps({"load_s": load_s, "private_bytes": private, "p50_ms": p50, "p99_ms": p99}))
 
 
-def _load_fully(port: int, requests: Sequence[bytes], name: str, say: ProgressLog) -> Load:
+def _load_fully(port: int, requests: Sequence[bytes], name: str, progress: ProgressLog) -> Load:
     """The load at saturation, after a warm-up."""
     load(port, requests, CLIENTS, WARM_S)
     result = load(port, requests, CLIENTS, SECONDS)
-    say(f"{name}: {result.per_s:.0f} a second, p50 {result.ms(50):.1f} ms, p99 {result.ms(99):.1f} ms")
+    progress(f"{name}: {result.per_s:.0f} a second, p50 {result.ms(50):.1f} ms, p99 {result.ms(99):.1f} ms")
     return result
 
 

@@ -38,13 +38,13 @@ RESAMPLES, CONFIDENCE = 1000, 0.95
 
 
 def measure_slate(
-    folder: Path, data: str, overrides: list[str], say: ProgressLog
+    folder: Path, data: str, overrides: list[str], progress: ProgressLog
 ) -> tuple[Mapping[str, Any], Result]:
     """Mean AUC over impressions, its interval, and the AUC of click counts before the test."""
-    home = find_data(data)
+    data_folder = find_data(data)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    shown, sessions, cutoff_s = _read(home)
-    _write(home, folder, shown, sessions)
+    shown, sessions, cutoff_s = _read(data_folder)
+    _write(data_folder, folder, shown, sessions)
     options = [
         f"data.events={folder / 'events.parquet'}",
         f"data.items={folder / 'items.parquet'}",
@@ -60,7 +60,7 @@ def measure_slate(
     settings, dataset = prepare_data(data, folder / "root", options, "news")
     loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     for line in loop.run():
-        say(
+        progress(
             f"epoch {line['epoch']}: loss {line['loss']:.4f}, validation NDCG@10 "
             f"{line['validation_ndcg']:.4f}"
         )
@@ -100,19 +100,19 @@ def auc(scores: np.ndarray, clicked: np.ndarray) -> float:
     return float((ranks[clicked].sum() - hits * (hits + 1) / 2) / (hits * (len(scores) - hits)))
 
 
-def _read(home: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+def _read(data_folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
     """Displayed items, sessions, and the cutoff in seconds, after which impressions are queries."""
     try:
         shown = pd.read_parquet(
-            home / "interactions.parquet",
+            data_folder / "interactions.parquet",
             columns=["impression_id", "user_id", "item_id", "timestamp", "event"],
         )
         sessions = pd.read_parquet(
-            home / "sessions.parquet", columns=["impression_id", "user_id", "timestamp", "history"]
+            data_folder / "sessions.parquet", columns=["impression_id", "user_id", "timestamp", "history"]
         )
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{home} does not have the layout of MIND: {error}",
+            f"{data_folder} does not have the layout of MIND: {error}",
             "benchmark slate reads interactions, sessions and items .parquet",
         ) from None
     for table in (shown, sessions):
@@ -121,7 +121,7 @@ def _read(home: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
     return shown, sessions, int(sessions.second.quantile(1 - TEST_SHARE))
 
 
-def _write(home: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame) -> None:
+def _write(data_folder: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame) -> None:
     """Write all items and the events, which are each user's first history and all clicks; training ends at
     the cutoff.
     """
@@ -142,7 +142,7 @@ def _write(home: Path, folder: Path, shown: pd.DataFrame, sessions: pd.DataFrame
     events["timestamp"] = pd.to_datetime(events.second, unit="s")
     events[["user_id", "item_id", "timestamp"]].to_parquet(folder / "events.parquet", index=False)
     described = pd.read_parquet(
-        home / "items.parquet", columns=["item_id", "title", "category"]
+        data_folder / "items.parquet", columns=["item_id", "title", "category"]
     ).drop_duplicates("item_id")
     all_items = pd.DataFrame(
         {"item_id": pd.unique(pd.concat([events.item_id, shown.item_id, described.item_id]))}

@@ -15,7 +15,7 @@ from recray.testing.cluster import Head
 EPOCHS = 3  # of both runs
 
 
-def measure_submit(folder: Path, say: ProgressLog) -> dict[str, float]:
+def measure_submit(folder: Path, progress: ProgressLog) -> dict[str, float]:
     """Seconds of the same nightly run on the shipped data: by `recray nightly` on a local Ray, and by `recray
     submit nightly` on a running cluster. Run in a checkout of recray.
     """
@@ -27,7 +27,7 @@ def measure_submit(folder: Path, say: ProgressLog) -> dict[str, float]:
             ("local", "nightly", dict(os.environ)),
             ("submitted", "submit nightly", head.environment),
         ):
-            say(f"nightly run, {name}")
+            progress(f"nightly run, {name}")
             started = time.monotonic()
             arguments = [*recray, *command.split(), *overrides, f"storage.root={folder / name}"]
             process = subprocess.run(arguments, env=environment, capture_output=True, text=True)
@@ -39,5 +39,7 @@ def measure_submit(folder: Path, say: ProgressLog) -> dict[str, float]:
                 )
             metrics[f"{name}_s"] = round(time.monotonic() - started, 1)
     metrics["overhead_s"] = round(metrics["submitted_s"] - metrics["local_s"], 1)
-    say(f"local {metrics['local_s']} s, submitted {metrics['submitted_s']} s: {metrics['overhead_s']:+} s")
+    progress(
+        f"local {metrics['local_s']} s, submitted {metrics['submitted_s']} s: {metrics['overhead_s']:+} s"
+    )
     return metrics

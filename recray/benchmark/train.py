@@ -29,7 +29,7 @@ LIBRARY_BATCH_USERS = 128  # its default
 
 
 def measure_train(
-    folder: Path, data: str, against: str | None, overrides: list[str], say: ProgressLog
+    folder: Path, data: str, against: str | None, overrides: list[str], progress: ProgressLog
 ) -> tuple[Mapping[str, Any], Result]:
     """Half of recray's epochs, the library's, the other half of recray's: medians of each, and their ratio. A
     batch has as many tokens as the library's.
@@ -48,7 +48,7 @@ def measure_train(
         batch_tokens = round(LIBRARY_BATCH_USERS * tokens / sum(users for _, users in sizes))
         settings = settings.replace("train", batch_tokens=batch_tokens)
         loop = build_loop(str(dataset.path), settings, target_device)
-    say(
+    progress(
         f"{dataset.n_users} users, {dataset.n_items} items; {tokens} tokens an epoch, "
         f"{loop.batches.padding():.1%} padding"
     )
@@ -59,7 +59,7 @@ def measure_train(
             started = time.monotonic()
             loop.train_epoch(epoch)
             seconds.append(time.monotonic() - started)
-            say(f"recray: epoch in {seconds[-1]:.2f} s")
+            progress(f"recray: epoch in {seconds[-1]:.2f} s")
 
     run_epochs(0)
     metrics: Result = {
@@ -70,12 +70,12 @@ def measure_train(
     if against:
         write_events(dataset, folder / "events.parquet")
         request: peers.LibraryRequest = {**make_request(settings, folder, threads), "epochs": LIBRARY_EPOCHS}
-        library_s = peers.run_library(against, request, folder, say)["epoch_s"]
-        say(f"{against}: epochs in {', '.join(f'{epoch_s:.1f}' for epoch_s in library_s)} s")
+        library_s = peers.run_library(against, request, folder, progress)["epoch_s"]
+        progress(f"{against}: epochs in {', '.join(f'{epoch_s:.1f}' for epoch_s in library_s)} s")
         run_epochs(EPOCHS)
         metrics |= {"peer_epoch_s": round(statistics.median(library_s), 2), "peer": against}
         metrics["epoch_ratio"] = round(statistics.median(seconds) / statistics.median(library_s), 4)
-        say(f"epoch ratio {metrics['epoch_ratio']}: 1/{1 / metrics['epoch_ratio']:.1f}")
+        progress(f"epoch ratio {metrics['epoch_ratio']}: 1/{1 / metrics['epoch_ratio']:.1f}")
     metrics |= {"epoch_s": round(statistics.median(seconds), 3), "first_epoch_s": round(seconds[0], 2)}
     return bundle_settings(settings), metrics
 

@@ -45,7 +45,7 @@ TUNED_AT = EPSILONS[-1]
 REPEATS = 3  # trainings at the last ε, each with its own initial weights, users and noise
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = ("full", "public features", "vanilla")
-WORLD = "world"
+SYNTHETIC = "synthetic"
 SPECIFICATION = SyntheticShop(users=100_000, items=2_000, events_per_user=20.0, noise=0.1, repeat=0.0, seed=7)
 RUN_COUNTS = (1, 2, 3, 5, 7, 10, 14, 21, 30)
 
@@ -89,7 +89,7 @@ OF_DATA = {
         "privacy.sampling_rate=0.2",
         "privacy.steps=100",
     ),
-    WORLD: (
+    SYNTHETIC: (
         "model.history=20",
         "split.holdout_users=0.05",
         "privacy.delta=1e-6",
@@ -97,16 +97,16 @@ OF_DATA = {
         "privacy.steps=300",
     ),
 }
-WORLD_FEATURES = "{category: categorical, brand: categorical, price: numeric, tags: multi, title: text}"
+SYNTHETIC_FEATURES = "{category: categorical, brand: categorical, price: numeric, tags: multi, title: text}"
 
 
 def measure_utility(
-    folder: Path, data: str, overrides: list[str], say: ProgressLog, out: Path
+    folder: Path, data: str, overrides: list[str], progress: ProgressLog, out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """NDCG@10 and HR@10 by method and ε; `<data>_eps8_over_vanilla` (without hyphens) and
     `<data>_eps8_of_non_private`.
 
-    data : ml-1m (a folder, or its name under $RECRAY_DATA) or world, the synthetic data set
+    data : ml-1m (a folder, or its name under $RECRAY_DATA) or synthetic, the synthetic data set
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     name = Path(data).name
@@ -116,7 +116,8 @@ def measure_utility(
             "name one of them, or leave out --data for the cost of a step",
         )
     benches = {
-        fixed: _Bench(folder / f"fixed-{fixed}", data, [*overrides], fixed=fixed) for fixed in (False, True)
+        fixed: UtilityData(folder / f"fixed-{fixed}", data, [*overrides], fixed=fixed)
+        for fixed in (False, True)
     }
     plain = benches[False]
     values = bundle_settings(plain.settings)
@@ -124,7 +125,7 @@ def measure_utility(
     key = key_of(
         values, [bench.dataset.digest for bench in benches.values()], LEARNING_RATES, __version__, code
     )
-    cells = _Cells(out / f"privacy-{name}-{key}.cells.jsonl", say)
+    cells = CellStore(out / f"privacy-{name}-{key}.cells.jsonl", progress)
     runs: dict[str, dict[str, Any]] = {}
     for method in METHODS:
         method_bench = benches[method == "public features"]
@@ -163,7 +164,7 @@ def measure_utility(
             f"{key}_low": round(low, 3),
             f"{key}_high": round(high, 3),
         }
-        say(f"{best} / {against}: {metrics[key]} [{low:.3f}, {high:.3f}]")
+        progress(f"{best} / {against}: {metrics[key]} [{low:.3f}, {high:.3f}]")
     keep = folder / "keep"
     keep.mkdir()
     epsilons_by_runs = {f"ε {epsilon:g} a night": plain.total_epsilons(epsilon) for epsilon in EPSILONS}
@@ -180,11 +181,11 @@ Run = Callable[[str, float | None, float, int], dict[str, Any]]
 """(method, ε, learning rate, number) -> figures"""
 
 
-class _Cells:
+class CellStore:
     """The measured cells, one line each in a file."""
 
-    def __init__(self, path: Path, say: ProgressLog) -> None:
-        self.path, self.say = path, say
+    def __init__(self, path: Path, progress: ProgressLog) -> None:
+        self.path, self.progress = path, progress
         path.parent.mkdir(parents=True, exist_ok=True)
         # a last line without its end is incomplete
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -201,7 +202,7 @@ class _Cells:
         started = time.monotonic()
         cell = {**key, **run(method, epsilon, rate, number), "seconds": round(time.monotonic() - started, 1)}
         label = f"{method}, {'not private' if epsilon is None else f'ε {epsilon:g}'}, learning rate {rate:g}"
-        self.say(
+        self.progress(
             f"{label}: validation {cell['validation_ndcg']:.4f}, NDCG@10 {cell['ndcg']:.4f}, HR@10 "
             f"{cell['hr']:.4f}, {cell['seconds']:.0f} s"
         )
@@ -211,7 +212,7 @@ class _Cells:
         return cell
 
 
-class _Bench:
+class UtilityData:
     """A data set with its queries, and the methods on it."""
 
     def __init__(self, folder: Path, data: str, overrides: list[str], *, fixed: bool) -> None:
@@ -226,7 +227,9 @@ class _Bench:
         ]
         options += ["model.items=features"] if fixed else ["data.features={}"]
         self.settings, self.dataset = (
-            _prepare_world(folder, options) if name == WORLD else prepare_data(data, folder, options, "video")
+            _prepare_synthetic(folder, options)
+            if name == SYNTHETIC
+            else prepare_data(data, folder, options, "video")
         )
         self.training_settings = training_settings(self.settings)
         self.queries = {
@@ -324,12 +327,12 @@ class _Bench:
         return _to_figures({part: ranks_by(score, queries) for part, queries in self.queries.items()})
 
 
-def _prepare_world(folder: Path, overrides: list[str]) -> tuple[Settings, Dataset]:
+def _prepare_synthetic(folder: Path, overrides: list[str]) -> tuple[Settings, Dataset]:
     SPECIFICATION.write(folder)
     paths = [
         f"data.events=[{folder / 'events'}]",
         f"data.items={folder / 'items.parquet'}",
-        f"data.features={WORLD_FEATURES}",
+        f"data.features={SYNTHETIC_FEATURES}",
     ]
     settings = load_settings(None, [*paths, f"storage.root={folder / 'root'}", *overrides])
     return settings, prepare_here(settings)

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from recray.cli.dispatch import make_reporter, print_settings, run_job, write_first_settings
+from recray.cli.dispatch import make_reporter, print_settings, run_job
 from recray.cli.parser import JOBS, SUBMITTED, build_parser
 from recray.errors import RecrayError, RefusedError
 
@@ -55,7 +55,10 @@ def _run(arguments: argparse.Namespace, write_line: Callable[[str], None] = prin
         signal.signal(number, interrupt)
     try:
         if arguments.job == "init":
-            return write_first_settings(Path(arguments.path))
+            from recray.cli.init import write_settings
+
+            overrides = getattr(arguments, "overrides", [])
+            return write_settings(Path(arguments.path), overrides, arguments.from_data, arguments.template)
         if arguments.job == "settings":
             return print_settings(arguments)
         result = run_job(arguments, write_line)

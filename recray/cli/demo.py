@@ -44,9 +44,9 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
             outputs |= {"address": address, "metrics": cluster.metrics_address()}
             pages = f"API page: {address}/docs; metrics: {outputs['metrics']}"
             text = f"serving on {address} ({pages}); Ctrl-C ends it"
-            wait_until_stopped(app.is_running, lambda: reporter.say(text))
+            wait_until_stopped(app.is_running, lambda: reporter.progress(text))
     except KeyboardInterrupt:
-        reporter.say("stopped while it was starting")
+        reporter.progress("stopped while it was starting")
     return JobResult("serve", "ok", outputs=outputs, seconds=round(time.monotonic() - started, 2))
 
 
@@ -129,8 +129,8 @@ def run_key(name: str | None, scopes: list[str], reporter: Reporter) -> JobResul
     if not name:
         raise SettingsError("recray serve key needs a name", "recray serve key NAME")
     secret, entry = draw_key(name, scopes)
-    reporter.say(f"the key, which is not shown again: {secret}")
-    reporter.say(f"append this to the file of serve.keys:\n{entry.rstrip()}")
+    reporter.progress(f"the key, which is not shown again: {secret}")
+    reporter.progress(f"append this to the file of serve.keys:\n{entry.rstrip()}")
     return JobResult("serve key", "ok", metrics={"entry": entry})
 
 
@@ -150,19 +150,19 @@ def run_demo(
     config = str(resources.files("jobs") / "configs" / "demo.yaml")
     settings = with_port(load_settings(config, [f"storage.root={workspace.absolute()}", *overrides]))
     cluster.start(request_limit=settings.serve.request_limit, port=settings.serve.port)
-    result = pipeline.run("nightly", settings, None, reporter.say)
+    result = pipeline.run("nightly", settings, None, reporter.progress)
     reporter.show_evaluation(result.outputs["evaluation"], settings)
 
     with app.run_endpoint(settings) as address:
         _send_requests(address, settings, reporter)
-        reporter.say("outputs:")
+        reporter.progress("outputs:")
         for name, path in result.outputs.items():
-            reporter.say(f"  {name:<11} {path}")
-        reporter.say(
+            reporter.progress(f"  {name:<11} {path}")
+        reporter.progress(
             f"  {'mlflow':<11} mlflow ui --backend-store-uri "
             f"'{sqlite_url(Storage(settings.root()).tracking / 'mlflow.db')}'"
         )
-        reporter.say(
+        reporter.progress(
             f"next: recray serve storage.root={settings.root()}   ·   with your own data: recray init, then "
             "recray nightly --config recray.yaml"
         )
@@ -175,7 +175,7 @@ def run_demo(
         if keep_serving is not None:
             text = f"serving on {address} (API page: {address}/docs); Ctrl-C ends it"
             wait_until_stopped(
-                app.is_running, lambda: reporter.say(text), lambda: keep_serving(demo_result.to_json())
+                app.is_running, lambda: reporter.progress(text), lambda: keep_serving(demo_result.to_json())
             )
     return demo_result
 
@@ -235,7 +235,7 @@ def _send_requests(address: str, settings: Settings, reporter: Reporter) -> None
         response = post(f"{address}/v1/recommend", body)
         elapsed_ms = 1000 * (time.monotonic() - started)
         names = " · ".join(titles.get(item["item_id"], str(item["item_id"])) for item in response["items"])
-        reporter.say(f"{user}  →  {names}  [{response['source']}, {elapsed_ms:.0f} ms]")
+        reporter.progress(f"{user}  →  {names}  [{response['source']}, {elapsed_ms:.0f} ms]")
 
 
 def post(url: str, body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recray.config import FIRST_SETTINGS, Settings, load_settings, parse_as_of, render_yaml
+from recray.config import Settings, load_settings, parse_as_of, render_yaml
 from recray.errors import SettingsError
 
 if TYPE_CHECKING:
     from recray.pipeline.terminal import LogReporter, Reporter
     from recray.stages import AsOf, JobResult
 
-INIT_HEADING = """recray nightly --config {path}
-Settings to decide first. `recray settings` prints all others with their defaults.
-Override any on the command line: train.epochs=3"""
 JOB_OPTIONS = ("bundle", "restart", "user", "follow", "out")
 
 
@@ -27,15 +23,6 @@ def make_reporter(arguments: argparse.Namespace) -> Reporter | LogReporter:
     from recray.pipeline.terminal import LogReporter, Reporter
 
     return LogReporter(arguments.job) if arguments.__dict__.get("log") == "json" else Reporter()
-
-
-def write_first_settings(path: Path) -> int:
-    """Run `recray init`. Raises SettingsError for a file that exists."""
-    if path.exists():
-        raise SettingsError(f"{path} exists", "name another file: recray init other.yaml")
-    path.write_text(render_yaml(Settings(), INIT_HEADING.format(path=path), FIRST_SETTINGS))
-    print(f"wrote {path}; next: recray validate --config {path}", file=sys.stderr)
-    return 0
 
 
 def print_settings(arguments: argparse.Namespace) -> int:
@@ -66,7 +53,7 @@ def run_job(arguments: argparse.Namespace, write_line: Callable[[str], None]) ->
         settings = load_settings(arguments.config, arguments.overrides)
         if settings.changed:
             changes = ", ".join(settings.changed)
-            reporter.say(f"privacy.enabled changes {len(settings.changed)} settings: {changes}")
+            reporter.progress(f"privacy.enabled changes {len(settings.changed)} settings: {changes}")
         as_of = parse_as_of(arguments.as_of, settings.data.timezone)
         if arguments.job == "serve":
             return _serve(arguments, settings, as_of, reporter)
@@ -85,7 +72,7 @@ def _run_pipeline(
     from recray import pipeline
 
     options = {name: getattr(arguments, name) for name in JOB_OPTIONS if hasattr(arguments, name)}
-    result = pipeline.run(arguments.job, settings, as_of, reporter.say, **options)
+    result = pipeline.run(arguments.job, settings, as_of, reporter.progress, **options)
     if "evaluation" in result.outputs:
         reporter.show_evaluation(result.outputs["evaluation"], settings)
     if result.status == "refused":
@@ -101,16 +88,16 @@ def _inspect(arguments: argparse.Namespace, settings: Settings, as_of: AsOf, rep
     if arguments.job == "models":
         return inspect.show_models(settings, reporter)
     days, training = arguments.days, arguments.training
-    return inspect.run_privacy(settings, arguments.what, as_of, reporter, days=days, training=training)
+    return inspect.run_privacy(settings, arguments.subcommand, as_of, reporter, days=days, training=training)
 
 
 def _run_benchmark(arguments: argparse.Namespace, reporter: Reporter) -> JobResult:
     from recray import benchmark
 
     return benchmark.run(
-        arguments.what,
+        arguments.benchmark,
         Path(arguments.out),
-        reporter.say,
+        reporter.progress,
         data=arguments.data,
         against=arguments.against,
         overrides=arguments.overrides,
@@ -126,17 +113,17 @@ def _serve(arguments: argparse.Namespace, settings: Settings, as_of: AsOf, repor
     from recray import pipeline
     from recray.cli import demo
 
-    if arguments.name and arguments.what not in ("key", "canary"):
+    if arguments.name and arguments.subcommand not in ("key", "canary"):
         raise SettingsError(
-            f"recray serve {arguments.what} takes no name (got {arguments.name!r})", "omit it"
+            f"recray serve {arguments.subcommand} takes no name (got {arguments.name!r})", "omit it"
         )
-    if arguments.what == "key":
+    if arguments.subcommand == "key":
         return demo.run_key(arguments.name, arguments.scopes.split(","), reporter)
-    if arguments.what == "status":
+    if arguments.subcommand == "status":
         return demo.run_status(settings, reporter)
-    if arguments.what == "rollback":
-        return pipeline.run("serve_rollback", settings, as_of, reporter.say)
-    if arguments.what == "canary":
+    if arguments.subcommand == "rollback":
+        return pipeline.run("serve_rollback", settings, as_of, reporter.progress)
+    if arguments.subcommand == "canary":
         if not arguments.name:
             raise SettingsError(
                 "recray serve canary needs a bundle", "recray serve canary BUNDLE; recray models lists them"
@@ -147,7 +134,7 @@ def _serve(arguments: argparse.Namespace, settings: Settings, as_of: AsOf, repor
                 "0.05 is 5 % of the users; recray promote gives a bundle all users",
             )
         options = {"bundle": arguments.name, "share": arguments.share, "shadow": arguments.shadow}
-        return pipeline.run("canary", settings, as_of, reporter.say, **options)
+        return pipeline.run("canary", settings, as_of, reporter.progress, **options)
     return demo.run_serve(settings, reporter)
 
 
@@ -159,8 +146,8 @@ def _submit(arguments: argparse.Namespace, reporter: Reporter) -> JobResult:
     if is_misplaced:
         raise SettingsError("--restart is for nightly and --bundle for promote", "omit it")
     flags = [*(["--restart"] if arguments.restart else []), *([arguments.bundle] if arguments.bundle else [])]
-    home = Path(arguments.working_dir)
+    working_dir = Path(arguments.working_dir)
     submitted = submission.prepare_submission(
-        arguments.submitted, arguments.config, arguments.as_of, arguments.overrides, home, flags
+        arguments.submitted, arguments.config, arguments.as_of, arguments.overrides, working_dir, flags
     )
     return submission.run_submit(submitted, arguments.address, reporter, follow=not arguments.no_follow)

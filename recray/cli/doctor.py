@@ -68,7 +68,7 @@ def run_doctor(settings: Settings, reporter: Reporter) -> JobResult:
             Text(finding.text + (f"\n→ {finding.fix}" if finding.fix else "")),
         )
         if finding.state != OK:
-            reporter.say(
+            reporter.progress(
                 f"{finding.name}: {finding.text}",
                 level="warning" if finding.state == WARNING else "error",
                 fix=finding.fix,

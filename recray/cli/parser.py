@@ -84,9 +84,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_init(commands: Any) -> None:
-    init = commands.add_parser("init", help="write a file with the settings to decide first")
+    text = "write a file with the settings to decide first, or, from a log, with a guess for each"
+    init = commands.add_parser("init", help=text, description=text)
     init.add_argument(
         "path", nargs="?", default="recray.yaml", help="the file to write (default: recray.yaml)"
+    )
+    init.add_argument(
+        "--from-data",
+        nargs="+",
+        default=[],
+        metavar=("EVENTS", "ITEMS"),
+        help="guess from a log and, if there is one, an item table: Parquet, CSV or JSON lines, a file or a "
+        "folder; section.field=value decides what is not to be guessed",
+    )
+    init.add_argument(
+        "--template", choices=["shop", "news", "video"], help="settings of the model for such a product"
     )
 
 
@@ -141,7 +153,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
 
 def _add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "what",
+        "subcommand",
         nargs="?",
         choices=["run", "status", "canary", "rollback", "key"],
         default="run",
@@ -200,7 +212,7 @@ def _add_privacy(commands: Any) -> None:
     text = "the privacy budget: what trainings have spent, and what can be planned"
     privacy = commands.add_parser("privacy", help=text, description=text)
     privacy.add_argument(
-        "what",
+        "subcommand",
         choices=["status", "plan", "close", "audit"],
         help="status: the ledger; plan: noise, interval and shards of users for a cap; close: end a training "
         "that will not continue, which frees the steps that it reserved and did not take; audit: how much of "
@@ -226,14 +238,14 @@ def _add_benchmark(commands: Any) -> None:
     text = "measure recray on this machine; with --against, beside a baseline library"
     benchmark = commands.add_parser("benchmark", help=text, description=text)
     benchmark.add_argument(
-        "what",
+        "benchmark",
         choices=list(BENCHMARKS),
         help="; ".join(f"{name}: {description}" for name, description in BENCHMARKS.items()),
     )
     benchmark.add_argument(
         "--data",
         help="folder of a data set, or its name under $RECRAY_DATA, for benchmarks that use one; privacy: "
-        "also world, or cuts (12 trainings of one ε)",
+        "also synthetic, or cuts (12 trainings of one ε)",
     )
     benchmark.add_argument(
         "--against",

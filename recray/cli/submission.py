@@ -76,21 +76,21 @@ def prepare_submission(
 
     flags : of the job alone
     """
-    home = working_dir.resolve()
-    if not (home / "jobs" / f"{job}.py").is_file():
+    checkout = working_dir.resolve()
+    if not (checkout / "jobs" / f"{job}.py").is_file():
         raise SettingsError(
             f"--working-dir {working_dir} has no jobs/{job}.py", "name the checkout of recray"
         )
     arguments = [*flags, *overrides]
     path = None
     if config is not None:
-        path = (home / config).resolve()
-        if not path.is_relative_to(home):
+        path = (checkout / config).resolve()
+        if not path.is_relative_to(checkout):
             raise SettingsError(
                 f"--config {config} is not in the working directory {working_dir}",
                 "move it there: the cluster receives only that folder",
             )
-        arguments = ["--config", str(path.relative_to(home)), *arguments]
+        arguments = ["--config", str(path.relative_to(checkout)), *arguments]
     settings = load_settings(path, overrides)
     settings.root()
     return Submission(
@@ -134,8 +134,8 @@ def run_submit(
             if not running:
                 raise
             submission_id = f"{submission.name}-{attempt}"  # somebody else submitted the same job
-            reporter.say(f"submitted meanwhile: {first_line(error)}", level="debug")
-    reporter.say(f"{'following' if running else 'submitted'} {submission_id}", submission=submission_id)
+            reporter.progress(f"submitted meanwhile: {first_line(error)}", level="debug")
+    reporter.progress(f"{'following' if running else 'submitted'} {submission_id}", submission=submission_id)
     outputs = {"submission": submission_id}
     if not follow:
         return JobResult("submit", "ok", outputs=outputs, seconds=round(time.monotonic() - started, 2))

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recray.config.file import FIRST_SETTINGS, load_settings, parse_as_of, render_yaml
+    from recray.config.file import FIRST_SETTINGS, load_settings, parse_as_of, parse_overrides, render_yaml
     from recray.config.paths import expand_path, sqlite_file, sqlite_url
     from recray.config.sections import (
         RESULT_SECTIONS,
@@ -53,13 +53,16 @@ __all__ = [
     "expand_path",
     "load_settings",
     "parse_as_of",
+    "parse_overrides",
     "render_yaml",
     "sqlite_file",
     "sqlite_url",
 ]
 
 _MODULES = {
-    **dict.fromkeys(("FIRST_SETTINGS", "load_settings", "parse_as_of", "render_yaml"), "file"),
+    **dict.fromkeys(
+        ("FIRST_SETTINGS", "load_settings", "parse_as_of", "parse_overrides", "render_yaml"), "file"
+    ),
     **dict.fromkeys(("expand_path", "sqlite_file", "sqlite_url"), "paths"),
 }
 """Name -> module of `recray.config`; all others are in `sections`."""

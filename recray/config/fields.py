@@ -48,6 +48,31 @@ def _check_path(value: str) -> str:
 PathText = Annotated[str, AfterValidator(_check_path)]
 
 
+TIME_DIRECTIVES = {
+    **dict.fromkeys("mHIMSd", r"\d{1,2}"),
+    "Y": r"\d{4}",
+    "y": r"\d{2}",
+    **dict.fromkeys("bB", "[A-Za-z]+"),
+    "p": "[AaPp][Mm]",
+}
+"""Directives of a pattern of times, as in strptime, and the text that each stands for."""
+
+
+def check_time_pattern(pattern: str) -> None:
+    """Raises ValueError for a pattern of times with an unknown directive, or without year, month or day."""
+    directives = re.findall("%(.?)", pattern)
+    known = ", ".join(f"%{directive}" for directive in TIME_DIRECTIVES)
+    if unknown := [directive for directive in directives if directive not in TIME_DIRECTIVES]:
+        raise ValueError(f"%{unknown[0]} is not a part of a pattern; known: {known}")
+    if len(set(directives)) < len(directives):
+        raise ValueError("a part of the pattern occurs twice")
+    if not ({"d"} <= {*directives} and {*directives} & set("Yy") and {*directives} & set("mbB")):
+        raise ValueError("a pattern needs a year, a month and a day, for example %d/%m/%Y %H:%M")
+
+
+TimePattern = Annotated[str, Field(pattern="%")]
+
+
 def list_plain_types(annotation: Any) -> set[Any]:
     """The plain types that an annotation accepts, without containers; choices count as text."""
     origin = get_origin(annotation)

@@ -177,6 +177,16 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     fields[parts[-1]] = value
 
 
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides as setting -> value, `data.columns.user_id` -> the name of a column. Raises SettingsError."""
+    content: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(content, override)
+    values = {f"{section}.{name}": value for section in content for name, value in content[section].items()}
+    columns = values.pop("data.columns", {})
+    return values | {f"data.columns.{name}": column for name, column in columns.items()}
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.2: `yes`, `on` and 12:30 are text, 1e-3 is a number, 0123 and dates stay as written.
 

@@ -11,7 +11,15 @@ from urllib.parse import unquote
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from recray.config import formats
-from recray.config.fields import Moment, PathText, Section, is_operational, operational
+from recray.config.fields import (
+    Moment,
+    PathText,
+    Section,
+    TimePattern,
+    check_time_pattern,
+    is_operational,
+    operational,
+)
 from recray.config.paths import expand_path, sqlite_url
 from recray.config.private import RESTRICTIONS, find_conflicts
 from recray.errors import SettingsError
@@ -60,10 +68,12 @@ class DataSettings(Section):
         Literal["user_id", "item_id", "timestamp", "position", "event", "value", "basket", "event_id"],
         str | None,
     ] = Field(default_factory=dict, description="recray's name: your name; null: you do not have the column")
-    time_unit: Literal["auto", "s", "ms", "us", "ns", "minutes", "hours", "days", "date"] = Field(
-        "auto",
-        description="unit of times that are numbers, since 1970; date: digits, 20240301; auto: by their "
-        "size, refused where it is ambiguous",
+    time_unit: Literal["auto", "s", "ms", "us", "ns", "minutes", "hours", "days", "date"] | TimePattern = (
+        Field(
+            "auto",
+            description="unit of times that are numbers, since 1970; date: digits, 20240301; auto: by their "
+            "size, refused where it is ambiguous; for other text its pattern: '%d/%m/%Y %H:%M'",
+        )
     )
     timezone: str | None = Field(
         None, description="zone of times and --as-of without one, for example Europe/Berlin; null: UTC"
@@ -156,6 +166,13 @@ class DataSettings(Section):
         if user_column == item_column:
             raise ValueError(f"user_id and item_id are both the column {user_column!r}")
         return columns
+
+    @field_validator("time_unit", mode="before")
+    @classmethod
+    def _check_pattern(cls, unit: Any) -> Any:
+        if isinstance(unit, str) and "%" in unit:
+            check_time_pattern(unit)
+        return unit
 
     @field_validator("timezone")
     @classmethod

@@ -23,7 +23,7 @@ from recray.dataset.context import encode_clock
 from recray.dataset.popularity import DAY_S, UNKNOWN_DAY, Popularity
 from recray.dataset.schema import AVAILABLE_FROM, CONTEXT, ITEM_ID, USER_ID
 from recray.errors import MissingArtifactError
-from recray.storage import Manifest, manifest_digest, open_sealed
+from recray.storage import Manifest, manifest_digest, open_immutable
 
 KIND = "dataset"
 
@@ -220,7 +220,7 @@ class Dataset:
         Raises MissingArtifactError, DamagedArtifactError.
         """
         path = Path(path)
-        return cls(path, open_sealed(path, KIND, verify=verify))
+        return cls(path, open_immutable(path, KIND, verify=verify))
 
     def with_training_part(self, part: int, parts: int) -> Dataset:
         """The same dataset with training on one of `parts` parts of its users. The parts are the same in

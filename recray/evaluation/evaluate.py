@@ -21,7 +21,7 @@ from recray.evaluation import metrics as m
 from recray.evaluation.baselines import fit_baselines
 from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries, EvaluationQuery, Ranker, targets_of
 from recray.inference import Filters, Predictor
-from recray.storage import Storage, is_sealed, key_of, sealed_directory
+from recray.storage import Storage, immutable_directory, is_complete, key_of
 
 KIND = "evaluation"
 MODEL = "recray"
@@ -69,9 +69,9 @@ def evaluate(settings: Settings, key: str, dataset: Dataset, bundle: Bundle) -> 
     test users.
     """
     path = Storage(settings.root()).evaluation(key)
-    if not is_sealed(path, KIND, key):
+    if not is_complete(path, KIND, key):
         table, ndcg = compare(settings, dataset, Predictor.load(bundle.path, dataset=dataset))
-        with sealed_directory(path, KIND, key, {"bundle": bundle.key, "dataset": dataset.key}) as folder:
+        with immutable_directory(path, KIND, key, {"bundle": bundle.key, "dataset": dataset.key}) as folder:
             (folder / "metrics.json").write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
             for protocol, values in ndcg.items():
                 np.save(folder / f"ndcg_{protocol}.npy", values)

@@ -249,7 +249,7 @@ def plot_growth(trained: list[tuple[int, float]], scored: list[tuple[int, float]
 def plot_gap_closed(
     closed: dict[str, list[float]], length: np.ndarray, best: np.ndarray, learned: np.ndarray
 ) -> str:
-    """Share of the oracle's lead by method, with a dot for each seed; and the action of the oracle and of the
+    """Share of the oracle's gain by method, with a dot for each seed; and the action of the oracle and of the
     learned policy by log(1 + history length).
     """
 
@@ -263,7 +263,7 @@ def plot_gap_closed(
         )
         for position, name in enumerate(names):
             left.plot(closed[name], [position] * len(closed[name]), ".", color=INK, markersize=3)
-        left.set(title="share of the oracle's lead over the trained model")
+        left.set(title="share of the oracle's gain over the trained model")
         left.xaxis.set_major_formatter(PercentFormatter(1))
         left.grid(axis="y", visible=False)
         right.plot(length, best, ".", color=GREY, markersize=3, label="oracle")

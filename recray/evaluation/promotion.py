@@ -23,7 +23,7 @@ from recray.inference.policy import CheckRecord
 from recray.privacy.accounting import epsilon_of
 from recray.privacy.ledger import Ledger
 from recray.release import Member, Release
-from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
+from recray.storage import Storage, immutable_directory, is_complete, key_of, read_json
 
 KIND = "promotion"
 
@@ -73,7 +73,7 @@ def promote(
 
     key = promote_key(settings, dataset, challenger, champion, privacy)
     path = storage.promotion(key)
-    if not is_sealed(path, KIND, key):
+    if not is_complete(path, KIND, key):
         _write_decision(settings, path, key, dataset, challenger, champion, release, privacy)
     decision = read_json(path / "decision.json")
     changed = _update_release(storage, challenger, key, promoted=decision["promoted"], is_manual=is_manual)
@@ -134,7 +134,7 @@ def _write_decision(
         checks.append(privacy)
     failures = [check.text for check in checks if not check.passed]
     content = _to_decision(dataset, challenger, release, checks, comparison, "; ".join(failures))
-    with sealed_directory(path, KIND, key, {"bundle": challenger.key, "dataset": dataset.key}) as folder:
+    with immutable_directory(path, KIND, key, {"bundle": challenger.key, "dataset": dataset.key}) as folder:
         (folder / "decision.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -202,7 +202,7 @@ def _reuse_decision(
     """
     if release.decision:
         path = storage.promotion(release.decision)
-        if is_sealed(path, KIND, release.decision):
+        if is_complete(path, KIND, release.decision):
             decision = read_json(path / "decision.json")
             if decision["dataset"] == dataset.key:
                 return release.decision, decision, False

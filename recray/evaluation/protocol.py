@@ -56,9 +56,9 @@ class EvaluationQueries:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def batches(self, size: int, rank: int = 0, world: int = 1) -> Iterator[list[EvaluationQuery]]:
+    def batches(self, size: int, rank: int = 0, world_size: int = 1) -> Iterator[list[EvaluationQuery]]:
         """Batches of this rank's share of the queries."""
-        own_positions = self.positions[rank::world]
+        own_positions = self.positions[rank::world_size]
         for start in range(0, len(own_positions), size):
             yield [self._query(*map(int, position)) for position in own_positions[start : start + size]]
 

@@ -24,7 +24,7 @@ from recray.evaluation.promotion import Decision
 from recray.evaluation.statement import Line, describe_audits, describe_training, load_audits
 from recray.evaluation.table import TITLES, format_cells
 from recray.release import Published, Release, list_bundles
-from recray.storage import Storage, is_sealed, key_of, read_json, sealed_directory
+from recray.storage import Storage, immutable_directory, is_complete, key_of, read_json
 from recray.version import __version__
 
 KIND = "report"
@@ -39,7 +39,7 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
     """
     storage = Storage(settings.root())
     evaluation_key = evaluate_key(settings, dataset, bundle)
-    if not is_sealed(storage.evaluation(evaluation_key), EVALUATION, evaluation_key):
+    if not is_complete(storage.evaluation(evaluation_key), EVALUATION, evaluation_key):
         raise MissingArtifactError(
             f"bundle {bundle.key} was not evaluated on dataset {dataset.key}", "run `recray evaluate` first"
         )
@@ -57,7 +57,7 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
         RESULTS_SINCE,
     )
     path = storage.report(key)
-    if is_sealed(path, KIND, key):
+    if is_complete(path, KIND, key):
         return key, path, True
 
     table, k = read_table(storage.evaluation(evaluation_key)), settings.evaluate.k[0]
@@ -104,7 +104,7 @@ def _write_pages(path: Path, key: str, dataset: Dataset, bundle: Bundle, facts: 
         autoescape=True,
     )
     markdown = html.overlay(autoescape=False)
-    with sealed_directory(path, KIND, key, {"dataset": dataset.key, "bundle": bundle.key}) as folder:
+    with immutable_directory(path, KIND, key, {"dataset": dataset.key, "bundle": bundle.key}) as folder:
         (folder / PAGE).write_text(html.get_template("report.html").render(facts))
         (folder / "report.md").write_text(markdown.get_template("report.md").render(facts))
         for figure in facts["figures"]:

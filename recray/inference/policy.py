@@ -24,7 +24,7 @@ from recray.dataset.reader import History
 from recray.errors import ArtifactError, DamagedArtifactError, MissingArtifactError, SettingsError
 from recray.inference.modulation import find_slots, to_controls
 from recray.model.controls import Controls
-from recray.storage import open_sealed, sealed_directory
+from recray.storage import immutable_directory, open_immutable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -299,7 +299,7 @@ class Policy:
 
     def save(self, path: Path, key: str) -> None:
         """Write an immutable artifact of JSON and safetensors. Raises OutputExistsError."""
-        with sealed_directory(path, KIND, key, {"bundle_digest": self.bundle_digest}) as folder:
+        with immutable_directory(path, KIND, key, {"bundle_digest": self.bundle_digest}) as folder:
             fields = {
                 "actions": self.actions,
                 "observed": OBSERVED,
@@ -338,7 +338,7 @@ class Policy:
         """Open a policy of a bundle. Raises MissingArtifactError, DamagedArtifactError."""
         if not path.exists():
             raise MissingArtifactError(f"no policy {path}", "run `recray tune`")
-        open_sealed(path, KIND)
+        open_immutable(path, KIND)
         fields = json.loads((path / "policy.json").read_text())
         if fields["bundle_digest"] != bundle_digest:
             raise DamagedArtifactError(

@@ -36,26 +36,26 @@ JOBS = {
 
 
 def discard(message: str, **fields: Any) -> None:
-    """The default of `say`: drops the line."""
+    """The default of `progress`: drops the line."""
 
 
 def run(
-    name: str, settings: Settings, as_of: AsOf = None, say: ProgressLog = discard, **options: Any
+    name: str, settings: Settings, as_of: AsOf = None, progress: ProgressLog = discard, **options: Any
 ) -> JobResult:
     """Run a job.
 
     name : of `STAGE_JOBS` or `JOBS`
     as_of : read nothing after this moment; None: read everything
-    say : takes lines for a person or a log
+    progress : takes lines for a person or a log
     options : of the job's function
 
     Raises subclasses of RecrayError; each names the problem and the fix.
     """
     if name in JOBS:
         job = getattr(importlib.import_module(f"recray.pipeline.{JOBS[name]}"), name)
-        result: JobResult = job(settings, as_of, say, **options)
+        result: JobResult = job(settings, as_of, progress, **options)
         return result
-    with hold_workspace(name, settings, say) as context:
+    with hold_workspace(name, settings, progress) as context:
         if name == "collect":
             return run_stage(name, context)
         if name == "prepare":
@@ -64,13 +64,13 @@ def run(
 
 
 @contextlib.contextmanager
-def hold_workspace(job: str, settings: Settings, say: ProgressLog) -> Iterator[JobContext]:
+def hold_workspace(job: str, settings: Settings, progress: ProgressLog) -> Iterator[JobContext]:
     """Hold the workspace's lease during a job. Raises RefusedError, or StorageError if it is not writable."""
     root = settings.root()
     with lease.hold(root, job, settings.storage.lease_s) as held:
-        say(f"{job} in {root}, attempt {held.attempt}", level="debug", attempt=held.attempt)
+        progress(f"{job} in {root}, attempt {held.attempt}", level="debug", attempt=held.attempt)
         try:
-            yield JobContext(settings, Storage(root), say)
+            yield JobContext(settings, Storage(root), progress)
         except Exception as error:
             held.check()  # an attempt that was fenced off reports that, not its own error
             cause = None if isinstance(error, RecrayError) else to_storage_error(error, root)

@@ -25,12 +25,12 @@ from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset, assign_bucket
 from recray.dataset.schema import USER_ID
 from recray.errors import ArtifactError
+from recray.events.collect import KIND as COLLECTED
+from recray.events.log import Log
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import KIND as SNAPSHOT
 from recray.snapshot.writer import index_name, part_name, publish, snapshot_path
-from recray.state.collect import KIND as COLLECTED
-from recray.state.log import Log
-from recray.storage import Storage, key_of, lease, open_sealed, reseal, sealed_directory
+from recray.storage import Storage, immutable_directory, key_of, lease, open_immutable, refresh_manifest
 from recray.storage.opt_out import OptOut
 
 SEAL = {"format_version", "kind", "run_key", "files", "sha256"}  # fields of a manifest that a copy renews
@@ -97,7 +97,7 @@ def _erase_from_tables(folder: Path, user_id: str, kind: str | None) -> int:
     for leftover in folder.glob(".*.parquet.*"):  # of an attempt that was killed
         leftover.unlink()
     if kind is not None:
-        reseal(folder)  # always: an earlier attempt may have been killed before this line
+        refresh_manifest(folder)  # always: an earlier attempt may have been killed before this line
     return dropped
 
 
@@ -126,7 +126,7 @@ def _publish_without(storage: Storage, user_id: str, erased: ErasureReport) -> N
     fields["users"] -= snapshot.find(user_id) is not None
 
     if not path.exists():
-        with sealed_directory(path, SNAPSHOT, key, fields) as folder:
+        with immutable_directory(path, SNAPSHOT, key, fields) as folder:
             for name in manifest["files"]:
                 if name in (part_name(bucket), index_name(bucket)):
                     _copy_without_user(snapshot.path / name, folder / name, user_id)
@@ -134,7 +134,7 @@ def _publish_without(storage: Storage, user_id: str, erased: ErasureReport) -> N
                     _copy_file(snapshot.path / name, folder / name)
 
     lease.commit_point("forget:written")
-    publish(storage, path, open_sealed(path, SNAPSHOT, verify=False))
+    publish(storage, path, open_immutable(path, SNAPSHOT, verify=False))
     erased.artifacts += [str(artifact.relative_to(storage.root)) for artifact in (path, new_dataset.path)]
     if snapshot.path != path:
         _remove(snapshot.path)
@@ -155,7 +155,7 @@ def _copy_dataset_without(storage: Storage, dataset: Dataset, user_id: str) -> D
         fields = {name: value for name, value in dataset.manifest.items() if name not in SEAL}
         fields["users"] -= 1
         fields["events"] -= int(shard.offsets[row + 1] - shard.offsets[row])
-        with sealed_directory(path, DATASET, key, fields) as folder:
+        with immutable_directory(path, DATASET, key, fields) as folder:
             for name in dataset.manifest["files"]:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if name == f"shards/{number:05d}.arrow":
@@ -215,7 +215,7 @@ def _find_snapshots(storage: Storage, user_id: str) -> Iterator[Path]:
     """Snapshots that contain the user, or cannot be read."""
 
     def has_user(path: Path) -> bool:
-        return Snapshot(path, open_sealed(path, SNAPSHOT, verify=False)).find(user_id) is not None
+        return Snapshot(path, open_immutable(path, SNAPSHOT, verify=False)).find(user_id) is not None
 
     yield from (
         path

@@ -27,10 +27,10 @@ from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import Dataset
 from recray.dataset.schema import ITEM_ID, USER_ID
 from recray.errors import ArtifactError, MissingArtifactError, SettingsError
+from recray.events.log import Entry, Log
 from recray.snapshot.reader import Snapshot
 from recray.snapshot.writer import KIND as SNAPSHOT
-from recray.state.log import Entry, Log
-from recray.storage import Storage, open_sealed
+from recray.storage import Storage, open_immutable
 from recray.storage.opt_out import OptOut
 
 
@@ -148,7 +148,7 @@ def _iter_history(storage: Storage, user_id: str) -> Iterator[Mapping[str, Any]]
 def _iter_list(storage: Storage, user_id: str) -> Iterator[Mapping[str, Any]]:
     """The newest published recommendation list of the user."""
     for path in _newest_first(storage.scores, "dt=*/*", SNAPSHOT):
-        published = Snapshot(path, open_sealed(path, SNAPSHOT, verify=False)).find(user_id)
+        published = Snapshot(path, open_immutable(path, SNAPSHOT, verify=False)).find(user_id)
         if published is not None:
             lists = {
                 "item_ids": published.item_ids,
@@ -166,7 +166,7 @@ def _newest_first(folder: Path, pattern: str, kind: str) -> list[Path]:
     for path in folder.glob(pattern):
         if not path.name.startswith("."):
             with contextlib.suppress(ArtifactError):
-                artifacts.append((open_sealed(path, kind, verify=False)["as_of_s"], path.name, path))
+                artifacts.append((open_immutable(path, kind, verify=False)["as_of_s"], path.name, path))
     return [path for *_, path in sorted(artifacts, reverse=True)]
 
 

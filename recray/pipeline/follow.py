@@ -57,7 +57,7 @@ class FollowerStatus:
         }
 
 
-def run_follow(settings: Settings, adapt: Callable[[], JobResult], say: ProgressLog) -> JobResult:
+def run_follow(settings: Settings, adapt: Callable[[], JobResult], progress: ProgressLog) -> JobResult:
     """Adapt whenever `policy.round_decisions` more decisions have complete outcomes, until interrupted.
 
     adapt : one round, skipped if there are too few decisions
@@ -68,16 +68,16 @@ def run_follow(settings: Settings, adapt: Callable[[], JobResult], say: Progress
     status, wait = FollowerStatus(time.time()), threading.Event()
     every_s = min(max(settings.policy.attribution_window_s / CHECKS_PER_WINDOW, MIN_WAIT_S), MAX_WAIT_S)
     with lease.hold_exclusively(storage.root, "adapt --follow"):
-        say(
+        progress(
             f"following {storage.root}: a check every {every_s:g} s, a round for every "
             f"{settings.policy.round_decisions} decisions that explored"
         )
         try:
             while True:
-                _run_round(storage, adapt, status, say)
+                _run_round(storage, adapt, status, progress)
                 wait.wait(every_s)
         except KeyboardInterrupt:
-            say(f"stopped; the last policy stays in use: {status.policy or 'none'}")
+            progress(f"stopped; the last policy stays in use: {status.policy or 'none'}")
     return JobResult(
         "adapt",
         "ok",
@@ -89,23 +89,23 @@ def run_follow(settings: Settings, adapt: Callable[[], JobResult], say: Progress
 
 
 def _run_round(
-    storage: Storage, adapt: Callable[[], JobResult], status: FollowerStatus, say: ProgressLog
+    storage: Storage, adapt: Callable[[], JobResult], status: FollowerStatus, progress: ProgressLog
 ) -> None:
     """Run one round and write the status. An error is logged and does not end the follower."""
     try:
         result = adapt()
     except RecrayError as error:
         status.refusals += 1
-        _log_change(status, error.message, say, "info" if isinstance(error, RefusedError) else "warning")
+        _log_change(status, error.message, progress, "info" if isinstance(error, RefusedError) else "warning")
     except Exception as error:  # later outcomes may be usable again
         status.refusals += 1
-        _log_change(status, f"unexpected {type(error).__name__}: {error}", say, "warning")
+        _log_change(status, f"unexpected {type(error).__name__}: {error}", progress, "warning")
     else:
         if result.status != "skipped" and (storage.policy(result.run_key) / "policy.json").exists():
             about = read_json(storage.policy(result.run_key) / "policy.json")["about"]
             _count_round(status, about, result)
             if result.reason:
-                _log_change(status, result.reason, say, "info")
+                _log_change(status, result.reason, progress, "info")
             else:
                 status.reason = ""
     status.looked_s = time.time()
@@ -122,8 +122,8 @@ def _count_round(status: FollowerStatus, about: PolicyAbout, result: JobResult) 
     )
 
 
-def _log_change(status: FollowerStatus, reason: str, say: ProgressLog, level: str) -> None:
+def _log_change(status: FollowerStatus, reason: str, progress: ProgressLog, level: str) -> None:
     """Log a reason unless the previous check had the same."""
     if reason != status.reason:
         status.reason = reason
-        say(f"no new policy: {reason}", level=level)
+        progress(f"no new policy: {reason}", level=level)

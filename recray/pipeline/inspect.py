@@ -44,7 +44,7 @@ class ModelRow(TypedDict):
 def show_models(settings: Settings, reporter: Reporter) -> JobResult:
     """Show the bundles of the workspace, oldest first, with their roles and their versions in MLflow."""
     started = time.monotonic()
-    context = JobContext(settings, Storage(settings.root()), reporter.say)
+    context = JobContext(settings, Storage(settings.root()), reporter.progress)
     release = Release.read(context.storage)
     opened = []
     for path in list_bundles(context.storage):
@@ -103,7 +103,7 @@ def run_privacy(
     if action == "close":
         _close(settings, training, reporter)
     if action == "audit":
-        with hold_workspace("audit", settings, reporter.say) as context:
+        with hold_workspace("audit", settings, reporter.progress) as context:
             results, file = audit(context, open_dataset(settings, as_of))
         result.outputs["audit"], result.warnings = str(file), context.warnings
         table, result.metrics = tables.audit(results)
@@ -122,7 +122,7 @@ def _close(settings: Settings, training: str | None, reporter: Reporter) -> None
         raise SettingsError(
             "recray privacy close needs a training", "--training KEY; recray privacy status lists the keys"
         )
-    with hold_workspace("privacy close", settings, reporter.say):  # no training of this workspace runs
+    with hold_workspace("privacy close", settings, reporter.progress):  # no training of this workspace runs
         Ledger.read(settings.ledger_url(), settings.privacy.population).commit(training)
 
 

@@ -15,12 +15,12 @@ from recray.config import RESULT_SECTIONS, Settings
 from recray.config.formats import to_current_settings
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, PrivacySpentError, RecrayError, RefusedError, StateError, TrainingError
+from recray.events.store import sqlite_file
 from recray.pipeline import discard, hold_workspace
 from recray.prepare import prepare as preparation
 from recray.release import Release
 from recray.stages import AsOf, JobContext, JobResult, ProgressLog, run_stage, to_date
 from recray.stages.train import is_train_due
-from recray.state.store import sqlite_file
 from recray.storage import Storage, key_of, lease, read_json, write_json
 
 REFUSED_FIX = (
@@ -31,21 +31,21 @@ REFUSED_FIX = (
 
 
 def nightly(
-    settings: Settings, as_of: AsOf, say: ProgressLog = discard, *, restart: bool = False
+    settings: Settings, as_of: AsOf, progress: ProgressLog = discard, *, restart: bool = False
 ) -> JobResult:
     """Prepare, train (when `train.every_days` have passed), evaluate, promote, score, report.
 
     A run that started with other settings and did not end is refused, unless `restart`.
     """
     started = time.monotonic()
-    with hold_workspace("nightly", settings, say) as context:
-        files, journal = _find_input(context, as_of)
-        if not journal.exists() or read_json(journal)["ended"]:
+    with hold_workspace("nightly", settings, progress) as context:
+        files, run_file = _find_input(context, as_of)
+        if not run_file.exists() or read_json(run_file)["ended"]:
             # an unfinished run resumes with the data that it started with; a new one collects first
             _collect(context)
-            files, journal = _find_input(context, as_of)
-        begin_run(journal, settings, as_of, restart=restart)
-        with _recording_end(journal):
+            files, run_file = _find_input(context, as_of)
+        begin_run(run_file, settings, as_of, restart=restart)
+        with _recording_end(run_file):
             results = _run_stages(context, as_of, files)
             is_refused = _publishes_nothing(context)
 
@@ -67,7 +67,7 @@ def nightly(
 
 
 def _find_input(context: JobContext, as_of: AsOf) -> tuple[preparation.Input, Path]:
-    """The current input files, and the journal of the run that reads them."""
+    """The current input files, and the file of the run that reads them."""
     files = preparation.find_input(context.settings)
     return files, context.storage.nightly_run(key_of("night", as_of, files.digests))
 
@@ -78,7 +78,7 @@ def _collect(context: JobContext) -> None:
     """
     if context.settings.serve.state == "sqlite" and not sqlite_file(context.storage.root).exists():
         return
-    context.say("── collect", stage="collect")
+    context.progress("── collect", stage="collect")
     try:
         run_stage("collect", context)
     except StateError as error:
@@ -87,7 +87,7 @@ def _collect(context: JobContext) -> None:
 
 def _run_stages(context: JobContext, as_of: AsOf, files: preparation.Input) -> list[JobResult]:
     """Run the stages in order; without a champion, tune and score are left out."""
-    context.say("── prepare", stage="prepare")
+    context.progress("── prepare", stage="prepare")
     results = [run_stage("prepare", context, as_of, files)]
     dataset = Dataset.open(results[0].outputs["dataset"], verify=True)
     _require_order(context.storage, dataset)
@@ -95,9 +95,9 @@ def _run_stages(context: JobContext, as_of: AsOf, files: preparation.Input) -> l
     for name in ("train", "evaluate", "promote", *tune, "score", "report"):
         if name in ("tune", "score") and _publishes_nothing(context):
             continue
-        context.say(f"── {name}", stage=name)
+        context.progress(f"── {name}", stage=name)
         if name == "train" and not is_train_due(context, dataset):
-            context.say("the last bundle is younger than train.every_days")
+            context.progress("the last bundle is younger than train.every_days")
             continue
         try:
             results.append(run_stage(name, context, dataset))
@@ -115,10 +115,10 @@ def _run_stages(context: JobContext, as_of: AsOf, files: preparation.Input) -> l
     return results
 
 
-def begin_run(journal: Path, settings: Settings, as_of: AsOf, *, restart: bool) -> None:
+def begin_run(run_file: Path, settings: Settings, as_of: AsOf, *, restart: bool) -> None:
     """Record the settings of a run. Raises RefusedError if it started with others and did not end."""
     current = settings.result_settings(*RESULT_SECTIONS)
-    content = read_json(journal) if journal.exists() else None
+    content = read_json(run_file) if run_file.exists() else None
     if content is not None:
         recorded = to_current_settings(content["settings"])
         if recorded == current:
@@ -135,7 +135,7 @@ def begin_run(journal: Path, settings: Settings, as_of: AsOf, *, restart: bool) 
                 f"{', '.join(changed)}",
                 "repeat it with the settings it started with, or start again with these: --restart",
             )
-    write_json(journal, {"as_of": as_of and as_of.isoformat(), "settings": current, "ended": False})
+    write_json(run_file, {"as_of": as_of and as_of.isoformat(), "settings": current, "ended": False})
 
 
 def _flatten_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -145,23 +145,23 @@ def _flatten_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 
 @contextlib.contextmanager
-def _recording_end(journal: Path) -> Iterator[None]:
+def _recording_end(run_file: Path) -> Iterator[None]:
     """Record that a run ended: successfully, or with an error that needs other data or settings. An
     interrupted run stays open.
     """
     try:
         yield
     except (DataError, RefusedError, TrainingError):
-        _close(journal)
+        _close(run_file)
         raise
-    _close(journal)
+    _close(run_file)
 
 
-def _close(journal: Path) -> None:
-    content = read_json(journal)
+def _close(run_file: Path) -> None:
+    content = read_json(run_file)
     if not content["ended"]:
         with lease.commit(), contextlib.suppress(OSError):
-            write_json(journal, {**content, "ended": True})
+            write_json(run_file, {**content, "ended": True})
 
 
 def _require_order(storage: Storage, dataset: Dataset) -> None:

@@ -25,15 +25,15 @@ from recray.storage import Storage
 
 
 def promote(
-    settings: Settings, as_of: AsOf, say: ProgressLog = discard, *, bundle: str | None = None
+    settings: Settings, as_of: AsOf, progress: ProgressLog = discard, *, bundle: str | None = None
 ) -> JobResult:
     """Check a bundle (its run key; None: the current one) against the promotion criteria, and promote it.
 
     Raises RefusedError if it does not become the champion.
     """
     if bundle and "+" in bundle:
-        return _adopt_policy(settings, bundle, say)
-    with hold_workspace("promote", settings, say) as context:
+        return _adopt_policy(settings, bundle, progress)
+    with hold_workspace("promote", settings, progress) as context:
         dataset = open_dataset(settings, as_of)
         named = Bundle.open(context.storage.bundle(bundle)) if bundle else None
         challenger = named or current_bundle(context, dataset)
@@ -47,25 +47,25 @@ def promote(
         return result
 
 
-def _adopt_policy(settings: Settings, name: str, say: ProgressLog) -> JobResult:
+def _adopt_policy(settings: Settings, name: str, progress: ProgressLog) -> JobResult:
     """Let a policy decide for all users of the champion (BUNDLE+POLICY). Raises RefusedError for a policy
     that did not meet its promotion criteria.
     """
     bundle_key, _, key = name.partition("+")
-    with hold_workspace("promote", settings, say) as context:
+    with hold_workspace("promote", settings, progress) as context:
         bundle = Bundle.open(context.storage.bundle(bundle_key))
         require_private(settings, bundle)
         require_usable_policy(settings, Policy.load(context.storage.policy(key), bundle.digest), key)
         _, reason = release_policy(context.storage, bundle, key, 1.0)
         if reason:
             raise RefusedError(f"policy {key}: {reason}", "recray tune makes another one")
-        say(f"policy {key} decides for everybody; recray score applies it to the batch recommendations")
+        progress(f"policy {key} decides for everybody; recray score applies it to the batch recommendations")
         return JobResult("promote", "ok", name, {"release": str(context.storage.release)})
 
 
-def rollback(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> JobResult:
+def rollback(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -> JobResult:
     """Make the previous champion the champion again, and score the published run with it."""
-    with hold_workspace("rollback", settings, say) as context:
+    with hold_workspace("rollback", settings, progress) as context:
         storage = context.storage
         release = Release.read(storage)
         has_policy = release.champion is not None and release.champion.policy is not None
@@ -78,7 +78,7 @@ def rollback(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> Job
         assert release.champion is not None
 
         rolled_back = ", ".join(release.rolled_back)
-        say(f"champion is bundle {release.champion.name} again; those rolled back: {rolled_back}")
+        progress(f"champion is bundle {release.champion.name} again; those rolled back: {rolled_back}")
         context.deliver()
         outputs = {"release": str(storage.release)}
         result = JobResult("rollback", "ok", release.champion.run_key, outputs, warnings=context.warnings)
@@ -111,7 +111,7 @@ def is_policy_withdrawn(storage: Storage, release: Release) -> bool:
 def canary(
     settings: Settings,
     as_of: AsOf,
-    say: ProgressLog = discard,
+    progress: ProgressLog = discard,
     *,
     bundle: str,
     share: float,
@@ -128,11 +128,11 @@ def canary(
         require_usable_policy(settings, Policy.load(storage.policy(policy), challenger.digest), policy)
     begin_experiment(storage, challenger, share, shadow=shadow, policy=policy or None)
     reach = "gets all requests as shadow traffic" if shadow else f"serves {share:.0%} of the users"
-    say(f"bundle {bundle} {reach}; recray serve rollback ends it")
+    progress(f"bundle {bundle} {reach}; recray serve rollback ends it")
     return JobResult("serve canary", "ok", bundle, {"release": str(storage.release)})
 
 
-def serve_rollback(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> JobResult:
+def serve_rollback(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -> JobResult:
     """End the running experiment; without one, as `rollback`.
 
     Raises RefusedError if an experiment ended since the last promotion: ending it was probably intended, not
@@ -146,25 +146,27 @@ def serve_rollback(settings: Settings, as_of: AsOf, say: ProgressLog = discard) 
             "recray rollback goes back to the previous champion",
         )
     if not release.has_experiment:
-        return rollback(settings, as_of, say)
+        return rollback(settings, as_of, progress)
     release = end_experiment(storage, "ended by hand")
-    say(f"the champion serves everybody; {release.ended}")
+    progress(f"the champion serves everybody; {release.ended}")
     key = "" if release.champion is None else release.champion.run_key
     return JobResult("serve rollback", "ok", key, {"release": str(storage.release)})
 
 
-def adapt(settings: Settings, as_of: AsOf, say: ProgressLog = discard, *, follow: bool = False) -> JobResult:
+def adapt(
+    settings: Settings, as_of: AsOf, progress: ProgressLog = discard, *, follow: bool = False
+) -> JobResult:
     """Learn the champion's next attention policy from the outcomes of responses that explored.
 
     follow : repeat, see `recray.pipeline.follow`
     """
     if not follow:
-        return _adapt_once(settings, say)
+        return _adapt_once(settings, progress)
 
     enough = settings.policy.round_decisions
-    return run_follow(settings, lambda: _adapt_once(settings, say, enough=enough), say)
+    return run_follow(settings, lambda: _adapt_once(settings, progress, enough=enough), progress)
 
 
-def _adapt_once(settings: Settings, say: ProgressLog, *, enough: int = 0) -> JobResult:
-    with hold_workspace("adapt", settings, say) as context:
+def _adapt_once(settings: Settings, progress: ProgressLog, *, enough: int = 0) -> JobResult:
+    with hold_workspace("adapt", settings, progress) as context:
         return run_stage("adapt", context, enough=enough)

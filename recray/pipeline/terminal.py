@@ -39,7 +39,7 @@ class Reporter:
         if self._status:
             self._status.stop()
 
-    def say(self, message: str, **fields: Any) -> None:
+    def progress(self, message: str, **fields: Any) -> None:
         """Print a line with the seconds since the start; level `debug` in `fields` hides it."""
         if fields.get("level") == "debug":
             return
@@ -79,7 +79,7 @@ class LogReporter(Reporter):
     def __exit__(self, *_: object) -> None:
         return
 
-    def say(self, message: str, **fields: Any) -> None:
+    def progress(self, message: str, **fields: Any) -> None:
         self._stage = fields.pop("stage", self._stage)
         timestamp = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
         line = {
@@ -99,4 +99,4 @@ class LogReporter(Reporter):
         return
 
     def error(self, text: str) -> None:
-        self.say(text, level="error")
+        self.progress(text, level="error")

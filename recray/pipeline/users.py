@@ -8,35 +8,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recray.config import Settings
+from recray.events.log import Log
+from recray.events.store import open_log, sqlite_file
 from recray.pipeline import discard, erasure, hold_workspace
 from recray.pipeline.export import export as export_user
 from recray.release import list_bundles
 from recray.stages import AsOf, JobResult, ProgressLog
-from recray.state.log import Log
-from recray.state.store import open_log, sqlite_file
 from recray.storage import Storage
 
 
-def forget(settings: Settings, as_of: AsOf, say: ProgressLog = discard, *, user: str) -> JobResult:
+def forget(settings: Settings, as_of: AsOf, progress: ProgressLog = discard, *, user: str) -> JobResult:
     """Erase a user from the workspace and the endpoint's event store; nothing more of them is stored."""
     started = time.monotonic()
-    with hold_workspace("forget", settings, say) as context:
+    with hold_workspace("forget", settings, progress) as context:
         with _event_store(settings) as log:
             erased = erasure.forget(context.storage, user, log)
         status = "on" if erased.new else "on, as before,"
-        say(
+        progress(
             f"the user is {status} the opt-out list: no event is kept, and responses are those "
             "of an unknown user"
         )
-        say(
+        progress(
             f"erased: {erased.log} entries of the endpoint's event store, {erased.rows} rows of collected "
             "and invalid events"
         )
         for path in erased.artifacts:
-            say(f"rewritten or removed: {path}", level="debug")
+            progress(f"rewritten or removed: {path}", level="debug")
         remaining = len(list(list_bundles(context.storage)))
         if remaining:
-            say(
+            progress(
                 f"what remains: the weights of {remaining} bundles, and aggregates published before, here "
                 "and in MLflow; the next training learns nothing of the user. data.events is yours: the "
                 "user's rows there are skipped from now on"
@@ -52,7 +52,7 @@ def forget(settings: Settings, as_of: AsOf, say: ProgressLog = discard, *, user:
 
 
 def export(
-    settings: Settings, as_of: AsOf, say: ProgressLog = discard, *, user: str, out: str | None = None
+    settings: Settings, as_of: AsOf, progress: ProgressLog = discard, *, user: str, out: str | None = None
 ) -> JobResult:
     """Copy everything that is stored of a user to a file of JSON lines."""
     started = time.monotonic()
@@ -60,13 +60,13 @@ def export(
     with _event_store(settings) as log:
         counts = export_user(Storage(settings.root()), user, log, file)
     for kind, count in sorted(counts.items()):
-        say(f"{kind}: {count}")
-    say(
+        progress(f"{kind}: {count}")
+    progress(
         f"{counts.total()} records in {file}"
         if counts
         else f"nothing is stored of this user; {file} is empty"
     )
-    say("data.events is yours, and not included; weights and aggregates name no user")
+    progress("data.events is yours, and not included; weights and aggregates name no user")
     return JobResult(
         job="export",
         status="ok",

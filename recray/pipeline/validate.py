@@ -24,7 +24,7 @@ from recray.stages import AsOf, JobResult, ProgressLog, to_date
 from recray.storage import check_workspace
 
 
-def validate(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> JobResult:
+def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -> JobResult:
     """Check settings, files and columns, and prepare a sample of the rows in a temporary folder. Writes
     nothing else.
 
@@ -44,10 +44,10 @@ def validate(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> Job
         raise AssertionError
     source, items = inspected
     columns = ", ".join(source.columns)
-    say(
+    progress(
         f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {columns}"
     )
-    say(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
+    progress(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
 
     notes = []
     if items is not None:
@@ -60,7 +60,7 @@ def validate(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> Job
         notes = [*rehearsal.notes, *notes]
         if (dataset := rehearsal.dataset) is not None:
             if rehearsal.is_unmodified:
-                _describe(dataset, rehearsal.prefix, say)
+                _describe(dataset, rehearsal.prefix, progress)
             names = ("users", "events", "bad_rows", "duplicates")
             metrics |= {name: dataset.manifest[name] for name in names}
             mismatches = [
@@ -76,7 +76,7 @@ def validate(settings: Settings, as_of: AsOf, say: ProgressLog = discard) -> Job
     problems.raise_all()
 
     for note in notes:
-        say(f"note: {note}", level="warning")
+        progress(f"note: {note}", level="warning")
     seconds = round(time.monotonic() - started, 2)
     return JobResult("validate", "ok", metrics=metrics, warnings=notes, seconds=seconds)
 
@@ -115,15 +115,15 @@ def _find_crowded_fields(dataset: Dataset) -> Iterator[str]:
             )
 
 
-def _describe(dataset: Dataset, sample: str, say: ProgressLog) -> None:
+def _describe(dataset: Dataset, sample: str, progress: ProgressLog) -> None:
     """Log the dataset of a rehearsal of prepare; `sample` names the rows, where these are not all."""
     manifest = dataset.manifest
     span = f", up to {to_date(dataset.as_of_s)}" if dataset.has_time else ""
-    say(
+    progress(
         f"{sample}{dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events{span}; types "
         f"{', '.join(dataset.event_types)}"
     )
-    say(
+    progress(
         f"{sample}{manifest['bad_rows']} invalid rows, {manifest['duplicates']} rows that equal another"
         f"{preparation.describe_dropped(manifest)}"
     )
@@ -131,4 +131,4 @@ def _describe(dataset: Dataset, sample: str, say: ProgressLog) -> None:
     learned = int(sum(shard.train_lengths.sum() for shard in dataset.shards()))
     test_users = int((split[:, 3] > split[:, 2]).sum())
     cuts = "".join(f", {name} from {to_date(moment)}" for name, moment in manifest["cuts"].items())
-    say(f"{sample}{learned} training events, {test_users} test users{cuts}")
+    progress(f"{sample}{learned} training events, {test_users} test users{cuts}")

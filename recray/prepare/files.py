@@ -30,7 +30,7 @@ Partitions = tuple[tuple[str, str | None], ...]
 
 FORMATS: dict[str, Format] = {
     **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
-    **dict.fromkeys((".csv", ".tsv", ".tab"), "csv"),
+    **dict.fromkeys((".csv", ".tsv", ".tab", ".inter", ".item"), "csv"),  # the last two: RecBole's
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
 }
 CODECS = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
@@ -118,7 +118,7 @@ def list_files(
 
 
 def list_collected_files(root: Path) -> tuple[InputFile, ...]:
-    """Events collected from the endpoint (`recray.state.collect`), in the order of its event store."""
+    """Events collected from the endpoint (`recray.events.collect`), in the order of its event store."""
     return tuple(
         InputFile(str(path)) for path in sorted(Storage(root).collected.glob("[!.]*/events.parquet"))
     )

@@ -46,7 +46,7 @@ from recray.prepare.shards import ShardCounts, ShardPlan, build_shard, count_sha
 from recray.prepare.sources import EventSource, RowGroup, inspect_events, read_items, to_id_column
 from recray.prepare.split import check_cuts, cut_dates, mask_holdout, split_shard
 from recray.prepare.times import PLAUSIBLE_US
-from recray.storage import Storage, is_sealed, key_of, lease, read_json, sealed_directory
+from recray.storage import Storage, immutable_directory, is_complete, key_of, lease, read_json
 from recray.storage.opt_out import OptOut
 from recray.version import __version__
 
@@ -264,7 +264,7 @@ def prepare(
     final = storage.dataset(key)
     with lease.commit():
         shutil.rmtree(storage.staging, ignore_errors=True)  # of an attempt that was killed
-    if is_sealed(final, KIND, key):
+    if is_complete(final, KIND, key):
         return Dataset.open(final)
 
     source, items = inspected or inspect_input(settings, as_of, inputs)
@@ -310,7 +310,7 @@ def prepare(
             "collected": _last_collected(inputs.collected),
             "text_encoder": None if encoder is None else digest_encoder(encoder),
         }
-        with sealed_directory(final, KIND, key, fields) as folder:
+        with immutable_directory(final, KIND, key, fields) as folder:
             (folder / "shards").mkdir()
             (folder / "splits").mkdir()
             if settings.split.holdout_users:

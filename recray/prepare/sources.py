@@ -244,6 +244,12 @@ class _TimeInspector:
     def inspect(self, table: TableFile, column: str) -> None:
         arrow_type, uri = table.type_of(column), table.file.uri
         naive, zoned, numbers, share = pa.types.is_date(arrow_type), False, np.zeros(0, np.int64), 0.0
+        if "%" in self.time_unit and not pa.types.is_string(arrow_type):
+            raise DataError(
+                f"{uri}: {column} has type {arrow_type}, but data.time_unit is {self.time_unit!r}, a pattern "
+                "of text",
+                "omit data.time_unit",
+            )
         if pa.types.is_timestamp(arrow_type):
             naive, zoned = arrow_type.tz is None, arrow_type.tz is not None
         elif not naive:

@@ -1,14 +1,15 @@
 """Reads times: timestamps, dates, ISO 8601 text or numbers of a unit become microseconds since 1970 UTC.
 
 A time without a zone is in `data.timezone`. The unit of numbers, in a numeric or text column, is
-`data.time_unit`. With `auto` it is inferred if exactly one unit puts the numbers between 1990 and 2100;
-otherwise they are refused, with the units that would make sense. With an inferred unit, a number before 1990
-is not a time either.
+`data.time_unit`, which may also be the pattern of times that are text (`%d/%m/%Y %H:%M`). With `auto` a unit
+is inferred if exactly one puts the numbers between 1990 and 2100; otherwise they are refused, with the units
+that would make sense. With an inferred unit, a number before 1990 is not a time either.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recray.config.fields import TIME_DIRECTIVES
 from recray.errors import DataError
 from recray.prepare.formats import NULL_WORDS
 
@@ -173,7 +175,10 @@ class TimeRule:
             pc.fill_null(pc.match_substring_regex(text, pattern), False).to_numpy(zero_copy_only=False)
             for pattern in (NUMBER, _ISO)
         )
-        for rows, parse in ((is_number & ~is_iso, self._read_numbers), (is_iso, self._read_dates)):
+        parsers = [(is_number & ~is_iso, self._read_numbers), (is_iso, self._read_dates)]
+        if "%" in self.unit:
+            parsers = [(has_text & ~is_iso, self._read_pattern), (is_iso, self._read_dates)]
+        for rows, parse in parsers:
             if rows.any():
                 times = parse(pc.utf8_trim_whitespace(text.filter(pa.array(rows))))
                 us[rows] = pc.fill_null(times.us, 0).to_numpy()
@@ -188,6 +193,12 @@ class TimeRule:
             if integers is None
             else self._integers_to_us(integers)
         )
+
+    def _read_pattern(self, text: pa.Array) -> Times:
+        """Text in the pattern that is the unit of this rule, null for a day that does not exist."""
+        naive = parse_pattern(text, self.unit)
+        times = pa.chunked_array([naive])
+        return Times(self._localize(times), None, _has_time_of_day(_to_us(times)))
 
     def _read_dates(self, text: pa.Array) -> Times:
         """ISO 8601 text (also with / and a blank), null for a day that does not exist."""
@@ -213,6 +224,24 @@ class TimeRule:
             part_us = _to_us(naive) if has_zone else self._localize(naive)
             us[rows], is_valid[rows] = pc.fill_null(part_us, 0).to_numpy(), part_us.is_valid().to_numpy()
         return Times(pa.chunked_array([pa.array(us, mask=~is_valid)]), None, clocked)
+
+
+def parse_pattern(text: pa.Array, pattern: str) -> pa.Array:
+    """Text in a pattern as timestamps, null where it does not have the pattern or names no day."""
+    parts = re.split("(%.)", pattern)
+    regex = "".join(
+        f"(?P<day>{TIME_DIRECTIVES['d']})"
+        if part == "%d"
+        else TIME_DIRECTIVES[part[1]]
+        if part[:1] == "%"
+        else re.escape(part)
+        for part in parts
+    )
+    text = pc.utf8_trim_whitespace(text)
+    day = pc.struct_field(pc.extract_regex(text, f"^{regex}$"), "day").cast(pa.int64())
+    times = pc.strptime(text, format=pattern, unit="us", error_is_null=True)
+    # strptime reads the 30th of February as the 2nd of March
+    return pc.if_else(pc.equal(pc.day(times), day), times, pa.scalar(None, times.type))
 
 
 def integers_to_us(values: np.ndarray, unit: str) -> np.ndarray:

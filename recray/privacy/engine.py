@@ -126,12 +126,12 @@ class PrivateStep:
         self.hooks = _Hooks(model, clipping_norm)
         # the backward pass to x does not pass through them
         self.roots = [parameter for name, parameter in model.named_parameters() if name.endswith(BIASES)]
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.optimizer = (_DistributedOptimizer if dist.is_initialized() else _LocalOptimizer)(
             optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=clipping_norm,
-            expected_batch_size=expected_users / world,
+            expected_batch_size=expected_users / world_size,
         )
         self.canaries: Canaries | None = None
         """Canaries of an audit, observed in every step; None: no audit."""

@@ -11,7 +11,7 @@ from recray.privacy.noise import uniform
 
 
 class PoissonUsers:
-    """Draws from users rank, rank + world, rank + 2 world, … of `users`, step by step.
+    """Draws from users rank, rank + world_size, rank + 2 world_size, … of `users`, step by step.
 
     Parameters
     ----------
@@ -20,9 +20,9 @@ class PoissonUsers:
     """
 
     def __init__(
-        self, users: int, rate: float, *, rank: int = 0, world: int = 1, entropy: int | None = None
+        self, users: int, rate: float, *, rank: int = 0, world_size: int = 1, entropy: int | None = None
     ) -> None:
-        self.own_users = np.arange(rank, users, world)
+        self.own_users = np.arange(rank, users, world_size)
         self.rate = rate
         self._draw = uniform if entropy is None else np.random.default_rng(entropy).random
 

@@ -18,12 +18,12 @@ import pyarrow as pa
 from recray.config import ScoreSettings
 from recray.dataset.reader import is_holdout
 from recray.errors import ArtifactError, DamagedArtifactError, RefusedError, StateError
+from recray.events.log import Log
+from recray.events.rewards import Rewards
 from recray.inference.policy import Policy
 from recray.release import Release, adopt_policy, end_experiment
 from recray.serving.experiment import Experiment
 from recray.serving.state import ServingState, load_without_lists
-from recray.state.log import Log
-from recray.state.rewards import Rewards
 from recray.storage import Storage
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def require_privacy(state: ServingState, *, private: bool) -> ServingState:
 def load_first_state(
     storage: Storage,
     score: ScoreSettings,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
     *,
     private: bool = False,
     bound: float = 1.0,
@@ -279,5 +279,5 @@ def load_first_state(
             state = require_privacy(load_without_lists(storage, score, device, bound), private=private)
         except ArtifactError:
             raise error from None
-        say(f"no batch recommendations, the champion serves all requests: {error}")
+        progress(f"no batch recommendations, the champion serves all requests: {error}")
         return state

@@ -16,11 +16,11 @@ from typing import Any, TypedDict
 
 import xxhash
 
+from recray.events.log import Entry
+from recray.events.rewards import Rewards
 from recray.serving.health import ERROR_LEVEL, LATENCY_LEVEL, UNPAIRED_ERROR_LEVEL, ErrorTest, LatencyTest
 from recray.serving.outcomes import LOSS_LEVEL, OutcomeTest
 from recray.serving.sequential import DAY_S
-from recray.state.log import Entry
-from recray.state.rewards import Rewards
 
 LEVEL = 0.05  # maximum probability of an end with equal variants; sum of the three tests
 assert ERROR_LEVEL + UNPAIRED_ERROR_LEVEL + LATENCY_LEVEL + LOSS_LEVEL <= LEVEL

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from recray.events.log import Entry
 from recray.serving.api import KnownEvent
 from recray.serving.query import to_event
 from recray.serving.ranking import join_events
 from recray.serving.state import ServingState
-from recray.state.log import Entry
 
 
 def to_known_events(

@@ -8,6 +8,7 @@ from typing import Any
 
 from recray.config import ServeSettings
 from recray.errors import RequestError, UnavailableError
+from recray.events.log import CONFLICT, DUPLICATE, Entry, make_key
 from recray.serving.api import (
     EventsRequest,
     EventsResponse,
@@ -18,7 +19,6 @@ from recray.serving.api import (
 from recray.serving.deployment import Deployments
 from recray.serving.recorder import EventRecorder, make_id
 from recray.serving.telemetry import Telemetry
-from recray.state.log import CONFLICT, DUPLICATE, Entry, make_key
 from recray.storage.opt_out import OptOut
 
 FORGET_S = 60.0  # timeout of erasing a user from the event store

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.special import ndtri
 
-from recray.state.rewards import Credits, Rewards
+from recray.events.rewards import Credits, Rewards
 
 LEAST_USERS = 100  # of the challenger, before outcomes are tested
 LOSS_LEVEL, GAIN_LEVEL = 0.008, 0.05  # levels, over a whole experiment

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from recray.errors import RequestError
+from recray.events.log import Entry
 from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest
 from recray.serving.state import ServingState
-from recray.state.log import Entry
 from recray.storage.opt_out import OptOut
 
 Mode = Literal["auto", "batch", "realtime"]

@@ -14,13 +14,13 @@ from typing import Any
 
 from recray.config import ServeSettings
 from recray.errors import PartUnavailableError, StateError, UnavailableError
+from recray.events.log import Entry, Log
+from recray.events.store import open_log
+from recray.events.writer import Writer
 from recray.serving.api import BaseResponse
 from recray.serving.experiment import Experiment
 from recray.serving.guard import KEY_NAME
 from recray.serving.state import ServingState
-from recray.state.log import Entry, Log
-from recray.state.store import open_log
-from recray.state.writer import Writer
 from recray.storage import Storage
 
 RETRY_S = 1.0  # pause after a failure of the event store

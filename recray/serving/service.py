@@ -17,6 +17,8 @@ from opentelemetry.trace import get_current_span
 
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
 from recray.errors import PartUnavailableError, RecrayError, UnavailableError
+from recray.events.log import MAX_RECENT, Entry
+from recray.events.rewards import Rewards
 from recray.inference.policy import OBSERVED_EVENTS
 from recray.model.device import device
 from recray.serving.api import (
@@ -47,8 +49,6 @@ from recray.serving.sources import Route, choose_route, is_list_sufficient
 from recray.serving.state import ServingState
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, make_provider, make_tracer
-from recray.state.log import MAX_RECENT, Entry
-from recray.state.rewards import Rewards
 from recray.storage import Storage
 from recray.storage.opt_out import OptOut
 

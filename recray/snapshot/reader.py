@@ -16,7 +16,7 @@ from recray.dataset.reader import assign_bucket
 from recray.dataset.schema import USER_ID
 from recray.errors import DamagedArtifactError
 from recray.snapshot.writer import KIND, index_name, part_name
-from recray.storage import Manifest, Storage, manifest_digest, open_sealed
+from recray.storage import Manifest, Storage, manifest_digest, open_immutable
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Snapshot:
         DamagedArtifactError.
         """
         path, sha256 = storage.read_latest()
-        manifest = open_sealed(path, KIND, verify=_is_served)
+        manifest = open_immutable(path, KIND, verify=_is_served)
         if manifest_digest(path) != sha256:
             raise DamagedArtifactError(
                 f"{path} is not the snapshot that was published", "repeat `recray score`"

@@ -1,5 +1,5 @@
 """The score stage: actors that hold the predictor score one bucket of users a task, then the snapshot is
-sealed and published.
+written as an immutable artifact and published.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recray.inference.observer import Observer
 from recray.inference.policy import Policy
 from recray.model.device import device
 from recray.snapshot.writer import KIND, publish, snapshot_path, write_part
-from recray.storage import Manifest, Storage, is_sealed, key_of, open_sealed, sealed_directory
+from recray.storage import Manifest, Storage, immutable_directory, is_complete, key_of, open_immutable
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -132,7 +132,7 @@ def write_snapshot(
     """As `score`, with a function that scores the buckets."""
     path = snapshot_path(storage, dataset.as_of_s, key)
     bundle, policy = model.bundle, model.policy
-    if not is_sealed(path, KIND, key):
+    if not is_complete(path, KIND, key):
         fields: dict[str, Any] = {
             "as_of_s": dataset.as_of_s,
             "bundle": storage.bundle(bundle.key).relative_to(storage.root).as_posix(),
@@ -148,7 +148,7 @@ def write_snapshot(
             "rules": options.rules(),
             "precision": options.precision,
         }
-        with sealed_directory(path, KIND, key, fields) as folder:
+        with immutable_directory(path, KIND, key, fields) as folder:
             arguments: BucketArguments = {
                 "bundle": str(bundle.path),
                 "policy": None if policy is None else str(storage.policy(policy)),
@@ -165,7 +165,7 @@ def write_snapshot(
             summaries = score_buckets(arguments, dataset.n_shards)
             n_items = len(bundle.item_ids) + len(bundle.cold_items(dataset))
             fields.update(_summarize(summaries, n_items))
-    manifest = open_sealed(path, KIND, verify=False)
+    manifest = open_immutable(path, KIND, verify=False)
     return path, manifest, publish(storage, path, manifest)
 
 

@@ -105,7 +105,7 @@ class JobContext:
 
     settings: Settings
     storage: Storage
-    say: ProgressLog
+    progress: ProgressLog
     warnings: list[str] = field(default_factory=list)
     _outbox: Outbox | None = None
     _plans: dict[str, TrainingPlan] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class JobContext:
     def warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
-            self.say(f"warning: {text}", level="warning")
+            self.progress(f"warning: {text}", level="warning")
 
     def warn_of_tracking(self, error: TrackingError) -> None:
         """Warn that MLflow is unavailable, and where its entries are queued."""

@@ -8,7 +8,7 @@ from recray.evaluation import evaluate as evaluation
 from recray.evaluation import report as reporting
 from recray.stages.context import JobContext, Record, StageReport, to_date, to_day
 from recray.stages.train import current_bundle
-from recray.storage import is_sealed
+from recray.storage import is_complete
 from recray.tracking.outbox import Entry
 
 METRICS = ("hr", "ndcg", "mrr", "recall", "coverage", "popularity_share")
@@ -19,10 +19,10 @@ def evaluate(context: JobContext, dataset: Dataset) -> StageReport:
     settings, bundle = context.settings, current_bundle(context, dataset)
     key = evaluation.evaluate_key(settings, dataset, bundle)
     path = context.storage.evaluation(key)
-    is_new = not is_sealed(path, evaluation.KIND, key)
+    is_new = not is_complete(path, evaluation.KIND, key)
     table = evaluation.evaluate(settings, key, dataset, bundle)
     for protocol, rows in table.items():
-        context.say(f"{protocol}: {_summarize(rows[evaluation.MODEL], settings.evaluate.k[0])}")
+        context.progress(f"{protocol}: {_summarize(rows[evaluation.MODEL], settings.evaluate.k[0])}")
 
     metrics = _select_headline(table, settings)
     entry: Entry = {
@@ -57,7 +57,7 @@ def report(context: JobContext, dataset: Dataset) -> StageReport:
     bundle = current_bundle(context, dataset)
     key, path, was_there = reporting.write_report(context.settings, dataset, bundle)
     folder = f"reports/{to_date(dataset.as_of_s)}-{key}"
-    context.say(f"report: {path / reporting.PAGE}")
+    context.progress(f"report: {path / reporting.PAGE}")
     record = Record(bundle, dataset.as_of_s, {"folders": {folder: context.relative(str(path))}})
     outputs = {"report": str(path / reporting.PAGE)}
     return StageReport(key, outputs, is_new=not was_there, record=record)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from recray.dataset.reader import KIND as DATASET
 from recray.dataset.reader import is_holdout
+from recray.events import collect as collection
+from recray.events.rewards import Rewards
+from recray.events.store import open_log
 from recray.prepare import prepare as preparation
 from recray.release import Published
 from recray.stages.context import AsOf, JobContext, StageReport
-from recray.state import collect as collection
-from recray.state.rewards import Rewards
-from recray.state.store import open_log
-from recray.storage import Storage, is_sealed, read_json, read_manifest
+from recray.storage import Storage, is_complete, read_json, read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +44,7 @@ def collect(context: JobContext) -> StageReport:
     context.deliver()
 
     shown = ", ".join(f"{count} {PLURALS[kind]}" for kind, count in counts.items())
-    context.say(f"collected: {shown or 'nothing new'}", stage="collect")
+    context.progress(f"collected: {shown or 'nothing new'}", stage="collect")
     metrics = {f"collected_{PLURALS[kind].replace(' ', '_')}": count for kind, count in counts.items()}
     if path is None:
         return StageReport(metrics=metrics, is_new=False)
@@ -82,7 +82,7 @@ def prepare(context: JobContext, as_of: AsOf, files: preparation.Input) -> Stage
     """Prepare a dataset from the input files."""
     key = preparation.prepare_key(context.settings, as_of, files)
     path = context.storage.dataset(key)
-    is_new = not is_sealed(path, DATASET, key)
+    is_new = not is_complete(path, DATASET, key)
     dataset = preparation.prepare(context.settings, as_of, files)
     manifest = dataset.manifest
     metrics = {name: manifest[name] for name in ("users", "items", "events", "rows", "bad_rows")}
@@ -90,7 +90,7 @@ def prepare(context: JobContext, as_of: AsOf, files: preparation.Input) -> Stage
 
     for note in (*files.notes, *manifest.get("notes", [])):
         context.warn(note)
-    context.say(
+    context.progress(
         f"dataset {key}: {dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events, "
         f"{manifest['bad_rows']} invalid rows{preparation.describe_dropped(manifest)}"
     )

@@ -17,6 +17,8 @@ from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
 from recray.errors import ArtifactError, MissingArtifactError, RefusedError
 from recray.evaluation.criteria import explain_incomparable
+from recray.events.collect import collected_folders
+from recray.events.rewards import Rewards
 from recray.inference.policy import KIND, Policy, PolicyAbout
 from recray.release import Published, Release, load_champion, read_policy_key, release_policy, require_private
 from recray.stages.context import (
@@ -28,9 +30,7 @@ from recray.stages.context import (
     to_date,
     to_day,
 )
-from recray.state.collect import collected_folders
-from recray.state.rewards import Rewards
-from recray.storage import Storage, is_sealed, key_of, lease, read_json
+from recray.storage import Storage, is_complete, key_of, lease, read_json
 from recray.tracking.outbox import Entry
 
 if TYPE_CHECKING:
@@ -58,10 +58,12 @@ def tune(context: JobContext, dataset: Dataset) -> StageReport:
     start_key, against = (None if policy is None else policy.about.get("key") for policy in (start, live))
     key = key_of(request, start_key, against)
     path = storage.policy(key)
-    is_new = not is_sealed(path, KIND, key)
+    is_new = not is_complete(path, KIND, key)
     if is_new:
         cluster.start()
-        context.say(f"a policy for bundle {bundle.key}" + (f", starting from {start_key}" if start else ""))
+        context.progress(
+            f"a policy for bundle {bundle.key}" + (f", starting from {start_key}" if start else "")
+        )
         with lease.commit():
             storage.staging.mkdir(parents=True, exist_ok=True)
         checkpoint = storage.staging / f"{key}.safetensors"
@@ -90,7 +92,7 @@ def _make_progress(context: JobContext) -> Any:
 
     def log_progress(decisions: int, metrics: dict[str, float]) -> None:
         gain = f"{metric} {metrics['reward']:+.4f} compared with the unmodified model"
-        context.say(f"{decisions:,} decisions, {gain}", level="debug", decisions=decisions, **metrics)
+        context.progress(f"{decisions:,} decisions, {gain}", level="debug", decisions=decisions, **metrics)
 
     return log_progress
 
@@ -109,7 +111,7 @@ def adapt(context: JobContext, *, enough: int = 0) -> StageReport:
     deciding, last = read_policy_key(storage), _last_adapted(storage, bundle)
     is_same_start = last is not None and deciding in (last["key"], last["against"])
     if last is not None and time.time() < last["made_s"] + 3600 * options.every_hours:
-        context.say(f"policy {last['key']} is not {options.every_hours:g} hours old")
+        context.progress(f"policy {last['key']} is not {options.every_hours:g} hours old")
         if is_same_start:  # an attempt may have ended before the release
             return _release(context, last["key"], bundle, int(last["made_s"]), is_new=False)
         return StageReport(last["key"], {"policy": str(storage.policy(last["key"]))}, is_new=False)
@@ -136,7 +138,7 @@ def adapt(context: JobContext, *, enough: int = 0) -> StageReport:
         key = last["key"]
     if last is not None and last["against"] == deciding and "round" in last:
         number = last["round"] + 1
-    is_new = not is_sealed(storage.policy(key), KIND, key)
+    is_new = not is_complete(storage.policy(key), KIND, key)
     if is_new:
         about: PolicyAbout = {
             "key": key,
@@ -211,7 +213,7 @@ def _release(context: JobContext, key: str, bundle: Bundle, as_of_s: int, *, is_
     storage, options = context.storage, context.settings.policy
     about = Policy.load(storage.policy(key), bundle.digest).about
     for check in about["checks"]:
-        context.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
+        context.progress(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
     before = release = Release.read(storage)
     reason = about["reason"]
     if about["promoted"]:
@@ -225,7 +227,7 @@ def _release(context: JobContext, key: str, bundle: Bundle, as_of_s: int, *, is_
         status = "decides for everybody"
     else:
         status = f"serves {release.share:.0%} of the users"
-    context.say(f"policy {key} {status}")
+    context.progress(f"policy {key} {status}")
     metrics = {**about["figures"], "promoted": int(about["promoted"])}
     entry: Entry = {
         "metrics": {

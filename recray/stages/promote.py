@@ -32,10 +32,10 @@ def promote(context: JobContext, dataset: Dataset, bundle: Bundle | None = None)
 
     key, decision, changed = promotion.promote(context.settings, dataset, bundle, is_manual=is_manual)
     for check in decision["checks"]:
-        context.say(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
+        context.progress(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['text']}")
     is_promoted = bool(decision["promoted"])
     status = "is the champion" if is_promoted else f"is not promoted: {decision['reason']}"
-    context.say(f"bundle {bundle.key} {status}")
+    context.progress(f"bundle {bundle.key} {status}")
 
     metrics: dict[str, float] = {"promoted": int(is_promoted)}
     if comparison := decision["comparison"]:

@@ -11,7 +11,7 @@ from recray.snapshot import score as scoring
 from recray.snapshot import writer
 from recray.stages.context import JobContext, Record, StageReport, load_usable_policy, to_date, to_day
 from recray.stages.train import current_bundle
-from recray.storage import is_sealed, manifest_digest
+from recray.storage import is_complete, manifest_digest
 from recray.tracking.outbox import Entry
 
 
@@ -26,7 +26,7 @@ def score(context: JobContext, dataset: Dataset) -> StageReport:
     bundle = model.bundle
     _check_rules(context, dataset)
     key = scoring.score_key(settings, dataset, model)
-    is_new = not is_sealed(writer.snapshot_path(storage, dataset.as_of_s, key), writer.KIND, key)
+    is_new = not is_complete(writer.snapshot_path(storage, dataset.as_of_s, key), writer.KIND, key)
     if is_new:
         cluster.start()
     path, manifest, changed = scoring.score(settings, key, dataset, model)
@@ -44,7 +44,7 @@ def score(context: JobContext, dataset: Dataset) -> StageReport:
         "metrics": {"values": values, "step": to_day(dataset.as_of_s)},
     }
 
-    context.say(
+    context.progress(
         f"snapshot {key} by bundle {bundle.key}: {manifest['users']} users, {manifest['popular_users']} with "
         f"the popularity fallback; {'published' if changed else 'was published before'}"
     )

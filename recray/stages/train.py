@@ -13,7 +13,7 @@ from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError, RefusedError, TrackingError
 from recray.evaluation.criteria import explain_incomparable
 from recray.stages.context import JobContext, Record, StageReport, name_run, to_date, to_day
-from recray.storage import is_sealed, lease, read_json, write_json
+from recray.storage import is_complete, lease, read_json, write_json
 from recray.tracking import runs
 from recray.tracking.outbox import Entry
 from recray.training import audit as auditing
@@ -25,7 +25,7 @@ def train(context: JobContext, dataset: Dataset) -> StageReport:
     """Train a bundle on the dataset, or reopen it."""
     settings, plan = context.settings, context.training_plan(dataset)
     path = context.storage.bundle(plan.key)
-    is_new = not is_sealed(path, KIND, plan.key)
+    is_new = not is_complete(path, KIND, plan.key)
     if is_new:
         curve = LiveCurve(context, plan.key, name_run(dataset.as_of_s))
         cluster.start()
@@ -50,7 +50,7 @@ def train(context: JobContext, dataset: Dataset) -> StageReport:
         "epochs": bundle.metrics["epoch"],
         "best_epoch": bundle.metrics["best_epoch"],
     }
-    context.say(
+    context.progress(
         f"bundle {plan.key}: best epoch {metrics['best_epoch']}, "
         f"validation ndcg {metrics['validation_ndcg']:.4f}"
     )
@@ -66,13 +66,13 @@ def _announce(context: JobContext, dataset: Dataset) -> None:
     stop = f"stops {settings.train.patience} epochs after the best"
     if settings.privacy.enabled:
         stop = f"{settings.privacy.steps} steps, no early stop"
-    context.say(f"training on {users} users, {settings.train.workers} worker(s); {stop}")
+    context.progress(f"training on {users} users, {settings.train.workers} worker(s); {stop}")
     for line in () if mechanism is None else mechanism.summary_lines():
-        context.say(line)
+        context.progress(line)
     if plan.parent is not None:
-        context.say(f"starts from the weights of bundle {plan.parent.key}")
+        context.progress(f"starts from the weights of bundle {plan.parent.key}")
     elif settings.train.warm_start:
-        context.say("starts from random weights: there is no earlier champion to start from")
+        context.progress("starts from random weights: there is no earlier champion to start from")
 
 
 def is_train_due(context: JobContext, dataset: Dataset) -> bool:
@@ -119,7 +119,7 @@ class LiveCurve:
         k = self._context.settings.evaluate.k[0]
         loss = f"loss {line['loss']:.4f}  " if "loss" in line else f"{line['steps']:.0f} steps  "
         shown = f"{loss}validation ndcg@{k} {line['validation_ndcg']:.4f}  {line['seconds']:.1f} s"
-        self._context.say(f"epoch {line['epoch']:.0f}  {shown}", **line)
+        self._context.progress(f"epoch {line['epoch']:.0f}  {shown}", **line)
         with self._if_available():
             if self._run:
                 self._tracking.log_curve(self._run, [line])
@@ -152,13 +152,13 @@ def audit(context: JobContext, dataset: Dataset) -> tuple[auditing.AuditResults,
     results: auditing.AuditResults
     if "claims" in stored:
         results = stored
-        context.say(f"audit: reused; delete {file} to repeat it")
+        context.progress(f"audit: reused; delete {file} to repeat it")
     else:
         cluster.start()
         results = auditing.audit(
             settings,
             dataset,
-            context.say,
+            context.progress,
             stored["runs"],
             lambda finished: write_json(file, {"runs": finished}),
         )

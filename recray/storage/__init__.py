@@ -6,9 +6,9 @@ visible. A reader sees all of it or nothing, whichever process was killed. Files
 are replaced by rename.
 
 Between two durable steps lies a commit point (`recray.storage.lease.commit_point`), where tests can kill the
-process: `bundle:written` (the files exist), `bundle:sealed` (the manifest too) and `bundle:visible` (renamed)
-of each kind of artifact; `written` and `visible` of `RELEASE.json`, of `LATEST.json`, and of the files of a
-folder (`nights:written`).
+process: `bundle:written` (the files exist), `bundle:complete` (the manifest too) and `bundle:visible`
+(renamed) of each kind of artifact; `written` and `visible` of `RELEASE.json`, of `LATEST.json`, and of the
+files of a folder (`nights:written`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DIGEST_THREADS = 4
 Manifest = dict[str, Any]
 """The content of an artifact's `manifest.json`: `format_version`, `kind`, `run_key`, `files` (path -> its
 `sha256` and `bytes`), `sha256` of the manifest without this field, and the fields of its kind, which its
-writer passes to `sealed_directory`.
+writer passes to `immutable_directory`.
 """
 
 
@@ -252,7 +252,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def sealed_directory(path: Path, kind: str, run_key: str, fields: Mapping[str, Any]) -> Iterator[Path]:
+def immutable_directory(path: Path, kind: str, run_key: str, fields: Mapping[str, Any]) -> Iterator[Path]:
     """Write an artifact: yields a scratch folder, then writes its manifest and renames it to `path`.
 
     `fields` may be filled while the folder is written; they go into the manifest. After an exception nothing
@@ -272,12 +272,12 @@ def sealed_directory(path: Path, kind: str, run_key: str, fields: Mapping[str, A
         yield scratch
         lease.commit_point(f"{kind}:written")
         _seal(scratch, kind, run_key, fields)
-        lease.commit_point(f"{kind}:sealed")
+        lease.commit_point(f"{kind}:complete")
         with lease.commit():
             try:
                 os.rename(scratch, path)
             except OSError:
-                if not is_sealed(path, kind, run_key):
+                if not is_complete(path, kind, run_key):
                     raise
         lease.commit_point(f"{kind}:visible")
         _fsync_directory(path.parent)
@@ -285,7 +285,7 @@ def sealed_directory(path: Path, kind: str, run_key: str, fields: Mapping[str, A
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def is_sealed(path: Path, kind: str, run_key: str) -> bool:
+def is_complete(path: Path, kind: str, run_key: str) -> bool:
     """True if this run already wrote `path`, False if nothing is there. Raises OutputExistsError
     otherwise."""
     if not path.exists():
@@ -304,7 +304,7 @@ def is_sealed(path: Path, kind: str, run_key: str) -> bool:
     return True
 
 
-def open_sealed(path: Path, kind: str, *, verify: bool | Callable[[str], bool] = True) -> Manifest:
+def open_immutable(path: Path, kind: str, *, verify: bool | Callable[[str], bool] = True) -> Manifest:
     """Manifest of an artifact, under today's names.
 
     verify : check the digest of every file, or of those whose name it accepts
@@ -362,7 +362,7 @@ def manifest_digest(path: Path) -> str:
     return sha256_file(path / MANIFEST)
 
 
-def reseal(directory: Path) -> None:
+def refresh_manifest(directory: Path) -> None:
     """Write the manifest of an artifact again after its files changed; does nothing if all digests match."""
     manifest = read_json(directory / MANIFEST)
     names = {

@@ -35,11 +35,11 @@ def publish_synthetic(
     folder: Path, *, users: int, items: int, events_per_user: int, overrides: tuple[str, ...] = ()
 ) -> Storage:
     """Publish the run of a synthetic shop with an untrained model, without Ray."""
-    SyntheticShop(users=users, items=items, events_per_user=events_per_user, seed=1).write(folder / "world")
+    SyntheticShop(users=users, items=items, events_per_user=events_per_user, seed=1).write(folder / "shop")
     root = folder / "root"
     paths = [
-        f"data.events=[{folder / 'world' / 'events'}]",
-        f"data.items={folder / 'world' / 'items.parquet'}",
+        f"data.events=[{folder / 'shop' / 'events'}]",
+        f"data.items={folder / 'shop' / 'items.parquet'}",
         f"storage.root={root}",
     ]
     settings = load_settings(

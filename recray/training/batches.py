@@ -71,10 +71,10 @@ class TrainingBatches:
         self.released_day = dataset.released_day
         self.users = [_input_ranges(shard, shard.train_lengths) for shard in dataset.shards()]
 
-    def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
+    def epoch(self, epoch: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
         """This rank's part of each global batch: (batch, targets, queries in the global batch).
 
-        The parts of all ranks form the same global batch for every `world`. A part may have no queries.
+        The parts of all ranks form the same global batch for every `world_size`. A part may have no queries.
         """
         random = np.random.default_rng([self.seed, epoch])
         sequences = self._draw(random)
@@ -82,7 +82,7 @@ class TrainingBatches:
             whole = sequences[rows]
             total = sum(len(self._queries(sequence)[0]) for sequence in self._by_shard(whole))
             if total:
-                batch, targets = self.collate(whole[slice(rank, None, world)])
+                batch, targets = self.collate(whole[slice(rank, None, world_size)])
                 yield batch, targets, total
 
     def item_share(self) -> np.ndarray:

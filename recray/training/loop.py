@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 SCALAR_FACTOR = 10.0  # on the learning rate of the few scalar parameters
 
 Validate = Callable[[Recommender, int, int], tuple[float, float]]
-"""(model, rank, world) -> this rank's parts of a sum and of its divisor, which together give the mean NDCG"""
+"""(model, rank, world_size) -> this rank's parts of a sum and of its divisor: together the mean NDCG"""
 
 
 class Batches(Protocol):
     """Source of training batches; see `recray.training.batches`."""
 
-    def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
+    def epoch(self, epoch: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Batch, Targets, int]]:
         """This rank's part of each global batch of an epoch, and the number of queries in the whole batch."""
 
     def padding(self, epoch: int = 0) -> float:

@@ -88,7 +88,9 @@ class PrivateLoop(Loop):
         self.rows = PrivateRows(batches, model.shape.dim * model.shape.blocks)
         self.steps, self.counts_sigma = mechanism.steps, mechanism.counts_sigma
         self.report_every, self.take_steps = report_every, take_steps
-        self.sampler = PoissonUsers(len(self.rows), mechanism.rate, rank=self.rank, world=self.world_size)
+        self.sampler = PoissonUsers(
+            len(self.rows), mechanism.rate, rank=self.rank, world_size=self.world_size
+        )
         self.private = PrivateStep(
             model,
             self.optimizer,

@@ -31,7 +31,7 @@ from recray.evaluation.statement import to_markdown
 from recray.privacy.accounting import Mechanism, mechanism_of
 from recray.privacy.ledger import Ledger
 from recray.release import list_bundles
-from recray.storage import Storage, find_disk_errno, find_failed_path, is_sealed
+from recray.storage import Storage, find_disk_errno, find_failed_path, is_complete
 from recray.training.batches import users_estimated, users_learned
 from recray.training.plan import TrainingPlan, bundle_settings, network_shape, training_settings
 from recray.training.worker import Reservation, WorkerConfig, last_checkpoint, train_worker
@@ -50,7 +50,7 @@ def train(
     storage, key, parent = Storage(settings.root()), plan.key, plan.parent
     final = storage.bundle(key)
     run = storage.training_runs / key
-    if is_sealed(final, KIND, key):
+    if is_complete(final, KIND, key):
         if settings.privacy.enabled:
             _ledger(settings).commit(key)
         shutil.rmtree(run, ignore_errors=True)  # an earlier attempt may have been killed before this line

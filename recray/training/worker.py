@@ -244,8 +244,8 @@ def _loop_settings(
 
 def row_length(positions: int, history: int) -> int:
     """Length of the row for one rank's part of any batch, except one whose single history is longer."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    longest = positions if world == 1 else positions // world + history
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    longest = positions if world_size == 1 else positions // world_size + history
     return -(-longest // BLOCK) * BLOCK
 
 
@@ -293,11 +293,11 @@ def _build_validation(dataset: Dataset, model: Recommender, settings: Settings, 
                 "raise split.validation_users or train.validation_users, or use another evaluate.protocol",
             )
 
-    def validate(candidate: Recommender, rank: int, world: int) -> tuple[float, float]:
+    def validate(candidate: Recommender, rank: int, world_size: int) -> tuple[float, float]:
         predictor.model = candidate
         predictor.refresh()
         total = 0.0
-        for batch in queries.batches(VALIDATION_BATCH, rank, world):
+        for batch in queries.batches(VALIDATION_BATCH, rank, world_size):
             for protocol in protocols:
                 filter_seen = protocol == "filter_seen"
                 with_targets = [query for query in batch if len(targets_of(query, filter_seen=filter_seen))]
@@ -313,7 +313,7 @@ def _build_validation(dataset: Dataset, model: Recommender, settings: Settings, 
                 targets = [targets_of(query, filter_seen=filter_seen) for query in with_targets]
                 ndcg = per_user(ranked.item_index, targets, k)["ndcg"]
                 total += float(ndcg.sum()) / (len(protocols) * users[protocol])
-        return total, 1.0 / world
+        return total, 1.0 / world_size
 
     return validate
 

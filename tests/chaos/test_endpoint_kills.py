@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import start_redis, world_overrides
+from conftest import start_redis, synthetic_overrides
 from harness import DEADLINE_S, kill, replica_logs, wait_for
 from preflight import absent
 from processes import titled
@@ -47,13 +47,13 @@ CLIENTS = 8
 
 
 @pytest.fixture(scope="module")
-def shop(world_folder, world_dataset, tmp_path_factory):
+def shop(synthetic_folder, synthetic_dataset, tmp_path_factory):
     """Settings of a root whose night is published, and another bundle."""
     root = tmp_path_factory.mktemp("endpoint")
-    settings = load_settings(None, [*world_overrides(world_folder, root)])
-    storage = publish_untrained(settings, world_dataset, root)
+    settings = load_settings(None, [*synthetic_overrides(synthetic_folder, root)])
+    storage = publish_untrained(settings, synthetic_dataset, root)
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 7})})
-    return settings, storage, untrained_bundle(other, world_dataset, storage.bundle("other"), "other")
+    return settings, storage, untrained_bundle(other, synthetic_dataset, storage.bundle("other"), "other")
 
 
 class Served:
@@ -101,7 +101,7 @@ class Served:
         wait_for(
             f"20 answers of {snapshot} one after the other",
             lambda: {self.night() for _ in range(20)} == {snapshot},
-            saw=self.night,
+            last_seen=self.night,
         )
 
     def stop(self, number: int = signal.SIGINT) -> dict:
@@ -133,29 +133,31 @@ def test_haproxy_listens_on_loopback_alone(served, own_home):
 
 
 def test_requests_that_never_end_make_nobody_wait(served):
-    begun = (
+    open_requests = (
         b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
         b"application/json\r\nContent-Length: 50\r\n\r\n{"
     )
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(200)]
         for client in slow:
-            client.sendall(begun)
+            client.sendall(open_requests)
         for user in range(50):
             assert ask(f"{served.address}/v1/recommend", {"user_id": user})["items"]
         slow[0].settimeout(DEADLINE_S)
         assert b" 408 " in slow[0].recv(1000)
 
 
-def test_a_burst_is_answered_and_what_is_more_than_there_are_places_is_told_to_come_again(served):
+def test_a_burst_is_served_up_to_the_queue_size_and_the_rest_gets_retry_after(served):
     places = 2 * Settings().serve.request_limit
     wait_for(
         "HAProxy to know of both replicas",
         lambda: {status for status, _ in _burst(served.port, places)} == {200},
     )
-    found = _burst(served.port, 4 * places)
-    refused = [head for status, head in found if status == 503]
-    assert Counter(status for status, _ in found)[200] == len(found) - len(refused) >= places and refused
+    statuses = _burst(served.port, 4 * places)
+    refused = [head for status, head in statuses if status == 503]
+    assert (
+        Counter(status for status, _ in statuses)[200] == len(statuses) - len(refused) >= places and refused
+    )
     for head in refused:  # by HAProxy, before any replica
         assert b"all replicas are at their limit" in head
         assert b"retry-after: 1\r\n" in head and b"content-type: application/problem+json\r\n" in head
@@ -179,7 +181,7 @@ def test_connections_that_are_idle_take_no_place(served):
 
 def _burst(port: int, count: int) -> list[tuple[int, bytes]]:
     """So many questions to the model at once; status and bytes of the answers, in lower case."""
-    found = []
+    statuses = []
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(count)
@@ -189,10 +191,10 @@ def _burst(port: int, count: int) -> list[tuple[int, bytes]]:
         for client in clients:
             got = b""
             while b"\r\n\r\n" not in got or not got.endswith((b"}", b"0\r\n\r\n")):
-                assert (more := client.recv(1 << 16)), "the connection was closed"
-                got += more
-            found.append((int(got[9:12]), got.lower()))
-    return found
+                assert (chunk := client.recv(1 << 16)), "the connection was closed"
+                got += chunk
+            statuses.append((int(got[9:12]), got.lower()))
+    return statuses
 
 
 def test_an_event_is_heard_by_every_replica(served, shop):
@@ -207,13 +209,13 @@ def test_an_event_is_heard_by_every_replica(served, shop):
     }
 
 
-def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, world_dataset):
+def test_no_response_is_wrong_while_snapshots_are_swapped(served, own_home, shop, synthetic_dataset):
     """A good night, a damaged one and `recray rollback`, under a load of nightly lists and of the model's
     answers.
     """
     settings, storage, other = shop
     first = Snapshot.latest(storage)
-    known = {"untrained": _answers(storage)}
+    expected = {"untrained": _answers(storage)}
     requests = [
         post("/v1/recommend", {"user_id": user, "k": 5, "mode": "realtime" if user % 3 == 0 else "batch"})
         for user in range(10, USERS)
@@ -221,7 +223,7 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
     with Continuous(served.port, requests, rate=50.0) as running:
         running.has_seen_more()
         second_path, _, _ = write_snapshot(
-            storage, "second", world_dataset, ScoringModel(other), settings.score, score_buckets
+            storage, "second", synthetic_dataset, ScoringModel(other), settings.score, score_buckets
         )
         Release(champion=Member.of(other), previous=Release.read(storage).champion).write(storage)
         published = storage.latest.read_bytes()
@@ -236,29 +238,29 @@ def test_no_answer_is_wrong_while_nights_come_and_go(served, own_home, shop, wor
         wait_for(
             "both replicas to refuse it",
             lambda: (
-                len(told := replica_logs(own_home)) == 2 and all("the old one stays" in log for log in told)
+                len(logs := replica_logs(own_home)) == 2 and all("the old one stays" in log for log in logs)
             ),
         )
         assert served.night() == manifest_digest(second_path), (
             "a damaged night is refused and the old one stays"
         )
         storage.latest.write_bytes(published)
-        known["other"] = _answers(storage)
+        expected["other"] = _answers(storage)
         words = [sys.executable, "-m", "recray.cli", "rollback", f"storage.root={storage.root}", "score.k=20"]
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         back = Snapshot.latest(storage)
         served.becomes(manifest_digest(back.path))
     assert back.path not in (first.path, second_path)
-    assert all(seen.other_statuses == {} and len(seen.refused_s) == 0 for seen in running.seen)
+    assert all(traffic.other_statuses == {} and len(traffic.refused_s) == 0 for traffic in running.seen)
     bundles = Counter()
-    for body in (body for seen in running.seen for body in seen.bodies):
+    for body in (body for traffic in running.seen for body in traffic.bodies):
         answer = json.loads(body)
         bundles[answer["bundle"], answer["source"]] += 1
         assert (
-            tuple(item["item_id"] for item in answer["items"]) in known[answer["bundle"]][answer["source"]]
+            tuple(item["item_id"] for item in answer["items"]) in expected[answer["bundle"]][answer["source"]]
         ), "an answer that no night gives"
-    assert set(bundles) == {(bundle, source) for bundle in known for source in ("snapshot", "realtime")}
+    assert set(bundles) == {(bundle, source) for bundle in expected for source in ("snapshot", "realtime")}
 
 
 class Continuous(threading.Thread):
@@ -283,8 +285,8 @@ class Continuous(threading.Thread):
         before = len(self.seen)
         wait_for(
             "more answers",
-            lambda: any(len(seen.latency_s) for seen in self.seen[before:]),
-            saw=lambda: self.seen[before:],
+            lambda: any(len(traffic.latency_s) for traffic in self.seen[before:]),
+            last_seen=lambda: self.seen[before:],
         )
 
     def __enter__(self) -> Continuous:
@@ -298,16 +300,16 @@ class Continuous(threading.Thread):
 
 def _answers(storage: Storage) -> dict[str, set[tuple[str, ...]]]:
     """The first five of every list of the published night, and of everything that its model says."""
-    night = ServingState.load(storage)
+    state = ServingState.load(storage)
     live = rank_inputs(
         [
-            bind_query(resolve_query(RecommendRequest(user_id=user, k=5), night), night)
+            bind_query(resolve_query(RecommendRequest(user_id=user, k=5), state), state)
             for user in range(USERS)
         ]
     )
     return {
-        "snapshot": {tuple(night.snapshot.find(user).item_ids[:5]) for user in range(USERS)},
-        "realtime": {tuple(item for item, _ in found.items) for found in live},
+        "snapshot": {tuple(state.snapshot.find(user).item_ids[:5]) for user in range(USERS)},
+        "realtime": {tuple(item for item, _ in ranked.items) for ranked in live},
     }
 
 
@@ -322,9 +324,9 @@ def test_a_killed_replica_costs_at_most_the_answer_that_it_was_writing(served, o
             lambda: len(now := titled(own_home, "ray::ServeReplica")) == 2 and before[0] not in now,
         )
         running.has_seen_more()
-    others = sum((Counter(seen.other_statuses) for seen in running.seen), Counter())
+    others = sum((Counter(by_replica.other_statuses) for by_replica in running.seen), Counter())
     assert others in ({}, {0: 1}), "what it is at is asked again of the other one"
-    assert sum(len(seen.refused_s) for seen in running.seen) == 0
+    assert sum(len(by_replica.refused_s) for by_replica in running.seen) == 0
 
 
 class Teller(threading.Thread):
@@ -364,12 +366,12 @@ def _told(address: str, then) -> list[int]:
 
 
 def _collected(root: Path) -> Counter:
-    found = [
+    entries = [
         int(user)
         for file in list_collected_files(root)
         for user in pq.read_table(file.uri)["user_id"].to_pylist()
     ]
-    return Counter(user for user in found if user > 1000)
+    return Counter(user for user in entries if user > 1000)
 
 
 def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(served, own_home, shop):
@@ -385,16 +387,16 @@ def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(se
     )
     assert any("serving on" in line for line in served.process.stderr)
     pipeline.run("collect", settings, None)
-    found = _collected(storage.root)
-    assert set(acknowledged) <= set(found) and max(found.values()) == 1
+    collected = _collected(storage.root)
+    assert set(acknowledged) <= set(collected) and max(collected.values()) == 1
 
 
-def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_path, world_dataset):
+def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_path, synthetic_dataset):
     binary = shutil.which("redis-server")
     if binary is None:
         absent("Redis is not installed (Debian's package redis-server)")
     settings, _, _ = shop
-    storage = publish_untrained(settings, world_dataset, tmp_path / "root")
+    storage = publish_untrained(settings, synthetic_dataset, tmp_path / "root")
     (port,) = free_ports(1)
     (tmp_path / "redis").mkdir()
     state = f"redis://127.0.0.1:{port}/0"
@@ -423,5 +425,5 @@ def test_nothing_acknowledged_is_lost_when_redis_is_killed(own_home, shop, tmp_p
         acknowledged = _told(endpoint.address, restart)
         assert len(acknowledged) > 50
         pipeline.run("collect", where, None)
-    found = _collected(storage.root)
-    assert set(acknowledged) <= set(found) and max(found.values()) == 1
+    collected = _collected(storage.root)
+    assert set(acknowledged) <= set(collected) and max(collected.values()) == 1

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from harness import AS_OF, STAGES, Job, assert_nothing_half_written, content
 from preflight import absent
 
@@ -105,7 +105,7 @@ def test_read_only_storage_is_named_by_each_job(head, workspace, disk):
         ",".join(jobs),
         "--as-of",
         AS_OF,
-        *world_overrides(workspace.world, disk),
+        *synthetic_overrides(workspace.data_folder, disk),
     ]
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     done = subprocess.run(words, env=head.environment, capture_output=True, text=True)
@@ -125,12 +125,12 @@ def test_read_only_storage_is_named_by_each_job(head, workspace, disk):
 
 def test_a_frozen_attempt_is_replaced_and_fenced_off(workspace):
     root = workspace.cut("score")
-    frozen = workspace.job("nightly", fault="STOP@snapshot:sealed")
-    stopped = frozen.stops()
+    stopped_job = workspace.job("nightly", fault="STOP@snapshot:complete")
+    stopped = stopped_job.stops()
     workspace.job("nightly").ends_ok()
     before = content(root)
     os.kill(stopped, signal.SIGCONT)
-    code, result = frozen.end()
+    code, result = stopped_job.end()
     assert (code, result["status"]) == (3, "refused"), result["reason"]
     assert "attempt 2 was considered dead and is fenced off: nightly (attempt 3" in result["reason"]
     assert content(root) == before
@@ -168,9 +168,9 @@ def test_settings_that_changed_between_attempts_are_refused_and_named(workspace)
 
 
 @pytest.mark.jobs
-def test_a_ray_that_is_not_there_is_named(world_folder, tmp_path):
+def test_a_ray_that_is_not_there_is_named(synthetic_folder, tmp_path):
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
-    code, result = Job("nightly", world_folder, tmp_path, environment).end()
+    code, result = Job("nightly", synthetic_folder, tmp_path, environment).end()
     assert (code, result["status"]) == (1, "failed")
     assert "no Ray responds at 127.0.0.1:1" in result["reason"] and "RAY_ADDRESS" in result["reason"]
     assert not (tmp_path / "datasets").exists() or not list((tmp_path / "datasets").iterdir())
@@ -179,12 +179,12 @@ def test_a_ray_that_is_not_there_is_named(world_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("RAY_AUTH_TOKEN", "0123456789abcdef0123456789abcdef"), ("RAY_AUTH_MODE", "disabled")]
 )
-def test_a_wrong_or_missing_token_is_named(head, world_folder, tmp_path, name, value):
+def test_a_wrong_or_missing_token_is_named(head, synthetic_folder, tmp_path, name, value):
     environment = {
         **head.environment,
         "RAY_NUM_REDIS_GET_RETRIES": "3",
         name: value,
     }  # attempts of Ray's, a second each
-    code, result = Job("nightly", world_folder, tmp_path, environment, fork=False).end()
+    code, result = Job("nightly", synthetic_folder, tmp_path, environment, fork=False).end()
     assert (code, result["status"]) == (1, "failed")
     assert "refused the connection" in result["reason"] and "check the token" in result["reason"]

@@ -18,18 +18,18 @@ from harness import WRITES, assert_nothing_half_written, kill
 from processes import titled
 
 POINTS = {
-    "prepare": ("dataset:written", "dataset:sealed", "dataset:visible"),
-    "train": ("bundle:sealed", "bundle:visible", "tracked:written"),
-    "evaluate": ("evaluation:written", "evaluation:sealed", "evaluation:visible", "tracked:visible"),
+    "prepare": ("dataset:written", "dataset:complete", "dataset:visible"),
+    "train": ("bundle:complete", "bundle:visible", "tracked:written"),
+    "evaluate": ("evaluation:written", "evaluation:complete", "evaluation:visible", "tracked:visible"),
     "promote": (
-        "promotion:sealed",
+        "promotion:complete",
         "promotion:visible",
         "RELEASE.json:written",
         "RELEASE.json:visible",
         "tracked:written",
     ),
-    "score": ("snapshot:sealed", "snapshot:visible", "LATEST.json:written", "LATEST.json:visible"),
-    "report": ("report:written", "report:sealed", "report:visible"),
+    "score": ("snapshot:complete", "snapshot:visible", "LATEST.json:written", "LATEST.json:visible"),
+    "report": ("report:written", "report:complete", "report:visible"),
 }
 """The commit points of each stage, in the order in which a job that is repeated comes to them."""
 
@@ -60,11 +60,11 @@ def test_a_job_killed_at_a_commit_point_is_repeated(workspace, stage):
 
 def test_a_nightly_run_killed_before_its_first_stage_is_begun_anew(workspace):
     root = workspace.cut("report")
-    (journal,) = (root / "nights").iterdir()
-    journal.unlink()
+    (progress_file,) = (root / "nights").iterdir()
+    progress_file.unlink()
     for point in ("lease:held", "nights:written", "nights:visible"):
         workspace.job("nightly", fault=f"KILL@{point}").is_killed()
-        assert journal.exists() == (point == "nights:visible")
+        assert progress_file.exists() == (point == "nights:visible")
     workspace.nightly_finds_the_rest_right()
 
 
@@ -145,25 +145,25 @@ def test_a_nightly_run_killed_at_any_moment_is_repeated(head, workspace, seed, s
     """A night that was cut off before the stage goes on there, and is hit within it."""
     delay_s = random.Random(seed).uniform(0, LASTS_S[stage])
     root = workspace.cut(stage)
-    night = workspace.job("nightly", fork=victim != "launcher")
-    night.logs(stage=stage)
+    job = workspace.job("nightly", fork=victim != "launcher")
+    job.logs(stage=stage)
     if victim == "worker":
-        workers = night.waits_for("a worker", lambda: titled(head.home, WORKERS[stage]))
+        workers = job.waits_for("a worker", lambda: titled(head.home, WORKERS[stage]))
         time.sleep(min(delay_s, 1.0) if stage == "train" else 0)
         kill(*workers)
     else:
         time.sleep(delay_s)
     if victim == "driver":
-        kill(night.worker)
+        kill(job.worker)
     elif victim == "launcher":
-        kill(night.pid)
+        kill(job.pid)
     elif victim == "head":
         head.kill()
-    code, result = night.end()
+    code, result = job.end()
     if victim == "head":
         head.start()
     if code == 0:
-        assert victim == "worker" or '"stage": "report"' in night.said, f"{stage} {victim}: nobody was hit"
+        assert victim == "worker" or '"stage": "report"' in job.said, f"{stage} {victim}: nobody was hit"
     elif victim != "launcher":
         assert code == 1 and result["status"] == "failed" and result["reason"], result
     for _ in range(3):

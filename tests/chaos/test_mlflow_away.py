@@ -51,7 +51,7 @@ class Server:
         wait_for(
             "MLflow's server",
             lambda: urllib.request.urlopen(health, timeout=2).read(),
-            saw=self.said,
+            last_seen=self.said,
             ended=self.process.poll,
         )
 
@@ -72,15 +72,15 @@ def server(own_home, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shop(workspace, server, world_folder, tmp_path_factory):
+def shop(workspace, server, synthetic_folder, tmp_path_factory):
     """The nightly runs of one root, one day after the other; the first one, whose bundle was trained before,
     has ended.
     """
     root = shutil.copytree(workspace.cut("evaluate"), tmp_path_factory.mktemp("shop") / "root")
-    for told in ("mlflow", "nights", "tracked"):
-        shutil.rmtree(root / told)
-    shop = Shop(root, world_folder, workspace.environment, server)
-    shop.first = shop.night().ends_ok()
+    for folder in ("mlflow", "nights", "tracked"):
+        shutil.rmtree(root / folder)
+    shop = Shop(root, synthetic_folder, workspace.environment, server)
+    shop.first = shop.nightly().ends_ok()
     return shop
 
 
@@ -94,11 +94,11 @@ class Shop:
             -1,
         )
 
-    def night(self, *, again: bool = False, fault: str | None = None) -> Job:
-        self.day += 0 if again else 1
+    def nightly(self, *, is_repeat: bool = False, fault: str | None = None) -> Job:
+        self.day += 0 if is_repeat else 1
         as_of = str(FIRST + dt.timedelta(days=self.day))
-        more = (f"tracking.uri={self.server.uri}", *CHALLENGE)
-        return Job("nightly", self.folder, self.root, self.environment, *more, as_of=as_of, fault=fault)
+        overrides = (f"tracking.uri={self.server.uri}", *CHALLENGE)
+        return Job("nightly", self.folder, self.root, self.environment, *overrides, as_of=as_of, fault=fault)
 
     def release(self) -> dict:
         return json.loads((self.root / "RELEASE.json").read_text())
@@ -118,7 +118,7 @@ def test_a_server_works_as_the_local_store_does(shop, server):
         1,
     ), shop.first
     assert_tracked(shop.root, server.uri)
-    assert shop.night(again=True).ends_ok()["status"] == "skipped"
+    assert shop.nightly(is_repeat=True).ends_ok()["status"] == "skipped"
 
 
 @pytest.mark.parametrize(
@@ -126,15 +126,15 @@ def test_a_server_works_as_the_local_store_does(shop, server):
     [IN_CI, *(pytest.param([stage], marks=pytest.mark.slow) for stage in POINTS)],
     ids=lambda stages: "-".join(stages),
 )
-def test_a_nightly_run_without_mlflow_is_scored_by_the_champion_and_told_later(shop, server, stages):
+def test_a_nightly_run_without_mlflow_is_scored_by_the_champion_and_logged_later(shop, server, stages):
     before = shop.release()["champion"]["run_key"]
     for number, stage in enumerate(stages):
-        night = shop.night(again=number > 0, fault=f"STOP@{POINTS[stage]}")
-        stopped = night.stops()
+        job = shop.nightly(is_repeat=number > 0, fault=f"STOP@{POINTS[stage]}")
+        stopped = job.stops()
         server.stop()
         try:
             os.kill(stopped, signal.SIGCONT)
-            result = night.ends_ok()
+            result = job.ends_ok()
             assert (
                 result["status"] == "ok"
                 and any("MLflow" in warning for warning in result["warnings"])
@@ -157,7 +157,7 @@ def test_a_nightly_run_without_mlflow_is_scored_by_the_champion_and_told_later(s
             )
         finally:
             server.start()
-    result = shop.night(again=True).ends_ok()
+    result = shop.nightly(is_repeat=True).ends_ok()
     assert result["warnings"] == [] and not shop.pending() and result["metrics"]["promoted"] == 1, result
     assert_tracked(shop.root, server.uri)
 
@@ -173,7 +173,7 @@ def test_the_first_nightly_run_needs_no_mlflow(workspace: Workspace):
 
 def test_another_storage_under_the_same_name_is_refused(shop, server, workspace):
     if shop.day == 0:
-        shop.night().ends_ok()  # its champion is one that the workspace does not have
+        shop.nightly().ends_ok()  # its champion is one that the workspace does not have
     root = workspace.cut("promote")
     code, result = workspace.job("nightly", f"tracking.uri={server.uri}").end()
     assert (code, result["status"]) == (3, "refused"), result

@@ -19,33 +19,34 @@ from recray.privacy.ledger import Ledger
 from recray.testing.published import prepare_here
 
 STEPS, EVERY = 60, 20
-MORE = (f"privacy.steps={STEPS}", f"privacy.report_every={EVERY}")
+OVERRIDES = (f"privacy.steps={STEPS}", f"privacy.report_every={EVERY}")
 
 
 @pytest.fixture(scope="module")
-def prepared(world_folder, tmp_path_factory):
+def prepared(synthetic_folder, tmp_path_factory):
     """A root whose dataset is prepared."""
     root = tmp_path_factory.mktemp("private")
     prepare_here(
-        load_settings(None, [*private_overrides(world_folder, root), *QUICK, *MORE]), parse_as_of(AS_OF)
+        load_settings(None, [*private_overrides(synthetic_folder, root), *QUICK, *OVERRIDES]),
+        parse_as_of(AS_OF),
     )
     return root
 
 
 @pytest.fixture
-def job(head, world_folder, prepared, tmp_path):
+def job(head, synthetic_folder, prepared, tmp_path):
     """Starts a job on a copy of the prepared root."""
     root = shutil.copytree(prepared, tmp_path / "root")
 
-    def start(name: str, *more: str, **options) -> Job:
+    def start(name: str, *overrides: str, **options) -> Job:
         return Job(
             name,
-            world_folder,
+            synthetic_folder,
             root,
             head.environment,
-            *private_overrides(world_folder, root),
-            *MORE,
-            *more,
+            *private_overrides(synthetic_folder, root),
+            *OVERRIDES,
+            *overrides,
             **options,
         )
 
@@ -74,9 +75,9 @@ def taken_twice(root) -> bool:
 
 def test_a_training_whose_driver_is_killed_accounts_for_every_step(job, tmp_path):
     root = tmp_path / "root"
-    for what, moment in (("a reservation", reserved), ("the second piece", taken_twice)):
+    for event, moment in (("a reservation", reserved), ("the second piece", taken_twice)):
         training = job("train")
-        training.waits_for(f"{what} in the ledger", lambda moment=moment: moment(root))
+        training.waits_for(f"{event} in the ledger", lambda moment=moment: moment(root))
         taken = kinds(root).count("take")
         kill(training.worker)
         assert training.end()[0] == 1
@@ -114,11 +115,11 @@ def _assert_accounted(root, *, most_redone: int) -> None:
     assert redone in range(0, (most_redone + 1) * EVERY, EVERY)
     assert redone or kinds(root).count("take") == 1 + STEPS // EVERY
     assert 1 <= run.counts_taken <= run.counts_reserved <= 2  # drawn again where no checkpoint was left
-    told = [
+    amounts = [
         json.loads(line)["steps"]
         for line in next((root / "training").glob("*.jsonl")).read_text().splitlines()
     ]
-    assert max(told) == STEPS
+    assert max(amounts) == STEPS
     (statement,) = (json.loads(path.read_text()) for path in (root / "bundles").glob("*/privacy.json"))
     assert statement["steps"] == STEPS
     assert statement["epsilon_of_all_trainings"] == pytest.approx(

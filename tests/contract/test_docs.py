@@ -62,14 +62,14 @@ def test_the_walks_name_what_is_there():
     for file, name in names:
         scope = ast.parse((REPOSITORY / file).read_text()).body
         for part in name.split("."):
-            found = [
+            missing = [
                 node
                 for node in scope
                 if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
                 and node.name == part
             ]
-            assert found, f"{file} has no {name}"
-            scope = found[0].body
+            assert missing, f"{file} has no {name}"
+            scope = missing[0].body
 
 
 def test_the_site_builds_without_a_warning_and_has_every_setting_command_and_endpoint(tmp_path):

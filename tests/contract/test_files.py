@@ -87,12 +87,12 @@ def test_dashboard_and_alerts_ask_for_metrics_that_the_endpoint_has():
     rules = yaml.safe_load((REPOSITORY / "infra" / "grafana" / "alerts.yaml").read_text())["groups"][0][
         "rules"
     ]
-    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]] + [
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]] + [
         rule["expr"] for rule in rules
     ]
     named = {
         re.sub(r"_(bucket|sum|count)$", "", name)
-        for text in asked
+        for text in expressions
         for name in re.findall(r"ray_(recray_[a-z_]+)", text)
     }
     assert len(METRICS) >= 10 and named == set(METRICS)
@@ -132,13 +132,13 @@ def test_the_sample_is_the_published_data_cleaned(shared_data):
     folder = resources.files("recray") / "dataset" / "online_retail"
     sample = pq.read_table(str(folder / "events.parquet")).to_pandas()
     columns = ["user_id", "item_id", "invoice_no", "timestamp", "quantity"]
-    mine, theirs = (t[columns].sort_values(columns[:3]).reset_index(drop=True) for t in (sample, clean))
-    assert len(mine) == len(theirs)
+    ours, theirs = (t[columns].sort_values(columns[:3]).reset_index(drop=True) for t in (sample, clean))
+    assert len(ours) == len(theirs)
     assert (
-        mine[["item_id", "invoice_no", "quantity"]].values
+        ours[["item_id", "invoice_no", "quantity"]].values
         == theirs[["item_id", "invoice_no", "quantity"]].values
     ).all()
-    assert (mine.user_id.values == theirs.user_id.values.astype(int)).all()
+    assert (ours.user_id.values == theirs.user_id.values.astype(int)).all()
     assert (
-        mine.timestamp.values.astype("datetime64[s]") == theirs.timestamp.values.astype("datetime64[s]")
+        ours.timestamp.values.astype("datetime64[s]") == theirs.timestamp.values.astype("datetime64[s]")
     ).all()

@@ -16,7 +16,7 @@ ROOT = Path(recray.__file__).parent
 LEVEL = {
     "version": -1, "errors": 0, "config": 0.1, "storage": 0.2, "dataset": 1.0, "model": 1.0,
     "bundle": 1.1, "inference": 1.2, "release": 1.2, "privacy": 1.2, "evaluation": 1.3,
-    "cluster": 2.0, "prepare": 2.1, "training": 2.1, "snapshot": 2.1, "tracking": 2.1, "state": 2.1,
+    "cluster": 2.0, "prepare": 2.1, "training": 2.1, "snapshot": 2.1, "tracking": 2.1, "events": 2.1,
     "serving": 3, "stages": 3.5, "pipeline": 4, "testing": 4.05, "benchmark": 4.1, "cli": 4.2,
     "__init__": 9,
 }  # fmt: skip
@@ -31,16 +31,16 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {
+            imported |= {
                 f"{node.module}.{alias.name}" if node.module == "recray" else node.module
                 for alias in node.names
             }
-    return found
+    return imported
 
 
 def own(path: Path) -> str:

@@ -86,16 +86,16 @@ MUTANTS = {
         "tests/unit/privacy/test_ledger.py",
     ),
     "event store: an event that comes twice is kept twice": (
-        "recray/state/sqlite.py",
+        "recray/events/sqlite.py",
         "DO NOTHING RETURNING number",
         "DO UPDATE SET at_s = excluded.at_s RETURNING number",
-        "tests/unit/state/test_log.py",
+        "tests/unit/events/test_log.py",
     ),
     "event store: acknowledged before it is written": (
-        "recray/state/sqlite.py",
+        "recray/events/sqlite.py",
         'connection.execute("COMMIT")',
         "pass",
-        "tests/unit/state/test_log.py",
+        "tests/unit/events/test_log.py",
     ),
 }
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from starlette.testclient import TestClient
 from test_surface import recorded
 
@@ -39,7 +39,7 @@ from recray.training.worker import build_loop
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 NOW = "2024-05-20T12:00:00Z"
-KNOWN, OTHER, NOBODY = 3, 11, 10**9
+KNOWN_USER, OTHER, NOBODY = 3, 11, 10**9
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
     "without seen items": {"filter_seen": True},
@@ -65,19 +65,19 @@ SENT: dict[str, dict[str, Any]] = {
 }
 WRONG: dict[str, dict[str, Any]] = {
     "unknown field": {"user": 3},
-    "unknown column": {"user_id": KNOWN, "where": {"colour": ["red"]}},
-    "unknown control": {"user_id": KNOWN, "controls": {"heat": 1.0}},
-    "history in batch": {"user_id": KNOWN, "mode": "batch", "history": []},
-    "unknown context": {"user_id": KNOWN, "context": {"weather": "rain"}},
-    "too many": {"user_id": KNOWN, "k": 10_000},
+    "unknown column": {"user_id": KNOWN_USER, "where": {"colour": ["red"]}},
+    "unknown control": {"user_id": KNOWN_USER, "controls": {"heat": 1.0}},
+    "history in batch": {"user_id": KNOWN_USER, "mode": "batch", "history": []},
+    "unknown context": {"user_id": KNOWN_USER, "context": {"weather": "rain"}},
+    "too many": {"user_id": KNOWN_USER, "k": 10_000},
 }
 OTHERS: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/score", {"user_id": KNOWN, "items": ["i0000001", "i0000002", "i0000003"]}),
+    ("/v1/score", {"user_id": KNOWN_USER, "items": ["i0000001", "i0000002", "i0000003"]}),
     ("/v1/score", {"history": [], "items": ["i0000001"]}),
-    ("/v1/score", {"user_id": KNOWN, "items": ["nothing of the sort"]}),
+    ("/v1/score", {"user_id": KNOWN_USER, "items": ["nothing of the sort"]}),
     ("/v1/similar", {"item_id": "i0000001", "k": 3}),
     ("/v1/similar", {"item_id": "nothing of the sort"}),
-    ("/v1/history", {"user_id": KNOWN, "last": 4}),
+    ("/v1/history", {"user_id": KNOWN_USER, "last": 4}),
     ("/v1/history", {"user_id": NOBODY}),
 ]
 DRAWN = {"request_id", "ms", "model_ms", "loaded_at"}  # another one each time
@@ -86,20 +86,20 @@ DIGESTS = {"snapshot", "bundle_digest"}  # of numbers whose last bits are the ma
 
 def requests_of(*users: int, filters: bool, sent: bool) -> list[tuple[str, str, dict[str, Any]]]:
     """Requests with what they are about: modes by filters, and what may be sent along."""
-    found = []
+    requests = []
     for user in users:
         for mode in ("auto", "batch", "realtime"):
-            for name, more in FILTERS.items() if filters else [("none", {})]:
-                found.append(
+            for name, settings in FILTERS.items() if filters else [("none", {})]:
+                requests.append(
                     (
                         f"{user}, {mode}, {name}",
                         "/v1/recommend",
-                        {"user_id": user, "k": 4, "mode": mode, **more},
+                        {"user_id": user, "k": 4, "mode": mode, **settings},
                     )
                 )
-        for name, more in SENT.items() if sent else ():
-            found.append((f"{user}, auto, {name}", "/v1/recommend", {"user_id": user, "k": 4, **more}))
-    return found
+        for name, settings in SENT.items() if sent else ():
+            requests.append((f"{user}, auto, {name}", "/v1/recommend", {"user_id": user, "k": 4, **settings}))
+    return requests
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +109,14 @@ def published(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("pins")
     SyntheticShop(users=40, items=30, events_per_user=8, seed=1).write(folder)
-    settings = load_settings(None, [*world_overrides(folder, folder / "root"), "data.shards=2", "score.k=10"])
+    settings = load_settings(
+        None, [*synthetic_overrides(folder, folder / "root"), "data.shards=2", "score.k=10"]
+    )
     dataset = prepare_here(settings)
     storage = publish_untrained(settings, dataset, folder / "root")
-    other = load_settings(None, [*world_overrides(folder, folder / "root"), "data.shards=2", "train.seed=5"])
+    other = load_settings(
+        None, [*synthetic_overrides(folder, folder / "root"), "data.shards=2", "train.seed=5"]
+    )
     untrained_bundle(other, dataset, storage.bundle("challenger"), "challenger")
     bundle = Bundle.open(storage.bundle("untrained"))
     predictor = Predictor.load(bundle.path, dataset=dataset)
@@ -121,16 +125,16 @@ def published(tmp_path_factory):
     ]
     state = predictor.recommend(histories, 2, now=dataset.now_s, with_state=True).state
     observer = Observer(predictor)
-    seen = np.stack(
+    observations = np.stack(
         [
-            observer.observe(history, dataset.now_s, known)
-            for history, known in zip(histories, state, strict=True)
+            observer.observe(history, dataset.now_s, night_state)
+            for history, night_state in zip(histories, state, strict=True)
         ]
     )
     weights = {"weight_0": torch.full((2, len(OBSERVED)), 0.05), "bias_0": torch.tensor([0.5, -0.5])}
     policy = Policy(
         ("temperature", "recency"),
-        ObservationNormalizer.of(seen),
+        ObservationNormalizer.of(observations),
         weights,
         bundle.digest,
         {"promoted": True, "reason": ""},
@@ -156,7 +160,7 @@ def with_shadow(storage: Storage, bundle: Bundle) -> None:
 
 
 EVENTS = {
-    "user_id": KNOWN,
+    "user_id": KNOWN_USER,
     "events": [
         {"item_id": "i0000006", "timestamp": "2024-05-01T09:00:00Z", "event_id": "one"},
         {"item_id": "i0000008", "timestamp": "2024-05-02T09:00:00Z", "event_id": "two"},
@@ -166,22 +170,25 @@ CASES = {
     "plain": (
         plain,
         None,
-        [*requests_of(KNOWN, filters=True, sent=True), *requests_of(NOBODY, filters=True, sent=False)],
+        [*requests_of(KNOWN_USER, filters=True, sent=True), *requests_of(NOBODY, filters=True, sent=False)],
     ),
     "state": (
         plain,
         EVENTS,
-        [*requests_of(KNOWN, filters=True, sent=True), *requests_of(OTHER, filters=False, sent=False)],
+        [*requests_of(KNOWN_USER, filters=True, sent=True), *requests_of(OTHER, filters=False, sent=False)],
     ),
     "policy": (
         with_policy,
         EVENTS,
-        [*requests_of(KNOWN, filters=False, sent=True), *requests_of(OTHER, filters=False, sent=True)],
+        [*requests_of(KNOWN_USER, filters=False, sent=True), *requests_of(OTHER, filters=False, sent=True)],
     ),
     "experiment": (
         with_experiment,
         None,
-        [*requests_of(*range(6), filters=False, sent=False), *requests_of(KNOWN, filters=True, sent=True)],
+        [
+            *requests_of(*range(6), filters=False, sent=False),
+            *requests_of(KNOWN_USER, filters=True, sent=True),
+        ],
     ),
     "shadow": (with_shadow, None, requests_of(*range(4), filters=False, sent=False)),
 }
@@ -190,7 +197,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_responses_and_what_is_logged_of_them_are_those_recorded(published, case):
     settings, storage, bundle, release = published
-    release_as, events, asked = CASES[case]
+    release_as, events, requests = CASES[case]
     storage.release.write_bytes(release)
     for file in (storage.root / "state").glob("*"):
         file.unlink()
@@ -214,7 +221,7 @@ def test_responses_and_what_is_logged_of_them_are_those_recorded(published, case
 
         if events is not None:
             post("two events", "/v1/events", events)
-        for one in asked:
+        for one in requests:
             post(*one)
         if case == "plain":
             for name, body in WRONG.items():
@@ -255,7 +262,7 @@ def test_bytes_of_a_run_are_those_recorded(published):
 def test_losses_and_weights_of_a_training_are_those_recorded(published, parts):
     settings, storage, _, _ = published
     (dataset,) = (storage.root / "datasets").iterdir()
-    overrides = [*world_overrides(storage.root.parent, storage.root), "data.shards=2", *parts]
+    overrides = [*synthetic_overrides(storage.root.parent, storage.root), "data.shards=2", *parts]
 
     def trained() -> tuple[list[float], dict[str, torch.Tensor]]:
         loop = build_loop(
@@ -265,8 +272,8 @@ def test_losses_and_weights_of_a_training_are_those_recorded(published, parts):
         return losses, loop.best
 
     losses, weights = trained()
-    again, same = trained()
-    assert losses == again and all(torch.equal(weight, same[name]) for name, weight in weights.items()), (
+    repeated, same = trained()
+    assert losses == repeated and all(torch.equal(weight, same[name]) for name, weight in weights.items()), (
         "to the bit, of one seed"
     )
     sums = {
@@ -319,7 +326,7 @@ def test_a_pin_notices_what_moves():
 
 
 def test_there_are_as_many_requests_as_promised():
-    assert sum(len(asked) for *_, asked in CASES.values()) >= 60
+    assert sum(len(requests) for *_, requests in CASES.values()) >= 60
     assert Path(__file__).parent.joinpath("records", "pins", "run.json").exists()
 
 

@@ -23,12 +23,12 @@ RECORD = bool(os.environ.get("RECRAY_RECORD"))
 CHANGED = "it changed; if on purpose: RECRAY_RECORD=1 pytest tests/contract"
 
 
-def recorded(name: str, found: object) -> object:
+def recorded(name: str, current: object) -> object:
     """What is recorded under a name; `found` is recorded first if that was asked for."""
     path = RECORDS / name
     if RECORD:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(current, indent=1, sort_keys=True) + "\n")
     return json.loads(path.read_text())
 
 
@@ -66,8 +66,8 @@ def test_the_drawing_of_the_errors_is_complete():
 def test_the_endpoints_openapi_is_the_recorded_one():
     from recray.serving.http import openapi
 
-    found = json.loads(openapi())
-    assert found == recorded("openapi.json", found), CHANGED
+    document = json.loads(openapi())
+    assert document == recorded("openapi.json", document), CHANGED
 
 
 def test_the_commands_and_their_options_are_the_recorded_ones():
@@ -78,20 +78,20 @@ def test_the_commands_and_their_options_are_the_recorded_ones():
     (commands,) = [
         action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)
     ]
-    found = {
+    options = {
         name: sorted(
             option for action in command._actions for option in (action.option_strings or [action.dest])
         )
         for name, command in commands.choices.items()
     }
-    assert found == recorded("commands.json", found), CHANGED
+    assert options == recorded("commands.json", options), CHANGED
 
 
 def test_the_settings_and_their_defaults_are_the_recorded_ones():
     from recray.config import Settings
 
-    found = json.loads(Settings().model_dump_json())
-    assert found == recorded("settings.json", found), CHANGED
+    defaults = json.loads(Settings().model_dump_json())
+    assert defaults == recorded("settings.json", defaults), CHANGED
 
 
 def test_the_hook_runs_what_ci_runs():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from safetensors.torch import load_file
 
 from recray.config import load_settings
@@ -37,20 +37,20 @@ def two_nodes(own_home):
     cluster.shutdown()
 
 
-def settings_of(folder, root, *more):
+def settings_of(folder, root, *options):
     overrides = [
-        *world_overrides(folder, root),
+        *synthetic_overrides(folder, root),
         "model.dropout=0",
         "data.context=[]",
         "train.precision=float32",
         "train.epochs=1",
         "train.batch_tokens=150",
-        *more,
+        *options,
     ]
     return load_settings(None, overrides)
 
 
-def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
+def test_two_workers_on_two_nodes_equal_one(two_nodes, synthetic_folder, tmp_path):
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -58,10 +58,10 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
     from recray.training.worker import train_worker
 
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
-    settings = settings_of(world_folder, tmp_path)
+    settings = settings_of(synthetic_folder, tmp_path)
     dataset = prepare_here(settings)
-    chosen = training_settings(settings)
-    one = build_loop(str(dataset.path), chosen, torch.device("cpu"))
+    train_settings = training_settings(settings)
+    one = build_loop(str(dataset.path), train_settings, torch.device("cpu"))
     assert sum(1 for _ in one.batches.epoch(0)) >= STEPS
     list(one.run())
 
@@ -69,7 +69,7 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
         train_worker,
         train_loop_config={
             "dataset": str(dataset.path),
-            "settings": chosen,
+            "settings": train_settings,
             "threads": 1,
             "progress": str(tmp_path / "p.jsonl"),
             "resume": None,
@@ -87,7 +87,7 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
     assert progress["curve"][0]["loss"] == pytest.approx(one.progress.curve[0]["loss"], abs=1e-5)
     assert progress["best_ndcg"] == pytest.approx(one.progress.best_ndcg, abs=1e-3)
     two = load_file(f"{checkpoint}/model.safetensors")
-    start = build_loop(str(dataset.path), chosen, torch.device("cpu")).model.state_dict()
+    start = build_loop(str(dataset.path), train_settings, torch.device("cpu")).model.state_dict()
     moved = 0.0
     for name, tensor in one.model.state_dict().items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
@@ -95,7 +95,9 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, world_folder, tmp_path):
     assert moved > 1e-3, "training moved nothing, so the comparison said nothing"
 
 
-def test_workers_that_find_no_place_are_an_error_that_names_the_holders(two_nodes, world_folder, tmp_path):
+def test_workers_that_find_no_place_are_an_error_that_names_the_holders(
+    two_nodes, synthetic_folder, tmp_path
+):
     import ray
 
     from recray.errors import ClusterError
@@ -106,7 +108,7 @@ def test_workers_that_find_no_place_are_an_error_that_names_the_holders(two_node
         def ready(self):
             return True
 
-    settings = settings_of(world_folder, tmp_path, "train.workers=2", "train.timeout_s=2")
+    settings = settings_of(synthetic_folder, tmp_path, "train.workers=2", "train.timeout_s=2")
     dataset = prepare_here(settings)
     squatter = Squatter.remote()
     ray.get(squatter.ready.remote())
@@ -114,14 +116,14 @@ def test_workers_that_find_no_place_are_an_error_that_names_the_holders(two_node
         train(settings, plan_training(settings, dataset), dataset)
     ray.kill(squatter)
     with pytest.raises(ClusterError, match="needs 9 CPUs.*the cluster has 2"):
-        train(settings_of(world_folder, tmp_path, "train.workers=9"), TrainingPlan("k", None), dataset)
+        train(settings_of(synthetic_folder, tmp_path, "train.workers=9"), TrainingPlan("k", None), dataset)
 
 
-def test_a_gpu_that_is_not_there_is_named(two_nodes, world_folder, tmp_path):
+def test_a_gpu_that_is_not_there_is_named(two_nodes, synthetic_folder, tmp_path):
     from recray.errors import ClusterError
     from recray.training.trainer import train
 
-    settings = settings_of(world_folder, tmp_path, "train.use_gpu=true")
+    settings = settings_of(synthetic_folder, tmp_path, "train.use_gpu=true")
     with pytest.raises(ClusterError, match="1 GPUs; the cluster has 2 and 0"):
         train(settings, TrainingPlan("k", None), prepare_here(settings))
 

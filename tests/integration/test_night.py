@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from harness import replica_logs, wait_for
 
 from recray import pipeline
@@ -44,7 +44,7 @@ def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("night")
     SyntheticShop(users=300, items=120, events_per_user=15, seed=1).write(folder)
     overrides = [
-        *world_overrides(folder, folder / "root"),
+        *synthetic_overrides(folder, folder / "root"),
         "serve.port=0",
         "serve.poll_s=0.2",
         "serve.timeout_s=30",
@@ -54,15 +54,15 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def night(settings):
+def first_run(settings):
     before = signal.getsignal(signal.SIGINT)
-    night = pipeline.run("nightly", settings, FIRST)
+    first_run = pipeline.run("nightly", settings, FIRST)
     assert signal.getsignal(signal.SIGINT) is before, "after a training Ctrl-C ends a run as it did before it"
-    return night
+    return first_run
 
 
 @pytest.fixture(scope="module")
-def address(settings, night):
+def address(settings, first_run):
     from ray import serve
 
     with app.run_endpoint(settings) as address:
@@ -71,9 +71,9 @@ def address(settings, night):
     serve.shutdown()
 
 
-def test_a_night_writes_its_outputs(night, settings):
-    assert night.status == "ok"
-    assert set(night.outputs) == {
+def test_a_nightly_run_writes_its_outputs(first_run, settings):
+    assert first_run.status == "ok"
+    assert set(first_run.outputs) == {
         "dataset",
         "bundle",
         "evaluation",
@@ -83,8 +83,8 @@ def test_a_night_writes_its_outputs(night, settings):
         "latest",
         "report",
     }
-    assert night.metrics["promoted"] == 1 and night.reason == "" and night.warnings == []
-    assert night.metrics["with_repeats_ndcg@10"] > 0 and night.metrics["users"] == 300
+    assert first_run.metrics["promoted"] == 1 and first_run.reason == "" and first_run.warnings == []
+    assert first_run.metrics["with_repeats_ndcg@10"] > 0 and first_run.metrics["users"] == 300
     snapshot = Snapshot.latest(Storage(settings.root()))
     assert snapshot.path.as_posix().startswith(f"{settings.root()}/scores/dt=2024-04-20/run=")
     rows = [
@@ -110,10 +110,14 @@ def written(settings) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in files}
 
 
-def test_repeating_the_night_changes_nothing(night, settings):
+def test_repeating_the_nightly_run_changes_nothing(first_run, settings):
     stamps = written(settings)
-    again = pipeline.run("nightly", settings, FIRST)
-    assert again.status == "skipped" and again.outputs == night.outputs and again.run_key == night.run_key
+    repeated = pipeline.run("nightly", settings, FIRST)
+    assert (
+        repeated.status == "skipped"
+        and repeated.outputs == first_run.outputs
+        and repeated.run_key == first_run.run_key
+    )
     assert written(settings) == stamps
 
 
@@ -127,12 +131,12 @@ def documented_metrics() -> list[str]:
     return [name.replace("_K", "_10").replace("…", "*") for name in names]
 
 
-def test_mlflow_knows_the_run_once(night, settings):
+def test_mlflow_knows_the_run_once(first_run, settings):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{Storage(settings.root()).tracking / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("recray").experiment_id])
-    key = night.outputs["bundle"].rsplit("/", 1)[-1]
+    key = first_run.outputs["bundle"].rsplit("/", 1)[-1]
     assert [run.data.tags["recray.run_key"] for run in runs] == [key]
     run = runs[0]
     assert run.info.status == "FINISHED"
@@ -141,7 +145,9 @@ def test_mlflow_knows_the_run_once(night, settings):
     assert [point.step for point in curve] == [1, 2]
     patterns = documented_metrics()
     assert [name for name in run.data.metrics if not any(fnmatch(name, each) for each in patterns)] == []
-    assert run.data.metrics["with_repeats_ndcg_at_10"] == pytest.approx(night.metrics["with_repeats_ndcg@10"])
+    assert run.data.metrics["with_repeats_ndcg_at_10"] == pytest.approx(
+        first_run.metrics["with_repeats_ndcg@10"]
+    )
     assert run.data.metrics["snapshot_users"] == 300 and "snapshot_best_score_q0.5" in run.data.metrics
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"bundle", "evaluation", "snapshots"}
     (snapshot,) = client.list_artifacts(run.info.run_id, "snapshots")
@@ -161,21 +167,21 @@ def scores_of(answer):
     return [item["score"] for item in answer["items"]]
 
 
-def test_the_answers_of_all_ways_agree(night, settings, address):
+def test_the_answers_of_all_ways_agree(first_run, settings, address):
     """Alone, in a batch, through Ray Data (the snapshot) and through HTTP: equal but for scores within
     1e-5."""
     storage = Storage(settings.root())
-    snapshot, dataset = Snapshot.latest(storage), Dataset.open(night.outputs["dataset"])
-    predictor = Predictor.load(night.outputs["bundle"], dataset=dataset)
+    snapshot, dataset = Snapshot.latest(storage), Dataset.open(first_run.outputs["dataset"])
+    predictor = Predictor.load(first_run.outputs["bundle"], dataset=dataset)
     users = [user for user in range(0, 300, 11) if snapshot.find(user).source == "model"]
     histories = [
         predictor.vocabulary.translation(dataset).history(dataset.user_history(user)) for user in users
     ]
     batch = predictor.recommend(histories, 10, now=dataset.now_s)
-    told = [encode_request(predictor.vocabulary.context, {}, dataset.now_s)] * len(
+    contexts = [encode_request(predictor.vocabulary.context, {}, dataset.now_s)] * len(
         histories
     )  # a request that names its moment tells its hour
-    aware = predictor.recommend(histories, 10, now=dataset.now_s, context=told)
+    aware = predictor.recommend(histories, 10, now=dataset.now_s, context=contexts)
     moment = dt.datetime.fromtimestamp(dataset.now_s, dt.UTC).isoformat()
     sources = set()
     for row, user in enumerate(users):
@@ -199,18 +205,18 @@ def test_the_answers_of_all_ways_agree(night, settings, address):
         ):
             for ids, scores in same:
                 np.testing.assert_allclose(scores, same[0][1], atol=1e-5)
-                for mine, theirs, score in zip(ids, same[0][0], scores, strict=True):
-                    assert mine == theirs or np.isclose(same[0][1], score, atol=1e-5).sum() > 1
+                for one_by_one, theirs, score in zip(ids, same[0][0], scores, strict=True):
+                    assert one_by_one == theirs or np.isclose(same[0][1], score, atol=1e-5).sum() > 1
     assert sources == {"snapshot", "realtime"}
 
 
-def test_the_endpoint_says_what_it_serves(night, address):
+def test_the_endpoint_says_what_it_serves(first_run, address):
     def get(path):
         with urllib.request.urlopen(f"{address}{path}", timeout=30) as response:
             return json.load(response)
 
     assert get("/healthz") == {"status": "ok", "as_of": "2024-04-20"} and app.is_running()
-    assert get("/v1/models")["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
+    assert get("/v1/models")["bundle"] == first_run.outputs["bundle"].rsplit("/", 1)[-1]
     schema = get("/openapi.json")
     assert {"/v1/recommend", "/v1/models", "/healthz"} <= set(schema["paths"])
     assert len(schema["components"]["schemas"]["RecommendRequest"]["examples"]) == 3
@@ -245,17 +251,17 @@ def test_visitors_and_strangers_are_answered(address):
     assert "i0000005" not in {item["item_id"] for item in visitor["items"]}
 
 
-def test_the_next_night_keeps_the_bundle_and_the_endpoint_swaps(night, settings, address):
+def test_the_next_nightly_run_keeps_the_bundle_and_the_endpoint_swaps(first_run, settings, address):
     second = pipeline.run("nightly", settings, SECOND)
-    assert second.status == "ok" and second.outputs["dataset"] != night.outputs["dataset"]
+    assert second.status == "ok" and second.outputs["dataset"] != first_run.outputs["dataset"]
     assert "bundle" not in second.outputs, "train.every_days=3 have not passed"
 
     def answer() -> dict:
         return post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
 
-    wait_for("the endpoint to swap", lambda: answer()["as_of"] == "2024-04-21", saw=answer)
+    wait_for("the endpoint to swap", lambda: answer()["as_of"] == "2024-04-21", last_seen=answer)
     answer = answer()
-    assert answer["bundle"] == night.outputs["bundle"].rsplit("/", 1)[-1]
+    assert answer["bundle"] == first_run.outputs["bundle"].rsplit("/", 1)[-1]
 
 
 def test_the_endpoint_counts_on_rays_metrics_port(settings, address):
@@ -263,7 +269,7 @@ def test_the_endpoint_counts_on_rays_metrics_port(settings, address):
 
     post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})
     (node,) = ray.nodes()
-    wanted = {
+    metric_names = {
         "recray_answers_total",
         "recray_latency_ms",
         "recray_run_age_s",
@@ -277,11 +283,15 @@ def test_the_endpoint_counts_on_rays_metrics_port(settings, address):
         ) as response:
             return response.read().decode()
 
-    wait_for("the endpoint's counts", lambda: all(f"ray_{name}" in metrics() for name in wanted), saw=metrics)
+    wait_for(
+        "the endpoint's counts",
+        lambda: all(f"ray_{name}" in metrics() for name in metric_names),
+        last_seen=metrics,
+    )
     assert 'source="snapshot"' in metrics()
 
 
-def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
+def test_a_damaged_snapshot_leaves_the_previous_one_in_place(settings, address):
     storage = Storage(settings.root())
     good = storage.latest.read_bytes()
     snapshot = storage.root / json.loads(good)["snapshot"]
@@ -295,7 +305,7 @@ def test_a_damaged_night_leaves_the_old_one_in_place(settings, address):
     wait_for(
         "the replica to refuse it",
         lambda: all("the old one stays" in log for log in replica_logs(Path.home())),
-        saw=lambda: "not refused",
+        last_seen=lambda: "not refused",
     )
     assert post(f"{address}/v1/recommend", {"user_id": 1, "k": 3})["as_of"] == "2024-04-21"
     storage.latest.write_bytes(good)
@@ -311,7 +321,7 @@ def test_errors_inside_ray_are_recrays_own(settings, tmp_path):
     content = file.read_bytes()
     file.write_bytes(content[:8] + bytes(400) + content[408:])
     overrides = [
-        *world_overrides(source.parent, tmp_path / "root"),
+        *synthetic_overrides(source.parent, tmp_path / "root"),
         "train.learning_rate=1e30",
         "train.warmup_steps=0",
     ]
@@ -324,9 +334,7 @@ def test_errors_inside_ray_are_recrays_own(settings, tmp_path):
     assert not list((tmp_path / "root" / "bundles").glob("*"))
 
 
-def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and_publishes_nothing(
-    settings, tmp_path
-):
+def test_a_first_run_that_is_not_promoted_shows_its_comparisons_and_publishes_nothing(settings, tmp_path):
     changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path / "root")})}
     changed |= {"promotion": settings.promotion.model_copy(update={"must_beat": ("EASE",)})}
     changed |= {"train": settings.train.model_copy(update={"learning_rate": 1e-9, "epochs": 1})}
@@ -344,8 +352,8 @@ def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and
         and "is significantly better" in Path(refused.outputs["report"]).read_text()
     )
     assert not (tmp_path / "root" / "LATEST.json").exists() and "snapshot" not in refused.outputs
-    again = pipeline.run("nightly", settings.model_copy(update=changed), FIRST)
-    assert again.reason == refused.reason and again.outputs == refused.outputs
+    repeated = pipeline.run("nightly", settings.model_copy(update=changed), FIRST)
+    assert repeated.reason == refused.reason and repeated.outputs == refused.outputs
 
     gates = changed["promotion"].model_copy(update={"first_run": "fallback"})
     meanwhile = pipeline.run("nightly", settings.model_copy(update={**changed, "promotion": gates}), FIRST)
@@ -368,9 +376,9 @@ def test_a_first_night_that_the_gate_refuses_shows_what_it_was_compared_with_and
     assert Snapshot.latest(storage).manifest["popular_users"] < published.manifest["users"]
 
 
-def test_a_job_says_its_warnings_in_its_last_line(settings, world_folder, tmp_path):
+def test_a_job_says_its_warnings_in_its_last_line(settings, synthetic_folder, tmp_path):
     changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path)})}
-    twice = sorted(map(str, (Path(world_folder) / "events").rglob("*.parquet")))[:1] * 2
+    twice = sorted(map(str, (Path(synthetic_folder) / "events").rglob("*.parquet")))[:1] * 2
     changed |= {"data": settings.data.model_copy(update={"events": tuple(twice)})}
     result = pipeline.run("prepare", settings.model_copy(update=changed), FIRST)
     assert result.status == "ok" and any("more than once" in warning for warning in result.warnings)

@@ -27,19 +27,19 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture(scope="module")
-def overrides(world_folder, tmp_path_factory):
+def overrides(synthetic_folder, tmp_path_factory):
     fixed = [
         "model.items=features",
         "data.features={category: categorical, brand: categorical, tags: multi, title: text}",
     ]
-    more = [
+    options = [
         "train.warm_start=true",
         "promotion.margin=1",
         "privacy.audit_canaries=1000",
         "privacy.audit_claims=[2]",
     ]
-    more += ["train.workers=2", "train.cpus_per_worker=0.5"]
-    return [*private_overrides(world_folder, tmp_path_factory.mktemp("private")), *fixed, *more]
+    options += ["train.workers=2", "train.cpus_per_worker=0.5"]
+    return [*private_overrides(synthetic_folder, tmp_path_factory.mktemp("private")), *fixed, *options]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def settings(overrides):
     return load_settings(None, overrides)
 
 
-def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(settings):
+def test_a_nightly_run_continues_the_private_champion_and_both_are_accounted_for(settings):
     storage = Storage(settings.root())
     assert pipeline.run("nightly", settings, FIRST).status == "ok"
     first = Release.read(storage).champion.open(storage)
@@ -70,9 +70,9 @@ def test_a_night_goes_on_with_the_private_champion_and_both_are_accounted_for(se
     assert model.offset_V.min() < model.offset_V.max() == 0
 
 
-def test_a_training_that_diverges_pays_for_its_steps_once(world_folder, tmp_path):
-    more = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.max_failures=2"]
-    settings = load_settings(None, [*private_overrides(world_folder, tmp_path), *more])
+def test_a_training_that_diverges_pays_for_its_steps_once(synthetic_folder, tmp_path):
+    overrides = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.max_failures=2"]
+    settings = load_settings(None, [*private_overrides(synthetic_folder, tmp_path), *overrides])
     pipeline.run("prepare", settings, FIRST)
     with pytest.raises(TrainingError, match=r"after step 5 a weight is not finite") as raised:
         pipeline.run("train", settings, FIRST)
@@ -81,16 +81,16 @@ def test_a_training_that_diverges_pays_for_its_steps_once(world_folder, tmp_path
     assert "train.learning_rate" in raised.value.fix
 
 
-def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys):
+def test_the_audit_reports_to_a_person_a_file_and_mlflow(settings, overrides, capsys):
     assert main(["privacy", "audit", "--as-of", FIRST.isoformat(), *overrides]) == 0
     said = capsys.readouterr()
     result = json.loads(said.out.splitlines()[-1])
-    found = json.loads(Path(result["outputs"]["audit"]).read_text())
-    assert found == result["metrics"]
-    assert list(found["runs"]) == ["no noise", "not private", "own ε", "private", "rows made up", "ε 2"], (
+    audit = json.loads(Path(result["outputs"]["audit"]).read_text())
+    assert audit == result["metrics"]
+    assert list(audit["runs"]) == ["no noise", "not private", "own ε", "private", "rows made up", "ε 2"], (
         "sorted"
     )
-    assert [(claim["training"], claim["verdict"]) for claim in found["claims"]] == [
+    assert [(claim["training"], claim["verdict"]) for claim in audit["claims"]] == [
         ("ε 2", "not refuted"),
         ("own ε", "cannot tell"),
     ]
@@ -98,7 +98,7 @@ def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys)
         "1000 canaries do not suffice; raise privacy.audit_canaries" in warning
         for warning in result["warnings"]
     )
-    assert {check["name"] for check in found["checks"]} >= {
+    assert {check["name"] for check in audit["checks"]} >= {
         "contribution",
         "rate",
         "noise",
@@ -106,15 +106,15 @@ def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys)
         "noise of its own",
         "ledger",
     }
-    assert all(check["passed"] for check in found["checks"])
+    assert all(check["passed"] for check in audit["checks"])
     assert (
-        found["runs"]["ε 2"]["epsilon"]
+        audit["runs"]["ε 2"]["epsilon"]
         < 2
-        < found["runs"]["no noise"]["epsilon"]
-        <= found["runs"]["no noise"]["ceiling"]
+        < audit["runs"]["no noise"]["epsilon"]
+        <= audit["runs"]["no noise"]["ceiling"]
     )
     for name in ("private", "not private"):
-        assert 0 <= found["runs"][name]["true_positives_at_0.01"] <= 1 and found["runs"][name]["others"] > 30
+        assert 0 <= audit["runs"][name]["true_positives_at_0.01"] <= 1 and audit["runs"][name]["others"] > 30
     assert "ε is above" in said.err and "not refuted; without noise it would have been refuted" in said.err
     assert len(Ledger.read(settings.ledger_url(), settings.privacy.population).runs()) == 2, (
         "nothing of an audit is released"
@@ -123,8 +123,8 @@ def test_the_audit_tells_a_person_a_file_and_mlflow(settings, overrides, capsys)
     (run,) = mlflow.search_runs(
         experiment_names=["recray"], filter_string="attributes.run_name LIKE 'audit%'", output_format="list"
     )
-    assert run.data.metrics["no_noise_epsilon"] == found["runs"]["no noise"]["epsilon"]
+    assert run.data.metrics["no_noise_epsilon"] == audit["runs"]["no noise"]["epsilon"]
     assert main(["privacy", "audit", "--as-of", FIRST.isoformat(), *overrides]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"] == found, (
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"] == audit, (
         "an audit that was made is not made again"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from harness import wait_for
 
 from recray.cli.demo import post
@@ -23,9 +23,11 @@ CONFIG = Path(__file__).resolve().parents[2] / "infra" / "serve" / "recray.yaml"
 
 
 @pytest.fixture(scope="module")
-def storage(world_folder, world_dataset, tmp_path_factory):
+def storage(synthetic_folder, synthetic_dataset, tmp_path_factory):
     root = tmp_path_factory.mktemp("deployed")
-    return publish_untrained(load_settings(None, world_overrides(world_folder, root)), world_dataset, root)
+    return publish_untrained(
+        load_settings(None, synthetic_overrides(synthetic_folder, root)), synthetic_dataset, root
+    )
 
 
 def test_the_file_that_ships_is_deployed_and_answers(own_home, storage, tmp_path):
@@ -50,7 +52,7 @@ def test_the_file_that_ships_is_deployed_and_answers(own_home, storage, tmp_path
         answer = wait_for(
             "an answer",
             lambda: post(f"http://127.0.0.1:{port}/v1/recommend", ask),
-            saw=(own_home / "head.log").read_text,
+            last_seen=(own_home / "head.log").read_text,
             ended=head.process.poll,
         )
         assert answer["source"] == "snapshot" and len(answer["items"]) == 3 and answer["degraded"] == []

@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from harness import wait_for
 
 from recray.cli.demo import post
@@ -49,18 +49,18 @@ def last(done: subprocess.CompletedProcess) -> dict:
 
 
 @pytest.fixture(scope="module")
-def first_night(head, root, world_folder):
-    done = submit(head, "nightly", "--as-of", FIRST, *world_overrides(world_folder, root))
+def first_run(head, root, synthetic_folder):
+    done = submit(head, "nightly", "--as-of", FIRST, *synthetic_overrides(synthetic_folder, root))
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def test_a_submitted_night_is_followed_to_its_end(first_night, root):
-    result = last(first_night)
+def test_a_submitted_nightly_run_is_followed_to_its_end(first_run, root):
+    result = last(first_run)
     assert (result["job"], result["status"]) == ("submit", "ok") and result["metrics"]["promoted"] == 1
     assert re.fullmatch(rf"nightly-{FIRST}-[0-9a-f]{{12}}-1", result["outputs"]["submission"])
     assert Path(result["outputs"]["snapshot"]).is_relative_to(root)
-    logged = [json.loads(line) for line in first_night.stderr.splitlines() if line.startswith('{"time"')]
+    logged = [json.loads(line) for line in first_run.stderr.splitlines() if line.startswith('{"time"')]
     assert {line["stage"] for line in logged} >= {
         "prepare",
         "train",
@@ -76,15 +76,15 @@ def test_a_submitted_night_is_followed_to_its_end(first_night, root):
     assert any(line.get("validation_ndcg") for line in logged)
 
 
-def test_a_night_that_ended_is_repeated_under_the_next_number(head, root, world_folder, first_night):
-    done = submit(head, "nightly", "--as-of", FIRST, *world_overrides(world_folder, root))
+def test_a_nightly_run_that_ended_is_repeated_under_the_next_number(head, root, synthetic_folder, first_run):
+    done = submit(head, "nightly", "--as-of", FIRST, *synthetic_overrides(synthetic_folder, root))
     result = last(done)
     assert (done.returncode, result["status"]) == (0, "skipped")
-    assert result["outputs"]["submission"] == last(first_night)["outputs"]["submission"][:-1] + "2"
+    assert result["outputs"]["submission"] == last(first_run)["outputs"]["submission"][:-1] + "2"
 
 
-def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_followed(
-    head, root, world_folder, first_night
+def test_a_nightly_run_beside_the_endpoint_and_a_running_attempt_is_followed(
+    head, root, synthetic_folder, first_run
 ):
     port = free_ports(1)[0]
     serve = [
@@ -110,14 +110,20 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
 
         asking = threading.Thread(target=ask)
         asking.start()
-        words = ["nightly", "--as-of", SECOND, *world_overrides(world_folder, root), "train.every_days=3"]
+        words = [
+            "nightly",
+            "--as-of",
+            SECOND,
+            *synthetic_overrides(synthetic_folder, root),
+            "train.every_days=3",
+        ]
         results: list[subprocess.CompletedProcess] = []
         one = threading.Thread(target=lambda: results.append(submit(head, *words)))
         one.start()
         wait_for("the job to run", lambda: lease.describe_holder(root))
         other = submit(head, *words)
         one.join()
-        wait_for("an answer of the second night", lambda: SECOND in nights, saw=lambda: nights)
+        wait_for("an answer of the second night", lambda: SECOND in nights, last_seen=lambda: nights)
         stop.set()
         asking.join()
         assert nights == {FIRST, SECOND}
@@ -131,32 +137,34 @@ def test_a_night_runs_while_the_endpoint_is_up_and_an_attempt_that_runs_is_follo
 
 
 def _night(address: str, endpoint: subprocess.Popen) -> str:
-    def night() -> str:
+    def submit_nightly() -> str:
         with urllib.request.urlopen(f"{address}/healthz", timeout=5) as response:
             return json.load(response)["as_of"]
 
     try:
-        return wait_for("the endpoint", night, ended=endpoint.poll)
+        return wait_for("the endpoint", submit_nightly, ended=endpoint.poll)
     except AssertionError as error:
         endpoint.kill()
         raise AssertionError(endpoint.communicate()[1][-2000:]) from error
 
 
-def test_the_exit_code_is_the_jobs_and_an_older_night_is_refused(head, root, world_folder, first_night):
-    words = ["nightly", "--as-of", "2024-04-01", *world_overrides(world_folder, root)]
+def test_the_exit_code_is_the_jobs_and_an_older_nightly_run_is_refused(
+    head, root, synthetic_folder, first_run
+):
+    words = ["nightly", "--as-of", "2024-04-01", *synthetic_overrides(synthetic_folder, root)]
     done = submit(head, *words)
     assert done.returncode == 3 and last(done)["status"] == "refused"
     assert "was a clock set back?" in last(done)["reason"]
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_gives_its_exit_code(head, root, world_folder, first_night):
-    done = submit(head, "train", "--as-of", "2024-03-03", *world_overrides(world_folder, root))
+def test_a_job_that_fails_gives_its_exit_code(head, root, synthetic_folder, first_run):
+    done = submit(head, "train", "--as-of", "2024-03-03", *synthetic_overrides(synthetic_folder, root))
     assert done.returncode == 1 and "recray prepare" in last(done)["reason"]
 
 
 @pytest.mark.parametrize("job", ["prepare", pytest.param("nightly", marks=pytest.mark.slow)])
-def test_the_sample_goes_along_and_data_environments_and_outputs_stay_home(head, tmp_path, job):
+def test_the_sample_is_submitted_and_data_environments_and_outputs_are_not(head, tmp_path, job):
     """The way of the README: Ray's own client, the demo's config, nothing but the checkout."""
     words = ["--working-dir", ".", "--", "python", "-m", f"jobs.{job}", "--config", "jobs/configs/demo.yaml"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
@@ -216,7 +224,7 @@ def test_a_working_directory_that_is_too_large_is_named_before_it_is_sent(head, 
     assert done.returncode == 0, done.stderr
 
 
-def test_a_folder_that_is_no_checkout_and_a_config_that_stays_home_are_named(head, tmp_path):
+def test_a_folder_that_is_no_checkout_and_a_config_outside_of_it_are_named(head, tmp_path):
     done = submit(head, "nightly", "--working-dir", tmp_path)
     assert done.returncode == 2 and "jobs/nightly.py" in done.stderr
     config = tmp_path / "mine.yaml"

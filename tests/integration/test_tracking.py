@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from harness import wait_for
 
 from recray import pipeline
@@ -26,10 +26,10 @@ from recray.tracking.runs import Tracking
 
 
 @pytest.fixture
-def shop(tmp_path, world_folder, own_home):
+def shop(tmp_path, synthetic_folder, own_home):
     """Settings, storage, dataset, and two bundles of which MLflow knows nothing yet."""
     overrides = [
-        *world_overrides(world_folder, tmp_path / "root"),
+        *synthetic_overrides(synthetic_folder, tmp_path / "root"),
         "promotion.must_beat=[]",
         "promotion.margin=1",
         "promotion.consistency_users=8",
@@ -49,7 +49,7 @@ def shop(tmp_path, world_folder, own_home):
     return settings, storage, dataset, bundles
 
 
-def entry(storage, bundle, **more):
+def entry(storage, bundle, **fields):
     tags = {runs.RUN_KEY: bundle.key, runs.DATASET: bundle.manifest["dataset"], runs.DIGEST: bundle.digest}
     folders = {"bundle": bundle.path.relative_to(storage.root).as_posix()}
     return {
@@ -59,11 +59,11 @@ def entry(storage, bundle, **more):
         "folders": folders,
         "register": tags,
         "finished": True,
-        **more,
+        **fields,
     }
 
 
-def test_what_is_spooled_is_told_once_and_in_order(shop):
+def test_what_is_queued_is_logged_once_and_in_order(shop):
     from mlflow import MlflowClient
 
     settings, storage, _, (first, second) = shop
@@ -117,7 +117,7 @@ def test_a_bundle_registered_under_another_dataset_is_refused(shop):
     assert Release.read(storage).champion is None
 
 
-def test_an_alias_that_points_nowhere_is_refused_and_mended(shop):
+def test_an_alias_that_points_nowhere_is_refused_and_fixed(shop):
     from mlflow import MlflowClient
 
     settings, storage, _, (first, second) = shop
@@ -136,7 +136,7 @@ def test_an_alias_that_points_nowhere_is_refused_and_mended(shop):
     assert outbox.tracking.aliases()["champion"] == str(outbox.tracking.version("b1").version)
 
 
-def test_a_champion_that_is_gone_can_be_replaced_by_hand(shop):
+def test_a_missing_champion_can_be_replaced_by_hand(shop):
     settings, storage, _, (first, second) = shop
     outbox = Outbox(storage, Tracking(settings.tracking, storage))
     for bundle in (first, second):
@@ -206,7 +206,7 @@ def test_a_gate_that_refuses_ends_the_command_with_its_words(shop):
     assert Release.read(storage).champion is None and Release.read(storage).challenger.run_key == "b0"
 
 
-def test_an_mlflow_that_is_away_is_named_and_costs_no_more_than_its_limits(shop):
+def test_an_unavailable_mlflow_is_named_and_costs_no_more_than_its_limits(shop):
     settings, storage, _, (first, _) = shop
     tracking = settings.tracking.model_copy(
         update={"uri": "http://127.0.0.1:9", "timeout_s": 1, "retries": 0}
@@ -216,9 +216,9 @@ def test_an_mlflow_that_is_away_is_named_and_costs_no_more_than_its_limits(shop)
     with pytest.raises(TrackingError, match="MLflow at http://127.0.0.1:9 does not respond"):
         outbox.deliver()
     assert [key for key, _ in outbox.pending()] == ["b0"]
-    work = JobContext(
+    context = JobContext(
         settings.model_copy(update={"tracking": tracking}), storage, lambda message, **fields: None
     )
-    work.deliver()
-    work.deliver()
-    assert len(work.warnings) == 1 and str(storage.outbox) in work.warnings[0]
+    context.deliver()
+    context.deliver()
+    assert len(context.warnings) == 1 and str(storage.outbox) in context.warnings[0]

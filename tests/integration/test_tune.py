@@ -80,11 +80,11 @@ def test_a_policy_is_made_judged_and_kept(settings, storage):
     run_id = tracking.run("untrained", "")
     run = MlflowClient(tracking.uri).get_run(run_id)
     assert run.data.metrics["policy_gain"] == pytest.approx(policy.about["figures"]["gain"])
-    again = pipeline.run("tune", settings, None)
-    assert again.status == "skipped" and again.run_key == result.run_key
+    repeated = pipeline.run("tune", settings, None)
+    assert repeated.status == "skipped" and repeated.run_key == result.run_key
 
 
-def test_what_passes_goes_on_trial_and_what_is_refused_is_not_adopted(settings, storage, monkeypatch):
+def test_what_passes_enters_an_experiment_and_what_is_refused_is_not_adopted(settings, storage, monkeypatch):
     verdict = gate.Verdict([gate.Check("gain", True, "gains")], {"gain": 1.0})
     monkeypatch.setattr(tuning, "judge", lambda *_: verdict)
     before = storage.release.read_bytes()
@@ -113,18 +113,18 @@ def test_what_passes_goes_on_trial_and_what_is_refused_is_not_adopted(settings, 
         pipeline.run("promote", settings, None, bundle=f"untrained+{refused.run_key}")
     pipeline.run("promote", settings, None, bundle=f"untrained+{result.run_key}")
     assert Release.read(storage).champion.policy == result.run_key
-    again = pipeline.run(
+    next_tune = pipeline.run(
         "tune",
         settings.model_copy(update={"policy": settings.policy.model_copy(update={"decisions": 600})}),
         None,
     )
-    assert again.status == "skipped" and again.run_key == result.run_key, (
+    assert next_tune.status == "skipped" and next_tune.run_key == result.run_key, (
         "what it made itself is not what it is judged against"
     )
     storage.release.write_bytes(before)
 
 
-def test_a_night_makes_a_policy_for_its_new_bundle_and_scores_with_it(settings, monkeypatch, tmp_path):
+def test_a_nightly_run_learns_a_policy_for_its_new_bundle_and_scores_with_it(settings, monkeypatch, tmp_path):
     changes = {
         "storage": {"root": str(tmp_path)},
         "policy": {"enabled": True, "experiment_share": 1.0, "decisions": 600},
@@ -178,13 +178,13 @@ def test_a_policy_has_to_be_better_than_the_one_that_decides(settings, storage):
         {},
     )
     places = np.arange(len(judged))
-    mine, theirs = (
+    ours, theirs = (
         judged.with_controls(policy.actions, 1.0).pay(places, policy.act(judged.observation)).mean()
         for policy in (live, strong)
     )
-    assert abs(mine - theirs) > 1e-6
+    assert abs(ours - theirs) > 1e-6
     assert tuning.judge(settings, judged, live, strong).figures["gain"] == pytest.approx(
-        mine - theirs, abs=1e-9
+        ours - theirs, abs=1e-9
     )
     itself = tuning.judge(settings, judged, live, live)
     assert itself.figures["gain"] == 0.0 and not itself.passed
@@ -206,44 +206,51 @@ def test_what_is_learned_at_one_moment_decides_at_others(settings, storage, monk
         predictor.vocabulary.translation(dataset).history(dataset.user_history(user)) for user in range(300)
     ]
     observer = Observer(predictor)
-    seen = np.stack([observer.observe(history, dataset.now_s + 3600) for history in histories])
-    assert (policy.act(seen) != 0).mean() > 0.8
+    observations = np.stack([observer.observe(history, dataset.now_s + 3600) for history in histories])
+    assert (policy.act(observations) != 0).mean() > 0.8
 
 
-def test_bad_circumstances_are_named(settings, storage, world_settings, world_dataset, tmp_path):
+def test_invalid_contexts_are_named(settings, storage, synthetic_settings, synthetic_dataset, tmp_path):
     bundle = Bundle.open(
-        publish_untrained(world_settings, world_dataset, tmp_path / "small").bundle("untrained")
+        publish_untrained(synthetic_settings, synthetic_dataset, tmp_path / "small").bundle("untrained")
     )
     with pytest.raises(DataError, match="too few for a policy"):
-        tuning.tune(world_settings, world_dataset, bundle)
+        tuning.tune(synthetic_settings, synthetic_dataset, bundle)
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
-        tuning.tune(private, world_dataset, bundle)
+        tuning.tune(private, synthetic_dataset, bundle)
 
 
 def test_outcomes_pay_by_propensity(settings):
     """PPO learns from clicks what is to be had, from shuffled ones nothing."""
-    world, random = SyntheticRewards(), np.random.default_rng(1)
-    observation, cases = world.draw(12_000, random)
+    rewards, random = SyntheticRewards(), np.random.default_rng(1)
+    observation, cases = rewards.draw(12_000, random)
     mean, sigma = np.zeros((12_000, 1), np.float32), np.full(12_000, 0.7)
     action, density = explore(mean, sigma[:, None], random)
-    reward, user = draw_clicks(world.pay(cases, action), random), np.arange(12_000)
+    reward, user = draw_clicks(rewards.pay(cases, action), random), np.arange(12_000)
     log = LoggedDecisions(
         observation, mean, action, density, sigma, reward, user, np.full(12_000, "b"), np.full(12_000, "")
     )
-    paid = DoublyRobustRewards(log, ("temperature",), lambda seen, played: np.full(len(seen), reward.mean()))
+    paid = DoublyRobustRewards(
+        log, ("temperature",), lambda observations, played: np.full(len(observations), reward.mean())
+    )
     for value in (-0.5, 0.5):  # of who explores around it
         played = explore(np.full((12_000, 1), value, np.float32), 0.7, random)[0]
         assert paid.pay(user, np.full((12_000, 1), value)).mean() == pytest.approx(
-            world.pay(cases, played).mean(), abs=0.02
+            rewards.pay(cases, played).mean(), abs=0.02
         )
 
     few = settings.model_copy(update={"policy": settings.policy.model_copy(update={"decisions": 14_000})})
-    seen, asked = world.draw(4000, np.random.default_rng(2))
-    none, best = world.pay(asked, np.zeros((4000, 1))).mean(), world.pay(asked, world.best(seen)).mean()
+    observations, best_actions = rewards.draw(4000, np.random.default_rng(2))
+    none, best = (
+        rewards.pay(best_actions, np.zeros((4000, 1))).mean(),
+        rewards.pay(best_actions, rewards.best(observations)).mean(),
+    )
 
-    def lead(log):
-        return (world.pay(asked, learn_by_ppo(log, None, few, "b").act(seen)).mean() - none) / (best - none)
+    def learned_gain(log):
+        return (
+            rewards.pay(best_actions, learn_by_ppo(log, None, few, "b").act(observations)).mean() - none
+        ) / (best - none)
 
-    assert lead(log) > 0.35
-    assert lead(replace(log, reward=random.permutation(reward))) < 0.2
+    assert learned_gain(log) > 0.35
+    assert learned_gain(replace(log, reward=random.permutation(reward))) < 0.2

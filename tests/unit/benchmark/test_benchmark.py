@@ -31,7 +31,7 @@ def test_ranks_tell_what_lists_tell():
     np.testing.assert_allclose(quality.ndcg(ranks), expected["ndcg"])
 
 
-def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
+def test_time_to_the_baselines_quality_is_that_of_the_first_epoch_as_good_as_its_best():
     curves = [
         {"who": "peer", "epoch": e, "seconds": 100.0 * e, "cpu_seconds": 200.0 * e, "validation_ndcg": v}
         for e, v in ((1, 0.1), (2, 0.15), (3, 0.14))
@@ -42,7 +42,7 @@ def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
             for e, v in ((1, 0.1), (2, 0.149), (3, 0.151), (4, 0.2))
         ]
     ours, theirs = np.array([1, 2, 3, 1, 0]), np.array([2, 4, 11, 1, 5])
-    found = quality.compare_ndcg([ours] * 3, theirs, "peer")
+    comparison = quality.compare_ndcg([ours] * 3, theirs, "peer")
     times = quality.time_to_library_ndcg(curves, "peer", {"seconds": 1.0, "cpu_seconds": 0.5})
     assert times["peer_epochs"] == 2 and times["peer_seconds"] == 200.0
     assert times["time_to_peer_ratio"] == pytest.approx(30 / 200) and times[
@@ -50,11 +50,13 @@ def test_time_to_the_peer_is_that_of_the_first_epoch_as_good_as_its_best():
     ] == pytest.approx(60 / 200)
     untold = quality.time_to_library_ndcg(curves, "peer", None)
     assert untold["seconds_to_peer"] == times["seconds_to_peer"] and untold["time_to_peer_ratio"] is None
-    assert found["ndcg_lead"] == pytest.approx((quality.ndcg(ours) - quality.ndcg(theirs)).mean(), abs=1e-4)
-    assert found["ndcg_lead_low"] < found["ndcg_lead"] < found["ndcg_lead_high"]
+    assert comparison["ndcg_lead"] == pytest.approx(
+        (quality.ndcg(ours) - quality.ndcg(theirs)).mean(), abs=1e-4
+    )
+    assert comparison["ndcg_lead_low"] < comparison["ndcg_lead"] < comparison["ndcg_lead_high"]
 
 
-def test_the_time_to_a_peer_is_told_where_both_select_alike():
+def test_the_time_to_the_baselines_quality_is_reported_where_both_select_alike():
     alike = load_settings(None, ["evaluate.protocol=filter_seen", "split.kind=leave_one_out"])
     assert quality.selects_as_libraries_do(alike)
     for section, values in (
@@ -65,23 +67,23 @@ def test_the_time_to_a_peer_is_told_where_both_select_alike():
         assert not quality.selects_as_libraries_do(alike.replace(section, **values))
 
 
-def test_held_out_items_are_nowhere_before_the_test(world_dataset, tmp_path):
-    features.write_without_cold_items(world_dataset, tmp_path / "events.parquet")
+def test_held_out_items_are_nowhere_before_the_test(synthetic_dataset, tmp_path):
+    features.write_without_cold_items(synthetic_dataset, tmp_path / "events.parquet")
     kept = pq.read_table(tmp_path / "events.parquet").to_pandas()
-    cold = {item for item in world_dataset.items["item_id"].to_pylist() if features.is_cold(item)}
+    cold = {item for item in synthetic_dataset.items["item_id"].to_pylist() if features.is_cold(item)}
     assert 3 < len(cold) < 40
     expected = []
-    for shard in world_dataset.shards():
+    for shard in synthetic_dataset.shards():
         for row in range(len(shard)):
-            for place, item in enumerate(shard.history(row).item_index):
-                name = world_dataset.items["item_id"][int(item) - 1].as_py()
-                if place >= shard.split[row, 2] or name not in cold:
+            for position, item in enumerate(shard.history(row).item_index):
+                name = synthetic_dataset.items["item_id"][int(item) - 1].as_py()
+                if position >= shard.split[row, 2] or name not in cold:
                     expected.append(
-                        (shard.user_ids[row].as_py(), name, int(shard.history(row).timestamp_s[place]))
+                        (shard.user_ids[row].as_py(), name, int(shard.history(row).timestamp_s[position]))
                     )
     times = kept.timestamp.astype("datetime64[s]").astype("int64")
     assert sorted(zip(kept.user_id, kept.item_id, times, strict=True)) == sorted(expected)
-    before = kept[times < world_dataset.cut_s("test")]
+    before = kept[times < synthetic_dataset.cut_s("test")]
     assert not set(before.item_id) & cold and set(kept.item_id) & cold
 
 
@@ -145,7 +147,7 @@ def test_a_slate_is_learned_from_histories_and_clicks_alone(tmp_path, monkeypatc
         slate.measure_slate(tmp_path, str(tmp_path / "out"), [], print)
 
 
-def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
+def test_a_slate_is_evaluated_from_end_to_end(tmp_path, monkeypatch):
     """Who read of one section clicks on it, and half a week of that is enough to be better than chance."""
     monkeypatch.setenv("RECRAY_DATA", "")  # set back afterwards
     random = np.random.default_rng(0)
@@ -153,14 +155,14 @@ def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
     data.mkdir()
     sessions, shown = [], []
     for number in range(300):
-        mine = number % 2
+        is_click = number % 2
         moment = pd.Timestamp("2019-11-09") + pd.Timedelta(minutes=20 * number)
-        read = [f"{mine}-{i}" for i in random.choice(10, 4, replace=False)]
+        read = [f"{is_click}-{i}" for i in random.choice(10, 4, replace=False)]
         sessions.append(
             {"impression_id": number, "user_id": f"u{number}", "timestamp": moment, "history": read}
         )
         for section in (0, 1):
-            click = "click" if section == mine else "impression"
+            click = "click" if section == is_click else "impression"
             shown.append(
                 {
                     "impression_id": number,
@@ -190,14 +192,16 @@ def test_a_slate_is_asked_for_from_end_to_end(tmp_path, monkeypatch):
     assert metrics["auc"] > 0.7 > metrics["popular_auc"]
 
 
-def test_a_round_scores_every_user(world_settings, world_dataset, tmp_path):
-    state = build_loop(str(world_dataset.path), training_settings(world_settings), torch.device("cpu")).best
-    alone = world_settings.replace("score", actors=1)
-    with scorer(tmp_path, alone, world_dataset, state) as score:
+def test_a_round_scores_every_user(synthetic_settings, synthetic_dataset, tmp_path):
+    state = build_loop(
+        str(synthetic_dataset.path), training_settings(synthetic_settings), torch.device("cpu")
+    ).best
+    alone = synthetic_settings.replace("score", actors=1)
+    with scorer(tmp_path, alone, synthetic_dataset, state) as score:
         score()
     assert (
         sum(pq.read_metadata(part).num_rows for part in (tmp_path / "parts").glob("*.parquet"))
-        == world_dataset.n_users
+        == synthetic_dataset.n_users
     )
 
 
@@ -206,7 +210,7 @@ def test_the_exponent_of_linear_growth_is_one():
     assert scale.fit_exponent([(10, 2.0), (20, 8.0), (40, 32.0)]) == pytest.approx(2.0)
 
 
-def test_variants_are_held_against_the_default(world_folder, tmp_path, monkeypatch):
+def test_variants_are_held_against_the_default(synthetic_folder, tmp_path, monkeypatch):
     variants = {
         "default": [],
         "the same": ["train.loss=softmax"],
@@ -215,7 +219,10 @@ def test_variants_are_held_against_the_default(world_folder, tmp_path, monkeypat
     }
     monkeypatch.setattr(ablations, "VARIANTS", variants)
     said: list[str] = []
-    small = [f"data.events=[{world_folder / 'events'}]", f"data.items={world_folder / 'items.parquet'}"]
+    small = [
+        f"data.events=[{synthetic_folder / 'events'}]",
+        f"data.items={synthetic_folder / 'items.parquet'}",
+    ]
     small += [
         "train.epochs=1",
         "train.batch_tokens=2000",
@@ -225,20 +232,22 @@ def test_variants_are_held_against_the_default(world_folder, tmp_path, monkeypat
         "evaluate.max_users=50",
     ]
     small += ["evaluate.bootstrap=100", "score.caps={}"]
-    chosen, metrics = ablations.measure_ablations(tmp_path, None, small, said.append)
-    assert chosen["train"]["loss"] == "auto" and metrics["users"] == 50
+    run_settings, metrics = ablations.measure_ablations(tmp_path, None, small, said.append)
+    assert run_settings["train"]["loss"] == "auto" and metrics["users"] == 50
     assert said[1] == "the same: skipped, it equals the default here" and list(metrics["variants"]) == [
         "default",
         "again",
         "sampled",
     ]
-    default, again, sampled = metrics["variants"].values()
+    default, repeated_default, sampled = metrics["variants"].values()
     for setting in ("with_repeats", "filter_seen"):
-        for variant in (again, sampled):
+        for variant in (repeated_default, sampled):
             assert variant[setting]["lead"] == pytest.approx(
                 metrics[f"{setting}_ndcg"] - variant[setting]["ndcg"], abs=2e-4
             )
-    assert abs(again["with_repeats"]["lead"]) < 0.01 and sampled["changed"] == ["train.loss=sampled"]
+    assert abs(repeated_default["with_repeats"]["lead"]) < 0.01 and sampled["changed"] == [
+        "train.loss=sampled"
+    ]
     assert default["with_repeats"]["sharper"] != default["with_repeats"]["ndcg"]
 
 
@@ -255,12 +264,12 @@ def test_every_variant_fits_every_config(config, monkeypatch):
     assert settings["default"] == load_settings(path)
 
 
-@pytest.mark.parametrize("what", ["quality", "features", "slate", "train", "score"])
-def test_a_benchmark_on_data_asks_for_them(what, tmp_path):
+@pytest.mark.parametrize("name", ["quality", "features", "slate", "train", "score"])
+def test_a_benchmark_on_data_asks_for_them(name, tmp_path):
     with pytest.raises(SettingsError, match="needs --data"):
-        benchmark.run(what, tmp_path, lambda text: None)
+        benchmark.run(name, tmp_path, lambda text: None)
     with pytest.raises(DataError, match="does not exist"):
-        benchmark.run(what, tmp_path, lambda text: None, data="no-such-data")
+        benchmark.run(name, tmp_path, lambda text: None, data="no-such-data")
     assert not list(tmp_path.iterdir())
 
 

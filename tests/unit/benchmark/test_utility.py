@@ -25,7 +25,7 @@ def small():
             SyntheticShop(users=300, items=60, events_per_user=12.0, repeat=0.0, seed=3),
         )
         rest = ("privacy.delta=1e-4", "privacy.sampling_rate=1.0", "privacy.steps=4", "train.epochs=1")
-        patch.setitem(utility.OF_DATA, "world", ("model.history=10", "split.holdout_users=0.3", *rest))
+        patch.setitem(utility.OF_DATA, "synthetic", ("model.history=10", "split.holdout_users=0.3", *rest))
         patch.setattr(utility, "LEARNING_RATES", (1e-3, 1e-2))
         patch.setattr(utility, "EPSILONS", (3.0, 8.0))
         patch.setattr(utility, "RUN_COUNTS", (1, 2))
@@ -34,24 +34,24 @@ def small():
 
 @pytest.fixture(scope="module")
 def bench(small, tmp_path_factory):
-    return small._Bench(tmp_path_factory.mktemp("bench"), "world", [], fixed=False)
+    return small.UtilityData(tmp_path_factory.mktemp("bench"), "synthetic", [], fixed=False)
 
 
 def test_the_table_has_every_cell_and_a_second_run_measures_none_again(small, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     said = []
-    _, found = small.measure_utility(tmp_path / "a", "world", [], said.append, tmp_path / "out")
-    assert set(found["table"]) == {
-        f"{method}, {what}"
+    _, first = small.measure_utility(tmp_path / "a", "synthetic", [], said.append, tmp_path / "out")
+    assert set(first["table"]) == {
+        f"{method}, {variant}"
         for method in ("full", "public features", "vanilla", "popularity")
-        for what in ("ε 3", "ε 8", "not private")
-        if (method, what) != ("vanilla", "not private")
+        for variant in ("ε 3", "ε 8", "not private")
+        if (method, variant) != ("vanilla", "not private")
     }
-    assert found["world_eps8_over_vanilla"] == pytest.approx(
-        found["table"]["full, ε 8"]["ndcg"] / found["table"]["vanilla, ε 8"]["ndcg"], rel=0.05
+    assert first["synthetic_eps8_over_vanilla"] == pytest.approx(
+        first["table"]["full, ε 8"]["ndcg"] / first["table"]["vanilla, ε 8"]["ndcg"], rel=0.05
     )
-    assert found["nights"]["ε 3 a night"] == sorted(found["nights"]["ε 3 a night"])
+    assert first["nights"]["ε 3 a night"] == sorted(first["nights"]["ε 3 a night"])
     assert "<svg" in (tmp_path / "a" / "keep" / "svg").read_text()
     (file,) = (tmp_path / "out").glob("*.cells.jsonl")
     cells = [json.loads(line) for line in file.read_text().splitlines()]
@@ -60,21 +60,23 @@ def test_the_table_has_every_cell_and_a_second_run_measures_none_again(small, tm
     )
     full = [cell for cell in cells if (cell["method"], cell["epsilon"]) == ("full", 8.0)]
     rate = next(cell["learning_rate"] for cell in full if cell["number"] == 2)
-    assert found["repeats"]["full, ε 8"] == [
+    assert first["repeats"]["full, ε 8"] == [
         round(cell["ndcg"], 4) for cell in full if cell["learning_rate"] == rate
     ]
     trials = {cell["learning_rate"]: cell["validation_ndcg"] for cell in full if cell["number"] == 0}
     assert trials[rate] == max(trials.values())
-    _, again = small.measure_utility(tmp_path / "b", "world", [], said.append, tmp_path / "out")
+    _, second = small.measure_utility(tmp_path / "b", "synthetic", [], said.append, tmp_path / "out")
     assert len(file.read_text().splitlines()) == len(cells)
-    mine = {key: value for key, value in again["table"].items() if not key.startswith("popularity, ε")}
-    assert mine.items() <= found["table"].items()
+    measured_cells = {
+        key: value for key, value in second["table"].items() if not key.startswith("popularity, ε")
+    }
+    assert measured_cells.items() <= first["table"].items()
 
 
 def test_both_ways_to_rank_agree(bench):
     loop = build_loop(str(bench.dataset.path), bench.training_settings, torch.device("cpu"))
-    model, asked = loop.model.eval(), bench.queries["test"]
-    expected = ranks_of(model, bench.dataset, bench.training_settings, asked)
+    model, queries = loop.model.eval(), bench.queries["test"]
+    expected = ranks_of(model, bench.dataset, bench.training_settings, queries)
     from recray.inference import Predictor
 
     predictor = Predictor.of(model, bench.dataset, 0)
@@ -83,14 +85,14 @@ def test_both_ways_to_rank_agree(bench):
         answer = predictor.recommend(
             [q.history for q in batch], bench.dataset.n_items, now=[q.now for q in batch]
         )
-        found = np.full((len(batch), bench.dataset.n_items + 1), -np.inf)
-        np.put_along_axis(found, answer.item_index, answer.scores, 1)
-        return found
+        dense = np.full((len(batch), bench.dataset.n_items + 1), -np.inf)
+        np.put_along_axis(dense, answer.item_index, answer.scores, 1)
+        return dense
 
-    assert utility.ranks_by(scores, asked).tolist() == expected.tolist()
+    assert utility.ranks_by(scores, queries).tolist() == expected.tolist()
 
 
-def test_the_peer_learns_the_rows_that_we_learn(bench, monkeypatch):
+def test_the_baseline_library_learns_the_rows_that_we_learn(bench, monkeypatch):
     learned = []
     monkeypatch.setattr(utility.vanilla_peer, "train", lambda model, *rows, **options: learned.append(rows))
     bench.run("vanilla", 8.0, 1e-3, 0)
@@ -98,17 +100,17 @@ def test_the_peer_learns_the_rows_that_we_learn(bench, monkeypatch):
     batches = TrainingBatches(
         bench.dataset, history=10, batch_tokens=100, sequences="last", popularity_prior_days=0, seed=0
     )
-    windows = batches.last_sequences()
-    assert len(item) == len(windows)
-    batch, targets = batches.collate(windows)
+    sequences = batches.last_sequences()
+    assert len(item) == len(sequences)
+    batch, targets = batches.collate(sequences)
     assert (batch.item_BT.numpy() == item[:, : batch.item_BT.shape[1]]).all()
     assert (item > 0).sum() == (following > 0).sum()
     single = targets.offsets.diff() == 1
-    mine = following[batch.user_N[single], batch.position_N[single]]
-    assert (mine == targets.item[targets.offsets[:-1][single]].numpy()).all()
+    our_targets = following[batch.user_N[single], batch.position_N[single]]
+    assert (our_targets == targets.item[targets.offsets[:-1][single]].numpy()).all()
 
 
-def test_the_peer_does_not_see_what_follows():
+def test_the_baseline_library_does_not_see_what_follows():
     torch.manual_seed(0)
     model = Vanilla(20, 8, 2, 2, 6, 0.0).eval()
     item = torch.randint(1, 20, (3, 6))
@@ -121,14 +123,14 @@ def test_the_peer_does_not_see_what_follows():
 def test_noise_of_popularity_is_that_of_its_epsilon():
     for epsilon, delta in ((1.0, 1e-5), (8.0, 1e-6)):
         sigma = utility.calibrate_gaussian(epsilon, delta)
-        beyond = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(
+        exact_delta = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(
             -0.5 / sigma - epsilon * sigma
         )
-        assert beyond == pytest.approx(delta, rel=1e-6)
+        assert exact_delta == pytest.approx(delta, rel=1e-6)
     assert utility.calibrate_gaussian(8.0, 1e-6) < utility.calibrate_gaussian(1.0, 1e-6)
 
 
-def test_night_after_night_each_begins_with_the_one_before_and_a_second_run_measures_none_again(
+def test_each_cutoff_begins_with_the_training_before_and_a_second_run_measures_none_again(
     small, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -143,11 +145,11 @@ def test_night_after_night_each_begins_with_the_one_before_and_a_second_run_meas
         monkeypatch.setattr(cuts, name, value)
     said = []
     (tmp_path / "a").mkdir()
-    chosen, found = cuts.measure_cuts(tmp_path / "a", [], said.append, tmp_path / "out")
-    assert (chosen["privacy"]["cap"], chosen["privacy"]["trainings"]) == (8.0, 2) and [
-        len(row) for row in found["table"]
+    run_settings, metrics = cuts.measure_cuts(tmp_path / "a", [], said.append, tmp_path / "out")
+    assert (run_settings["privacy"]["cap"], run_settings["privacy"]["trainings"]) == (8.0, 2) and [
+        len(row) for row in metrics["table"]
     ] == [5, 5]
-    assert found["lead_over_reused_low"] <= found["lead_over_reused"] <= found["lead_over_reused_high"]
+    assert metrics["lead_over_reused_low"] <= metrics["lead_over_reused"] <= metrics["lead_over_reused_high"]
     statements = {
         path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("privacy.json")
     }
@@ -159,5 +161,5 @@ def test_night_after_night_each_begins_with_the_one_before_and_a_second_run_meas
     lines = file.read_text()
     file.write_text(lines[:-10])  # torn
     (tmp_path / "b").mkdir()
-    assert cuts.measure_cuts(tmp_path / "b", [], said.append, tmp_path / "out")[1] == found
+    assert cuts.measure_cuts(tmp_path / "b", [], said.append, tmp_path / "out")[1] == metrics
     assert file.read_text().splitlines()[0] == lines.splitlines()[0]

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 
 from recray import cli
 from recray.bundle import Bundle
@@ -24,8 +24,8 @@ def call(capsys, *arguments):
     return code, json.loads(captured.out.splitlines()[-1]), captured.err
 
 
-def test_validate_reads_footers_only(capsys, world_folder, tmp_path):
-    code, result, said = call(capsys, "validate", *world_overrides(world_folder, tmp_path / "root"))
+def test_validate_reads_footers_only(capsys, synthetic_folder, tmp_path):
+    code, result, said = call(capsys, "validate", *synthetic_overrides(synthetic_folder, tmp_path / "root"))
     assert (code, result["status"]) == (0, "ok") and result["metrics"]["items"] == 120
     assert "ordered by timestamp" in said
     assert not (tmp_path / "root").exists()
@@ -46,15 +46,15 @@ def test_validate_reads_footers_only(capsys, world_folder, tmp_path):
 )
 def test_errors_are_named_without_a_traceback(capsys, tmp_path, arguments, code, named):
     arguments = [argument.format(tmp=tmp_path) if "{tmp}" in argument else argument for argument in arguments]
-    found, result, said = call(capsys, *arguments)
-    assert (found, result["status"]) == (code, "failed")
+    exit_code, result, said = call(capsys, *arguments)
+    assert (exit_code, result["status"]) == (code, "failed")
     assert named in said and "fix:" in said and "Traceback" not in said
     _, _, loud = call(capsys, *arguments, "--traceback")
     assert "Traceback" in loud
 
 
-def test_later_stages_name_the_stage_that_is_missing(capsys, world_folder, tmp_path):
-    overrides = world_overrides(world_folder, tmp_path)
+def test_later_stages_name_the_stage_that_is_missing(capsys, synthetic_folder, tmp_path):
+    overrides = synthetic_overrides(synthetic_folder, tmp_path)
     prepare_here(load_settings(None, overrides))
     for job in ("evaluate", "promote", "report"):
         code, result, said = call(capsys, job, *overrides)
@@ -64,8 +64,8 @@ def test_later_stages_name_the_stage_that_is_missing(capsys, world_folder, tmp_p
         assert (code, result["status"]) == (3, "refused") and named in said
 
 
-def test_a_damaged_dataset_stops_the_job_before_any_work(capsys, world_folder, tmp_path):
-    overrides = world_overrides(world_folder, tmp_path)
+def test_a_damaged_dataset_stops_the_job_before_any_work(capsys, synthetic_folder, tmp_path):
+    overrides = synthetic_overrides(synthetic_folder, tmp_path)
     data = prepare_here(load_settings(None, overrides))
     file = data.path / "items.parquet"
     content = file.read_bytes()
@@ -75,8 +75,8 @@ def test_a_damaged_dataset_stops_the_job_before_any_work(capsys, world_folder, t
     assert not (tmp_path / "bundles").exists() and not (tmp_path / "training").exists()
 
 
-def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
-    settings = load_settings(None, world_overrides(world_folder, tmp_path))
+def test_a_damaged_bundle_is_refused(capsys, synthetic_folder, tmp_path):
+    settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path))
     path = tmp_path / "bundle"
     untrained_bundle(settings, prepare_here(settings), path, "k")
     for name in (
@@ -96,25 +96,27 @@ def test_a_damaged_bundle_is_refused(capsys, world_folder, tmp_path):
         (path / name).write_bytes(original)
     Bundle.open(path)
     original = (path / "manifest.json").read_bytes()
-    for place in range(0, len(original), 37):
+    for offset in range(0, len(original), 37):
         changed = bytearray(original)
-        changed[place] ^= 1
+        changed[offset] ^= 1
         (path / "manifest.json").write_bytes(changed)
         with pytest.raises(DamagedArtifactError):
             Bundle.open(path)
 
 
-def test_one_job_at_a_time_in_a_root(capsys, world_folder, tmp_path):
+def test_one_job_at_a_time_in_a_root(capsys, synthetic_folder, tmp_path):
     from recray.storage import lease
 
     with lease.hold(tmp_path, "nightly", 1.0):
         code, result, said = call(
-            capsys, "prepare", *world_overrides(world_folder, tmp_path), "storage.lease_s=1"
+            capsys, "prepare", *synthetic_overrides(synthetic_folder, tmp_path), "storage.lease_s=1"
         )
     assert (code, result["status"]) == (3, "refused") and "nightly (attempt 1, process" in said
 
 
-def test_events_of_the_future_or_a_clock_set_back_are_refused(capsys, world_folder, tmp_path, monkeypatch):
+def test_events_of_the_future_or_a_clock_set_back_are_refused(
+    capsys, synthetic_folder, tmp_path, monkeypatch
+):
     from recray.prepare import prepare as preparation
 
     class Earlier(preparation.dt.datetime):
@@ -122,7 +124,7 @@ def test_events_of_the_future_or_a_clock_set_back_are_refused(capsys, world_fold
         def now(cls, zone=None):
             return cls(2024, 1, 2, tzinfo=zone)
 
-    settings = load_settings(None, world_overrides(world_folder, tmp_path))
+    settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path))
     monkeypatch.setattr(preparation.dt, "datetime", Earlier)
     with pytest.raises(
         RefusedError,
@@ -133,28 +135,29 @@ def test_events_of_the_future_or_a_clock_set_back_are_refused(capsys, world_fold
     prepare_here(settings)
 
 
-def test_a_night_that_was_begun_with_other_settings_is_refused_until_it_ends(world_folder, tmp_path):
+def test_a_nightly_run_with_other_settings_is_refused_until_the_running_one_ends(synthetic_folder, tmp_path):
     from recray.pipeline.nightly import begin_run
 
-    journal = tmp_path / "night.json"
+    progress_file = tmp_path / "night.json"
     settings, other = (
-        load_settings(None, [*world_overrides(world_folder, tmp_path), f"train.epochs={n}"]) for n in (2, 3)
+        load_settings(None, [*synthetic_overrides(synthetic_folder, tmp_path), f"train.epochs={n}"])
+        for n in (2, 3)
     )
-    begin_run(journal, settings, None, restart=False)
-    begin_run(journal, settings, None, restart=False)
+    begin_run(progress_file, settings, None, restart=False)
+    begin_run(progress_file, settings, None, restart=False)
     with pytest.raises(RefusedError, match="train.epochs 2 → 3"):
-        begin_run(journal, other, None, restart=False)
-    begin_run(journal, other, None, restart=True)
-    journal.write_text(journal.read_text().replace('"ended": false', '"ended": true'))
-    begin_run(journal, settings, None, restart=False)
+        begin_run(progress_file, other, None, restart=False)
+    begin_run(progress_file, other, None, restart=True)
+    progress_file.write_text(progress_file.read_text().replace('"ended": false', '"ended": true'))
+    begin_run(progress_file, settings, None, restart=False)
 
 
 def test_json_logs_have_time_level_job_stage_and_fields(capsys):
     from recray.pipeline.terminal import LogReporter
 
     with LogReporter("nightly") as log:
-        log.say("── train", stage="train")
-        log.say("epoch 1", loss=0.5, level="debug")
+        log.progress("── train", stage="train")
+        log.progress("epoch 1", loss=0.5, level="debug")
         log.error("no room")
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(line["level"], line["job"], line["stage"]) for line in lines] == [
@@ -222,10 +225,10 @@ def test_doctor_says_what_was_spent_of_privacy(capsys, tmp_path):
     ledger.reserve(
         "a", Mechanism(sigma=2.0, rate=0.1, steps=100, clipping_norm=1.0, delta=1e-5, users=50), None
     )
-    found = call(capsys, "doctor", *where)[1]["metrics"]["privacy"]
-    assert re.fullmatch(r"ε 2\.\d+ of 8 at δ 1e-05 is spent, by 1 trainings of population users", found), (
-        found
-    )
+    exit_code = call(capsys, "doctor", *where)[1]["metrics"]["privacy"]
+    assert re.fullmatch(
+        r"ε 2\.\d+ of 8 at δ 1e-05 is spent, by 1 trainings of population users", exit_code
+    ), exit_code
     assert any(
         "privacy" in warning for warning in call(capsys, "doctor", *where, "privacy.cap=1")[1]["warnings"]
     )
@@ -269,14 +272,14 @@ def test_who_hears_that_the_endpoint_is_up_may_end_it_at_once(number):
 def test_an_endpoint_that_does_not_come_back_ends_the_job(monkeypatch):
     monkeypatch.setattr(demo, "POLL_S", 0.01)
     monkeypatch.setattr(demo, "GRACE_S", 0.2)
-    looks, found = iter([True, False, False, True]), []
+    looks, exit_code = iter([True, False, False, True]), []
 
     def alive():
-        found.append(next(looks, False))
-        return found[-1]
+        exit_code.append(next(looks, False))
+        return exit_code[-1]
 
     with pytest.raises(ClusterError, match="no replica of the endpoint runs any more"):
         demo.wait_until_stopped(alive)
-    assert found[:4] == [True, False, False, True] and len(found) > 6
+    assert exit_code[:4] == [True, False, False, True] and len(exit_code) > 6
     with pytest.raises(ClusterError, match="no replica of the endpoint runs any more"):
         demo.wait_until_stopped(lambda: time.sleep(60))

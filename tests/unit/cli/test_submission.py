@@ -13,8 +13,8 @@ from recray.cli import submission
 from recray.errors import SettingsError
 
 
-def submit(folder, *more, as_of="2011-12-01", config=None, flags=()):
-    return submission.prepare_submission("nightly", config, as_of, list(more), folder, flags)
+def submit(folder, *overrides, as_of="2011-12-01", config=None, flags=()):
+    return submission.prepare_submission("nightly", config, as_of, list(overrides), folder, flags)
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_a_changed_input_is_another_submission(checkout, tmp_path):
 
 
 def test_the_job_gets_the_arguments_relative_to_the_working_directory(checkout):
-    found = submit(checkout, "train.epochs=2", flags=["--restart"], config=str(checkout / "mine.yaml"))
-    assert found.arguments == [
+    command = submit(checkout, "train.epochs=2", flags=["--restart"], config=str(checkout / "mine.yaml"))
+    assert command.arguments == [
         "--config",
         "mine.yaml",
         "--restart",
@@ -57,11 +57,11 @@ def test_the_job_gets_the_arguments_relative_to_the_working_directory(checkout):
         "--as-of",
         "2011-12-01",
     ]
-    assert found.settings.train.epochs == 2
+    assert command.settings.train.epochs == 2
 
 
 @pytest.mark.parametrize(
-    ("more", "options", "named"),
+    ("overrides", "options", "named"),
     [
         (["storage.root=relative"], {}, "absolute"),
         (["train.epoch=3"], {}, "did you mean epochs"),
@@ -69,9 +69,9 @@ def test_the_job_gets_the_arguments_relative_to_the_working_directory(checkout):
         ([], {"as_of": "soon"}, "--as-of"),
     ],
 )
-def test_what_cannot_work_is_refused_before_it_is_sent(checkout, more, options, named):
+def test_what_cannot_work_is_refused_before_it_is_sent(checkout, overrides, options, named):
     with pytest.raises(SettingsError, match=named):
-        submit(checkout, *more, **options)
+        submit(checkout, *overrides, **options)
 
 
 def test_a_folder_without_the_job_is_named(tmp_path):
@@ -79,7 +79,7 @@ def test_a_folder_without_the_job_is_named(tmp_path):
         submit(tmp_path)
 
 
-def test_results_are_told_from_logs():
+def test_results_are_distinguished_from_logs():
     line = (
         '{"job": "nightly", "status": "ok", "run_key": "k", "outputs": {}, "metrics": {}, "seconds": '
         '1.0, "reason": "", "warnings": []}'
@@ -90,15 +90,15 @@ def test_results_are_told_from_logs():
 
 
 def test_ports_are_free_and_no_connection_takes_them_meanwhile(monkeypatch):
-    found = cluster.free_ports(50)
-    assert len(set(found)) == 50 and set(found) <= set(cluster.PORTS)
-    monkeypatch.setattr(cluster, "PORTS", range(found[0], found[0] + 1))
+    ports = cluster.free_ports(50)
+    assert len(set(ports)) == 50 and set(ports) <= set(cluster.PORTS)
+    monkeypatch.setattr(cluster, "PORTS", range(ports[0], ports[0] + 1))
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", found[0]))
+        taken.bind(("127.0.0.1", ports[0]))
         taken.listen()
         with pytest.raises(OSError, match="no 1 free ports"):
             cluster.free_ports(1)
-    assert cluster.free_ports(1) == found[:1]
+    assert cluster.free_ports(1) == ports[:1]
 
 
 def test_replicas_of_two_rays_listen_on_ports_of_their_own(monkeypatch):
@@ -135,13 +135,13 @@ def test_no_port_of_serves_is_one_that_another_ray_has_too():
 
 
 def test_what_serve_left_behind_is_ended_and_nobody_else(tmp_path):
-    mine, other = (
+    own, other = (
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"{folder}/haproxy.cfg"])
         for folder in (tmp_path, "/tmp/x")
     )
     try:
         cluster.end_haproxy(str(tmp_path))
-        assert mine.wait(10) == -9 and other.poll() is None
+        assert own.wait(10) == -9 and other.poll() is None
     finally:
         other.kill()
         other.wait()

@@ -43,7 +43,7 @@ def test_unusable_settings_are_named_with_a_fix(override, named):
     assert error.value.exit_code == 2
 
 
-def test_a_copy_term_by_item_without_a_copy_term_is_refused():
+def test_repeat_by_item_without_a_repeat_consumption_head_is_refused():
     with pytest.raises(SettingsError, match="repeat_by_item needs the repeat-consumption head"):
         load_settings(None, ["model.repeat_consumption=false", "model.repeat_by_item=true"])
 
@@ -145,16 +145,16 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path):
         "train: {learning_rate: 1e-3, seed: 0x10, epochs: +7}\ndata: {columns: {event: no, item_id: "
         "0123}}\nsplit: {test_from: 2024-01-02}\n"
     )
-    found = load_settings(path)
-    assert (found.train.learning_rate, found.train.seed, found.train.epochs) == (0.001, 16, 7)
+    loaded = load_settings(path)
+    assert (loaded.train.learning_rate, loaded.train.seed, loaded.train.epochs) == (0.001, 16, 7)
     assert (
-        found.data.columns == {"event": "no", "item_id": "0123"}
-        and found.split.test_from.isoformat() == "2024-01-02T00:00:00+00:00"
+        loaded.data.columns == {"event": "no", "item_id": "0123"}
+        and loaded.split.test_from.isoformat() == "2024-01-02T00:00:00+00:00"
     )
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("text", "named"),
     [
         ("evaluate.k=['010']", "evaluate.k: '010' is text"),
         ("evaluate.k=[10, true]", "evaluate.k: True is yes or no"),
@@ -172,9 +172,9 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path):
         ("data.features={{ kinds }}", "a mapping as a name"),
     ],
 )
-def test_what_could_be_read_as_something_else_is_refused(given, named):
+def test_what_could_be_read_as_something_else_is_refused(text, named):
     with pytest.raises(SettingsError, match=named):
-        load_settings(None, [given])
+        load_settings(None, [text])
 
 
 def test_digits_of_a_date_are_that_date():
@@ -194,12 +194,10 @@ def test_paths_in_a_file_are_of_its_folder_but_for_those_that_are_whole(tmp_path
     with pytest.raises(SettingsError, match="there is no such user"):
         load_settings(path)
     monkeypatch.setenv("ITEMS", "items")
-    found = load_settings(path).data
-    assert found.events == (
-        str(tmp_path / "night 10:00/e.parquet"),
-        "s3://b/e",
-        "/x/e",
-    ) and found.items == str(tmp_path / "items")
+    data = load_settings(path).data
+    assert data.events == (str(tmp_path / "night 10:00/e.parquet"), "s3://b/e", "/x/e") and data.items == str(
+        tmp_path / "items"
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +220,7 @@ def test_a_mapping_on_the_command_line_is_blamed_there(tmp_path):
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30))
 def test_every_path_survives_the_command_line_and_the_databases(name):
     path = "/x/" + name
-    found = load_settings(
+    loaded = load_settings(
         None,
         [
             f"storage.root={path}",
@@ -233,10 +231,10 @@ def test_every_path_survives_the_command_line_and_the_databases(name):
         ],
     )
     assert (
-        found.storage.root == path
-        and found.data.events == (path,)
-        and found.data.items == path
-        and found.privacy.public_start == path
+        loaded.storage.root == path
+        and loaded.data.events == (path,)
+        and loaded.data.items == path
+        and loaded.privacy.public_start == path
     )
     url = make_url(sqlite_url(Path(path)))
     assert unquote(url.database.removeprefix("file:")) == str(Path(path)) and (
@@ -283,7 +281,7 @@ def test_where_it_was_said_is_named(tmp_path):
     }
 
 
-def test_without_a_home_the_setting_is_named(monkeypatch):
+def test_without_a_home_folder_the_setting_is_named(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
     with pytest.raises(SettingsError, match="storage.root: '~/.recray' needs a home folder"):
@@ -300,16 +298,16 @@ CAPPED = ("privacy.enabled=true", "privacy.cap=8")
 )
 def test_two_settings_turn_privacy_on_whatever_else_is_written_out(config, monkeypatch):
     monkeypatch.setenv("RECRAY_DATA", "/data")
-    found = load_settings(config, [*CAPPED, "data.items=/data/items.parquet"])
+    loaded = load_settings(config, [*CAPPED, "data.items=/data/items.parquet"])
     assert (
-        found.model.preset == "dp"
-        and not found.model.repeat_consumption
-        and found.split.holdout_users == 0.1
-        and found.data.catalogue == "items"
+        loaded.model.preset == "dp"
+        and not loaded.model.repeat_consumption
+        and loaded.split.holdout_users == 0.1
+        and loaded.data.catalogue == "items"
     )
-    assert found.train.learning_rate == 0.01 and found.model.blocks == 1
+    assert loaded.train.learning_rate == 0.01 and loaded.model.blocks == 1
     assert (
-        any(words.startswith("model.preset ligr → dp") for words in found.changed)
+        any(words.startswith("model.preset ligr → dp") for words in loaded.changed)
         and load_settings(config).changed == ()
     )
 
@@ -332,14 +330,14 @@ def test_a_file_that_turns_privacy_on_means_what_it_says_of_the_training(tmp_pat
         "privacy: {enabled: true, cap: 8}\ndata: {items: /items.parquet}\ntrain: {learning_rate: "
         "0.03}\nmodel: {repeat_consumption: true, dim: 64}\n"
     )
-    found = load_settings(file)
-    assert (found.train.learning_rate, found.model.repeat_consumption, found.model.dim) == (
+    loaded = load_settings(file)
+    assert (loaded.train.learning_rate, loaded.model.repeat_consumption, loaded.model.dim) == (
         0.03,
         False,
         32,
     ), "64 is the default, which nobody chose"
-    assert "model.repeat_consumption true → false" in found.changed and not any(
-        "learning_rate" in words for words in found.changed
+    assert "model.repeat_consumption true → false" in loaded.changed and not any(
+        "learning_rate" in words for words in loaded.changed
     )
     assert load_settings(file, ["model.dim=64"]).model.dim == 64
 

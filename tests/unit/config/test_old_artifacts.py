@@ -17,12 +17,12 @@ from recray.config.formats import to_current_settings
 from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
 from recray.evaluation.evaluate import read_ndcg, read_table
+from recray.events.store import open_log
 from recray.inference.policy import Policy
 from recray.release import Release
 from recray.serving.api import EventsRequest, RecommendRequest
 from recray.serving.service import Service
 from recray.snapshot.reader import Snapshot
-from recray.state.store import open_log
 from recray.storage import Storage
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop
@@ -91,22 +91,22 @@ def test_the_log_of_events_goes_on(workspace, settings):
     log.close()
     handler = Service(workspace, settings.serve, settings.score, policy=settings.policy)
     item = handler.state.popular_items[0][0]
-    told = asyncio.run(
+    history = asyncio.run(
         handler.intake.events(
             EventsRequest(
                 user_id=7, events=[{"item_id": item, "event_id": "e2"}, {"item_id": item, "event_id": "e3"}]
             )
         )
     )
-    assert told.kept == 1, "e2 was kept by 0.1.0"
+    assert history.kept == 1, "e2 was kept by 0.1.0"
     handler.close()
 
 
 def test_what_was_collected_is_read(workspace, tmp_path):
-    SyntheticShop(users=40, items=30, events_per_user=8, seed=1).write(tmp_path / "world")
+    SyntheticShop(users=40, items=30, events_per_user=8, seed=1).write(tmp_path / "shop")
     data = [
-        f"data.events=[{tmp_path / 'world' / 'events'}]",
-        f"data.items={tmp_path / 'world' / 'items.parquet'}",
+        f"data.events=[{tmp_path / 'shop' / 'events'}]",
+        f"data.items={tmp_path / 'shop' / 'items.parquet'}",
     ]
     old = Dataset.open(workspace.dataset("a6e697f6d31ca8c2"))
     new = prepare_here(renamed_settings(workspace, *data))

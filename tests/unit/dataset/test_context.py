@@ -3,7 +3,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import world_overrides
+from conftest import synthetic_overrides
 
 from recray.config import load_settings
 from recray.dataset.context import encode_clock, encode_column, encode_request, encode_value
@@ -42,7 +42,7 @@ def by_device(tmp_path_factory):
 
 
 def settings_of(folder, root, *overrides):
-    chosen = [
+    options = [
         f"data.events={folder / 'events.parquet'}",
         f"storage.root={root}",
         "data.context=[device, hour]",
@@ -56,7 +56,7 @@ def settings_of(folder, root, *overrides):
         "train.learning_rate=0.01",
         "data.min_item_events=1",
     ]
-    return load_settings(None, [*chosen, *small, *overrides])
+    return load_settings(None, [*options, *small, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def dataset(by_device, tmp_path_factory):
 
 def test_codes():
     column = pa.chunked_array([["phone", None], ["desk", "phone"]])
-    found = encode_column("device", column)
-    assert found.tolist() == [
+    encoded = encode_column("device", column)
+    assert encoded.tolist() == [
         encode_value("device", "phone"),
         0,
         encode_value("device", "desk"),
@@ -97,18 +97,18 @@ def test_a_request_names_declared_fields_alone():
 def test_training_knows_the_context_in_which_the_target_came(dataset):
     first_half = {encode_value("device", "phone"): True, encode_value("device", "desk"): False}
     ids = np.array([0, *dataset.items["item_id"].to_pylist()])
-    seen = 0
+    n_targets = 0
     for batch, targets, _ in TrainingBatches(
         dataset, history=16, batch_tokens=512, sequences="all", popularity_prior_days=0, seed=0
     ).epoch(0):
         moments = batch.now_BT[batch.user_N, batch.position_N].numpy()
         assert (batch.context_NC[:, 1].numpy() == encode_clock("hour", moments)).all()
         for n, device in enumerate(batch.context_NC[:, 0].tolist()):
-            wanted = ids[targets.item[targets.offsets[n] : targets.offsets[n + 1]].numpy()]
-            if device and len(wanted) == 1:
-                assert (wanted[0] < HALF) == first_half[device]
-                seen += 1
-    assert seen > 1000
+            target_ids = ids[targets.item[targets.offsets[n] : targets.offsets[n + 1]].numpy()]
+            if device and len(target_ids) == 1:
+                assert (target_ids[0] < HALF) == first_half[device]
+                n_targets += 1
+    assert n_targets > 1000
 
 
 def test_what_the_context_decides_is_learned_and_the_unknown_stays_neutral(dataset, by_device, tmp_path):
@@ -130,22 +130,24 @@ def test_what_the_context_decides_is_learned_and_the_unknown_stays_neutral(datas
     assert first_half([encode_request(dataset.context, {"device": "desk"}, None)] * len(questions)) < 0.05
     assert 0.3 < first_half(None) < 0.7
     assert first_half(None) == first_half([encode_request(dataset.context, {}, None)] * len(questions))
-    known = [q for q in questions if q.context[0]]
-    assert len(known) > 100, "leave-one-out asks with the context of the target"
+    with_context = [q for q in questions if q.context[0]]
+    assert len(with_context) > 100, "leave-one-out asks with the context of the target"
 
 
-def test_a_time_split_asks_at_the_cut_where_no_context_is_known(by_device, tmp_path):
+def test_a_time_split_queries_at_the_cutoff_where_no_context_is_known(by_device, tmp_path):
     dataset = prepare_here(settings_of(by_device, tmp_path, "split.kind=time"))
     assert not any(
         q.context.any() for batch in EvaluationQueries(dataset, "test").batches(100) for q in batch
     )
 
 
-def test_bad_declarations_are_named(by_device, world_folder, tmp_path):
+def test_invalid_declarations_are_named(by_device, synthetic_folder, tmp_path):
     with pytest.raises(DataError, match="no column 'page' for data.context"):
         prepare_here(settings_of(by_device, tmp_path, "data.context=[page]"))
     with pytest.raises(DataError, match="context value has type float"):
-        prepare_here(load_settings(None, [*world_overrides(world_folder, tmp_path), "data.context=[value]"]))
+        prepare_here(
+            load_settings(None, [*synthetic_overrides(synthetic_folder, tmp_path), "data.context=[value]"])
+        )
     with pytest.raises(DataError, match="hour needs a timestamp"):
         prepare_here(settings_of(by_device, tmp_path, "data.columns={timestamp: null, position: user_id}"))
     with pytest.raises(SettingsError, match="a name occurs twice"):

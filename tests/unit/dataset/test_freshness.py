@@ -4,7 +4,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import world_overrides
+from conftest import synthetic_overrides
 
 from recray.bundle import Bundle
 from recray.config import load_settings
@@ -28,13 +28,13 @@ def site(tmp_path_factory):
 
 
 def settings_of(site, root, *overrides):
-    given = [
+    options = [
         f"data.events={site / 'events.parquet'}",
         f"data.items={site / 'items.parquet'}",
         f"storage.root={root}",
         "data.available_from=published",
     ]
-    given += [
+    options += [
         "data.features={title: text, section: categorical}",
         "data.context=[device]",
         "split.query_time=target",
@@ -48,7 +48,7 @@ def settings_of(site, root, *overrides):
         "train.batch_tokens=1024",
         "train.learning_rate=0.01",
     ]
-    return load_settings(None, [*given, *small, *overrides])
+    return load_settings(None, [*options, *small, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +57,17 @@ def dataset(site, tmp_path_factory):
 
 
 def test_buckets_grow_with_age_and_tell_the_unknown_and_the_unborn():
-    found = freshness_bucket(100, np.array([UNKNOWN_DAY, 101, 100, 99, 98, 90, 0, -7000]))
-    assert found.tolist()[:4] == [0, 1, 2, 4]
+    buckets = freshness_bucket(100, np.array([UNKNOWN_DAY, 101, 100, 99, 98, 90, 0, -7000]))
+    assert buckets.tolist()[:4] == [0, 1, 2, 4]
     assert (
-        (np.diff(found[1:7]) > 0).all()
-        and found[7] == FRESHNESS_BUCKETS - 1
-        and found.max() < FRESHNESS_BUCKETS
+        (np.diff(buckets[1:7]) > 0).all()
+        and buckets[7] == FRESHNESS_BUCKETS - 1
+        and buckets.max() < FRESHNESS_BUCKETS
     )
     assert recommender.FRESHNESS_BUCKETS == FRESHNESS_BUCKETS
 
 
-def test_release_days_are_read_and_bad_ones_named(dataset, site, world_folder, tmp_path):
+def test_release_days_are_read_and_invalid_ones_named(dataset, site, synthetic_folder, tmp_path):
     published = (
         pq.read_table(site / "items.parquet").sort_by("item_id")["published"].cast("int64").to_numpy()
         // 1_000_000
@@ -105,7 +105,7 @@ def test_release_days_are_read_and_bad_ones_named(dataset, site, world_folder, t
             load_settings(
                 None,
                 [
-                    *world_overrides(world_folder, tmp_path),
+                    *synthetic_overrides(synthetic_folder, tmp_path),
                     "data.items=null",
                     "data.features={}",
                     "data.available_from=born",
@@ -124,7 +124,7 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
     assert weight[2] > weight[6] + 1, "and above those of three days ago"
     predictor = Predictor.of(loop.model, dataset, 7)
     trained = dataset.mask_trained_items()
-    hits, asked = 0, 0
+    hits, n_queries = 0, 0
     for batch in EvaluationQueries(dataset, "test").batches(200):
         cold = [q for q in batch if not trained[q.target].any()]
         if cold:
@@ -135,9 +135,9 @@ def test_freshness_is_learned_and_articles_that_nobody_read_are_found(dataset, s
             }
             lists = predictor.recommend([q.history for q in cold], 10, **asks).item_index
             hits += sum(bool(np.isin(q.target, lists[row]).any()) for row, q in enumerate(cold))
-            asked += len(cold)
-    assert asked > 50
-    assert hits / asked > 5 * 10 / dataset.n_items
+            n_queries += len(cold)
+    assert n_queries > 50
+    assert hits / n_queries > 5 * 10 / dataset.n_items
 
 
 def test_a_bundle_knows_the_release_of_its_items(dataset, site, tmp_path):
@@ -157,16 +157,16 @@ def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
     """Not those of the night in which the bundle was trained."""
     bundle = untrained_bundle(settings_of(site, tmp_path), dataset, tmp_path / "b", "b")
     table = pq.read_table(site / "items.parquet")
-    never_met = np.setdiff1d(np.arange(1, dataset.n_items + 1), dataset.popularity.item_index)
-    assert len(never_met) > 2
-    sooner, later = dataset.items["item_id"].take(pa.array(never_met[:2] - 1)).to_pylist()
+    cold_items = np.setdiff1d(np.arange(1, dataset.n_items + 1), dataset.popularity.item_index)
+    assert len(cold_items) > 2
+    sooner, latest = dataset.items["item_id"].take(pa.array(cold_items[:2] - 1)).to_pylist()
     at = np.array(table["published"].cast("int64").to_numpy())
-    place = {item: n for n, item in enumerate(table["item_id"].to_pylist())}
+    row_of = {item: n for n, item in enumerate(table["item_id"].to_pylist())}
     far = (dataset.now_s // DAY_S + 400) * DAY_S * 1_000_000
-    for first, second, answered in ((far, at[place[sooner]], sooner), (at[place[sooner]], far, None)):
+    for first, second, answered in ((far, at[row_of[sooner]], sooner), (at[row_of[sooner]], far, None)):
         for folder, moment in (("then", first), ("tonight", second)):
             days = at.copy()
-            days[place[sooner]], days[place[later]] = moment, far
+            days[row_of[sooner]], days[row_of[latest]] = moment, far
             changed = table.set_column(3, "published", pa.array(days).cast(table["published"].type))
             pq.write_table(changed, tmp_path / f"{folder}.parquet")
         then, tonight = (
@@ -178,20 +178,20 @@ def test_release_days_are_those_of_tonight(dataset, site, tmp_path):
         h = next(EvaluationQueries(tonight, "test").batches(1))[0].history
         shown = predictor.recommend([h], tonight.n_items, now=tonight.now_s).item_index[0]
         shown = set(predictor.vocabulary.ids_of(shown[shown > 0]))
-        assert (sooner in shown) == (answered == sooner) and later not in shown
+        assert (sooner in shown) == (answered == sooner) and latest not in shown
 
 
 def test_the_news_site_is_drawn_from_its_seed_and_fades(site):
-    again = SyntheticNews(users=400, articles=600, events_per_user=12, days=20)
+    redrawn = SyntheticNews(users=400, articles=600, events_per_user=12, days=20)
     events, items = pq.read_table(site / "events.parquet"), pq.read_table(site / "items.parquet")
-    assert again.event_table() == events and again.item_table() == items
+    assert redrawn.event_table() == events and redrawn.item_table() == items
     assert SyntheticNews(users=400, articles=600, events_per_user=12, days=20, seed=1).event_table() != events
-    place = pc.index_in(events["item_id"], items["item_id"].combine_chunks())
+    rows = pc.index_in(events["item_id"], items["item_id"].combine_chunks())
     age = (
         events["timestamp"].cast(pa.int64()).to_numpy()
-        - items["published"].cast(pa.int64()).take(place).to_numpy()
+        - items["published"].cast(pa.int64()).take(rows).to_numpy()
     ) / 86_400e6
-    assert age.min() >= 0 and age.max() <= again.live_days
+    assert age.min() >= 0 and age.max() <= redrawn.live_days
     assert np.histogram(age, bins=4, range=(0, 4))[0].tolist() == sorted(
         np.histogram(age, bins=4, range=(0, 4))[0].tolist(), reverse=True
     )

@@ -4,19 +4,19 @@ import asyncio
 import re
 
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recray.config import load_settings
 from recray.dataset.ids import to_canonical_integer, to_typed_id
 from recray.errors import RequestError
+from recray.events.log import Entry, make_key
+from recray.events.store import open_log
 from recray.serving.api import Event, EventsRequest, HistoryRequest, RecommendRequest
 from recray.serving.query import resolve_query
 from recray.serving.ranking import bind_query
 from recray.serving.service import Service
-from recray.state.log import Entry, make_key
-from recray.state.store import open_log
 from recray.testing.published import publish_untrained
 
 STRANGE = ["007", "1_0", " 12 ", "٣", "+5", "7.0", "7 ", "-0", "0x7", "1e3", "", " ", str(2**63), "7\n", "７"]
@@ -31,11 +31,11 @@ STRANGE = ["007", "1_0", " 12 ", "٣", "+5", "7.0", "7 ", "-0", "0x7", "1e3", ""
     )
 )
 def test_an_integer_has_one_text(value):
-    found = to_canonical_integer(value)
+    text = to_canonical_integer(value)
     if isinstance(value, int):
-        assert found == (value if -(2**63) <= value < 2**63 else None)
-    elif found is not None:
-        assert str(found) == value
+        assert text == (value if -(2**63) <= value < 2**63 else None)
+    elif text is not None:
+        assert str(text) == value
     else:
         assert not re.fullmatch("0|-?[1-9][0-9]{0,17}", value, re.ASCII)
 
@@ -53,13 +53,13 @@ def test_a_drawn_key_names_nothing():
 
 
 @pytest.fixture(scope="module")
-def handler(world_folder, world_dataset, tmp_path_factory):
-    settings = load_settings(None, world_overrides(world_folder, tmp_path_factory.mktemp("ids")))
-    found = Service(
-        publish_untrained(settings, world_dataset, settings.root()), settings.serve, settings.score
+def handler(synthetic_folder, synthetic_dataset, tmp_path_factory):
+    settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path_factory.mktemp("ids")))
+    service = Service(
+        publish_untrained(settings, synthetic_dataset, settings.root()), settings.serve, settings.score
     )
-    yield found
-    found.close()
+    yield service
+    service.close()
 
 
 @pytest.mark.parametrize("text", STRANGE)
@@ -86,19 +86,19 @@ def test_a_blank_is_no_id_of_a_service_whose_ids_are_text(handler):
         asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": " "}])))
 
 
-def test_what_comes_after_the_moment_asked_about_is_not_known(handler):
+def test_what_comes_after_the_query_time_is_not_known(handler):
     ids = handler.state.predictor.vocabulary.item_ids.to_pylist()
-    begun, later = (
+    started, expired = (
         Event(item_id=ids[0], timestamp="2024-02-01T00:00:00"),
         Event(item_id=ids[1], timestamp="2024-02-03T00:00:00"),
     )
-    asked = {"now": "2024-02-02T00:00:00", "k": 10}
+    body = {"now": "2024-02-02T00:00:00", "k": 10}
     answers = [
-        asyncio.run(handler.recommend(RecommendRequest(history=events, **asked)))
-        for events in ([begun], [begun, later], [later, begun])
+        asyncio.run(handler.recommend(RecommendRequest(history=events, **body)))
+        for events in ([started], [started, expired], [expired, started])
     ]
     assert answers[0].items == answers[1].items == answers[2].items
-    alone = asyncio.run(handler.recommend(RecommendRequest(history=[later], **asked)))
+    alone = asyncio.run(handler.recommend(RecommendRequest(history=[expired], **body)))
     assert alone.source == "popular"
     stored = bind_query(
         resolve_query(RecommendRequest(user_id=7, now="1990-01-01T00:00:00"), handler.state), handler.state

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from conftest import world_overrides
+from conftest import synthetic_overrides
 
 from recray.config import load_settings
 from recray.evaluation.baselines import NEIGHBOURS, cosine_similarity, fit_baselines, to_fractions
@@ -12,9 +12,11 @@ from recray.inference import Predictor
 from recray.testing.published import prepare_here, untrained_bundle
 
 
-def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dataset, tmp_path):
-    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
-    table, ndcg = compare(world_settings, world_dataset, Predictor.load(bundle.path, dataset=world_dataset))
+def test_the_table_holds_every_ranker_in_both_settings(synthetic_settings, synthetic_dataset, tmp_path):
+    bundle = untrained_bundle(synthetic_settings, synthetic_dataset, tmp_path / "b", "b")
+    table, ndcg = compare(
+        synthetic_settings, synthetic_dataset, Predictor.load(bundle.path, dataset=synthetic_dataset)
+    )
     assert {setting: values.mean() for setting, values in ndcg.items()} == {
         s: rows[MODEL]["ndcg@10"] for s, rows in table.items()
     }
@@ -36,24 +38,26 @@ def test_the_table_holds_every_ranker_in_both_settings(world_settings, world_dat
             lengths = [row["segments"][s]["users"] for s in row["segments"] if s.startswith("history")]
             assert sum(lengths) == row["users"]
             if name != MODEL:
-                lead = rows[MODEL]["ndcg@10"] - row["ndcg@10"]
-                np.testing.assert_allclose(row["model_lead"], lead, atol=1e-9)
-                assert row["model_lead_low"] <= lead <= row["model_lead_high"]
+                ndcg_gain = rows[MODEL]["ndcg@10"] - row["ndcg@10"]
+                np.testing.assert_allclose(row["model_lead"], ndcg_gain, atol=1e-9)
+                assert row["model_lead_low"] <= ndcg_gain <= row["model_lead_high"]
 
 
-def test_users_who_are_asked_live_are_answered_by_what_is_popular_then(world_folder, tmp_path):
-    settings = load_settings(None, [*world_overrides(world_folder, tmp_path), "split.query_time=target"])
+def test_real_time_queries_get_what_is_popular_then(synthetic_folder, tmp_path):
+    settings = load_settings(
+        None, [*synthetic_overrides(synthetic_folder, tmp_path), "split.query_time=target"]
+    )
     data = prepare_here(settings)
     questions = EvaluationQueries(data, "test")
     rankers = dict(fit_baselines(data, questions, ease_max_items=10_000, ease_l2=500.0))
     assert list(rankers)[1:3] == ["popular, last 7 days", "popular, last day"]
-    asked = [question for batch in questions.batches(50) for question in batch]
-    days = {question.now // 86_400 for question in asked}
+    queries = [query for batch in questions.batches(50) for query in batch]
+    days = {query.now // 86_400 for query in queries}
     assert len(days) > 1
     for name, length in (("popular, last 7 days", 7), ("popular, last day", 1)):
-        lists = rankers[name](asked, 5, filter_seen=False)
-        for row, question in enumerate(asked):
-            counts = data.popularity.window(question.now, length)
+        lists = rankers[name](queries, 5, filter_seen=False)
+        for row, query in enumerate(queries):
+            counts = data.popularity.window(query.now, length)
             assert (counts[lists[row]] == np.sort(counts[1:])[::-1][:5]).all()
 
 
@@ -62,8 +66,8 @@ def test_users_who_are_asked_live_are_answered_by_what_is_popular_then(world_fol
 )  # whole rows are looked through, or only what is there is sorted
 def test_neighbours_are_the_nearest(dense, monkeypatch):
     monkeypatch.setattr("recray.evaluation.baselines.DENSE", dense)
-    seen = sp.random(300, 700, 0.05, "csr", np.float32, rng=np.random.default_rng(0)).sign()
-    whole, near = (cosine_similarity(seen, dense=dense) for dense in (True, False))
+    interactions = sp.random(300, 700, 0.05, "csr", np.float32, rng=np.random.default_rng(0)).sign()
+    whole, near = (cosine_similarity(interactions, dense=dense) for dense in (True, False))
     assert near.nnz == (near > 0).nnz and np.diff(near.tocsc().indptr).max() == NEIGHBOURS
     for item in (0, 511, 512, 699):
         column = np.sort(whole[:, item])[::-1]
@@ -73,11 +77,11 @@ def test_neighbours_are_the_nearest(dense, monkeypatch):
 
 
 def test_what_breaks_ties_is_below_one_purchase():
-    found = to_fractions(np.array([[0.0, 32_500.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]))
-    assert found.max() < 1 and (np.diff(found[0, [0, 3, 2, 1]]) > 0).all() and not found[1].any()
+    fractions = to_fractions(np.array([[0.0, 32_500.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert fractions.max() < 1 and (np.diff(fractions[0, [0, 3, 2, 1]]) > 0).all() and not fractions[1].any()
 
 
-def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, world_folder):
+def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, synthetic_folder):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,7 +91,7 @@ def test_a_setting_without_targets_is_skipped_not_fatal(tmp_path, world_folder):
     pq.write_table(pa.table(columns), tmp_path / "e.parquet")
     overrides = [
         o
-        for o in world_overrides(world_folder, tmp_path)
+        for o in synthetic_overrides(synthetic_folder, tmp_path)
         if not o.startswith(("data.items", "data.features"))
     ]
     settings = load_settings(None, [*overrides, f"data.events={tmp_path / 'e.parquet'}"])

@@ -8,12 +8,12 @@ TARGETS = [np.array([1]), np.array([5, 6, 9, 10]), np.array([1])]
 
 
 def test_values_by_hand():
-    found = m.per_user(LISTS, TARGETS, 3)
-    np.testing.assert_allclose(found["hr"], [1, 1, 0])
-    np.testing.assert_allclose(found["mrr"], [1 / 2, 1, 0])
-    np.testing.assert_allclose(found["recall"], [1, 2 / 4, 0])
+    values = m.per_user(LISTS, TARGETS, 3)
+    np.testing.assert_allclose(values["hr"], [1, 1, 0])
+    np.testing.assert_allclose(values["mrr"], [1 / 2, 1, 0])
+    np.testing.assert_allclose(values["recall"], [1, 2 / 4, 0])
     ideal = 1 + 1 / np.log2(3) + 1 / 2
-    np.testing.assert_allclose(found["ndcg"], [1 / np.log2(3), (1 + 1 / np.log2(3)) / ideal, 0])
+    np.testing.assert_allclose(values["ndcg"], [1 / np.log2(3), (1 + 1 / np.log2(3)) / ideal, 0])
 
 
 def test_k_cuts_the_list():

@@ -53,14 +53,16 @@ def test_baselines_reproduce_the_reference(settings, retail):
     questions = EvaluationQueries(retail, "test")
     assert len(questions) == 1018
     judge = Evaluator(settings, retail, questions)
-    found = {"with_repeats": {}, "filter_seen": {}}
+    measured = {"with_repeats": {}, "filter_seen": {}}
     for name, ranker in fit_baselines(retail, questions, ease_max_items=10_000, ease_l2=500.0):
         for setting, (row, _) in judge.run(ranker, {}).items():
-            found[setting][name] = tuple(row[metric] for metric in ("hr@10", "ndcg@10", "recall@10"))
+            measured[setting][name] = tuple(row[metric] for metric in ("hr@10", "ndcg@10", "recall@10"))
             assert row["users"] == (1018 if setting == "with_repeats" else 885)
     for setting, expected in (("with_repeats", REPEATS), ("filter_seen", NEW_ONLY)):
         for name, figures in expected.items():
-            np.testing.assert_allclose(found[setting][name], figures, atol=1e-3, err_msg=f"{name} {setting}")
+            np.testing.assert_allclose(
+                measured[setting][name], figures, atol=1e-3, err_msg=f"{name} {setting}"
+            )
 
 
 def test_large_catalogues_skip_ease_and_keep_near_neighbours(retail):

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from conftest import world_overrides
+from conftest import synthetic_overrides
 
 from recray.bundle import Bundle
 from recray.config import load_settings
@@ -26,11 +26,11 @@ from recray.testing.synthetic import SyntheticShop
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory, world_folder):
+def shop(tmp_path_factory, synthetic_folder):
     """Settings, storage, dataset and three bundles that differ in their seed."""
     root = tmp_path_factory.mktemp("shop")
     overrides = [
-        *world_overrides(world_folder, root),
+        *synthetic_overrides(synthetic_folder, root),
         "promotion.must_beat=[]",
         "promotion.consistency_users=32",
     ]
@@ -134,8 +134,8 @@ def test_rolled_back_the_old_champion_returns_and_the_new_one_only_by_hand(fresh
 def test_a_release_that_points_nowhere_or_at_something_else_is_named(fresh):
     settings, storage, dataset, (first, second, _) = fresh
     promotion.promote(settings, dataset, first)
-    away = first.path.with_name("away")
-    first.path.rename(away)
+    dangling = first.path.with_name("away")
+    first.path.rename(dangling)
     try:
         with pytest.raises(
             MissingArtifactError, match=f"RELEASE.json names bundle {first.key}.*\n.*recray promote KEY"
@@ -146,7 +146,7 @@ def test_a_release_that_points_nowhere_or_at_something_else_is_named(fresh):
             load_champion(storage)
     finally:
         shutil.rmtree(first.path)
-        away.rename(first.path)
+        dangling.rename(first.path)
     storage.release.write_text('{"format_version": 1}')
     with pytest.raises(DamagedArtifactError, match="is not a release"):
         Release.read(storage)
@@ -155,7 +155,7 @@ def test_a_release_that_points_nowhere_or_at_something_else_is_named(fresh):
 def test_a_bundle_of_other_data_is_refused(fresh, tmp_path):
     settings, _, dataset, (bundle, *_) = fresh
     SyntheticShop(users=100, items=60, events_per_user=15, seed=9).write(tmp_path / "other")
-    other = load_settings(None, world_overrides(tmp_path / "other", tmp_path / "root"))
+    other = load_settings(None, synthetic_overrides(tmp_path / "other", tmp_path / "root"))
     check = criteria.check_same_data(prepare_here(other), bundle, tmp_path / "gone")
     assert check.passed, "the same names: only what is not shared can tell data apart"
     renamed = SyntheticShop(users=100, items=60, events_per_user=15, seed=9)
@@ -170,7 +170,7 @@ def test_a_bundle_of_other_data_is_refused(fresh, tmp_path):
         table = pq.read_table(file)
         ids = pa.array([f"film-{name}" for name in table["item_id"].to_pylist()])
         pq.write_table(table.set_column(table.column_names.index("item_id"), "item_id", ids), file)
-    stranger = prepare_here(load_settings(None, world_overrides(tmp_path / "renamed", tmp_path / "root")))
+    stranger = prepare_here(load_settings(None, synthetic_overrides(tmp_path / "renamed", tmp_path / "root")))
     check = criteria.check_same_data(stranger, bundle, tmp_path / "gone")
     assert not check.passed and "0 of the 120 items" in check.text and "another dataset" in check.text
     check = criteria.check_same_data(dataset, bundle, stranger.path)
@@ -190,14 +190,14 @@ def test_a_champion_that_may_know_the_targets_is_not_compared(fresh):
     assert check.passed and "not compared" in check.text and comparison == {}
 
 
-def test_parity_finds_a_predictor_that_answers_otherwise_in_a_batch(fresh):
+def test_the_consistency_check_finds_a_predictor_that_differs_in_a_batch(fresh):
     settings, _, dataset, (bundle, *_) = fresh
     predictor = Predictor.load(bundle.path, dataset=dataset)
     check = criteria.check_consistency(settings, dataset, predictor)
     assert check.passed and "scores of 32 users" in check.text
     whole = predictor.recommend
-    predictor.recommend = lambda histories, k, **more: whole(
-        histories, k, **{**more, "now": dataset.as_of_s - len(histories) * 86_400 * 30}
+    predictor.recommend = lambda histories, k, **options: whole(
+        histories, k, **{**options, "now": dataset.as_of_s - len(histories) * 86_400 * 30}
     )
     assert not criteria.check_consistency(settings, dataset, predictor).passed
 

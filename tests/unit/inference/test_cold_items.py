@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import private_overrides, world_overrides
+from conftest import private_overrides, synthetic_overrides
 
 from recray.config import ScoreSettings, load_settings
 from recray.dataset.features import append_items, encode_features
@@ -22,69 +22,72 @@ def with_images(table: pa.Table) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def items(world_folder) -> pa.Table:
-    return with_images(pq.read_table(world_folder / "items.parquet"))
+def items(synthetic_folder) -> pa.Table:
+    return with_images(pq.read_table(synthetic_folder / "items.parquet"))
 
 
-def prepared(world_folder, root, items, *overrides):
+def prepared(synthetic_folder, root, items, *overrides):
     pq.write_table(items, root / "items.parquet")
     features = "{" + ", ".join(f"{name}: {kind}" for name, kind in KINDS.items()) + "}"
-    given = [
-        *world_overrides(world_folder, root),
+    options = [
+        *synthetic_overrides(synthetic_folder, root),
         f"data.items={root / 'items.parquet'}",
         f"data.features={features}",
         *overrides,
     ]
-    settings = load_settings(None, given)
+    settings = load_settings(None, options)
     return settings, prepare_here(settings)
 
 
 def test_what_comes_later_is_encoded_as_if_it_had_been_there(items):
     first, then = items.slice(0, 70), items.slice(70)
     whole, start = encode_features(items, KINDS, 64, first), encode_features(first, KINDS, 64)
-    more = encode_features(then, KINDS, 64, first)
+    appended = encode_features(then, KINDS, 64, first)
     for name in KINDS:
-        for mine, theirs in zip(append_items(start[name], more[name]), whole[name], strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+        for ours, theirs in zip(append_items(start[name], appended[name]), whole[name], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
-def test_newcomers_are_scored_by_their_features_and_the_rest_as_before(world_folder, items, tmp_path):
+def test_newcomers_are_scored_by_their_features_and_the_rest_as_before(synthetic_folder, items, tmp_path):
     (tmp_path / "before").mkdir()
     (tmp_path / "after").mkdir()
     cold = items.slice(0, 1).set_column(
         0, "item_id", pa.array(["j-cold"])
     )  # nobody met it, so it has no id vector
-    settings, before = prepared(world_folder, tmp_path / "before", pa.concat_tables([items, cold]))
+    settings, before = prepared(synthetic_folder, tmp_path / "before", pa.concat_tables([items, cold]))
     bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
     twin = cold.set_column(0, "item_id", pa.array(["z-twin"]))
     bare = pa.table({name: pa.nulls(1, twin[name].type) for name in twin.column_names}).set_column(
         0, "item_id", pa.array(["z-bare"])
     )
-    _, after = prepared(world_folder, tmp_path / "after", pa.concat_tables([items, cold, twin, bare]))
+    _, after = prepared(synthetic_folder, tmp_path / "after", pa.concat_tables([items, cold, twin, bare]))
     old, new = Predictor.load(bundle.path), Predictor.load(bundle.path, dataset=after)
     assert new.n_items == old.n_items + 1, "one that nothing is known of cannot be scored"
     histories = [new.vocabulary.translation(after).history(after.shard(0).history(row)) for row in range(8)]
-    place = new.vocabulary.index_of(["j-cold", "z-twin"])
-    assert place.all()
-    scores = np.stack(new.score(histories, [place] * len(histories), now=after.now_s))
+    indices = new.vocabulary.index_of(["j-cold", "z-twin"])
+    assert indices.all()
+    scores = np.stack(new.score(histories, [indices] * len(histories), now=after.now_s))
     np.testing.assert_allclose(scores[:, 0], scores[:, 1], rtol=1e-6, atol=1e-7)
-    known = np.arange(1, old.n_items + 1)
+    learned_items = np.arange(1, old.n_items + 1)
     for a, b in zip(
-        *(p.score(histories, [known] * len(histories), now=after.now_s) for p in (old, new)), strict=True
+        *(p.score(histories, [learned_items] * len(histories), now=after.now_s) for p in (old, new)),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     answer = new.recommend(histories, new.n_items, now=after.now_s)
-    assert (answer.item_index == place[1]).any(1).all()
+    assert (answer.item_index == indices[1]).any(1).all()
 
 
-def test_a_private_bundle_has_noised_counts_alone_and_newcomers_count_least(world_folder, items, tmp_path):
+def test_a_private_bundle_has_noised_counts_alone_and_newcomers_count_least(
+    synthetic_folder, items, tmp_path
+):
     kinds = [
         "model.items=features",
         "data.features={category: categorical, title: text}",
         f"data.items={tmp_path / 'items.parquet'}",
     ]
     pq.write_table(items, tmp_path / "items.parquet")
-    settings = load_settings(None, [*private_overrides(world_folder, tmp_path), *kinds])
+    settings = load_settings(None, [*private_overrides(synthetic_folder, tmp_path), *kinds])
     before = prepare_here(settings)
     bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle", {"differential_privacy": True})
     assert "events" in before.items.column_names and "events" not in bundle.items.column_names
@@ -105,58 +108,63 @@ def test_a_private_bundle_has_noised_counts_alone_and_newcomers_count_least(worl
     assert predictor.cold_V.tolist() == [False] * (last) + [True]
     nobody = history.last(0)
     with pytest.MonkeyPatch.context() as patch:
-        found = [predictor.recommend([history, nobody], 20, now=after.now_s)]
+        responses = [predictor.recommend([history, nobody], 20, now=after.now_s)]
         patch.setattr("recray.inference.candidates.ITEM_BLOCK", 16)
-        found.append(predictor.recommend([history, nobody], 20, now=after.now_s))
-    np.testing.assert_array_equal(*(answer.item_index for answer in found))
-    assert found[0].source == ["model", "popular"]
-    np.testing.assert_allclose(found[0].scores[1], np.sort(offset[1:].numpy())[::-1][:20])
+        responses.append(predictor.recommend([history, nobody], 20, now=after.now_s))
+    np.testing.assert_array_equal(*(answer.item_index for answer in responses))
+    assert responses[0].source == ["model", "popular"]
+    np.testing.assert_allclose(responses[0].scores[1], np.sort(offset[1:].numpy())[::-1][:20])
 
 
-def test_the_dial_lifts_what_is_known_by_features_alone(world_folder, items, tmp_path):
+def test_the_cold_item_boost_raises_what_is_known_by_features_alone(synthetic_folder, items, tmp_path):
     cold = pa.concat_tables(
         [items.slice(0, 1).set_column(0, "item_id", pa.array([name])) for name in ("j-known", "j-bare")]
     )
     bare = pa.table({name: pa.nulls(1, cold[name].type) for name in cold.column_names}).set_column(
         0, "item_id", pa.array(["j-bare"])
     )
-    settings, dataset = prepared(world_folder, tmp_path, pa.concat_tables([items, cold.slice(0, 1), bare]))
+    settings, dataset = prepared(
+        synthetic_folder, tmp_path, pa.concat_tables([items, cold.slice(0, 1), bare])
+    )
     predictor = Predictor.load(untrained_bundle(settings, dataset, tmp_path / "bundle", "bundle").path)
-    known, nothing = predictor.vocabulary.index_of(["j-known", "j-bare"])
-    assert predictor.cold_V[known] and not predictor.cold_V[nothing] and not predictor.cold_V[0]
+    with_features, nothing = predictor.vocabulary.index_of(["j-known", "j-bare"])
+    assert predictor.cold_V[with_features] and not predictor.cold_V[nothing] and not predictor.cold_V[0]
     assert not (predictor.cold_V & dataset.mask_trained_items()).any()
     rules = Rules.from_settings(
         ScoreSettings(cold_item_boost=20.0).rules(), dataset, np.arange(dataset.n_items + 1), predictor.cold_V
     )
     answer = predictor.recommend([dataset.shard(0).history(0)], 5, now=dataset.now_s, rules=rules)
-    assert known in answer.item_index[0][: predictor.cold_V.sum()] and nothing not in answer.item_index[0]
+    assert (
+        with_features in answer.item_index[0][: predictor.cold_V.sum()]
+        and nothing not in answer.item_index[0]
+    )
 
 
-def test_items_that_are_gone_are_not_answered(world_folder, items, tmp_path):
+def test_removed_items_are_not_recommended(synthetic_folder, items, tmp_path):
     (tmp_path / "before").mkdir()
     (tmp_path / "after").mkdir()
-    settings, before = prepared(world_folder, tmp_path / "before", items)
+    settings, before = prepared(synthetic_folder, tmp_path / "before", items)
     bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
-    _, after = prepared(world_folder, tmp_path / "after", items, "data.min_item_events=20")
-    gone = set(before.items["item_id"].to_pylist()) - set(after.items["item_id"].to_pylist())
-    assert 3 < len(gone) < len(before.items) - 3
+    _, after = prepared(synthetic_folder, tmp_path / "after", items, "data.min_item_events=20")
+    removed = set(before.items["item_id"].to_pylist()) - set(after.items["item_id"].to_pylist())
+    assert 3 < len(removed) < len(before.items) - 3
     predictor = Predictor.load(bundle.path, dataset=after)
     history = predictor.vocabulary.translation(after).history(after.shard(0).history(0))
     for histories in ([history], [history.last(0)]):
         answer = predictor.recommend(histories, predictor.n_items, now=after.now_s)
-        found = predictor.vocabulary.ids_of(answer.item_index[0][answer.item_index[0] > 0])
-        assert set(found) == set(after.items["item_id"].to_pylist()), (
+        item_ids = predictor.vocabulary.ids_of(answer.item_index[0][answer.item_index[0] > 0])
+        assert set(item_ids) == set(after.items["item_id"].to_pylist()), (
             "all that are left, and none that is gone"
         )
 
 
-def test_a_bundle_without_features_knows_nothing_of_newcomers(world_folder, items, tmp_path):
+def test_a_bundle_without_features_knows_nothing_of_newcomers(synthetic_folder, items, tmp_path):
     (tmp_path / "before").mkdir()
-    settings, before = prepared(world_folder, tmp_path / "before", items, "data.features={}")
+    settings, before = prepared(synthetic_folder, tmp_path / "before", items, "data.features={}")
     bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
     (tmp_path / "after").mkdir()
     extra = pa.concat_tables([items, items.slice(0, 1).set_column(0, "item_id", pa.array(["z"]))])
-    _, after = prepared(world_folder, tmp_path / "after", extra)
+    _, after = prepared(synthetic_folder, tmp_path / "after", extra)
     assert len(bundle.cold_items(after)) == 0
     assert Predictor.load(bundle.path, dataset=after).n_items == len(before.items)
     assert torch.equal(
@@ -164,16 +172,16 @@ def test_a_bundle_without_features_knows_nothing_of_newcomers(world_folder, item
     )
 
 
-def test_what_is_declared_otherwise_now_is_not_taken_for_what_it_was(world_folder, items, tmp_path):
+def test_what_is_declared_otherwise_now_is_not_taken_for_what_it_was(synthetic_folder, items, tmp_path):
     (tmp_path / "before").mkdir()
     (tmp_path / "after").mkdir()
-    settings, before = prepared(world_folder, tmp_path / "before", items)
+    settings, before = prepared(synthetic_folder, tmp_path / "before", items)
     bundle = untrained_bundle(settings, before, tmp_path / "bundle", "bundle")
     extra = pa.concat_tables([items, items.slice(0, 1).set_column(0, "item_id", pa.array(["z"]))])
-    _, same = prepared(world_folder, tmp_path / "after", extra)
+    _, same = prepared(synthetic_folder, tmp_path / "after", extra)
     assert bundle.cold_items(same)["item_id"].to_pylist() == ["z"]
     _, other = prepared(
-        world_folder,
+        synthetic_folder,
         tmp_path / "after",
         extra,
         "data.features={category: categorical, title: categorical}",
@@ -182,7 +190,7 @@ def test_what_is_declared_otherwise_now_is_not_taken_for_what_it_was(world_folde
     assert len(bundle.cold_items(other)) == 0
     translation = Predictor.load(bundle.path, dataset=other).vocabulary.translation(other)
     assert translation.context(np.array([3, 14])).tolist() == [14], "the hour by its name, not by its place"
-    _, nothing = prepared(world_folder, tmp_path / "after", extra, "data.context=[]")
+    _, nothing = prepared(synthetic_folder, tmp_path / "after", extra, "data.context=[]")
     assert Predictor.load(bundle.path, dataset=nothing).vocabulary.translation(nothing).context(
         np.zeros(0, np.int64)
     ).tolist() == [0]

@@ -39,35 +39,47 @@ def seen(*events, now_day=100, has_time=True, state=None, items=4):
 
 def policy(seed=0, actions=("temperature", "recency"), digest="bundle"):
     random = np.random.default_rng(seed)
-    frozen = ObservationNormalizer.of(random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32))
+    normalizer = ObservationNormalizer.of(random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32))
     sizes = [len(OBSERVED), 8, 8, len(actions)]
     torch.manual_seed(seed)
     weights = {
         f"weight_{n}": torch.randn(b, a) for n, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
     }
     weights |= {f"bias_{n}": torch.randn(b) for n, b in enumerate(sizes[1:])}
-    return Policy(actions, frozen, weights, digest, {"seed": seed})
+    return Policy(actions, normalizer, weights, digest, {"seed": seed})
 
 
 def test_an_observation_says_what_its_names_say():
     assert 16 <= len(OBSERVED) <= 24
-    found = seen((1, 0, 90), (4, 1, 96), (4, 0, 98), state=[1.5, 0.25])
-    assert found["log_length"] == pytest.approx(np.log(4)) and found["log_distinct"] == pytest.approx(
-        np.log(3)
-    )
-    assert found["repeat_rate"] == pytest.approx(1 / 3) and found["distinct_of_last_20"] == pytest.approx(
-        2 / 3
-    )
-    assert found["log_days_since_last"] == pytest.approx(np.log(3)) and found[
+    observation = seen((1, 0, 90), (4, 1, 96), (4, 0, 98), state=[1.5, 0.25])
+    assert observation["log_length"] == pytest.approx(np.log(4)) and observation[
+        "log_distinct"
+    ] == pytest.approx(np.log(3))
+    assert observation["repeat_rate"] == pytest.approx(1 / 3) and observation[
+        "distinct_of_last_20"
+    ] == pytest.approx(2 / 3)
+    assert observation["log_days_since_last"] == pytest.approx(np.log(3)) and observation[
         "log_days_known"
     ] == pytest.approx(np.log(11))
-    assert found["log_days_between"] == pytest.approx(np.mean([np.log(7), np.log(3)]))
-    assert found["share_of_last_7_days"] == pytest.approx(2 / 3) and found["share_of_last_30_days"] == 1.0
-    assert found["popularity"] == pytest.approx(2 / 3) and found["popularity_of_last"] == 1.0
-    assert found["share_of_main_event"] == pytest.approx(2 / 3) and found["last_is_main_event"] == 1.0
-    assert found["entropy_of_events"] == pytest.approx(-(2 / 3) * np.log(2 / 3) - (1 / 3) * np.log(1 / 3))
-    assert (found["hour_sine"], found["hour_cosine"]) == (0.0, 1.0)
-    assert (found["night_entropy"], found["night_margin"], found["night_known"]) == (1.5, 0.25, 1.0)
+    assert observation["log_days_between"] == pytest.approx(np.mean([np.log(7), np.log(3)]))
+    assert (
+        observation["share_of_last_7_days"] == pytest.approx(2 / 3)
+        and observation["share_of_last_30_days"] == 1.0
+    )
+    assert observation["popularity"] == pytest.approx(2 / 3) and observation["popularity_of_last"] == 1.0
+    assert (
+        observation["share_of_main_event"] == pytest.approx(2 / 3)
+        and observation["last_is_main_event"] == 1.0
+    )
+    assert observation["entropy_of_events"] == pytest.approx(
+        -(2 / 3) * np.log(2 / 3) - (1 / 3) * np.log(1 / 3)
+    )
+    assert (observation["hour_sine"], observation["hour_cosine"]) == (0.0, 1.0)
+    assert (observation["night_entropy"], observation["night_margin"], observation["night_known"]) == (
+        1.5,
+        0.25,
+        1.0,
+    )
 
 
 def test_the_weekend_is_saturday_and_sunday():
@@ -114,17 +126,17 @@ def test_exploration_has_the_mean_and_spread_of_its_distribution():
 
 
 def test_a_policy_is_written_and_read_and_belongs_to_one_bundle(tmp_path):
-    mine = policy()
-    mine.save(tmp_path / "p", "p")
+    ours = policy()
+    ours.save(tmp_path / "p", "p")
     assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".json", ".safetensors"}, (
         "nothing that runs code when it is read"
     )
-    again = Policy.load(tmp_path / "p", "bundle")
+    loaded = Policy.load(tmp_path / "p", "bundle")
     x = np.random.default_rng(2).normal(0, 1, (50, len(OBSERVED))).astype(np.float32)
     assert (
-        np.array_equal(mine.act(x), again.act(x))
-        and again.actions == ("temperature", "recency")
-        and again.about == {"seed": 0}
+        np.array_equal(ours.act(x), loaded.act(x))
+        and loaded.actions == ("temperature", "recency")
+        and loaded.about == {"seed": 0}
     )
     with pytest.raises(DamagedArtifactError, match="another bundle"):
         Policy.load(tmp_path / "p", "other")
@@ -138,13 +150,13 @@ def test_a_policy_is_written_and_read_and_belongs_to_one_bundle(tmp_path):
 
 
 def test_what_a_policy_does_not_know_it_leaves_alone():
-    mine, x = policy(), np.random.default_rng(3).normal(0, 0.5, (4, len(OBSERVED))).astype(np.float32)
+    ours, x = policy(), np.random.default_rng(3).normal(0, 0.5, (4, len(OBSERVED))).astype(np.float32)
     x[1, 0], x[2, 3] = np.nan, 100.0
-    found = mine.act(x)
-    assert found[1].tolist() == found[2].tolist() == [0.0, 0.0]
-    assert np.abs(found[[0, 3]]).min() > 0 and np.abs(found).max() <= 1.0
+    actions = ours.act(x)
+    assert actions[1].tolist() == actions[2].tolist() == [0.0, 0.0]
+    assert np.abs(actions[[0, 3]]).min() > 0 and np.abs(actions).max() <= 1.0
     broken = Policy(
-        mine.actions, mine.normalizer, {**mine.weights, "bias_2": torch.tensor([np.nan, 0.0])}, "bundle", {}
+        ours.actions, ours.normalizer, {**ours.weights, "bias_2": torch.tensor([np.nan, 0.0])}, "bundle", {}
     )
     assert not broken.act(x).any()
     with pytest.raises(SettingsError, match="1 to 8"):
@@ -159,39 +171,39 @@ def test_a_clock_that_stood_still_when_a_policy_was_learned_says_nothing():
     x = random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32)
     x[:, clock] = 0.5, 0.87, 1.0
     x[:, 2] = 0.25  # nobody repeated anything: that is no clock
-    mine = Policy(("temperature", "recency"), ObservationNormalizer.of(x), policy().weights, "bundle", {})
-    later = x[:50].copy()
-    later[:, clock] = -1.0, 0.0, 0.0
-    assert np.array_equal(mine.act(later), mine.act(x[:50])) and np.abs(mine.act(later)).min() > 0
+    ours = Policy(("temperature", "recency"), ObservationNormalizer.of(x), policy().weights, "bundle", {})
+    shifted = x[:50].copy()
+    shifted[:, clock] = -1.0, 0.0, 0.0
+    assert np.array_equal(ours.act(shifted), ours.act(x[:50])) and np.abs(ours.act(shifted)).min() > 0
     for strange in (np.nan, np.inf, -np.inf):
-        later[:, clock[0]] = strange
-        assert not mine.act(later).any() and not mine.act(later[:1]).any()
-    later[:, clock[0]], later[:, 2] = 0.0, 0.5
-    assert not mine.act(later).any()
+        shifted[:, clock[0]] = strange
+        assert not ours.act(shifted).any() and not ours.act(shifted[:1]).any()
+    shifted[:, clock[0]], shifted[:, 2] = 0.0, 0.5
+    assert not ours.act(shifted).any()
 
     moved = random.normal(0, 1, (500, len(OBSERVED))).astype(np.float32)
-    on = mine.normalizer.widen(ObservationNormalizer.of(moved))
+    on = ours.normalizer.widen(ObservationNormalizer.of(moved))
     assert (
         np.isfinite(on.scale).all()
-        and on.mean[0] == mine.normalizer.mean[0]
+        and on.mean[0] == ours.normalizer.mean[0]
         and on.mean[clock[0]] == ObservationNormalizer.of(moved).mean[clock[0]]
     )
-    begun = Policy(mine.actions, on, mine.weights, "bundle", {})
-    assert np.array_equal(begun.act(x[:50]), mine.act(x[:50])), (
+    running = Policy(ours.actions, on, ours.weights, "bundle", {})
+    assert np.array_equal(running.act(x[:50]), ours.act(x[:50])), (
         "what begins with it does not begin with what it never learned"
     )
-    back = on.widen(mine.normalizer)
-    assert np.isinf(back.scale[clock]).all() and back.is_in_range(later[:1] * 0) == [True], (
+    back = on.widen(ours.normalizer)
+    assert np.isinf(back.scale[clock]).all() and back.is_in_range(shifted[:1] * 0) == [True], (
         "what is learned at one moment again forgets the clock"
     )
 
 
 def test_a_request_alone_is_decided_as_it_is_among_others():
-    mine, x = policy(), np.random.default_rng(4).normal(0, 1.5, (300, len(OBSERVED))).astype(np.float32)
+    ours, x = policy(), np.random.default_rng(4).normal(0, 1.5, (300, len(OBSERVED))).astype(np.float32)
     x[:2, 0] = np.nan, np.inf
     x[2:20, 1] = np.linspace(-9, 9, 18)
     strong = Policy(
-        mine.actions, mine.normalizer, {name: 5 * value for name, value in mine.weights.items()}, "bundle", {}
+        ours.actions, ours.normalizer, {name: 5 * value for name, value in ours.weights.items()}, "bundle", {}
     )
     together = strong.act(x)
     assert (
@@ -204,62 +216,66 @@ def test_a_request_alone_is_decided_as_it_is_among_others():
 
 
 @pytest.fixture(scope="module")
-def predictor(world_settings, world_dataset, tmp_path_factory):
+def predictor(synthetic_settings, synthetic_dataset, tmp_path_factory):
     from recray.testing.published import publish_untrained
 
-    storage = publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("policy"))
-    return Predictor.load(storage.bundle("untrained"), dataset=world_dataset)
+    storage = publish_untrained(synthetic_settings, synthetic_dataset, tmp_path_factory.mktemp("policy"))
+    return Predictor.load(storage.bundle("untrained"), dataset=synthetic_dataset)
 
 
-def test_action_zero_is_the_model_and_every_dial_moves_it(predictor, world_dataset):
+def test_action_zero_is_the_model_and_every_control_changes_it(predictor, synthetic_dataset):
     model, kinds = predictor.model, predictor.vocabulary.event_types
     names = ["temperature", "temperature.1", "recency", f"event.{kinds[0]}", "weight.id", "weight.brand"]
-    chosen = find_slots(names, model, kinds)
-    users = [world_dataset.user_history(user) for user in range(8)]
-    histories = [predictor.vocabulary.translation(world_dataset).history(one) for one in users]
+    slots = find_slots(names, model, kinds)
+    users = [synthetic_dataset.user_history(user) for user in range(8)]
+    histories = [predictor.vocabulary.translation(synthetic_dataset).history(one) for one in users]
 
     def scores(action):
-        turned = to_controls(np.repeat(np.array([action]), len(users), 0), chosen, model, kinds)
+        controls = to_controls(np.repeat(np.array([action]), len(users), 0), slots, model, kinds)
         items = [np.arange(1, predictor.n_items + 1)] * len(users)
-        return np.stack(predictor.score(histories, items, now=world_dataset.now_s, controls=turned))
+        return np.stack(predictor.score(histories, items, now=synthetic_dataset.now_s, controls=controls))
 
     plain = np.stack(
         predictor.score(
-            histories, [np.arange(1, predictor.n_items + 1)] * len(users), now=world_dataset.now_s
+            histories, [np.arange(1, predictor.n_items + 1)] * len(users), now=synthetic_dataset.now_s
         )
     )
     np.testing.assert_allclose(scores(np.zeros(len(names))), plain, atol=1e-6)
-    for place in range(len(names)):
+    for slot in range(len(names)):
         action = np.zeros(len(names))
-        action[place] = 1.0
-        assert np.abs(scores(action) - plain).max() > 1e-6, names[place]
-    turned = to_controls(np.array([[1.0, -1.0, 0, 0, 0, 0]]), chosen, model, kinds)
-    assert turned.log_temperature.tolist() == [[pytest.approx(LOG_TEMPERATURE), pytest.approx(0.0, abs=1e-6)]]
+        action[slot] = 1.0
+        assert np.abs(scores(action) - plain).max() > 1e-6, names[slot]
+    controls = to_controls(np.array([[1.0, -1.0, 0, 0, 0, 0]]), slots, model, kinds)
+    assert controls.log_temperature.tolist() == [
+        [pytest.approx(LOG_TEMPERATURE), pytest.approx(0.0, abs=1e-6)]
+    ]
     with pytest.raises(SettingsError, match=r"(?s)policy.actions: event.none.*known: temperature"):
         find_slots(["event.none"], model, kinds)
 
 
-def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predictor, world_dataset):
-    chosen = find_slots(["temperature", "recency"], predictor.model, predictor.vocabulary.event_types)
+def test_requests_with_actions_of_their_own_are_answered_together_as_alone(predictor, synthetic_dataset):
+    slots = find_slots(["temperature", "recency"], predictor.model, predictor.vocabulary.event_types)
     histories = [
-        predictor.vocabulary.translation(world_dataset).history(world_dataset.user_history(user))
+        predictor.vocabulary.translation(synthetic_dataset).history(synthetic_dataset.user_history(user))
         for user in range(6)
     ]
     actions = np.random.default_rng(0).uniform(-1, 1, (6, 2))
-    steer = lambda rows: to_controls(rows, chosen, predictor.model, predictor.vocabulary.event_types)  # noqa: E731
-    together = predictor.recommend(histories, 10, now=world_dataset.now_s, controls=steer(actions))
+    steer = lambda rows: to_controls(rows, slots, predictor.model, predictor.vocabulary.event_types)  # noqa: E731
+    together = predictor.recommend(histories, 10, now=synthetic_dataset.now_s, controls=steer(actions))
     for row, one in enumerate(histories):
         alone = predictor.recommend(
-            [one], 10, now=world_dataset.now_s, controls=steer(actions[row : row + 1])
+            [one], 10, now=synthetic_dataset.now_s, controls=steer(actions[row : row + 1])
         )
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
-def held_out(predictor, world_dataset):
+def held_out(predictor, synthetic_dataset):
     questions = []
     for user in range(60):
-        history = predictor.vocabulary.translation(world_dataset).history(world_dataset.user_history(user))
+        history = predictor.vocabulary.translation(synthetic_dataset).history(
+            synthetic_dataset.user_history(user)
+        )
         target = np.unique(history.item_index[-2:])
         before = History(*(values[:-2] for values in history))
         questions.append(
@@ -268,7 +284,7 @@ def held_out(predictor, world_dataset):
                 user,
                 before,
                 target,
-                world_dataset.now_s,
+                synthetic_dataset.now_s,
                 np.zeros(len(predictor.vocabulary.context), np.int64),
             )
         )
@@ -276,12 +292,12 @@ def held_out(predictor, world_dataset):
 
 
 def test_held_out_users_have_a_state_but_for_a_share_of_them(held_out, predictor):
-    known = held_out.observation[:, OBSERVED.index("night_known")]
-    assert 0.6 <= known.mean() < 1 and not held_out.observation[known == 0, -3:].any()
-    place = int(np.flatnonzero(known)[0])
-    question = held_out.queries[place]
-    answer = predictor.recommend([question.history], 2, now=question.now, with_state=True)
-    np.testing.assert_allclose(held_out.observation[place, -3:-1], answer.state[0], rtol=1e-4, atol=1e-5)
+    is_known = held_out.observation[:, OBSERVED.index("night_known")]
+    assert 0.6 <= is_known.mean() < 1 and not held_out.observation[is_known == 0, -3:].any()
+    position = int(np.flatnonzero(is_known)[0])
+    query = held_out.queries[position]
+    answer = predictor.recommend([query.history], 2, now=query.now, with_state=True)
+    np.testing.assert_allclose(held_out.observation[position, -3:-1], answer.state[0], rtol=1e-4, atol=1e-5)
 
 
 def test_an_action_is_paid_what_it_brings_more_than_none(held_out, monkeypatch):
@@ -318,15 +334,15 @@ def test_what_stands_in_for_the_metric_has_its_gradient(held_out):
     assert gradient.abs().max() > 1e-3 and all(p.grad is None for p in held_out.predictor.model.parameters())
 
 
-def test_a_bound_is_a_share_of_what_an_action_turns(held_out):
+def test_a_bound_is_a_share_of_the_range_of_an_action(held_out):
     places, one = np.arange(20), np.tile([1.0, -1.0], (20, 1))
     half = held_out.with_controls(held_out.actions, 0.5)
     assert np.array_equal(half.recommend(places, one), held_out.recommend(places, 0.5 * one))
     assert not np.array_equal(half.recommend(places, one), held_out.recommend(places, one))
 
 
-def test_arms_that_were_tried_are_looked_up(held_out):
+def test_actions_that_were_played_are_looked_up(held_out):
     table, random = TabulatedRewards(held_out), np.random.default_rng(0)
-    arms = np.array([[0.0, 0.5], [1.0, 0.0], [0.0, 0.0]])[random.integers(0, 3, 40)]
+    actions = np.array([[0.0, 0.5], [1.0, 0.0], [0.0, 0.0]])[random.integers(0, 3, 40)]
     _, cases = table.draw(40, random)
-    np.testing.assert_allclose(table.pay(cases, arms), held_out.pay(cases, arms), atol=1e-9)
+    np.testing.assert_allclose(table.pay(cases, actions), held_out.pay(cases, actions), atol=1e-9)

@@ -53,8 +53,8 @@ def test_alone_equals_in_a_batch(predictor):
         alone = predictor.recommend([single], V, now=NOW)
         np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-5)
         assert alone.item_index[0, 0] == together.item_index[row, 0]
-    again = predictor.recommend(histories, V, now=NOW)
-    assert (again.scores == together.scores).all() and (again.item_index == together.item_index).all()
+    repeated = predictor.recommend(histories, V, now=NOW)
+    assert (repeated.scores == together.scores).all() and (repeated.item_index == together.item_index).all()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_alone_equals_in_a_batch(predictor):
         {"attention": "pointwise", "residual": "plain", "feed": "none"},
     ],
 )
-def test_in_half_the_bits_answers_differ_a_little(parts):
+def test_in_bfloat16_scores_differ_a_little(parts):
     torch.manual_seed(0)
     model = Recommender(Shape(event_types=2, dim=32, heads=2, history=150, **parts), np.arange(V + 1) > 0, {})
     with torch.no_grad():
@@ -79,9 +79,10 @@ def test_in_half_the_bits_answers_differ_a_little(parts):
     )
     histories = [history(n) for n in (1, 9, 70, 150)]
     controls = Controls(log_temperature=torch.full((4, 2), 0.3), recency_slope=torch.full((4,), 0.5))
-    for turned in (None, controls):
+    for modulation in (None, controls):
         exact, near = (
-            each.recommend(histories, V, now=NOW, controls=turned, with_state=True) for each in (whole, half)
+            each.recommend(histories, V, now=NOW, controls=modulation, with_state=True)
+            for each in (whole, half)
         )
         scores = [np.sort(answer.scores, 1) for answer in (exact, near)]
         assert 0 < abs(scores[0] - scores[1]).max() < 0.03 * scores[0].std()
@@ -89,7 +90,7 @@ def test_in_half_the_bits_answers_differ_a_little(parts):
     assert half.recommend(histories, 5, now=NOW).scores.dtype == np.float32
 
 
-def test_a_model_in_training_is_asked_as_it_will_answer():
+def test_a_model_in_training_is_evaluated_as_it_will_serve():
     torch.manual_seed(0)
     brand = (np.arange(V, dtype=np.int64), np.maximum(np.arange(V + 1) - 1, 0))
     model = Recommender(
@@ -111,44 +112,52 @@ def test_scores_are_the_recommended_scores(predictor):
 
 
 def test_an_explanation_is_what_leaving_each_event_out_costs(predictor):
-    known = history(9)
-    given = History(*(np.insert(values, 4, 0) for values in known))  # an unknown item among them
-    items = predictor.recommend([known], 3, now=NOW).item_index[0]
-    told = explain(predictor, given, items, now=NOW)
-    assert told.position.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert told.drop.shape == (3, 9) and told.attention.sum() == pytest.approx(1.0, abs=1e-5)
-    (whole,) = predictor.score([known], [items], now=NOW)
-    for place in range(9):
+    plain_history = history(9)
+    history_with_unknown = History(
+        *(np.insert(values, 4, 0) for values in plain_history)
+    )  # an unknown item among them
+    items = predictor.recommend([plain_history], 3, now=NOW).item_index[0]
+    reasons = explain(predictor, history_with_unknown, items, now=NOW)
+    assert reasons.position.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert reasons.drop.shape == (3, 9) and reasons.attention.sum() == pytest.approx(1.0, abs=1e-5)
+    (whole,) = predictor.score([plain_history], [items], now=NOW)
+    for position in range(9):
         (less,) = predictor.score(
-            [History(*(np.delete(values, place) for values in known))], [items], now=NOW
+            [History(*(np.delete(values, position) for values in plain_history))], [items], now=NOW
         )
-        np.testing.assert_allclose(told.drop[:, place], whole - less, atol=1e-5)
+        np.testing.assert_allclose(reasons.drop[:, position], whole - less, atol=1e-5)
 
 
 def test_the_only_event_carries_what_is_above_the_mean(predictor):
     one = history(1)
     items = predictor.recommend([one], 3, now=NOW).item_index[0]
-    told = explain(predictor, History(*(np.insert(values, 0, 0) for values in one)), items, now=NOW)
+    reasons = explain(predictor, History(*(np.insert(values, 0, 0) for values in one)), items, now=NOW)
     (every,) = predictor.score([one], [np.arange(1, V + 1)], now=NOW)
-    assert told.position.tolist() == [1] and told.attention.tolist() == [1.0]
-    np.testing.assert_allclose(told.drop, (every[items - 1] - every.mean())[:, None], atol=1e-5)
-    assert (told.drop > 0).all()
+    assert reasons.position.tolist() == [1] and reasons.attention.tolist() == [1.0]
+    np.testing.assert_allclose(reasons.drop, (every[items - 1] - every.mean())[:, None], atol=1e-5)
+    assert (reasons.drop > 0).all()
 
 
 def test_a_long_history_is_explained_by_what_the_attention_saw_most(predictor):
     long = history(40)
     items = predictor.recommend([long], 2, now=NOW).item_index[0]
-    told = explain(predictor, long, items, now=NOW, events=5)
-    assert len(told.position) == 5 and (told.position >= 28).all() and (np.diff(told.position) > 0).all()
+    reasons = explain(predictor, long, items, now=NOW, events=5)
+    assert (
+        len(reasons.position) == 5
+        and (reasons.position >= 28).all()
+        and (np.diff(reasons.position) > 0).all()
+    )
     everything = explain(predictor, long, items, now=NOW)
-    rest = np.setdiff1d(everything.position, told.position)
-    places = {position: place for place, position in enumerate(everything.position)}
-    again = {position for position in everything.position if long.item_index[position] in items}
-    seen_least = min(told.attention[[position not in again for position in told.position]], default=1.0)
+    rest = np.setdiff1d(everything.position, reasons.position)
+    places = {position: rank for rank, position in enumerate(everything.position)}
+    top_positions = {position for position in everything.position if long.item_index[position] in items}
+    least_attention = min(
+        reasons.attention[[position not in top_positions for position in reasons.position]], default=1.0
+    )
     assert all(
-        everything.attention[places[position]] <= seen_least + 1e-6
+        everything.attention[places[position]] <= least_attention + 1e-6
         for position in rest
-        if position not in again
+        if position not in top_positions
     )
     nobody = explain(predictor, history(0), items, now=NOW)
     assert nobody.drop.shape == (2, 0) and len(nobody.position) == 0
@@ -201,7 +210,7 @@ def test_controls_of_one_request_in_a_batch(predictor):
     assert (base.scores[0] == moved.scores[0]).all() and np.abs(base.scores[1] - moved.scores[1]).max() > 1e-4
 
 
-def test_questions_that_make_no_sense_are_refused(predictor):
+def test_queries_that_make_no_sense_are_refused(predictor):
     with pytest.raises(RequestError, match="k is 0"):
         predictor.recommend([history(3)], 0, now=NOW)
     with pytest.raises(RequestError, match="outside 0 to 40"):
@@ -259,25 +268,25 @@ def test_rules_apply_to_answers_of_model_and_popularity_alike(predictor):
 def test_what_the_popular_list_is_made_of_is_counts_with_boosts(predictor):
     """A dial for what features say is none of counts: nobody met is not popular."""
     empty = History(*(np.zeros(0, np.int64) for _ in range(4)))
-    boost, unseen = torch.zeros(V + 1), torch.zeros(V + 1)
-    boost[7], boost[8], unseen[9] = 1.0, -torch.inf, 1000.0
+    boost, cold = torch.zeros(V + 1), torch.zeros(V + 1)
+    boost[7], boost[8], cold[9] = 1.0, -torch.inf, 1000.0
     plain = predictor.recommend([empty], V, now=NOW)
     scores = dict(zip(plain.item_index[0].tolist(), plain.scores[0].tolist(), strict=True))
-    answer = predictor.recommend([empty, history(5)], V, now=NOW, rules=Rules(0.0, boost, (), unseen))
-    found = dict(zip(answer.item_index[0].tolist(), answer.scores[0].tolist(), strict=True))
+    answer = predictor.recommend([empty, history(5)], V, now=NOW, rules=Rules(0.0, boost, (), cold))
+    score_of = dict(zip(answer.item_index[0].tolist(), answer.scores[0].tolist(), strict=True))
     assert answer.item_index[1, 0] == 9 and 8 not in answer.item_index
-    for one in (found, scores):
+    for one in (score_of, scores):
         for item in (0, 8):
             one.pop(item, None)
-    np.testing.assert_allclose(np.log1p(found.pop(7)), np.log1p(scores.pop(7)) + 1.0, rtol=1e-6)
-    assert found == scores
+    np.testing.assert_allclose(np.log1p(score_of.pop(7)), np.log1p(scores.pop(7)) + 1.0, rtol=1e-6)
+    assert score_of == scores
 
 
 def test_an_item_of_which_nothing_is_known_is_as_good_as_any_on_average():
     torch.manual_seed(0)
-    seen = np.arange(V + 1) > 0
-    seen[[4, 9]] = False
-    model = Recommender(Shape(event_types=1, dim=16, history=12, repeat=False, prior=False), seen, {})
+    is_learned = np.arange(V + 1) > 0
+    is_learned[[4, 9]] = False
+    model = Recommender(Shape(event_types=1, dim=16, history=12, repeat=False, prior=False), is_learned, {})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -335,17 +344,17 @@ def test_a_longer_diverse_list_begins_like_a_shorter_one(predictor, monkeypatch)
 
 def test_a_list_under_rules_depends_on_nobody_beside_it(predictor, monkeypatch):
     monkeypatch.setattr("recray.inference.rules.POOL", 8)
-    mine, theirs = history(5), history(9, 3)
+    ours, theirs = history(5), history(9, 3)
     group = torch.full((V + 1,), -1)
     group[torch.from_numpy(predictor.recommend([theirs], 16, now=NOW).item_index[0])] = 0
     for caps in ((), ((group, 2),)):
         rules = Rules(0.8, torch.zeros(V + 1), caps)
-        alone = predictor.recommend([mine], 6, now=NOW, rules=rules).item_index[0]
+        alone = predictor.recommend([ours], 6, now=NOW, rules=rules).item_index[0]
         assert (
             alone.tolist()
-            == predictor.recommend([mine, theirs], 6, now=NOW, rules=rules).item_index[0].tolist()
+            == predictor.recommend([ours, theirs], 6, now=NOW, rules=rules).item_index[0].tolist()
         )
-        long = predictor.recommend([mine, theirs], 30, now=NOW, rules=rules)
+        long = predictor.recommend([ours, theirs], 30, now=NOW, rules=rules)
         assert alone.tolist() == long.item_index[0, :6].tolist()
         if not caps:
             assert (np.diff(long.scores[0, 8:]) <= 0).all() and len(set(long.item_index[0].tolist())) == 30

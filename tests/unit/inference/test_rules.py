@@ -44,14 +44,14 @@ VECTORS = torch.tensor([[0.0, 0.0], [1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1
 
 
 def declared(to_bundle=None, cold=NO, boost=0.0, **rules) -> Rules:
-    found = Rules.from_settings(
+    declared_rules = Rules.from_settings(
         {**NONE, **rules, "cold_item_boost": boost},
         DATA,
         np.arange(7) if to_bundle is None else to_bundle,
         cold,
     )
-    assert found is not None
-    return found
+    assert declared_rules is not None
+    return declared_rules
 
 
 NUMBERS = {
@@ -75,8 +75,8 @@ def test_a_number_is_found_as_it_is_written_in_the_precision_of_its_column(data)
     )
     equal = [value is not None and value == one for value in values]
     said = [one, str(one)] if isinstance(one, int) else [float(one), str(one)]
-    for asked in said:
-        assert match_values(items, "n", [asked]).tolist() == equal
+    for text_value in said:
+        assert match_values(items, "n", [text_value]).tolist() == equal
     bound = said[0]
     assert match_range(items.items["n"], bound, None).tolist() == [
         value is not None and value >= one for value in values
@@ -109,7 +109,7 @@ def test_nothing_declared_is_no_rule():
     )  # training saw them all
 
 
-def test_what_training_never_saw_is_lifted_by_the_dial():
+def test_cold_items_are_raised_by_the_boost():
     rules = declared(
         cold=np.array([0, 0, 1, 0, 0, 0, 1], bool),
         boost=2.0,
@@ -183,8 +183,8 @@ def test_a_cap_takes_empty_values_for_none():
         4, "price", pa.array([float("nan")] * 3 + [1.0, 1.0, None])
     )
     data = SimpleNamespace(key="d", items=items, manifest=DATA.manifest)
-    found = Rules.from_settings({**NONE, "caps": {"brand": 1, "price": 1}}, data, np.arange(7), NO)
-    assert [group_V.tolist()[1:] for group_V, _ in found.caps] == [
+    rules = Rules.from_settings({**NONE, "caps": {"brand": 1, "price": 1}}, data, np.arange(7), NO)
+    assert [group_V.tolist()[1:] for group_V, _ in rules.caps] == [
         [-1, -1, 1, 1, -1, -1],
         [-1, -1, -1, 1, 1, -1],
     ]

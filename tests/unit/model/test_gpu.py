@@ -34,15 +34,15 @@ def model(seed=0, **parts) -> Recommender:
     torch.manual_seed(seed)
     random = np.random.default_rng(0)
     bags = {"brand": (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)]))}
-    found = Recommender(
+    recommender = Recommender(
         Shape(event_types=E, dim=32, history=T, dropout=0.0, feature_buckets=64, **parts),
         np.arange(V + 1) > 0,
         bags,
     )
     with torch.no_grad():  # nothing at its neutral start
-        for parameter in found.parameters():
+        for parameter in recommender.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return found
+    return recommender
 
 
 def histories(count: int, seed: int = 0) -> tuple[Batch, Targets]:
@@ -120,7 +120,7 @@ class Given:
     def __init__(self, *batches):
         self.given = batches
 
-    def epoch(self, epoch, rank=0, world=1):
+    def epoch(self, epoch, rank=0, world_size=1):
         for batch, targets in self.given:
             yield batch, targets, max(len(batch.user_N), 1)
 
@@ -199,18 +199,24 @@ def test_in_the_room_of_a_graph_a_batch_is_what_it_was():
     network, (batch, _) = model(prior=False, repeat=False).eval(), histories(3)
     last = (batch.item_BT > 0).sum(1) - 1
     no_day, no_context = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64)
-    asked = batch._replace(user_N=torch.arange(3), position_N=last, day_N=no_day, context_NC=no_context)
-    turned = Controls(0.3 * torch.randn(3, 2), None, torch.rand(3), None)
-    mine, controls = allocate(asked, turned, 4, T)
+    queries = batch._replace(user_N=torch.arange(3), position_N=last, day_N=no_day, context_NC=no_context)
+    modulation = Controls(0.3 * torch.randn(3, 2), None, torch.rand(3), None)
+    static_batch, controls = allocate(queries, modulation, 4, T)
     with torch.no_grad():
         table, parts = network.items(), network.items.parts()
-        for given in (turned, Controls(-turned.log_temperature, None, turned.recency_slope, None)):
-            fill(mine, controls, asked, given)
-            found = network.hidden(mine, table, parts, controls, masked=True)
+        for controls_of_turn in (
+            modulation,
+            Controls(-modulation.log_temperature, None, modulation.recency_slope, None),
+        ):
+            fill(static_batch, controls, queries, controls_of_turn)
+            hidden = network.hidden(static_batch, table, parts, controls, masked=True)
             torch.testing.assert_close(
-                found[:3], network.hidden(asked, table, parts, given, masked=True), atol=1e-5, rtol=1e-5
+                hidden[:3],
+                network.hidden(queries, table, parts, controls_of_turn, masked=True),
+                atol=1e-5,
+                rtol=1e-5,
             )
-            assert found.isfinite().all()
+            assert hidden.isfinite().all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -225,20 +231,20 @@ def test_a_gpu_that_is_not_there_is_named_with_what_asks_for_it():
 def test_a_gpu_learns_from_one_row_what_a_cpu_learns_from_padded_histories(parts):
     batch, targets = histories(24)
     share = torch.full((V + 1,), 1.0 / V).index_fill(0, torch.tensor([0]), 0.0)
-    found = {}
-    for place in ("cpu", "cuda"):
-        network = model(**parts).to(place).train()
-        criterion = Criterion("softmax", share.to(place))
-        here = batch._replace(packing=pack(batch.item_BT, 4 * BLOCK)) if place == "cuda" else batch
-        cooler = Controls(0.3 * torch.randn(24, 2, generator=torch.Generator().manual_seed(1)).to(place))
+    losses = {}
+    for dev in ("cpu", "cuda"):
+        network = model(**parts).to(dev).train()
+        criterion = Criterion("softmax", share.to(dev))
+        here = batch._replace(packing=pack(batch.item_BT, 4 * BLOCK)) if dev == "cuda" else batch
+        cooler = Controls(0.3 * torch.randn(24, 2, generator=torch.Generator().manual_seed(1)).to(dev))
         loss = criterion.backward(
             network,
-            here.to(torch.device(place)),
-            Targets(*(t.to(place) for t in targets)),
+            here.to(torch.device(dev)),
+            Targets(*(t.to(dev) for t in targets)),
             1.0 / len(batch.user_N),
             cooler,
         )
-        found[place] = (
+        losses[dev] = (
             loss.cpu(),
             {
                 name: parameter.grad.cpu()
@@ -246,10 +252,10 @@ def test_a_gpu_learns_from_one_row_what_a_cpu_learns_from_padded_histories(parts
                 if parameter.grad is not None
             },
         )
-    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-5, atol=0)
-    assert found["cuda"][1].keys() == found["cpu"][1].keys()
-    for name, gradient in found["cpu"][1].items():
-        error = (found["cuda"][1][name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
+    torch.testing.assert_close(losses["cuda"][0], losses["cpu"][0], rtol=1e-5, atol=0)
+    assert losses["cuda"][1].keys() == losses["cpu"][1].keys()
+    for name, gradient in losses["cpu"][1].items():
+        error = (losses["cuda"][1][name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
         assert error < 1e-4, (name, float(error))
 
 
@@ -290,7 +296,7 @@ def predictors() -> tuple[Predictor, Predictor]:
     events = ["buy", "cart", "view"]
     catalogue = Catalogue(Vocabulary(ids, events), popularity, has_time=True)
     cpu, cuda = (
-        Predictor(model().to(place), catalogue, popularity_prior_days=7) for place in ("cpu", "cuda")
+        Predictor(model().to(device), catalogue, popularity_prior_days=7) for device in ("cpu", "cuda")
     )
     for each in (cpu, cuda):
         each.encoder.capture_graphs(8)
@@ -309,16 +315,16 @@ def history(length: int, seed: int = 0) -> History:
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 100])
 def test_a_gpu_answers_as_a_cpu_does(predictors, count):
     cpu, cuda = predictors
-    asked = [history(1 + (7 * n) % (T + 20), n) for n in range(count)]
-    turned = Controls(
+    histories = [history(1 + (7 * n) % (T + 20), n) for n in range(count)]
+    modulation = Controls(
         0.3 * torch.randn(count, 2), torch.randn(count, E), torch.rand(count), 0.2 * torch.randn(count, 2)
     )
-    for controls in (None, turned, Controls(recency_slope=turned.recency_slope)):
-        theirs = cuda.recommend(asked, 20, now=NOW, filters=Filters(filter_seen=True), controls=controls)
-        ours = cpu.recommend(asked, 20, now=NOW, filters=Filters(filter_seen=True), controls=controls)
+    for controls in (None, modulation, Controls(recency_slope=modulation.recency_slope)):
+        theirs = cuda.recommend(histories, 20, now=NOW, filters=Filters(filter_seen=True), controls=controls)
+        ours = cpu.recommend(histories, 20, now=NOW, filters=Filters(filter_seen=True), controls=controls)
         np.testing.assert_allclose(theirs.scores, ours.scores, rtol=1e-4, atol=1e-4)
         assert (theirs.item_index[:, 0] == ours.item_index[:, 0]).mean() > 0.98
-    state = [each.recommend(asked, 5, now=NOW, with_state=True).state for each in (cpu, cuda)]
+    state = [each.recommend(histories, 5, now=NOW, with_state=True).state for each in (cpu, cuda)]
     np.testing.assert_allclose(*state, atol=1e-3)
 
 

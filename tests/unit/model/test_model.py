@@ -29,10 +29,10 @@ def make(features=True, seed=0, **kwargs) -> Recommender:
         if features
         else {}
     )
-    seen = np.arange(V + 1) > 0
+    is_learned = np.arange(V + 1) > 0
     model = Recommender(
         Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **{"fresh": True, **kwargs}),
-        seen,
+        is_learned,
         bags,
     )
     with torch.no_grad():  # nothing at its neutral start
@@ -50,12 +50,12 @@ def make_batch(seed=1) -> Batch:
     prior = torch.rand(2, V + 1, generator=random)
     fresh = torch.randint(0, FRESHNESS_BUCKETS, (2, V + 1), generator=random)
     value = torch.randint(0, 6, (B, T), generator=random).float()
-    asked, day, context = (
+    is_query, day, context = (
         torch.full((B,), T - 1),
         torch.tensor([0, 1, 1]),
         torch.zeros(B, 0, dtype=torch.int64),
     )
-    return Batch(item, event, value, time, now, torch.arange(B), asked, prior, fresh, day, context)
+    return Batch(item, event, value, time, now, torch.arange(B), is_query, prior, fresh, day, context)
 
 
 def run(model, batch, controls=None, masked=True):
@@ -113,8 +113,8 @@ def test_every_preset_reads_its_inputs_and_nothing_of_the_future(parts):
         moved = moved._replace(item_BT=(moved.item_BT - 1) % V + 1)
         assert (run(model, moved) - base)[:, 1:].abs().max() > 1e-4, name
     early = batch._replace(position_N=torch.full((B,), 4))
-    later = early._replace(item_BT=early.item_BT.clone().index_fill_(1, torch.arange(5, T), 7))
-    assert torch.equal(run(model, early), run(model, later))
+    changed = early._replace(item_BT=early.item_BT.clone().index_fill_(1, torch.arange(5, T), 7))
+    assert torch.equal(run(model, early), run(model, changed))
     torch.testing.assert_close(
         run(model, batch, masked=True), run(model, batch, masked=False), atol=1e-4, rtol=1e-4
     )
@@ -169,22 +169,22 @@ def test_a_modality_that_is_missing_takes_no_part():
     assert torch.isfinite(model.items.fuse(one, torch.zeros(3, 1, dtype=torch.bool))).all()
 
 
-def attention_weights(model, batch, chosen):
+def attention_weights(model, batch, kept_inputs):
     """The attention distribution of the last position in block 0, head 0, recovered from the real layer."""
-    seen = {}
+    captured = {}
 
     def spy(q, k, v, attn_mask=None, is_causal=False):
         logits = q @ k.mT / math.sqrt(q.shape[-1]) + attn_mask
-        seen.setdefault("weights", torch.softmax(logits, -1))
+        captured.setdefault("weights", torch.softmax(logits, -1))
         return torch.softmax(logits, -1) @ v
 
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = spy
     try:
-        run(model, batch, chosen)
+        run(model, batch, kept_inputs)
     finally:
         F.scaled_dot_product_attention = original
-    return seen["weights"][:, :, -1]
+    return captured["weights"][:, :, -1]
 
 
 def entropy(weights):
@@ -195,38 +195,38 @@ def entropy(weights):
 def test_attention_weights_are_those_that_the_layer_mixes_with(parts):
     model, batch = make(**{**parts, "heads": 1}), make_batch()
     x = model.embed(batch, model.items())
-    seen = model.attention_inputs(batch, None, None, masked=True)
+    inputs = model.attention_inputs(batch, None, None, masked=True)
     layer = model.blocks[0].attention
-    weights = layer.weights(x, seen)
+    weights = layer.weights(x, inputs)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, T))
     one = model.attention_inputs(batch, batch.position_N, None, masked=True)
     torch.testing.assert_close(
         layer.weights(x, one, batch.position_N)[:, 0], weights[torch.arange(B), batch.position_N]
     )
     last = model.blocks[-1]
-    asked = last.attention.weights(last.attention_norm(x), seen)[torch.arange(B), batch.position_N]
-    torch.testing.assert_close(model.entropy(x, batch), entropy(asked), atol=1e-5, rtol=1e-4)
+    expected = last.attention.weights(last.attention_norm(x), inputs)[torch.arange(B), batch.position_N]
+    torch.testing.assert_close(model.entropy(x, batch), entropy(expected), atol=1e-5, rtol=1e-4)
     assert (weights.triu(1) == 0).all()
     if layer.kind == "softmax":
         mixed = layer.out(weights @ F.linear(x, layer.qkv.weight[2 * 16 :]))
-        torch.testing.assert_close(mixed, layer(x, seen, None), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mixed, layer(x, inputs, None), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("parts", ANY)
 @pytest.mark.parametrize("time_bias", [True, False])
-def test_how_many_positions_are_asked_together_changes_nothing(parts, time_bias, monkeypatch):
+def test_how_many_positions_are_scored_together_changes_nothing(parts, time_bias, monkeypatch):
     model, batch = make(**parts, time_bias=time_bias), make_batch()
-    turned = controls(
+    modulation = controls(
         model,
         recency_slope=torch.tensor([0.5, 0.0, -1.0]),
         event_bias=torch.randn(B, E),
         log_temperature=torch.randn(B, 2),
     )
 
-    def found():
+    def scores_of_chunks():
         model.zero_grad()
         x = model.embed(batch, model.items())
-        states, steered = model.states(x, batch), run(model, batch, turned)
+        states, steered = model.states(x, batch), run(model, batch, modulation)
         states.square().sum().backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         return [
@@ -238,14 +238,14 @@ def test_how_many_positions_are_asked_together_changes_nothing(parts, time_bias,
             *gradients,
         ]
 
-    together = found()
+    together = scores_of_chunks()
     monkeypatch.setattr(attention, "RANGE_SIZE", 4)
     assert len(model.attention_inputs(batch, None, None, masked=True).ranges) == 3
-    for whole, parted in zip(together, found(), strict=True):
+    for whole, parted in zip(together, scores_of_chunks(), strict=True):
         torch.testing.assert_close(whole, parted, atol=1e-3, rtol=1e-3)
 
 
-def test_roll_out_tells_what_reaches_the_asked_position():
+def test_rollout_is_what_reaches_the_query_position():
     model, batch = make(), make_batch()
     early = batch._replace(position_N=torch.tensor([T - 1, 4, 0]))
     reach = model.roll_out(model.embed(early, model.items()), early)
@@ -336,19 +336,21 @@ def test_padding_is_never_scored_and_unseen_items_have_no_id_vector():
 def test_repeats_count_and_recent_ones_count_by_their_age():
     model, batch = make(features=False), make_batch()
     batch = batch._replace(item_BT=torch.tensor([[1, 2, 2, 3, 4, 5, 6, 7, 8]] * B))
-    hidden, again = torch.zeros(B, 16), torch.zeros(V + 1)
+    hidden, no_bias = torch.zeros(B, 16), torch.zeros(V + 1)
     mass = model.repeat(hidden, batch, slice(None), V + 1, None)
     assert (mass[:, 9:] == 0).all() and (mass[:, 1:9] > 0).all()
     age = model.repeat.age.weight.squeeze(-1)
     with torch.no_grad():
         age.zero_()
         model.repeat.event.weight.zero_()
-    again[3] = 0.5
-    mass = model.repeat(hidden, batch, slice(None), V + 1, again)
+    no_bias[3] = 0.5
+    mass = model.repeat(hidden, batch, slice(None), V + 1, no_bias)
     bias = model.repeat.gate.bias
     torch.testing.assert_close(mass[:, 2], (F.softplus(bias) * math.log(3)).expand(B))
     torch.testing.assert_close(mass[:, 3], (F.softplus(bias + 0.5) * math.log(2)).expand(B))
-    torch.testing.assert_close(mass[:, 3:5], model.repeat(hidden, batch, slice(None), 2, again[3:5], first=3))
+    torch.testing.assert_close(
+        mass[:, 3:5], model.repeat(hidden, batch, slice(None), 2, no_bias[3:5], first=3)
+    )
 
 
 @pytest.mark.parametrize("scores", ["dot", "cosine"])
@@ -375,17 +377,17 @@ def test_cross_entropy_in_blocks_equals_the_whole(sizes, scores, by_item):
 
     model.zero_grad()
     log_p = F.log_softmax(run(model, batch, masked=False), -1)
-    direct = -sum(log_p[n, torch.from_numpy(wanted)].mean() for n, wanted in enumerate(items))
+    direct = -sum(log_p[n, torch.from_numpy(basket)].mean() for n, basket in enumerate(items))
     (0.5 * direct).backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     for block in (1, 4, 100):
-        loss, found = gradients(block)
+        loss, gradient = gradients(block)
         torch.testing.assert_close(loss, direct.detach(), rtol=1e-5, atol=1e-5)
-        assert found.keys() == plain.keys()
+        assert gradient.keys() == plain.keys()
         for name in plain:
             largest = float(plain[name].abs().max())
             torch.testing.assert_close(
-                found[name], plain[name], rtol=1e-4, atol=1e-5 * max(1.0, largest), msg=name
+                gradient[name], plain[name], rtol=1e-4, atol=1e-5 * max(1.0, largest), msg=name
             )
 
 
@@ -395,8 +397,8 @@ def test_an_item_twice_in_a_basket_counts_twice():
     table, parts = model.items(), model.items.parts()
     log_p = F.log_softmax(run(model, batch, masked=False), -1)
     expected = -(2 / 3 * log_p[0, 1] + 1 / 3 * log_p[0, 2] + log_p[1, 5] + log_p[2, 6])
-    found = backward_in_blocks(model, model.hidden(batch, table, parts), table, batch, targets, 1.0)
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    loss = backward_in_blocks(model, model.hidden(batch, table, parts), table, batch, targets, 1.0)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_causal_bias_is_zero_on_and_below_the_diagonal():
@@ -433,8 +435,8 @@ def test_gbce_is_its_formula_and_its_gradient_autograds():
     direct = -(beta * share * F.logsigmoid(variable[row, item])).sum() - F.logsigmoid(-variable[others]).sum()
     direct.backward()
     gradient = scores.clone()
-    found, gradient = gbce(beta)(gradient, item, row, share)
-    torch.testing.assert_close(found, direct.detach())
+    loss, gradient = gbce(beta)(gradient, item, row, share)
+    torch.testing.assert_close(loss, direct.detach())
     torch.testing.assert_close(gradient, variable.grad.nan_to_num(0.0))
 
 
@@ -450,10 +452,10 @@ def test_the_sampled_sum_over_items_is_unbiased():
         popular = Targets(targets.offsets, torch.multinomial(share, 6, replacement=True))
         candidates = draw_mixed(batch, popular, share, negatives=4)
         sums.append((scores[candidates.item_U] * candidates.correction_U.exp()).sum())
-    found = torch.stack(sums)
-    assert abs(found.mean() - scores[1:].sum()) < 4 * found.std() / math.sqrt(len(sums))
+    estimates = torch.stack(sums)
+    assert abs(estimates.mean() - scores[1:].sum()) < 4 * estimates.std() / math.sqrt(len(sums))
     uncorrected = scores[1:].sum() * 10 / V
-    assert abs(found.mean() - uncorrected) > 20 * found.std() / math.sqrt(len(sums))
+    assert abs(estimates.mean() - uncorrected) > 20 * estimates.std() / math.sqrt(len(sums))
 
 
 @pytest.mark.parametrize("loss", ["sampled", "gbce"])
@@ -465,10 +467,12 @@ def test_with_every_item_drawn_a_sampled_loss_is_the_whole_one(loss):
     def gradients(criterion):
         model.zero_grad()
         torch.manual_seed(0)
-        found = criterion.backward(model, batch, targets, 1.0)
-        return found, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        sampled_loss = criterion.backward(model, batch, targets, 1.0)
+        return sampled_loss, {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
 
-    sampled, mine = gradients(Criterion(loss, share, negatives=100 * V, calibration=0.75))
+    sampled, sampled_gradient = gradients(Criterion(loss, share, negatives=100 * V, calibration=0.75))
     if loss == "sampled":
         whole, plain = gradients(Criterion("softmax", share))
     else:
@@ -481,7 +485,7 @@ def test_with_every_item_drawn_a_sampled_loss_is_the_whole_one(loss):
         plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(sampled, whole, rtol=1e-4, atol=1e-4)
     for name in plain:
-        torch.testing.assert_close(mine[name], plain[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(sampled_gradient[name], plain[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_sampling_from_one_item():
@@ -496,9 +500,9 @@ def test_sampling_from_one_item():
 def test_dropout_keeps_the_mean_and_nothing_but_multiples(p):
     torch.manual_seed(0)
     drop = Dropout(p)
-    found = drop(torch.ones(1000, 1001))
-    assert len(found.unique()) <= 2 and abs(found.mean().item() - 1.0) < 0.1
-    assert abs((found == 0).float().mean().item() - p) < 1 / 256 + 0.002
+    dropped = drop(torch.ones(1000, 1001))
+    assert len(dropped.unique()) <= 2 and abs(dropped.mean().item() - 1.0) < 0.1
+    assert abs((dropped == 0).float().mean().item() - p) < 1 / 256 + 0.002
     assert torch.equal(drop.eval()(torch.ones(3)), torch.ones(3))
 
 
@@ -510,17 +514,17 @@ def test_the_loss_is_chosen_by_the_size_of_the_catalogue():
 
 def test_softmax_of_an_impossible_target_is_exact():
     scores = torch.tensor([[-math.inf, 0.0, 300.0]])
-    found, gradient = softmax(scores, torch.tensor([1]), torch.tensor([0]), torch.tensor([1.0]))
-    assert found.item() == 300.0 and torch.equal(gradient, torch.tensor([[0.0, -1.0, 1.0]]))
+    loss, gradient = softmax(scores, torch.tensor([1]), torch.tensor([0]), torch.tensor([1.0]))
+    assert loss.item() == 300.0 and torch.equal(gradient, torch.tensor([[0.0, -1.0, 1.0]]))
 
 
 def test_parts_with_a_backward_by_hand_are_what_autograd_says():
     torch.manual_seed(0)
     x = torch.randn(4, 5, 12)
-    mine, theirs = RMSNorm(12, eps=1e-6), torch.nn.RMSNorm(12, eps=1e-6)
+    own, theirs = RMSNorm(12, eps=1e-6), torch.nn.RMSNorm(12, eps=1e-6)
     weight = torch.randn(12)
     for ours, reference, parameters in (
-        (mine, theirs, (mine.weight, theirs.weight)),
+        (own, theirs, (own.weight, theirs.weight)),
         (swiglu, lambda t: torch.nn.functional.silu(t[..., :6]) * t[..., 6:], None),
     ):
         if parameters:
@@ -536,23 +540,23 @@ def test_parts_with_a_backward_by_hand_are_what_autograd_says():
         if parameters:
             torch.testing.assert_close(parameters[0].grad, parameters[1].grad)
     half = x.to(torch.bfloat16)
-    torch.testing.assert_close(mine(half), theirs(half))
+    torch.testing.assert_close(own(half), theirs(half))
 
 
-@pytest.mark.parametrize(("kind", "place"), [(Embedding, -1), (Columns, 0)])
-def test_a_small_table_that_is_looked_up_often_learns_what_autograd_says(kind, place):
+@pytest.mark.parametrize(("kind", "item_dim"), [(Embedding, -1), (Columns, 0)])
+def test_a_small_table_that_is_looked_up_often_learns_what_autograd_says(kind, item_dim):
     torch.manual_seed(0)
-    mine = kind(5, 3)
-    theirs = torch.nn.Embedding.from_pretrained(mine.weight.detach().clone(), freeze=False)
+    ours = kind(5, 3)
+    theirs = torch.nn.Embedding.from_pretrained(ours.weight.detach().clone(), freeze=False)
     index = torch.randint(0, 4, (6, 7, 8))  # row 4 is never met
     gradient = torch.randn(6, 7, 8, 3)
-    mine(index).backward(gradient.movedim(-1, place))
+    ours(index).backward(gradient.movedim(-1, item_dim))
     theirs(index).backward(gradient)
-    assert torch.equal(mine(index).movedim(place, -1), theirs(index))
-    torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
-    mine.zero_grad()
-    mine(index[:0]).backward(gradient[:0].movedim(-1, place))
-    assert torch.equal(mine.weight.grad, torch.zeros(5, 3))
+    assert torch.equal(ours(index).movedim(item_dim, -1), theirs(index))
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+    ours.zero_grad()
+    ours(index[:0]).backward(gradient[:0].movedim(-1, item_dim))
+    assert torch.equal(ours.weight.grad, torch.zeros(5, 3))
 
 
 def test_a_halved_layer_trains_close_to_the_whole_one_and_answers_like_it():
@@ -567,12 +571,12 @@ def test_a_halved_layer_trains_close_to_the_whole_one_and_answers_like_it():
     gradient = torch.randn_like(up)
     up.backward(gradient)
     down.backward(gradient)
-    for mine, theirs in (
+    for parameter, theirs in (
         (up, down),
         (a.grad, b.grad),
         (layer.weight.grad, whole.weight.grad),
         (layer.bias.grad, whole.bias.grad),
     ):
-        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(parameter, theirs, rtol=0.02, atol=0.02)
     layer.eval()
     assert torch.equal(layer(x), whole(x))

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,14 +24,14 @@ from recray.cli import main
 from recray.config import ServeSettings, load_settings
 from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
+from recray.events import collect as collecting
+from recray.events.log import Entry, make_key
+from recray.events.store import open_log
 from recray.pipeline.erasure import forget
 from recray.serving.api import EventsRequest, FeedbackRequest, HistoryRequest, RecommendRequest, ScoreRequest
 from recray.serving.service import Service
 from recray.snapshot.reader import Snapshot
-from recray.state import collect as collecting
-from recray.state.log import Entry, make_key
-from recray.state.store import open_log
-from recray.storage import Storage, lease, open_sealed
+from recray.storage import Storage, lease, open_immutable
 from recray.storage.lease import FAULT
 from recray.storage.opt_out import OptOut
 from recray.testing.published import prepare_here, publish_untrained
@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
     )
     pq.write_table(pa.concat_tables([events, broken]), folder / "events" / "a.parquet")
     root = folder / "root"
-    overrides = [*world_overrides(folder, root), "data.shards=3"]
+    overrides = [*synthetic_overrides(folder, root), "data.shards=3"]
     settings = load_settings(None, overrides)
     log = open_log("sqlite", root)
     log.append(entries())
@@ -76,9 +76,9 @@ def whole(tmp_path_factory):
 
 
 def entries(prefix="e") -> list[Entry]:
-    found = []
+    rows = []
     for user in (WHO, OTHER):
-        found.append(
+        rows.append(
             Entry(
                 "event",
                 make_key(user, f"{prefix}1"),
@@ -87,7 +87,7 @@ def entries(prefix="e") -> list[Entry]:
                 {"item_id": "i0000001", "event": "view", "value": 1.0},
             )
         )
-        found.append(
+        rows.append(
             Entry(
                 "decision",
                 f"{prefix}-of-{user}",
@@ -96,7 +96,7 @@ def entries(prefix="e") -> list[Entry]:
                 {"items": ["i0000001"], "source": "realtime", "user": user},
             )
         )
-        found.append(
+        rows.append(
             Entry(
                 "outcome",
                 f"{prefix}-out-{user}",
@@ -105,7 +105,7 @@ def entries(prefix="e") -> list[Entry]:
                 {"request_id": f"{prefix}-of-{user}", "outcome": "click"},
             )
         )
-    return found
+    return rows
 
 
 @pytest.fixture
@@ -115,13 +115,13 @@ def root(whole, tmp_path):
 
 def holding(root: Path, text: str) -> list[str]:
     """Files that have a text, as bytes or within what Parquet compresses."""
-    found = []
+    holders = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         held = text.encode() in path.read_bytes()
         if path.suffix == ".parquet":
             held |= text in str(pq.read_table(path).to_pylist())
-        found += [str(path.relative_to(root))] * held
-    return found
+        holders += [str(path.relative_to(root))] * held
+    return holders
 
 
 def run(root: Path, who: str = WHO):
@@ -136,21 +136,21 @@ def run(root: Path, who: str = WHO):
 def assert_forgotten(root: Path, before: Path) -> None:
     """Nothing names the user, everybody else is as before, and everything is whole."""
     assert holding(root, WHO) == []
-    mine, theirs = Snapshot.latest(Storage(root)), Snapshot.latest(Storage(before))
-    assert mine.manifest["users"] == theirs.manifest["users"] - 1 and mine.find(WHO) is None
+    ours, theirs = Snapshot.latest(Storage(root)), Snapshot.latest(Storage(before))
+    assert ours.manifest["users"] == theirs.manifest["users"] - 1 and ours.find(WHO) is None
     now, then = (
         Dataset.open(folder / snapshot.manifest["dataset"], verify=True)
-        for folder, snapshot in ((root, mine), (before, theirs))
+        for folder, snapshot in ((root, ours), (before, theirs))
     )
     assert (
-        now.digest == mine.manifest["dataset_digest"]
+        now.digest == ours.manifest["dataset_digest"]
         and now.n_users == then.n_users - 1
         and now.n_events < then.n_events
     )
     for shard, was in zip(now.shards(), then.shards(), strict=True):
         for row, user in enumerate(shard.user_ids.to_pylist()):
             old = was.find(user)
-            assert mine.find(user) == theirs.find(user) and (shard.split[row] == was.split[old]).all()
+            assert ours.find(user) == theirs.find(user) and (shard.split[row] == was.split[old]).all()
             assert all(
                 np.array_equal(one, other)
                 for one, other in zip(shard.history(row), was.history(old), strict=True)
@@ -159,7 +159,7 @@ def assert_forgotten(root: Path, before: Path) -> None:
         list((root / "scores").glob("dt=*/*"))
     ) == 1
     for path in (root / "collected").glob("*"):
-        open_sealed(path, collecting.KIND)
+        open_immutable(path, collecting.KIND)
     with contextlib.closing(sqlite3.connect(root / "state" / "log.sqlite")) as connection:
         assert connection.execute("SELECT count(*) FROM log").fetchone() == (6,), "those of the other one"
 
@@ -170,22 +170,22 @@ def test_everything_goes_and_everybody_else_stays(root, whole):
     assert places == {"collected", "datasets", "quarantine", "scores", "state"}, (
         "else there is nothing to forget"
     )
-    found = run(root)
-    assert found.new and found.log == 6 and found.rows == 3 + 3 * 2, (
+    report = run(root)
+    assert report.new and report.log == 6 and report.rows == 3 + 3 * 2, (
         "three of the collected, three bad rows of each dataset"
     )
     assert_forgotten(root, before)
     assert holding(root, OTHER) and WHO not in (root / "forgotten.json").read_text()
-    again = run(root)
-    assert (again.new, again.log, again.rows, again.artifacts) == (False, 0, 0, [])
+    repeated = run(root)
+    assert (repeated.new, repeated.log, repeated.rows, repeated.artifacts) == (False, 0, 0, [])
     assert_forgotten(root, before)
 
 
 POINTS = (
     "forget:listed",
     "forget:tables",
-    "dataset:sealed",
-    "snapshot:sealed",
+    "dataset:complete",
+    "snapshot:complete",
     "forget:written",
     "LATEST.json:visible",
     "forget:published",
@@ -205,7 +205,7 @@ def test_killed_anywhere_and_repeated_it_ends_right(root, whole):
     assert_forgotten(root, whole[0] / "root")
 
 
-def test_the_next_night_reads_nothing_of_the_user(root, whole):
+def test_the_next_nightly_run_reads_nothing_of_the_user(root, whole):
     folder, overrides = whole
     settings = load_settings(None, [*overrides, f"storage.root={root}"])
     before = prepare_here(settings)
@@ -236,8 +236,8 @@ def test_a_line_that_is_no_row_is_not_kept_where_it_names_the_user(tmp_path):
     with lease.hold(tmp_path / "root", "forget", 5.0):
         assert forget(Storage(tmp_path / "root"), WHO, None).rows == 1
     assert holding(tmp_path / "root", WHO) == []
-    again = prepare_here(settings)
-    assert (again.manifest["bad_rows"], again.manifest["opted_out"]) == (1, 2) and holding(
+    repeated = prepare_here(settings)
+    assert (repeated.manifest["bad_rows"], repeated.manifest["opted_out"]) == (1, 2) and holding(
         tmp_path / "root", WHO
     ) == []
 
@@ -305,8 +305,8 @@ def test_at_the_endpoint_a_user_is_nobody_from_the_next_answer_on(root, whole, r
         answer = await one.recommend(RecommendRequest(user_id=WHO))
         await one.intake.feedback(FeedbackRequest(request_id=answer.request_id, outcome="click"))
         assert (await one.intake.events(event)).kept == 1 and answer.source != "popular"
-        gone = await one.intake.forget(WHO)
-        assert gone.new and gone.dropped >= 3 and not (await two.intake.forget(WHO)).new
+        forgotten = await one.intake.forget(WHO)
+        assert forgotten.new and forgotten.dropped >= 3 and not (await two.intake.forget(WHO)).new
         for handler in (one, two):
             handler.refresh()
             kept = await handler.intake.events(event)

@@ -39,9 +39,9 @@ def validate(tmp_path, *overrides):
         f"data.items={tmp_path / 'items.parquet'}",
         f"storage.root={tmp_path / 'root'}",
     ]
-    more = ["data.features={price: numeric, brand: categorical}", *overrides]
+    options = ["data.features={price: numeric, brand: categorical}", *overrides]
     result = pipeline.run(
-        "validate", load_settings(None, [*where, *more]), None, lambda text, **_: said.append(text)
+        "validate", load_settings(None, [*where, *options]), None, lambda text, **_: said.append(text)
     )
     return result, "\n".join(said)
 
@@ -147,8 +147,8 @@ def test_a_large_log_is_looked_at_in_part_and_what_only_the_whole_can_say_is_no_
     monkeypatch.setattr(rehearse, "SAMPLE_ROWS", 300)
     shop(tmp_path, **change)
     pq.write_table(pq.read_table(tmp_path / "events.parquet"), tmp_path / "events.parquet", row_group_size=50)
-    more = [] if override is None else [override]
-    result, said = validate(tmp_path, *more)
+    overrides = [] if override is None else [override]
+    result, said = validate(tmp_path, *overrides)
     assert "in a sample of 250 of 600 rows" in said and (
         result.metrics["rows"],
         result.metrics["sample_rows"],
@@ -164,7 +164,8 @@ def test_a_large_log_is_looked_at_in_part_and_what_only_the_whole_can_say_is_no_
         f"storage.root={tmp_path / 'root'}",
     ]
     assert (
-        prepare_here(load_settings(None, [*where, "data.features={price: numeric}", *more])).n_events >= 596
+        prepare_here(load_settings(None, [*where, "data.features={price: numeric}", *overrides])).n_events
+        >= 596
     )
 
 
@@ -213,13 +214,13 @@ def test_one_problem_does_not_hide_the_next(tmp_path):
         user_id=[None] * 60 + [n % 40 for n in range(540)],
     )
     (tmp_path / "taken").touch()
-    asked = (
+    overrides = (
         "split.test_from=2031-01-01",
         "policy.actions=[event.bought, weight.size, recency]",
         f"storage.root={tmp_path / 'taken' / 'root'}",
     )
     with pytest.raises(RecrayError) as error:
-        validate(tmp_path, *asked)
+        validate(tmp_path, *overrides)
     for named in (
         "60 of 600 rows are invalid (60 × user_id is null), for example user_id None, item_id 'I0', "
         "timestamp '1709251200' in",
@@ -232,7 +233,7 @@ def test_one_problem_does_not_hide_the_next(tmp_path):
         assert named in error.value.message, error.value.message
     assert "recray-validate" not in error.value.message and "quarantine" not in error.value.message
     with pytest.raises(RecrayError) as error:
-        validate(tmp_path, "data.features={size: numeric, brand: vector, colour: text}", *asked)
+        validate(tmp_path, "data.features={size: numeric, brand: vector, colour: text}", *overrides)
     for named in ("'size', 'colour'", "60 of 600 rows are invalid", "impossible split"):
         assert named in error.value.message, error.value.message
 

@@ -25,6 +25,10 @@ from recray import pipeline
 from recray.bundle import Bundle
 from recray.config import load_settings, render_yaml
 from recray.errors import RefusedError, StateError
+from recray.events.collect import collect, collected_folders
+from recray.events.log import Entry
+from recray.events.rewards import Rewards
+from recray.events.sqlite import SqliteLog
 from recray.inference.modulation import explore, log_density
 from recray.inference.policy import OBSERVED, Policy
 from recray.pipeline.follow import run_follow
@@ -33,10 +37,6 @@ from recray.serving.api import Event, FeedbackRequest, RecommendRequest
 from recray.serving.modulation import Exploration
 from recray.serving.service import Service
 from recray.stages import JobResult
-from recray.state.collect import collect, collected_folders
-from recray.state.log import Entry
-from recray.state.rewards import Rewards
-from recray.state.sqlite import SqliteLog
 from recray.storage import Storage, read_json
 from recray.storage.lease import hold_exclusively
 from recray.testing.published import publish_untrained
@@ -44,19 +44,19 @@ from recray.testing.published import publish_untrained
 pytestmark = pytest.mark.second
 
 
-def round_of(world, n, seed, sigma=1.0):
+def round_of(rewards, n, seed, sigma=1.0):
     random = np.random.default_rng(seed)
-    observation, cases = world.draw(n, random)
+    observation, cases = rewards.draw(n, random)
     mean = np.zeros((n, 1), np.float32)
     action, density = explore(mean, sigma, random)
-    reward = draw_clicks(world.pay(cases, action), random)
+    reward = draw_clicks(rewards.pay(cases, action), random)
     user = np.array([f"{seed}-{row}" for row in range(n)])
     return LoggedDecisions(
         observation, mean, action, density, np.full(n, sigma), reward, user, np.full(n, "b"), np.full(n, "")
     )
 
 
-def test_rounds_are_looked_back_at_until_the_world_changed():
+def test_earlier_rounds_count_until_rewards_changed():
     old = [round_of(SyntheticRewards(drift=-1.0), 4000, seed) for seed in range(2)]
     new = [round_of(SyntheticRewards(), 4000, seed) for seed in (2, 3)]
     assert adapt.count_rounds_since_change([*old, *new]) == 2
@@ -85,44 +85,46 @@ def test_small_rounds_speak_together_and_the_newest_are_no_more_than_it_takes():
 
 
 def test_most_of_what_is_to_be_had_is_learned_from_clicks():
-    world = SyntheticRewards()
-    observation, cases = world.draw(4000, np.random.default_rng(9))
+    rewards = SyntheticRewards()
+    observation, cases = rewards.draw(4000, np.random.default_rng(9))
     none, best = (
-        world.pay(cases, np.zeros((4000, 1))).mean(),
-        world.pay(cases, world.best(observation)).mean(),
+        rewards.pay(cases, np.zeros((4000, 1))).mean(),
+        rewards.pay(cases, rewards.best(observation)).mean(),
     )
 
-    def lead(policy):
-        return (world.pay(cases, policy.act(observation)).mean() - none) / (best - none)
+    def relative_gain(policy):
+        return (rewards.pay(cases, policy.act(observation)).mean() - none) / (best - none)
 
     quick = adapt.Marwil(epochs=15)
-    first = adapt.learn_by_marwil(round_of(world, 8000, 1), None, ("temperature",), "b", quick)
-    assert lead(first) > 0.35 and first.about["learner"] == "marwil" and first.bundle_digest == "b"
+    first = adapt.learn_by_marwil(round_of(rewards, 8000, 1), None, ("temperature",), "b", quick)
+    assert relative_gain(first) > 0.35 and first.about["learner"] == "marwil" and first.bundle_digest == "b"
     second = adapt.learn_by_marwil(
-        LoggedDecisions.concat([round_of(world, 8000, seed) for seed in (1, 2)]),
+        LoggedDecisions.concat([round_of(rewards, 8000, seed) for seed in (1, 2)]),
         first,
         ("temperature",),
         "b",
         quick,
     )
-    assert lead(second) > lead(first) and np.array_equal(second.normalizer.mean, first.normalizer.mean)
-    shuffled = round_of(world, 8000, 1)
+    assert relative_gain(second) > relative_gain(first) and np.array_equal(
+        second.normalizer.mean, first.normalizer.mean
+    )
+    shuffled = round_of(rewards, 8000, 1)
     shuffled = replace(shuffled, reward=np.random.default_rng(0).permutation(shuffled.reward))
-    assert lead(adapt.learn_by_marwil(shuffled, None, ("temperature",), "b", quick)) < 0.2
+    assert relative_gain(adapt.learn_by_marwil(shuffled, None, ("temperature",), "b", quick)) < 0.2
 
 
 @pytest.fixture
-def shop(world_folder, world_dataset, tmp_path, monkeypatch):
+def shop(synthetic_folder, synthetic_dataset, tmp_path, monkeypatch):
     settings = load_settings(
         None,
         [
-            f"data.events=[{world_folder / 'events'}]", f"storage.root={tmp_path / 'root'}",
+            f"data.events=[{synthetic_folder / 'events'}]", f"storage.root={tmp_path / 'root'}",
             "policy.actions=[temperature]", "policy.exploration_scale=1.0",
             "policy.exploration_share=1.0", "policy.experiment_share=1.0", "policy.attribution_window_s=0",
             "policy.latency=0.5", "score.k=20", "data.context=[hour]",
         ],
     )  # fmt: skip
-    storage = publish_untrained(settings, world_dataset, settings.root())
+    storage = publish_untrained(settings, synthetic_dataset, settings.root())
 
     def explore_alike(sigma, actions, bound, random):
         return Exploration(sigma, actions, bound, np.random.default_rng(1))
@@ -152,7 +154,7 @@ def talk(handler, visits, seed):
         asyncio.run(visit(range(first, first + 10)))
 
 
-def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_dataset):
+def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, synthetic_dataset):
     settings, storage, handler = shop
     with pytest.raises(RefusedError, match="no collected decision"):
         pipeline.run("adapt", settings, None)
@@ -168,21 +170,23 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     result = pipeline.run("adapt", settings, None)
     folders, rewards = collected_folders(storage), Rewards.declared(settings.serve)
     ripe = read_rounds(folders, settings.policy, rewards, until_s=np.inf)
-    (found,), aside = ripe.rounds, ripe.excluded
+    (sample,), aside = ripe.rounds, ripe.excluded
     assert (
-        len(found) > 1500 and set(found.reward.tolist()) == {0.0, 1.0} and len(set(found.user.tolist())) > 290
+        len(sample) > 1500
+        and set(sample.reward.tolist()) == {0.0, 1.0}
+        and len(set(sample.user.tolist())) > 290
     )
-    guest, turned = (
-        np.array([str(user).startswith("!guest") for user in found.user]),
-        found.action[:, 0] > 0.2,
+    guest, is_modulated = (
+        np.array([str(user).startswith("!guest") for user in sample.user]),
+        sample.action[:, 0] > 0.2,
     )
-    assert guest.sum() > 100 and found.reward[guest].max() == 0  # nobody said what they did
-    for rate, asked in ((0.75, turned & ~guest), (0.15, ~turned & ~guest)):
-        assert found.reward[asked].mean() == pytest.approx(rate, abs=0.06)
-    assert aside == {} and require_usable(found, "untrained", {""})[1] == {}
+    assert guest.sum() > 100 and sample.reward[guest].max() == 0  # nobody said what they did
+    for rate, is_query in ((0.75, is_modulated & ~guest), (0.15, ~is_modulated & ~guest)):
+        assert sample.reward[is_query].mean() == pytest.approx(rate, abs=0.06)
+    assert aside == {} and require_usable(sample, "untrained", {""})[1] == {}
     recency = settings.policy.model_copy(update={"actions": ("recency",)})
     others = read_rounds(folders, recency, rewards, until_s=np.inf)
-    assert (others.rounds, others.excluded) == ([], {"of other controls or another bound": len(found)})
+    assert (others.rounds, others.excluded) == ([], {"of other controls or another bound": len(sample)})
     none = read_rounds(folders, settings.policy, rewards, until_s=0.0)
     assert (none.rounds, none.excluded) == ([], {})
     count = partial(count_fresh, folders, settings.policy)
@@ -190,7 +194,7 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
         count(after_s=0.0, until_s=0.0),
         count(after_s=0.0, until_s=np.inf),
         count(after_s=ripe.newest_s, until_s=np.inf),
-    ] == [0, len(found), 0]
+    ] == [0, len(sample), 0]
     assert 0 < result.metrics["latency"] < 0.5 and result.metrics["diversity"] > 0.5
     assert result.reason == "" and result.metrics["promoted"] == 1 and result.metrics["dr_low"] > 0, (
         result.reason
@@ -199,8 +203,8 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     waits = settings.model_copy(update={"policy": settings.policy.model_copy(update={"every_hours": 1.0})})
     early = pipeline.run("adapt", waits, None)
     assert (early.status, early.run_key) == ("skipped", result.run_key)
-    again = pipeline.run("adapt", settings, None)
-    assert (again.status, again.run_key, again.reason) == ("skipped", result.run_key, ""), (
+    repeated = pipeline.run("adapt", settings, None)
+    assert (repeated.status, repeated.run_key, repeated.reason) == ("skipped", result.run_key, ""), (
         "released by itself, it is not judged anew"
     )
     (storage.policy("") / "torn").mkdir()
@@ -216,14 +220,14 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, world_datas
     with pytest.raises(
         RefusedError, match="live policy has the controls temperature, policy.actions names recency"
     ):
-        adapt.adapt(other, ripe.rounds, ripe.excluded, world_dataset, bundle, live, {""}, 0.025)
+        adapt.adapt(other, ripe.rounds, ripe.excluded, synthetic_dataset, bundle, live, {""}, 0.025)
     with pytest.raises(
-        RefusedError, match=f"no collected decision has the controls recency; {len(found)} of other controls"
+        RefusedError, match=f"no collected decision has the controls recency; {len(sample)} of other controls"
     ):
-        adapt.adapt(other, others.rounds, others.excluded, world_dataset, bundle, None, {""}, 0.025)
+        adapt.adapt(other, others.rounds, others.excluded, synthetic_dataset, bundle, None, {""}, 0.025)
     private = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"enabled": True})})
     with pytest.raises(RefusedError, match="privacy"):
-        adapt.adapt(private, ripe.rounds, ripe.excluded, world_dataset, bundle, None, {""}, 0.025)
+        adapt.adapt(private, ripe.rounds, ripe.excluded, synthetic_dataset, bundle, None, {""}, 0.025)
 
 
 def test_how_often_was_collected_changes_nothing_of_what_is_learned_from(tmp_path):
@@ -264,14 +268,18 @@ def test_how_often_was_collected_changes_nothing_of_what_is_learned_from(tmp_pat
         }
         entries.append((at_s, Entry("decision", key, f"u{number % 40}", at_s, answer)))
         if random.random() < 0.4:
-            later = at_s + float(random.choice([-2.0, 1.0, 400.0]))
+            repeated_at_s = at_s + float(random.choice([-2.0, 1.0, 400.0]))
             for copy in range(int(random.integers(1, 3))):
                 click = {"request_id": key, "outcome": "click", "item_id": "a", "value": 1.0}
                 entries.append(
                     (
-                        later,
+                        repeated_at_s,
                         Entry(
-                            "outcome" if later > at_s else "set_aside", f"{key} {copy}", None, later, click
+                            "outcome" if repeated_at_s > at_s else "set_aside",
+                            f"{key} {copy}",
+                            None,
+                            repeated_at_s,
+                            click,
                         ),
                     )
                 )
@@ -294,19 +302,19 @@ def test_how_often_was_collected_changes_nothing_of_what_is_learned_from(tmp_pat
         name: collected(every_s, name)
         for name, every_s in (("minute", 60.0), ("hour", 3600.0), ("once", 1e10))
     }
-    found = {
+    rounds = {
         name: read_rounds(folders, options, rewards, until_s=1e9 + 11_000) for name, folders in ways.items()
     }
     assert [len(folders) for folders in ways.values()][0] > 150 and len(ways["once"]) == 1
-    assert len({digest(ripe.rounds) for ripe in found.values()}) == 1 and len(found["once"].rounds) == 4
+    assert len({digest(ripe.rounds) for ripe in rounds.values()}) == 1 and len(rounds["once"].rounds) == 4
     fresh = [
         count_fresh(folders, options, after_s=1e9 + 10_000, until_s=1e9 + 11_000) for folders in ways.values()
     ]
-    assert fresh[0] == fresh[1] == fresh[2] > 100 and {ripe.newest_s for ripe in found.values()} == {
+    assert fresh[0] == fresh[1] == fresh[2] > 100 and {ripe.newest_s for ripe in rounds.values()} == {
         1e9 + 11_000
     }
-    assert all(int((~np.isnan(log.log_density)).sum()) >= 150 for log in found["once"].rounds) and {
-        *found["once"].rounds[0].reward
+    assert all(int((~np.isnan(log.log_density)).sum()) >= 150 for log in rounds["once"].rounds) and {
+        *rounds["once"].rounds[0].reward
     } == {0.0, 1.0}
 
 
@@ -323,17 +331,17 @@ def test_the_distribution_that_is_fitted_is_the_one_that_was_logged():
 
 
 @pytest.mark.slow
-def test_a_best_action_at_the_end_of_what_can_be_turned_is_found_and_kept():
-    world, random = Edge(), np.random.default_rng(0)
+def test_a_best_action_at_the_end_of_its_range_is_learned_and_kept():
+    rewards, random = Edge(), np.random.default_rng(0)
     for start in (0.0, 1.0):
         policy, mean = None, np.full((8000, 1), start, np.float32)
         rounds = []
         for seed in range(5):
-            observation, cases = world.draw(8000, np.random.default_rng([seed, 7]))
+            observation, cases = rewards.draw(8000, np.random.default_rng([seed, 7]))
             if policy is not None:
                 mean = policy.act(observation)
             action, density = explore(mean, 0.5, random)
-            reward = draw_clicks(world.pay(cases, action), random)
+            reward = draw_clicks(rewards.pay(cases, action), random)
             user, names = (
                 np.array([f"{seed}-{row}" for row in range(8000)]),
                 (np.full(8000, "b"), np.full(8000, "")),
@@ -344,12 +352,12 @@ def test_a_best_action_at_the_end_of_what_can_be_turned_is_found_and_kept():
             policy = adapt.learn_by_marwil(
                 LoggedDecisions.concat(rounds), policy, ("temperature",), "b", adapt.Marwil(epochs=6)
             )
-        observation, cases = world.draw(4000, np.random.default_rng(99))
-        none, best, mine = (
-            world.pay(cases, played).mean()
+        observation, cases = rewards.draw(4000, np.random.default_rng(99))
+        none, best, ours = (
+            rewards.pay(cases, played).mean()
             for played in (np.zeros((4000, 1)), np.ones((4000, 1)), policy.act(observation))
         )
-        assert (mine - none) / (best - none) >= 0.97
+        assert (ours - none) / (best - none) >= 0.97
 
 
 class Edge(SyntheticRewards):

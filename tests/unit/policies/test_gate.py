@@ -16,16 +16,16 @@ from recray.inference.policy import OBSERVED, ObservationNormalizer
 class Plays:
     """A policy that plays a function."""
 
-    def __init__(self, act, frozen):
-        self.act, self.normalizer = act, frozen
+    def __init__(self, act, normalizer):
+        self.act, self.normalizer = act, normalizer
 
 
-def log_of(world, n=8000, sigma=0.5, seed=0):
+def log_of(rewards, n=8000, sigma=0.5, seed=0):
     random = np.random.default_rng(seed)
-    observation, cases = world.draw(n, random)
+    observation, cases = rewards.draw(n, random)
     mean = np.zeros((n, 1), np.float32)
     action, density = explore(mean, sigma, random)
-    reward = draw_clicks(world.pay(cases, action), random)
+    reward = draw_clicks(rewards.pay(cases, action), random)
     return LoggedDecisions(
         observation,
         mean,
@@ -40,13 +40,13 @@ def log_of(world, n=8000, sigma=0.5, seed=0):
 
 
 @pytest.fixture(scope="module")
-def frozen():
+def normalizer():
     return ObservationNormalizer.of(SyntheticRewards().draw(4096, np.random.default_rng(1))[0])
 
 
 @pytest.fixture(scope="module")
-def good(frozen):
-    return Plays(baselines.fit_by_gradient(SyntheticRewards(), frozen, hidden=32), frozen)
+def good(normalizer):
+    return Plays(baselines.fit_by_gradient(SyntheticRewards(), normalizer, hidden=32), normalizer)
 
 
 def test_a_better_policy_passes_and_the_verdict_says_how_much(good):
@@ -62,8 +62,10 @@ def test_a_better_policy_is_not_refused_by_chance(good):
     assert np.mean([verdict.figures["shuffled"] for verdict in verdicts]) < 0.1, "95 % intervals miss 5 %"
 
 
-def test_a_worse_one_is_refused_in_words(frozen):
-    verdict = gate.judge(log_of(SyntheticRewards()), Plays(baselines.repeat_action(np.array([0.6])), frozen))
+def test_a_worse_one_is_refused_in_words(normalizer):
+    verdict = gate.judge(
+        log_of(SyntheticRewards()), Plays(baselines.repeat_action(np.array([0.6])), normalizer)
+    )
     assert not verdict.passed and "gain -" in verdict.reason
     assert any(check.name.startswith("segment") and not check.passed for check in verdict.checks)
 
@@ -82,22 +84,24 @@ def test_where_nothing_is_to_be_gained_nothing_passes(good):
     ).passed, "the same again"
 
 
-def test_a_policy_that_turns_what_changes_nothing_is_not_promoted(good):
+def test_a_policy_whose_actions_change_nothing_is_not_promoted(good):
     """An A/A test: both play alike but for a control that nobody feels, so weights are not 1 and rewards
     are."""
     passed = 0
     for seed in range(20):
         log, random = log_of(SyntheticRewards(), n=4000, seed=seed), np.random.default_rng(seed)
         mean = np.concatenate([log.mean, np.zeros((4000, 1), np.float32)], 1)
-        more, density = explore(mean[:, 1:], 0.5, random)
+        actions, density = explore(mean[:, 1:], 0.5, random)
         both = replace(
             log,
             mean=mean,
-            action=np.concatenate([log.action, more], 1),
+            action=np.concatenate([log.action, actions], 1),
             log_density=log.log_density + density,
         )
         other = Plays(
-            lambda seen: np.stack([0 * seen[:, 0], 0.6 * np.tanh(seen[:, 1] - 3)], 1).astype(np.float32),
+            lambda observations: np.stack(
+                [0 * observations[:, 0], 0.6 * np.tanh(observations[:, 1] - 3)], 1
+            ).astype(np.float32),
             good.normalizer,
         )
         assert gate.importance_weights(both, other.act(log.observation)).std() > 0.1
@@ -114,15 +118,15 @@ def test_densities_of_something_else_are_noticed(good):
     )
 
 
-def test_a_small_gain_shows_though_the_log_explored_far(frozen):
+def test_a_small_gain_shows_though_the_log_explored_far(normalizer):
     """What is played is nearly the same under both, as far as the log explored: half as far it is not."""
-    world, passed = SyntheticRewards(), []
+    rewards, passed = SyntheticRewards(), []
     for seed in range(10):
         random = np.random.default_rng(seed)
-        observation, cases = world.draw(3000, random)
-        mean = (0.8 * world.best(observation)).astype(np.float32)
+        observation, cases = rewards.draw(3000, random)
+        mean = (0.8 * rewards.best(observation)).astype(np.float32)
         action, density = explore(mean, 1.0, random)
-        reward, n = draw_clicks(world.pay(cases, action), random), len(mean)
+        reward, n = draw_clicks(rewards.pay(cases, action), random), len(mean)
         log = LoggedDecisions(
             observation,
             mean,
@@ -134,11 +138,11 @@ def test_a_small_gain_shows_though_the_log_explored_far(frozen):
             np.full(n, "b"),
             np.full(n, "p"),
         )
-        passed.append(gate.judge(log, Plays(world.best, frozen)).passed)
+        passed.append(gate.judge(log, Plays(rewards.best, normalizer)).passed)
     assert sum(passed) >= 8, passed
 
 
-def test_what_pays_only_while_it_explores_is_refused(frozen):
+def test_what_pays_only_while_it_explores_is_refused(normalizer):
     """Most users do not explore: they get 0.55 itself, beyond the best 0.25; whoever explores around it
     mostly gets what lies between.
     """
@@ -147,7 +151,7 @@ def test_what_pays_only_while_it_explores_is_refused(frozen):
         0.6 - 0.4 * (log.action[:, 0].astype(np.float64) - 0.25) ** 2, np.random.default_rng(0)
     )
     verdict, better = (
-        gate.judge(replace(log, reward=reward), Plays(baselines.repeat_action(np.array([a])), frozen))
+        gate.judge(replace(log, reward=reward), Plays(baselines.repeat_action(np.array([a])), normalizer))
         for a in (0.55, 0.3)
     )
     assert verdict.figures["dr_low"] > 0 and "without exploration -" in verdict.reason and better.passed, (
@@ -161,20 +165,20 @@ def test_too_little_support_and_too_slow_a_decision_are_refused(good):
     assert "of the Predictor's time" in gate.judge(log_of(SyntheticRewards()), good, latency=0.2).reason
 
 
-def test_a_segment_that_loses_stops_a_policy_that_gains_on_the_whole(frozen):
-    world = SyntheticRewards()
-    best = baselines.fit_by_gradient(world, frozen, hidden=32)
+def test_a_segment_that_loses_stops_a_policy_that_gains_on_the_whole(normalizer):
+    rewards = SyntheticRewards()
+    best = baselines.fit_by_gradient(rewards, normalizer, hidden=32)
     length = OBSERVED.index("log_length")
 
     def act(observation):
         short = observation[:, [length]] < np.log1p(16)
         return np.where(short, -best(observation), best(observation)).astype(np.float32)
 
-    verdict = gate.judge(log_of(world, n=20_000), Plays(act, frozen))
+    verdict = gate.judge(log_of(rewards, n=20_000), Plays(act, normalizer))
     assert "short histories: -" in verdict.reason
 
 
-def test_a_segment_may_lose_no_more_than_a_share_of_its_own(frozen):
+def test_a_segment_may_lose_no_more_than_a_share_of_its_own(normalizer):
     """Users with short histories earn a tenth of what others do, and lose a thirtieth of that: less than a
     hundredth of what all earn.
     """
@@ -189,7 +193,7 @@ def test_a_segment_may_lose_no_more_than_a_share_of_its_own(frozen):
     short = gate.split_by_history_length(log.observation)["short histories"]
     by_log = gate.judge(
         replace(log, reward=np.where(short, 0.03, 0.3)),
-        Plays(baselines.repeat_action(np.array([0.1])), frozen),
+        Plays(baselines.repeat_action(np.array([0.1])), normalizer),
     )
     assert any(
         check.text.startswith("short histories: ") and " of 0.0300," in check.text for check in by_log.checks

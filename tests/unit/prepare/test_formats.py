@@ -22,9 +22,9 @@ from recray.prepare.texts import parse_list
 
 def lines(**changed):
     """The rows of `rows` as JSON objects, the seventh with other values."""
-    found = rows().to_pylist()
-    found[7] |= changed
-    return found
+    row = rows().to_pylist()
+    row[7] |= changed
+    return row
 
 
 def as_json(path, objects):
@@ -35,8 +35,8 @@ def as_json(path, objects):
 @pytest.mark.parametrize("odd", [["3"], "u\ud83d", [2**64], {"a": ["\ud800"]}])
 def test_what_is_no_single_value_spoils_its_own_row_alone(tmp_path, odd):
     objects = [{**one, "event": "view", "value": 1} for one in lines()]
-    for place, column in enumerate(("user_id", "item_id", "event", "value", "timestamp")):
-        objects[20 + place][column] = odd
+    for column_index, column in enumerate(("user_id", "item_id", "event", "value", "timestamp")):
+        objects[20 + column_index][column] = odd
     data = prepared(
         tmp_path, "data.max_invalid_fraction=0.1", events=[as_json(tmp_path / "e.jsonl", objects)]
     )
@@ -65,12 +65,12 @@ def test_columns_that_are_not_asked_for_may_hold_anything(tmp_path):
     assert prepared(tmp_path, events=[as_json(tmp_path / "e.jsonl", objects)]).n_events == 200
 
 
-@pytest.mark.parametrize("later", [None, [], ["a", 1], [1.5], "a,b"])
-def test_lists_that_change_their_type_from_line_to_line_are_lists(tmp_path, monkeypatch, later):
+@pytest.mark.parametrize("second_value", [None, [], ["a", 1], [1.5], "a,b"])
+def test_lists_that_change_their_type_from_line_to_line_are_lists(tmp_path, monkeypatch, second_value):
     monkeypatch.setattr(formats, "LINES", 4)
-    items = [{"item_id": f"i{n}", "tags": ["a", "b"] if n < 4 else later} for n in range(7)]
-    chosen = [f"data.items={as_json(tmp_path / 'i.jsonl', items)}", "data.features={tags: multi}"]
-    found = written(tmp_path, rows(), *chosen).items["tags"].to_pylist()
+    items = [{"item_id": f"i{n}", "tags": ["a", "b"] if n < 4 else second_value} for n in range(7)]
+    overrides = [f"data.items={as_json(tmp_path / 'i.jsonl', items)}", "data.features={tags: multi}"]
+    tags = written(tmp_path, rows(), *overrides).items["tags"].to_pylist()
     expected = {
         "None": (None, []),
         "[]": ([],),
@@ -78,7 +78,7 @@ def test_lists_that_change_their_type_from_line_to_line_are_lists(tmp_path, monk
         "[1.5]": (["1.5"], [1.5]),
         "a,b": (["a", "b"],),
     }
-    assert found[0] == ["a", "b"] and found[-1] in expected[str(later)]
+    assert tags[0] == ["a", "b"] and tags[-1] in expected[str(second_value)]
 
 
 def test_an_item_file_of_json_lines_that_lacks_a_column_has_nothing_there(tmp_path):
@@ -102,18 +102,20 @@ def test_json_lines_are_known_whatever_they_begin_with(tmp_path, start):
 
 
 @pytest.mark.parametrize("title", ["two\nlines", "of\nthree\nlines", "7,8\n9"])
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_texts_of_several_lines_are_read(tmp_path, title, place):
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_texts_of_several_lines_are_read(tmp_path, title, position):
     table = pa.table({"item_id": list(range(7)), "price": [n / 2 for n in range(7)]})
-    table = table.add_column(place, "title", pa.array([title if n == 4 else f"thing {n}" for n in range(7)]))
+    table = table.add_column(
+        position, "title", pa.array([title if n == 4 else f"thing {n}" for n in range(7)])
+    )
     pacsv.write_csv(table, tmp_path / "items.csv")
     data = rows().set_column(1, "item_id", pa.array([n % 7 for n in range(200)]))
-    found = written(
+    titles = written(
         tmp_path, data, f"data.items={tmp_path / 'items.csv'}", "data.features={title: text, price: numeric}"
     )
     assert (
-        found.items["title"].to_pylist()[4] == title
-        and found.items["price"].to_pylist() == table["price"].to_pylist()
+        titles.items["title"].to_pylist()[4] == title
+        and titles.items["price"].to_pylist() == table["price"].to_pylist()
     )
 
 
@@ -155,7 +157,7 @@ def test_a_csv_file_that_is_something_else_is_called_what_it_is(tmp_path, magic)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_value_that_is_no_number_is_a_bad_row(tmp_path, kind):
+def test_a_value_that_is_no_number_is_an_invalid_row(tmp_path, kind):
     table = rows().append_column("value", pa.array(["1,50" if n == 5 else "2.5" for n in range(200)]))
     path = tmp_path / f"e.{kind}"
     if kind == "csv":
@@ -232,8 +234,8 @@ def test_numbers_in_the_names_of_folders_are_numbers(tmp_path):
         folder = tmp_path / "items" / f"price={n}"
         folder.mkdir(parents=True)
         pq.write_table(pa.table({"item_id": [f"i{n}"]}), folder / "a.parquet")
-    found = written(tmp_path, rows(), f"data.items={tmp_path / 'items'}", "data.features={price: numeric}")
-    assert found.items["price"].to_pylist() == list(range(7))
+    prices = written(tmp_path, rows(), f"data.items={tmp_path / 'items'}", "data.features={price: numeric}")
+    assert prices.items["price"].to_pylist() == list(range(7))
 
 
 def test_a_folder_under_two_names_is_read_once_and_said(tmp_path):
@@ -265,13 +267,13 @@ def test_the_log_of_a_table_is_said(tmp_path):
 @pytest.mark.parametrize("kind", ["nanoseconds", "text"])
 def test_rows_that_differ_below_the_microsecond_are_two(tmp_path, kind):
     times = [f"2024-03-0{1 + n % 9}T10:00:00.000000{n % 2}07Z" for n in range(200)]
-    given = (
+    texts = (
         pa.array(times)
         if kind == "text"
         else pa.array(times).cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
     )
     table = pa.table(
-        {"user_id": [n // 18 for n in range(180)], "item_id": ["i1"] * 180, "timestamp": given[:180]}
+        {"user_id": [n // 18 for n in range(180)], "item_id": ["i1"] * 180, "timestamp": texts[:180]}
     )
     assert written(tmp_path, table, "data.duplicates=drop").n_events == 180
 
@@ -281,8 +283,8 @@ def test_digits_of_a_date_are_of_the_zone_of_the_log(tmp_path, zone, clock):
     days = [f"2024-03-{1 + n % 9:02}" for n in range(200)]
     digits = rows().set_column(2, "timestamp", pa.array([int(day.replace("-", "") + clock) for day in days]))
     text = rows().set_column(2, "timestamp", pa.array([day + (" 12:00:00" if clock else "") for day in days]))
-    mine, theirs = (written(tmp_path, table, f"data.timezone={zone}") for table in (digits, text))
-    assert histories(mine) == histories(theirs) and mine.as_of_s == theirs.as_of_s
+    of_digits, theirs = (written(tmp_path, table, f"data.timezone={zone}") for table in (digits, text))
+    assert histories(of_digits) == histories(theirs) and of_digits.as_of_s == theirs.as_of_s
 
 
 @settings(max_examples=8)
@@ -302,6 +304,8 @@ def test_a_log_is_the_same_in_every_format(tmp_path_factory, data):
     pq.write_table(table, folder / "e.parquet")
     pacsv.write_csv(table, folder / "e.csv")
     as_json(folder / "e.jsonl", table.to_pylist())
-    found = [prepared(folder / kind, events=[folder / f"e.{kind}"]) for kind in ("parquet", "csv", "jsonl")]
-    texts = [{str(user): history for user, history in histories(one).items()} for one in found]
+    datasets = [
+        prepared(folder / kind, events=[folder / f"e.{kind}"]) for kind in ("parquet", "csv", "jsonl")
+    ]
+    texts = [{str(user): history for user, history in histories(one).items()} for one in datasets]
     assert texts[0] == texts[1] == texts[2]

@@ -25,6 +25,9 @@ from recray.config import load_settings
 from recray.dataset.context import encode_value
 from recray.dataset.reader import assign_buckets
 from recray.errors import DataError, RefusedError, SettingsError, TooManyInvalidRowsError
+from recray.events import collect as collecting
+from recray.events.log import Entry, make_key
+from recray.events.store import open_log
 from recray.prepare.files import list_files, natural_key
 from recray.prepare.prepare import find_input, inspect_input
 from recray.prepare.times import (
@@ -36,9 +39,6 @@ from recray.prepare.times import (
     infer_unit,
     integers_to_us,
 )
-from recray.state import collect as collecting
-from recray.state.log import Entry, make_key
-from recray.state.store import open_log
 from recray.storage import Storage
 from recray.testing.published import prepare_here
 
@@ -57,9 +57,9 @@ def rows(users=20, each=10, first=T, step=DAY):
 
 def prepared(tmp_path, *overrides, as_of=None, events=None):
     where = [] if events is None else [f"data.events={json.dumps([str(path) for path in events])}"]
-    chosen = load_settings(None, [*where, f"storage.root={tmp_path / 'root'}", "data.shards=2", *overrides])
-    data = prepare_here(chosen, as_of)
-    data.said = [*find_input(chosen).notes, *data.manifest["notes"]]
+    settings = load_settings(None, [*where, f"storage.root={tmp_path / 'root'}", "data.shards=2", *overrides])
+    data = prepare_here(settings, as_of)
+    data.said = [*find_input(settings).notes, *data.manifest["notes"]]
     return data
 
 
@@ -70,17 +70,17 @@ def written(tmp_path, table, *overrides, as_of=None):
 
 def histories(data):
     ids = [None, *data.items["item_id"].to_pylist()]
-    found = {}
+    by_user = {}
     for shard in data.shards():
         for row, user in enumerate(shard.user_ids.to_pylist()):
             history = shard.history(row)
-            found[user] = [
+            by_user[user] = [
                 (ids[i], t, data.event_types[e])
                 for i, t, e in zip(
                     history.item_index, history.timestamp_s.tolist(), history.event_index, strict=True
                 )
             ]
-    return found
+    return by_user
 
 
 def baskets(data, user):
@@ -114,14 +114,14 @@ def test_what_a_writer_hides_is_passed_by_at_every_depth(tmp_path):
 def test_a_file_is_known_by_its_name_or_its_first_bytes_and_what_is_left_out_is_named(tmp_path):
     folder, linked = tmp_path / "log", tmp_path / "elsewhere"
     folder.mkdir(), linked.mkdir()
-    for place in (
+    for path in (
         folder / "b.parquet.gzip",
         folder / "c.PARQUET",
         folder / "d.parq",
         folder / "000000_0",
         linked / "e.pq",
     ):
-        pq.write_table(rows(users=2), place)
+        pq.write_table(rows(users=2), path)
     (folder / "link").symlink_to(linked)
     (linked / "round").symlink_to(folder)
     (folder / "gone.parquet_").symlink_to(tmp_path / "nowhere")
@@ -169,9 +169,9 @@ def test_what_folders_say_are_columns(tmp_path):
     folder = tmp_path / "log"
     for event in ("view", "purchase", "__HIVE_DEFAULT_PARTITION__"):
         for day in ("2024-03-01", "2024-03-02"):
-            place = folder / f"event={event}" / f"dt={day}"
-            place.mkdir(parents=True)
-            pq.write_table(rows(each=2, step=1).drop_columns(["timestamp"]), place / "part-0.parquet")
+            part = folder / f"event={event}" / f"dt={day}"
+            part.mkdir(parents=True)
+            pq.write_table(rows(each=2, step=1).drop_columns(["timestamp"]), part / "part-0.parquet")
     data = prepared(tmp_path, "data.columns={timestamp: dt}", "split.kind=leave_one_out", events=[folder])
     assert set(data.event_types) == {"view", "purchase", "interaction"} and data.n_events == 240
     assert {t for history in histories(data).values() for _, t, _ in history} == {T, T + DAY}
@@ -189,15 +189,15 @@ def test_what_folders_say_are_columns(tmp_path):
 def test_a_column_that_is_null_in_a_whole_file_is_null_there(tmp_path):
     folder = tmp_path / "log"
     folder.mkdir()
-    more = (
+    extra_rows = (
         rows()
         .append_column("value", pa.array([2.0] * 200))
         .append_column("basket", pa.array(["b"] * 200))
         .append_column("event", pa.array(["buy"] * 200))
     )
-    pq.write_table(more, folder / "a.parquet")
+    pq.write_table(extra_rows, folder / "a.parquet")
     for name, column in (("value", 3), ("basket", 4), ("event", 5)):
-        pq.write_table(more.set_column(column, name, pa.nulls(200)), folder / f"without {name}.parquet")
+        pq.write_table(extra_rows.set_column(column, name, pa.nulls(200)), folder / f"without {name}.parquet")
     data = prepared(tmp_path, events=[folder])
     assert data.n_events == 800 and data.event_types == ["buy", "interaction"]
     assert sorted({value for shard in data.shards() for value in shard.value.tolist()}) == [1.0, 2.0]
@@ -248,14 +248,15 @@ def test_text_that_is_no_row_goes_to_quarantine_and_too_much_of_it_is_refused(tm
     ):
         prepared(tmp_path, events=[tmp_path / "log.csv"])
     data = prepared(tmp_path, "data.max_invalid_fraction=0.02", events=[tmp_path / "log.csv"])
-    bad = pq.read_table(tmp_path / "root" / "quarantine" / data.key).to_pylist()
-    assert {row["reason"].partition(" (")[0] for row in bad} == {
+    quarantined = pq.read_table(tmp_path / "root" / "quarantine" / data.key).to_pylist()
+    assert {row["reason"].partition(" (")[0] for row in quarantined} == {
         "line is no row", "time is no ISO 8601", "value is not a number", "user_id is blank",
         "item_id is blank",
     }  # fmt: skip
-    assert {row["given_timestamp"] for row in bad} >= {"2024-02-31", "12/1/2010 8:26"} and "u1,i1" in {
-        row["line"] for row in bad
-    }
+    assert {row["given_timestamp"] for row in quarantined} >= {
+        "2024-02-31",
+        "12/1/2010 8:26",
+    } and "u1,i1" in {row["line"] for row in quarantined}
     assert data.n_events == 300 and any("6 of 306 rows are invalid" in note for note in data.said)
 
 
@@ -273,9 +274,11 @@ def test_ids_are_whole_numbers_where_every_file_has_such_and_text_else(tmp_path)
         and both.items["item_id"].type == pa.int64()
     )
     pq.write_table(pa.table({"item_id": ["0", "1", "2"]}), tmp_path / "items.parquet")
-    joined = prepared(tmp_path, f"data.items={tmp_path / 'items.parquet'}", events=[tmp_path / "a.csv"])
-    assert joined.items["item_id"].to_pylist() == ["0", "1", "2"] and any(
-        "read as text" in note for note in joined.said
+    dataset_with_items = prepared(
+        tmp_path, f"data.items={tmp_path / 'items.parquet'}", events=[tmp_path / "a.csv"]
+    )
+    assert dataset_with_items.items["item_id"].to_pylist() == ["0", "1", "2"] and any(
+        "read as text" in note for note in dataset_with_items.said
     )
 
 
@@ -458,7 +461,7 @@ def test_words_for_nothing_are_no_events_names_or_categories(tmp_path):
     ]
 
 
-def test_a_bad_row_gives_dates_no_clock(tmp_path):
+def test_an_invalid_row_gives_dates_no_time_of_day(tmp_path):
     text = [f"{u},i{n % 7},2024-03-{1 + n:02}" for u in range(20) for n in range(9)]
     (tmp_path / "e.csv").write_text(
         "\n".join(["user_id,item_id,timestamp", *text, "3,,2024-03-05 12:00:00", ""])
@@ -473,17 +476,21 @@ def test_rows_that_differ_in_what_is_kept_less_exactly_are_not_the_same(tmp_path
         "item_id": ["a"] * 400,
         "timestamp": [T + n // 100 * DAY for n in range(400)],
     }
-    for more in (
+    for overrides in (
         {"page": [f"p{n}" for n in range(400)]},
         {"value": [16_777_216.0 + n for n in range(400)]},
         {"position": list(range(400))},
         {"timestamp": pa.array([(T + n // 100 * DAY) * 10**9 + n for n in range(400)], pa.timestamp("ns"))},
     ):
-        context = ["data.context=[page]"] if "page" in more else []
+        context = ["data.context=[page]"] if "page" in overrides else []
         data = written(
-            tmp_path, pa.table({**one, **more}), "data.duplicates=drop", "split.kind=leave_one_out", *context
+            tmp_path,
+            pa.table({**one, **overrides}),
+            "data.duplicates=drop",
+            "split.kind=leave_one_out",
+            *context,
         )
-        assert (data.n_events, data.manifest["duplicates"]) == (400, 0), more.keys()
+        assert (data.n_events, data.manifest["duplicates"]) == (400, 0), overrides.keys()
     assert written(tmp_path, pa.table(one), "data.duplicates=drop", "split.kind=leave_one_out").n_events == 4
 
 
@@ -534,7 +541,7 @@ def test_worth_less_than_asked_is_left_out_and_what_is_worth_nothing_is_said(tmp
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, mapped):
+def test_what_the_endpoint_received_and_the_log_has_too_counts_once(tmp_path, mapped):
     """Thirteen events, five of them in both."""
     events = [{"user_id": 7, "item_id": f"i{n}", "event": "view", "value": 1.0} for n in range(13)]
     log = open_log("sqlite", tmp_path / "root")
@@ -567,7 +574,7 @@ def test_what_the_endpoint_was_told_and_the_log_has_too_counts_once(tmp_path, ma
     )
 
 
-def test_a_return_of_the_log_is_one_though_the_endpoint_was_told_a_purchase(tmp_path):
+def test_a_return_of_the_log_is_one_though_the_endpoint_received_a_purchase(tmp_path):
     log = open_log("sqlite", tmp_path / "root")
     for n in range(3):
         log.append(
@@ -622,7 +629,7 @@ def test_names_of_events_and_contexts_are_whole_numbers_however_pandas_wrote_the
         text = (tmp_path / "e.csv").read_text()
         (tmp_path / "e.csv").write_text(
             re.sub(
-                r"(?<=,)(\d+)(?=,|\n)", lambda found: found[1] if len(found[1]) > 6 else f"{found[1]}.0", text
+                r"(?<=,)(\d+)(?=,|\n)", lambda match: match[1] if len(match[1]) > 6 else f"{match[1]}.0", text
             )
         )
     else:
@@ -638,7 +645,7 @@ def test_names_of_events_and_contexts_are_whole_numbers_however_pandas_wrote_the
     }
 
 
-def test_a_log_of_dates_has_what_the_endpoint_was_told_that_day(tmp_path):
+def test_a_log_of_dates_includes_the_events_that_the_endpoint_received_that_day(tmp_path):
     log = open_log("sqlite", tmp_path / "root")
     for n, hour in ((0, 9), (1, 23), (2, 25)):  # Tokyo's day begins at 15 UTC
         log.append(
@@ -746,7 +753,7 @@ def test_a_number_that_its_unit_puts_long_ago_is_no_time(tmp_path, of):
 
 
 @pytest.mark.parametrize("odd", [0, 1_709_251_200])
-def test_a_bad_time_does_not_give_dates_a_clock(tmp_path, odd):
+def test_an_invalid_time_gives_dates_no_time_of_day(tmp_path, odd):
     days = [20240301 + n % 10 for n in range(199)] + [odd]
     assert written(tmp_path, rows().set_column(2, "timestamp", pa.array(days))).as_of_s == T + 10 * DAY - 1
 
@@ -764,13 +771,15 @@ def test_a_bad_time_does_not_give_dates_a_clock(tmp_path, odd):
 )
 def test_what_is_released_far_away_is_not_released_long_ago(tmp_path, column, expected):
     pq.write_table(pa.table({"item_id": ["i0", "i1", "i2"], "born": column}), tmp_path / "items.parquet")
-    asked = (f"data.items={tmp_path / 'items.parquet'}", "data.available_from=born")
+    overrides = (f"data.items={tmp_path / 'items.parquet'}", "data.available_from=born")
     if expected is None:
         with pytest.raises(DataError, match="years alone are not enough"):
-            written(tmp_path, rows(), *asked)
+            written(tmp_path, rows(), *overrides)
         return
-    found = written(tmp_path, rows(), *asked).items["released_s"].to_pylist()[:3]
-    assert [("late" if said is not None and said >= MAX_US // 10**6 else said) for said in found] == expected
+    released_s = written(tmp_path, rows(), *overrides).items["released_s"].to_pylist()[:3]
+    assert [
+        ("late" if said is not None and said >= MAX_US // 10**6 else said) for said in released_s
+    ] == expected
 
 
 @pytest.mark.parametrize(("unit", "size"), [("days", DAY), ("hours", 3600), ("minutes", 60)])
@@ -804,7 +813,7 @@ def test_numbers_that_are_no_time_are_refused_but_for_who_says_so(tmp_path):
         prepared(tmp_path, events=[folder])
 
 
-def test_a_few_times_of_the_future_are_bad_rows_and_many_refuse_the_run(tmp_path):
+def test_a_few_times_of_the_future_are_invalid_rows_and_many_refuse_the_run(tmp_path):
     late = int(dt.datetime.now(dt.UTC).timestamp()) + 5 * 365 * DAY
     times = rows()["timestamp"].to_pylist()
     data = written(tmp_path, rows().set_column(2, "timestamp", pa.array([late, late, *times[2:]])))
@@ -901,11 +910,11 @@ def test_an_as_of_needs_times(tmp_path):
 )
 def test_any_whole_number_is_a_time_in_range_or_outside(values, unit):
     us = integers_to_us(np.array(values, np.int64), unit)
-    for value, found in zip(values, us.tolist(), strict=True):
+    for value, parsed in zip(values, us.tolist(), strict=True):
         if unit in UNITS:
-            assert found == (value * UNITS[unit] if 0 <= value * UNITS[unit] <= MAX_US else OUT_OF_RANGE)
+            assert parsed == (value * UNITS[unit] if 0 <= value * UNITS[unit] <= MAX_US else OUT_OF_RANGE)
         else:
-            assert found == OUT_OF_RANGE or 0 <= found <= MAX_US
+            assert parsed == OUT_OF_RANGE or 0 <= parsed <= MAX_US
 
 
 @given(
@@ -956,8 +965,8 @@ def test_text_is_the_time_that_it_writes_or_none(values, data):
         else:
             said.append(value)
             expected.append(None)
-    found = TimeRule().read(pa.chunked_array([pa.array(said, pa.string())]))
-    for text, want, us in zip(said, expected, found.us.to_pylist(), strict=True):
+    times = TimeRule().read(pa.chunked_array([pa.array(said, pa.string())]))
+    for text, want, us in zip(said, expected, times.us.to_pylist(), strict=True):
         if want is not None:
             assert us == round(want.timestamp() * 10**6), text
 

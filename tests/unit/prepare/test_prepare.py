@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import world_overrides
+from conftest import synthetic_overrides
 
 from recray.config import load_settings
 from recray.dataset.reader import Dataset, assign_buckets
@@ -37,14 +37,14 @@ def dataset(tmp_path, rows=ROWS, overrides=(), as_of=None, source=None) -> Datas
 
 def everything(data: Dataset) -> dict:
     ids = [None, *data.items["item_id"].to_pylist()]
-    found = {}
+    content = {}
     for shard in data.shards():
         for row, user in enumerate(shard.user_ids.to_pylist()):
             history = shard.history(row)
-            found[user] = [
+            content[user] = [
                 (ids[i], t) for i, t in zip(history.item_index, history.timestamp_s.tolist(), strict=True)
             ]
-    return found
+    return content
 
 
 def test_histories_hold_every_event_in_order_of_time(tmp_path):
@@ -71,7 +71,7 @@ def test_the_data_end_with_the_last_event_of_those_who_are_held_out(tmp_path, da
     last = max(t for user, _, t in ROWS if user in held)
     protected = next(user for user in range(20) if user not in held)
     day = 86_400
-    later = [(protected, "i0", t) for t in (last, last + 1, last + 3 * day)]
+    after_end = [(protected, "i0", t) for t in (last, last + 1, last + 3 * day)]
 
     def read(rows, as_of=None):
         if not dates:
@@ -81,16 +81,16 @@ def test_the_data_end_with_the_last_event_of_those_who_are_held_out(tmp_path, da
         )
         return dataset(tmp_path, None, overrides, as_of, source)
 
-    without, with_it = read(ROWS), read(ROWS + later)
+    without, with_it = read(ROWS), read(ROWS + after_end)
     end = last if not dates else (last // day + 1) * day - 1
     assert without.as_of_s == with_it.as_of_s == end
-    theirs, mine = everything(without), everything(with_it)
-    own = mine.pop(protected)
-    assert mine == {user: history for user, history in theirs.items() if user != protected}
+    theirs, with_user = everything(without), everything(with_it)
+    own = with_user.pop(protected)
+    assert with_user == {user: history for user, history in theirs.items() if user != protected}
     assert len(own) == len(theirs[protected]) + (2 if dates else 1) and with_it.manifest["late_rows"] == (
         1 if dates else 2
     )
-    assert read(ROWS + later, dt.datetime(2030, 1, 1, tzinfo=dt.UTC)).manifest["late_rows"] == 0, (
+    assert read(ROWS + after_end, dt.datetime(2030, 1, 1, tzinfo=dt.UTC)).manifest["late_rows"] == 0, (
         "--as-of says what counts"
     )
 
@@ -107,13 +107,13 @@ def test_users_who_are_held_out_alone_say_which_types_of_events_there_are(tmp_pa
         for n, (user, *_) in enumerate(ROWS)
     ]
     source = table(ROWS).append_column("event", pa.array(types))
-    found = dataset(tmp_path, source=source, overrides=held_out)
-    assert (found.event_types, found.manifest["default_event"]) == (["buy", "view"], "view"), (
+    data = dataset(tmp_path, source=source, overrides=held_out)
+    assert (data.event_types, data.manifest["default_event"]) == (["buy", "view"], "view"), (
         "by name; the most frequent is the default"
     )
     assert {
         int(shard.event_index[0])
-        for shard in found.shards()
+        for shard in data.shards()
         if len(shard) and shard.user_ids[0].as_py() not in held
     } == {1}
     named = dataset(tmp_path, source=source, overrides=[*held_out, "data.default_event=other"])
@@ -130,10 +130,10 @@ def test_the_item_table_alone_may_say_which_items_there_are(tmp_path, whole):
         pa.table({"item_id": [*listed, 99] if whole else [*listed, "new"]}), tmp_path / "items.parquet"
     )
     of_table = [f"data.items={tmp_path / 'items.parquet'}", "data.catalogue=items"]
-    found = dataset(tmp_path, rows, of_table)
-    assert found.items["item_id"].to_pylist() == sorted([*listed, 99 if whole else "new"])
+    data = dataset(tmp_path, rows, of_table)
+    assert data.items["item_id"].to_pylist() == sorted([*listed, 99 if whole else "new"])
     others = sum(item not in listed for _, item, _ in rows)
-    assert (found.n_events, found.manifest["unlisted"], found.n_users) == (len(ROWS) - others, others, 20)
+    assert (data.n_events, data.manifest["unlisted"], data.n_users) == (len(ROWS) - others, others, 20)
     assert (
         dataset(tmp_path, rows, of_table[:1]).n_items == 8
         and dataset(tmp_path, rows, of_table[:1]).manifest["unlisted"] == 0
@@ -143,7 +143,7 @@ def test_the_item_table_alone_may_say_which_items_there_are(tmp_path, whole):
             [(user, str(item), t) for user, item, t in [*rows, (0, "none of ours", 1_600_000_000)]]
         )
         mixed = dataset(tmp_path, source=source, overrides=[*of_table, "data.max_invalid_fraction=0.1"])
-        assert mixed.items["item_id"].to_pylist() == [0, 1, 2, 3, 99] and mixed.n_events == found.n_events
+        assert mixed.items["item_id"].to_pylist() == [0, 1, 2, 3, 99] and mixed.n_events == data.n_events
         assert mixed.manifest["reasons"] == {"item_id is no whole number, as those of data.items are": 1}
 
 
@@ -260,7 +260,7 @@ def at(seconds):
     return dt.datetime.fromtimestamp(seconds, dt.UTC).isoformat()
 
 
-def test_bad_rows_go_to_quarantine_with_a_reason(tmp_path):
+def test_invalid_rows_go_to_quarantine_with_a_reason(tmp_path):
     source = pa.table(
         {
             "user_id": pa.array([1, None, 3, 4, 5] + [6] * 95, pa.int64()),
@@ -338,7 +338,7 @@ def test_what_only_left_out_rows_have_is_not_known(tmp_path):
         "timestamp": [1_600_000_000] * 10,
         "event": ["click"] * 10,
     }
-    again = {
+    vectors = {
         "user_id": [7] * 3,
         "item_id": ["again"] * 3,
         "timestamp": [1_600_000_001] * 3,
@@ -353,7 +353,7 @@ def test_what_only_left_out_rows_have_is_not_known(tmp_path):
                 }
             ),
             pa.table(named),
-            pa.table(again),
+            pa.table(vectors),
         ]
     )
     data = dataset(
@@ -406,15 +406,15 @@ def test_random_split_holds_out_whole_baskets_anywhere_in_time(tmp_path):
     assert set(days) == set(range(10))
 
 
-def test_leave_one_out_asks_when_the_target_came(tmp_path):
+def test_leave_one_out_queries_at_the_time_of_the_target(tmp_path):
     data = dataset(tmp_path, overrides=["split.kind=leave_one_out"])
     for part, last in (("validation", 2), ("test", 1)):
-        for question in next(EvaluationQueries(data, part).batches(100)):
-            times = data.shard(question.shard).history(question.row).timestamp_s
-            assert question.now == times[-last] and question.history.timestamp_s.max() < question.now
+        for query in next(EvaluationQueries(data, part).batches(100)):
+            times = data.shard(query.shard).history(query.row).timestamp_s
+            assert query.now == times[-last] and query.history.timestamp_s.max() < query.now
             # the popularity of that moment holds no event of its day or later
-            assert data.popularity.window(question.now, 10_000).sum() == sum(
-                t < question.now // 86_400 * 86_400 for _, _, t in ROWS
+            assert data.popularity.window(query.now, 10_000).sum() == sum(
+                t < query.now // 86_400 * 86_400 for _, _, t in ROWS
             )
 
 
@@ -424,10 +424,8 @@ def test_folders_and_uris_are_listed_below(tmp_path, form):
     (folder / "sub").mkdir(parents=True)
     pq.write_table(table(ROWS[:100]), folder / "x.parquet")
     pq.write_table(table(ROWS[100:]), folder / "sub" / "y.parquet")
-    place = form.format(str(folder).replace(" ", "%20") if "://" in form else folder)
-    data = prepare_here(
-        load_settings(None, [f"data.events=['{place}']", f"storage.root={tmp_path / 'root'}"])
-    )
+    path = form.format(str(folder).replace(" ", "%20") if "://" in form else folder)
+    data = prepare_here(load_settings(None, [f"data.events=['{path}']", f"storage.root={tmp_path / 'root'}"]))
     assert data.n_events == len(ROWS)
     assert join_uri("s3://bucket/data?region=eu", "x 1.parquet") == "s3://bucket/data/x%201.parquet?region=eu"
     assert join_uri("hdfs://host:9000/data", "x.parquet") == "hdfs://host:9000/data/x.parquet"
@@ -479,17 +477,17 @@ def test_truncated_and_empty_files_are_named(tmp_path):
         assert word in str(error.value) and f"{name}.parquet" in str(error.value)
 
 
-def test_preparing_twice_is_a_no_op_and_the_key_ignores_places(tmp_path, world_folder):
-    settings = load_settings(None, world_overrides(world_folder, tmp_path / "a"))
+def test_preparing_twice_is_a_no_op_and_the_key_ignores_places(tmp_path, synthetic_folder):
+    settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path / "a"))
     first = prepare_here(settings)
     stamps = {p: p.stat().st_mtime_ns for p in first.path.rglob("*")}
     assert prepare_here(settings).key == first.key
     assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == stamps
-    other = prepare_here(load_settings(None, world_overrides(world_folder, tmp_path / "b")))
+    other = prepare_here(load_settings(None, synthetic_overrides(synthetic_folder, tmp_path / "b")))
     assert (first.path / "manifest.json").read_bytes() == (other.path / "manifest.json").read_bytes()
 
 
-def test_a_file_that_comes_while_the_input_is_read_is_the_next_nights_and_one_that_changes_is_an_error(
+def test_a_file_that_comes_while_the_input_is_read_is_of_the_next_run_and_one_that_changes_is_an_error(
     tmp_path,
 ):
     folder = tmp_path / "events"
@@ -541,8 +539,8 @@ def test_what_does_not_fit_the_types_is_named(tmp_path):
         dataset(tmp_path, overrides=[f"data.items={items / 'a.parquet'}"])
 
 
-def test_damage_and_foreign_output_are_refused(tmp_path, world_folder):
-    settings = load_settings(None, world_overrides(world_folder, tmp_path))
+def test_damage_and_foreign_output_are_refused(tmp_path, synthetic_folder):
+    settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path))
     data = prepare_here(settings)
     file = data.path / "shards" / "00000.arrow"
     content = bytearray(file.read_bytes())
@@ -550,7 +548,7 @@ def test_damage_and_foreign_output_are_refused(tmp_path, world_folder):
     file.write_bytes(content)
     with pytest.raises(DamagedArtifactError, match="shards/00000.arrow"):
         Dataset.open(data.path, verify=True)
-    other = load_settings(None, [*world_overrides(world_folder, tmp_path), "split.seed=5"])
+    other = load_settings(None, [*synthetic_overrides(synthetic_folder, tmp_path), "split.seed=5"])
     (tmp_path / "datasets" / prepare_key(other, None)).mkdir()
     with pytest.raises(OutputExistsError, match="move"):
         prepare_here(other)

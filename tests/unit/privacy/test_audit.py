@@ -31,51 +31,51 @@ from recray.training.worker import build_loop
 def test_the_chance_of_right_guesses_is_that_of_a_biased_coin_and_delta_adds_to_it():
     chance = [math.comb(10, k) * 0.75**k * 0.25 ** (10 - k) for k in range(11)]
     assert chance_of(10, 10, 9, math.log(3), 0.0) == pytest.approx(sum(chance[9:]))
-    below = max(sum(chance[9 - i : 9]) / i for i in range(1, 10))
-    assert chance_of(20, 10, 9, math.log(3), 1e-4) == pytest.approx(sum(chance[9:]) + 2 * 20 * 1e-4 * below)
+    fewer = max(sum(chance[9 - i : 9]) / i for i in range(1, 10))
+    assert chance_of(20, 10, 9, math.log(3), 1e-4) == pytest.approx(sum(chance[9:]) + 2 * 20 * 1e-4 * fewer)
     assert chance_of(20, 10, 0, 1.0, 0.5) == 1.0
 
 
 def test_the_bound_is_where_the_chance_reaches_what_is_allowed():
-    found = lower_bound(1000, 300, 240, 1e-6)
-    assert chance_of(1000, 300, 240, found, 1e-6) <= 0.05 < chance_of(1000, 300, 240, found + 0.01, 1e-6)
+    epsilon = lower_bound(1000, 300, 240, 1e-6)
+    assert chance_of(1000, 300, 240, epsilon, 1e-6) <= 0.05 < chance_of(1000, 300, 240, epsilon + 0.01, 1e-6)
     assert lower_bound(1000, 300, 150, 1e-6) == 0.0
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 3.0])
 def test_randomised_response_is_bounded_near_its_epsilon_and_seldom_above(epsilon):
     random = np.random.default_rng(0)
-    found = []
+    bounds = []
     for _ in range(40):
         planted = random.random(4000) < 0.5
         truth = random.random(4000) < 1 / (1 + math.exp(-epsilon))
-        found.append(
+        bounds.append(
             bound(planted, np.where(truth, planted, ~planted) + 1e-3 * random.random(4000), 0.0).epsilon
         )
-    assert np.mean(np.array(found) > epsilon) <= 0.1
-    assert np.median(found) > 0.8 * epsilon
+    assert np.mean(np.array(bounds) > epsilon) <= 0.1
+    assert np.median(bounds) > 0.8 * epsilon
 
 
 def test_a_gaussian_mechanism_is_not_refuted_at_its_epsilon_and_is_far_below():
     random = np.random.default_rng(1)
     sigma, delta = 1.0, 1e-5
 
-    def beyond(epsilon):  # the exact δ at ε (Balle and Wang, arXiv 1805.06530)
+    def delta_at(epsilon):  # the exact δ at ε (Balle and Wang, arXiv 1805.06530)
         return norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * norm.cdf(
             -0.5 / sigma - epsilon * sigma
         )
 
-    claim = next(e for e in np.arange(0, 10, 0.01) if beyond(e) <= delta)
+    claim = next(e for e in np.arange(0, 10, 0.01) if delta_at(e) <= delta)
     planted = random.random(5000) < 0.5
-    found = bound(planted, planted + sigma * random.normal(size=5000), delta)
-    assert 0.3 < found.epsilon < claim
-    assert found.verdict(claim) == "not refuted" and found.verdict(0.2) == "refuted"
+    lower = bound(planted, planted + sigma * random.normal(size=5000), delta)
+    assert 0.3 < lower.epsilon < claim
+    assert lower.verdict(claim) == "not refuted" and lower.verdict(0.2) == "refuted"
 
 
 def test_few_canaries_cannot_tell():
     planted = np.arange(8) < 4
-    found = bound(planted, planted.astype(float), 1e-6)
-    assert found.correct == found.guesses and found.verdict(3.0) == "cannot tell"
+    epsilon = bound(planted, planted.astype(float), 1e-6)
+    assert epsilon.correct == epsilon.guesses and epsilon.verdict(3.0) == "cannot tell"
     assert Bound(0.0, 5.0, 8, 8, 4).verdict(3.0) == "not refuted"
 
 
@@ -109,11 +109,11 @@ def test_canaries_lie_apart_and_are_planted_at_their_rate():
 
 
 @pytest.fixture(scope="module")
-def settings(world_folder, tmp_path_factory):
+def settings(synthetic_folder, tmp_path_factory):
     return load_settings(
         None,
         [
-            *private_overrides(world_folder, tmp_path_factory.mktemp("audit")),
+            *private_overrides(synthetic_folder, tmp_path_factory.mktemp("audit")),
             "privacy.steps=40",
             "privacy.sigma=2",
         ],
@@ -127,15 +127,15 @@ def dataset(settings):
 
 def test_a_training_keeps_its_claim_and_one_without_noise_is_caught(settings, dataset):
     mechanism = mechanism_of(settings.privacy, users_learned(dataset))
-    found = {}
+    refutations = {}
     for sigma in (mechanism.sigma, 0.0):
         run = train_monitored(
             str(dataset.path), training_settings(settings), {**vars(mechanism), "sigma": sigma}, 1000
         )
-        found[sigma] = bound(run["planted"], run["seen"], settings.privacy.delta)
-    assert found[mechanism.sigma].epsilon < mechanism.epsilon
-    assert found[mechanism.sigma].epsilon > 0.2, "canaries are seen through the noise"
-    assert found[0.0].verdict(3.0) == found[0.0].verdict(1.0) == "refuted"
+        refutations[sigma] = bound(run["planted"], run["seen"], settings.privacy.delta)
+    assert refutations[mechanism.sigma].epsilon < mechanism.epsilon
+    assert refutations[mechanism.sigma].epsilon > 0.2, "canaries are seen through the noise"
+    assert refutations[0.0].verdict(3.0) == refutations[0.0].verdict(1.0) == "refuted"
 
 
 def looked_at(settings, dataset, mutate=lambda loop: None, rows=8, **parts) -> dict[str, Finding]:
@@ -150,17 +150,17 @@ def looked_at(settings, dataset, mutate=lambda loop: None, rows=8, **parts) -> d
         vars(mechanism),
     )
     mutate(loop)
-    found = run_monitored(loop, mechanism, 0, rows, random)
-    assert len(found["planted"]) == rows and np.isfinite(found["seen"]).all()
-    return {finding["name"]: Finding(**finding) for finding in found["findings"]}
+    monitor = run_monitored(loop, mechanism, 0, rows, random)
+    assert len(monitor["planted"]) == rows and np.isfinite(monitor["seen"]).all()
+    return {finding["name"]: Finding(**finding) for finding in monitor["findings"]}
 
 
 def test_a_sound_training_has_no_findings_and_its_made_up_users_are_clipped(settings, dataset):
-    found = looked_at(settings, dataset)
-    assert [finding for finding in found.values() if not finding.passed] == []
+    findings = looked_at(settings, dataset)
+    assert [finding for finding in findings.values() if not finding.passed] == []
     assert (
-        "no gradient needed clipping" not in found["contribution"].text
-        and "added 0.5" in found["contribution"].text
+        "no gradient needed clipping" not in findings["contribution"].text
+        and "added 0.5" in findings["contribution"].text
     )
 
 
@@ -210,8 +210,8 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_training_that_keeps_less_than_it_promises_is_caught(settings, dataset, monkeypatch, mutant):
     name, mutate = MUTANTS[mutant]
-    found = looked_at(settings, dataset, lambda loop: mutate(loop, monkeypatch))
-    assert not found[name].passed, found
+    findings = looked_at(settings, dataset, lambda loop: mutate(loop, monkeypatch))
+    assert not findings[name].passed, findings
 
 
 def test_trainings_that_begin_with_the_same_noise_are_caught():
@@ -219,8 +219,8 @@ def test_trainings_that_begin_with_the_same_noise_are_caught():
     random = np.random.default_rng(0)
     one, other = random.normal(size=(2, 256))
     assert check_repeated_noise({"a": one.tolist(), "b": other.tolist(), "control": [0.0] * 256}).passed
-    found = check_repeated_noise({"a": one.tolist(), "b": other.tolist(), "c": (3 * one).tolist()})
-    assert not found.passed and found.text == "a and c began with the same noise"
+    finding = check_repeated_noise({"a": one.tolist(), "b": other.tolist(), "c": (3 * one).tolist()})
+    assert not finding.passed and finding.text == "a and c began with the same noise"
 
 
 def _watched_rank(rank: int, folder: str, noisy: tuple[int, ...]) -> None:
@@ -240,8 +240,8 @@ def _watched_rank(rank: int, folder: str, noisy: tuple[int, ...]) -> None:
     for _ in range(4):
         step.monitor.record_draw(np.zeros(0, np.int64))
         step.step([])
-    found = {finding.name: finding.passed for finding in step.monitor.findings()}
-    torch.save(found, f"{folder}/{rank}.pt")
+    passed = {finding.name: finding.passed for finding in step.monitor.findings()}
+    torch.save(passed, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -249,8 +249,8 @@ def _watched_rank(rank: int, folder: str, noisy: tuple[int, ...]) -> None:
 def test_noise_on_every_rank_and_on_none_is_caught(tmp_path, noisy, sound):
     processes.start_processes(_watched_rank, (str(tmp_path), noisy), nprocs=2, start_method="fork")
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found["noise"] == sound and (found["fresh noise"] or not noisy), found
+        outcome = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert outcome["noise"] == sound and (outcome["fresh noise"] or not noisy), outcome
 
 
 def test_losses_are_those_of_each_user_alone(settings, dataset):
@@ -258,17 +258,17 @@ def test_losses_are_those_of_each_user_alone(settings, dataset):
     batches = TrainingBatches(
         dataset, history=20, batch_tokens=500, sequences="last", popularity_prior_days=0, seed=0
     )
-    model, windows = loop.model.eval().requires_grad_(False), batches.last_sequences()
-    found = sequence_losses(model, batches, windows)
+    model, sequences = loop.model.eval().requires_grad_(False), batches.last_sequences()
+    losses = sequence_losses(model, batches, sequences)
     for user in (0, 5, 17):
-        batch, targets = batches.collate(windows[np.array([user])])
+        batch, targets = batches.collate(sequences[np.array([user])])
         table = model.items()
         log_share = model.scores(model.hidden(batch, table, None), model.output(table), batch).log_softmax(1)
         each = [
             -log_share[n, targets.item[targets.offsets[n] : targets.offsets[n + 1]]].mean()
             for n in range(len(log_share))
         ]
-        assert found[user] == pytest.approx(float(torch.stack(each).mean()), rel=1e-5)
+        assert losses[user] == pytest.approx(float(torch.stack(each).mean()), rel=1e-5)
 
 
 def test_those_who_are_held_out_are_measured_as_if_they_were_learned_from(dataset):
@@ -276,11 +276,13 @@ def test_those_who_are_held_out_are_measured_as_if_they_were_learned_from(datase
         dataset, history=20, batch_tokens=500, sequences="last", popularity_prior_days=0, seed=0
     )
     learned, held = batches.last_sequences(), batches.last_sequences(holdout=True)
-    for windows, expected in ((learned, False), (held, True)):
-        assert len(windows) > 30
+    for sequences, expected in ((learned, False), (held, True)):
+        assert len(sequences) > 30
         for number, shard in enumerate(dataset.shards()):
-            users = np.searchsorted(shard.offsets, windows.start[windows.shard == number], side="right") - 1
+            users = (
+                np.searchsorted(shard.offsets, sequences.start[sequences.shard == number], side="right") - 1
+            )
             assert (shard.holdout[users] == expected).all()
             assert (
-                windows.limit[windows.shard == number] == shard.offsets[users] + shard.split[users, 2]
+                sequences.limit[sequences.shard == number] == shard.offsets[users] + shard.split[users, 2]
             ).all(), "all up to the test"

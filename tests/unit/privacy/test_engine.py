@@ -34,9 +34,9 @@ BAGS = {
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
-def make(name: str, seed: int = 0, **more) -> Recommender:
+def make(name: str, seed: int = 0, **options) -> Recommender:
     torch.manual_seed(seed)
-    shape = Shape(**{"event_types": 1, "dim": D, "history": T, **OFF, **NETWORKS[name], **more})
+    shape = Shape(**{"event_types": 1, "dim": D, "history": T, **OFF, **NETWORKS[name], **options})
     model = Recommender(shape, np.arange(V + 1) > 0, BAGS if shape.fixed_items else {})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,13 +59,13 @@ def make_batch(users: int = B, seed: int = 1, events: int = 3) -> tuple[Batch, T
     length = torch.randint(2, T + 1, (users,), generator=random)
     item = torch.randint(1, 6, (users, T), generator=random) * (torch.arange(T) < length[:, None])
     event = torch.randint(0, events, (users, T), generator=random)
-    asked = (torch.rand(users, T, generator=random) < 0.7) & (torch.arange(T) < length[:, None])
-    asked[:, 0] = True
-    asked[-1] = False
-    user, position = asked.nonzero(as_tuple=True)
+    is_query = (torch.rand(users, T, generator=random) < 0.7) & (torch.arange(T) < length[:, None])
+    is_query[:, 0] = True
+    is_query[-1] = False
+    user, position = is_query.nonzero(as_tuple=True)
     count = torch.randint(1, 3, (len(user),), generator=random)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
-    wanted = torch.randint(1, V + 1, (int(count.sum()),), generator=random)
+    targets = torch.randint(1, V + 1, (int(count.sum()),), generator=random)
     nothing = torch.zeros(1, 1)
     zeros = torch.zeros(users, T, dtype=torch.int64)
     batch = Batch(
@@ -81,23 +81,23 @@ def make_batch(users: int = B, seed: int = 1, events: int = 3) -> tuple[Batch, T
         torch.zeros_like(user),
         torch.zeros(len(user), 0),
     )
-    return batch, Targets(offsets, wanted)
+    return batch, Targets(offsets, targets)
 
 
 def alone(batch: Batch, targets: Targets, user: int) -> tuple[Batch, Targets]:
     """The row of one user as a batch of its own."""
-    mine = (batch.user_N == user).nonzero()[:, 0]
+    own_rows = (batch.user_N == user).nonzero()[:, 0]
     rows = {
         name: getattr(batch, name)[user : user + 1]
         for name in ("item_BT", "event_BT", "value_BT", "time_BT", "now_BT")
     }
     queries = {
-        "user_N": torch.zeros_like(mine),
-        "position_N": batch.position_N[mine],
-        "day_N": batch.day_N[mine],
-        "context_NC": batch.context_NC[mine],
+        "user_N": torch.zeros_like(own_rows),
+        "position_N": batch.position_N[own_rows],
+        "day_N": batch.day_N[own_rows],
+        "context_NC": batch.context_NC[own_rows],
     }
-    parts = [targets.item[targets.offsets[n] : targets.offsets[n + 1]] for n in mine.tolist()]
+    parts = [targets.item[targets.offsets[n] : targets.offsets[n + 1]] for n in own_rows.tolist()]
     offsets = torch.tensor([0, *np.cumsum([len(part) for part in parts])], dtype=torch.int64)
     return batch._replace(**rows, **queries), Targets(
         offsets, torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
@@ -112,10 +112,10 @@ def by_autograd(model: Recommender, batch: Batch, targets: Targets) -> dict[str,
     query = torch.repeat_interleave(torch.arange(len(count)), count)
     loss = -(F.log_softmax(scores, 1)[query, targets.item] / count[query]).sum() / max(len(count), 1)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(trained.items(), found, strict=True)
+        for (name, p), g in zip(trained.items(), gradients, strict=True)
     }
 
 
@@ -224,7 +224,7 @@ def test_noise_is_another_in_every_step_and_training_whatever_torch_is_seeded_wi
 
 
 @pytest.mark.parametrize(
-    ("more", "part"),
+    ("options", "part"),
     [
         ({"time_bias": True}, "age_bias"),
         ({"repeat": True}, "repeat"),
@@ -235,9 +235,9 @@ def test_noise_is_another_in_every_step_and_training_whatever_torch_is_seeded_wi
         ({"relative": True}, "distance_bias"),
     ],
 )
-def test_a_part_whose_norm_is_not_known_is_refused_by_name(more, part):
+def test_a_part_whose_norm_is_not_known_is_refused_by_name(options, part):
     with pytest.raises(SettingsError, match=part):
-        private(make("dp", **more), 1.0)
+        private(make("dp", **options), 1.0)
 
 
 def test_features_that_are_learned_are_refused_by_name():
@@ -263,8 +263,8 @@ def test_both_ways_to_the_norm_of_a_layer_find_it(T):
     torch.manual_seed(0)
     layer = torch.nn.Linear(6, 8)
     x, gradient = torch.randn(4, T, 6), torch.randn(4, T, 8)
-    found = layer_norms(layer, [x], gradient)
+    norms = layer_norms(layer, [x], gradient)
     torch.testing.assert_close(
-        found[layer.weight], torch.einsum("bti,bto->boi", x, gradient).flatten(1).norm(dim=1)
+        norms[layer.weight], torch.einsum("bti,bto->boi", x, gradient).flatten(1).norm(dim=1)
     )
-    torch.testing.assert_close(found[layer.bias], gradient.sum(1).norm(dim=1))
+    torch.testing.assert_close(norms[layer.bias], gradient.sum(1).norm(dim=1))

@@ -134,8 +134,8 @@ def test_who_is_in_another_part_has_spent_nothing_by_it(url):
     half = [dataclasses.replace(ONE, part=part, parts=2) for part in range(2)]
     one, two = (epsilon_of([Steps(2.0, 0.1, count)], DELTA) for count in (100, 200))
     cap = (one + two) / 2
-    for night in range(2):
-        assert ledger.reserve(f"half{night}", half[night], cap) == 100
+    for number in range(2):
+        assert ledger.reserve(f"half{number}", half[number], cap) == 100
     assert ledger.spent() == [Steps(2.0, 0.1, 100)] and epsilon(ledger) == one
     for mechanism in (half[0], half[1], ONE, dataclasses.replace(ONE, part=1, parts=3)):
         with pytest.raises(RefusedError, match=f"{one:.2f} is spent"):
@@ -172,14 +172,14 @@ def test_steps_without_a_reservation_are_refused(url):
         Ledger.open(url, "shop").take_steps("a", 1)
 
 
-def test_nights_compose_and_the_cap_holds(url):
+def test_trainings_compose_and_the_cap_holds(url):
     ledger = Ledger.open(url, "shop")
     one = epsilon_of([Steps(2.0, 0.1, 100)], DELTA)
     cap = 1.6 * one
     ledger.reserve("a", ONE, cap)
     with pytest.raises(RefusedError, match="these fit") as refused:
-        for night in "bcdef":
-            ledger.reserve(night, ONE, cap)
+        for name in "bcdef":
+            ledger.reserve(name, ONE, cap)
     assert epsilon(ledger) <= cap < epsilon_of([*ledger.spent(), Steps(2.0, 0.1, 100)], DELTA)
     sigma, steps = (
         sigma_for(cap, DELTA, 0.1, 100, ledger.spent()),
@@ -277,23 +277,23 @@ def test_a_database_that_is_not_known_to_last_is_refused(tmp_path):
 
 
 def test_a_plan_says_what_cadence_and_shards_would_cost():
-    found = {
+    plans = {
         (option.every_days, option.shards): option
         for option in plan.options(0.5, DELTA, 0.02, 50, (2.0, 0.0), 14)
     }
-    assert [found[1, 1].trainings, found[1, 7].trainings, found[7, 1].trainings, found[30, 7].trainings] == [
+    assert [plans[1, 1].trainings, plans[1, 7].trainings, plans[7, 1].trainings, plans[30, 7].trainings] == [
         14,
         2,
         2,
         1,
     ]
-    assert found[1, 1].epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.02, 700)], DELTA))
-    assert found[1, 1].sigma > found[7, 1].sigma == found[1, 7].sigma > found[30, 1].sigma
-    assert epsilon_of([Steps(found[1, 1].sigma, 0.02, 700)], DELTA) <= 0.5
+    assert plans[1, 1].epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.02, 700)], DELTA))
+    assert plans[1, 1].sigma > plans[7, 1].sigma == plans[1, 7].sigma > plans[30, 1].sigma
+    assert epsilon_of([Steps(plans[1, 1].sigma, 0.02, 700)], DELTA) <= 0.5
     spent = plan.options(0.5, DELTA, 0.02, 50, (2.0, 0.0), 1, before=[Steps(0.5, 0.1, 500)])
     assert spent[0].sigma is None and spent[0].epsilon > 0.5
     counted = plan.options(0.5, DELTA, 0.02, 50, (2.0, 1.5), 14, counts_share=0.1)[0]
-    assert found[1, 1].sigma < counted.sigma < 1.2 * found[1, 1].sigma and counted.epsilon > 0.5
+    assert plans[1, 1].sigma < counted.sigma < 1.2 * plans[1, 1].sigma and counted.epsilon > 0.5
     assert counted.epsilon == pytest.approx(epsilon_of([Steps(2.0, 0.02, 700), Steps(1.5, 1.0, 14)], DELTA))
 
 

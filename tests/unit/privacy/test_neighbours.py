@@ -81,11 +81,11 @@ def of_types(folder: Path) -> tuple[pa.Table, Path, list[str]]:
         if not is_holdout(pa.array([one]), {"seed": 0, "holdout_users": 0.3})[0]
     )
     kind[user == lonely] = "wish"
-    found = events.set_column(3, "event", pa.array(kind.tolist(), pa.string()))
-    named = found["item_id"].to_pylist()
+    table = events.set_column(3, "event", pa.array(kind.tolist(), pa.string()))
+    named = table["item_id"].to_pylist()
     named[int(np.flatnonzero(user == lonely)[0])] = "that nobody else met"
     return (
-        found.set_column(1, "item_id", pa.array(named)),
+        table.set_column(1, "item_id", pa.array(named)),
         folder / "items.parquet",
         ["data.features={category: categorical, price: numeric}"],
     )
@@ -126,7 +126,7 @@ class Published:
             Storage(folder / "root"),
         )
         self.dataset = prepare_here(self.settings)
-        work = JobContext(self.settings, self.storage, lambda *_, **__: None)
+        context = JobContext(self.settings, self.storage, lambda *_, **__: None)
         with ExitStack() as patched:
             for target, name, instead in (
                 (
@@ -144,12 +144,12 @@ class Published:
                 patched.enter_context(mock.patch.object(target, name, instead))
             patched.enter_context(mock.patch.dict("os.environ", TZ="UTC"))
             for stage in ("train", "evaluate", "promote", "score", "report"):
-                run_stage(stage, work, self.dataset)
+                run_stage(stage, context, self.dataset)
 
     def files(self) -> dict[str, bytes]:
         """What is published, by its name, with every key and digest in the same words."""
         root = self.storage.root
-        found = {}
+        content_of = {}
         for path in sorted(path for name in PUBLISHED for path in (root / name).rglob("*") if path.is_file()):
             content = path.read_bytes()
             named = (
@@ -158,13 +158,13 @@ class Published:
                 else str(path.relative_to(root))
             )
             named = DIGEST.sub(b"KEY", named.encode()).decode()
-            assert named not in found
-            found[named] = (
+            assert named not in content_of
+            content_of[named] = (
                 content
                 if path.suffix in (".npy", ".parquet", ".safetensors")
                 else DIGEST.sub(b"KEY", content)
             )
-        return found
+        return content_of
 
     def lists(self) -> dict[object, list[object]]:
         parts = [
@@ -175,9 +175,13 @@ class Published:
 
 
 def in_this_process(settings, run, dataset, progress, parent, private):
-    chosen = training_settings(settings)
+    train_settings = training_settings(settings)
     loop = build_loop(
-        str(dataset.path), chosen, torch.device("cpu"), parent and str(parent.path), private["mechanism"]
+        str(dataset.path),
+        train_settings,
+        torch.device("cpu"),
+        parent and str(parent.path),
+        private["mechanism"],
     )
     for _ in loop.run():
         pass
@@ -193,12 +197,12 @@ def bucket_by_bucket(settings, arguments, buckets):
 
 def learned(dataset: Dataset) -> dict[object, tuple[object, ...]]:
     """What of each user may be learned: items, types and times, and the split."""
-    found = {}
+    publications = {}
     for shard in dataset.shards():
         for row, user in enumerate(shard.user_ids.to_pylist()):
             history = shard.history(row)
-            found[user] = (*(values.tolist() for values in history), shard.split[row].tolist())
-    return found
+            publications[user] = (*(values.tolist() for values in history), shard.split[row].tolist())
+    return publications
 
 
 @pytest.fixture(scope="module", params=LOGS)
@@ -219,21 +223,21 @@ def remarkable(events: pa.Table, dataset: Dataset, count: int) -> list[object]:
     """Protected users: the one of the newest event, the one of most events, who has an item alone, then
     any."""
     split = dataset.manifest["settings"]["split"]
-    mine = events.filter(pa.array(~is_holdout(events["user_id"].combine_chunks(), split)))
-    newest = mine.sort_by([("timestamp", "descending")])["user_id"][0].as_py()
-    most = mine["user_id"].combine_chunks().value_counts().to_pylist()
+    protected = events.filter(pa.array(~is_holdout(events["user_id"].combine_chunks(), split)))
+    newest = protected.sort_by([("timestamp", "descending")])["user_id"][0].as_py()
+    most = protected["user_id"].combine_chunks().value_counts().to_pylist()
     owners = events.group_by("item_id").aggregate([("user_id", "count_distinct"), ("user_id", "min")])
     alone = owners.filter(pc.equal(owners["user_id_count_distinct"], 1))["user_id_min"].to_pylist()
-    everybody = mine["user_id"].unique().to_pylist()
+    everybody = protected["user_id"].unique().to_pylist()
     random = np.random.default_rng(1).permutation(len(everybody))
     busiest = max(most, key=lambda one: one["counts"])["values"]
-    chosen = [
+    users = [
         newest,
         busiest,
         *[one for one in alone if one in set(everybody)][:1],
-        *(everybody[place] for place in random),
+        *(everybody[row] for row in random),
     ]
-    return list(dict.fromkeys(chosen))[:count]
+    return list(dict.fromkeys(users))[:count]
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.second])])
@@ -248,9 +252,9 @@ def test_what_is_published_is_equal_without_any_one_protected_user(base, tmp_pat
             items,
             overrides,
         )
-        found = without.files()
-        assert sorted(found) == sorted(whole)
-        assert [one for one in whole if found[one] != whole[one]] == []
+        files = without.files()
+        assert sorted(files) == sorted(whole)
+        assert [one for one in whole if files[one] != whole[one]] == []
         assert without.lists() == {other: row for other, row in lists.items() if other != user}
         assert learned(without.dataset) == {other: row for other, row in rows.items() if other != user}
         shutil.rmtree(tmp_path / f"without {user}")
@@ -261,11 +265,11 @@ def test_the_comparison_notices_what_a_user_changes(base, tmp_path):
     events, items, overrides, with_all, _ = base
     users = events["user_id"].combine_chunks()
     held = users.filter(pa.array(is_holdout(users, with_all.dataset.manifest["settings"]["split"])))
-    gone = Published(
+    without_user = Published(
         tmp_path / "gone",
         events.filter(pc.invert(pc.is_in(events["user_id"], held.unique().slice(0, 30)))),
         items,
         overrides,
     )
-    found, whole = gone.files(), with_all.files()
-    assert [one for one in whole if found.get(one) != whole[one]]
+    files, whole = without_user.files(), with_all.files()
+    assert [one for one in whole if files.get(one) != whole[one]]

@@ -40,14 +40,14 @@ class NoiseOf32Bits:
 def made_by(released: torch.Tensor, total: torch.Tensor, deviation: float) -> float:
     """Share of the numbers that noise of 32 bits could have made of this sum: what the last bits say."""
     normal = ((released.double() - total.double()) / deviation).float()
-    found = torch.zeros(len(normal), dtype=torch.bool)
+    is_on_grid = torch.zeros(len(normal), dtype=torch.bool)
     for near in (
         normal,
         torch.nextafter(normal, torch.tensor(-math.inf)),
         torch.nextafter(normal, torch.tensor(math.inf)),
     ):
-        found |= deviation * near + total == released
-    return float(found.double().mean())
+        is_on_grid |= deviation * near + total == released
+    return float(is_on_grid.double().mean())
 
 
 def test_its_distribution_is_the_normal_one():
@@ -108,17 +108,17 @@ def recognised(kind) -> int:
     promised.
     """
     right = 0
-    for trial in range(TRIALS):
-        random = torch.Generator().manual_seed(trial)
+    for attempt in range(TRIALS):
+        random = torch.Generator().manual_seed(attempt)
         others = torch.randn(2000, generator=random)
         user = torch.randn(2000, generator=random)
         sums = [others, others + user / user.norm()]
-        there = trial % 2
+        there = attempt % 2
         drawn = kind(10.0, 1.0, 2000)
         whole = drawn.to_grid(sums[there])
         released = drawn.from_grid(whole + drawn.draw_like(whole))
         without, with_it = (made_by(released, total, 10.0) for total in sums)
-        right += (with_it > without) == bool(there) if with_it != without else trial % 4 < 2
+        right += (with_it > without) == bool(there) if with_it != without else attempt % 4 < 2
     return right
 
 
@@ -131,12 +131,12 @@ def only(batch, targets, rows_BT: torch.Tensor):
     """A batch without the events outside of a mask, and without what was asked at them."""
     keep = rows_BT[batch.user_N, batch.position_N]
     count = targets.offsets.diff()
-    wanted = targets.item[torch.repeat_interleave(keep, count)]
+    targets_kept = targets.item[torch.repeat_interleave(keep, count)]
     offsets = torch.cat([count.new_zeros(1), count[keep].cumsum(0)])
-    asked = {name: getattr(batch, name)[keep] for name in ("user_N", "position_N", "day_N", "context_NC")}
+    fields = {name: getattr(batch, name)[keep] for name in ("user_N", "position_N", "day_N", "context_NC")}
     return batch._replace(
-        item_BT=batch.item_BT * rows_BT, event_BT=batch.event_BT * rows_BT, **asked
-    ), Targets(offsets, wanted)
+        item_BT=batch.item_BT * rows_BT, event_BT=batch.event_BT * rows_BT, **fields
+    ), Targets(offsets, targets_kept)
 
 
 def longest(number: int):
@@ -180,22 +180,22 @@ def test_positions_that_nobody_else_reaches_do_not_tell_a_user(kind, least, most
     monkeypatch.setattr("recray.privacy.engine.GridNoise", kind)
     right, deviation = 0, 1.3
     usual = np.median([on_the_lattice_without(kind, T // 2 * D, deviation) for _ in range(TRIALS + 1)])
-    for trial in range(TRIALS):
-        batch, targets = longest(trial)
+    for attempt in range(TRIALS):
+        batch, targets = longest(attempt)
         user = int(batch.user_N[batch.position_N.argmax()])
-        mine = (torch.arange(6) == user)[:, None].expand(6, T)
-        others = ~mine & (torch.arange(T) < T // 2)
-        there = trial % 2
+        is_own_row = (torch.arange(6) == user)[:, None].expand(6, T)
+        others = ~is_own_row & (torch.arange(T) < T // 2)
+        there = attempt % 2
         model = make("sasrec")
         step = private(model, 1.0, noise=deviation, rate=1e-6)
         onlooker = Onlooker(step, model.positions.weight)
-        step.step([only(batch, targets, others | mine if there else others)])
+        step.step([only(batch, targets, others | is_own_row if there else others)])
         alone = onlooker.seen[T // 2 : T].flatten()
         on_the_lattice = made_by(alone, torch.zeros_like(alone), step.optimizer.noise.deviation)
         right += (
             (on_the_lattice < usual) == bool(there)
             if on_the_lattice != usual or kind is NoiseOf32Bits
-            else trial % 4 < 2
+            else attempt % 4 < 2
         )
     assert least <= right <= most
 

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from recray import pipeline
 from recray.config import ServeSettings, load_settings
 from recray.errors import MissingArtifactError, RefusedError
+from recray.events.log import Entry
+from recray.events.rewards import Credits, Rewards
 from recray.inference import Predictor
 from recray.privacy.accounting import Mechanism
 from recray.release import Release, begin_experiment, end_experiment
@@ -30,28 +32,29 @@ from recray.serving.health import LEAST
 from recray.serving.outcomes import OutcomeTest
 from recray.serving.sequential import ShareTest
 from recray.serving.service import Service
-from recray.state.log import Entry
-from recray.state.rewards import Credits, Rewards
 from recray.testing.published import prepare_here, publish_untrained, untrained_bundle
 
 CLICKS = Rewards({"click": 1.0, "skip": 0.0}, 1.0)
 
 
 @pytest.fixture(scope="module")
-def shop(world_settings, world_dataset, tmp_path_factory):
-    storage = publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("trial"))
+def shop(synthetic_settings, synthetic_dataset, tmp_path_factory):
+    storage = publish_untrained(synthetic_settings, synthetic_dataset, tmp_path_factory.mktemp("trial"))
     other = load_settings(None, ["train.seed=7"]).train
     challenger = untrained_bundle(
-        world_settings.model_copy(update={"train": other}), world_dataset, storage.bundle("other"), "other"
+        synthetic_settings.model_copy(update={"train": other}),
+        synthetic_dataset,
+        storage.bundle("other"),
+        "other",
     )
     return storage, challenger, storage.release.read_bytes()
 
 
 @pytest.fixture
-def handler(shop, world_settings):
+def handler(shop, synthetic_settings):
     storage, _, release = shop
     storage.release.write_bytes(release)
-    made = Service(storage, ServeSettings(timeout_s=5.0), world_settings.score)
+    made = Service(storage, ServeSettings(timeout_s=5.0), synthetic_settings.score)
     yield made
     made.close()
     for file in (storage.root / "state").glob("*"):
@@ -62,28 +65,30 @@ def ask(handler, user, **body):
     return asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=3, **body)))
 
 
-def test_users_keep_their_side_and_the_share_is_what_was_asked_for():
+def test_users_keep_their_variant_and_the_share_is_the_setting():
     users = [str(user) for user in range(20_000)]
-    chosen = [is_in_share(user, "a", 0.1) for user in users]
-    assert np.mean(chosen) == pytest.approx(0.1, abs=0.01)
-    assert chosen == [is_in_share(user, "a", 0.1) for user in users]
-    more = [is_in_share(user, "a", 0.3) for user in users]
-    assert all(b for a, b in zip(chosen, more, strict=True) if a), "who is in a share is in a larger one"
-    other = [is_in_share(user, "b", 0.1) for user in users]
-    assert np.mean([a and b for a, b in zip(chosen, other, strict=True)]) == pytest.approx(0.01, abs=0.005), (
-        "another trial draws anew"
+    is_in_small_share = [is_in_share(user, "a", 0.1) for user in users]
+    assert np.mean(is_in_small_share) == pytest.approx(0.1, abs=0.01)
+    assert is_in_small_share == [is_in_share(user, "a", 0.1) for user in users]
+    is_in_large_share = [is_in_share(user, "a", 0.3) for user in users]
+    assert all(b for a, b in zip(is_in_small_share, is_in_large_share, strict=True) if a), (
+        "who is in a share is in a larger one"
     )
+    other = [is_in_share(user, "b", 0.1) for user in users]
+    assert np.mean([a and b for a, b in zip(is_in_small_share, other, strict=True)]) == pytest.approx(
+        0.01, abs=0.005
+    ), "another trial draws anew"
 
 
-def test_a_challenger_answers_its_share_and_what_it_answered_is_told(shop, handler):
+def test_a_challenger_serves_its_share_and_its_responses_are_logged(shop, handler):
     storage, challenger, _ = shop
     begin_experiment(storage, challenger, 0.5)
     handler.refresh()
     assert handler.models().challenger == "other" and handler.models().share == 0.5
-    found = {user: ask(handler, user) for user in range(40)}
-    sides = {user: is_in_share(str(user), "other", 0.5) for user in found}
+    responses = {user: ask(handler, user) for user in range(40)}
+    sides = {user: is_in_share(str(user), "other", 0.5) for user in responses}
     assert {True, False} == set(sides.values())
-    for user, answer in found.items():
+    for user, answer in responses.items():
         assert (answer.bundle, answer.source) == (
             ("other", "realtime") if sides[user] else ("untrained", "snapshot")
         )
@@ -92,7 +97,7 @@ def test_a_challenger_answers_its_share_and_what_it_answered_is_told(shop, handl
     asyncio.run(handler.recorder.writer.append([]))
     bodies = {entry.key: entry.body for _, entry in handler.recorder.writer.log.read(0, 100)}
     assert {
-        bodies[answer.request_id]["arm"] == "challenger" for user, answer in found.items() if sides[user]
+        bodies[answer.request_id]["arm"] == "challenger" for user, answer in responses.items() if sides[user]
     } == {True}
     end_experiment(storage, "by hand")
     handler.refresh()
@@ -160,19 +165,19 @@ def test_a_challenger_that_fails_is_covered_for_and_rolled_back(shop, handler, m
 
 
 def test_replicas_come_to_one_decision_from_the_log_that_they_share(
-    shop, handler, world_settings, monkeypatch
+    shop, handler, synthetic_settings, monkeypatch
 ):
     storage, challenger, _ = shop
     begin_experiment(storage, challenger, 0.5)
-    other = Service(storage, ServeSettings(timeout_s=5.0), world_settings.score)
+    other = Service(storage, ServeSettings(timeout_s=5.0), synthetic_settings.score)
     handler.refresh()
-    trial = other.deployments.current.experiment
+    experiment = other.deployments.current.experiment
     with monkeypatch.context() as patch:
         fails(patch, handler)
         for user in range(60):
             ask(handler, user, mode="realtime")
     asyncio.run(handler.recorder.writer.append([]))
-    assert trial.find_reason_to_end() is None
+    assert experiment.find_reason_to_end() is None
     other.refresh()
     assert (
         other.deployments.current.experiment is None
@@ -223,13 +228,13 @@ def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(sho
             now_s[0] += 1.0
         return inner(self, *args, **options)
 
-    async def together(mine, theirs):
+    async def together(of_challenger, theirs):
         answered.clear()
         ask = [
             asyncio.create_task(handler.recommend(RecommendRequest(user_id=user, k=3, mode="realtime")))
-            for user in [*mine, *theirs]
+            for user in [*of_challenger, *theirs]
         ]
-        champions = await asyncio.gather(*ask[len(mine) :])
+        champions = await asyncio.gather(*ask[len(of_challenger) :])
         assert not any(answer.degraded for answer in champions), (
             "the champion's answers wait for the challenger's"
         )
@@ -237,11 +242,11 @@ def test_a_challenger_that_is_slow_is_rolled_back_and_makes_nobody_else_wait(sho
         await asyncio.gather(*ask)
 
     monkeypatch.setattr(Predictor, "recommend", recommend)
-    mine = [user for user in range(300) if is_in_share(str(user), "other", 0.5)]
-    theirs = [user for user in range(300) if user not in mine]
+    of_challenger = [user for user in range(300) if is_in_share(str(user), "other", 0.5)]
+    theirs = [user for user in range(300) if user not in of_challenger]
     for start in range(0, LEAST + 40, 2):  # of those that are slow together one counts
         assert handler.deployments.current.experiment is not None
-        asyncio.run(together(mine[start : start + 2], theirs[start : start + 2]))
+        asyncio.run(together(of_challenger[start : start + 2], theirs[start : start + 2]))
     asyncio.run(handler.recorder.writer.append([]))
     handler.refresh()
     assert (
@@ -306,28 +311,30 @@ def simulated(seed, users, share, champion, challenger, visits=3.0, spread=0.5):
     also whether it ended.
     """
     random = np.random.default_rng(seed)
-    trial, requests = Experiment("c", share, shadow=False, rewards=CLICKS), 0
+    experiment, requests = Experiment("c", share, shadow=False, rewards=CLICKS), 0
     for user in range(users):
-        mine = random.random() < share
-        rate = (challenger if mine else champion) * (random.gamma(1 / spread, spread) if spread else 1.0)
+        is_challenger = random.random() < share
+        rate = (challenger if is_challenger else champion) * (
+            random.gamma(1 / spread, spread) if spread else 1.0
+        )
         for _ in range(random.geometric(1 / visits)):
             requests += 1
-            trial.add_entry(response(requests, user, mine, share))
+            experiment.add_entry(response(requests, user, is_challenger, share))
             if random.random() < rate:
-                trial.add_entry(click(requests))
-        if user % 20 == 0 and trial.find_reason_to_end():
-            return trial, True
-    return trial, False
+                experiment.add_entry(click(requests))
+        if user % 20 == 0 and experiment.find_reason_to_end():
+            return experiment, True
+    return experiment, False
 
 
-def response(request_id, user, mine, share=0.5, items=("a",), **more):
+def response(request_id, user, is_challenger, share=0.5, items=("a",), **fields):
     body = {
         "trial": "c",
         "share": share,
-        "arm": "challenger" if mine else "champion",
+        "arm": "challenger" if is_challenger else "champion",
         "items": list(items),
         "degraded": [],
-        **more,
+        **fields,
     }
     return Entry("decision", str(request_id), str(user), 0.0, body)
 
@@ -340,16 +347,18 @@ def click(request_id, outcome="click", item=None, value=1.0, kind="outcome"):
 @pytest.mark.parametrize(
     ("share", "users"), [(0.3, 800), (0.05, 2500), pytest.param(0.02, 6000, marks=pytest.mark.slow)]
 )
-def test_looking_after_every_step_ends_few_trials_of_equals(share, users):
+def test_looking_after_every_step_ends_few_experiments_of_equals(share, users):
     ended = [simulated(seed, users, share, 0.05, 0.05)[1] for seed in range(60)]
     assert np.mean(ended) <= LEVEL
 
 
 def test_worse_challengers_are_found_and_better_ones_are_not_ended():
     assert all(simulated(seed, 4000, 0.3, 0.3, 0.1)[1] for seed in range(5))
-    trial, over = simulated(1, 3000, 0.3, 0.1, 0.3)
-    difference, bound = trial.outcomes.estimate_difference(0.05)
-    assert not over and difference == pytest.approx(0.2, abs=bound) and 0 < bound < 0.2 and trial.has_won()
+    experiment, over = simulated(1, 3000, 0.3, 0.1, 0.3)
+    difference, bound = experiment.outcomes.estimate_difference(0.05)
+    assert (
+        not over and difference == pytest.approx(0.2, abs=bound) and 0 < bound < 0.2 and experiment.has_won()
+    )
 
 
 @pytest.mark.parametrize("visits", [1.0, 3.0, 10.0])
@@ -361,26 +370,26 @@ def test_a_tenth_less_is_found_however_often_users_come(visits):
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1.0])
 def test_outcomes_that_all_pay_the_same_decide_nothing(reward):
-    trial = Experiment("c", 0.3, shadow=False, rewards=Rewards({"click": reward}, 1.0))
+    experiment = Experiment("c", 0.3, shadow=False, rewards=Rewards({"click": reward}, 1.0))
     for user in range(2000):
-        trial.add_entry(response(user, user, user % 3 == 0, 0.3))
-        trial.add_entry(click(user))
-        assert trial.find_reason_to_end() is None and not trial.has_won()
+        experiment.add_entry(response(user, user, user % 3 == 0, 0.3))
+        experiment.add_entry(click(user))
+        assert experiment.find_reason_to_end() is None and not experiment.has_won()
 
 
 def test_half_the_clicks_and_twice_the_skips_never_win():
-    random, trial = np.random.default_rng(0), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
+    random, experiment = np.random.default_rng(0), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
     for n in range(4000):
-        mine = bool(random.random() < 0.5)
-        trial.add_entry(response(n, n, mine))
-        if random.random() < (0.1 if mine else 0.2):
-            trial.add_entry(click(n))
-        if random.random() < (0.6 if mine else 0.3):
-            trial.add_entry(click(n, "skip"))
-        assert not trial.has_won()
-        if trial.find_reason_to_end():
+        is_challenger = bool(random.random() < 0.5)
+        experiment.add_entry(response(n, n, is_challenger))
+        if random.random() < (0.1 if is_challenger else 0.2):
+            experiment.add_entry(click(n))
+        if random.random() < (0.6 if is_challenger else 0.3):
+            experiment.add_entry(click(n, "skip"))
+        assert not experiment.has_won()
+        if experiment.find_reason_to_end():
             break
-    assert "outcomes are worth -" in trial.find_reason_to_end()
+    assert "outcomes are worth -" in experiment.find_reason_to_end()
 
 
 @given(data=st.data())
@@ -407,10 +416,10 @@ def test_what_counts_is_declared_bounded_of_the_list_and_once_in_whatever_order_
                 (request, outcome, item), rewards.worth.get(outcome, 0.0) * min(max(value, 0.0), 3.0)
             )
     order = data.draw(st.permutations([*lists, *range(len(outcomes))]))
-    told = sorted(place for place in order if isinstance(place, int))
-    places = iter(told + told)  # outcomes keep their order, and come twice
+    received = sorted(position for position in order if isinstance(position, int))
+    places = iter(received + received)  # outcomes keep their order, and come twice
     credits, total = Credits(rewards), 0.0
-    for step in [*order, *told]:
+    for step in [*order, *received]:
         total += (
             credits.add_response(step, lists[step])
             if isinstance(step, str)
@@ -423,10 +432,10 @@ def test_what_counts_is_declared_bounded_of_the_list_and_once_in_whatever_order_
 
 
 def test_outcomes_of_another_item_or_of_no_declared_name_count_nothing_and_late_responses_all_the_same():
-    trial = Experiment("c", 0.5, shadow=False, rewards=CLICKS)
-    trial.add_entry(click("1", item="a", kind="set_aside"))
+    experiment = Experiment("c", 0.5, shadow=False, rewards=CLICKS)
+    experiment.add_entry(click("1", item="a", kind="set_aside"))
     for number in range(6):
-        trial.add_entry(response(number, f"u{number}", bool(number % 2)))
+        experiment.add_entry(response(number, f"u{number}", bool(number % 2)))
     for wrong in (
         click("1", item="z"),
         click("1", "undeclared"),
@@ -434,16 +443,17 @@ def test_outcomes_of_another_item_or_of_no_declared_name_count_nothing_and_late_
         click("1", item="a", value=9.0),
         click("unheard of"),
     ):
-        trial.add_entry(wrong)
+        experiment.add_entry(wrong)
     for body in (
         {"trial": "c", "share": 0.1, "arm": "champion"},
         {"trial": "b", "share": 0.5, "arm": "champion"},
     ):
-        trial.add_entry(Entry("decision", f"other {body}", "u9", 0.0, {**body, "items": [], "degraded": []}))
-    assert trial.outcomes.estimate_difference(0.05)[0] == pytest.approx(1 / 3) and trial.outcomes.users == {
-        True: 3,
-        False: 3,
-    }
+        experiment.add_entry(
+            Entry("decision", f"other {body}", "u9", 0.0, {**body, "items": [], "degraded": []})
+        )
+    assert experiment.outcomes.estimate_difference(0.05)[0] == pytest.approx(
+        1 / 3
+    ) and experiment.outcomes.users == {True: 3, False: 3}
     assert OutcomeTest(0.5, CLICKS).estimate_difference(0.05) == (0.0, math.inf)
 
 
@@ -460,8 +470,8 @@ def test_evidence_reaches_its_level_in_few_runs_of_equals_and_soon_where_one_var
         return False
 
     assert sum(significant(share) for _ in range(400)) <= 25
-    more = 4 * share / (1 - share + 4 * share)
-    assert sum(significant(more, 200) for _ in range(50)) >= 48
+    challenger_rate = 4 * share / (1 - share + 4 * share)
+    assert sum(significant(challenger_rate, 200) for _ in range(50)) >= 48
 
 
 def test_a_user_counts_once_a_day_and_no_clock_that_goes_back_begins_one():
@@ -492,14 +502,14 @@ def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_tha
         for _ in range(bursts):
             sides = random.random(40) < 0.5
             places = np.where(sides, np.cumsum(sides), np.cumsum(~sides))
-            for place, is_challenger in sorted(
+            for time_s, is_challenger in sorted(
                 zip(places.tolist(), sides.tolist(), strict=True)
             ):  # as they were responded to
                 test.add_response(
                     str(user),
                     0,
                     is_challenger=is_challenger,
-                    affected=place > waiting or (also and is_challenger),
+                    affected=time_s > waiting or (also and is_challenger),
                 )
                 if test.is_significant:
                     return True
@@ -511,14 +521,18 @@ def test_queues_that_overflow_together_end_nothing_however_many_came_and_one_tha
 
 
 def test_an_overload_that_slows_everybody_ends_nothing_and_neither_do_failures_of_both():
-    random, trial, number = np.random.default_rng(1), Experiment("c", 0.5, shadow=False, rewards=CLICKS), 0
+    random, experiment, number = (
+        np.random.default_rng(1),
+        Experiment("c", 0.5, shadow=False, rewards=CLICKS),
+        0,
+    )
     for burst in range(60):
         slow = burst % 3 == 0
-        for place in range(120):
+        for position in range(120):
             number += 1
-            failed = slow and place > 100
-            ms = (5.0 + place * slow) * float(random.lognormal(0, 0.3))
-            trial.add_entry(
+            failed = slow and position > 100
+            ms = (5.0 + position * slow) * float(random.lognormal(0, 0.3))
+            experiment.add_entry(
                 response(
                     number,
                     number,
@@ -527,26 +541,28 @@ def test_an_overload_that_slows_everybody_ends_nothing_and_neither_do_failures_o
                     degraded=["model"] if failed else [],
                 )
             )
-        assert trial.find_reason_to_end() is None
+        assert experiment.find_reason_to_end() is None
 
 
 def test_a_challenger_that_fails_a_little_more_or_is_a_little_slower_stays(monkeypatch):
-    random, trial = np.random.default_rng(2), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
+    random, experiment = np.random.default_rng(2), Experiment("c", 0.5, shadow=False, rewards=CLICKS)
     for number in range(30_000):
-        mine = bool(random.random() < 0.5)
-        failed = random.random() < (0.004 if mine else 0.001)
-        ms = (6.0 if mine else 5.0) * float(random.lognormal(0, 0.3))
-        trial.add_entry(response(number, number, mine, model_ms=ms, degraded=["model"] if failed else []))
+        is_challenger = bool(random.random() < 0.5)
+        failed = random.random() < (0.004 if is_challenger else 0.001)
+        ms = (6.0 if is_challenger else 5.0) * float(random.lognormal(0, 0.3))
+        experiment.add_entry(
+            response(number, number, is_challenger, model_ms=ms, degraded=["model"] if failed else [])
+        )
         if number % 500 == 0:
-            assert trial.find_reason_to_end() is None
+            assert experiment.find_reason_to_end() is None
     monkeypatch.setattr(health, "FAILED", -1.0)
     monkeypatch.setattr(health, "SLOWER", 0.0)
-    assert "of the champion's" in trial.errors.find_failure(), "it was significant, but too little"
-    assert "75% quantile" in trial.latency.find_failure()
+    assert "of the champion's" in experiment.errors.find_failure(), "it was significant, but too little"
+    assert "75% quantile" in experiment.latency.find_failure()
 
 
-def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder, tmp_path):
-    settings = load_settings(None, private_overrides(world_folder, tmp_path))
+def test_with_privacy_an_experiment_is_judged_by_holdout_users(synthetic_folder, tmp_path):
+    settings = load_settings(None, private_overrides(synthetic_folder, tmp_path))
     dataset = prepare_here(settings)
     said = Mechanism(2.0, 0.1, 100, 1.0, 1e-5, 200).statement() | {
         "population": "users",
@@ -556,18 +572,18 @@ def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder,
     begin_experiment(
         storage, untrained_bundle(settings, dataset, storage.bundle("other"), "other", said), 0.5
     )
-    found = {}
+    verdicts = {}
     for private in (False, True):
         made = Service(storage, ServeSettings(timeout_s=5.0), settings.score, private=private)
-        told = made.models()
-        assert (told.users, told.privacy.epsilon_of_all_trainings) == (None, 5.0), (
+        models = made.models()
+        assert (models.users, models.privacy.epsilon_of_all_trainings) == (None, 5.0), (
             "how many users there are is nobody's business"
         )
         for user in range(200):
             ask(made, user, mode="realtime")
         asyncio.run(made.recorder.writer.append([]))
         made.refresh()
-        found[private] = sum(made.deployments.current.experiment.outcomes.users.values())
+        verdicts[private] = sum(made.deployments.current.experiment.outcomes.users.values())
         counted = {user for user in range(200) if made.deployments.current.experiment.is_counted(str(user))}
         made.close()
     held_out = {
@@ -576,17 +592,17 @@ def test_with_privacy_a_trial_is_judged_by_users_who_were_held_out(world_folder,
         for user in shard.user_ids.filter(pa.array(shard.holdout)).to_pylist()
     }
     assert (
-        found == {False: 200, True: len(held_out & set(range(200)))}
+        verdicts == {False: 200, True: len(held_out & set(range(200)))}
         and counted == held_out & set(range(200))
         and 20 < len(counted) < 80
     )
 
 
-def test_a_trial_that_cannot_begin_or_end_is_refused(shop, world_settings):
+def test_an_experiment_that_cannot_begin_or_end_is_refused(shop, synthetic_settings):
     storage, challenger, release = shop
     storage.release.write_bytes(release)
-    settings = world_settings.model_copy(
-        update={"storage": world_settings.storage.model_copy(update={"root": str(storage.root)})}
+    settings = synthetic_settings.model_copy(
+        update={"storage": synthetic_settings.storage.model_copy(update={"root": str(storage.root)})}
     )
     with pytest.raises(RefusedError, match="no running experiment"):
         end_experiment(storage, "by hand")

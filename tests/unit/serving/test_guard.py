@@ -34,9 +34,9 @@ def ask(guard, path="/v1/recommend", headers=None, times=1):
             sent.append(message)
 
         await guard(scope, None, send)
-        found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        headers_sent = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         return SimpleNamespace(
-            status_code=sent[0]["status"], headers=found, json=lambda: json.loads(sent[1]["body"])
+            status_code=sent[0]["status"], headers=headers_sent, json=lambda: json.loads(sent[1]["body"])
         )
 
     async def run():
@@ -151,7 +151,7 @@ def test_a_rate_is_held_for_each_key(keys, request, store):
         assert ask(guard, "/healthz", times=9)[-1].status_code == 200
 
 
-def test_a_store_of_rates_that_is_away_refuses_nobody(keys):
+def test_an_unavailable_store_of_rates_refuses_nobody(keys):
     path, shop, _, _ = keys
     guard = Guard(_app, ServeSettings(keys=str(path), rate="1/hour", state="redis://127.0.0.1:1/0"))
     assert ask(guard, headers={"X-API-Key": shop})[0].status_code == 200

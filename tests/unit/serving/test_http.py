@@ -39,6 +39,9 @@ from starlette.testclient import TestClient
 from recray.cluster import free_ports
 from recray.config import ServeSettings, load_settings
 from recray.errors import RefusedError, RequestError, SettingsError, StateError, UnavailableError
+from recray.events.collect import collect
+from recray.events.log import Entry
+from recray.events.writer import INLINE_EVENTS
 from recray.inference import Predictor
 from recray.serving import http as http_module
 from recray.serving.api import (
@@ -57,9 +60,6 @@ from recray.serving.service import Service
 from recray.serving.state import ServingState
 from recray.serving.traces import make_provider
 from recray.snapshot.reader import Snapshot
-from recray.state.collect import collect
-from recray.state.log import Entry
-from recray.state.writer import INLINE_EVENTS
 from recray.storage import Storage
 from recray.testing.published import prepare_here, publish_untrained
 
@@ -67,8 +67,8 @@ USER = {"user_id": 7, "k": 5}
 
 
 @pytest.fixture(scope="module")
-def storage(world_settings, world_dataset, tmp_path_factory):
-    return publish_untrained(world_settings, world_dataset, tmp_path_factory.mktemp("night"))
+def storage(synthetic_settings, synthetic_dataset, tmp_path_factory):
+    return publish_untrained(synthetic_settings, synthetic_dataset, tmp_path_factory.mktemp("night"))
 
 
 @pytest.fixture
@@ -78,14 +78,14 @@ def timeout_s():
 
 
 @pytest.fixture
-def handler(storage, world_settings, tmp_path, request, timeout_s):
+def handler(storage, synthetic_settings, tmp_path, request, timeout_s):
     state = getattr(request, "param", "sqlite")
     options = ServeSettings(
         state="sqlite" if state == "sqlite" else request.getfixturevalue(state), timeout_s=timeout_s
     )
     if state != "sqlite":
         pytest.importorskip("redis").Redis.from_url(options.state).flushall()
-    made = Service(storage, options, world_settings.score)
+    made = Service(storage, options, synthetic_settings.score)
     yield made
     made.close()
     for file in (storage.root / "state").glob("*"):
@@ -94,8 +94,8 @@ def handler(storage, world_settings, tmp_path, request, timeout_s):
 
 @pytest.fixture
 def address(handler):
-    with served(handler) as found:
-        yield found
+    with served(handler) as url:
+        yield url
 
 
 @contextlib.contextmanager
@@ -145,13 +145,13 @@ def test_an_event_changes_the_next_answer(address, handler):
     event = {"item_id": strange, "event": "purchase", "event_id": "e1"}
     assert good(address, "/v1/events", {"user_id": 7, "events": [event, {"item_id": strange}]}) == kept(2)
     assert good(address, "/v1/events", {"user_id": 7, "events": [event]}) == kept(0, duplicates=1)
-    told = [
+    acknowledged = [
         {**event, "item_id": "i0000001"},
         {"item_id": "of tomorrow"},
         {"item_id": strange, "event": "gift"},
     ]
-    assert good(address, "/v1/events", {"user_id": 6, "events": told}) == kept(3, unknown=2)
-    assert good(address, "/v1/events", {"user_id": 7, "events": told[:1]}) == kept(0, conflicts=1)
+    assert good(address, "/v1/events", {"user_id": 6, "events": acknowledged}) == kept(3, unknown=2)
+    assert good(address, "/v1/events", {"user_id": 7, "events": acknowledged[:1]}) == kept(0, conflicts=1)
     assert good(
         address, "/v1/events", {"user_id": 7, "events": [{**event, "timestamp": "2024-04-01T00:00:00"}]}
     ) == kept(0, conflicts=1)
@@ -198,15 +198,15 @@ def test_an_outcome_that_counts_nothing_or_less_is_kept_and_says_why(address, ha
         "item_id": "not in the table",
         "value": 1e9,
     }
-    told = good(address, "/v1/feedback", sent)
-    assert told["kept"] and [note.partition(":")[0] for note in told["notes"]] == [
+    response = good(address, "/v1/feedback", sent)
+    assert response["kept"] and [note.partition(":")[0] for note in response["notes"]] == [
         "outcome",
         "item_id",
         "value",
     ]
     assert (
-        "serve.outcomes (click, purchase, skip)" in told["notes"][0]
-        and "counts as 1 (serve.outcome_bound)" in told["notes"][2]
+        "serve.outcomes (click, purchase, skip)" in response["notes"][0]
+        and "counts as 1 (serve.outcome_bound)" in response["notes"][2]
     )
     counted = ("undeclared", "unknown_item", "bounded")
     assert [handler.telemetry.stored[f"outcome_{name}"] for name in counted] == [1, 1, 1]
@@ -228,20 +228,22 @@ def test_what_was_scored_or_found_alike_can_be_rated(address, storage):
         }
 
 
-def test_only_what_is_new_is_answered_by_a_list_too(address, monkeypatch, handler, world_dataset):
-    met = set(handler.state.predictor.vocabulary.ids_of(handler.state.stored_history(7).item_index))
+def test_only_what_is_new_is_answered_by_a_list_too(address, monkeypatch, handler, synthetic_dataset):
+    seen_items = set(handler.state.predictor.vocabulary.ids_of(handler.state.stored_history(7).item_index))
     plain, fresh = (
-        good(address, "/v1/recommend", {**USER, "k": 50, "mode": "batch", **more})
-        for more in ({}, {"filter_seen": True})
+        good(address, "/v1/recommend", {**USER, "k": 50, "mode": "batch", **options})
+        for options in ({}, {"filter_seen": True})
     )
-    assert {item["item_id"] for item in plain["items"]} & met
-    assert fresh["items"] and not {item["item_id"] for item in fresh["items"]} & met
+    assert {item["item_id"] for item in plain["items"]} & seen_items
+    assert fresh["items"] and not {item["item_id"] for item in fresh["items"]} & seen_items
     monkeypatch.setattr(Predictor, "recommend", lambda *_, **__: (_ for _ in ()).throw(FloatingPointError()))
     first = plain["items"][0]["item_id"]
     for body in (USER, {"history": [{"item_id": first}], "mode": "realtime"}):
         answer = good(address, "/v1/recommend", {**body, "k": 50, "filter_seen": True, "mode": "realtime"})
         assert answer["degraded"] == ["model"] and answer["items"]
-        assert not {item["item_id"] for item in answer["items"]} & ({first} if "history" in body else met)
+        assert not {item["item_id"] for item in answer["items"]} & (
+            {first} if "history" in body else seen_items
+        )
 
 
 def test_an_event_of_a_type_that_nobody_knows_is_kept_and_changes_no_answer(address, handler):
@@ -279,8 +281,8 @@ def test_candidates_are_scored_and_likeness_found(address, storage):
     assert good(address, "/v1/score", {"user_id": "nobody", "items": items[:1]})["source"] == "popular"
 
 
-def test_filters_are_kept_by_lists_and_model(address, world_dataset):
-    items = {row["item_id"]: row for row in world_dataset.items.to_pylist()}
+def test_filters_are_kept_by_lists_and_model(address, synthetic_dataset):
+    items = {row["item_id"]: row for row in synthetic_dataset.items.to_pylist()}
     for mode in ("auto", "batch", "realtime"):
         base = {"user_id": 7, "k": 20, "mode": mode}
         everything = ids(good(address, "/v1/recommend", base))
@@ -291,16 +293,16 @@ def test_filters_are_kept_by_lists_and_model(address, world_dataset):
             everything[:3]
         )
         brand = items[everything[0]]["brand"]
-        found = ids(
+        filtered = ids(
             good(address, "/v1/recommend", {**base, "where": {"brand": [brand], "price": {"max": 1e9}}})
         )
-        assert found and {items[item]["brand"] for item in found} == {brand}
+        assert filtered and {items[item]["brand"] for item in filtered} == {brand}
         prices = [row["price"] for row in items.values() if row["price"] is not None]
         cheap = sorted(prices)[len(prices) // 2]
-        found = ids(good(address, "/v1/recommend", {**base, "where": {"price": {"max": cheap}}}))
-        assert found and all(items[item]["price"] <= cheap for item in found)
+        filtered = ids(good(address, "/v1/recommend", {**base, "where": {"price": {"max": cheap}}}))
+        assert filtered and all(items[item]["price"] <= cheap for item in filtered)
         if mode != "batch":
-            assert len(found) == 20
+            assert len(filtered) == 20
         assert ids(
             good(
                 address,
@@ -314,12 +316,12 @@ def test_filters_are_kept_by_lists_and_model(address, world_dataset):
 def test_an_answer_says_which_events_carried_it(address, handler, mode):
     plain = good(address, "/v1/recommend", {**USER, "mode": mode})
     assert "why" not in plain["items"][0]
-    told = good(address, "/v1/recommend", {**USER, "mode": mode, "explain": True})
-    assert ids(told) == ids(plain) and told["source"] == plain["source"]
+    response = good(address, "/v1/recommend", {**USER, "mode": mode, "explain": True})
+    assert ids(response) == ids(plain) and response["source"] == plain["source"]
     history = handler.state.stored_history(7)
-    met = set(handler.state.predictor.vocabulary.ids_of(history.item_index[history.item_index > 0]))
-    for item in told["items"]:
-        assert {reason["item_id"] for reason in item["why"]} <= met and len(item["why"]) <= 3
+    history_items = set(handler.state.predictor.vocabulary.ids_of(history.item_index[history.item_index > 0]))
+    for item in response["items"]:
+        assert {reason["item_id"] for reason in item["why"]} <= history_items and len(item["why"]) <= 3
         shares = [reason["share"] for reason in item["why"]]
         assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1.001
         assert item["text"].startswith("because of ") and f"({item['why'][0]['event']}, " in item["text"]
@@ -327,12 +329,12 @@ def test_an_answer_says_which_events_carried_it(address, handler, mode):
     assert stranger["items"][0]["why"] == [] and "popular" in stranger["items"][0]["text"]
 
 
-def test_a_history_is_what_answers_are_read_from(address, handler, world_dataset):
-    known = good(address, "/v1/history", {"user_id": 7})["events"]
-    assert len(known) == len(world_dataset.user_history(7).item_index) and not any(
-        event["fresh"] for event in known
+def test_a_history_is_what_answers_are_read_from(address, handler, synthetic_dataset):
+    events = good(address, "/v1/history", {"user_id": 7})["events"]
+    assert len(events) == len(synthetic_dataset.user_history(7).item_index) and not any(
+        event["fresh"] for event in events
     )
-    assert [event["timestamp"] for event in known] == sorted(event["timestamp"] for event in known)
+    assert [event["timestamp"] for event in events] == sorted(event["timestamp"] for event in events)
     good(
         address,
         "/v1/events",
@@ -342,7 +344,7 @@ def test_a_history_is_what_answers_are_read_from(address, handler, world_dataset
         },
     )
     after = good(address, "/v1/history", {"user_id": 7, "last": 3})["events"]
-    assert len(after) == 3 and after[0] == known[-1] and after[1]["fresh"] and after[2]["fresh"]
+    assert len(after) == 3 and after[0] == events[-1] and after[1]["fresh"] and after[2]["fresh"]
     assert (after[1]["item_id"], after[1]["event"], after[1]["title"]) == (
         "i0000009",
         "purchase",
@@ -402,7 +404,7 @@ def test_the_console_shows_ids_that_a_browsers_numbers_cannot_hold(tmp_path):
         pa.table({name: pa.array(values, pa.int64()) for name, values in events.items()}),
         tmp_path / "events.parquet",
     )
-    chosen = load_settings(
+    settings = load_settings(
         None,
         [
             f"data.events=[{tmp_path / 'events.parquet'}]",
@@ -411,9 +413,9 @@ def test_the_console_shows_ids_that_a_browsers_numbers_cannot_hold(tmp_path):
         ],
     )
     handler = Service(
-        publish_untrained(chosen, prepare_here(chosen), tmp_path / "root"),
+        publish_untrained(settings, prepare_here(settings), tmp_path / "root"),
         ServeSettings(timeout_s=5.0),
-        chosen.score,
+        settings.score,
     )
     with served(handler) as address:
         shown = console_of(address, str(big + 3))
@@ -426,8 +428,8 @@ def test_the_console_shows_ids_that_a_browsers_numbers_cannot_hold(tmp_path):
 def test_events_sent_along_count_for_one_answer(address):
     strange = ids(good(address, "/v1/recommend", {**USER, "k": 100, "mode": "realtime"}))[-1]
     plain = good(address, "/v1/recommend", USER)
-    told = good(address, "/v1/recommend", {**USER, "events": [{"item_id": strange}]})
-    assert told["source"] == "realtime" and ids(told) != ids(plain)
+    response = good(address, "/v1/recommend", {**USER, "events": [{"item_id": strange}]})
+    assert response["source"] == "realtime" and ids(response) != ids(plain)
     assert good(address, "/v1/recommend", USER)["items"] == plain["items"]
 
 
@@ -473,9 +475,9 @@ def test_events_sent_along_count_for_one_answer(address):
         ("/v1/nothing", {}, 404, "Not Found"),
     ],
 )
-def test_bad_requests_are_named_in_a_problem_document(address, path, body, status, named):
-    found, content = ask(address, path, body)
-    assert found == status == content["status"] and named in json.dumps(content), content
+def test_invalid_requests_get_a_problem_document(address, path, body, status, named):
+    actual_status, content = ask(address, path, body)
+    assert actual_status == status == content["status"] and named in json.dumps(content), content
 
 
 @pytest.mark.parametrize(
@@ -491,8 +493,8 @@ def test_bad_requests_are_named_in_a_problem_document(address, path, body, statu
     ],
 )
 def test_bodies_that_are_no_requests(address, raw, status, named):
-    found, content = ask(address, "/v1/recommend", raw=raw)
-    assert found == status and named in json.dumps(content), content
+    actual_status, content = ask(address, "/v1/recommend", raw=raw)
+    assert actual_status == status and named in json.dumps(content), content
 
 
 def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says(address, storage, tmp_path):
@@ -579,8 +581,10 @@ def test_what_is_not_json_is_refused(address):
     ("host", "status"),
     [("rebound.example", 421), ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("shop", 200)],
 )
-def test_without_keys_a_request_must_be_sent_to_a_name_of_the_endpoint(storage, world_settings, host, status):
-    handler = Service(storage, ServeSettings(hosts=("shop",)), world_settings.score)
+def test_without_keys_a_request_must_be_sent_to_a_name_of_the_endpoint(
+    storage, synthetic_settings, host, status
+):
+    handler = Service(storage, ServeSettings(hosts=("shop",)), synthetic_settings.score)
     with served(handler) as address:
         for path, data in (("/v1/recommend", b"{}"), ("/console", None), ("/docs", None)):
             request = urllib.request.Request(
@@ -691,16 +695,16 @@ def test_the_api_page_needs_nobody_else(address):
     assert "/v1/recommend" in done.stdout and "Log an outcome of a response" in done.stdout
 
 
-def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world_settings, tmp_path):
+def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, synthetic_settings, tmp_path):
     secret, entry = draw_key("support", ["read", "history"])
     shop, other = draw_key("shop", ["read"])
     (tmp_path / "keys.yaml").write_text(entry + other)
     handler = Service(
-        storage, ServeSettings(keys=str(tmp_path / "keys.yaml"), timeout_s=5.0), world_settings.score
+        storage, ServeSettings(keys=str(tmp_path / "keys.yaml"), timeout_s=5.0), synthetic_settings.score
     )
     with served(handler) as address:
 
-        def told(path, body, key):
+        def audit_lines(path, body, key):
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
             try:
                 with urllib.request.urlopen(
@@ -711,21 +715,21 @@ def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world
                 return error.code
 
         assert (
-            told("/v1/history", {"user_id": 7}, secret) == 200
-            and told("/v1/history", {"user_id": 7}, shop) == 403
+            audit_lines("/v1/history", {"user_id": 7}, secret) == 200
+            and audit_lines("/v1/history", {"user_id": 7}, shop) == 403
         )
         assert (
-            told("/v1/recommend", {"user_id": 8, "k": 2, "explain": True}, shop)
-            == told("/v1/recommend", {"user_id": 9}, shop)
+            audit_lines("/v1/recommend", {"user_id": 8, "k": 2, "explain": True}, shop)
+            == audit_lines("/v1/recommend", {"user_id": 9}, shop)
             == 200
         )
     asyncio.run(handler.recorder.writer.append([]))
-    found = [
+    lines = [
         (entry.user, entry.body)
         for _, entry in handler.recorder.writer.log.read(0, 100)
         if entry.kind == "access"
     ]
-    assert found == [("7", {"by": "support", "what": "history"}), ("8", {"by": "shop", "what": "explain"})]
+    assert lines == [("7", {"by": "support", "what": "history"}), ("8", {"by": "shop", "what": "explain"})]
     folder, counts = collect(storage, handler.recorder.writer.log)
     rows = pq.read_table(folder / "access.parquet").to_pylist()
     assert counts["access"] == 2 and [(row["user_id"], row["by"], row["what"]) for row in rows] == [
@@ -738,7 +742,7 @@ def test_who_reads_a_history_is_logged_with_the_key_and_collected(storage, world
         file.unlink()
 
 
-def test_a_request_reads_one_night_however_many_come_meanwhile(handler, monkeypatch):
+def test_a_request_reads_one_published_run_however_many_come_meanwhile(handler, monkeypatch):
     """What is served is exchanged whenever a request waits."""
     asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000009"}])))
     now = handler.deployments.current
@@ -771,9 +775,9 @@ def test_a_user_with_many_events_is_read_aside_and_as_far_as_the_model_reads(han
     read, inner = [], type(log).recent
 
     def recent(self, user, after, from_s, limit=1000):
-        found = inner(self, user, after, from_s, limit)
-        read.append((threading.current_thread() is threading.main_thread(), len(found)))
-        return found
+        events = inner(self, user, after, from_s, limit)
+        read.append((threading.current_thread() is threading.main_thread(), len(events)))
+        return events
 
     monkeypatch.setattr(type(log), "recent", recent)
     asyncio.run(handler.recommend(RecommendRequest(user_id=7, k=3)))
@@ -796,9 +800,9 @@ def test_a_store_that_hangs_is_said_and_nobody_waits_long(handler):
     async def talk(n):
         took = []
         for user in range(n):
-            begun = time.monotonic()
+            started_s = time.monotonic()
             answer = await handler.recommend(RecommendRequest(user_id=user, k=3))
-            took.append((time.monotonic() - begun, answer.degraded))
+            took.append((time.monotonic() - started_s, answer.degraded))
         return took
 
     os.kill(pid, signal.SIGSTOP)
@@ -824,29 +828,29 @@ def test_the_same_event_id_of_two_users_is_two_events(address):
 
 
 def test_lists_that_cannot_be_read_are_said_and_somebody_answers(address, handler, monkeypatch):
-    def gone(*_):
+    def fail(*_):
         raise OSError("stale file handle")
 
-    monkeypatch.setattr(type(handler.state.snapshot), "find", gone)
+    monkeypatch.setattr(type(handler.state.snapshot), "find", fail)
     answer = good(address, "/v1/recommend", USER)
     assert answer["degraded"] == ["snapshot"] and answer["source"] == "realtime" and len(answer["items"]) == 5
     assert good(address, "/v1/recommend", {**USER, "mode": "batch"})["degraded"] == ["snapshot"]
 
 
-def test_where_only_private_bundles_may_answer_another_does_not(storage, world_settings):
+def test_where_only_private_bundles_may_answer_another_does_not(storage, synthetic_settings):
     with pytest.raises(RefusedError, match="without privacy"):
-        Service(storage, ServeSettings(), world_settings.score, private=True)
+        Service(storage, ServeSettings(), synthetic_settings.score, private=True)
 
 
-def test_a_log_that_is_away_is_said_and_answers_go_on(address, handler, monkeypatch):
-    def gone(*_):
+def test_an_unavailable_event_store_is_reported_and_responses_go_on(address, handler, monkeypatch):
+    def fail(*_):
         raise StateError("the disk is gone")
 
     good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
     assert good(address, "/v1/recommend", USER)["source"] == "realtime"
     with monkeypatch.context() as patch:
-        patch.setattr(handler.recorder.writer.log, "recent", gone)
-        patch.setattr(handler.recorder.writer.log, "append", gone)
+        patch.setattr(handler.recorder.writer.log, "recent", fail)
+        patch.setattr(handler.recorder.writer.log, "append", fail)
         answer = good(address, "/v1/recommend", USER)
         assert (answer["source"], answer["degraded"]) == ("snapshot", ["state"]) and len(answer["items"]) == 5
         status, content = ask(address, "/v1/events", {"user_id": 7, "events": [{"item_id": "i0000001"}]})
@@ -892,12 +896,12 @@ def test_a_model_that_takes_too_long_is_not_waited_for(handler, monkeypatch):
     assert answer.degraded == ["model"] and answer.source == "snapshot"
 
 
-def test_without_a_snapshot_the_champion_answers(storage, world_settings, world_dataset, caplog):
+def test_without_a_snapshot_the_champion_answers(storage, synthetic_settings, synthetic_dataset, caplog):
     good_latest = storage.latest.read_bytes()
-    whole = Service(storage, ServeSettings(), world_settings.score)
+    whole = Service(storage, ServeSettings(), synthetic_settings.score)
     try:
         storage.latest.unlink()
-        bare = Service(storage, ServeSettings(), world_settings.score)
+        bare = Service(storage, ServeSettings(), synthetic_settings.score)
         assert bare.unavailable_parts() == ["snapshot"]
         answer = asyncio.run(bare.recommend(RecommendRequest(user_id=7, k=5, mode="batch")))
         assert answer.source == "popular" and answer.degraded == ["snapshot"] and len(answer.items) == 5
@@ -916,14 +920,14 @@ def test_without_a_snapshot_the_champion_answers(storage, world_settings, world_
 
 
 def test_requests_that_come_together_are_answered_together(handler, monkeypatch):
-    sizes, inner, all_asked = handler.telemetry.batches, Predictor.recommend, threading.Event()
+    sizes, inner, all_queued = handler.telemetry.batches, Predictor.recommend, threading.Event()
 
     def held(self, *args, **options):
-        assert all_asked.wait(DEADLINE_S)
+        assert all_queued.wait(DEADLINE_S)
         return inner(self, *args, **options)
 
     monkeypatch.setattr(Predictor, "recommend", held)
-    all_asked.set()
+    all_queued.set()
     alone = [
         asyncio.run(handler.recommend(RecommendRequest(user_id=user, k=5 + user, mode="realtime")))
         for user in range(8)
@@ -932,13 +936,13 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
     sizes.clear()
 
     async def together():
-        all_asked.clear()
+        all_queued.clear()
         requests = [RecommendRequest(user_id=user, k=5 + user, mode="realtime") for user in range(8)]
         tasks = [asyncio.create_task(handler.recommend(request)) for request in requests]
         async with asyncio.timeout(DEADLINE_S):
             while sum(sizes) + handler.ranker.waiting < 8:
                 await asyncio.sleep(0.001)
-        all_asked.set()
+        all_queued.set()
         return await asyncio.gather(*tasks)
 
     answers = asyncio.run(together())
@@ -950,7 +954,7 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
         )
 
 
-def test_a_batcher_is_bounded_and_a_bad_question_hurts_itself_alone():
+def test_a_batcher_is_bounded_and_an_invalid_query_fails_alone():
     started, release = threading.Event(), threading.Event()
 
     def run(questions):
@@ -958,26 +962,26 @@ def test_a_batcher_is_bounded_and_a_bad_question_hurts_itself_alone():
         release.wait()
         if "bad" in questions:
             raise ValueError("bad")
-        return [question.upper() for question in questions]
+        return [query.upper() for query in questions]
 
     batcher = Batcher(run, 10, 3)
 
     async def talk():
         first = asyncio.create_task(batcher.submit("first"))
         await asyncio.to_thread(started.wait)
-        others = [asyncio.create_task(batcher.submit(question)) for question in ("a", "bad", "c")]
+        others = [asyncio.create_task(batcher.submit(query)) for query in ("a", "bad", "c")]
         await asyncio.sleep(0)
         with pytest.raises(BusyError):
             await batcher.submit("one too many")
         release.set()
         return await asyncio.gather(first, *others, return_exceptions=True)
 
-    first, a, bad, c = asyncio.run(talk())
-    assert (first, a, c) == ("FIRST", "A", "C") and isinstance(bad, ValueError)
+    first, a, invalid, c = asyncio.run(talk())
+    assert (first, a, c) == ("FIRST", "A", "C") and isinstance(invalid, ValueError)
     batcher.close()
 
 
-def test_too_many_questions_are_told_to_come_again(handler, monkeypatch):
+def test_too_many_queries_get_retry_after(handler, monkeypatch):
     async def full(self, query):
         raise BusyError
 
@@ -1026,11 +1030,11 @@ class Collector(http.server.BaseHTTPRequestHandler):
     spans: list = []
 
     def do_POST(self):
-        found = trace_service_pb2.ExportTraceServiceRequest.FromString(
+        exported = trace_service_pb2.ExportTraceServiceRequest.FromString(
             self.rfile.read(int(self.headers["content-length"]))
         )
         self.spans += [
-            span for group in found.resource_spans for scope in group.scope_spans for span in scope.spans
+            span for group in exported.resource_spans for scope in group.scope_spans for span in scope.spans
         ]
         self.send_response(200)
         self.end_headers()
@@ -1039,11 +1043,11 @@ class Collector(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_request_is_traced_from_its_caller_to_the_model(storage, world_settings, monkeypatch):
+def test_a_request_is_traced_from_its_caller_to_the_model(storage, synthetic_settings, monkeypatch):
     receiver = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.server_port}")
-    handler = Service(storage, ServeSettings(traces=1e-9), world_settings.score)
+    handler = Service(storage, ServeSettings(traces=1e-9), synthetic_settings.score)
     caller = "0af7651916cd43dd8448eb211c80319c"
     with TestClient(create_app(handler), base_url="http://localhost") as client:
         for headers in ({"traceparent": f"00-{caller}-b7ad6b7169203331-01"}, {}):
@@ -1062,8 +1066,8 @@ def test_a_request_is_traced_from_its_caller_to_the_model(storage, world_setting
     by_name = {span.name: span for span in Collector.spans}
     request = by_name["POST /v1/recommend"] if "POST /v1/recommend" in by_name else by_name["POST"]
     assert {by_name[name].parent_span_id for name in ("recray.log", "recray.model")} == {request.span_id}
-    told = {one.key: one.value.string_value for one in request.attributes}
-    assert told["recray.source"] == "realtime" and told["recray.bundle"] == "untrained"
+    attributes = {one.key: one.value.string_value for one in request.attributes}
+    assert attributes["recray.source"] == "realtime" and attributes["recray.bundle"] == "untrained"
 
 
 def test_traces_that_cannot_be_sent_are_refused(monkeypatch):
@@ -1085,19 +1089,19 @@ def test_the_types_of_ids_are_those_of_the_log(handler):
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b""])
-def test_with_a_latest_that_names_nothing_the_champion_answers(storage, world_settings, content):
+def test_with_a_latest_that_names_nothing_the_champion_answers(storage, synthetic_settings, content):
     latest = storage.latest.read_bytes()
     try:
         storage.latest.write_bytes(content)
-        bare = Service(storage, ServeSettings(), world_settings.score)
+        bare = Service(storage, ServeSettings(), synthetic_settings.score)
         assert bare.unavailable_parts() == ["snapshot"]
         bare.close()
     finally:
         storage.latest.write_bytes(latest)
 
 
-def test_a_root_without_anything_is_refused(tmp_path, world_settings):
+def test_a_root_without_anything_is_refused(tmp_path, synthetic_settings):
     from recray.errors import MissingArtifactError
 
     with pytest.raises(MissingArtifactError):
-        Service(Storage(tmp_path), ServeSettings(), world_settings.score)
+        Service(Storage(tmp_path), ServeSettings(), synthetic_settings.score)

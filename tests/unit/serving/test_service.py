@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import world_overrides
+from conftest import synthetic_overrides
 from pydantic import ValidationError
 
 from recray.config import ScoreSettings, load_settings
@@ -34,27 +34,29 @@ RULES = {"exclude": ("brand=brand 3",), "caps": {"category": 4}}
 
 
 @pytest.fixture(scope="module")
-def storage(world_settings, world_dataset, tmp_path_factory) -> Storage:
-    settings = world_settings.model_copy(update={"score": world_settings.score.model_copy(update=RULES)})
-    return publish_untrained(settings, world_dataset, tmp_path_factory.mktemp("night"))
+def storage(synthetic_settings, synthetic_dataset, tmp_path_factory) -> Storage:
+    settings = synthetic_settings.model_copy(
+        update={"score": synthetic_settings.score.model_copy(update=RULES)}
+    )
+    return publish_untrained(settings, synthetic_dataset, tmp_path_factory.mktemp("night"))
 
 
 @pytest.fixture(scope="module")
-def night(storage) -> ServingState:
+def served_state(storage) -> ServingState:
     return ServingState.load(storage)
 
 
-def ask(night, **body):
-    query = resolve_query(RecommendRequest(**body), night)
-    ranked = (look_up_list if query.mode == "batch" else look_up_complete_list)(query, night) or rank_inputs(
-        [bind_query(query, night)]
-    )[0]
+def ask(served_state, **body):
+    query = resolve_query(RecommendRequest(**body), served_state)
+    ranked = (look_up_list if query.mode == "batch" else look_up_complete_list)(
+        query, served_state
+    ) or rank_inputs([bind_query(query, served_state)])[0]
     return SimpleNamespace(items=ranked.to_items(), source=ranked.source)
 
 
-def test_every_user_is_in_the_snapshot_once(storage, world_dataset):
+def test_every_user_is_in_the_snapshot_once(storage, synthetic_dataset):
     snapshot = Snapshot.latest(storage)
-    assert snapshot.manifest["users"] == world_dataset.n_users == 300
+    assert snapshot.manifest["users"] == synthetic_dataset.n_users == 300
     assert all(len(snapshot.find(user).item_ids) == K for user in range(300))
     assert (
         snapshot.find(300) is None
@@ -63,16 +65,21 @@ def test_every_user_is_in_the_snapshot_once(storage, world_dataset):
     )
 
 
-def test_the_snapshot_is_what_the_predictor_says_now(night):
+def test_the_snapshot_is_what_the_predictor_says_now(served_state):
     for user in (0, 17, 250):
-        stored = ask(night, user_id=user, k=10)
-        live = ask(night, user_id=user, k=10, now=dt.datetime.fromtimestamp(night.dataset.now_s, dt.UTC))
+        stored = ask(served_state, user_id=user, k=10)
+        live = ask(
+            served_state,
+            user_id=user,
+            k=10,
+            now=dt.datetime.fromtimestamp(served_state.dataset.now_s, dt.UTC),
+        )
         assert (stored.source, live.source) == ("snapshot", "realtime")
         np.testing.assert_allclose([i.score for i in stored.items], [i.score for i in live.items], atol=1e-5)
 
 
-def test_nightly_lists_and_live_answers_keep_the_rules(night, world_dataset):
-    items = {row["item_id"]: row for row in world_dataset.items.to_pylist()}
+def test_nightly_lists_and_live_answers_keep_the_rules(served_state, synthetic_dataset):
+    items = {row["item_id"]: row for row in synthetic_dataset.items.to_pylist()}
     assert sum(row["brand"] == "brand 3" for row in items.values()) > 3
     for body in (
         {"user_id": 7, "k": K},
@@ -80,26 +87,26 @@ def test_nightly_lists_and_live_answers_keep_the_rules(night, world_dataset):
         {"user_id": "nobody", "k": K},
         {"history": [], "k": K},
     ):
-        shown = [items[item.item_id] for item in ask(night, **body).items]
+        shown = [items[item.item_id] for item in ask(served_state, **body).items]
         assert len(shown) == K and "brand 3" not in {row["brand"] for row in shown}, body
         assert max(Counter(row["category"] for row in shown).values()) <= 4, body
 
 
-def test_a_history_sent_along_is_read(night):
-    items = night.predictor.vocabulary.item_ids.to_pylist()
-    a = ask(night, history=[{"item_id": items[3]}], k=5)
-    b = ask(night, history=[{"item_id": items[3]}, {"item_id": items[40], "event": "purchase"}], k=5)
+def test_a_history_sent_along_is_read(served_state):
+    items = served_state.predictor.vocabulary.item_ids.to_pylist()
+    a = ask(served_state, history=[{"item_id": items[3]}], k=5)
+    b = ask(served_state, history=[{"item_id": items[3]}, {"item_id": items[40], "event": "purchase"}], k=5)
     assert a.source == b.source == "realtime"
     assert [i.score for i in a.items] != [i.score for i in b.items]
-    new = ask(night, history=[{"item_id": items[3]}], k=50, filter_seen=True, deny=[items[5]])
+    new = ask(served_state, history=[{"item_id": items[3]}], k=50, filter_seen=True, deny=[items[5]])
     assert not {items[3], items[5]} & {i.item_id for i in new.items}
 
 
-def test_order_is_by_time_not_by_place(night):
-    items = night.predictor.vocabulary.item_ids.to_pylist()
+def test_order_is_by_time_not_by_place(served_state):
+    items = served_state.predictor.vocabulary.item_ids.to_pylist()
     first = {"item_id": items[1], "timestamp": "2024-04-01T00:00:00Z"}
     second = {"item_id": items[2], "timestamp": "2024-04-02T00:00:00Z"}
-    a, b = (ask(night, history=h, k=5) for h in ([first, second], [second, first]))
+    a, b = (ask(served_state, history=h, k=5) for h in ([first, second], [second, first]))
     assert a == b
 
 
@@ -113,17 +120,17 @@ def test_order_is_by_time_not_by_place(night):
         {"user_id": 10**9},
     ],
 )
-def test_nothing_known_gets_the_popular_list(night, body):
-    answer = ask(night, k=5, **body)
+def test_nothing_known_gets_the_popular_list(served_state, body):
+    answer = ask(served_state, k=5, **body)
     assert answer.source == "popular" and len(answer.items) == 5
 
 
-def test_what_the_nightly_list_cannot_answer_is_computed(night):
-    assert ask(night, user_id=3, k=K + 5).source == "realtime"
-    assert len(ask(night, user_id=3, k=K + 5).items) == K + 5
-    assert ask(night, user_id=3, k=5, filter_seen=True).source == "realtime"
-    first = ask(night, user_id=3, k=1).items[0].item_id
-    assert first not in {i.item_id for i in ask(night, user_id=3, k=5, deny=[first]).items}
+def test_what_the_nightly_list_cannot_answer_is_computed(served_state):
+    assert ask(served_state, user_id=3, k=K + 5).source == "realtime"
+    assert len(ask(served_state, user_id=3, k=K + 5).items) == K + 5
+    assert ask(served_state, user_id=3, k=5, filter_seen=True).source == "realtime"
+    first = ask(served_state, user_id=3, k=1).items[0].item_id
+    assert first not in {i.item_id for i in ask(served_state, user_id=3, k=5, deny=[first]).items}
 
 
 @pytest.mark.parametrize("body", [{"k": 0}, {"k": 10**6}, {"bogus": 1}, {"history": [{}]}, {"now": "soon"}])
@@ -132,22 +139,22 @@ def test_requests_that_make_no_sense_are_refused(body):
         RecommendRequest(**body)
 
 
-def test_an_unknown_event_type_is_named(night):
+def test_an_unknown_event_type_is_named(served_state):
     with pytest.raises(RequestError, match="zap"):
-        ask(night, history=[{"item_id": "i0000001", "event": "zap"}])
+        ask(served_state, history=[{"item_id": "i0000001", "event": "zap"}])
 
 
 def test_the_context_of_a_request_is_heard(storage):
-    night = ServingState.load(storage)
-    torch.nn.init.normal_(night.predictor.model.context[0].table.weight[1:].data)
+    state = ServingState.load(storage)
+    torch.nn.init.normal_(state.predictor.model.context[0].table.weight[1:].data)
     history = [{"item_id": "i0000003"}]
     morning, evening, unknown = (
-        ask(night, history=history, **now).items
+        ask(state, history=history, **now).items
         for now in ({"now": "2024-05-01T08:00"}, {"now": "2024-05-01T20:00"}, {})
     )
     assert morning != evening != unknown
     with pytest.raises(RequestError, match="context: unknown field 'device'"):
-        ask(night, history=history, context={"device": "phone"})
+        ask(state, history=history, context={"device": "phone"})
 
 
 def test_damaged_and_missing_snapshots_are_refused(storage, tmp_path):
@@ -168,9 +175,13 @@ def test_the_index_says_what_the_parts_say_and_a_snapshot_without_one_is_read(st
     parts = [row for file in snapshot.path.glob("part-*.parquet") for row in pq.read_table(file).to_pylist()]
     older = Snapshot(snapshot.path, {**snapshot.manifest, "files": {}})
     for row in parts:
-        found = snapshot.find(row["user_id"])
-        assert (found.item_ids, found.scores, found.source) == (row["item_ids"], row["scores"], row["source"])
-        assert older.find(row["user_id"]) == found
+        indexed_row = snapshot.find(row["user_id"])
+        assert (indexed_row.item_ids, indexed_row.scores, indexed_row.source) == (
+            row["item_ids"],
+            row["scores"],
+            row["source"],
+        )
+        assert older.find(row["user_id"]) == indexed_row
 
 
 def test_a_bucket_without_a_user_is_read(tmp_path):
@@ -214,24 +225,24 @@ def test_users_with_text_ids_are_found(tmp_path):
     )
 
 
-def test_a_dataset_with_newer_items_is_translated(night, world_dataset):
-    ids = pa.array([f"x{n}" for n in range(night.predictor.n_items)])
+def test_a_dataset_with_newer_items_is_translated(served_state, synthetic_dataset):
+    ids = pa.array([f"x{n}" for n in range(served_state.predictor.n_items)])
     older = Vocabulary(ids, ["view"])
-    translation = older.translation(world_dataset)
-    shard = world_dataset.shard(0)
+    translation = older.translation(synthetic_dataset)
+    shard = synthetic_dataset.shard(0)
     assert not translation.history(shard.history(0)).item_index.any()
-    same = night.predictor.vocabulary.translation(world_dataset)
-    assert same.to_bundle.tolist() == same.to_dataset.tolist() == list(range(world_dataset.n_items + 1))
+    same = served_state.predictor.vocabulary.translation(synthetic_dataset)
+    assert same.to_bundle.tolist() == same.to_dataset.tolist() == list(range(synthetic_dataset.n_items + 1))
 
 
-def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, world_folder):
-    table = pq.read_table(world_folder / "events").select(["user_id", "item_id", "timestamp"])
+def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, synthetic_folder):
+    table = pq.read_table(synthetic_folder / "events").select(["user_id", "item_id", "timestamp"])
     lonely = pa.table(
         {"user_id": [999], "item_id": ["met by nobody else"], "timestamp": table["timestamp"][:1]}
     )
     pq.write_table(pa.concat_tables([table, lonely]), tmp_path / "e.parquet")
     overrides = [
-        *world_overrides(world_folder, tmp_path),
+        *synthetic_overrides(synthetic_folder, tmp_path),
         f"data.events={tmp_path / 'e.parquet'}",
         "data.min_item_events=2",
     ]
@@ -254,8 +265,8 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
     assert rows[999]["state"] is None
     for user, row in rows.items():
         if user != 999:
-            (spread, margin), known = row["state"], _met(data, user)
-            assert 0 <= spread <= np.log(max(len(data.user_history(user).item_index), 2)) and len(known)
+            (spread, margin), is_known = row["state"], _met(data, user)
+            assert 0 <= spread <= np.log(max(len(data.user_history(user).item_index), 2)) and len(is_known)
             assert margin == pytest.approx(row["scores"][0] - row["scores"][1], abs=1e-6)
     everything = BucketScorer(**shared, folder=str(tmp_path), k=500, filter_seen=True)({"item": bucket})
     lists = pq.read_table(tmp_path / f"part-{bucket:05d}.parquet").to_pylist()
@@ -266,12 +277,14 @@ def test_users_without_a_known_item_get_the_popular_list_marked_so(tmp_path, wor
             BucketScorer(**shared, folder=str(tmp_path), k=5, filter_seen=True, gpu=True)
 
 
-def test_a_night_in_half_the_bits_is_nearly_the_same(world_settings, world_dataset, tmp_path):
-    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
+def test_batch_recommendations_in_bfloat16_are_nearly_the_same(
+    synthetic_settings, synthetic_dataset, tmp_path
+):
+    bundle = untrained_bundle(synthetic_settings, synthetic_dataset, tmp_path / "b", "b")
     shared = {
         "policy": None,
         "bundle": str(bundle.path),
-        "dataset": str(world_dataset.path),
+        "dataset": str(synthetic_dataset.path),
         "batch_users": 64,
         "threads": 1,
         "rules": NO_RULES,
@@ -281,7 +294,7 @@ def test_a_night_in_half_the_bits_is_nearly_the_same(world_settings, world_datas
         (folder := tmp_path / precision).mkdir()
         BucketScorer(**shared, folder=str(folder), k=10, filter_seen=True, precision=precision)({"item": 0})
         nights.append(pq.read_table(folder / "part-00000.parquet").to_pylist())
-    exact, near = (np.array([row["scores"] for row in night]) for night in nights)
+    exact, near = (np.array([row["scores"] for row in of_one_run]) for of_one_run in nights)
     assert 0 < abs(exact - near).max() < 0.05 * exact.std() + 1e-3
     together = [
         len(set(one["item_ids"]) & set(other["item_ids"])) for one, other in zip(*nights, strict=True)
@@ -298,7 +311,7 @@ def _met(data, user_id) -> set:
     ("clock", "as_of_s", "begins_s"),
     [("timestamp", 99, 100), ("position", 99, 100), ("position", 0, math.inf)],
 )
-def test_what_comes_after_the_as_of_is_none_of_the_nights(clock, as_of_s, begins_s):
+def test_what_comes_after_the_as_of_is_not_in_the_snapshot(clock, as_of_s, begins_s):
     """Also where the owner's events have no times: what was told has one, and was cut by it."""
-    night = SimpleNamespace(dataset=SimpleNamespace(clock=clock, as_of_s=as_of_s))
-    assert ServingState.begins_s.fget(night) == begins_s
+    stage = SimpleNamespace(dataset=SimpleNamespace(clock=clock, as_of_s=as_of_s))
+    assert ServingState.begins_s.fget(stage) == begins_s

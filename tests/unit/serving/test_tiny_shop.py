@@ -109,14 +109,14 @@ def test_the_settings_say_it_for_everybody(open_shop, rule, expected):
 def test_batch_recommendations_hold_every_item_once_and_with_the_filter_no_seen_one(open_shop):
     service = open_shop("score.filter_seen=true", "score.k=6")
     lists = Snapshot.latest(service.deployments.storage)
-    for user, unseen in (
+    for user, cold_items in (
         ("ann", {"milk", "cake", "jam"}),
         ("bob", {"pot", "milk", "cake", "jam"}),
         ("cat", {"milk", "cake", "jam"}),
         ("dan", {"cup", "pot", "cake", "jam"}),
     ):
-        assert sorted(lists.find(user).item_ids) == sorted(unseen)
-        assert set(recommend(service, user_id=user, k=6)) == unseen
+        assert sorted(lists.find(user).item_ids) == sorted(cold_items)
+        assert set(recommend(service, user_id=user, k=6)) == cold_items
 
 
 def test_a_column_that_the_shop_does_not_have_is_named(open_shop):

@@ -9,18 +9,18 @@ import sys
 import pytest
 
 from recray.errors import RefusedError, StorageError
-from recray.storage import lease, sealed_directory
+from recray.storage import immutable_directory, lease
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from recray.storage import lease
-from recray.storage import sealed_directory
+from recray.storage import immutable_directory
 root = Path(sys.argv[1])
 with lease.hold(root, "nightly", 1.0):
     print("held", flush=True)
     sys.stdin.readline()
-    with sealed_directory(root / "bundles" / "k", "bundle", "k", {}) as folder:
+    with immutable_directory(root / "bundles" / "k", "bundle", "k", {}) as folder:
         (folder / "f").write_text("late")
 """
 
@@ -64,7 +64,7 @@ def test_a_frozen_holder_is_replaced_and_can_publish_nothing(holder, tmp_path):
     os.kill(holder.pid, signal.SIGSTOP)
     with lease.hold(tmp_path, "nightly", 1.0) as held:
         assert held.attempt == 2
-        with sealed_directory(tmp_path / "bundles" / "k", "bundle", "k", {}) as folder:
+        with immutable_directory(tmp_path / "bundles" / "k", "bundle", "k", {}) as folder:
             (folder / "f").write_text("in time")
     os.kill(holder.pid, signal.SIGCONT)
     _, said = holder.communicate("\n")
@@ -76,7 +76,7 @@ def test_a_frozen_holder_is_replaced_and_can_publish_nothing(holder, tmp_path):
     assert [p.name for p in (tmp_path / "bundles").iterdir()] == ["k"]
 
 
-def test_a_frozen_holder_that_stays_away_finds_its_place_taken(holder, tmp_path):
+def test_a_holder_that_was_frozen_too_long_has_lost_its_lease(holder, tmp_path):
     os.kill(holder.pid, signal.SIGSTOP)
     with lease.hold(tmp_path, "nightly", 1.0):
         os.kill(holder.pid, signal.SIGCONT)

@@ -9,23 +9,30 @@ import pytest
 
 from recray.errors import DamagedArtifactError, MissingArtifactError, OutputExistsError, RefusedError
 from recray.snapshot.writer import publish
-from recray.storage import Storage, is_sealed, open_sealed, sealed_directory, to_storage_error, write_json
+from recray.storage import (
+    Storage,
+    immutable_directory,
+    is_complete,
+    open_immutable,
+    to_storage_error,
+    write_json,
+)
 from recray.storage.lease import FAULT
 
 
 def seal(path, key="k", **fields):
-    with sealed_directory(path, "thing", key, fields) as folder:
+    with immutable_directory(path, "thing", key, fields) as folder:
         (folder / "a.bin").write_bytes(b"content")
     return path
 
 
-def test_a_sealed_directory_is_all_or_nothing(tmp_path):
-    with pytest.raises(RuntimeError), sealed_directory(tmp_path / "x", "thing", "k", {}) as folder:
+def test_an_immutable_directory_is_all_or_nothing(tmp_path):
+    with pytest.raises(RuntimeError), immutable_directory(tmp_path / "x", "thing", "k", {}) as folder:
         (folder / "a.bin").write_bytes(b"half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     seal(tmp_path / "x", users=3)
-    assert open_sealed(tmp_path / "x", "thing")["users"] == 3
+    assert open_immutable(tmp_path / "x", "thing")["users"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
@@ -33,38 +40,38 @@ def test_one_changed_byte_is_found(tmp_path):
     path = seal(tmp_path / "x")
     (path / "a.bin").write_bytes(b"kontent")
     with pytest.raises(DamagedArtifactError, match="a.bin") as error:
-        open_sealed(path, "thing")
+        open_immutable(path, "thing")
     assert "repeat the job" in error.value.fix
 
 
 def test_missing_and_foreign_directories_are_named(tmp_path):
     with pytest.raises(MissingArtifactError, match="no thing"):
-        open_sealed(tmp_path / "x", "thing")
-    assert not is_sealed(tmp_path / "x", "thing", "k")
+        open_immutable(tmp_path / "x", "thing")
+    assert not is_complete(tmp_path / "x", "thing", "k")
     seal(tmp_path / "x")
-    assert is_sealed(tmp_path / "x", "thing", "k")
+    assert is_complete(tmp_path / "x", "thing", "k")
     with pytest.raises(OutputExistsError, match="belongs to"):
-        is_sealed(tmp_path / "x", "thing", "other")
+        is_complete(tmp_path / "x", "thing", "other")
     (tmp_path / "y").mkdir()
     with pytest.raises(OutputExistsError, match="move"):
-        is_sealed(tmp_path / "y", "thing", "k")
+        is_complete(tmp_path / "y", "thing", "k")
 
 
 def test_a_faster_attempt_of_the_same_run_wins(tmp_path):
-    with sealed_directory(tmp_path / "x", "thing", "k", {"by": "slow"}) as folder:
+    with immutable_directory(tmp_path / "x", "thing", "k", {"by": "slow"}) as folder:
         (folder / "a.bin").write_bytes(b"content")
         seal(tmp_path / "x", by="fast")
-    assert open_sealed(tmp_path / "x", "thing")["by"] == "fast"
+    assert open_immutable(tmp_path / "x", "thing")["by"] == "fast"
 
 
-def test_an_older_night_cannot_replace_a_newer_one(tmp_path):
+def test_an_older_snapshot_cannot_replace_a_newer_one(tmp_path):
     storage = Storage(tmp_path)
     nights = {}
     for as_of, key in ((100, "old"), (200, "new")):
         path = storage.scores / key
-        with sealed_directory(path, "snapshot", key, {"as_of_s": as_of}):
+        with immutable_directory(path, "snapshot", key, {"as_of_s": as_of}):
             pass
-        nights[key] = (path, open_sealed(path, "snapshot"))
+        nights[key] = (path, open_immutable(path, "snapshot"))
     assert publish(storage, *nights["new"])
     assert not publish(storage, *nights["new"])
     with pytest.raises(RefusedError, match="newer"):
@@ -80,11 +87,11 @@ def test_a_disk_that_takes_nothing_is_named_however_deep(tmp_path, number):
         except OSError as error:
             raise RuntimeError("while writing") from error
     except RuntimeError as error:
-        found = to_storage_error(error, tmp_path)
+        storage_error = to_storage_error(error, tmp_path)
     assert (
-        str(tmp_path) in found.message
-        and os.strerror(number) in found.message
-        and "repeat the job" in found.fix
+        str(tmp_path) in storage_error.message
+        and os.strerror(number) in storage_error.message
+        and "repeat the job" in storage_error.fix
     )
     assert to_storage_error(RuntimeError(f"native: {os.strerror(number)} (os error {number})"), tmp_path)
     assert to_storage_error(RuntimeError("something else"), tmp_path) is None
@@ -94,9 +101,9 @@ def test_a_disk_that_takes_nothing_is_named_however_deep(tmp_path, number):
 COMMIT = """
 import sys
 from pathlib import Path
-from recray.storage import sealed_directory, write_json
+from recray.storage import immutable_directory, write_json
 root = Path(sys.argv[1])
-with sealed_directory(root / "x", "thing", "k", {}) as folder:
+with immutable_directory(root / "x", "thing", "k", {}) as folder:
     (folder / "a.bin").write_bytes(b"content")
 write_json(root / "LATEST.json", {"new": 1})
 write_json(root / "nights" / "k.json", {"new": 1})
@@ -107,7 +114,7 @@ write_json(root / "nights" / "k.json", {"new": 1})
     ("point", "directory", "pointer", "file"),
     [
         ("thing:written", False, False, False),
-        ("thing:sealed", False, False, False),
+        ("thing:complete", False, False, False),
         ("thing:visible", True, False, False),
         ("LATEST.json:written", True, False, False),
         ("LATEST.json:visible", True, True, False),
@@ -123,7 +130,7 @@ def test_who_is_killed_at_a_commit_point_leaves_all_or_nothing(tmp_path, point, 
     assert done.returncode == (0 if point.startswith("nothing") else -signal.SIGKILL)
     assert tuple(path.exists() for path in paths) == (directory, pointer, file)
     assert subprocess.run(write).returncode == 0
-    assert open_sealed(paths[0], "thing")["files"].keys() == {"a.bin"}
+    assert open_immutable(paths[0], "thing")["files"].keys() == {"a.bin"}
     assert [json.loads(path.read_text()) for path in paths[1:]] == [{"new": 1}] * 2
     assert not list(tmp_path.glob(".x.*")), "what a killed attempt had begun is gone"
 

@@ -25,13 +25,13 @@ def test_a_wait_ends_with_what_came_and_takes_errors_for_not_yet():
 
 def test_a_wait_that_fails_names_what_it_waited_for_and_what_it_saw_last(monkeypatch):
     with pytest.raises(AssertionError, match="waited for a server, but it ended; last seen: its log"):
-        wait_for("a server", lambda: False, saw=lambda: "its log", ended=lambda: 1)
+        wait_for("a server", lambda: False, last_seen=lambda: "its log", ended=lambda: 1)
     with pytest.raises(AssertionError, match="but it ended; last seen: connection refused"):
         wait_for("a server", lambda: open_nothing(), ended=lambda: True)
     assert wait_for("what came just before the end", lambda: True, ended=lambda: 0)
     monkeypatch.setattr(harness, "DEADLINE_S", 0.0)
     with pytest.raises(AssertionError, match="waited for rain, but 0 s went by; last seen: sun"):
-        wait_for("rain", lambda: False, saw=lambda: "sun")
+        wait_for("rain", lambda: False, last_seen=lambda: "sun")
 
 
 def open_nothing():

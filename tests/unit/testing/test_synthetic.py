@@ -8,7 +8,7 @@ def events(**kwargs) -> pa.Table:
     return pa.concat_tables(SyntheticShop(**{"users": 400, "items": 200, "seed": 3, **kwargs}).event_tables())
 
 
-def test_the_same_seed_gives_the_same_world():
+def test_the_same_seed_gives_the_same_synthetic_data():
     assert events().equals(events())
     assert not events().equals(events(seed=4))
 

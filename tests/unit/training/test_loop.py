@@ -16,28 +16,28 @@ def loop(settings, dataset, **train):
     return build_loop(str(dataset.path), settings.replace("train", **train), torch.device("cpu"))
 
 
-def test_training_learns(world_settings, world_dataset):
-    run = loop(world_settings, world_dataset, epochs=4, patience=4)
+def test_training_learns(synthetic_settings, synthetic_dataset):
+    run = loop(synthetic_settings, synthetic_dataset, epochs=4, patience=4)
     lines = list(run.run())
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     assert run.progress.best_ndcg == max(line["validation_ndcg"] for line in lines)
 
 
-def test_early_stop_counts_from_the_best_epoch(world_settings, world_dataset):
-    run = loop(world_settings, world_dataset, epochs=20, patience=2)
+def test_early_stop_counts_from_the_best_epoch(synthetic_settings, synthetic_dataset):
+    run = loop(synthetic_settings, synthetic_dataset, epochs=20, patience=2)
     scores = iter([0.1, 0.3, 0.2, 0.25, 0.9])
-    run.validate = lambda model, rank, world: (next(scores), 1.0)
+    run.validate = lambda model, rank, world_size: (next(scores), 1.0)
     assert [line["epoch"] for line in run.run()] == [1, 2, 3, 4]
     assert run.progress.best_epoch == 2
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(world_settings, world_dataset, tmp_path):
-    whole = loop(world_settings, world_dataset, epochs=3, patience=3)
+def test_resumed_equals_uninterrupted_to_the_bit(synthetic_settings, synthetic_dataset, tmp_path):
+    whole = loop(synthetic_settings, synthetic_dataset, epochs=3, patience=3)
     list(whole.run())
-    first = loop(world_settings, world_dataset, epochs=3, patience=3)
+    first = loop(synthetic_settings, synthetic_dataset, epochs=3, patience=3)
     next(first.run())
     save_checkpoint(first, tmp_path)
-    second = loop(world_settings, world_dataset, epochs=3, patience=3)
+    second = loop(synthetic_settings, synthetic_dataset, epochs=3, patience=3)
     load_checkpoint(second, tmp_path)
     list(second.run())
     assert second.progress == whole.progress
@@ -46,52 +46,57 @@ def test_resumed_equals_uninterrupted_to_the_bit(world_settings, world_dataset, 
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_bundle_round_trip_and_choice(world_settings, world_dataset, tmp_path):
-    chosen, key = bundle_settings(world_settings), plan_training(world_settings, world_dataset).key
-    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "bundles" / key, key)
-    again = untrained_bundle(world_settings, world_dataset, tmp_path / "again" / key, key)
-    assert bundle.digest == again.digest
+def test_bundle_round_trip_and_choice(synthetic_settings, synthetic_dataset, tmp_path):
+    settings, key = (
+        bundle_settings(synthetic_settings),
+        plan_training(synthetic_settings, synthetic_dataset).key,
+    )
+    bundle = untrained_bundle(synthetic_settings, synthetic_dataset, tmp_path / "bundles" / key, key)
+    repeated = untrained_bundle(synthetic_settings, synthetic_dataset, tmp_path / "again" / key, key)
+    assert bundle.digest == repeated.digest
     predictor = Predictor.load(bundle.path)
-    shard = world_dataset.shard(0)
+    shard = synthetic_dataset.shard(0)
     histories = [shard.history(row) for row in range(5)]
-    run = loop(world_settings, world_dataset)
+    run = loop(synthetic_settings, synthetic_dataset)
     live = Predictor(
         run.model,
         Catalogue(
-            Vocabulary(bundle.item_ids, world_dataset.event_types), world_dataset.popularity, has_time=True
+            Vocabulary(bundle.item_ids, synthetic_dataset.event_types),
+            synthetic_dataset.popularity,
+            has_time=True,
         ),
         popularity_prior_days=7,
     )
-    now = world_dataset.now_s
+    now = synthetic_dataset.now_s
     assert (
         predictor.recommend(histories, 10, now=now).scores == live.recommend(histories, 10, now=now).scores
     ).all()
     folder = tmp_path / "bundles"
-    assert find_latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s).key == bundle.key
-    assert find_latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s - 1) is None
-    assert find_latest_bundle(folder, "another", world_dataset.as_of_s) is None
-    resplit = world_settings.model_copy(
-        update={"split": world_settings.split.model_copy(update={"test_fraction": 0.3})}
+    assert find_latest_bundle(folder, settings_key(settings), synthetic_dataset.as_of_s).key == bundle.key
+    assert find_latest_bundle(folder, settings_key(settings), synthetic_dataset.as_of_s - 1) is None
+    assert find_latest_bundle(folder, "another", synthetic_dataset.as_of_s) is None
+    resplit = synthetic_settings.model_copy(
+        update={"split": synthetic_settings.split.model_copy(update={"test_fraction": 0.3})}
     )
-    assert settings_key(bundle_settings(resplit)) != settings_key(chosen), (
+    assert settings_key(bundle_settings(resplit)) != settings_key(settings), (
         "a bundle of another split may know the answers"
     )
     bundle.path.rename(folder / f".{key}.scratch")
-    assert find_latest_bundle(folder, settings_key(chosen), world_dataset.as_of_s) is None
+    assert find_latest_bundle(folder, settings_key(settings), synthetic_dataset.as_of_s) is None
     (folder / f".{key}.scratch").rename(bundle.path)
-    assert Bundle.open(bundle.path).manifest["dataset"] == world_dataset.key
+    assert Bundle.open(bundle.path).manifest["dataset"] == synthetic_dataset.key
 
 
 def test_a_bundle_from_before_a_part_came_is_the_same_model_and_a_foreign_one_is_refused(
-    world_settings, world_dataset, tmp_path
+    synthetic_settings, synthetic_dataset, tmp_path
 ):
-    bundle = untrained_bundle(world_settings, world_dataset, tmp_path / "b", "b")
+    bundle = untrained_bundle(synthetic_settings, synthetic_dataset, tmp_path / "b", "b")
     whole = bundle.model().state_dict()
     older = {name: tensor for name, tensor in whole.items() if not name.endswith(OPTIONAL_WEIGHTS)}
     assert len(older) < len(whole)
     save_file(older, bundle.path / "model.safetensors")
-    again = bundle.model().state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    weights = bundle.model().state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
     save_file(
         {name: tensor for name, tensor in whole.items() if "norm" not in name},
         bundle.path / "model.safetensors",
@@ -100,14 +105,14 @@ def test_a_bundle_from_before_a_part_came_is_the_same_model_and_a_foreign_one_is
         bundle.model()
 
 
-def test_keys_follow_what_changes_the_result(world_settings, world_dataset):
-    key = plan_training(world_settings, world_dataset).key
+def test_keys_follow_what_changes_the_result(synthetic_settings, synthetic_dataset):
+    key = plan_training(synthetic_settings, synthetic_dataset).key
 
     def other(*overrides):
         section, value = overrides[0].split("=")
         name, field = section.split(".")
-        updated = getattr(world_settings, name).model_copy(update={field: int(value)})
-        return plan_training(world_settings.model_copy(update={name: updated}), world_dataset).key
+        updated = getattr(synthetic_settings, name).model_copy(update={field: int(value)})
+        return plan_training(synthetic_settings.model_copy(update={name: updated}), synthetic_dataset).key
 
     assert other("train.threads=3") == key
     assert other("train.every_days=9") == key
@@ -116,38 +121,40 @@ def test_keys_follow_what_changes_the_result(world_settings, world_dataset):
     assert other("model.blocks=1") != key
 
 
-def test_a_fresh_model_is_drawn_from_its_seed(world_settings, world_dataset):
-    a, b, c = (loop(world_settings, world_dataset, seed=seed).model.items.ids.weight for seed in (1, 1, 2))
+def test_a_fresh_model_is_drawn_from_its_seed(synthetic_settings, synthetic_dataset):
+    a, b, c = (
+        loop(synthetic_settings, synthetic_dataset, seed=seed).model.items.ids.weight for seed in (1, 1, 2)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert np.isfinite(a.detach().numpy()).all()
 
 
-def test_bfloat16_learns_what_float32_learns(world_settings, world_dataset):
+def test_bfloat16_learns_what_float32_learns(synthetic_settings, synthetic_dataset):
     full, half = (
-        next(loop(world_settings, world_dataset, precision=p).run()) for p in ("float32", "bfloat16")
+        next(loop(synthetic_settings, synthetic_dataset, precision=p).run()) for p in ("float32", "bfloat16")
     )
     assert half["loss"] != full["loss"]
     np.testing.assert_allclose(half["loss"], full["loss"], rtol=0.01)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_rank_that_gets_no_window_of_a_batch_takes_part(precision, world_settings, world_dataset):
-    run = loop(world_settings, world_dataset, precision=precision)
+def test_a_rank_that_gets_no_sequence_of_a_batch_takes_part(precision, synthetic_settings, synthetic_dataset):
+    run = loop(synthetic_settings, synthetic_dataset, precision=precision)
     batch, targets, count = next(run.batches.epoch(0, 9_999, 10_000))
     assert len(batch.item_BT) == 0 < count
     assert float(run.train_step(run.criterion.complete(batch), targets, count)) == 0
 
 
-def test_validation_users_without_a_target_that_counts_are_named(world_settings, world_dataset, monkeypatch):
-    monkeypatch.setattr(
-        "recray.training.worker.targets_of", lambda question, filter_seen: question.target[:0]
-    )
+def test_validation_users_without_a_target_that_counts_are_named(
+    synthetic_settings, synthetic_dataset, monkeypatch
+):
+    monkeypatch.setattr("recray.training.worker.targets_of", lambda query, filter_seen: query.target[:0])
     with pytest.raises(DataError, match="no validation user has a target under the protocol with_repeats"):
-        loop(world_settings, world_dataset)
+        loop(synthetic_settings, synthetic_dataset)
 
 
-def test_a_loss_that_is_not_finite_stops_training(world_settings, world_dataset):
-    run = loop(world_settings, world_dataset)
+def test_a_loss_that_is_not_finite_stops_training(synthetic_settings, synthetic_dataset):
+    run = loop(synthetic_settings, synthetic_dataset)
     with torch.no_grad():
         run.model.items.ids.weight[3] = torch.nan
     with pytest.raises(TrainingError, match="loss of epoch 1 is nan"):
@@ -159,9 +166,9 @@ def test_a_loss_that_is_not_finite_stops_training(world_settings, world_dataset)
     [("first", "loss of epoch 2 is nan"), ("last", "after epoch 2 a weight is not finite")],
 )
 def test_what_broke_in_a_later_epoch_leaves_the_checkpoint_before_it(
-    breaks, message, world_settings, world_dataset, tmp_path
+    breaks, message, synthetic_settings, synthetic_dataset, tmp_path
 ):
-    run = loop(world_settings, world_dataset)
+    run = loop(synthetic_settings, synthetic_dataset)
     epochs, folder = run.run(), tmp_path / "attempt" / "checkpoint_1"
     next(epochs)
     folder.mkdir(parents=True)
@@ -179,43 +186,47 @@ def test_what_broke_in_a_later_epoch_leaves_the_checkpoint_before_it(
     run.train_step = broken
     with pytest.raises(TrainingError, match=message):
         next(epochs)
-    again = loop(world_settings, world_dataset)
-    load_checkpoint(again, last_checkpoint(tmp_path))
-    assert again.progress.epoch == 1 and next(again.run())["epoch"] == 2
+    repeated = loop(synthetic_settings, synthetic_dataset)
+    load_checkpoint(repeated, last_checkpoint(tmp_path))
+    assert repeated.progress.epoch == 1 and next(repeated.run())["epoch"] == 2
 
 
-def test_the_average_follows_the_weights(world_settings, world_dataset):
-    run = loop(world_settings, world_dataset, ema_decay=0.9)
+def test_the_average_follows_the_weights(synthetic_settings, synthetic_dataset):
+    run = loop(synthetic_settings, synthetic_dataset, ema_decay=0.9)
     next(run.run())
     distance = [
         (a - b).abs().max() for a, b in zip(run.ema_model.parameters(), run.model.parameters(), strict=True)
     ]
     assert 0 < max(distance) < 0.1
-    plain = loop(world_settings, world_dataset, ema_decay=0.0)
+    plain = loop(synthetic_settings, synthetic_dataset, ema_decay=0.0)
     assert plain.ema_model is plain.model
 
 
-def test_both_settings_may_select(world_settings, world_dataset):
-    found = {}
+def test_both_settings_may_select(synthetic_settings, synthetic_dataset):
+    best_epochs = {}
     for name, primary, select_by in (
         ("with_repeats", "with_repeats", "protocol"),
         ("filter_seen", "filter_seen", "protocol"),
         ("both", "with_repeats", "both"),
     ):
-        chosen = world_settings.replace("evaluate", protocol=primary).replace("train", select_by=select_by)
-        run = build_loop(str(world_dataset.path), chosen, torch.device("cpu"))
+        settings = synthetic_settings.replace("evaluate", protocol=primary).replace(
+            "train", select_by=select_by
+        )
+        run = build_loop(str(synthetic_dataset.path), settings, torch.device("cpu"))
         run.train_epoch(0)
         total, users = run.validate(run.model, 0, 1)
-        found[name] = total / users
-    assert found["both"] == pytest.approx((found["with_repeats"] + found["filter_seen"]) / 2)
+        best_epochs[name] = total / users
+    assert best_epochs["both"] == pytest.approx(
+        (best_epochs["with_repeats"] + best_epochs["filter_seen"]) / 2
+    )
 
 
-def test_a_longer_horizon_asks_for_more_baskets(world_dataset):
+def test_more_target_baskets_mean_more_targets(synthetic_dataset):
     one, three = (
         next(
             iter(
                 TrainingBatches(
-                    world_dataset,
+                    synthetic_dataset,
                     history=1000,
                     batch_tokens=2000,
                     sequences="all",
@@ -237,5 +248,7 @@ def test_a_longer_horizon_asks_for_more_baskets(world_dataset):
         for start, size in zip(three[1].offsets.tolist(), some.tolist(), strict=False)
     ]
     assert torch.equal(torch.cat(first), one[1].item), "the next basket comes first"
-    trained = set(np.concatenate([shard.trained_item_index() for shard in world_dataset.shards()]).tolist())
+    trained = set(
+        np.concatenate([shard.trained_item_index() for shard in synthetic_dataset.shards()]).tolist()
+    )
     assert set(three[1].item.tolist()) <= trained, "what is held out is never a target"

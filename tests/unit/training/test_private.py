@@ -34,13 +34,13 @@ from recray.training.worker import build_loop, load_checkpoint, save_checkpoint
 NOBODY = History(*np.zeros((4, 0), np.int64))
 
 
-def private_settings(folder, root, *more):
-    return load_settings(None, [*private_overrides(folder, root), *more])
+def private_settings(folder, root, *overrides):
+    return load_settings(None, [*private_overrides(folder, root), *overrides])
 
 
 @pytest.fixture(scope="module")
-def settings(world_folder, tmp_path_factory):
-    return private_settings(world_folder, tmp_path_factory.mktemp("private"))
+def settings(synthetic_folder, tmp_path_factory):
+    return private_settings(synthetic_folder, tmp_path_factory.mktemp("private"))
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,18 @@ def dataset(settings):
     return prepare_here(settings)
 
 
-def loop_of(settings, dataset, **more):
+def loop_of(settings, dataset, **options):
     mechanism = mechanism_for(settings, dataset)
     return build_loop(
-        str(dataset.path), training_settings(settings), torch.device("cpu"), None, {**vars(mechanism), **more}
+        str(dataset.path),
+        training_settings(settings),
+        torch.device("cpu"),
+        None,
+        {**vars(mechanism), **options},
     )
 
 
-def test_nothing_is_learned_of_those_who_are_asked(dataset):
+def test_nothing_is_learned_of_test_users(dataset):
     held = [shard.holdout for shard in dataset.shards()]
     assert 0.15 < np.mean(np.concatenate(held)) < 0.35
     batches = TrainingBatches(
@@ -67,12 +71,12 @@ def test_nothing_is_learned_of_those_who_are_asked(dataset):
         assert not shard.holdout[users].any() and len(np.unique(users)) == len(users)
         assert not shard.train_lengths[shard.holdout].any()
     for part in ("validation", "test"):
-        asked = EvaluationQueries(dataset, part).positions
-        assert len(asked) > 20
-        assert all(held[shard][row] for shard, row, _, _ in asked)
+        positions = EvaluationQueries(dataset, part).positions
+        assert len(positions) > 20
+        assert all(held[shard][row] for shard, row, _, _ in positions)
 
 
-def test_the_cuts_are_those_of_who_is_asked(dataset):
+def test_the_cutoffs_are_those_of_the_evaluated_users(dataset):
     times = np.concatenate(
         [shard.timestamp_s[np.repeat(shard.holdout, np.diff(shard.offsets))] for shard in dataset.shards()]
     )
@@ -81,8 +85,8 @@ def test_the_cuts_are_those_of_who_is_asked(dataset):
     assert dataset.cut_s("test") != math.ceil(np.quantile(everybody, 0.9))
 
 
-def test_what_nobody_is_asked_about_is_learned(world_folder, tmp_path):
-    dataset = prepare_here(private_settings(world_folder, tmp_path, "split.kind=leave_one_out"))
+def test_users_without_a_query_are_learned_from(synthetic_folder, tmp_path):
+    dataset = prepare_here(private_settings(synthetic_folder, tmp_path, "split.kind=leave_one_out"))
     for shard in dataset.shards():
         counts = np.diff(shard.offsets)
         assert (shard.train_lengths == np.where(shard.holdout, 0, counts)).all()
@@ -120,22 +124,26 @@ def test_two_trainings_draw_other_noise(settings, dataset):
     assert not torch.equal(first.model.items.ids.weight, second.model.items.ids.weight)
 
 
-def test_it_learns_with_little_noise(world_folder, tmp_path):
+def test_it_learns_with_little_noise(synthetic_folder, tmp_path):
     settings = private_settings(
-        world_folder, tmp_path, "privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01"
+        synthetic_folder,
+        tmp_path,
+        "privacy.steps=150",
+        "privacy.report_every=150",
+        "train.learning_rate=0.01",
     )
     run = loop_of(settings, prepare_here(settings), sigma=0.01)
     untrained = run.validation_ndcg()
     assert next(run.run())["validation_ndcg"] > 2 * untrained
 
 
-def test_it_learns_from_fixed_features(world_folder, tmp_path):
+def test_it_learns_from_fixed_features(synthetic_folder, tmp_path):
     fixed = [
         "model.items=features",
         "data.features={category: categorical, brand: categorical, price: numeric, tags: multi, title: text}",
     ]
     steps = ["privacy.steps=150", "privacy.report_every=150", "train.learning_rate=0.01"]
-    settings = private_settings(world_folder, tmp_path, *fixed, *steps)
+    settings = private_settings(synthetic_folder, tmp_path, *fixed, *steps)
     run = loop_of(settings, prepare_here(settings), sigma=0.01)
     untrained, codes = run.validation_ndcg(), run.model.items.codes()
     assert next(run.run())["validation_ndcg"] > 2 * untrained
@@ -195,9 +203,9 @@ def test_the_noise_of_the_counts_has_the_stated_deviation(dataset):
     top, *others = np.argsort(-counts)[:20]
     draws = np.stack([log_counts(dataset, sigma) for _ in range(400)]).astype(float)
     # of the largest count, which has noise of its own
-    found = np.exp(draws[:, others] - draws[:, [top]]) * counts[top]
+    ratios = np.exp(draws[:, others] - draws[:, [top]]) * counts[top]
     expected = sigma * np.sqrt(1 + (counts[others] / counts[top]) ** 2)
-    np.testing.assert_allclose((found.std(0) / expected).mean(), 1.0, rtol=0.1)
+    np.testing.assert_allclose((ratios.std(0) / expected).mean(), 1.0, rtol=0.1)
     assert (draws.max(1) == 0).all() and (draws >= np.log(sigma / (counts.max() + 6 * sigma))).all()
 
 
@@ -225,8 +233,8 @@ def test_a_private_training_begins_with_the_noised_counts_of_its_ledger(settings
     )
 
 
-def test_without_a_share_for_them_there_are_no_counts(world_folder, tmp_path):
-    settings = private_settings(world_folder, tmp_path, "privacy.counts_share=0")
+def test_without_a_share_for_them_there_are_no_counts(synthetic_folder, tmp_path):
+    settings = private_settings(synthetic_folder, tmp_path, "privacy.counts_share=0")
     mechanism = mechanism_of(settings.privacy, 100)
     assert mechanism.counts_sigma == 0 and mechanism.releases(1) == []
     run = loop_of(settings, prepare_here(settings))
@@ -246,9 +254,9 @@ def test_counts_and_steps_together_keep_epsilon(settings):
     np.testing.assert_allclose(by_sigma.counts_sigma, mechanism.counts_sigma, rtol=0.1)
 
 
-def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_path):
-    settings = private_settings(world_folder, tmp_path, "privacy.shards=3")
-    seen = []
+def test_each_training_learns_from_the_next_part_of_the_users(synthetic_folder, tmp_path):
+    settings = private_settings(synthetic_folder, tmp_path, "privacy.shards=3")
+    row_counts = []
     for number, day in enumerate((1, 8, 15, 20)):
         dataset = prepare_here(settings, dt.datetime(2024, 4, day, 23, 59, 59, tzinfo=dt.UTC))
         key = f"night {number}"
@@ -264,22 +272,27 @@ def test_each_training_learns_from_the_next_part_of_the_users(world_folder, tmp_
         next(run.run())
         _reserve(settings, key, dataset, mechanism, None)
         assert mechanism_for(settings, dataset, key) == mechanism, "repeated, it is still its turn"
-        seen.append(_learned(tonight))
+        row_counts.append(_learned(tonight))
     ledger = Ledger.read(settings.ledger_url(), settings.privacy.population)
-    assert seen[0] <= seen[3] and not (seen[1] & seen[3] or seen[2] & seen[3] or seen[1] & seen[2])
+    assert row_counts[0] <= row_counts[3] and not (
+        row_counts[1] & row_counts[3] or row_counts[2] & row_counts[3] or row_counts[1] & row_counts[2]
+    )
     everybody = _learned(dataset)
-    assert seen[3] | seen[2] | seen[1] <= everybody and len(everybody) / 5 < len(seen[3]) < len(everybody) / 2
-    assert ledger.members() == len(seen[1] | seen[2] | seen[3])
+    assert (
+        row_counts[3] | row_counts[2] | row_counts[1] <= everybody
+        and len(everybody) / 5 < len(row_counts[3]) < len(everybody) / 2
+    )
+    assert ledger.members() == len(row_counts[1] | row_counts[2] | row_counts[3])
     with pytest.raises(SettingsError, match="more than a tenth of 1/"):
         mechanism_for(
-            private_settings(world_folder, tmp_path, "privacy.shards=3", "privacy.delta=8e-3"), dataset
+            private_settings(synthetic_folder, tmp_path, "privacy.shards=3", "privacy.delta=8e-3"), dataset
         )
     with pytest.raises(DataError, match="no training users in part 1 of 3000"):
-        mechanism_for(private_settings(world_folder, tmp_path, "privacy.shards=3000"), dataset)
+        mechanism_for(private_settings(synthetic_folder, tmp_path, "privacy.shards=3000"), dataset)
 
 
-def test_a_ledger_that_does_not_know_a_private_bundle_is_refused(world_folder, tmp_path, dataset):
-    settings = private_settings(world_folder, tmp_path)
+def test_a_ledger_that_does_not_know_a_private_bundle_is_refused(synthetic_folder, tmp_path, dataset):
+    settings = private_settings(synthetic_folder, tmp_path)
     said = {"differential_privacy": True, "population": "others"}
     untrained_bundle(settings, dataset, tmp_path / "bundles" / "other", "other", said)
     mechanism = mechanism_for(settings, dataset)
@@ -340,8 +353,8 @@ def _rank(rank: int, folder: str, settings, path: str, mechanism: dict) -> None:
 
 
 def test_ranks_draw_apart_and_stay_equal_to_the_bit(settings, dataset, tmp_path):
-    given = (str(tmp_path), settings, str(dataset.path), vars(mechanism_for(settings, dataset)))
-    processes.start_processes(_rank, given, nprocs=2, start_method="fork")  # which has imported all
+    arguments = (str(tmp_path), settings, str(dataset.path), vars(mechanism_for(settings, dataset)))
+    processes.start_processes(_rank, arguments, nprocs=2, start_method="fork")  # which has imported all
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["steps"] == two["steps"] == 12
     assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
@@ -377,7 +390,7 @@ def test_ranks_add_the_noise_once(tmp_path):
 
 def test_each_user_is_drawn_with_the_chance_that_is_accounted():
     users, rate, steps = 400, 0.1, 2000
-    ranks = [PoissonUsers(users, rate, rank=rank, world=2, entropy=rank) for rank in range(2)]
+    ranks = [PoissonUsers(users, rate, rank=rank, world_size=2, entropy=rank) for rank in range(2)]
     masks = np.zeros((2, steps, users // 2), bool)
     for step in range(steps):
         for rank, sampler in enumerate(ranks):
@@ -405,10 +418,10 @@ def test_epsilon_is_that_of_the_literature():
 @pytest.mark.parametrize(
     ("nights", "epsilon"), [(7, 2.88), (30, 6.66), pytest.param(365, 32.8, marks=pytest.mark.slow)]
 )
-def test_the_same_users_every_night_cost_more_and_more(nights, epsilon):
-    every_night = Steps(sigma_for(1.0, 1e-5, 1024 / 6040, 300), 1024 / 6040, 300)
+def test_the_same_users_every_training_cost_more_and_more(nights, epsilon):
+    repeated_nightly = Steps(sigma_for(1.0, 1e-5, 1024 / 6040, 300), 1024 / 6040, 300)
     np.testing.assert_allclose(
-        epsilon_of([every_night._replace(number=300 * nights)], 1e-5), epsilon, rtol=0.02
+        epsilon_of([repeated_nightly._replace(number=300 * nights)], 1e-5), epsilon, rtol=0.02
     )
 
 
@@ -440,9 +453,9 @@ def test_what_cannot_be_kept_is_refused_before_the_first_step(settings):
         ("promotion.must_beat=[EASE]", "promotion.must_beat"),
     ],
 )
-def test_settings_that_break_the_promise_are_refused(world_folder, tmp_path, override, words):
+def test_settings_that_break_the_promise_are_refused(synthetic_folder, tmp_path, override, words):
     with pytest.raises(SettingsError, match=words):
-        private_settings(world_folder, tmp_path, override)
+        private_settings(synthetic_folder, tmp_path, override)
 
 
 def test_the_statement_says_what_is_promised_and_what_is_not():

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import private_overrides, world_overrides
+from conftest import private_overrides, synthetic_overrides
 
 from recray.bundle import write_bundle
 from recray.config import load_settings
@@ -21,8 +21,10 @@ from recray.training.worker import build_loop, shape_of
 EARLY = dt.datetime(2024, 3, 1, tzinfo=dt.UTC)
 
 
-def settings_in(world_folder, root, *overrides):
-    return load_settings(None, [*world_overrides(world_folder, root), "train.warm_start=true", *overrides])
+def settings_in(synthetic_folder, root, *overrides):
+    return load_settings(
+        None, [*synthetic_overrides(synthetic_folder, root), "train.warm_start=true", *overrides]
+    )
 
 
 def trained(settings, dataset, path, parent=None):
@@ -34,18 +36,18 @@ def trained(settings, dataset, path, parent=None):
     return write_bundle(path, path.name, dataset=dataset, shape=shape, state=loop.model.state_dict(), **rest)
 
 
-def test_items_and_event_types_come_and_go_and_the_rest_goes_on(world_folder, tmp_path):
+def test_items_and_event_types_come_and_go_and_the_rest_goes_on(synthetic_folder, tmp_path):
     alone = ["data.items=null", "data.features={}"]
-    early = settings_in(world_folder, tmp_path / "a", *alone, "data.min_item_events=15")
-    late = settings_in(world_folder, tmp_path / "b", *alone, "data.min_item_events=30")
+    early = settings_in(synthetic_folder, tmp_path / "a", *alone, "data.min_item_events=15")
+    late = settings_in(synthetic_folder, tmp_path / "b", *alone, "data.min_item_events=30")
     before, after = prepare_here(early, EARLY), prepare_here(late)
     bundle = trained(early, before, tmp_path / "parent")
     old, new = before.items["item_id"].to_pylist(), after.items["item_id"].to_pylist()
     came, stayed = sorted(set(new) - set(old)), sorted(set(new) & set(old))
     assert came and stayed and set(old) - set(new), "the world must lose and gain items for this to be a test"
-    chosen = training_settings(late)
+    train_settings = training_settings(late)
     cold, warm = (
-        build_loop(str(after.path), chosen, torch.device("cpu"), parent)
+        build_loop(str(after.path), train_settings, torch.device("cpu"), parent)
         for parent in (None, str(bundle.path))
     )
     theirs = bundle.model()
@@ -57,16 +59,16 @@ def test_items_and_event_types_come_and_go_and_the_rest_goes_on(world_folder, tm
         assert torch.equal(
             warm.model.items.ids.weight[new.index(item) + 1], cold.model.items.ids.weight[new.index(item) + 1]
         )
-    for mine, event in enumerate(after.event_types):
+    for index, event in enumerate(after.event_types):
         assert torch.equal(
-            warm.model.events.weight[mine], theirs.events.weight[before.event_types.index(event)]
+            warm.model.events.weight[index], theirs.events.weight[before.event_types.index(event)]
         )
     assert torch.equal(warm.model.blocks[0].attention.qkv.weight, theirs.blocks[0].attention.qkv.weight)
     assert warm.train_epoch(0) < cold.train_epoch(0) - 0.1
 
 
-def test_the_parent_is_the_champion_of_before_also_when_the_night_is_repeated(world_folder, tmp_path):
-    settings = settings_in(world_folder, tmp_path)
+def test_the_parent_is_the_previous_champion_also_when_the_run_is_repeated(synthetic_folder, tmp_path):
+    settings = settings_in(synthetic_folder, tmp_path)
     storage = Storage(settings.root())
     before, after = prepare_here(settings, EARLY), prepare_here(settings)
     assert parent_of(settings, after) is None
@@ -82,7 +84,7 @@ def test_the_parent_is_the_champion_of_before_also_when_the_night_is_repeated(wo
     assert parent_of(settings, after).key == "yesterday"
     assert plan_training(settings, after).key == key
     for other in ("model.blocks=1", "train.warm_start=false", "data.features={category: categorical}"):
-        assert parent_of(settings_in(world_folder, tmp_path, other), after) is None, other
+        assert parent_of(settings_in(synthetic_folder, tmp_path, other), after) is None, other
 
 
 def held_out(dataset):
@@ -95,27 +97,29 @@ def held_out(dataset):
     }
 
 
-def test_where_no_time_is_known_a_night_is_another_by_its_data(world_folder, tmp_path):
+def test_where_no_time_is_known_runs_differ_by_their_data(synthetic_folder, tmp_path):
     nights = []
-    for night, length in enumerate((8, 9)):
+    for number, length in enumerate((8, 9)):
         rows = [
-            (f"u{user}", f"i{(user + place) % 7}", place) for user in range(30) for place in range(length)
+            (f"u{user}", f"i{(user + position) % 7}", position)
+            for user in range(30)
+            for position in range(length)
         ]
         pq.write_table(
             pa.table(
                 dict(zip(("user_id", "item_id", "position"), map(list, zip(*rows, strict=True)), strict=True))
             ),
-            tmp_path / f"{night}.parquet",
+            tmp_path / f"{number}.parquet",
         )
-        told = [
+        events = [
             "data.items=null",
             "data.features={}",
             "data.context=[]",
             "data.columns={event: null}",
             "split.kind=leave_one_out",
-            f"data.events={tmp_path / f'{night}.parquet'}",
+            f"data.events={tmp_path / f'{number}.parquet'}",
         ]
-        settings = settings_in(world_folder, tmp_path / "root", *told)
+        settings = settings_in(synthetic_folder, tmp_path / "root", *events)
         nights.append((settings, prepare_here(settings)))
     (first, before), (second, after) = nights
     assert before.clock == "position" and before.as_of_s == after.as_of_s and before.digest != after.digest
@@ -126,11 +130,11 @@ def test_where_no_time_is_known_a_night_is_another_by_its_data(world_folder, tmp
     assert parent_of(second, after).key == "before"
 
 
-def test_who_is_held_out_stays_held_out_as_the_log_grows(world_folder, tmp_path):
+def test_who_is_held_out_stays_held_out_as_the_log_grows(synthetic_folder, tmp_path):
     """Else a warm start would know the events that it is selected by."""
     half, everybody = (
-        settings_in(world_folder, tmp_path),
-        settings_in(world_folder, tmp_path, "split.validation_users=1.0"),
+        settings_in(synthetic_folder, tmp_path),
+        settings_in(synthetic_folder, tmp_path, "split.validation_users=1.0"),
     )
     yesterday, tonight = (
         held_out(prepare_here(half, as_of)) for as_of in (dt.datetime(2024, 4, 10, tzinfo=dt.UTC), None)
@@ -141,8 +145,8 @@ def test_who_is_held_out_stays_held_out_as_the_log_grows(world_folder, tmp_path)
     assert yesterday & could <= tonight
 
 
-def test_a_private_training_begins_with_what_is_private_or_public_alone(world_folder, tmp_path):
-    private = load_settings(None, [*private_overrides(world_folder, tmp_path), "train.warm_start=true"])
+def test_a_private_training_begins_with_what_is_private_or_public_alone(synthetic_folder, tmp_path):
+    private = load_settings(None, [*private_overrides(synthetic_folder, tmp_path), "train.warm_start=true"])
     storage = Storage(private.root())
     before, after = prepare_here(private, EARLY), prepare_here(private)
     statements = {"public": None, "other": {"differential_privacy": True, "population": "others"}}
@@ -157,16 +161,18 @@ def test_a_private_training_begins_with_what_is_private_or_public_alone(world_fo
     ledger.reserve("mine", mechanism, None, 0)
     ledger.take_steps("mine", 12)
     ledger.commit("mine")
-    begun = {}
+    starts = {}
     for name, bundle in bundles.items():
         Release(champion=Member.of(bundle)).write(storage)
         parent = parent_of(private, after)
-        begun[name] = parent and parent.key
-    assert begun == {"public": None, "other": None, "mine": "mine", "unaccounted": None}
+        starts[name] = parent and parent.key
+    assert starts == {"public": None, "other": None, "mine": "mine", "unaccounted": None}
 
 
-def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tmp_path):
-    private = load_settings(None, [*private_overrides(world_folder, tmp_path / "root"), "data.features={}"])
+def test_a_private_training_begins_with_a_bundle_of_public_data(synthetic_folder, tmp_path):
+    private = load_settings(
+        None, [*private_overrides(synthetic_folder, tmp_path / "root"), "data.features={}"]
+    )
     plain = private.model_copy(update={"privacy": private.privacy.model_copy(update={"enabled": False})})
     dataset = prepare_here(plain)
     public = untrained_bundle(plain, dataset, tmp_path / "public", "public")
@@ -175,25 +181,25 @@ def test_a_private_training_begins_with_a_bundle_of_public_data(world_folder, tm
     )
     within = untrained_bundle(plain, dataset, Storage(plain.root()).bundle("within"), "within")
 
-    def begin(bundle, *more):
-        asked = [
-            *private_overrides(world_folder, tmp_path / "root"),
+    def begin(bundle, *overrides):
+        parents = [
+            *private_overrides(synthetic_folder, tmp_path / "root"),
             f"privacy.public_start={bundle.path}",
             "privacy.counts_share=0",
-            *more,
+            *overrides,
         ]
-        return parent_of(load_settings(None, asked), dataset)
+        return parent_of(load_settings(None, parents), dataset)
 
     assert begin(public).key == "public"
     assert "public data" in _origin(public) and "same ledger, which began with random weights" in _origin(
         other
     )
-    for bundle, more, words in (
+    for bundle, overrides, words in (
         (public, ["model.blocks=1"], "another network"),
         (other, [], "trained privately"),
         (within, [], "must be protected"),
     ):
         with pytest.raises(SettingsError, match=words):
-            begin(bundle, *more)
+            begin(bundle, *overrides)
     with pytest.raises(SettingsError, match="set counts_share to 0"):
         begin(public, "privacy.counts_share=0.1")

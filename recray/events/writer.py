@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from recray.errors import StateError
-from recray.state.log import MAX_RECENT, Entry, Kind, Log
+from recray.events.log import MAX_RECENT, Entry, Kind, Log
 
 COMMIT_WAIT_S = 0.1  # how long a queued impression may wait for others
 MAX_QUEUED = 10_000  # queued impressions; more are dropped and counted

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recray.errors import StateError
-from recray.state.log import CONFLICT, DUPLICATE, MAX_RECENT, Entry, Kind, Log
+from recray.events.log import CONFLICT, DUPLICATE, MAX_RECENT, Entry, Kind, Log
 
 BUSY_S = 10.0
 

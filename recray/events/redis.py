@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from recray.errors import StateError
-from recray.state.log import MAX_RECENT, SCAN_ENTRIES, Entry, Kind, Log
+from recray.events.log import MAX_RECENT, SCAN_ENTRIES, Entry, Kind, Log
 
 PREFIX = "recray"
 MIN_KEEP_S = 30 * 86_400  # how long a key, and a user's events after the newest one, are kept at least

@@ -14,10 +14,10 @@ import pytest
 from harness import DEADLINE_S
 
 from recray.errors import SettingsError, StateError
-from recray.state.log import MAX_RECENT, Entry
-from recray.state.sqlite import SqliteLog
-from recray.state.store import open_log
-from recray.state.writer import MAX_WAITING_OUTCOMES, Writer
+from recray.events.log import MAX_RECENT, Entry
+from recray.events.sqlite import SqliteLog
+from recray.events.store import open_log
+from recray.events.writer import MAX_WAITING_OUTCOMES, Writer
 
 
 def event(n, user="u", key=None, at_s=None):
@@ -37,14 +37,14 @@ def test_entries_come_back_once_and_in_order(log):
         [event(2, "v"), Entry("decision", "u-1", None, 5.5, {"shown": [1, "x", None]})]
     )
     assert before == 0 and third > 2
-    found = log.read(0, 10)
-    assert [number for number, _ in found] == [1, 2, third] and found[0][1] == event(1)
-    assert found[2][1] == Entry("decision", "u-1", None, 5.5, {"shown": [1, "x", None]})
-    assert log.read(1, 1) == [found[1]] and log.last() == third
+    bodies = log.read(0, 10)
+    assert [number for number, _ in bodies] == [1, 2, third] and bodies[0][1] == event(1)
+    assert bodies[2][1] == Entry("decision", "u-1", None, 5.5, {"shown": [1, "x", None]})
+    assert log.read(1, 1) == [bodies[1]] and log.last() == third
     assert log.has("decision", "u-1") and log.has("event", "v-2") and not log.has("decision", "v-2")
 
 
-def test_recent_events_are_those_that_the_night_does_not_know(log):
+def test_recent_events_are_those_that_the_snapshot_lacks(log):
     log.append([event(n, at_s=100 - n) for n in range(1, 6)])
     log.append([event(9, "somebody else"), Entry("decision", "d", "u", 1e9, {})])
     assert [entry.body["item_id"] for entry in log.recent("u", 3, 1e9)] == [4, 5]
@@ -54,11 +54,11 @@ def test_recent_events_are_those_that_the_night_does_not_know(log):
 
 def test_a_user_keeps_the_last_events_only(log):
     log.append([event(n) for n in range(MAX_RECENT + 20)])
-    found = [entry.body["item_id"] for entry in log.recent("u", 0, 0.0)]
-    assert found == list(range(20, MAX_RECENT + 20))
+    item_ids = [entry.body["item_id"] for entry in log.recent("u", 0, 0.0)]
+    assert item_ids == list(range(20, MAX_RECENT + 20))
 
 
-def test_what_is_forgotten_is_gone_and_numbers_go_on(log):
+def test_what_is_forgotten_is_absent_and_numbers_go_on(log):
     log.append([event(n) for n in range(1, 6)])
     log.drop_through(5)
     assert log.read(0, 10) == [] and log.last() == 5
@@ -68,16 +68,16 @@ def test_what_is_forgotten_is_gone_and_numbers_go_on(log):
 
 
 def test_an_identity_lasts_as_long_as_the_store(log, tmp_path):
-    again = open_log("sqlite" if isinstance(log, SqliteLog) else log.url, tmp_path)
-    assert again.identity == log.identity and len(log.identity) == 32
-    again.close()
+    reopened = open_log("sqlite" if isinstance(log, SqliteLog) else log.url, tmp_path)
+    assert reopened.identity == log.identity and len(log.identity) == 32
+    reopened.close()
 
 
 APPEND_MANY = """
 import sys
 from pathlib import Path
-from recray.state.log import Entry
-from recray.state.store import open_log
+from recray.events.log import Entry
+from recray.events.store import open_log
 
 url, root, name = sys.argv[1:]
 log = open_log(url, Path(root))
@@ -97,11 +97,11 @@ def test_processes_write_at_once(log, tmp_path):
     assert len(numbers) == 400 and numbers == sorted(set(numbers)) and numbers[-1] <= log.last()
 
 
-def _die_while_writing(url, root, told):
+def _die_while_writing(url, root, report_fd):
     log = open_log(url, root)
     for n in range(10_000):
         log.append([event(n, "first"), event(n, "second")])
-        os.write(told, b"%d\n" % n)
+        os.write(report_fd, b"%d\n" % n)
 
 
 def test_what_was_acknowledged_survives_a_kill(log, tmp_path):
@@ -113,11 +113,11 @@ def test_what_was_acknowledged_survives_a_kill(log, tmp_path):
     )
     child.start()
     os.close(writes)
-    with os.fdopen(reads) as told:
-        acknowledged = [int(told.readline()) for _ in range(50)]
+    with os.fdopen(reads) as reports:
+        acknowledged = [int(reports.readline()) for _ in range(50)]
         os.kill(child.pid, signal.SIGKILL)  # in the midst of what comes next
         child.join()
-        acknowledged += [int(line) for line in told.read().split("\n")[:-1]]
+        acknowledged += [int(line) for line in reports.read().split("\n")[:-1]]
     users = [entry.user for _, entry in log.read(0, 100_000)]
     assert users.count("first") == users.count("second") >= len(acknowledged)
 
@@ -226,7 +226,7 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
 
 
 def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
-    monkeypatch.setattr("recray.state.writer.DECISION_WAIT_S", DEADLINE_S)  # however slow this disk is
+    monkeypatch.setattr("recray.events.writer.DECISION_WAIT_S", DEADLINE_S)  # however slow this disk is
     here, there = Writer(log), Writer(log)
     threading.Timer(0.1, lambda: there.enqueue(Entry("decision", "far", "u", 1.0, {}))).start()
     assert asyncio.run(here.append_outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
@@ -234,7 +234,7 @@ def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
 
 
 def test_outcomes_of_made_up_requests_do_not_make_others_wait(log, monkeypatch):
-    monkeypatch.setattr("recray.state.writer.DECISION_WAIT_S", DEADLINE_S)  # who waits does so to the end
+    monkeypatch.setattr("recray.events.writer.DECISION_WAIT_S", DEADLINE_S)  # who waits does so to the end
     writer = Writer(log)
     impatient = 40 - MAX_WAITING_OUTCOMES
 
@@ -287,7 +287,7 @@ def test_a_log_that_fails_is_heard_of_and_the_writer_lives_on(log):
     assert writer.lost == 1 and not log.has("decision", "lost")
 
 
-def test_who_goes_away_while_it_waits_takes_nobody_along(log):
+def test_a_caller_that_leaves_while_it_waits_cancels_nobody_else(log):
     inner = log.append
 
     taken, go_on = threading.Event(), threading.Event()
@@ -301,11 +301,11 @@ def test_who_goes_away_while_it_waits_takes_nobody_along(log):
     writer = Writer(log)
 
     async def talk():
-        gone = asyncio.create_task(writer.append([event(1)]))
+        cancelled = asyncio.create_task(writer.append([event(1)]))
         await asyncio.to_thread(taken.wait)
-        gone.cancel()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await gone
+            await cancelled
         go_on.set()
         return await asyncio.wait_for(writer.append([event(2)]), DEADLINE_S)
 

@@ -13,12 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import private_overrides, world_overrides
+from conftest import private_overrides, synthetic_overrides
 
 from recray import pipeline
 from recray.config import DataSettings, load_settings
 from recray.dataset.reader import is_holdout
 from recray.errors import StateError
+from recray.events import collect as collecting
+from recray.events.log import Entry
+from recray.events.rewards import Rewards
+from recray.events.store import open_log
 from recray.prepare.files import InputFile, list_collected_files
 from recray.prepare.partition import (
     LIVE_POSITION,
@@ -33,10 +37,6 @@ from recray.serving.api import RecommendRequest
 from recray.serving.query import resolve_query
 from recray.serving.ranking import bind_query
 from recray.serving.state import ServingState
-from recray.state import collect as collecting
-from recray.state.log import Entry
-from recray.state.rewards import Rewards
-from recray.state.store import open_log
 from recray.storage import Storage
 from recray.storage.opt_out import OptOut
 from recray.testing.published import prepare_here, publish_untrained
@@ -73,7 +73,7 @@ def outcome(key, request, kind="outcome"):
     )
 
 
-def test_each_entry_is_collected_once_as_it_was_told(log, tmp_path):
+def test_each_entry_is_collected_once_as_it_was_recorded(log, tmp_path):
     storage = Storage(tmp_path)
     assert collecting.collect(storage, log) == (None, {})
     log.append(
@@ -89,7 +89,7 @@ def test_each_entry_is_collected_once_as_it_was_told(log, tmp_path):
     assert collecting.collect(storage, log) == (None, {})
     (row,) = pq.read_table(first / "events.parquet").to_pylist()
     when = dt.datetime.fromtimestamp(100.25, dt.UTC)
-    told = {
+    responses = {
         "user_id": "7",
         "item_id": "a",
         "timestamp": when,
@@ -98,7 +98,7 @@ def test_each_entry_is_collected_once_as_it_was_told(log, tmp_path):
         "context": '{"page": true}',
         "event_id": None,
     }
-    assert row == {"number": 1, **told}
+    assert row == {"number": 1, **responses}
     (row,) = pq.read_table(first / "decisions.parquet").to_pylist()
     assert (row["request_id"], row["items"], row["ms"], row["more"]) == ("d1", ["1", "2"], 1.5, '{"arm": 3}')
     rows = pq.read_table(first / "outcomes.parquet").to_pylist()
@@ -124,7 +124,7 @@ def test_an_outcome_whose_decision_came_after_all_is_like_the_others(log, tmp_pa
     assert {row["request_id"]: row["set_aside"] for row in rows} == {"late": False, "never": True}
 
 
-def test_an_outcome_that_was_set_aside_and_told_again_counts_once(log, tmp_path):
+def test_an_unmatched_outcome_that_is_sent_again_counts_once(log, tmp_path):
     log.append([outcome("o1", "late", "set_aside"), decision("late"), outcome("o1", "late")])
     folder, counts = collecting.collect(Storage(tmp_path), log)
     assert counts == {"decision": 1, "outcome": 1, "set_aside": 1}
@@ -158,26 +158,26 @@ def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tm
     assert Counter(users) == {**{str(user): 20 for user in range(5)}, "7": 1}
 
 
-def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
+def test_each_collected_range_is_logged_to_mlflow_once(synthetic_folder, tmp_path):
     from mlflow import MlflowClient
 
-    settings = load_settings(None, world_overrides(world_folder, tmp_path / "root"))
+    settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path / "root"))
     log = open_log("sqlite", settings.root())
-    away = {**decision("d2").body, "degraded": ["model"], "ms": 3.5, "arm": "challenger", "bundle": "c"}
-    shadow = {**away, "arm": "shadow", "degraded": []}
+    degraded = {**decision("d2").body, "degraded": ["model"], "ms": 3.5, "arm": "challenger", "bundle": "c"}
+    shadow = {**degraded, "arm": "shadow", "degraded": []}
     plain = {name: value for name, value in decision("d1").body.items() if name != "arm"}
     log.append(
         [
             Entry("decision", "d1", "7", 5.0, plain),
-            Entry("decision", "d2", "8", 5.0, away),
+            Entry("decision", "d2", "8", 5.0, degraded),
             Entry("decision", "d2.shadow", "8", 5.0, shadow),
         ]
     )
     log.append([outcome("o1", "d2"), outcome("o2", "?", "set_aside"), event("e1")])
     result = pipeline.run("collect", settings, None)
     storage = Storage(settings.root())
-    found = collecting.summarize(Path(result.outputs["collected"]), REWARDS)
-    assert found == {
+    summary = collecting.summarize(Path(result.outputs["collected"]), REWARDS)
+    assert summary == {
         "answers": 2, "answers/source/snapshot": 2, "answers/bundle/b": 1, "answers/bundle/c": 1,
         "degraded/model": 0.5, "latency_ms/p50": 2.5,
         "latency_ms/p95": pytest.approx(3.4), "latency_ms/p99": pytest.approx(3.48), "outcomes/set_aside": 1,
@@ -194,10 +194,10 @@ def test_mlflow_is_told_once_of_each_stretch(world_folder, tmp_path):
     log.close()
 
 
-def test_with_privacy_mlflow_is_told_of_users_who_are_held_out_alone(world_folder, tmp_path):
+def test_with_privacy_mlflow_gets_holdout_users_alone(synthetic_folder, tmp_path):
     from mlflow import MlflowClient
 
-    settings = load_settings(None, private_overrides(world_folder, tmp_path / "root"))
+    settings = load_settings(None, private_overrides(synthetic_folder, tmp_path / "root"))
     users = [str(user) for user in range(60)]
     held = is_holdout(pa.array(users), settings.split.model_dump())
     log = open_log("sqlite", settings.root())
@@ -213,7 +213,7 @@ def test_with_privacy_mlflow_is_told_of_users_who_are_held_out_alone(world_folde
             )
     log.append([Entry("decision", "nobody's", None, 5.0, decision("").body)])
     folder = Path(pipeline.run("collect", settings, None).outputs["collected"])
-    mine = collecting.summarize(folder, REWARDS, partial(is_holdout, split=settings.split.model_dump()))
+    summary = collecting.summarize(folder, REWARDS, partial(is_holdout, split=settings.split.model_dump()))
     theirs = sum(
         int(answers)
         for answers, one in zip(np.random.default_rng(0).integers(1, 4, 60), held, strict=True)
@@ -221,8 +221,8 @@ def test_with_privacy_mlflow_is_told_of_users_who_are_held_out_alone(world_folde
     )
     assert (
         3 < held.sum() < 30
-        and mine["answers"] == mine["events"] == theirs
-        and mine["outcomes/click/an_answer"] == 1.0
+        and summary["answers"] == summary["events"] == theirs
+        and summary["outcomes/click/an_answer"] == 1.0
     )
     tracking = Tracking(settings.tracking, Storage(settings.root()))
     run_id = tracking.run(f"endpoint {log.identity}", "endpoint")
@@ -323,7 +323,7 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     )
     source = inspect_events(data, (InputFile(str(owner)),), list_collected_files(tmp_path))
     assert (source.columns, source.types, source.rows) == (columns, types, 6)
-    told = {
+    sent = {
         "as_of_us": None,
         "future_us": None,
         "min_value": None,
@@ -332,7 +332,7 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
         "integral_float_ids": (),
         "needs_integer_items": False,
     }
-    told |= {
+    sent |= {
         "holdout_split": None,
         "default_event": "interaction",
         "opted_out": OptOut.of(tmp_path),
@@ -340,11 +340,11 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
         "shards": 1,
         "staging": tmp_path / "staging",
     }
-    plan = PartitionPlan(columns, types, "position", TimeRule(), quarantine=tmp_path / "quarantine", **told)
+    plan = PartitionPlan(columns, types, "position", TimeRule(), quarantine=tmp_path / "quarantine", **sent)
     for group in source.row_groups:
         partition_row_group(plan, group)
     rows = read_partition(plan, 2, 0).to_pylist()
-    bad = [] if ids == pa.string() else ["user_id is null"]
+    reasons = [] if ids == pa.string() else ["user_id is null"]
     assert [row["user_id"] for row in rows] == (
         ["9", "7", "7", "none of ours", str(2**63 - 1), str(2**63)]
         if ids == pa.string()
@@ -358,13 +358,15 @@ def test_live_events_are_read_as_the_owners_whatever_those_look_like(tmp_path, i
     assert [row["value"] for row in rows[:3]] == [9.0, 1.0, 2.5] and rows[1]["context_page"] != rows[2][
         "context_page"
     ]
-    assert [reason for stats, _ in read_stats(plan, 2) for reason in stats.reasons] == bad
+    assert [reason for stats, _ in read_stats(plan, 2) for reason in stats.reasons] == reasons
 
 
-def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(world_folder, tmp_path):
-    settings = load_settings(None, world_overrides(world_folder, tmp_path / "root"))
+def test_the_next_nightly_run_reads_them_and_the_endpoint_does_not_count_them_twice(
+    synthetic_folder, tmp_path
+):
+    settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path / "root"))
     first = prepare_here(settings)
-    night = ServingState.load(publish_untrained(settings, first, tmp_path / "one"))
+    state = ServingState.load(publish_untrained(settings, first, tmp_path / "one"))
     log = open_log("sqlite", settings.root())
     live = dt.datetime.fromtimestamp(first.as_of_s + 500, dt.UTC)
     log.append(
@@ -378,9 +380,9 @@ def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(wo
             )
         ]
     )
-    fresh = log.recent("7", night.collected.get(log.identity, 0), night.dataset.as_of_s + 1)
+    fresh = log.recent("7", state.collected.get(log.identity, 0), state.dataset.as_of_s + 1)
     assert len(fresh) == 1
-    asked = bind_query(resolve_query(RecommendRequest(user_id=7), night, fresh), night)
+    from_store = bind_query(resolve_query(RecommendRequest(user_id=7), state, fresh), state)
     log.close()
 
     assert pipeline.run("collect", settings, None).metrics == {"collected_events": 1}
@@ -395,8 +397,8 @@ def test_the_next_night_reads_them_and_the_endpoint_does_not_count_them_twice(wo
     log = open_log("sqlite", settings.root())
     assert tonight.collected == {log.identity: 1}
     assert log.recent("7", tonight.collected[log.identity], tonight.dataset.as_of_s + 1) == []
-    known = bind_query(resolve_query(RecommendRequest(user_id=7), tonight), tonight)
-    for mine, theirs in zip(asked.history, known.history, strict=True):
-        assert mine.tolist() == theirs.tolist()
-    assert asked.now_s == known.now_s
+    from_dataset = bind_query(resolve_query(RecommendRequest(user_id=7), tonight), tonight)
+    for stored, theirs in zip(from_store.history, from_dataset.history, strict=True):
+        assert stored.tolist() == theirs.tolist()
+    assert from_store.now_s == from_dataset.now_s
     log.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from recray.errors import SettingsError
-from recray.state.log import Log
-from recray.state.sqlite import SqliteLog
+from recray.events.log import Log
+from recray.events.sqlite import SqliteLog
 
 
 def sqlite_file(root: Path) -> Path:
@@ -26,7 +26,7 @@ def open_log(url: str, root: Path, keep_days: float = 0.0) -> Log:
         return SqliteLog(sqlite_file(root))
     if url.startswith(("redis://", "rediss://", "unix://")):
         try:
-            from recray.state.redis import RedisLog
+            from recray.events.redis import RedisLog
         except ModuleNotFoundError:
             raise SettingsError(
                 "serve.state names a Redis, which needs the package redis", "pip install recray[redis]"

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 
 from recray.dataset import schema
 from recray.errors import StateError
-from recray.state.log import Entry, Log
-from recray.state.rewards import Credits, Rewards
-from recray.storage import Storage, read_json, sealed_directory
+from recray.events.log import Entry, Log
+from recray.events.rewards import Credits, Rewards
+from recray.storage import Storage, immutable_directory, read_json
 
 KIND = "collected"
 BATCH_ENTRIES = 50_000
@@ -89,7 +89,7 @@ def collect(storage: Storage, log: Log) -> tuple[Path | None, dict[str, int]]:
         return None, {}
     fields: dict[str, Any] = {"log": log.identity, "first": first, "collected_at_s": int(time.time())}
     path = storage.collected / key
-    with sealed_directory(path, KIND, key, fields) as folder:
+    with immutable_directory(path, KIND, key, fields) as folder:
         with _ParquetWriters(folder) as writers:
             while entries:
                 writers.write(entries)
