@@ -17,10 +17,11 @@ from recray.dataset.reader import Dataset
 from recray.errors import Problems, RecrayError, SettingsError
 from recray.inference.rules import find_unmatched, is_everything_excluded
 from recray.pipeline import discard
-from recray.prepare import prepare as preparation
+from recray.pipeline.overview import describe_cost, describe_dataset, describe_input
+from recray.prepare.prepare import inspect_input
 from recray.prepare.rehearse import rehearse, without_items
 from recray.serving import guard
-from recray.stages import AsOf, JobResult, ProgressLog, to_date
+from recray.stages import AsOf, JobResult, ProgressLog
 from recray.storage import check_workspace
 
 
@@ -35,19 +36,16 @@ def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -
     if root is not None:
         problems.collect(lambda: check_workspace(root))
     problems.collect(lambda: guard.load_keys(settings.serve))
-    inspected = problems.collect(lambda: preparation.inspect_input(settings, as_of))
+    inspected = problems.collect(lambda: inspect_input(settings, as_of))
     if inspected is None:  # an unreadable item table may hide problems of the events
         with contextlib.suppress(RecrayError):
-            inspected = preparation.inspect_input(without_items(settings), as_of)
+            inspected = inspect_input(without_items(settings), as_of)
     if inspected is None:
         problems.raise_all()
         raise AssertionError
     source, items = inspected
-    columns = ", ".join(source.columns)
-    progress(
-        f"events: {len(source.files)} files, {source.rows} rows, ordered by {source.clock}; columns {columns}"
-    )
-    progress(f"items: {'none' if items is None else f'{len(items)} rows'}; storage.root {root}")
+    for line in describe_input(source, None if items is None else len(items), root):
+        progress(line)
 
     notes = []
     if items is not None:
@@ -60,7 +58,8 @@ def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -
         notes = [*rehearsal.notes, *notes]
         if (dataset := rehearsal.dataset) is not None:
             if rehearsal.is_unmodified:
-                _describe(dataset, rehearsal.prefix, progress)
+                for line in describe_dataset(dataset, settings, rehearsal.prefix):
+                    progress(line)
             names = ("users", "events", "bad_rows", "duplicates")
             metrics |= {name: dataset.manifest[name] for name in names}
             mismatches = [
@@ -73,6 +72,8 @@ def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -
             else:
                 problems.errors += mismatches
             notes += _find_crowded_fields(dataset)
+            if rehearsal.is_unmodified and not problems.errors:
+                progress(describe_cost(dataset, settings, rehearsal.rows / source.rows))
     problems.raise_all()
 
     for note in notes:
@@ -113,22 +114,3 @@ def _find_crowded_fields(dataset: Dataset) -> Iterator[str]:
                 f"context {name}: {len(codes)} of {CODES - 1} codes are in use, so some values share a code; "
                 "group its values"
             )
-
-
-def _describe(dataset: Dataset, sample: str, progress: ProgressLog) -> None:
-    """Log the dataset of a rehearsal of prepare; `sample` names the rows, where these are not all."""
-    manifest = dataset.manifest
-    span = f", up to {to_date(dataset.as_of_s)}" if dataset.has_time else ""
-    progress(
-        f"{sample}{dataset.n_users} users, {dataset.n_items} items, {dataset.n_events} events{span}; types "
-        f"{', '.join(dataset.event_types)}"
-    )
-    progress(
-        f"{sample}{manifest['bad_rows']} invalid rows, {manifest['duplicates']} rows that equal another"
-        f"{preparation.describe_dropped(manifest)}"
-    )
-    split = np.concatenate([np.asarray(shard.split) for shard in dataset.shards()])
-    learned = int(sum(shard.train_lengths.sum() for shard in dataset.shards()))
-    test_users = int((split[:, 3] > split[:, 2]).sum())
-    cuts = "".join(f", {name} from {to_date(moment)}" for name, moment in manifest["cuts"].items())
-    progress(f"{sample}{learned} training events, {test_users} test users{cuts}")

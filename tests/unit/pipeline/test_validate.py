@@ -55,10 +55,16 @@ def test_a_page_says_what_will_be_learned_and_nothing_is_written(tmp_path):
         and json.loads(result.to_json())["metrics"]["users"] == 40
     )
     for words in (
-        "40 users, 20 items, 600 events, up to 2024-04-29",
-        "0 invalid rows, 0 rows that equal another",
-        "training events",
-        "test from 2024-",
+        "events     600 rows in 1 file, ordered by timestamp",
+        "users      40; events of a user: half have up to 15, nine in ten up to 15, one 15",
+        "items      20; 0 without events; a tenth of the items has 10% of the events",
+        "events     600 from 2024-03-01 to 2024-04-29: interaction 600",
+        "invalid    0 rows",
+        "duplicates 0 rows equal another and are kept",
+        "feature    price: numeric, 100% of the items have one, 20 values",
+        "training   5",
+        "test       40 users, from 2024-",
+        " an epoch on ",
     ):
         assert words in said, said
     assert not (tmp_path / "root").exists()
