@@ -21,7 +21,7 @@ setup() {
     .venv/bin/python -m pip install --quiet --no-compile ${RECRAY_TORCH_INDEX:+--index-url "$RECRAY_TORCH_INDEX"} torch==2.13.0
     # uv takes seconds where pip takes minutes; where it does not reach what pip is configured to, pip does it
     .venv/bin/python -m pip install --quiet --constraint infra/constraints.txt uv
-    local rest=(--quiet --constraint infra/constraints.txt --editable '.[test]')
+    local rest=(--quiet --constraint infra/constraints.txt --editable '.[dev]')
     .venv/bin/uv pip install --python .venv/bin/python "${rest[@]}" || .venv/bin/python -m pip install "${rest[@]}"
     echo "$pins" >"$stamp"
 }
