@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from recray.version import __version__
 
 if TYPE_CHECKING:
+    from recray.api import Recommender, evaluate, open_recommender, run
     from recray.bundle import Bundle
     from recray.config import Settings, load_settings
     from recray.dataset.reader import Dataset
@@ -49,6 +50,7 @@ __all__ = [
     "OutputExistsError",
     "Predictor",
     "PrivacySpentError",
+    "Recommender",
     "RecrayError",
     "RefusedError",
     "RequestError",
@@ -62,13 +64,17 @@ __all__ = [
     "UnavailableError",
     "UnknownItemError",
     "__version__",
+    "evaluate",
     "load_settings",
+    "open_recommender",
+    "run",
 ]
 
 _MODULES = {
     "Bundle": "recray.bundle",
     "Dataset": "recray.dataset.reader",
     "Predictor": "recray.inference.predictor",
+    **dict.fromkeys(("Recommender", "evaluate", "open_recommender", "run"), "recray.api"),
     "Settings": "recray.config",
     "load_settings": "recray.config",
 }

@@ -136,7 +136,7 @@ class TableFile:
         """Arrow type of a column."""
         if name in self._partitions:
             return tally_texts(pa.chunked_array([pa.array([self._partitions[name]], pa.string())])).arrow_type
-        return _to_plain_type(self._own_type(name))
+        return to_plain_type(self._own_type(name))
 
     def _own_type(self, name: str) -> pa.DataType:
         raise NotImplementedError
@@ -157,7 +157,7 @@ class TableFile:
             for position, (name, stored_type) in enumerate(
                 zip(table.schema.names, table.schema.types, strict=True)
             ):
-                if (plain_type := _to_plain_type(stored_type)) != stored_type:
+                if (plain_type := to_plain_type(stored_type)) != stored_type:
                     table = table.set_column(position, name, pc.cast(table[position], plain_type))
             for name in names:
                 if name in self._partitions:
@@ -619,10 +619,10 @@ def tally_texts(column: pa.ChunkedArray) -> Tally:
     )
 
 
-def _to_plain_type(arrow_type: pa.DataType) -> pa.DataType:
+def to_plain_type(arrow_type: pa.DataType) -> pa.DataType:
     """The value type of a dictionary; string for every text type."""
     if pa.types.is_dictionary(arrow_type):
-        return _to_plain_type(arrow_type.value_type)
+        return to_plain_type(arrow_type.value_type)
     if pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type):
         return pa.string()
     return arrow_type

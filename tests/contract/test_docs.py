@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from recray.config import Settings
@@ -118,15 +119,24 @@ def test_the_site_builds_without_a_warning_and_has_every_setting_command_and_end
     )
 
 
+def run_blocks(page, shared):
+    """Run the Python code of a page, one block after the other; the names that it defined."""
+    text = (REPOSITORY / "infra" / "docs" / "pages" / page).read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, shared)
+    return shared
+
+
 def test_code_that_reads_the_outputs_runs(tmp_path):
     storage = publish_synthetic(tmp_path, users=30, items=20, events_per_user=6)
-    blocks = re.findall(
-        r"```python\n(.*?)```",
-        (REPOSITORY / "infra" / "docs" / "pages" / "outputs.md").read_text(),
-        re.DOTALL,
-    )
-    assert len(blocks) == 2
-    shared: dict = {"WORKSPACE": str(storage.root)}
-    for block in blocks:
-        exec(block, shared)
+    shared = run_blocks("outputs.md", {"WORKSPACE": str(storage.root)})
     assert len(shared["rows"]) == len(shared["duckdb"].sql(shared["query"])) > 30
+
+
+def test_code_of_the_page_about_python_runs(tmp_path, capsys):
+    storage = publish_synthetic(tmp_path, users=30, items=20, events_per_user=6)
+    events = pq.read_table(tmp_path / "shop" / "events")
+    shared = run_blocks("python.md", {"WORKSPACE": str(storage.root), "events": events})
+    assert len(shared["top"]) == 10 and len(shared["for_visitor"]) == 3 and len(shared["alike"]) == 3
+    assert len(shared["scores"]) == 20 and len(shared["reasons"]) > 0 and len(shared["metrics"]) > 10
+    assert "training" in capsys.readouterr().out
