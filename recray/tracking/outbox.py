@@ -126,7 +126,7 @@ class Outbox:
         for path, folder in existing.items():
             tracking.log_folder(run, folder, path)
         if "register" in entry and existing.keys() == folders.keys():
-            tracking.register(run, entry["register"])
+            tracking.register(run, folders["bundle"], entry["register"])
         if entry.get("finished"):
             tracking.finish(run)
         return run

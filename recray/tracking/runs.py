@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -168,13 +169,19 @@ class Tracking:
         with self._tracking_errors():
             self._client.set_terminated(run_id, status)
 
-    def register(self, run_id: str, tags: dict[str, str]) -> None:
-        """Register a model version for the run's bundle, once."""
+    def register(self, run_id: str, bundle: Path, tags: dict[str, str]) -> None:
+        """Register a model version for the run's bundle, which was logged as `bundle`, once."""
         from mlflow.exceptions import MlflowException
+
+        from recray.bundle import Bundle
+        from recray.tracking.model import write_model_files
 
         with self._tracking_errors():
             if self.version(tags[RUN_KEY]) is not None:
                 return
+            with tempfile.TemporaryDirectory(prefix="recray-mlmodel-") as folder:
+                write_model_files(Bundle.open(bundle), Path(folder))
+                self._client.log_artifacts(run_id, folder, "bundle")
             with contextlib.suppress(MlflowException):  # it exists
                 self._client.create_registered_model(self.settings.model)
             source = f"{self._client.get_run(run_id).info.artifact_uri}/bundle"
