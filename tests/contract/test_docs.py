@@ -15,6 +15,7 @@ import pytest
 from recray.config import Settings
 from recray.serving.telemetry import METRICS
 from recray.testing.published import publish_synthetic
+from recray.tracking.runs import RUN_KEY, Tracking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -133,10 +134,19 @@ def test_code_that_reads_the_outputs_runs(tmp_path):
     assert len(shared["rows"]) == len(shared["duckdb"].sql(shared["query"])) > 30
 
 
-def test_code_of_the_page_about_python_runs(tmp_path, capsys):
+def test_code_of_the_page_about_python_runs(tmp_path, capsys, monkeypatch):
     storage = publish_synthetic(tmp_path, users=30, items=20, events_per_user=6)
     events = pq.read_table(tmp_path / "shop" / "events")
-    shared = run_blocks("python.md", {"WORKSPACE": str(storage.root), "events": events})
+    tracking = Tracking(Settings().tracking, storage)
+    (bundle,) = (storage.root / "bundles").glob("[!.]*")
+    run = tracking.run(bundle.name, "train")
+    tracking.log_folder(run, bundle, "bundle")
+    tracking.register(run, bundle, {RUN_KEY: bundle.name})
+    tracking._client.set_registered_model_alias("recray", "champion", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow adds the code of the model
+    names = {"WORKSPACE": str(storage.root), "TRACKING": tracking.uri, "events": events}
+    shared = run_blocks("python.md", names)
+    assert shared["lists"]["item_ids"].str.len().tolist() == [5, 5]
     assert len(shared["top"]) == 10 and len(shared["for_visitor"]) == 3 and len(shared["alike"]) == 3
     assert len(shared["scores"]) == 20 and len(shared["reasons"]) > 0 and len(shared["metrics"]) > 10
     assert "training" in capsys.readouterr().out
