@@ -26,7 +26,10 @@ def evaluate(context: JobContext, dataset: Dataset) -> StageReport:
 
     metrics = _select_headline(table, settings)
     entry: Entry = {
-        "metrics": {"values": metrics, "step": to_day(dataset.as_of_s)},
+        "metrics": {
+            "values": {**metrics, **_select_baselines(table, settings)},
+            "step": to_day(dataset.as_of_s),
+        },
         "documents": {f"evaluation/{to_date(dataset.as_of_s)}-{key}.json": table},
     }
     record = Record(bundle, dataset.as_of_s, entry)
@@ -50,6 +53,20 @@ def _select_headline(table: evaluation.Table, settings: Settings) -> dict[str, f
     return {
         f"{protocol}_{name}": row[name] for protocol, row in rows.items() for name in names if name in row
     }
+
+
+def _select_baselines(table: evaluation.Table, settings: Settings) -> dict[str, float]:
+    """Each baseline's NDCG, and the model's NDCG minus it with its confidence interval, for MLflow."""
+    metric, values = f"ndcg@{settings.evaluate.k[0]}", dict[str, float]()
+    for protocol, rows in table.items():
+        for name, row in rows.items():
+            if name == evaluation.MODEL or metric not in row or "model_lead" not in row:
+                continue
+            prefix = f"baselines/{name.replace(',', '')}/{protocol}"
+            values[f"{prefix}_{metric}"] = row[metric]
+            for suffix in ("", "_low", "_high"):
+                values[f"{prefix}_difference{suffix}"] = row[f"model_lead{suffix}"]
+    return values
 
 
 def report(context: JobContext, dataset: Dataset) -> StageReport:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from recray.tracking.outbox import Entry
 from recray.training import audit as auditing
 from recray.training import trainer
 from recray.training.plan import bundle_settings
+from recray.version import __version__
 
 
 def train(context: JobContext, dataset: Dataset) -> StageReport:
@@ -38,7 +41,15 @@ def train(context: JobContext, dataset: Dataset) -> StageReport:
     bundle = Bundle.open(path) if is_new else trainer.train(settings, plan, dataset)
 
     tags = {runs.RUN_KEY: plan.key, runs.DATASET: bundle.manifest["dataset"], runs.DIGEST: bundle.digest}
+    is_private = settings.privacy.enabled
     entry: Entry = {
+        "tags": {"recray.as_of": to_date(bundle.as_of_s), "recray.version": __version__, **_git_tags()},
+        "dataset": {
+            "name": dataset.key,
+            "digest": bundle.manifest["dataset_digest"][:16],
+            "sources": list(settings.data.events),
+            "profile": {"items": dataset.n_items} | ({} if is_private else {"events": dataset.n_events}),
+        },
         "settings": bundle_settings(settings),
         "curve": bundle.metrics["curve"],
         "folders": {"bundle": context.relative(str(path))},
@@ -56,6 +67,16 @@ def train(context: JobContext, dataset: Dataset) -> StageReport:
     )
     record = Record(bundle, bundle.as_of_s, entry)
     return StageReport(plan.key, {"bundle": str(path)}, metrics, is_new, record=record)
+
+
+def _git_tags() -> dict[str, str]:
+    """The commit of the checkout that recray runs from, as MLflow names it; empty without a checkout."""
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode == 0:
+            return {"mlflow.source.git.commit": done.stdout.strip()}
+    return {}
 
 
 def _announce(context: JobContext, dataset: Dataset) -> None:
@@ -122,7 +143,7 @@ class LiveCurve:
         self._context.progress(f"epoch {line['epoch']:.0f}  {shown}", **line)
         with self._if_available():
             if self._run:
-                self._tracking.log_curve(self._run, [line])
+                self._tracking.log_curve(self._run, [line], int(1000 * time.time()))
 
     def fail(self) -> None:
         """Mark the run as failed in MLflow, unless a later attempt took it over."""

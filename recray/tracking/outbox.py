@@ -7,13 +7,14 @@ entry is not queued again. Sending is idempotent, so a kill between sending and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from recray.errors import DamagedArtifactError, TrackingError
 from recray.release import Release
 from recray.storage import Storage, read_json, write_json
-from recray.tracking.runs import Tracking
+from recray.tracking.runs import DatasetInput, Tracking
 
 
 class Metrics(TypedDict):
@@ -28,6 +29,9 @@ class Entry(TypedDict, total=False):
 
     run_key, run_name : of the run
     order : as_of_s, and the stage's position
+    at_ms : when the entry was queued, milliseconds since 1970; the time of its metrics
+    tags : of the run
+    dataset : the data of the run
     settings : by section
     documents : content by path among the run's artifacts
     folders : path under `storage.root` by path among the run's artifacts
@@ -39,6 +43,9 @@ class Entry(TypedDict, total=False):
     run_key: str
     run_name: str
     order: list[int]
+    at_ms: int
+    tags: Mapping[str, str]
+    dataset: DatasetInput
     settings: Mapping[str, Any]
     curve: Sequence[Mapping[str, Any]]
     metrics: Metrics
@@ -59,7 +66,7 @@ class Outbox:
         """Queue the entry of the job `key`, unless it was queued before."""
         path = self.storage.outbox / f"{key}.json"
         if not path.exists():
-            write_json(path, entry)
+            write_json(path, {"at_ms": int(1000 * time.time()), **entry})
 
     def pending(self) -> list[tuple[str, Entry]]:
         """Keys and entries that are not sent yet, oldest first."""
@@ -115,9 +122,14 @@ class Outbox:
         run = tracking.run(entry["run_key"], entry["run_name"])
         if "settings" in entry:
             tracking.log_settings(run, entry["settings"])
-        tracking.log_curve(run, entry.get("curve", []))
+        if "tags" in entry:
+            tracking.log_tags(run, entry["tags"])
+        if "dataset" in entry:
+            tracking.log_dataset(run, entry["dataset"])
+        at_ms = entry.get("at_ms", 0)  # entries of 0.1.0 have none
+        tracking.log_curve(run, entry.get("curve", []), at_ms)
         if "metrics" in entry:
-            tracking.log_metrics(run, entry["metrics"]["values"], entry["metrics"]["step"])
+            tracking.log_metrics(run, entry["metrics"]["values"], entry["metrics"]["step"], at_ms)
         for path, content in entry.get("documents", {}).items():
             tracking.log_document(run, content, path)
         folders = {path: self.storage.root / folder for path, folder in entry.get("folders", {}).items()}

@@ -1,8 +1,8 @@
 """Reports to MLflow: one run per trained model bundle, identified by its run key, and one version of the
 registered model.
 
-All calls are idempotent. The timestamp of a metric is its step, because MLflow counts a metric with a new
-timestamp as a new value. All errors of MLflow are raised as TrackingError.
+All calls are idempotent. MLflow counts a metric with a new timestamp as a new value, so a repeated call gives
+the same timestamp, or leaves out what is there. All errors of MLflow are raised as TrackingError.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from recray.config import TrackingSettings, sqlite_url
 from recray.errors import TrackingError
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 RUN_KEY = "recray.run_key"
 DATASET = "recray.dataset"
 DIGEST = "recray.digest"
+MOST_METRICS = 500  # of a request; MLflow takes 1,000
+
+
+class DatasetInput(TypedDict):
+    """The data of a run: name and digest, the files that it was made of, and counts."""
+
+    name: str
+    digest: str
+    sources: list[str]
+    profile: dict[str, Any]
 
 
 class Tracking:
@@ -131,22 +141,49 @@ class Tracking:
         with self._tracking_errors():
             self._client.log_batch(run_id, params=[Param(name, value) for name, value in pairs])
 
-    def log_metrics(self, run_id: str, values: Mapping[str, float], step: int) -> None:
-        """Log values at a step."""
+    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        from mlflow.entities import RunTag
+
+        with self._tracking_errors():
+            self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
+        """Log the data of a run; MLflow keeps one of the same name and digest."""
+        from mlflow.entities import Dataset, InputTag
+        from mlflow.entities import DatasetInput as MlflowInput
+
+        entity = Dataset(
+            dataset["name"], dataset["digest"], "local", json.dumps({"uri": dataset["sources"]}),
+            profile=json.dumps(dataset["profile"]),
+        )  # fmt: skip
+        with self._tracking_errors():
+            self._client.log_inputs(
+                run_id, [MlflowInput(entity, [InputTag("mlflow.data.context", "training")])]
+            )
+
+    def log_metrics(self, run_id: str, values: Mapping[str, float], step: int, at_ms: int) -> None:
+        """Log values at a step and a time, milliseconds since 1970."""
         from mlflow.entities import Metric
 
         entries = [
-            Metric(name.replace("@", "_at_"), float(value), step, step) for name, value in values.items()
+            Metric(name.replace("@", "_at_"), float(value), at_ms, step) for name, value in values.items()
         ]
         with self._tracking_errors():
-            self._client.log_batch(run_id, metrics=entries)
+            for first in range(0, len(entries), MOST_METRICS):
+                self._client.log_batch(run_id, metrics=entries[first : first + MOST_METRICS])
 
-    def log_curve(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Log lines of a learning curve, by epoch."""
+    def log_curve(self, run_id: str, lines: Sequence[Mapping[str, Any]], at_ms: int) -> None:
+        """Log the lines of a learning curve, by epoch, that MLflow does not have yet."""
+        if not lines:
+            return
+        with self._tracking_errors():
+            logged = {metric.step for metric in self._client.get_metric_history(run_id, "validation_ndcg")}
         for line in lines:
-            values = {"loss": line["loss"]} if "loss" in line else {}
-            values["validation_ndcg"] = line["validation_ndcg"]
-            self.log_metrics(run_id, values, line["epoch"])
+            if line["epoch"] not in logged:
+                values = {"loss": line["loss"]} if "loss" in line else {}
+                values["validation_ndcg"] = line["validation_ndcg"]
+                self.log_metrics(run_id, values, line["epoch"], at_ms)
 
     def log_document(self, run_id: str, content: Any, path: str) -> None:
         """Log a JSON document as an artifact."""
@@ -174,7 +211,7 @@ class Tracking:
         from mlflow.exceptions import MlflowException
 
         from recray.bundle import Bundle
-        from recray.tracking.model import write_model_files
+        from recray.tracking.pyfunc import write_model_files
 
         with self._tracking_errors():
             if self.version(tags[RUN_KEY]) is not None:

@@ -26,7 +26,7 @@ from recray.serving.state import ServingState
 from recray.storage import Storage
 from recray.testing.published import publish_untrained
 from recray.tracking import runs
-from recray.tracking.model import HistoryModel, find_sources
+from recray.tracking.pyfunc import HistoryModel, find_sources
 from recray.tracking.runs import Tracking
 
 T = 1_712_000_000
@@ -139,7 +139,7 @@ def test_it_loads_with_the_code_that_was_logged(storage, registered, histories, 
 
 
 def test_the_logged_code_is_what_it_needs_and_no_more(registered):
-    sources = find_sources("recray.tracking.model")
+    sources = find_sources("recray.tracking.pyfunc")
     rooms = {path.parent.name for path in sources}
     assert {"inference", "model", "dataset"} <= rooms and not rooms & {"serving", "stages", "training", "cli"}
     (code,) = registered.storage.tracking.glob("artifacts/*/artifacts/bundle/code")
