@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 from urllib.parse import unquote
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from recray.config import formats
 from recray.config.fields import (
@@ -23,6 +23,7 @@ from recray.config.fields import (
 from recray.config.paths import expand_path, sqlite_url
 from recray.config.private import RESTRICTIONS, find_conflicts
 from recray.errors import SettingsError
+from recray.plugins import list_plugins
 
 RESULT_SECTIONS = ("data", "split", "model", "train", "privacy", "evaluate", "promotion", "policy", "score")
 """Sections with settings that change a result."""
@@ -334,6 +335,12 @@ class ModelSettings(Section):
         return self
 
 
+def _check_loss(name: str) -> str:
+    if name not in list_plugins("losses"):
+        raise ValueError("no installed package declares it under recray.losses")
+    return name
+
+
 class TrainSettings(Section):
     advanced = frozenset(
         {
@@ -356,10 +363,10 @@ class TrainSettings(Section):
         }
     )
 
-    loss: Literal["auto", "softmax", "sampled", "gbce"] = Field(
+    loss: Literal["auto", "softmax", "sampled", "gbce"] | Annotated[str, AfterValidator(_check_loss)] = Field(
         "auto",
         description="softmax: over all items; sampled: over drawn items, corrected (logQ); gbce; auto: "
-        "softmax up to full_softmax_items",
+        "softmax up to full_softmax_items; or the name of an installed recray.losses entry point",
     )
     full_softmax_items: int = Field(
         50_000, ge=1, description="auto: largest catalogue with the softmax over all items"

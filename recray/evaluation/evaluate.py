@@ -21,6 +21,7 @@ from recray.evaluation import metrics as m
 from recray.evaluation.baselines import fit_baselines
 from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries, EvaluationQuery, Ranker, targets_of
 from recray.inference import Filters, Predictor
+from recray.plugins import list_plugins
 from recray.storage import Storage, immutable_directory, is_complete, key_of
 
 KIND = "evaluation"
@@ -61,6 +62,7 @@ def evaluate_key(settings: Settings, dataset: Dataset, bundle: Bundle) -> str:
         dataset.digest,
         bundle.digest,
         RESULTS_SINCE,
+        *list_plugins("metrics").items(),
     )
 
 
@@ -225,8 +227,15 @@ class Evaluator:
         if not targets:
             return {"skipped": "no test user has a target among unseen items"}, np.zeros(0)
 
-        names = [f"{metric}@{k}" for k in ks for metric in m.METRICS]
-        columns = np.stack([column for k in ks for column in m.per_user(lists, targets, k).values()], 1)
+        values = {
+            f"{metric}@{k}": column
+            for k in ks
+            for metric, column in {
+                **m.per_user(lists, targets, k),
+                **m.own_per_user(lists, targets, k),
+            }.items()
+        }
+        names, columns = list(values), np.stack(list(values.values()), 1)
         headline = columns[:, names.index(f"ndcg@{ks[0]}")]
         paired = columns if reference is None else np.column_stack([columns, reference - headline])
         samples = m.bootstrap_means(paired, options.bootstrap, options.seed)

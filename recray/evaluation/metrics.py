@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from recray.errors import SettingsError
+from recray.plugins import list_plugins, load_plugin
+
 METRICS = ("hr", "ndcg", "mrr", "recall")
 
 
@@ -36,6 +39,27 @@ def per_user(lists_UK: np.ndarray, targets: list[np.ndarray], k: int) -> dict[st
         "mrr": np.where(is_hit.any(1), 1.0 / (first + 1), 0.0),
         "recall": is_hit.sum(1) / sizes,
     }
+
+
+def own_per_user(lists_UK: np.ndarray, targets: list[np.ndarray], k: int) -> dict[str, np.ndarray]:
+    """The metrics of other packages (`recray.plugins`) of each user at k, float64 [U] each.
+
+    Raises SettingsError for one that has the name of a built-in metric, or does not return a number for each
+    user.
+    """
+    values = {}
+    for name in list_plugins("metrics"):
+        if name in METRICS:
+            raise SettingsError(f"recray.metrics: {name} is a built-in metric", "give yours another name")
+        result = np.asarray(load_plugin("metrics", name)(lists_UK[:, :k], targets, k), np.float64)
+        if result.shape != (len(targets),) or not np.isfinite(result).all():
+            raise SettingsError(
+                f"recray.metrics: {name} returned shape {result.shape} for {len(targets)} users, or numbers "
+                "that are not finite",
+                "return a finite number for each user",
+            )
+        values[name] = result
+    return values
 
 
 def coverage(lists_UK: np.ndarray, k: int, n_items: int) -> float:

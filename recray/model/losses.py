@@ -19,6 +19,7 @@ from torch import Tensor
 from recray.model.controls import Controls
 from recray.model.recommender import Recommender
 from recray.model.shape import Batch
+from recray.plugins import load_plugin
 
 BLOCK_SCORES = {
     "cpu": 1 << 20,
@@ -147,7 +148,8 @@ class Criterion:
 
     Parameters
     ----------
-    loss : softmax, sampled, gbce, or auto: softmax up to `full_items` items, else sampled
+    loss : softmax, sampled, gbce, auto (softmax up to `full_items` items, else sampled), or the name of a
+        loss of another package over all items (`recray.plugins`)
     share_V : float32 [V], share of each item in the training events; padding 0
     negatives : items that sampled and gbce draw for a batch
     calibration : calibration of gbce
@@ -170,10 +172,13 @@ class Criterion:
         items = len(share_V) - 1
         self.share_V, self.negatives, self.half, self.dated = share_V, negatives, half, dated
         self.loss = ("softmax" if items <= full_items else "sampled") if loss == "auto" else loss
-        self.judge = softmax
+        self.judge: Loss = softmax
+        self.is_sampled = self.loss in ("sampled", "gbce")
         if self.loss == "gbce":
             distinct = round(items * -math.expm1(negatives * math.log1p(-1.0 / items))) if items > 1 else 1
             self.judge = gbce(gbce_beta(distinct, items, calibration))
+        elif self.loss not in ("softmax", "sampled"):
+            self.judge = load_plugin("losses", self.loss)
 
     def complete(self, batch: Batch) -> Batch:
         """The batch with popularity prior and freshness of its days, where all items compete.
@@ -181,7 +186,7 @@ class Criterion:
         Call it where batches are built, before they go to a GPU. For sampled candidates, `backward` adds
         both.
         """
-        return self._dated(batch, None) if self.loss == "softmax" else batch
+        return batch if self.is_sampled else self._dated(batch, None)
 
     def _dated(self, batch: Batch, index: Tensor | None) -> Batch:
         if self.dated is None:
@@ -203,7 +208,7 @@ class Criterion:
         Accumulates the gradients of `scale` times the loss in every `.grad`.
         """
         correction = index = None
-        if self.loss != "softmax":
+        if self.is_sampled:
             draw = draw_mixed if self.loss == "sampled" else hash_to_unit_interval
             candidates = draw(batch, targets, self.share_V, self.negatives)
             batch, targets = candidates.reindex(batch, targets)

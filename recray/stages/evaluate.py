@@ -6,6 +6,7 @@ from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.evaluation import evaluate as evaluation
 from recray.evaluation import report as reporting
+from recray.plugins import list_plugins
 from recray.stages.context import JobContext, Record, StageReport, to_date, to_day
 from recray.stages.train import current_bundle
 from recray.storage import is_complete
@@ -48,7 +49,7 @@ def _select_headline(table: evaluation.Table, settings: Settings) -> dict[str, f
     """The model's metrics at the first k of `evaluate.k`, by protocol: `with_repeats_ndcg@10`, …; none of a
     skipped protocol.
     """
-    names = [f"{metric}@{settings.evaluate.k[0]}" for metric in METRICS]
+    names = [f"{metric}@{settings.evaluate.k[0]}" for metric in (*METRICS, *list_plugins("metrics"))]
     rows = {protocol: rankers[evaluation.MODEL] for protocol, rankers in table.items()}
     return {
         f"{protocol}_{name}": row[name] for protocol, row in rows.items() for name in names if name in row

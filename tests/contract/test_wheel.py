@@ -67,7 +67,5 @@ def test_commands_run_from_it(installed, tmp_path):
         str(sample / "events.parquet"), str(sample / "items.parquet"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = run(installed, tmp_path, "-m", "jobs.prepare", "--config", "shop.yaml", "storage.root=./root")
-    assert done.returncode == 2 and "absolute" in done.stderr, done.stderr
-    done = run(installed, tmp_path, "-m", "recray.cli", "validate", "--config", "shop.yaml")
-    assert done.returncode == 0 and "feature    title: text" in done.stderr, done.stderr
+    done = run(installed, tmp_path, "-m", "jobs.prepare", "--config", "shop.yaml", "data.events=[gone.csv]")
+    assert done.returncode == 1 and "gone.csv does not exist" in done.stderr, done.stderr
