@@ -1,8 +1,8 @@
 """`recray …` and `python -m jobs.…`: arguments in, one JSON line and an exit code out.
 
 Exit codes: 0 ok or skipped, 1 failed, 2 invalid settings, 3 refused by a rule. Progress goes to standard
-error; the last line of standard output is the job's JSON. A job runs in a child process, so that the last
-line is written whatever ends the job.
+error. The last line of standard output is the job's JSON; on a terminal only with `--json`. A job runs in a
+child process, so that the last line is written whatever ends the job.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recray.cli.dispatch import make_reporter, print_settings, run_job
 from recray.cli.parser import JOBS, SUBMITTED, build_parser
 from recray.errors import RecrayError, RefusedError
+
+if TYPE_CHECKING:
+    from recray.stages import JobResult
 
 __all__ = ["JOBS", "SUBMITTED", "build_parser", "job_main", "main"]
 
@@ -32,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args([argument for argument in arguments if argument not in overrides])
     if overrides:  # argparse has none for init
         parsed.overrides = [*getattr(parsed, "overrides", []), *overrides]
+    is_read_by_a_program = parsed.__dict__.get("log") == "json" or not (sys.stdout and sys.stdout.isatty())
+    parsed.json = parsed.__dict__.get("json", False) or is_read_by_a_program
     if argv is not None or parsed.job in ("init", "settings"):
         return _run(parsed)
     from recray.cli.supervise import supervise
@@ -62,7 +68,7 @@ def _run(arguments: argparse.Namespace, write_line: Callable[[str], None] = prin
         if arguments.job == "settings":
             return print_settings(arguments)
         result = run_job(arguments, write_line)
-        write_line(result.to_json())
+        _report(arguments, result, write_line)
         return result.exit_code
     except KeyboardInterrupt:
         stopped = RecrayError("stopped by a signal", "repeat the job; it continues where it stopped")
@@ -101,5 +107,15 @@ def _fail(
         seconds=round(time.monotonic() - started, 2),
         reason=text.replace("\n  fix: ", "; fix: "),
     )
-    write_line(result.to_json())
+    if arguments.json:
+        write_line(result.to_json())
     return error.exit_code if isinstance(error, RecrayError) else 1
+
+
+def _report(arguments: argparse.Namespace, result: JobResult, write_line: Callable[[str], None]) -> None:
+    """Write a result as JSON, or for a person at a terminal in words."""
+    if arguments.json:
+        write_line(result.to_json())
+        return
+    reason = f": {result.reason}" if result.reason else ""
+    print(f"{result.job} {result.status} after {result.seconds:.0f} s{reason}", file=sys.stderr)

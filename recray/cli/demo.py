@@ -42,7 +42,7 @@ def run_serve(settings: Settings, reporter: Reporter) -> JobResult:
         cluster.start(request_limit=settings.serve.request_limit, port=settings.serve.port)
         with app.run_endpoint(settings) as address:
             outputs |= {"address": address, "metrics": cluster.metrics_address()}
-            pages = f"API page: {address}/docs; metrics: {outputs['metrics']}"
+            pages = f"console {address}/console, API {address}/docs, metrics {outputs['metrics']}"
             text = f"serving on {address} ({pages}); Ctrl-C ends it"
             wait_until_stopped(app.is_running, lambda: reporter.progress(text))
     except KeyboardInterrupt:
@@ -162,9 +162,12 @@ def run_demo(
             f"  {'mlflow':<11} mlflow ui --backend-store-uri "
             f"'{sqlite_url(Storage(settings.root()).tracking / 'mlflow.db')}'"
         )
+        report = Path(result.outputs["report"]).absolute().as_uri()
         reporter.progress(
-            f"next: recray serve storage.root={settings.root()}   ·   with your own data: recray init, then "
-            "recray nightly --config recray.yaml"
+            f"look at: {report}   ·   recray serve storage.root={settings.root()}, then /console"
+        )
+        reporter.progress(
+            "with your own data: recray init --from-data EVENTS ITEMS; recray nightly --config recray.yaml"
         )
         demo_result = replace(
             result,
@@ -173,7 +176,7 @@ def run_demo(
             seconds=round(time.monotonic() - started, 2),
         )
         if keep_serving is not None:
-            text = f"serving on {address} (API page: {address}/docs); Ctrl-C ends it"
+            text = f"serving on {address}: console {address}/console, API {address}/docs; Ctrl-C ends it"
             wait_until_stopped(
                 app.is_running, lambda: reporter.progress(text), lambda: keep_serving(demo_result.to_json())
             )

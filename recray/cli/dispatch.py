@@ -43,7 +43,8 @@ def run_job(arguments: argparse.Namespace, write_line: Callable[[str], None]) ->
         if arguments.job == "demo":
             from recray.cli import demo
 
-            keep_serving = write_line if arguments.keep_serving else None
+            announce = write_line if arguments.json else lambda _: None
+            keep_serving = announce if arguments.keep_serving else None
             return demo.run_demo(arguments.root, arguments.overrides, reporter, keep_serving)
         if arguments.job == "benchmark":
             return _run_benchmark(arguments, reporter)

@@ -283,4 +283,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--log", choices=["text", "json"], default="text", help="format of standard error (jobs.*: json)"
     )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as JSON on a terminal too; elsewhere it always is",
+    )
     command.add_argument("--traceback", action="store_true", help="show the traceback of an unexpected error")

@@ -1,8 +1,12 @@
 """What a person or a scheduler meets: exit codes, the last line, errors that name the thing and the fix."""
 
+import contextlib
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -283,3 +287,21 @@ def test_an_endpoint_that_does_not_come_back_ends_the_job(monkeypatch):
     assert exit_code[:4] == [True, False, False, True] and len(exit_code) > 6
     with pytest.raises(ClusterError, match="no replica of the endpoint runs any more"):
         demo.wait_until_stopped(lambda: time.sleep(60))
+
+
+@pytest.mark.parametrize(("flags", "is_json"), [([], False), (["--json"], True)])
+def test_json_is_for_programs_and_a_terminal_gets_words(tmp_path, flags, is_json):
+    import pty
+
+    terminal, end = pty.openpty()
+    words = [sys.executable, "-m", "recray.cli", "models", f"storage.root={tmp_path}", *flags]
+    done = subprocess.run(words, stdout=end, stderr=subprocess.PIPE, text=True)
+    os.close(end)
+    with contextlib.suppress(OSError):  # the end of a terminal
+        written = ""
+        while piece := os.read(terminal, 1 << 16):
+            written += piece.decode()
+    os.close(terminal)
+    assert done.returncode == 0, done.stderr
+    assert ('"status": "ok"' in written) == is_json
+    assert ("models ok after" in done.stderr) != is_json
