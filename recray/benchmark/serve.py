@@ -60,6 +60,7 @@ START_S = 180.0
 RATE = 100.0  # requests a second, where the load is not at saturation
 CHECKOUT_ROUNDS = 5  # compared with another checkout
 STATE_ROUNDS = 6
+USERS_A_CALL = 100
 TIMES, CONNECTIONS = 3, 128  # of the overload
 ROUNDS = 3  # of one client and the Predictor, alternating
 PREDICTIONS, REST_S = 300, 0.002  # of the Predictor alone
@@ -75,6 +76,8 @@ def measure_serve(folder: Path, progress: ProgressLog) -> Result:
     recommendations as long as behind one client, since that alone makes it slower.
     `batching_ratio`: real-time responses a second with batching over those without, before and after it.
     `p99_over_p50`: of the real-time responses at 16 clients.
+    `users_ratio`, `users_ratio_realtime`: users a second in calls of `USERS_A_CALL` users, over those in calls
+    of one.
     """
     storage = publish_synthetic(
         folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",)
@@ -83,6 +86,13 @@ def measure_serve(folder: Path, progress: ProgressLog) -> Result:
     realtime = [
         post("/v1/recommend", {"user_id": user, "k": 10, "mode": "realtime"}) for user in range(USERS)
     ]
+    many = {
+        mode: [
+            post("/v1/recommend", {"users": list(range(first, first + USERS_A_CALL)), "k": 10, "mode": mode})
+            for first in range(0, USERS - USERS_A_CALL, USERS_A_CALL)
+        ]
+        for mode in ("auto", "realtime")
+    }
     metrics: Result = {}
     with running_serve(storage, {}, "serve.max_batch=1") as port:
         unbatched = [_load_fully(port, realtime, "recray serve, real time, one at a time", progress)]
@@ -96,6 +106,10 @@ def measure_serve(folder: Path, progress: ProgressLog) -> Result:
             one_ms.append(load(port, realtime, 1, WARM_S).ms(50))
             predictor_ms.append(_predictor_ms(storage))
         batched = _load_fully(port, realtime, "recray serve, real time", progress)
+        calls = {
+            mode: _load_fully(port, many[mode], f"{USERS_A_CALL} users a call, {mode}", progress)
+            for mode in many
+        }
     with _run_uvicorn(storage) as port:
         last = _load_fully(port, lists, "uvicorn, repeated", progress)
     with running_serve(storage, {}, "serve.max_batch=1") as port:
@@ -122,12 +136,14 @@ def measure_serve(folder: Path, progress: ProgressLog) -> Result:
         "realtime_rps": round(batched.per_s, 1),
         "realtime_rps_unbatched": [round(result.per_s, 1) for result in unbatched],
         "batching_ratio": round(batched.per_s * unbatched_ms / 1000, 2),
+        "users_ratio": round(USERS_A_CALL * calls["auto"].per_s / own.per_s, 2),
+        "users_ratio_realtime": round(USERS_A_CALL * calls["realtime"].per_s / batched.per_s, 2),
         "realtime_p50_ms": round(batched.ms(50), 2),
         "realtime_p99_ms": round(batched.ms(99), 2),
         "p99_over_p50": round(batched.ms(99) / batched.ms(50), 2),
         "others": {
             str(status): count
-            for result in (own, batched, *unbatched, default)
+            for result in (own, batched, *calls.values(), *unbatched, default)
             for status, count in result.other_statuses.items()
         },
     }

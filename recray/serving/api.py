@@ -15,6 +15,7 @@ from pydantic import (
     TypeAdapter,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 
 from recray.dataset.schema import LONGEST_ID
@@ -33,6 +34,7 @@ LAST_S = 7_258_118_400  # the year 2200
 MOST_EVENTS = 1000
 MOST_ITEMS = 10_000
 MAX_K = 1000
+MOST_USERS = 1000
 
 _DATETIME: TypeAdapter[dt.datetime] = TypeAdapter(dt.datetime)
 
@@ -121,8 +123,15 @@ class RecommendRequest(_BaseRequest):
         {"user_id": 17850, "k": 5},
         {"history": [{"item_id": "85123A", "timestamp": "2011-12-08T10:00:00"}], "k": 5, "filter_seen": True},
         {"user_id": "somebody new", "k": 5},
+        {"users": [17850, 13047], "k": 5},
     )
 
+    users: list[Id] | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_USERS,
+        description="many users at once, instead of user_id: the response has one for each in `responses`",
+    )
     k: int = Field(10, ge=1, le=MAX_K, description="how many items")
     mode: Literal["auto", "batch", "realtime"] = Field(
         "auto",
@@ -150,6 +159,19 @@ class RecommendRequest(_BaseRequest):
         description="columns of the item table: values of which an item must have one, or bounds",
         examples=[{"price": {"max": 5}}],
     )
+
+    @model_validator(mode="after")
+    def _check_users(self) -> RecommendRequest:
+        if self.users is not None:
+            sent = {
+                "user_id": self.user_id,
+                "history": self.history,
+                "events": self.events,
+                "explain": self.explain,
+            }
+            if alone := [name for name, value in sent.items() if value]:
+                raise ValueError(f"users: not together with {', '.join(alone)}, which are of one user")
+        return self
 
 
 class ScoreRequest(_BaseRequest):
@@ -290,6 +312,18 @@ class RecommendResponse(BaseResponse):
     )
     source: Source
     items: list[Item]
+
+
+class UserResponse(RecommendResponse):
+    """The response for one of many users."""
+
+    user_id: Id
+
+
+class UsersResponse(BaseModel):
+    """The responses for `users`, in their order."""
+
+    responses: list[UserResponse]
 
 
 class ScoredItem(BaseModel):

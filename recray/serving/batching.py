@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,10 +20,26 @@ class BusyError(Exception):
 
 
 @dataclass
+class Ticket:
+    """A request's place in the queue, for all its queries: while one of them is queued, it takes one place.
+
+    is_admitted : whether it had a place; then it is not refused any more
+    """
+
+    queued: int = 0
+    is_admitted: bool = False
+
+
+TICKET: ContextVar[Ticket | None] = ContextVar("TICKET", default=None)
+"""Of a request with many queries; None for one with a single query."""
+
+
+@dataclass
 class _QueuedQuery(Generic[Q, R]):
     query: Q
     loop: asyncio.AbstractEventLoop
     result: asyncio.Future[R]
+    ticket: Ticket
 
 
 class Batcher(Generic[Q, R]):
@@ -33,7 +50,7 @@ class Batcher(Generic[Q, R]):
 
     run : returns results in the order of the queries
     max_batch : maximum number of queries in a batch
-    max_waiting : maximum number of queued queries; more raise BusyError
+    max_waiting : maximum number of requests with a queued query; more raise BusyError
     on_batch : called with the size of each batch
     """
 
@@ -47,6 +64,7 @@ class Batcher(Generic[Q, R]):
         self._run, self._on_batch = run, on_batch
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._queue: deque[_QueuedQuery[Q, R]] = deque()
+        self._places = 0
         self._ready = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._run_batches, name="recray-model", daemon=True)
@@ -54,17 +72,19 @@ class Batcher(Generic[Q, R]):
 
     @property
     def waiting(self) -> int:
-        """Number of queued queries."""
-        return len(self._queue)
+        """Number of requests with a queued query."""
+        return self._places
 
     async def submit(self, query: Q) -> R:
         """The result of a query. Raises BusyError, and the errors of `run`."""
-        loop = asyncio.get_running_loop()
-        queued: _QueuedQuery[Q, R] = _QueuedQuery(query, loop, loop.create_future())
+        loop, ticket = asyncio.get_running_loop(), TICKET.get() or Ticket()
+        queued: _QueuedQuery[Q, R] = _QueuedQuery(query, loop, loop.create_future(), ticket)
         with self._ready:
-            if len(self._queue) >= self._max_waiting:
+            if not ticket.is_admitted and self._places >= self._max_waiting:
                 raise BusyError
             self._queue.append(queued)
+            self._places += ticket.queued == 0
+            ticket.queued, ticket.is_admitted = ticket.queued + 1, True
             self._ready.notify()
         return await queued.result
 
@@ -81,6 +101,9 @@ class Batcher(Generic[Q, R]):
                 while self._open and not self._queue:
                     self._ready.wait()
                 batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
+                for queued in batch:
+                    queued.ticket.queued -= 1
+                    self._places -= queued.ticket.queued == 0
             if not batch:
                 return
             batch = [queued for queued in batch if not queued.result.cancelled()]

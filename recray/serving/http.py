@@ -37,6 +37,7 @@ from recray.serving.api import (
     ScoreResponse,
     SimilarRequest,
     SimilarResponse,
+    UsersResponse,
 )
 from recray.serving.guard import REQUIRED_SCOPES, Guard
 from recray.serving.problems import MEDIA_TYPE, FieldError, make_problem, to_field_errors
@@ -98,8 +99,10 @@ def _add_recommendation_routes(api: FastAPI, service: Service) -> None:
     tags: list[Any] = ["recommendations"]
 
     @api.post("/v1/recommend", summary="Recommend items", tags=tags, response_model_exclude_none=True)
-    async def recommend(request: RecommendRequest) -> RecommendResponse:
-        """For a user of the event log, a history in the request, or an unknown user."""
+    async def recommend(request: RecommendRequest) -> RecommendResponse | UsersResponse:
+        """For a user of the event log, a history in the request, an unknown user, or many users at once."""
+        if request.users is not None:
+            return await service.recommend_users(request)
         return await service.recommend(request)
 
     @api.post("/v1/score", summary="Score candidates", tags=tags)

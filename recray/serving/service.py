@@ -34,7 +34,10 @@ from recray.serving.api import (
     ScoreResponse,
     SimilarRequest,
     SimilarResponse,
+    UserResponse,
+    UsersResponse,
 )
+from recray.serving.batching import TICKET, Ticket
 from recray.serving.deployment import Deployment, Deployments
 from recray.serving.explain import add_reasons
 from recray.serving.history import to_known_events
@@ -153,6 +156,23 @@ class Service:
         self._record(response, query, route, ranking, deployment, started)
         self.shadow.mirror_query(response, query, ranking, deployment)
         return response
+
+    async def recommend_users(self, request: RecommendRequest) -> UsersResponse:
+        """Recommend items to each of `users`: as many at once as the model ranks in a batch, with one place
+        in its queue. Raises as `recommend`.
+        """
+        TICKET.set(Ticket())  # of this request's task, and of those that it starts
+        all_users, size = request.users or [], self.options.max_batch
+        responses: list[UserResponse] = []
+        for first in range(0, len(all_users), size):
+            users = all_users[first : first + size]
+            requests = [request.model_copy(update={"user_id": user, "users": None}) for user in users]
+            done = await asyncio.gather(*map(self.recommend, requests))
+            responses += [
+                UserResponse.model_construct(**response.__dict__, user_id=user)
+                for user, response in zip(users, done, strict=True)
+            ]
+        return UsersResponse.model_construct(responses=responses)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Score candidates. Raises as `recommend`."""

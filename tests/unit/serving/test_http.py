@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -52,7 +53,7 @@ from recray.serving.api import (
     ScoreRequest,
     SimilarRequest,
 )
-from recray.serving.batching import Batcher, BusyError
+from recray.serving.batching import TICKET, Batcher, BusyError, Ticket
 from recray.serving.deployment import Deployments
 from recray.serving.guard import draw_key
 from recray.serving.http import create_app
@@ -952,6 +953,70 @@ def test_requests_that_come_together_are_answered_together(handler, monkeypatch)
         assert [item.score for item in one.items] == pytest.approx(
             [item.score for item in other.items], abs=1e-5
         )
+
+
+@pytest.mark.parametrize("mode", ["auto", "realtime", "batch"])
+def test_many_users_in_one_call_get_what_each_would_get(address, mode):
+    users = [7, "nobody at all", 3, 7, *range(40, 90)]
+    body = {"k": 4, "mode": mode, "filter_seen": True}
+    responses = good(address, "/v1/recommend", {"users": users, **body})["responses"]
+    assert [response["user_id"] for response in responses] == users
+    assert len({response["request_id"] for response in responses}) == len(users)
+    for user, response in list(zip(users, responses, strict=True))[:8]:
+        alone = good(address, "/v1/recommend", {"user_id": user, **body})
+        assert ids(response) == ids(alone) and response["source"] == alone["source"]
+        scores, expected = ([item["score"] for item in one["items"]] for one in (response, alone))
+        np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    feedback = {"request_id": responses[2]["request_id"], "outcome": "click", "item_id": ids(responses[2])[0]}
+    assert good(address, "/v1/feedback", feedback) == {"kept": True, "set_aside": False, "notes": []}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"users": [7], "user_id": 7}, "not together with user_id"),
+        ({"users": [7], "history": [{"item_id": "a"}], "explain": True}, "history, explain"),
+        ({"users": []}, "at least 1 item"),
+        ({"users": list(range(1001))}, "at most 1000 items"),
+        ({"users": [1.5]}, "users"),
+    ],
+)
+def test_a_call_for_many_users_that_makes_no_sense_is_named(address, body, words):
+    status, problem = ask(address, "/v1/recommend", body)
+    assert status == 422 and words in problem["detail"]
+
+
+def test_many_users_take_one_place_in_the_queue():
+    sizes, go = [], threading.Event()
+
+    def run(queries):
+        sizes.append(len(queries))
+        go.wait()
+        return [2 * query for query in queries]
+
+    async def talk():
+        batcher = Batcher(run, max_batch=4, max_waiting=2)
+
+        async def many():
+            TICKET.set(Ticket())
+            return await asyncio.gather(*(batcher.submit(n) for n in range(20)))
+
+        first = asyncio.create_task(many())
+        while not sizes:  # its first batch runs, the other queries wait
+            await asyncio.sleep(0)
+        assert batcher.waiting == 1
+        others = [asyncio.create_task(batcher.submit(100 + n)) for n in range(4)]
+        while not all(other.done() for other in others[1:]):  # refused at once
+            await asyncio.sleep(0)
+        assert batcher.waiting == 2
+        go.set()
+        done = await asyncio.gather(first, *others, return_exceptions=True)
+        batcher.close()
+        return done, batcher.waiting
+
+    (many, *others), waiting = asyncio.run(talk())
+    assert many == [2 * n for n in range(20)] and max(sizes) == 4 and waiting == 0
+    assert others[0] == 200 and [type(other) for other in others[1:]] == [BusyError] * 3
 
 
 def test_a_batcher_is_bounded_and_an_invalid_query_fails_alone():
