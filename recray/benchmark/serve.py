@@ -76,8 +76,8 @@ def measure_serve(folder: Path, progress: ProgressLog) -> Result:
     recommendations as long as behind one client, since that alone makes it slower.
     `batching_ratio`: real-time responses a second with batching over those without, before and after it.
     `p99_over_p50`: of the real-time responses at 16 clients.
-    `users_ratio`, `users_ratio_realtime`: users a second in calls of `USERS_A_CALL` users, over those in calls
-    of one.
+    `users_ratio`, `users_ratio_realtime`: users a second in calls of `USERS_A_CALL` users, over those in
+    calls of one.
     """
     storage = publish_synthetic(
         folder, users=USERS, items=ITEMS, events_per_user=EVENTS, overrides=(f"model.history={HISTORY}",)
