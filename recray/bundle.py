@@ -28,7 +28,7 @@ from recray.dataset.popularity import Popularity
 from recray.dataset.reader import Dataset, released_day
 from recray.dataset.schema import ITEM_ID
 from recray.errors import ArtifactError, DamagedArtifactError
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Shape
 from recray.storage import Manifest, immutable_directory, key_of, manifest_digest, open_immutable
 from recray.version import __version__
@@ -186,7 +186,7 @@ class Bundle:
             distinct=distinct,
         )
 
-    def model(self, cold_items: pa.Table | None = None) -> Recommender:
+    def model(self, cold_items: pa.Table | None = None) -> Network:
         """The network with its weights. Raises DamagedArtifactError if the weights do not fit.
 
         cold_items : items that have features alone; their indices follow the vocabulary
@@ -209,7 +209,7 @@ class Bundle:
         if "offset_V" in state:  # cold items have no interactions, so they get the minimum
             state["offset_V"] = torch.cat([state["offset_V"], state["offset_V"].min().expand(n_cold)])
 
-        model = Recommender(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)
+        model = Network(Shape(**self.manifest["shape"]), state["items.seen_V"].numpy(), features)
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or not all(name.endswith(OPTIONAL_WEIGHTS) for name in missing):
             raise DamagedArtifactError(

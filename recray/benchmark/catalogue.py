@@ -25,7 +25,7 @@ from recray.dataset.reader import History
 from recray.errors import TrainingError
 from recray.inference import Catalogue, Predictor, Vocabulary
 from recray.model.losses import Criterion, Targets
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Batch, Shape
 from recray.stages import ProgressLog
 from recray.training.loop import Loop, LoopSettings
@@ -67,11 +67,11 @@ def measure_catalogue(folder: Path, progress: ProgressLog) -> Result:
     return metrics
 
 
-def _build_model(items: int) -> Recommender:
+def _build_model(items: int) -> Network:
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     shape = Shape(event_types=1, dim=DIM, history=HISTORY, time_bias=False, prior=False)
-    return Recommender(shape, np.arange(items + 1) > 0, {})
+    return Network(shape, np.arange(items + 1) > 0, {})
 
 
 class RandomUsers:

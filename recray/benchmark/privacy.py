@@ -24,7 +24,7 @@ from recray.benchmark.catalogue import RandomUsers, peak_bytes
 from recray.benchmark.checkouts import compare_checkouts, environment_of
 from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import PRESETS, Batch, Shape
 from recray.privacy.engine import PrivateStep
 from recray.stages import ProgressLog
@@ -98,13 +98,13 @@ def _run_step(kind: str, users: int, items: int, checkout: Path | None = None) -
     return result
 
 
-def _build_model(items: int) -> Recommender:
+def _build_model(items: int) -> Network:
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     shape = Shape(
         event_types=1, dim=DIM, history=HISTORY, time_bias=False, repeat=False, prior=False, **PRESETS["dp"]
     )
-    return Recommender(shape, np.arange(items + 1) > 0, {})
+    return Network(shape, np.arange(items + 1) > 0, {})
 
 
 def _time_plain(users: int, items: int) -> list[float]:

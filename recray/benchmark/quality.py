@@ -26,7 +26,7 @@ from recray.evaluation import metrics as m
 from recray.evaluation.protocol import EvaluationQueries, EvaluationQuery, targets_of
 from recray.inference import Filters, Predictor
 from recray.model.device import device
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.stages import ProgressLog
 from recray.storage import key_of, sha256_file
 from recray.training.plan import bundle_settings, training_settings
@@ -228,7 +228,7 @@ def time_to_library_ndcg(curves: list[NamedLine], library: str, pace: dict[Clock
 
 def _train(
     dataset: Dataset, settings: Settings, progress: ProgressLog, seed: int
-) -> tuple[list[Line], Recommender, str]:
+) -> tuple[list[Line], Network, str]:
     """Train to the early stop; the learning curve with its clocks (without validation), the model, and the
     precision of its products.
     """
@@ -262,7 +262,7 @@ def _train(
 
 
 def ranks_of(
-    model: Recommender,
+    model: Network,
     dataset: Dataset,
     settings: Settings,
     queries: list[EvaluationQuery],

@@ -14,7 +14,7 @@ from recray.inference.inputs import BatchBuilder
 from recray.inference.modulation import controls_of
 from recray.inference.vocabulary import Catalogue
 from recray.model.controls import Controls
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Batch
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class HistoryEncoder:
     """
 
     def __init__(
-        self, model: Recommender, catalogue: Catalogue, *, popularity_prior_days: int, bfloat16: bool
+        self, model: Network, catalogue: Catalogue, *, popularity_prior_days: int, bfloat16: bool
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device

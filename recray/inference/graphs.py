@@ -32,7 +32,7 @@ class _CapturedGraph(NamedTuple):
 
 
 class Graphs:
-    """A forward pass of batches of one query a user, as `Recommender.hidden(masked=True)` reads them. The
+    """A forward pass of batches of one query a user, as `Network.hidden(masked=True)` reads them. The
     weights must stay where they are.
 
     forward : the pass to capture; it may not wait for the GPU

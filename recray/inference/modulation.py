@@ -19,7 +19,7 @@ from recray.model.controls import Controls
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recray.model.recommender import Recommender
+    from recray.model.network import Network
 
 # the effect of an action of 1
 LOG_TEMPERATURE, EVENT_BIAS, RECENCY_SLOPE, LOG_WEIGHT = math.log(3.0), 2.0, 1.0, 1.0
@@ -33,7 +33,7 @@ class Slot(NamedTuple):
     scale: float
 
 
-def find_slots(names: Sequence[str], model: Recommender, event_types: Sequence[str]) -> list[Slot]:
+def find_slots(names: Sequence[str], model: Network, event_types: Sequence[str]) -> list[Slot]:
     """The slot of each control.
 
     Names: `temperature` (all heads) or `temperature.HEAD`, `recency`, `event.TYPE`, `weight.MODALITY` (`id`
@@ -51,7 +51,7 @@ def find_slots(names: Sequence[str], model: Recommender, event_types: Sequence[s
 
 
 def to_controls(
-    action_BK: np.ndarray | Tensor, slots: Sequence[Slot], model: Recommender, event_types: Sequence[str]
+    action_BK: np.ndarray | Tensor, slots: Sequence[Slot], model: Network, event_types: Sequence[str]
 ) -> Controls:
     """Actions [B, K] as controls of the model, with their gradient if they have one."""
     controls = Controls.zeros(len(action_BK), model.shape.heads, len(event_types), model.items.modalities)
@@ -70,7 +70,7 @@ def to_controls(
 
 
 def controls_of(
-    actions: Sequence[Mapping[str, float]], model: Recommender, event_types: Sequence[str]
+    actions: Sequence[Mapping[str, float]], model: Network, event_types: Sequence[str]
 ) -> Controls:
     """The controls of requests that are each modulated by named actions (see `find_slots`).
 

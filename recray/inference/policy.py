@@ -29,7 +29,7 @@ from recray.storage import immutable_directory, open_immutable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recray.model.recommender import Recommender
+    from recray.model.network import Network
 
 KIND = "policy"
 OBSERVED = (
@@ -278,9 +278,7 @@ class Policy:
         result: np.ndarray = actions
         return result
 
-    def controls(
-        self, observation_ND: np.ndarray, model: Recommender, event_types: Sequence[str]
-    ) -> Controls:
+    def controls(self, observation_ND: np.ndarray, model: Network, event_types: Sequence[str]) -> Controls:
         """The action for each observation as controls of a model. Raises SettingsError for a control that the
         model does not have.
         """

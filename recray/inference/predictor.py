@@ -27,7 +27,7 @@ from recray.inference.filters import ANY_ITEM, AvailabilityFilter, ExcludedItems
 from recray.inference.rules import Rules
 from recray.inference.vocabulary import Catalogue
 from recray.model.controls import Controls
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Batch
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Recommender,
+        model: Network,
         catalogue: Catalogue,
         *,
         popularity_prior_days: int,
@@ -119,7 +119,7 @@ class Predictor:
     @classmethod
     def of(
         cls,
-        model: Recommender,
+        model: Network,
         dataset: Dataset,
         popularity_prior_days: int,
         *,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recray.model.controls import Controls
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Batch
 from recray.plugins import load_plugin
 
@@ -196,12 +196,7 @@ class Criterion:
         return batch._replace(prior_PV=prior_PV, fresh_PV=fresh_PV)
 
     def backward(
-        self,
-        model: Recommender,
-        batch: Batch,
-        targets: Targets,
-        scale: float,
-        controls: Controls | None = None,
+        self, model: Network, batch: Batch, targets: Targets, scale: float, controls: Controls | None = None
     ) -> Tensor:
         """The loss summed over the queries of a completed batch.
 
@@ -230,7 +225,7 @@ class Criterion:
 
 
 def backward_in_blocks(
-    model: Recommender,
+    model: Network,
     hidden_ND: Tensor,
     output_UD: Tensor,
     batch: Batch,
@@ -244,7 +239,7 @@ def backward_in_blocks(
 ) -> Tensor:
     """The loss summed over the queries; accumulates gradients of `scale` times the loss in every `.grad`.
 
-    output_UD : `Recommender.output` of all items or of the candidates
+    output_UD : `Network.output` of all items or of the candidates
     correction_U : `Candidates.correction_U`
     half : products in bfloat16, everything else in float32
     block : queries of a block; None: as many as the cache (a GPU's memory) holds

@@ -5,7 +5,7 @@ Opacus computes the norms of the blocks' layers and runs the step. The noise is 
 own norms (`recray.privacy.norms`). The loss of a user is its queries' mean cross-entropy over the whole
 catalogue. Two backward passes compute the norms and the clipped sum.
 
-Shapes as in `recray.model.recommender`; B users of a physical batch, Q maximal number of queries of a user.
+Shapes as in `recray.model.network`; B users of a physical batch, Q maximal number of queries of a user.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from recray.errors import SettingsError
 from recray.model.fused import Linear, RMSNorm
 from recray.model.losses import BLOCK_SCORES, Targets
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Batch
 from recray.privacy.audit import Canaries
 from recray.privacy.noise import GridNoise
@@ -53,7 +53,7 @@ class _Hooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
     Opacus ignores the cross term of the item table's two uses; with it, a user could contribute 1.25 C.
     """
 
-    def __init__(self, model: Recommender, clipping_norm: float) -> None:
+    def __init__(self, model: Network, clipping_norm: float) -> None:
         self._tables = [
             module for module in (model.items, model.positions, model.events) if module is not None
         ]
@@ -111,7 +111,7 @@ class PrivateStep:
 
     def __init__(
         self,
-        model: Recommender,
+        model: Network,
         optimizer: torch.optim.Optimizer,
         *,
         clipping_norm: float,
@@ -252,7 +252,7 @@ class _CatalogueLoss:
 
     def __init__(
         self,
-        model: Recommender,
+        model: Network,
         batch: Batch,
         targets: Targets,
         hidden_BTD: Tensor,
@@ -365,7 +365,7 @@ def _grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _layers(model: Recommender) -> list[nn.Parameter]:
+def _layers(model: Network) -> list[nn.Parameter]:
     """The parameters whose norms Opacus computes.
 
     Raises SettingsError unless every trainable parameter has exactly one source of its norm.

@@ -20,7 +20,7 @@ from recray.config import PrivacySettings, Settings
 from recray.config.formats import RESULTS_SINCE, to_first_names
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, SettingsError
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, sigma_for
 from recray.privacy.audit import Bound, Canaries, bound, ceiling, required_canaries, true_positives
 from recray.privacy.ledger import Ledger
@@ -309,7 +309,7 @@ def run_monitored(
 
 
 @torch.no_grad()
-def sequence_losses(model: Recommender, batches: TrainingBatches, sequences: Sequences) -> np.ndarray:
+def sequence_losses(model: Network, batches: TrainingBatches, sequences: Sequences) -> np.ndarray:
     """Mean cross-entropy of each sequence's queries over the whole catalogue [sequences]."""
     device = next(model.parameters()).device
     table = model.items()

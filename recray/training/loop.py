@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from recray.errors import TrainingError
 from recray.model.controls import Controls
 from recray.model.losses import Criterion, Targets
+from recray.model.network import Network
 from recray.model.packed import pack
-from recray.model.recommender import Recommender
 from recray.model.shape import Batch
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SCALAR_FACTOR = 10.0  # on the learning rate of the few scalar parameters
 
-Validate = Callable[[Recommender, int, int], tuple[float, float]]
+Validate = Callable[[Network, int, int], tuple[float, float]]
 """(model, rank, world_size) -> this rank's parts of a sum and of its divisor: together the mean NDCG"""
 
 
@@ -90,7 +90,7 @@ class Loop:
 
     def __init__(
         self,
-        model: Recommender,
+        model: Network,
         batches: Batches,
         validate: Validate,
         criterion: Criterion,
@@ -273,7 +273,7 @@ def prefetch(batches: Iterator[tuple[Batch, Targets, int]]) -> Iterator[tuple[Ba
             yield batch
 
 
-def _parameter_groups(model: Recommender) -> list[tuple[float, list[nn.Parameter]]]:
+def _parameter_groups(model: Network) -> list[tuple[float, list[nn.Parameter]]]:
     """Parameters by factor on the learning rate.
 
     The few parameters of the repeat-consumption head, the popularity prior and freshness need larger steps.
@@ -290,6 +290,6 @@ def _parameter_groups(model: Recommender) -> list[tuple[float, list[nn.Parameter
     )
 
 
-def copy_weights(model: Recommender) -> dict[str, Tensor]:
+def copy_weights(model: Network) -> dict[str, Tensor]:
     """A copy of the model's current weights."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

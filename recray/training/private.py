@@ -17,7 +17,7 @@ import torch.distributed as dist
 from recray.bundle import CurveLine
 from recray.errors import TrainingError
 from recray.model.losses import Criterion, Targets
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Batch
 from recray.privacy.accounting import Mechanism
 from recray.privacy.counts import log_counts
@@ -74,7 +74,7 @@ class PrivateLoop(Loop):
 
     def __init__(
         self,
-        model: Recommender,
+        model: Network,
         batches: TrainingBatches,
         validate: Validate,
         criterion: Criterion,

@@ -10,14 +10,14 @@ import torch
 
 from recray.bundle import Bundle
 from recray.dataset.reader import Dataset
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 
 # tables with a row for each event type
 BY_EVENT = ("events.weight", "event_bias.weight", "repeat.event.weight")
 
 
 @torch.no_grad()
-def copy_parent_weights(model: Recommender, dataset: Dataset, parent: Bundle) -> None:
+def copy_parent_weights(model: Network, dataset: Dataset, parent: Bundle) -> None:
     """Copy the parent's weights into a new model of the dataset. Other weights keep their initial values."""
     parent_weights = dict(parent.model().named_parameters())
     item = dataset.translate(parent.item_ids)

@@ -24,8 +24,8 @@ from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries, targets_of
 from recray.inference import Filters, Predictor
 from recray.model.fused import Linear
 from recray.model.losses import Criterion
+from recray.model.network import Network
 from recray.model.packed import BLOCK, is_packable
-from recray.model.recommender import Recommender
 from recray.model.shape import PRESETS, Shape
 from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
@@ -178,7 +178,7 @@ def build_loop(
     if mechanism is not None:  # the weights must not reveal which items have events; the catalogue is public
         seen = np.arange(dataset.n_items + 1) > 0
 
-    model = Recommender(shape, seen, features).to(device)
+    model = Network(shape, seen, features).to(device)
     if parent is not None:
         copy_parent_weights(model, dataset, Bundle.open(parent))
 
@@ -267,7 +267,7 @@ def _is_bfloat16_fast(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _build_validation(dataset: Dataset, model: Recommender, settings: Settings, *, private: bool) -> Validate:
+def _build_validation(dataset: Dataset, model: Network, settings: Settings, *, private: bool) -> Validate:
     """A function for the mean NDCG of validation users under the protocol of selection, or under both.
 
     It uses the predictor that serves. Raises DataError where a protocol has no target.
@@ -293,7 +293,7 @@ def _build_validation(dataset: Dataset, model: Recommender, settings: Settings, 
                 "raise split.validation_users or train.validation_users, or use another evaluate.protocol",
             )
 
-    def validate(candidate: Recommender, rank: int, world_size: int) -> tuple[float, float]:
+    def validate(candidate: Network, rank: int, world_size: int) -> tuple[float, float]:
         predictor.model = candidate
         predictor.refresh()
         total = 0.0

@@ -117,7 +117,7 @@ def test_the_network_and_its_loop_need_torch_and_numpy_alone():
         {
             "recray": "ray torch mlflow pyarrow pandas",
             "recray.evaluation.metrics": "ray mlflow torch pyarrow",
-            "recray.model.recommender": "ray mlflow pyarrow pandas pydantic",
+            "recray.model.network": "ray mlflow pyarrow pandas pydantic",
             "recray.training.loop": "ray mlflow pyarrow pandas pydantic",
             "recray.inference.predictor": "ray mlflow pydantic",
         },

@@ -11,7 +11,7 @@ from recray.inference.candidates import top_k
 from recray.inference.explain import explain
 from recray.inference.similar import find_similar
 from recray.model.controls import Controls
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import Shape
 
 V, DAY = 40, 86_400
@@ -21,7 +21,7 @@ NOW = 300 * DAY
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
     torch.manual_seed(0)
-    model = Recommender(Shape(event_types=2, dim=16, history=12), np.arange(V + 1) > 0, {})
+    model = Network(Shape(event_types=2, dim=16, history=12), np.arange(V + 1) > 0, {})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -67,7 +67,7 @@ def test_alone_equals_in_a_batch(predictor):
 )
 def test_in_bfloat16_scores_differ_a_little(parts):
     torch.manual_seed(0)
-    model = Recommender(Shape(event_types=2, dim=32, heads=2, history=150, **parts), np.arange(V + 1) > 0, {})
+    model = Network(Shape(event_types=2, dim=32, heads=2, history=150, **parts), np.arange(V + 1) > 0, {})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -93,7 +93,7 @@ def test_in_bfloat16_scores_differ_a_little(parts):
 def test_a_model_in_training_is_evaluated_as_it_will_serve():
     torch.manual_seed(0)
     brand = (np.arange(V, dtype=np.int64), np.maximum(np.arange(V + 1) - 1, 0))
-    model = Recommender(
+    model = Network(
         Shape(event_types=2, dim=16, history=12, id_dropout=0.5), np.arange(V + 1) > 0, {"brand": brand}
     ).eval()
     nothing = Popularity.count_events(np.zeros(0, np.int64), None, V)
@@ -286,7 +286,7 @@ def test_an_item_of_which_nothing_is_known_is_as_good_as_any_on_average():
     torch.manual_seed(0)
     is_learned = np.arange(V + 1) > 0
     is_learned[[4, 9]] = False
-    model = Recommender(Shape(event_types=1, dim=16, history=12, repeat=False, prior=False), is_learned, {})
+    model = Network(Shape(event_types=1, dim=16, history=12, repeat=False, prior=False), is_learned, {})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -309,7 +309,7 @@ def test_an_item_of_which_nothing_is_known_is_as_good_as_any_on_average():
 
 def test_what_is_not_released_is_not_answered():
     torch.manual_seed(0)
-    model = Recommender(Shape(event_types=1, dim=16, history=12), np.arange(V + 1) > 0, {})
+    model = Network(Shape(event_types=1, dim=16, history=12), np.arange(V + 1) > 0, {})
     released = np.full(V + 1, UNKNOWN_DAY)
     released[[5, 6, 7]] = 301, 300, 400
     popularity = Popularity.count_events(np.array([1, 7]), np.array([290, 299]) * DAY, V)

@@ -18,8 +18,8 @@ from recray.inference.graphs import allocate, fill, list_sizes, padded_size
 from recray.model.controls import Controls
 from recray.model.device import device
 from recray.model.losses import Criterion, Targets
+from recray.model.network import Network
 from recray.model.packed import BLOCK, build_mask, is_packable, pack
-from recray.model.recommender import Recommender
 from recray.model.shape import Batch, Shape
 from recray.training.loop import Loop, LoopSettings, prefetch
 from recray.training.worker import row_length
@@ -30,11 +30,11 @@ V, T, E, DAY = 200, 96, 3, 86_400
 NOW = 300 * DAY
 
 
-def model(seed=0, **parts) -> Recommender:
+def model(seed=0, **parts) -> Network:
     torch.manual_seed(seed)
     random = np.random.default_rng(0)
     bags = {"brand": (random.integers(0, 64, 2 * V), np.concatenate([[0], np.arange(0, 2 * V, 2)]))}
-    recommender = Recommender(
+    recommender = Network(
         Shape(event_types=E, dim=32, history=T, dropout=0.0, feature_buckets=64, **parts),
         np.arange(V + 1) > 0,
         bags,

@@ -11,14 +11,14 @@ from recray.model.controls import Controls
 from recray.model.dropout import Dropout
 from recray.model.fused import Columns, Embedding, Linear, RMSNorm, swiglu
 from recray.model.losses import Criterion, Targets, backward_in_blocks, draw_mixed, gbce, gbce_beta, softmax
-from recray.model.recommender import FRESHNESS_BUCKETS, Recommender, value_bucket
+from recray.model.network import FRESHNESS_BUCKETS, Network, value_bucket
 from recray.model.shape import PRESETS, Batch, Shape
 
 V, B, T, E = 31, 3, 9, 3
 DAY = 86_400
 
 
-def make(features=True, seed=0, **kwargs) -> Recommender:
+def make(features=True, seed=0, **kwargs) -> Network:
     torch.manual_seed(seed)
     random = np.random.default_rng(0)
     bags = (
@@ -30,7 +30,7 @@ def make(features=True, seed=0, **kwargs) -> Recommender:
         else {}
     )
     is_learned = np.arange(V + 1) > 0
-    model = Recommender(
+    model = Network(
         Shape(event_types=E, dim=16, history=T, dropout=0.0, feature_buckets=64, **{"fresh": True, **kwargs}),
         is_learned,
         bags,

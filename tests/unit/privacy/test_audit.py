@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from recray.config import load_settings
 from recray.errors import SettingsError
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import PRESETS, Shape
 from recray.privacy import engine, noise, norms
 from recray.privacy.accounting import Mechanism, mechanism_of
@@ -228,9 +228,7 @@ def _watched_rank(rank: int, folder: str, noisy: tuple[int, ...]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
     off = {"time_bias": False, "repeat": False, "prior": False}
-    model = Recommender(
-        Shape(**PRESETS["dp"], **off, event_types=1, dim=16, history=8), np.arange(201) > 0, {}
-    )
+    model = Network(Shape(**PRESETS["dp"], **off, event_types=1, dim=16, history=8), np.arange(201) > 0, {})
     sgd = torch.optim.SGD(
         [parameter for name, parameter in model.named_parameters() if name != "temperature"], lr=1e-6
     )

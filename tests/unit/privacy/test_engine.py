@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from recray.errors import SettingsError
 from recray.model.losses import Targets
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import PRESETS, Batch, Shape
 from recray.privacy.engine import PrivateStep
 from recray.privacy.norms import layer_norms
@@ -34,10 +34,10 @@ BAGS = {
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
-def make(name: str, seed: int = 0, **options) -> Recommender:
+def make(name: str, seed: int = 0, **options) -> Network:
     torch.manual_seed(seed)
     shape = Shape(**{"event_types": 1, "dim": D, "history": T, **OFF, **NETWORKS[name], **options})
-    model = Recommender(shape, np.arange(V + 1) > 0, BAGS if shape.fixed_items else {})
+    model = Network(shape, np.arange(V + 1) > 0, BAGS if shape.fixed_items else {})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -104,7 +104,7 @@ def alone(batch: Batch, targets: Targets, user: int) -> tuple[Batch, Targets]:
     )
 
 
-def by_autograd(model: Recommender, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
+def by_autograd(model: Network, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
     """Gradient of the mean cross-entropy of one user's queries."""
     table = model.items()
     scores = model.scores(model.hidden(batch, table, None), model.output(table), batch)
@@ -124,7 +124,7 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
 
 
 def private(
-    model: Recommender, clipping_norm: float, noise: float = 0.0, users: float = 1.0, rate: float = 1.0
+    model: Network, clipping_norm: float, noise: float = 0.0, users: float = 1.0, rate: float = 1.0
 ) -> PrivateStep:
     trained = [parameter for name, parameter in model.named_parameters() if name != "temperature"]
     return PrivateStep(
@@ -242,7 +242,7 @@ def test_a_part_whose_norm_is_not_known_is_refused_by_name(options, part):
 
 def test_features_that_are_learned_are_refused_by_name():
     bags = {"brand": (np.zeros(V + 1, np.int64), np.arange(V + 1))}
-    model = Recommender(
+    model = Network(
         Shape(event_types=1, dim=D, history=T, **OFF, **PRESETS["dp"]), np.arange(V + 1) > 0, bags
     )
     with pytest.raises(SettingsError, match="items.features"):

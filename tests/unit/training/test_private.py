@@ -18,7 +18,7 @@ from recray.dataset.reader import History
 from recray.errors import DataError, RefusedError, SettingsError
 from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Predictor
-from recray.model.recommender import Recommender
+from recray.model.network import Network
 from recray.model.shape import PRESETS, Shape
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of, sigma_for
 from recray.privacy.counts import log_counts, weighted_counts
@@ -369,9 +369,7 @@ def _noisy_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)  # of the weights, which are alike
     off = {"time_bias": False, "repeat": False, "prior": False}
-    model = Recommender(
-        Shape(**PRESETS["dp"], **off, event_types=1, dim=64, history=8), np.arange(1001) > 0, {}
-    )
+    model = Network(Shape(**PRESETS["dp"], **off, event_types=1, dim=64, history=8), np.arange(1001) > 0, {})
     before = model.items.ids.weight.detach().clone()
     sgd = torch.optim.SGD(
         [parameter for name, parameter in model.named_parameters() if name != "temperature"], lr=1.0

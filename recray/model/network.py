@@ -53,7 +53,7 @@ def value_bucket(value: Tensor) -> Tensor:
     return (4.0 * torch.log2(1.0 + value.float().clamp(min=0))).round().clamp(max=VALUE_BUCKETS - 1).long()
 
 
-class Recommender(nn.Module):
+class Network(nn.Module):
     """See the module's docstring.
 
     `offset_V` float32 [V] is the fixed log count of each item; None for a model without counts.
@@ -412,7 +412,7 @@ class RepeatConsumptionHead(nn.Module):
     ) -> Tensor:
         """Scores of the items first : first + n_items [N, n_items].
 
-        propensity_V : `Recommender.repeat_propensity` of these items
+        propensity_V : `Network.repeat_propensity` of these items
         """
         user_N, position_N = batch.user_N[queries], batch.position_N[queries]
         item_NT = batch.item_BT[user_N]
