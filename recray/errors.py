@@ -154,6 +154,6 @@ class Problems:
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            lines = dict.fromkeys(error.message for error in self.errors)
-            fixes = dict.fromkeys(error.fix for error in self.errors if error.fix)
+            lines = dict.fromkeys(line for error in self.errors for line in error.message.split("\n"))
+            fixes = dict.fromkeys(fix for error in self.errors if error.fix for fix in error.fix.split("; "))
             raise type(self.errors[0])("\n".join(lines), "; ".join(fixes))

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from recray.inference.rules import find_unmatched, is_everything_excluded
 from recray.pipeline import discard
 from recray.pipeline.overview import describe_cost, describe_dataset, describe_input
 from recray.prepare.prepare import inspect_input
-from recray.prepare.rehearse import rehearse, without_items
+from recray.prepare.rehearse import looser_settings, rehearse
 from recray.serving import guard
 from recray.stages import AsOf, JobResult, ProgressLog
 from recray.storage import check_workspace
@@ -36,10 +37,12 @@ def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -
     if root is not None:
         problems.collect(lambda: check_workspace(root))
     problems.collect(lambda: guard.load_keys(settings.serve))
-    inspected = problems.collect(lambda: inspect_input(settings, as_of))
-    if inspected is None:  # an unreadable item table may hide problems of the events
+    inspected, usable = problems.collect(lambda: inspect_input(settings, as_of)), settings
+    if inspected is None:  # what is wrong with a column must not hide what is wrong with the rows
+        for usable in looser_settings(settings, Path(tempfile.gettempdir()) / "recray-validate"):
+            problems.collect(partial(inspect_input, usable, as_of))
         with contextlib.suppress(RecrayError):
-            inspected = inspect_input(without_items(settings), as_of)
+            inspected = inspect_input(usable, as_of, tolerates_ids=True)
     if inspected is None:
         problems.raise_all()
         raise AssertionError
@@ -49,22 +52,21 @@ def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -
 
     notes = []
     if items is not None:
-        notes = describe_features(items, dict(settings.data.features), settings.model.feature_buckets)
+        notes = describe_features(items, dict(usable.data.features), settings.model.feature_buckets)
     metrics: dict[str, int] = {"rows": source.rows, "items": 0 if items is None else len(items)}
-    readable = settings if items is not None or settings.data.items is None else without_items(settings)
     with tempfile.TemporaryDirectory(prefix="recray-validate-") as folder:
-        rehearsal = rehearse(readable, as_of, Path(folder), source, items)
+        rehearsal = rehearse(usable, as_of, Path(folder), source, items)
         problems.errors += rehearsal.problems
         notes = [*rehearsal.notes, *notes]
         if (dataset := rehearsal.dataset) is not None:
-            if rehearsal.is_unmodified:
+            if rehearsal.is_unmodified and not problems.errors:
                 for line in describe_dataset(dataset, settings, rehearsal.prefix):
                     progress(line)
             names = ("users", "events", "bad_rows", "duplicates")
             metrics |= {name: dataset.manifest[name] for name in names}
             mismatches = [
                 *_find_unknown_actions(settings, dataset.event_types),
-                *_find_unmatched_rules(settings, dataset),
+                *_find_unmatched_rules(settings, usable, dataset),
             ]
             if rehearsal.prefix:  # of a sample: other rows may contain what is missing
                 metrics["sample_rows"] = rehearsal.rows
@@ -82,12 +84,17 @@ def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -
     return JobResult("validate", "ok", metrics=metrics, warnings=notes, seconds=seconds)
 
 
-def _find_unmatched_rules(settings: Settings, dataset: Dataset) -> Iterator[RecrayError]:
-    """Rules of section score that match no item of a dataset, or exclude all."""
-    if not set(settings.data.features) <= set(dataset.items.column_names):
+def _find_unmatched_rules(settings: Settings, usable: Settings, dataset: Dataset) -> Iterator[RecrayError]:
+    """Rules of section score that match no item of a dataset, or exclude all.
+
+    usable : the settings without the features that cannot be read; rules about those are not checked
+    """
+    if not set(usable.data.features) <= set(dataset.items.column_names):
         return
-    rules = settings.score.rules()
+    unread, rules = settings.data.features.keys() - usable.data.features.keys(), settings.score.rules()
     for name in find_unmatched(rules, dataset):
+        if name.partition("=")[0] in unread:
+            continue
         yield SettingsError(f"score: no item has {name}", "correct the rule, or remove it")
     if is_everything_excluded(rules, dataset):
         yield SettingsError("score.exclude leaves no item to recommend", "exclude less")

@@ -174,9 +174,16 @@ TaskRunner = Callable[[Callable[[int], None], int], None]
 
 
 def inspect_input(
-    settings: Settings, as_of: dt.datetime | None = None, inputs: Input | None = None
+    settings: Settings,
+    as_of: dt.datetime | None = None,
+    inputs: Input | None = None,
+    *,
+    tolerates_ids: bool = False,
 ) -> tuple[EventSource, pa.Table | None]:
-    """The event source and the item table. Raises DataError, SettingsError with all problems at once."""
+    """The event source and the item table. Raises DataError, SettingsError with all problems at once.
+
+    tolerates_ids : see `read_items`
+    """
     problems, data = Problems(), settings.data
     problems.collect(partial(_find_encoder, settings))
     if inputs is None:
@@ -192,7 +199,11 @@ def inspect_input(
     else:
         events, collected, files = inputs.events, inputs.collected, inputs.items
     source = None if events is None else problems.collect(partial(inspect_events, data, events, collected))
-    item_result = None if files is None else problems.collect(partial(read_items, data, files))
+    item_result = (
+        None
+        if files is None
+        else problems.collect(partial(read_items, data, files, tolerates_ids=tolerates_ids))
+    )
     if source is not None and source.clock != schema.TIMESTAMP:
         problems.errors += _check_without_times(settings, source.clock, as_of)
     problems.raise_all()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from recray.config import Settings
+from recray.dataset.context import CLOCK
 from recray.dataset.reader import Dataset
 from recray.errors import DataError, ImpossibleSplitError, RecrayError, RefusedError, TooManyInvalidRowsError
+from recray.prepare.files import InputFile, list_files
+from recray.prepare.formats import open_file
 from recray.prepare.prepare import Input, list_input, prepare, run_in_process
-from recray.prepare.sources import EventSource, RowGroup
+from recray.prepare.sources import EventSource, RowGroup, read_items
 
 SAMPLE_ROWS = 1_000_000
 
@@ -82,6 +87,54 @@ def rehearse(
                 items, sample_settings = None, without_items(sample_settings)
             else:
                 return rehearsal
+
+
+def looser_settings(settings: Settings, folder: Path) -> Iterator[Settings]:
+    """The settings without the columns that their files lack, and then also without the features that cannot
+    be read, so that a problem does not hide the next.
+
+    folder : workspace in place of one that cannot be used
+    """
+    data, usable = settings.data, settings
+    try:
+        settings.root()
+    except RecrayError:
+        usable = _update_sections(usable, storage={"root": str(folder)})
+    with contextlib.suppress(RecrayError):
+        names = set(itertools.chain(*map(_read_names, list_files(data.events).files)))
+        columns = {name: column for name, column in data.columns.items() if column is None or column in names}
+        context = tuple(name for name in data.context if name in names or name in CLOCK)
+        usable = _update_sections(usable, data={"columns": columns, "context": context})
+    if data.items is None:
+        yield usable
+        return
+    try:
+        files = list_files((data.items,), "data.items").files
+        names = set(itertools.chain(*map(_read_names, files)))
+    except RecrayError:
+        yield without_items(usable)
+        return
+    features = {name: kind for name, kind in data.features.items() if name in names}
+    available_from = data.available_from if data.available_from in names else None
+    usable = _update_sections(usable, data={"features": features, "available_from": available_from})
+    yield usable
+    for name, kind in features.items():
+        alone = _update_sections(usable, data={"features": {name: kind}, "available_from": None})
+        try:
+            read_items(alone.data, files, tolerates_ids=True)
+        except RecrayError:
+            kept = {other: kind for other, kind in usable.data.features.items() if other != name}
+            usable = _update_sections(usable, data={"features": kept})
+    try:
+        read_items(usable.data, files, tolerates_ids=True)
+    except RecrayError:
+        usable = without_items(usable)
+    yield usable
+
+
+def _read_names(file: InputFile) -> list[str]:
+    with open_file(file) as table:
+        return table.names
 
 
 def without_items(settings: Settings) -> Settings:

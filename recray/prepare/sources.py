@@ -449,9 +449,13 @@ def _staged_type(stored_type: pa.DataType, name: str, uri: str, *, is_text_file:
     )
 
 
-def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> tuple[pa.Table | None, list[str]]:
+def read_items(
+    data: DataSettings, files: tuple[InputFile, ...], *, tolerates_ids: bool = False
+) -> tuple[pa.Table | None, list[str]]:
     """The item table: `item_id` first, then the feature columns; and notes about how it was read. The table
     is None if `data.items` is null.
+
+    tolerates_ids : leave out rows with a missing or repeated id, instead of raising
 
     Raises DataError.
     """
@@ -506,6 +510,8 @@ def read_items(data: DataSettings, files: tuple[InputFile, ...]) -> tuple[pa.Tab
     problems.raise_all()
     items = _concat_items([table for table in tables if table is not None], files[0].uri)
 
+    if tolerates_ids:
+        items = _keep_first_rows(items)
     problems.errors += _check_item_ids(items[0], files[0].uri)
     for column, feature in data.features.items():
         problems.collect(partial(_check_feature, items[column].type, column, feature, files[0].uri))
@@ -526,6 +532,16 @@ def _concat_items(tables: list[pa.Table], uri: str) -> pa.Table:
             f"{uri} and the other item files differ: {error}",
             "write all files with the same columns and types",
         ) from None
+
+
+def _keep_first_rows(items: pa.Table) -> pa.Table:
+    """The first row of each id, without rows that have none."""
+    is_valid = items[0].is_valid()
+    if pa.types.is_string(items[0].type):
+        is_valid = pc.and_(is_valid, pc.invert(is_blank(items[0])))
+    items = items.filter(is_valid)
+    first = np.unique(items[0].combine_chunks().dictionary_encode().indices.to_numpy(), return_index=True)[1]
+    return items.take(pa.array(np.sort(first)))
 
 
 def _check_item_ids(ids: pa.ChunkedArray, uri: str) -> Iterator[RecrayError]:

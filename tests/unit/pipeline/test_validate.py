@@ -84,6 +84,39 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         assert named in error.value.message, error.value.message
 
 
+def test_ten_faults_of_settings_columns_rows_and_rules_are_said_in_one_run(tmp_path):
+    shop(tmp_path, user_id=[None if n % 20 == 7 else n % 40 for n in range(600)])
+    items = pq.read_table(tmp_path / "items.parquet")
+    items = items.append_column("size", pa.array(["wide"] * 20))
+    pq.write_table(pa.concat_tables([items, items.slice(3, 2)]), tmp_path / "items.parquet")
+    with pytest.raises(RecrayError) as error:
+        validate(
+            tmp_path,
+            "storage.root=here",
+            "serve.keys=/nowhere.yaml",
+            "data.columns.basket=order",
+            "data.context=[device]",
+            "data.features={price: numeric, colour: categorical, size: numeric, brand: categorical}",
+            "score.exclude=[brand=zzz]",
+            "policy.actions=[event.nope]",
+        )
+    lines = error.value.message.splitlines()
+    for named in (
+        "'here' is relative",
+        "/nowhere.yaml cannot be read",
+        "no column 'order'",
+        "no column 'device'",
+        "no column 'colour'",
+        "feature size has type string",
+        "2 item ids occur more than once",
+        "30 of 600 rows are invalid (30 × user_id is null)",
+        "there is no 'nope'",
+        "no item has brand=zzz",
+    ):
+        assert sum(named in line for line in lines) == 1, (named, lines)
+    assert len(lines) == 10
+
+
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [
