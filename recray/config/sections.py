@@ -856,9 +856,15 @@ class TrackingSettings(Section):
     retries: int = operational(2, "retries of a failed MLflow request", ge=0, le=10)
 
 
+class ReportSettings(Section):
+    webhook: Annotated[str, Field(pattern="^https?://")] | None = operational(
+        None, "URL that gets the result of a job that failed or was refused, as JSON by POST; null: none"
+    )
+
+
 class Settings(Section):
     """All settings. Sections: storage, data, split, model, train, privacy, evaluate, promotion, policy,
-    score, serve, tracking.
+    score, serve, tracking, report.
     """
 
     storage: StorageSettings = StorageSettings()
@@ -873,6 +879,7 @@ class Settings(Section):
     score: ScoreSettings = ScoreSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()
+    report: ReportSettings = ReportSettings()
     _changed: tuple[str, ...] = PrivateAttr(())
 
     @property

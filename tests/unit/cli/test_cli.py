@@ -1,12 +1,14 @@
 """What a person or a scheduler meets: exit codes, the last line, errors that name the thing and the fix."""
 
 import contextlib
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import synthetic_overrides
 from recray import cli
 from recray.bundle import Bundle
 from recray.cli import demo
+from recray.cluster import free_ports
 from recray.config import load_settings
 from recray.errors import ClusterError, DamagedArtifactError, RefusedError
 from recray.privacy.accounting import Mechanism
@@ -305,3 +308,49 @@ def test_json_is_for_programs_and_a_terminal_gets_words(tmp_path, flags, is_json
     assert done.returncode == 0, done.stderr
     assert ('"status": "ok"' in written) == is_json
     assert ("models ok after" in done.stderr) != is_json
+
+
+@pytest.fixture
+def webhook():
+    """Its address, and the bodies that it got."""
+    bodies = []
+
+    class Taker(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Taker)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/hook", bodies
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_job_that_fails_tells_the_webhook_and_others_tell_nothing(capsys, tmp_path, webhook):
+    address, bodies = webhook
+    where = [f"storage.root={tmp_path / 'root'}", f"report.webhook={address}"]
+    code, _, _ = call(capsys, "prepare", f"data.events=[{tmp_path / 'gone.csv'}]", *where)
+    assert code == 1 and len(bodies) == 1
+    assert (
+        bodies[0]["text"].startswith("recray prepare failed: ")
+        and "gone.csv does not exist" in bodies[0]["text"]
+    )
+    assert bodies[0]["job"] == "prepare" and bodies[0]["status"] == "failed"
+    call(capsys, "models", *where)
+    call(capsys, "prepare", "train.epochs=none", *where)  # settings that cannot be read
+    assert len(bodies) == 1
+
+
+def test_a_webhook_that_is_not_there_is_a_warning(capsys, tmp_path):
+    (port,) = free_ports(1)
+    words = [f"storage.root={tmp_path}", f"report.webhook=http://127.0.0.1:{port}"]
+    code, result, err = call(capsys, "prepare", "data.events=[/gone.csv]", *words)
+    assert code == 1 and result["status"] == "failed"
+    assert "warning: report.webhook does not take the result" in err

@@ -13,7 +13,7 @@ from recray.dataset.reader import History
 from recray.errors import DataError
 from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Filters, Predictor
-from recray.model import recommender
+from recray.model import network
 from recray.testing.published import prepare_here, untrained_bundle
 from recray.testing.synthetic import SyntheticNews
 from recray.training.plan import training_settings
@@ -64,7 +64,7 @@ def test_buckets_grow_with_age_and_tell_the_unknown_and_the_unborn():
         and buckets[7] == FRESHNESS_BUCKETS - 1
         and buckets.max() < FRESHNESS_BUCKETS
     )
-    assert recommender.FRESHNESS_BUCKETS == FRESHNESS_BUCKETS
+    assert network.FRESHNESS_BUCKETS == FRESHNESS_BUCKETS
 
 
 def test_release_days_are_read_and_invalid_ones_named(dataset, site, synthetic_folder, tmp_path):
