@@ -17,6 +17,8 @@ from recray.serving.ranking import bind_query, rank_inputs
 from recray.serving.state import ServingState
 from recray.testing.published import publish_untrained
 
+pytestmark = pytest.mark.second
+
 USERS = [7, 3, 250]
 
 

@@ -16,6 +16,8 @@ from recray.inference import Predictor
 from recray.model.losses import Criterion, softmax
 from recray.testing.published import untrained_bundle
 
+pytestmark = pytest.mark.second
+
 CODE = """
 import numpy as np
 from recray.model.losses import softmax

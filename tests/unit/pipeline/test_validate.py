@@ -13,6 +13,8 @@ from recray.errors import RecrayError
 from recray.prepare import rehearse
 from recray.testing.published import prepare_here
 
+pytestmark = pytest.mark.second
+
 T, DAY = 1_709_251_200, 86_400
 
 

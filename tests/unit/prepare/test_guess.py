@@ -20,6 +20,8 @@ from recray.errors import DataError, RecrayError
 from recray.prepare.guess import PATTERNS, guess_settings
 from recray.prepare.times import parse_pattern
 
+pytestmark = pytest.mark.second
+
 FIRST = dt.datetime(2024, 3, 1, 8, 26)
 
 

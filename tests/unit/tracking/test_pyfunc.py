@@ -29,6 +29,8 @@ from recray.tracking import runs
 from recray.tracking.pyfunc import HistoryModel, find_sources
 from recray.tracking.runs import Tracking
 
+pytestmark = pytest.mark.second
+
 T = 1_712_000_000
 
 
