@@ -66,6 +66,7 @@ _DATES = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%y"
 _WORDED_DATES = ("%d %b %Y", "%d-%b-%Y", "%b %d %Y", "%b %d, %Y", "%d%b%Y")
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", "T%H:%M:%S", ", %H:%M", ":%H:%M:%S")
 DECIMAL = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+DECIMAL_COMMA = r"^[+-]?\d+,\d+$"
 PATTERNS = tuple(date + clock for date in (*_DATES, *_WORDED_DATES) for clock in _CLOCKS)
 _ID_FORMS = {schema.USER_ID: "users", schema.ITEM_ID: "items"}
 
@@ -133,17 +134,25 @@ def read_sample(uri: str, setting: str) -> Sample:
     if not count:
         raise DataError(f"{uri} has no rows", "name a file with rows")
     rows = pa.concat_tables(tables, promote_options="permissive")
-    return Sample(uri, rows if files[0].format == "parquet" else _parse_text(rows))
+    return Sample(uri, rows if files[0].format == "parquet" else _parse_text(rows, uri))
 
 
-def _parse_text(rows: pa.Table) -> pa.Table:
-    """Rows of a text file: null words become null, and columns of numbers become numbers."""
+def _parse_text(rows: pa.Table, uri: str) -> pa.Table:
+    """Rows of a text file: null words become null, and columns of numbers become numbers.
+
+    Raises DataError for numbers with decimal commas.
+    """
     for position, name in enumerate(rows.column_names):
         if not pa.types.is_string(rows[name].type):
             continue
         text = pc.utf8_trim_whitespace(rows[name])
         text = pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text)
         known = pc.drop_null(text)
+        if len(known) and pc.all(pc.match_substring_regex(known, DECIMAL_COMMA)).as_py():
+            raise DataError(
+                f"{uri}: {name} has numbers with decimal commas, for example {known[0].as_py()!r}",
+                "write them with decimal points",
+            )
         for pattern, arrow_type in ((INTEGER, pa.int64()), (DECIMAL, pa.float64())):
             if len(known) and pc.all(pc.match_substring_regex(known, pattern)).as_py():
                 text = text.cast(arrow_type)
@@ -207,6 +216,11 @@ def _is_fit(log: Sample, column: str, name: str) -> bool:
 def _unknown_column(log: Sample, name: str, used: set[Any]) -> DataError:
     """The error for a user or item column that no name gives away, with candidates by their values."""
     rows = log.rows
+    if any(re.fullmatch(r"[\d.,:-]+", column) for column in rows.column_names):
+        return DataError(
+            f"{log.uri}: its first line looks like data, not like names: {', '.join(rows.column_names)}",
+            "write the names of the columns there, with a comma, semicolon, tab or | between them",
+        )
     candidates = []
     for column in rows.column_names:
         arrow_type = rows[column].type

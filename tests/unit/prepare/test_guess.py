@@ -176,6 +176,33 @@ def test_what_cannot_be_guessed_is_asked_for_and_no_file_is_left(tmp_path, heade
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log.csv"]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1::1193::5::978300760\n1::661::3::978302109\n", "first line looks like data"),
+        ("1,1193,5,978300760\n1,661,3,978302109\n", "first line looks like data"),
+        ("user_id;item_id;value;time\n1;2;2,50;2024-03-01\n1;3;1,25;2024-03-02\n", "decimal commas"),
+        ("user_id,item_id,time\n1,2,2024-03-01\n".encode("utf-16"), "UTF-16"),
+        ("user_id,user_id,time\n1,2,2024-03-01\n", "twice"),
+        ("", "empty"),
+        ("user_id,item_id,time\n", "no rows"),
+    ],
+)
+def test_a_file_that_is_no_log_is_named_with_the_fix(tmp_path, text, words):
+    path = tmp_path / "log.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=words) as error:
+        write_settings(tmp_path / "r.yaml", [], [str(path)])
+    assert error.value.fix and not (tmp_path / "r.yaml").exists()
+
+
+def test_a_byte_order_mark_and_quotes_are_read(tmp_path):
+    rows = [f'"{user}","{item}","{time:%Y-%m-%d %H:%M}"' for user, item, time in log()]
+    (tmp_path / "log.csv").write_text("\ufeff" + "\n".join(['"user id","item id","time"', *rows]))
+    write_settings(tmp_path / "r.yaml", [], [str(tmp_path / "log.csv")])
+    assert load_settings(tmp_path / "r.yaml").data.columns["user_id"] == "user id"
+
+
 def test_an_answer_to_the_question_is_enough(tmp_path):
     rows = [(user, item, "04/05/2024") for user, item, _ in log()]
     path = write_csv(tmp_path / "log.csv", ("who", "item_id", "time"), rows)
