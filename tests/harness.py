@@ -4,6 +4,7 @@ leaves; and waiting for events.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,10 +12,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
 import psutil
@@ -25,6 +27,9 @@ from processes import children, status, titled
 
 from recray.storage.lease import FAULT
 from recray.testing.cluster import Head
+
+if TYPE_CHECKING:
+    from recray.serving.service import Service
 
 STAGES = ("prepare", "train", "evaluate", "promote", "score", "report")
 BEFORE = {
@@ -364,3 +369,21 @@ def _assert_tracked(root: Path, uri: str) -> None:
     champion = json.loads((root / "RELEASE.json").read_text())["champion"]["run_key"]
     assert client.get_model_version_by_alias("recray", "champion").tags["recray.run_key"] == champion
     assert all("run_id" in json.loads(p.read_text()) for p in (root / "tracked").glob("[!.]*.json"))
+
+
+@contextlib.contextmanager
+def served(service: Service) -> Iterator[str]:
+    """The address of a service behind uvicorn, in a thread."""
+    import uvicorn
+
+    from recray.serving.http import create_app
+
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_for("the server", lambda: server.started, every_s=0.01, ended=lambda: not thread.is_alive())
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from harness import served
 
-from recray.config import Settings
+from recray.config import ScoreSettings, ServeSettings, Settings
+from recray.serving.service import Service
 from recray.serving.telemetry import METRICS
 from recray.testing.published import publish_synthetic
 from recray.tracking.runs import RUN_KEY, Tracking
@@ -144,8 +146,13 @@ def test_code_of_the_page_about_python_runs(tmp_path, capsys, monkeypatch):
     tracking.register(run, bundle, {RUN_KEY: bundle.name})
     tracking._client.set_registered_model_alias("recray", "champion", "1")
     monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow adds the code of the model
-    names = {"WORKSPACE": str(storage.root), "TRACKING": tracking.uri, "events": events}
-    shared = run_blocks("python.md", names)
+    service = Service(storage, ServeSettings(), ScoreSettings())
+    with served(service) as address:
+        names = {"WORKSPACE": str(storage.root), "TRACKING": tracking.uri}
+        names |= {"ADDRESS": address, "events": events}
+        shared = run_blocks("python.md", names)
+    service.close()
+    assert len(shared["response"]["items"]) == 5
     assert shared["lists"]["item_ids"].str.len().tolist() == [5, 5]
     assert len(shared["top"]) == 10 and len(shared["for_visitor"]) == 3 and len(shared["alike"]) == 3
     assert len(shared["scores"]) == 20 and len(shared["reasons"]) > 0 and len(shared["metrics"]) > 10

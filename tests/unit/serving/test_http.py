@@ -32,8 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
-from harness import DEADLINE_S, wait_for
+from harness import DEADLINE_S, served, wait_for
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
@@ -102,19 +101,6 @@ def handler(storage, synthetic_settings, tmp_path, request, timeout_s):
 def address(handler):
     with served(handler) as url:
         yield url
-
-
-@contextlib.contextmanager
-def served(handler):
-    server = uvicorn.Server(uvicorn.Config(create_app(handler), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_for("the server", lambda: server.started, every_s=0.01, ended=lambda: not thread.is_alive())
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def ask(address, path, body=None, raw=None):

@@ -1,0 +1,692 @@
+"""The endpoint's operations and their types. Written by `python -m recray.client.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Literal, Required, TypedDict
+
+
+class Event(TypedDict, total=False):
+    """A user's interaction with an item."""
+
+    item_id: Required[int | str]
+    timestamp: str | None
+    event: str | None
+    value: float
+
+
+class EventsRequest(TypedDict, total=False):
+    """New events of a user."""
+
+    user_id: Required[int | str]
+    events: Required[list[LoggedEvent]]
+    context: dict[str, str | int | bool]
+
+
+class EventsResponse(TypedDict, total=False):
+    """The event store has it on disk."""
+
+    kept: Required[int]
+    duplicates: Required[int]
+    conflicts: int
+    unknown: int
+    opted_out: int
+
+
+class FeedbackRequest(TypedDict, total=False):
+    """An outcome of a response."""
+
+    request_id: Required[str]
+    outcome: Required[str]
+    item_id: int | str | None
+    value: float
+    timestamp: str | None
+    feedback_id: str | None
+
+
+class FeedbackResponse(TypedDict, total=False):
+    """The event store has it on disk."""
+
+    kept: Required[bool]
+    set_aside: Required[bool]
+    notes: list[str]
+
+
+class FieldError(TypedDict, total=False):
+    """An invalid field. `field`: path in the request, such as body.history.0.item_id."""
+
+    field: Required[str]
+    problem: Required[str]
+
+
+class ForgetResponse(TypedDict, total=False):
+    """The opt-out is on disk: nothing of the user is kept or read from now on."""
+
+    new: Required[bool]
+    dropped: Required[int]
+
+
+class Health(TypedDict, total=False):
+    status: Required[Literal["ok"]]
+    as_of: Required[str | None]
+
+
+class HistoryRequest(TypedDict, total=False):
+    """The last events of a user."""
+
+    user_id: Required[int | str]
+    last: int
+
+
+class HistoryResponse(TypedDict, total=False):
+    """Oldest first."""
+
+    events: Required[list[KnownEvent]]
+    degraded: list[Literal["state", "model", "snapshot"]]
+
+
+class Item(TypedDict, total=False):
+    """A recommended item. `explain` adds `title`, `why` and `text`."""
+
+    item_id: Required[int | str]
+    score: Required[float]
+    title: str | None
+    why: list[Reason] | None
+    text: str | None
+
+
+class KnownEvent(TypedDict, total=False):
+    """An event of the history. `fresh`: the published run does not know it yet."""
+
+    item_id: Required[int | str | None]
+    title: Required[str | None]
+    event: Required[str]
+    timestamp: Required[str | None]
+    fresh: Required[bool]
+
+
+class LoggedEvent(TypedDict, total=False):
+    """An event for the event store."""
+
+    item_id: Required[int | str]
+    timestamp: str | None
+    event: str | None
+    value: float
+    event_id: str | None
+
+
+class ModelsResponse(TypedDict, total=False):
+    """The bundle, dataset and snapshot that serve."""
+
+    bundle: Required[str]
+    policy: str | None
+    bundle_digest: Required[str]
+    snapshot: Required[str]
+    dataset: Required[str]
+    as_of: Required[str]
+    users: Required[int | None]
+    items: Required[int]
+    privacy: Privacy | None
+    popular_only: bool
+    loaded_at: Required[str]
+    challenger: str | None
+    share: float
+    shadow: bool
+
+
+class Privacy(TypedDict, total=False):
+    """The guarantee of the bundle's training, for each user with all events."""
+
+    epsilon: Required[float]
+    epsilon_of_all_trainings: float | None
+    delta: Required[float]
+
+
+class Problem(TypedDict, total=False):
+    """Why a request was refused. `fix`: the next step."""
+
+    title: Required[str]
+    status: Required[int]
+    detail: Required[str]
+    fix: str
+    errors: list[FieldError]
+
+
+class Range(TypedDict, total=False):
+    """Numbers between two bounds, both included."""
+
+    min: int | float | None
+    max: int | float | None
+
+
+class Reason(TypedDict, total=False):
+    """An event that carried a recommendation. `share`: its share of the contributions of all events;
+    `attention`: its share of the attention.
+    """
+
+    item_id: Required[int | str]
+    event: Required[str]
+    timestamp: Required[str | None]
+    share: Required[float]
+    attention: Required[float]
+
+
+class RecommendRequest(TypedDict, total=False):
+    """A recommendation list for a user or a history."""
+
+    user_id: int | str | None
+    history: list[Event] | None
+    events: list[Event]
+    context: dict[str, str | int | bool]
+    now: str | None
+    users: list[int | str] | None
+    k: int
+    cursor: str | None
+    mode: Literal["auto", "batch", "realtime"]
+    controls: dict[str, float] | None
+    explain: bool
+    filter_seen: bool
+    allow: list[int | str] | None
+    deny: list[int | str]
+    where: dict[str, list[str | int | float | bool] | Range]
+
+
+class RecommendResponse(TypedDict, total=False):
+    """Items, best first. `source`: snapshot (batch recommendations), realtime (the model), popular
+    (popularity fallback).
+    """
+
+    request_id: Required[str]
+    as_of: Required[str]
+    bundle: Required[str]
+    degraded: list[Literal["state", "model", "snapshot"]]
+    policy: str | None
+    controls: dict[str, float] | None
+    source: Required[Literal["snapshot", "realtime", "popular"]]
+    items: Required[list[Item]]
+    cursor: str | None
+
+
+class ScoreRequest(TypedDict, total=False):
+    """Candidates to score."""
+
+    user_id: int | str | None
+    history: list[Event] | None
+    events: list[Event]
+    context: dict[str, str | int | bool]
+    now: str | None
+    items: Required[list[int | str]]
+
+
+class ScoreResponse(TypedDict, total=False):
+    """The candidates in the order of the request."""
+
+    request_id: Required[str]
+    as_of: Required[str]
+    bundle: Required[str]
+    degraded: list[Literal["state", "model", "snapshot"]]
+    source: Required[Literal["realtime", "popular"]]
+    items: Required[list[ScoredItem]]
+
+
+class ScoredItem(TypedDict, total=False):
+    item_id: Required[int | str]
+    score: Required[float | None]
+
+
+class SimilarRequest(TypedDict, total=False):
+    """Items that are similar to an item, by the cosine of their vectors."""
+
+    item_id: Required[int | str]
+    k: int
+
+
+class SimilarResponse(TypedDict, total=False):
+    """Most similar first; scores are cosines."""
+
+    request_id: Required[str]
+    as_of: Required[str]
+    bundle: Required[str]
+    degraded: list[Literal["state", "model", "snapshot"]]
+    items: Required[list[Item]]
+
+
+class UserResponse(TypedDict, total=False):
+    """The response for one of many users."""
+
+    request_id: Required[str]
+    as_of: Required[str]
+    bundle: Required[str]
+    degraded: list[Literal["state", "model", "snapshot"]]
+    policy: str | None
+    controls: dict[str, float] | None
+    source: Required[Literal["snapshot", "realtime", "popular"]]
+    items: Required[list[Item]]
+    cursor: str | None
+    user_id: Required[int | str]
+
+
+class UsersResponse(TypedDict, total=False):
+    """The responses for `users`, in their order."""
+
+    responses: Required[list[UserResponse]]
+
+
+class Operations:
+    """The operations of the endpoint, as methods that return when the response is there."""
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, repeatable: bool) -> Any:
+        raise NotImplementedError
+
+    def recommend(
+        self,
+        *,
+        user_id: int | str | None = None,
+        history: list[Event] | None = None,
+        events: list[Event] | None = None,
+        context: dict[str, str | int | bool] | None = None,
+        now: str | None = None,
+        users: list[int | str] | None = None,
+        k: int | None = None,
+        cursor: str | None = None,
+        mode: Literal["auto", "batch", "realtime"] | None = None,
+        controls: dict[str, float] | None = None,
+        explain: bool | None = None,
+        filter_seen: bool | None = None,
+        allow: list[int | str] | None = None,
+        deny: list[int | str] | None = None,
+        where: dict[str, list[str | int | float | bool] | Range] | None = None,
+    ) -> RecommendResponse | UsersResponse:
+        """Recommend items. For a user of the event log, a history in the request, an unknown user, or many
+        users at once. Scope: read.
+
+        user_id : a user of the event log; an unknown user gets the popularity fallback
+        history : the user's events, instead of the stored history
+        events : events after the stored history, for this response alone
+        context : context of the request: fields of data.context, as in the event log
+        now : query time; null: just after the as-of of the published run, or after the last event
+        users : many users at once, instead of user_id: the response has one for each in `responses`
+        k : how many items
+        cursor : page by page, without repeats: empty for the first page, then the last response's cursor;
+            null: a single page
+        mode : auto: the batch recommendations when nothing is new for the user, else the model now; batch:
+            the batch recommendations alone; realtime: the model
+        controls : attention controls, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; null:
+            as the policy decides, {}: no modulation
+        explain : return the past events that carried each recommendation, and their shares; costs several
+            passes of the model
+        filter_seen : seen-item filter: leave out the items of the history
+        allow : recommend only these items
+        deny : items that must not be recommended
+        where : columns of the item table: values of which an item must have one, or bounds
+        """
+        response: RecommendResponse | UsersResponse = self._call(
+            "POST",
+            "/v1/recommend",
+            {
+                "user_id": user_id,
+                "history": history,
+                "events": events,
+                "context": context,
+                "now": now,
+                "users": users,
+                "k": k,
+                "cursor": cursor,
+                "mode": mode,
+                "controls": controls,
+                "explain": explain,
+                "filter_seen": filter_seen,
+                "allow": allow,
+                "deny": deny,
+                "where": where,
+            },
+            repeatable=True,
+        )
+        return response
+
+    def score(
+        self,
+        *,
+        items: list[int | str],
+        user_id: int | str | None = None,
+        history: list[Event] | None = None,
+        events: list[Event] | None = None,
+        context: dict[str, str | int | bool] | None = None,
+        now: str | None = None,
+    ) -> ScoreResponse:
+        """Score candidates. The model's scores of candidate items. Scope: read.
+
+        items : the candidates
+        user_id : a user of the event log; an unknown user gets the popularity fallback
+        history : the user's events, instead of the stored history
+        events : events after the stored history, for this response alone
+        context : context of the request: fields of data.context, as in the event log
+        now : query time; null: just after the as-of of the published run, or after the last event
+        """
+        response: ScoreResponse = self._call(
+            "POST",
+            "/v1/score",
+            {
+                "items": items,
+                "user_id": user_id,
+                "history": history,
+                "events": events,
+                "context": context,
+                "now": now,
+            },
+            repeatable=True,
+        )
+        return response
+
+    def history(self, *, user_id: int | str, last: int | None = None) -> HistoryResponse:
+        """Read a user's history. The last events behind a user's recommendations, including those since the
+        published run. Scope: history.
+
+        user_id : a user of the event log
+        last : how many of the last events
+        """
+        response: HistoryResponse = self._call(
+            "POST", "/v1/history", {"user_id": user_id, "last": last}, repeatable=True
+        )
+        return response
+
+    def similar(self, *, item_id: int | str, k: int | None = None) -> SimilarResponse:
+        """Find similar items. The items with the most similar vectors. Scope: read.
+
+        item_id : the item to compare with
+        k : how many items
+        """
+        response: SimilarResponse = self._call(
+            "POST", "/v1/similar", {"item_id": item_id, "k": k}, repeatable=True
+        )
+        return response
+
+    def events(
+        self,
+        *,
+        user_id: int | str,
+        events: list[LoggedEvent],
+        context: dict[str, str | int | bool] | None = None,
+    ) -> EventsResponse:
+        """Log events of a user. On disk when it responds; the user's next recommendations include them.
+        Scope: write.
+
+        user_id : the user
+        events : oldest first
+        context : fields of data.context, as in the event log
+        """
+        response: EventsResponse = self._call(
+            "POST", "/v1/events", {"user_id": user_id, "events": events, "context": context}, repeatable=False
+        )
+        return response
+
+    def feedback(
+        self,
+        *,
+        request_id: str,
+        outcome: str,
+        item_id: int | str | None = None,
+        value: float | None = None,
+        timestamp: str | None = None,
+        feedback_id: str | None = None,
+    ) -> FeedbackResponse:
+        """Log an outcome of a response. On disk when it responds, after the response that it is about.
+        Scope: write.
+
+        request_id : of the response
+        outcome : click, purchase, skip …: `serve.outcomes` names them
+        item_id : the item of the response; null: the response as a whole
+        value : factor of the reward that `serve.outcomes` declares, from 0 to `serve.outcome_bound`
+        timestamp : when, UTC unless an offset is given; null: now
+        feedback_id : your id; a second outcome with the same id is not kept
+        """
+        response: FeedbackResponse = self._call(
+            "POST",
+            "/v1/feedback",
+            {
+                "request_id": request_id,
+                "outcome": outcome,
+                "item_id": item_id,
+                "value": value,
+                "timestamp": timestamp,
+                "feedback_id": feedback_id,
+            },
+            repeatable=False,
+        )
+        return response
+
+    def forget(self, user_id: int | str) -> ForgetResponse:
+        """Forget a user. From now on nothing is stored of the user, and responses are those of an unknown
+        user. `recray
+        forget` erases the user from files. Scope: admin.
+        """
+        response: ForgetResponse = self._call("DELETE", f"/v1/users/{user_id}", repeatable=False)
+        return response
+
+    def models(self) -> ModelsResponse:
+        """Show what is served. Bundle, dataset and snapshot of the responses. Scope: read."""
+        response: ModelsResponse = self._call("GET", "/v1/models", repeatable=True)
+        return response
+
+    def health(self) -> Health:
+        """Check that the replica is alive. Responds as long as the process runs."""
+        response: Health = self._call("GET", "/healthz", repeatable=True)
+        return response
+
+    def ready(self) -> Health:
+        """Check that all parts are available. 503 while batch recommendations or the event store are
+        unavailable. Fallbacks serve meanwhile, and
+        responses name the parts in `degraded`.
+        """
+        response: Health = self._call("GET", "/readyz", repeatable=True)
+        return response
+
+
+class AsyncOperations:
+    """The operations of the endpoint, as methods that are awaited."""
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, repeatable: bool) -> Any:
+        raise NotImplementedError
+
+    def recommend(
+        self,
+        *,
+        user_id: int | str | None = None,
+        history: list[Event] | None = None,
+        events: list[Event] | None = None,
+        context: dict[str, str | int | bool] | None = None,
+        now: str | None = None,
+        users: list[int | str] | None = None,
+        k: int | None = None,
+        cursor: str | None = None,
+        mode: Literal["auto", "batch", "realtime"] | None = None,
+        controls: dict[str, float] | None = None,
+        explain: bool | None = None,
+        filter_seen: bool | None = None,
+        allow: list[int | str] | None = None,
+        deny: list[int | str] | None = None,
+        where: dict[str, list[str | int | float | bool] | Range] | None = None,
+    ) -> Awaitable[RecommendResponse | UsersResponse]:
+        """Recommend items. For a user of the event log, a history in the request, an unknown user, or many
+        users at once. Scope: read.
+
+        user_id : a user of the event log; an unknown user gets the popularity fallback
+        history : the user's events, instead of the stored history
+        events : events after the stored history, for this response alone
+        context : context of the request: fields of data.context, as in the event log
+        now : query time; null: just after the as-of of the published run, or after the last event
+        users : many users at once, instead of user_id: the response has one for each in `responses`
+        k : how many items
+        cursor : page by page, without repeats: empty for the first page, then the last response's cursor;
+            null: a single page
+        mode : auto: the batch recommendations when nothing is new for the user, else the model now; batch:
+            the batch recommendations alone; realtime: the model
+        controls : attention controls, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; null:
+            as the policy decides, {}: no modulation
+        explain : return the past events that carried each recommendation, and their shares; costs several
+            passes of the model
+        filter_seen : seen-item filter: leave out the items of the history
+        allow : recommend only these items
+        deny : items that must not be recommended
+        where : columns of the item table: values of which an item must have one, or bounds
+        """
+        response: Awaitable[RecommendResponse | UsersResponse] = self._call(
+            "POST",
+            "/v1/recommend",
+            {
+                "user_id": user_id,
+                "history": history,
+                "events": events,
+                "context": context,
+                "now": now,
+                "users": users,
+                "k": k,
+                "cursor": cursor,
+                "mode": mode,
+                "controls": controls,
+                "explain": explain,
+                "filter_seen": filter_seen,
+                "allow": allow,
+                "deny": deny,
+                "where": where,
+            },
+            repeatable=True,
+        )
+        return response
+
+    def score(
+        self,
+        *,
+        items: list[int | str],
+        user_id: int | str | None = None,
+        history: list[Event] | None = None,
+        events: list[Event] | None = None,
+        context: dict[str, str | int | bool] | None = None,
+        now: str | None = None,
+    ) -> Awaitable[ScoreResponse]:
+        """Score candidates. The model's scores of candidate items. Scope: read.
+
+        items : the candidates
+        user_id : a user of the event log; an unknown user gets the popularity fallback
+        history : the user's events, instead of the stored history
+        events : events after the stored history, for this response alone
+        context : context of the request: fields of data.context, as in the event log
+        now : query time; null: just after the as-of of the published run, or after the last event
+        """
+        response: Awaitable[ScoreResponse] = self._call(
+            "POST",
+            "/v1/score",
+            {
+                "items": items,
+                "user_id": user_id,
+                "history": history,
+                "events": events,
+                "context": context,
+                "now": now,
+            },
+            repeatable=True,
+        )
+        return response
+
+    def history(self, *, user_id: int | str, last: int | None = None) -> Awaitable[HistoryResponse]:
+        """Read a user's history. The last events behind a user's recommendations, including those since the
+        published run. Scope: history.
+
+        user_id : a user of the event log
+        last : how many of the last events
+        """
+        response: Awaitable[HistoryResponse] = self._call(
+            "POST", "/v1/history", {"user_id": user_id, "last": last}, repeatable=True
+        )
+        return response
+
+    def similar(self, *, item_id: int | str, k: int | None = None) -> Awaitable[SimilarResponse]:
+        """Find similar items. The items with the most similar vectors. Scope: read.
+
+        item_id : the item to compare with
+        k : how many items
+        """
+        response: Awaitable[SimilarResponse] = self._call(
+            "POST", "/v1/similar", {"item_id": item_id, "k": k}, repeatable=True
+        )
+        return response
+
+    def events(
+        self,
+        *,
+        user_id: int | str,
+        events: list[LoggedEvent],
+        context: dict[str, str | int | bool] | None = None,
+    ) -> Awaitable[EventsResponse]:
+        """Log events of a user. On disk when it responds; the user's next recommendations include them.
+        Scope: write.
+
+        user_id : the user
+        events : oldest first
+        context : fields of data.context, as in the event log
+        """
+        response: Awaitable[EventsResponse] = self._call(
+            "POST", "/v1/events", {"user_id": user_id, "events": events, "context": context}, repeatable=False
+        )
+        return response
+
+    def feedback(
+        self,
+        *,
+        request_id: str,
+        outcome: str,
+        item_id: int | str | None = None,
+        value: float | None = None,
+        timestamp: str | None = None,
+        feedback_id: str | None = None,
+    ) -> Awaitable[FeedbackResponse]:
+        """Log an outcome of a response. On disk when it responds, after the response that it is about.
+        Scope: write.
+
+        request_id : of the response
+        outcome : click, purchase, skip …: `serve.outcomes` names them
+        item_id : the item of the response; null: the response as a whole
+        value : factor of the reward that `serve.outcomes` declares, from 0 to `serve.outcome_bound`
+        timestamp : when, UTC unless an offset is given; null: now
+        feedback_id : your id; a second outcome with the same id is not kept
+        """
+        response: Awaitable[FeedbackResponse] = self._call(
+            "POST",
+            "/v1/feedback",
+            {
+                "request_id": request_id,
+                "outcome": outcome,
+                "item_id": item_id,
+                "value": value,
+                "timestamp": timestamp,
+                "feedback_id": feedback_id,
+            },
+            repeatable=False,
+        )
+        return response
+
+    def forget(self, user_id: int | str) -> Awaitable[ForgetResponse]:
+        """Forget a user. From now on nothing is stored of the user, and responses are those of an unknown
+        user. `recray
+        forget` erases the user from files. Scope: admin.
+        """
+        response: Awaitable[ForgetResponse] = self._call("DELETE", f"/v1/users/{user_id}", repeatable=False)
+        return response
+
+    def models(self) -> Awaitable[ModelsResponse]:
+        """Show what is served. Bundle, dataset and snapshot of the responses. Scope: read."""
+        response: Awaitable[ModelsResponse] = self._call("GET", "/v1/models", repeatable=True)
+        return response
+
+    def health(self) -> Awaitable[Health]:
+        """Check that the replica is alive. Responds as long as the process runs."""
+        response: Awaitable[Health] = self._call("GET", "/healthz", repeatable=True)
+        return response
+
+    def ready(self) -> Awaitable[Health]:
+        """Check that all parts are available. 503 while batch recommendations or the event store are
+        unavailable. Fallbacks serve meanwhile, and
+        responses name the parts in `degraded`.
+        """
+        response: Awaitable[Health] = self._call("GET", "/readyz", repeatable=True)
+        return response
