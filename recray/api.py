@@ -33,11 +33,12 @@ from recray.prepare.formats import to_plain_type
 from recray.prepare.prepare import prepare, run_in_process
 from recray.prepare.times import OUT_OF_RANGE, TimeRule, extract_numbers, infer_unit
 from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest
-from recray.serving.query import resolve_query
+from recray.serving.query import admit_request, resolve_query
 from recray.serving.ranking import ModelInput, bind_query, rank_inputs, rank_similar_items
 from recray.serving.state import ServingState, load_without_lists
 from recray.stages import JobResult, ProgressLog
 from recray.storage import Storage
+from recray.storage.opt_out import OptOut
 
 BATCH = 256  # users of one pass of the model
 Split = Literal["time", "leave_one_out", "random"]
@@ -45,11 +46,13 @@ Split = Literal["time", "leave_one_out", "random"]
 
 class Recommender:
     """The model bundle that a workspace serves, with the histories of its last run. Open it with
-    `open_recommender`. It never changes: a later nightly run needs another one.
+    `open_recommender`. It never changes: a later nightly run needs another one. Users who opted out
+    (`recray forget`) are unknown users.
     """
 
     def __init__(self, state: ServingState) -> None:
         self._state = state
+        self._opt_out_list = OptOut.of(state.dataset.path.parent.parent, None)
 
     def __repr__(self) -> str:
         return f"<recray.Recommender {self.name}, {self.as_of}, {len(self.items):,} items>"
@@ -204,6 +207,7 @@ class Recommender:
             inputs: list[ModelInput] = []
             for request, user in batch:
                 request = request.model_copy(update={"events": sent.get(user, [])})
+                request = admit_request(request, self._state, self._opt_out_list)
                 model_input = bind_query(resolve_query(request, self._state), self._state)
                 if explain:
                     model_input = model_input.explaining(model_input.candidates or ())

@@ -15,6 +15,7 @@ from recray.serving.api import RecommendRequest
 from recray.serving.query import resolve_query
 from recray.serving.ranking import bind_query, rank_inputs
 from recray.serving.state import ServingState
+from recray.storage.opt_out import OptOut
 from recray.testing.published import publish_untrained
 
 pytestmark = pytest.mark.second
@@ -56,7 +57,7 @@ def test_recommendations_are_those_of_the_endpoint(storage, model, body, argumen
         (expected,) = rank_inputs([bind_query(query, state)])
         own = table.filter(pa.compute.equal(table["user_id"], user))
         assert [item for item, _ in rows_of(own)] == [item for item, _ in expected.items]
-        np.testing.assert_allclose(own["score"], [score for _, score in expected.items], rtol=1e-5)
+        np.testing.assert_allclose(own["score"], [score for _, score in expected.items], rtol=1e-5, atol=1e-6)
         assert own["rank"].to_pylist() == list(range(1, len(own) + 1))
 
 
@@ -102,13 +103,26 @@ def test_scores_similar_items_and_reasons(model):
     top = model.recommend([7], k=3)
     items = top["item_id"].to_pylist()
     scores = model.score([7], [*items, "no such item"])
-    np.testing.assert_allclose(scores["score"].to_pylist()[:3], top["score"].to_pylist(), rtol=1e-5)
+    np.testing.assert_allclose(
+        scores["score"].to_pylist()[:3], top["score"].to_pylist(), rtol=1e-5, atol=1e-6
+    )
     assert scores["score"][3].as_py() is None
     alike = model.similar(items[:2], k=4)
     assert len(alike) == 8 and alike["rank"].to_pylist() == [1, 2, 3, 4] * 2
     assert all(item != other for item, other in zip(*alike.select([0, 2]).to_pydict().values(), strict=True))
     reasons = model.explain([7], items[:1])
     assert 0 < len(reasons) <= 3 and 0 < sum(reasons["share"].to_pylist()) <= 1.001
+
+
+def test_users_who_opted_out_are_unknown_users(storage, model):
+    before = model.recommend([7], k=3)
+    opt_out_list = OptOut.of(storage.root)
+    opt_out_list.add("7")
+    try:
+        after = recray.open_recommender(storage.root).recommend([7], k=3)
+    finally:
+        opt_out_list.path.unlink()
+    assert before["source"][0].as_py() == "realtime" and after["source"][0].as_py() == "popular"
 
 
 @pytest.mark.parametrize(
