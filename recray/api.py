@@ -33,7 +33,7 @@ from recray.prepare.formats import to_plain_type
 from recray.prepare.prepare import prepare, run_in_process
 from recray.prepare.times import OUT_OF_RANGE, TimeRule, extract_numbers, infer_unit
 from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest
-from recray.serving.query import admit_request, resolve_query
+from recray.serving.query import has_opted_out, resolve_query
 from recray.serving.ranking import ModelInput, bind_query, rank_inputs, rank_similar_items
 from recray.serving.state import ServingState, load_without_lists
 from recray.stages import JobResult, ProgressLog
@@ -206,8 +206,10 @@ class Recommender:
         while batch := list(itertools.islice(pairs, BATCH)):
             inputs: list[ModelInput] = []
             for request, user in batch:
-                request = request.model_copy(update={"events": sent.get(user, [])})
-                request = admit_request(request, self._state, self._opt_out_list)
+                changes: dict[str, Any] = {"events": sent.get(user, [])}
+                if has_opted_out(user, self._state, self._opt_out_list):
+                    changes["user_id"] = None
+                request = request.model_copy(update=changes)
                 model_input = bind_query(resolve_query(request, self._state), self._state)
                 if explain:
                     model_input = model_input.explaining(model_input.candidates or ())
