@@ -6,6 +6,7 @@ Each component becomes a TypedDict, each operation a method of `Operations` and 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from typing import Any, Literal, Required, TypedDict
+from urllib.parse import quote
 '''
 
 
@@ -92,7 +94,10 @@ def _to_method(
     texts += [""] if any("description" in schema for _, schema in fields) else []
     texts += [f"{field} : {schema['description']}" for field, schema in fields if "description" in schema]
     lines += _to_docstring("\n".join(texts), 8)
-    target = f'f"{path}"' if in_path else f'"{path}"'
+    target = f'"{path}"'
+    if in_path:
+        quoted = re.sub(r"{(\w+)}", r"{quote(str(\1), safe='')}", path)
+        target = f'f"{quoted}"'
     pairs = ", ".join(f'"{field}": {field}' for field, _ in fields)
     sent = f", {{{pairs}}}" if fields else ""
     repeatable = bool(REPEATABLE & set(operation["tags"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from typing import Any, Literal, Required, TypedDict
+from urllib.parse import quote
 
 
 class Event(TypedDict, total=False):
@@ -460,7 +461,9 @@ class Operations:
         user. `recray
         forget` erases the user from files. Scope: admin.
         """
-        response: ForgetResponse = self._call("DELETE", f"/v1/users/{user_id}", repeatable=False)
+        response: ForgetResponse = self._call(
+            "DELETE", f"/v1/users/{quote(str(user_id), safe='')}", repeatable=False
+        )
         return response
 
     def models(self) -> ModelsResponse:
@@ -670,7 +673,9 @@ class AsyncOperations:
         user. `recray
         forget` erases the user from files. Scope: admin.
         """
-        response: Awaitable[ForgetResponse] = self._call("DELETE", f"/v1/users/{user_id}", repeatable=False)
+        response: Awaitable[ForgetResponse] = self._call(
+            "DELETE", f"/v1/users/{quote(str(user_id), safe='')}", repeatable=False
+        )
         return response
 
     def models(self) -> Awaitable[ModelsResponse]:

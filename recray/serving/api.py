@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from recray.dataset.schema import LONGEST_ID
+from recray.serving.cursor import MOST_LETTERS
 from recray.serving.problems import Problem
 
 Text = Annotated[str, StringConstraints(max_length=200)]
@@ -133,7 +134,7 @@ class RecommendRequest(_BaseRequest):
         description="many users at once, instead of user_id: the response has one for each in `responses`",
     )
     k: int = Field(10, ge=1, le=MAX_K, description="how many items")
-    cursor: Annotated[str, StringConstraints(max_length=1 << 16)] | None = Field(
+    cursor: Annotated[str, StringConstraints(max_length=MOST_LETTERS)] | None = Field(
         None,
         description="page by page, without repeats: empty for the first page, then the last response's "
         "cursor; null: a single page",
@@ -170,9 +171,9 @@ class RecommendRequest(_BaseRequest):
         if self.users is not None:
             sent = {
                 "cursor": self.cursor is not None,
-                "user_id": self.user_id,
-                "history": self.history,
-                "events": self.events,
+                "user_id": self.user_id is not None,
+                "history": self.history is not None,
+                "events": bool(self.events),
                 "explain": self.explain,
             }
             if alone := [name for name, value in sent.items() if value]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 Q = TypeVar("Q")  # query
@@ -19,15 +19,14 @@ class BusyError(Exception):
     """The queue is full."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
-    """A request's place in the queue, for all its queries: while one of them is queued, it takes one place.
+    """A request's place in a queue, for all its queries: while one of them is queued, it takes one place.
 
-    is_admitted : whether it had a place; then it is not refused any more
+    admitted_by : queues in which it had a place; these do not refuse it any more
     """
 
-    queued: int = 0
-    is_admitted: bool = False
+    admitted_by: set[int] = field(default_factory=set)
 
 
 TICKET: ContextVar[Ticket | None] = ContextVar("TICKET", default=None)
@@ -64,7 +63,7 @@ class Batcher(Generic[Q, R]):
         self._run, self._on_batch = run, on_batch
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._queue: deque[_QueuedQuery[Q, R]] = deque()
-        self._places = 0
+        self._tickets = Counter[Ticket]()  # queued queries of each request
         self._ready = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._run_batches, name="recray-model", daemon=True)
@@ -73,18 +72,18 @@ class Batcher(Generic[Q, R]):
     @property
     def waiting(self) -> int:
         """Number of requests with a queued query."""
-        return self._places
+        return len(self._tickets)
 
     async def submit(self, query: Q) -> R:
         """The result of a query. Raises BusyError, and the errors of `run`."""
         loop, ticket = asyncio.get_running_loop(), TICKET.get() or Ticket()
         queued: _QueuedQuery[Q, R] = _QueuedQuery(query, loop, loop.create_future(), ticket)
         with self._ready:
-            if not ticket.is_admitted and self._places >= self._max_waiting:
+            if id(self) not in ticket.admitted_by and len(self._tickets) >= self._max_waiting:
                 raise BusyError
             self._queue.append(queued)
-            self._places += ticket.queued == 0
-            ticket.queued, ticket.is_admitted = ticket.queued + 1, True
+            self._tickets[ticket] += 1
+            ticket.admitted_by.add(id(self))
             self._ready.notify()
         return await queued.result
 
@@ -101,9 +100,7 @@ class Batcher(Generic[Q, R]):
                 while self._open and not self._queue:
                     self._ready.wait()
                 batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
-                for queued in batch:
-                    queued.ticket.queued -= 1
-                    self._places -= queued.ticket.queued == 0
+                self._tickets -= Counter(queued.ticket for queued in batch)
             if not batch:
                 return
             batch = [queued for queued in batch if not queued.result.cancelled()]

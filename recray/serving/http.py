@@ -134,7 +134,7 @@ def _add_event_store_routes(api: FastAPI, service: Service) -> None:
         """On disk when it responds, after the response that it is about."""
         return await service.intake.feedback(request)
 
-    @api.delete("/v1/users/{user_id}", summary="Forget a user", tags=tags)
+    @api.delete("/v1/users/{user_id:path}", summary="Forget a user", tags=tags)
     async def forget(user_id: str) -> ForgetResponse:
         """From now on nothing is stored of the user, and responses are those of an unknown user. `recray
         forget` erases the user from files.

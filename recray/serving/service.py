@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,9 +140,16 @@ class Service:
         """Recommend items. Raises RequestError for an invalid request, UnavailableError where no source can
         respond.
         """
+        response, record = await self._respond(request)
+        record()
+        return response
+
+    async def _respond(self, request: RecommendRequest) -> tuple[RecommendResponse, Callable[[], None]]:
+        """A response, and what records it once it is sent."""
         started, deployment = time.monotonic(), self.deployments.current
         request = admit_request(request, deployment.state, self.opt_out_list)
-        shown = [] if request.cursor is None else decode_cursor(request.cursor, request.user_id)
+        owner = deployment.state.to_user_name(request.user_id)
+        shown = [] if request.cursor is None else decode_cursor(request.cursor, owner)
         if shown:
             request = request.model_copy(update={"deny": [*request.deny, *shown]})
         new_entries, unavailable = await self._read_new_entries(request, deployment.state)
@@ -156,13 +163,16 @@ class Service:
         response = to_response(ranking, deployment, unavailable)
         if request.cursor is not None and len(response.items) == request.k:
             shown += [item.item_id for item in response.items]
-            response.cursor = encode_cursor(request.user_id, shown)
+            response.cursor = encode_cursor(owner, shown)
 
         if request.explain and response.items and "model" not in response.degraded:
             await self._add_reasons(response, query, ranking)
-        self._record(response, query, route, ranking, deployment, started)
-        self.shadow.mirror_query(response, query, ranking, deployment)
-        return response
+
+        def record() -> None:
+            self._record(response, query, route, ranking, deployment, started)
+            self.shadow.mirror_query(response, query, ranking, deployment)
+
+        return response, record
 
     async def recommend_users(self, request: RecommendRequest) -> UsersResponse:
         """Recommend items to each of `users`: as many at once as the model ranks in a batch, with one place
@@ -170,15 +180,21 @@ class Service:
         """
         TICKET.set(Ticket())  # of this request's task, and of those that it starts
         all_users, size = request.users or [], self.options.max_batch
-        responses: list[UserResponse] = []
+        responses, records = list[UserResponse](), list[Callable[[], None]]()
         for first in range(0, len(all_users), size):
             users = all_users[first : first + size]
             requests = [request.model_copy(update={"user_id": user, "users": None}) for user in users]
-            done = await asyncio.gather(*map(self.recommend, requests))
-            responses += [
-                UserResponse.model_construct(**response.__dict__, user_id=user)
-                for user, response in zip(users, done, strict=True)
-            ]
+            tasks = [asyncio.create_task(self._respond(each)) for each in requests]
+            try:
+                done = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            for user, (response, record) in zip(users, done, strict=True):
+                responses.append(UserResponse.model_construct(**response.__dict__, user_id=user))
+                records.append(record)
+        for record in records:  # a list that nobody gets is no impression
+            record()
         return UsersResponse.model_construct(responses=responses)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:

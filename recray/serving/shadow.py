@@ -10,6 +10,7 @@ from typing import Any
 
 from recray.errors import PartUnavailableError, RecrayError
 from recray.serving.api import Part, RecommendResponse
+from recray.serving.batching import TICKET
 from recray.serving.deployment import Deployment
 from recray.serving.experiment import Experiment
 from recray.serving.query import Query
@@ -53,6 +54,7 @@ class ShadowTraffic:
         champion: Mapping[str, Any] | None,
     ) -> None:
         """Record the challenger's response to a query, with the measurements of the champion's model."""
+        TICKET.set(None)  # it waits for itself, not with the request
         started, ranked, degraded = time.monotonic(), RankedItems([], "realtime"), list[Part]()
         with contextlib.suppress(RecrayError):
             model_input = bind_query(query, challenger)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
+import re
 
+import numpy as np
 import pytest
 from harness import served
 
@@ -60,6 +63,11 @@ def test_each_operation(address):
         clicked = {"request_id": response["request_id"], "outcome": "click", "item_id": items[0]}
         assert client.feedback(**clicked)["kept"]
         assert client.forget("11")["new"]
+        assert len(client.history(user_id=5, last=3)["events"]) > 0
+        for odd in ("5#x", "5?x=1", "5/x", "a b%2F"):  # of nobody else
+            with pytest.raises(RequestError, match=re.escape(repr(odd))):
+                client.forget(odd)
+        assert len(client.history(user_id=5, last=3)["events"]) > 0
 
 
 def test_awaited_operations_give_the_same(address):
@@ -107,6 +115,24 @@ def test_an_endpoint_that_is_not_there_is_named(number, monkeypatch):
     (port,) = free_ports(1)
     with pytest.raises(UnavailableError, match=f"127.0.0.1:{port} does not respond"):
         both(lambda client: client.models())[number](f"http://127.0.0.1:{port}", repeats=1)
+
+
+def test_numbers_of_numpy_and_times_are_sent_and_what_is_no_json_is_named(address):
+    with Client(address) as client:
+        moment = dt.datetime(2024, 6, 1, tzinfo=dt.UTC)
+        plain = client.recommend(user_id=7, k=3, now="2024-06-01T00:00:00Z")["items"]
+        assert client.recommend(user_id=np.int64(7), k=3, now=moment)["items"] == plain
+        for value, words in ((float("nan"), "JSON"), (object(), "object is not JSON")):
+            with pytest.raises(RequestError, match=words):
+                client.recommend(user_id=7, context={"device": value})
+    with pytest.raises(RequestError, match="is no address"):
+        Client("127.0.0.1:8000")
+    with pytest.raises(RequestError, match="not open"):
+        asyncio.run(_ask_closed(address))
+
+
+async def _ask_closed(address):
+    await AsyncClient(address).models()
 
 
 def test_a_key_opens_what_it_may(storage, synthetic_settings, tmp_path):

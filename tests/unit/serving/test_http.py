@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +59,7 @@ from recray.serving.api import (
     SimilarRequest,
 )
 from recray.serving.batching import TICKET, Batcher, BusyError, Ticket
-from recray.serving.cursor import decode_cursor
+from recray.serving.cursor import decode_cursor, encode_cursor
 from recray.serving.deployment import Deployments
 from recray.serving.guard import draw_key
 from recray.serving.http import create_app
@@ -967,6 +969,7 @@ def test_many_users_in_one_call_get_what_each_would_get(address, mode):
     [
         ({"users": [7], "user_id": 7}, "not together with user_id"),
         ({"users": [7], "history": [{"item_id": "a"}], "explain": True}, "history, explain"),
+        ({"users": [7], "user_id": 0}, "not together with user_id"),
         ({"users": []}, "at least 1 item"),
         ({"users": list(range(1001))}, "at most 1000 items"),
         ({"users": [1.5]}, "users"),
@@ -1005,12 +1008,62 @@ def test_pages_repeat_nothing_after_another_run_was_published(handler, address, 
     assert len(ids(second)) == 5 and not set(ids(first)) & set(ids(second))
 
 
+NESTED = base64.urlsafe_b64encode(zlib.compress(b"[" * 100_000 + b"]" * 100_000)).decode()
+
+
+def test_a_cursor_is_of_the_user_however_the_id_is_written(address):
+    cursor = good(address, "/v1/recommend", {**USER, "cursor": ""})["cursor"]
+    assert good(address, "/v1/recommend", {"user_id": "7", "k": 5, "cursor": cursor})["items"]
+
+
+def test_a_cursor_that_would_be_too_long_is_not_given():
+    ids = [f"{random.Random(n).getrandbits(256):064x}" for n in range(1900)]
+    assert encode_cursor("u", ids[:50]) is not None and encode_cursor("u", ids) is None
+
+
+def test_a_call_for_many_users_that_fails_records_nothing(handler, monkeypatch):
+    calls, inner = [], handler.ranker.rank
+
+    async def rank(query, *arguments):
+        calls.append(query)
+        if len(calls) == 40:
+            raise UnavailableError("busy", "later")
+        return await inner(query, *arguments)
+
+    recorded = []
+    monkeypatch.setattr(handler.ranker, "rank", rank)
+    monkeypatch.setattr(handler.recorder, "record_impression", lambda *_: recorded.append(1))
+
+    async def ask_all():
+        with pytest.raises(UnavailableError):
+            await handler.recommend_users(RecommendRequest(users=list(range(60)), k=3))
+        await asyncio.sleep(0.05)
+
+    asyncio.run(ask_all())
+    assert recorded == []
+
+
+def test_two_queues_give_their_places_back():
+    async def talk():
+        first, second = (Batcher(lambda queries: list(queries), 4, 2) for _ in range(2))
+        for _ in range(5):
+            TICKET.set(Ticket())
+            await asyncio.gather(*(queue.submit(n) for n in range(3) for queue in (first, second)))
+        left = first.waiting, second.waiting
+        first.close()
+        second.close()
+        return left
+
+    assert asyncio.run(talk()) == (0, 0)
+
+
 def test_a_cursor_of_somebody_else_or_of_nobody_is_refused(address):
     cursor = good(address, "/v1/recommend", {**USER, "cursor": ""})["cursor"]
     for body, words in (
         ({"user_id": 8, "cursor": cursor}, "another user"),
         ({**USER, "cursor": cursor[:-4]}, "not one of this endpoint"),
         ({**USER, "cursor": "%%%"}, "not one of this endpoint"),
+        ({**USER, "cursor": NESTED}, "not one of this endpoint"),
         ({"users": [7], "cursor": ""}, "not together with cursor"),
     ):
         status, problem = ask(address, "/v1/recommend", body)
@@ -1023,7 +1076,7 @@ def test_a_cursor_of_somebody_else_or_of_nobody_is_refused(address):
 def test_no_text_is_a_cursor_by_chance(text):
     assume(text)
     with pytest.raises(RequestError):
-        decode_cursor(text, 7)
+        decode_cursor(text, "7")
 
 
 def test_many_users_take_one_place_in_the_queue():
