@@ -18,6 +18,7 @@ from recray.prepare.guess import Guess, guess_settings
 from recray.prepare.prepare import inspect_input
 
 TEMPLATES = ("shop", "news", "video")
+MOST_LETTERS = 200  # of a reason
 HEADING = """recray nightly --config {path}
 Settings to decide first. `recray settings` prints all others with their defaults.
 Override any on the command line: train.epochs=3"""
@@ -129,4 +130,5 @@ def _render(guesses: Sequence[Guess], heading: str, template: dict[str, dict[str
 def _line(name: str, value: Any, reason: str) -> str:
     dumped = yaml.safe_dump({name: value}, default_flow_style=None, width=10_000, allow_unicode=True).strip()
     text = dumped[1:-1] if dumped.startswith("{") else dumped
-    return f"{text}  # {' '.join(reason.split())}" if reason else text
+    reason = "".join(letter if letter.isprintable() else " " for letter in reason)
+    return f"{text}  # {' '.join(reason.split())[:MOST_LETTERS]}" if reason else text

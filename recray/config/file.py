@@ -179,12 +179,18 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Overrides as setting -> value, `data.columns.user_id` -> the name of a column. Raises SettingsError."""
-    content: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for override in overrides:
+        content: dict[str, Any] = {}
         _apply_override(content, override)
-    values = {f"{section}.{name}": value for section in content for name, value in content[section].items()}
-    columns = values.pop("data.columns", {})
-    return values | {f"data.columns.{name}": column for name, column in columns.items()}
+        name, value = override.partition("=")[0], content
+        for part in name.split("."):
+            value = value[part]
+        if name == "data.columns" and isinstance(value, dict):
+            values |= {f"data.columns.{column}": given for column, given in value.items()}
+        else:
+            values[name] = value
+    return values
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

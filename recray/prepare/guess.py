@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from recray.dataset import schema
 from recray.errors import DataError
 from recray.prepare.files import list_files
-from recray.prepare.formats import INTEGER, NULL_IDS, NULL_WORDS, open_file
+from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, open_file
 from recray.prepare.sources import is_blank
 from recray.prepare.texts import parse_list
 from recray.prepare.times import MIN_SHARE, TimeRule, extract_numbers, infer_unit, parse_pattern
@@ -27,6 +27,8 @@ from recray.prepare.times import MIN_SHARE, TimeRule, extract_numbers, infer_uni
 SAMPLE_ROWS = 200_000  # rows of a table that are looked at
 MAX_CATEGORIES = 1_000  # text with more values is no category
 MANY_REPEATS = 0.1  # share of events that repeat an item, above which lists repeat items too
+MANY_LISTS = 0.2  # share of texts with a separator, above which they are lists
+SHORT_PART = 20  # letters of a part of such a list
 FEW_CHOICES = 50  # event types are fewer
 FEW_NUMBERS = 20  # whole numbers with so few values are codes
 
@@ -53,21 +55,29 @@ NAMES = {
         "basket basketid orderid order invoiceno invoice invoiceid transactionid receiptid receipt cartid"
     ),
     schema.EVENT_ID: "eventid",
+    schema.POSITION: "position ordernumber sequence sequencenumber seq step",
 }
 """Our name of a column -> the names that logs give it, likeliest first, in small letters and digits."""
 
 AVAILABLE_NAMES = (
-    "availablefrom released releasedate released published publishedat publishdate publicationdate"
+    "availablefrom creationtimestamp createdat created launchdate released releasedate published "
+    "publishedat publishdate publicationdate"
 )
+RECBOLE_KINDS = {"token": "categorical", "token_seq": "text", "float": "numeric"}
+"""Type in a column's name, as RecBole writes it -> kind of feature."""
+
 REWARDS = {"purchase": 5.0, "buy": 5.0, "order": 5.0, "transaction": 5.0, "cart": 2.0, "addtocart": 2.0}
 """Reward of an event type in `serve.outcomes`; any other has 1."""
 
 _DATES = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%y", "%m/%d/%y", "%d.%m.%y")
 _WORDED_DATES = ("%d %b %Y", "%d-%b-%Y", "%b %d %Y", "%b %d, %Y", "%d%b%Y")
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", "T%H:%M:%S", ", %H:%M", ":%H:%M:%S")
-DECIMAL = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-DECIMAL_COMMA = r"^[+-]?\d+,\d+$"
+WHOLE = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"  # also as pandas writes whole numbers
+DECIMAL = r"^[+-]?(0|[1-9]\d{0,14})?(\.\d+)?$"
 PATTERNS = tuple(date + clock for date in (*_DATES, *_WORDED_DATES) for clock in _CLOCKS)
+QUANTITIES = ("quantity", "qty")
+"""Values below 0 of these are returns."""
+
 _ID_FORMS = {schema.USER_ID: "users", schema.ITEM_ID: "items"}
 
 
@@ -102,17 +112,27 @@ def guess_settings(events: str, items: str | None, given: Mapping[str, Any]) -> 
         for name, value in given.items()
         if name.startswith("data.columns.")
     }
-    for guess in _guess_columns(log, columns):
+    for guess in _guess_columns(log, columns, has_unit="data.time_unit" in given):
         columns[guess.setting.removeprefix("data.columns.")] = guess.value
         guesses.append(guess)
     guesses += _guess_times(log, columns, given)
     guesses += _guess_rows(log, columns)
     if items is not None:
-        guesses.append(Guess("data.items", str(_absolute(items)), ""))
-        guesses += _guess_features(read_sample(items, "data.items"), columns[schema.ITEM_ID])
+        table = read_sample(items, "data.items")
+        features = list(_guess_features(table, columns[schema.ITEM_ID]))
+        used = {guess.setting.removeprefix("data.features.") for guess in features}
+        used |= {columns[schema.ITEM_ID], schema.ITEM_ID, *(str(guess.value) for guess in features)}
+        left = [name for name in table.rows.column_names if name not in used]
+        note = f"not used: {', '.join(left)}" if left else ""
+        guesses += [Guess("data.items", str(_absolute(items)), note), *features]
     guesses += _guess_repeats(log, columns)
     guesses += _guess_outcomes(log, columns)
-    return [guess for guess in guesses if guess.setting not in given]
+    decided = tuple(given)
+    return [
+        guess
+        for guess in guesses
+        if guess.setting not in given and not guess.setting.startswith(tuple(f"{name}." for name in decided))
+    ]
 
 
 def read_sample(uri: str, setting: str) -> Sample:
@@ -133,30 +153,36 @@ def read_sample(uri: str, setting: str) -> Sample:
             break
     if not count:
         raise DataError(f"{uri} has no rows", "name a file with rows")
-    rows = pa.concat_tables(tables, promote_options="permissive")
-    return Sample(uri, rows if files[0].format == "parquet" else _parse_text(rows, uri))
+    rows = _concat(tables)
+    return Sample(uri, rows if files[0].format == "parquet" else _parse_text(rows))
 
 
-def _parse_text(rows: pa.Table, uri: str) -> pa.Table:
-    """Rows of a text file: null words become null, and columns of numbers become numbers.
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    """Tables of several files as one; a column is text where its types do not fit together."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        for name in {name for table in tables for name in table.column_names}:
+            for number, table in enumerate(tables):
+                position = table.schema.get_field_index(name)
+                if position >= 0 and not pa.types.is_nested(table[name].type):
+                    text = table[name].cast(pa.string())
+                    tables[number] = table.set_column(position, name, text)
+        return pa.concat_tables(tables, promote_options="permissive")
 
-    Raises DataError for numbers with decimal commas.
-    """
+
+def _parse_text(rows: pa.Table) -> pa.Table:
+    """Rows of a text file: null words become null, and columns of numbers become numbers."""
     for position, name in enumerate(rows.column_names):
         if not pa.types.is_string(rows[name].type):
             continue
         text = pc.utf8_trim_whitespace(rows[name])
         text = pc.if_else(pc.is_in(text, pa.array(NULL_WORDS)), pa.scalar(None, pa.string()), text)
         known = pc.drop_null(text)
-        if len(known) and pc.all(pc.match_substring_regex(known, DECIMAL_COMMA)).as_py():
-            raise DataError(
-                f"{uri}: {name} has numbers with decimal commas, for example {known[0].as_py()!r}",
-                "write them with decimal points",
-            )
-        for pattern, arrow_type in ((INTEGER, pa.int64()), (DECIMAL, pa.float64())):
-            if len(known) and pc.all(pc.match_substring_regex(known, pattern)).as_py():
-                text = text.cast(arrow_type)
-                break
+        if len(known) and pc.all(pc.match_substring_regex(known, WHOLE)).as_py():
+            text = pc.replace_substring_regex(text, POINT_ZERO, "").cast(pa.int64())
+        elif len(known) and pc.all(pc.match_substring_regex(known, DECIMAL)).as_py():
+            text = text.cast(pa.float64())
         rows = rows.set_column(position, name, text)
     return rows
 
@@ -177,32 +203,68 @@ def _find_named(sample: Sample, names: str) -> list[str]:
     return sorted(named, key=lambda name: order[_normalize(name)])
 
 
-def _guess_columns(log: Sample, known: Mapping[str, Any]) -> Iterator[Guess]:
-    """The mapping `data.columns`. A column serves once."""
+def _guess_columns(log: Sample, known: Mapping[str, Any], *, has_unit: bool) -> Iterator[Guess]:
+    """The mapping `data.columns`. A column serves once.
+
+    has_unit : whether the user said how times are written
+    """
     used = set(known.values())
     for name, names in NAMES.items():
         if name in known:
             continue
-        candidates = [column for column in _find_named(log, names) if column not in used]
-        candidates = [column for column in candidates if _is_fit(log, column, name)]
-        if not candidates:
-            if name in _ID_FORMS:
-                raise _unknown_column(log, name, used)
+        named = [column for column in _find_named(log, names) if column not in used]
+        fit = [column for column in named if _is_fit(log, column, name)]
+        if name == schema.TIMESTAMP and named and has_unit:
+            fit = named
+        if not fit and name == schema.TIMESTAMP:
+            only = _find_time(log, named, used)
+            fit = [only] if only else []
+        if not fit and name in _ID_FORMS:
+            raise _unknown_column(log, name, used)
+        if not fit:
             continue
-        column, *others = candidates
+        column = fit[0]
         used.add(column)
+        others = [other for other in named if other != column]
         yield Guess(f"data.columns.{name}", column, _describe_column(log, column, others))
-    if schema.TIMESTAMP not in known and not any(
-        _is_fit(log, column, schema.TIMESTAMP) for column in _find_named(log, NAMES[schema.TIMESTAMP])
-    ):
-        times = [c for c in log.rows.column_names if c not in used and _is_fit(log, c, schema.TIMESTAMP)]
-        if times:
-            yield Guess(f"data.columns.{schema.TIMESTAMP}", times[0], "the only column of times")
+
+
+def _find_time(log: Sample, named: list[str], used: set[Any]) -> str | None:
+    """The one column of times, whatever its name; None where there is none. Raises DataError where the choice
+    is not clear, or where a column that is named like a time is none.
+    """
+    times = [name for name in log.rows.column_names if name not in used and _is_time(log.rows[name])]
+    if len(times) > 1:
+        raise DataError(
+            f"{log.uri}: several columns hold times: {', '.join(times)}",
+            f"name the time of the event: data.columns.timestamp={times[0]}",
+        )
+    values = [pc.drop_null(log.rows[name]) for name in named]
+    if not times and (filled := [name for name, known in zip(named, values, strict=True) if len(known)]):
+        example = pc.drop_null(log.rows[filled[0]])[0].as_py()
+        raise DataError(
+            f"{log.uri}: {filled[0]} is named like a time, but {example!r} is not one that recray reads",
+            "say how it is written, data.time_unit=days or data.time_unit='%d.%m.%Y'; or leave it out: "
+            "data.columns.timestamp=null",
+        )
+    return times[0] if times else None
+
+
+def _is_time(values: pa.ChunkedArray) -> bool:
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        return False  # numbers may be anything
+    return _is_filled(values) and (_time_unit(values) is not None or bool(_find_patterns(values)))
+
+
+def _is_filled(values: pa.ChunkedArray) -> bool:
+    return values.null_count < len(values) and not pa.types.is_nested(values.type)
 
 
 def _is_fit(log: Sample, column: str, name: str) -> bool:
     """Whether the values of a column can be what its name says."""
     values = log.rows[column]
+    if not _is_filled(values):
+        return False
     is_number = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
     if name == schema.TIMESTAMP:
         return _time_unit(values) is not None or bool(_find_patterns(values))
@@ -261,7 +323,7 @@ def _find_patterns(values: pa.ChunkedArray) -> list[str]:
     """The patterns that text is written in, those that read most of it."""
     if not pa.types.is_string(values.type):
         return []
-    text = pc.drop_null(values).slice(0, 20_000).combine_chunks()
+    text = pc.drop_null(values).combine_chunks()
     if not len(text):
         return []
     few = text.slice(0, 20)
@@ -274,21 +336,31 @@ def _find_patterns(values: pa.ChunkedArray) -> list[str]:
 def _guess_times(log: Sample, columns: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Guess]:
     column = columns.get(schema.TIMESTAMP)
     if column is None:
-        yield Guess("split.kind", "leave_one_out", "there are no times: the rows are taken to be in order")
+        if columns.get(schema.POSITION):
+            yield Guess("split.kind", "leave_one_out", "there are no times, but an order")
+        else:
+            yield Guess("split.kind", "random", "there are neither times nor an order")
         yield Guess("model.time_bias", False, "needs times")
         yield Guess("model.popularity_prior_days", 0, "needs times")
         return
     if column not in log.rows.column_names:
         raise DataError(f"{log.uri} has no column {column!r}", "correct data.columns.timestamp")
+    if "data.time_unit" in given:
+        return
     values = log.rows[column]
+    if not _is_filled(values):
+        raise DataError(f"{log.uri}: {column} is empty", "correct data.columns.timestamp")
     example = pc.drop_null(values)[0].as_py()
     if (unit := _time_unit(values)) is not None:
         if unit not in ("iso", "s"):
             yield Guess("data.time_unit", unit, f"{example} is a time so")
         return
-    if "data.time_unit" in given:
-        return
     patterns = _find_patterns(values)
+    if not patterns:
+        raise DataError(
+            f"{log.uri}: {column} holds {example!r}, which is not a time that recray reads",
+            "say how it is written: data.time_unit=days, or data.time_unit='%d.%m.%Y'",
+        )
     if len(patterns) > 1:
         raise DataError(
             f"{log.uri}: {column} holds times such as {example!r}, which may be {' or '.join(patterns)}",
@@ -300,16 +372,15 @@ def _guess_times(log: Sample, columns: Mapping[str, Any], given: Mapping[str, An
 def _guess_rows(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
     """Returns, and rows without a user or an item."""
     value = columns.get(schema.VALUE)
-    if value in log.rows.column_names:
+    if value in log.rows.column_names and _normalize(str(value)) in QUANTITIES:
         numbers = log.rows[value]
-        negative = pc.sum(pc.less(numbers, 0)).as_py() or 0
-        if negative:
-            smallest = 1 if pa.types.is_integer(numbers.type) else 0.0
-            yield Guess(
-                "data.min_value",
-                smallest,
-                f"{negative / len(numbers):.1%} of the rows have a {value} below 0: taken for returns",
+        if pc.any(pc.less(numbers, 0)).as_py():
+            least = 1 if pa.types.is_integer(numbers.type) else 0.0
+            dropped = (pc.sum(pc.less(numbers, least)).as_py() or 0) / len(numbers)
+            reason = (
+                f"{dropped:.1%} of the rows have a {value} below {least}: taken for returns, and left out"
             )
+            yield Guess("data.min_value", least, reason)
     is_missing = np.zeros(len(log.rows), bool)
     for name in (schema.USER_ID, schema.ITEM_ID):
         if columns[name] not in log.rows.column_names:
@@ -347,19 +418,22 @@ def _guess_features(items: Sample, item_column: str) -> Iterator[Guess]:
     for name in names:
         if name in (item_column, schema.ITEM_ID, available, "events", schema.AVAILABLE_FROM):
             continue
-        kind, reason = _guess_kind(items.rows[name])
+        kind, reason = _guess_kind(name, items.rows[name])
         if kind is not None:
             yield Guess(f"data.features.{name}", kind, reason)
     if available is not None:
         yield Guess("data.available_from", available, "an item is not recommended before")
 
 
-def _guess_kind(values: pa.ChunkedArray) -> tuple[str | None, str]:
+def _guess_kind(name: str, values: pa.ChunkedArray) -> tuple[str | None, str]:
     """The kind of a feature with a reason; None for a column without meaning: links, ids, constants."""
     arrow_type, known = values.type, pc.drop_null(values)
     if pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type):
-        is_vector = pa.types.is_floating(arrow_type.value_type)
-        return ("vector", "lists of numbers") if is_vector else ("multi", "lists")
+        is_number = pa.types.is_floating(arrow_type.value_type)
+        is_vector = is_number and len(pc.list_value_length(known).unique()) == 1
+        return ("vector", "lists of numbers") if is_vector else (None if is_number else "multi", "lists")
+    if pa.types.is_nested(arrow_type):
+        return None, "a record"
     distinct = len(known.unique())
     reason = f"{distinct:,} values" + (f", for example {known[0].as_py()}" if distinct else "")
     if distinct < 2:
@@ -371,25 +445,46 @@ def _guess_kind(values: pa.ChunkedArray) -> tuple[str | None, str]:
         return ("categorical" if distinct <= FEW_NUMBERS else None if is_id else "numeric"), reason
     if pa.types.is_floating(arrow_type) or pa.types.is_decimal(arrow_type):
         return "numeric", reason
-    return (_guess_text_kind(known.to_pylist(), distinct) if pa.types.is_string(arrow_type) else None), reason
+    if not pa.types.is_string(arrow_type):
+        return None, reason
+    if (recbole := RECBOLE_KINDS.get(name.partition(":")[2])) is not None:
+        return recbole, reason
+    return _guess_text_kind(known.to_pylist(), distinct), reason
 
 
 def _guess_text_kind(texts: list[str], distinct: int) -> str | None:
     if sum(text.startswith(("http://", "https://", "www.")) for text in texts) > 0.5 * len(texts):
         return None
-    lists = sum(parse_list(text.strip()) is not None for text in texts)
-    if lists > 0.5 * len(texts) or sum("|" in text for text in texts) > 0.2 * len(texts):
+    lists = [values for text in texts if (values := parse_list(text.strip())) is not None]
+    if len(lists) > 0.5 * len(texts):
+        is_number = all(isinstance(value, float | int) for values in lists for value in values)
+        return "vector" if is_number and len({len(values) for values in lists}) == 1 else "multi"
+    if any(_are_lists(texts, separator) for separator in "|;,"):
         return "multi"
     words = sum(len(text.split()) for text in texts) / len(texts)
     is_category = distinct <= MAX_CATEGORIES and distinct <= 0.5 * len(texts)
     return "categorical" if is_category else "text" if words >= 1.5 else None
 
 
+def _are_lists(texts: list[str], separator: str) -> bool:
+    """Whether many texts have a separator, and short parts that occur again and again."""
+    if sum(separator in text for text in texts) < MANY_LISTS * len(texts):
+        return False
+    parts = [part.strip() for text in texts for part in text.split(separator)]
+    is_short = sum(map(len, parts)) <= SHORT_PART * len(parts)
+    return is_short and len(set(parts)) <= 0.5 * len(parts)
+
+
 def _guess_repeats(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
-    pairs = log.rows.select([columns[schema.USER_ID], columns[schema.ITEM_ID]]).drop_null()
-    if basket := columns.get(schema.BASKET):  # an item twice in a basket is one event of interest
-        pairs = log.rows.select([columns[schema.USER_ID], columns[schema.ITEM_ID], basket]).drop_null()
-        pairs = pairs.group_by(pairs.column_names).aggregate([]).select(pairs.column_names[:2])
+    pairs = log.rows.select([columns[schema.USER_ID], columns[schema.ITEM_ID]]).rename_columns(
+        ["user", "item"]
+    )
+    if (basket := columns.get(schema.BASKET)) in log.rows.column_names:
+        # an item twice in a basket is one event; an event without a basket is one of its own
+        own = pa.array([f"row {number}" for number in range(len(pairs))])
+        pairs = pairs.append_column("basket", pc.coalesce(log.rows[basket].cast(pa.string()), own))
+        pairs = pairs.group_by(["user", "item", "basket"]).aggregate([]).select(["user", "item"])
+    pairs = pairs.drop_null()
     repeats = 1 - len(pairs.group_by(pairs.column_names).aggregate([])) / max(1, len(pairs))
     reason = f"{repeats:.0%} of the events are of an item that the user had before"
     if repeats >= MANY_REPEATS:

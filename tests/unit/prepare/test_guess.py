@@ -181,7 +181,11 @@ def test_what_cannot_be_guessed_is_asked_for_and_no_file_is_left(tmp_path, heade
     [
         ("1::1193::5::978300760\n1::661::3::978302109\n", "first line looks like data"),
         ("1,1193,5,978300760\n1,661,3,978302109\n", "first line looks like data"),
-        ("user_id;item_id;value;time\n1;2;2,50;2024-03-01\n1;3;1,25;2024-03-02\n", "decimal commas"),
+        ("user_id,item_id,day\n1,2,17\n1,3,18\n", "day is named like a time, but 17 is not one"),
+        (
+            "user_id,item_id,born,bought\n1,2,1990-01-01,2024-03-01\n1,3,1990-01-01,2024-03-02\n",
+            "several columns",
+        ),
         ("user_id,item_id,time\n1,2,2024-03-01\n".encode("utf-16"), "UTF-16"),
         ("user_id,user_id,time\n1,2,2024-03-01\n", "twice"),
         ("", "empty"),
@@ -194,6 +198,98 @@ def test_a_file_that_is_no_log_is_named_with_the_fix(tmp_path, text, words):
     with pytest.raises(DataError, match=words) as error:
         write_settings(tmp_path / "r.yaml", [], [str(path)])
     assert error.value.fix and not (tmp_path / "r.yaml").exists()
+
+
+BOUGHT = [("user_id", "item_id", "time", "order_id")] + [
+    (user, item, f"{time:%Y-%m-%d %H:%M}", "" if n % 10 else f"o{n}")
+    for n, (user, item, time) in enumerate(log())
+]
+
+
+def guess_csv(tmp_path, rows, items=None, given=None):
+    path = write_csv(tmp_path / "log.csv", rows[0], rows[1:])
+    return as_dict(guess_settings(path, items, given or {}))
+
+
+def test_repeats_count_events_without_a_basket(tmp_path):
+    again = BOUGHT[1:200]
+    guesses = guess_csv(tmp_path, [*BOUGHT, *again, *again])
+    assert guesses["data.columns.basket"] == "order_id" and guesses["score.filter_seen"] is False
+    empty = [(*row[:3], "") for row in BOUGHT[1:]]
+    guesses = guess_csv(tmp_path, [BOUGHT[0], *empty])
+    assert "data.columns.basket" not in guesses and guesses["score.filter_seen"] is True
+
+
+@pytest.mark.parametrize("form", ["{:020d}", "1e{}", "000{}", "{}.0", "{:018d}"])
+def test_ids_of_digits_stay_apart(tmp_path, form):
+    rows = [("user_id", "item_id", "time")]
+    rows += [(form.format(10**7 + 7 * int(user[1:])), item, time) for user, item, time in log()]
+    guesses = guess_csv(tmp_path, rows)
+    assert guesses["score.filter_seen"] is True
+    write_settings(tmp_path / "r.yaml", [], [str(tmp_path / "log.csv")])
+    assert "40 values" in (tmp_path / "r.yaml").read_text()
+
+
+def test_a_log_without_times_is_split_at_random_or_by_its_order(tmp_path):
+    rows = [("user_id", "item_id"), *(row[:2] for row in log())]
+    assert guess_csv(tmp_path, rows)["split.kind"] == "random"
+    write_settings(tmp_path / "a.yaml", [], [str(tmp_path / "log.csv")])
+    rows = [("user_id", "item_id", "order_number"), *((*row[:2], n) for n, row in enumerate(log()))]
+    guesses = guess_csv(tmp_path, rows)
+    assert guesses["data.columns.position"] == "order_number" and guesses["split.kind"] == "leave_one_out"
+    write_settings(tmp_path / "b.yaml", [], [str(tmp_path / "log.csv")])
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("Quantity", True), ("score", False), ("rating", False)])
+def test_values_below_zero_are_returns_of_quantities_alone(tmp_path, name, dropped):
+    rows = [("user_id", "item_id", "time", name)]
+    rows += [(*row, (-1, 0, 1, 2)[n % 4]) for n, row in enumerate(log())]
+    guesses = guess_csv(tmp_path, rows)
+    assert guesses["data.columns.value"] == name and ("data.min_value" in guesses) == dropped
+    write_settings(tmp_path / "r.yaml", [], [str(tmp_path / "log.csv")])
+    assert ("50.0% of the rows have a Quantity below 1" in (tmp_path / "r.yaml").read_text()) == dropped
+
+
+def test_one_feature_decided_leaves_the_others(tmp_path):
+    items = write_csv(
+        tmp_path / "i.csv",
+        ("item_id", "brand", "price"),
+        [(f"sku-{n}", f"b{n % 3}", 1.5 * n) for n in range(60)],
+    )
+    path = write_csv(tmp_path / "log.csv", BOUGHT[0], BOUGHT[1:])
+    write_settings(tmp_path / "a.yaml", ["data.features.brand=text"], [path, items])
+    assert load_settings(tmp_path / "a.yaml").data.features == {"brand": "text", "price": "numeric"}
+    write_settings(tmp_path / "b.yaml", ["data.features={brand: text}"], [path, items])
+    assert load_settings(tmp_path / "b.yaml").data.features == {"brand": "text"}
+
+
+def test_odd_columns_of_items_are_read_or_left_out(tmp_path):
+    lines = [
+        {
+            "item_id": f"sku-{n}",
+            "tags": f"red, x{n % 5}",
+            "details": {"a": n},
+            "embedding": [0.5, 0.25 * n],
+            "title": "\x07 bell" if n == 0 else f"a thing of {n}",
+            "created_at": 1_700_000_000 + n,
+        }
+        for n in range(60)
+    ]
+    (tmp_path / "i.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    path = write_csv(tmp_path / "log.csv", BOUGHT[0], BOUGHT[1:])
+    write_settings(tmp_path / "a.yaml", [], [path, str(tmp_path / "i.jsonl")])
+    data = load_settings(tmp_path / "a.yaml").data
+    assert data.features == {"tags": "multi", "embedding": "vector", "title": "text"}
+    assert data.available_from == "created_at" and "not used: details" in (tmp_path / "a.yaml").read_text()
+
+
+def test_ids_of_another_type_in_another_file_are_text(tmp_path):
+    for name, ids in (("a", [1, 2, 1, 2]), ("b", ["x", "y", "x", "y"])):
+        table = {"user_id": ids, "item_id": ["p", "q", "r", "s"], "time": ["2024-03-01"] * 4}
+        (tmp_path / "events").mkdir(exist_ok=True)
+        pq.write_table(pa.table(table), tmp_path / "events" / f"{name}.parquet")
+    guesses = as_dict(guess_settings(str(tmp_path / "events"), None, {}))
+    assert guesses["data.columns.user_id"] == "user_id"
 
 
 def test_a_byte_order_mark_and_quotes_are_read(tmp_path):
