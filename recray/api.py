@@ -8,16 +8,18 @@ or as anything else with the Arrow PyCapsule interface. They come out as pyarrow
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import itertools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from recray import pipeline
 from recray.bundle import Bundle
@@ -31,8 +33,16 @@ from recray.inference import Predictor
 from recray.pipeline import discard
 from recray.prepare.formats import to_plain_type
 from recray.prepare.prepare import prepare, run_in_process
-from recray.prepare.times import OUT_OF_RANGE, TimeRule, extract_numbers, infer_unit
-from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest
+from recray.prepare.times import (
+    MIN_US,
+    OUT_OF_RANGE,
+    PLAUSIBLE_US,
+    TimeRule,
+    extract_numbers,
+    infer_unit,
+    unit_error,
+)
+from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest, SimilarRequest
 from recray.serving.query import has_opted_out, resolve_query
 from recray.serving.ranking import ModelInput, bind_query, rank_inputs, rank_similar_items
 from recray.serving.state import ServingState, load_without_lists
@@ -42,6 +52,26 @@ from recray.storage.opt_out import OptOut
 
 BATCH = 256  # users of one pass of the model
 Split = Literal["time", "leave_one_out", "random"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _refusing(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose arguments raise RequestError where they do not fit a request."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*arguments, **named)
+        except ValidationError as error:
+            problems = {
+                ".".join(str(part) for part in details["loc"]): details["msg"].removeprefix("Value error, ")
+                for details in error.errors(include_url=False)
+            }
+            text = "; ".join(f"{name}: {problem}" if name else problem for name, problem in problems.items())
+            raise RequestError(text, "see the docstring of the function") from None
+
+    return call
 
 
 class Recommender:
@@ -72,6 +102,7 @@ class Recommender:
         """The item table: item_id, the features, and the number of events."""
         return self._state.dataset.items
 
+    @_refusing
     def recommend(
         self,
         users: Any = None,
@@ -109,13 +140,13 @@ class Recommender:
             "mode": "realtime",
             "filter_seen": filter_seen,
             "where": {
-                name: Range(**value) if isinstance(value, Mapping) else list(np.atleast_1d(value).tolist())
-                for name, value in (where or {}).items()
+                name: Range(**value) if isinstance(value, Mapping) else _to_values(value)
+                for name, value in _to_mapping(where, "where").items()
             },
             "allow": None if allow is None else _to_ids(allow, "allow"),
             "deny": _to_ids(deny, "deny"),
             "controls": controls,
-            "context": dict(context or {}),
+            "context": dict(_to_mapping(context, "context")),
             "now": now,
         }
         requests = (RecommendRequest(user_id=user, events=[], **shared) for user in ids)
@@ -126,36 +157,44 @@ class Recommender:
             rows["item_id"] += [item for item, _ in ranked.items]
             rows["score"] += [score for _, score in ranked.items]
             rows["source"] += [ranked.source] * len(ranked.items)
-        types = (self._user_type(ids), pa.int32(), self._item_type, pa.float64(), pa.string())
+        types = (pa.int32(), self._item_type, pa.float64(), pa.string())
+        user_column = {"user_id": _to_id_array(rows.pop("user_id"), ids)}
         return pa.table(
-            {name: pa.array(values, type_) for (name, values), type_ in zip(rows.items(), types, strict=True)}
+            user_column
+            | {
+                name: pa.array(values, type_)
+                for (name, values), type_ in zip(rows.items(), types, strict=True)
+            }
         )
 
+    @_refusing
     def score(self, users: Any, items: Any, *, events: Any = None) -> pa.Table:
         """The score of each item for each user: user_id, item_id, score; null for an item that is not known.
 
         Raises RequestError, DataError.
         """
         sent = {} if events is None else self._to_events(events)
-        ids, candidates = _to_ids(users, "users"), _to_ids(items, "items")
+        ids, candidates = _to_ids(users, "users"), self._to_items(items)
         requests = (ScoreRequest(user_id=user, items=candidates) for user in ids)
         ranked = [score for each in self._rank(requests, ids, sent) for _, score in each.items]
         return pa.table(
             {
-                "user_id": pa.array([user for user in ids for _ in candidates], self._user_type(ids)),
+                "user_id": _to_id_array([user for user in ids for _ in candidates], ids),
                 "item_id": pa.array(candidates * len(ids), self._item_type),
                 "score": pa.array(ranked, pa.float64()),
             }
         )
 
+    @_refusing
     def similar(self, items: Any, k: int = 10) -> pa.Table:
         """The most similar items by the cosine of their vectors: item_id, rank, similar_item_id, score.
 
         Raises UnknownItemError.
         """
+        SimilarRequest(item_id="", k=k)  # checks k
         rows = [
             (item, rank, other, score)
-            for item in _to_ids(items, "items")
+            for item in self._to_items(items)
             for rank, (other, score) in enumerate(rank_similar_items(item, k, self._state).items, start=1)
         ]
         columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
@@ -165,6 +204,7 @@ class Recommender:
             {name: pa.array(column, type_) for name, column, type_ in zip(names, columns, types, strict=True)}
         )
 
+    @_refusing
     def explain(self, users: Any, items: Any, *, events: Any = None) -> pa.Table:
         """The past events that carried each item for each user: user_id, item_id, because_of (an item),
         event, timestamp, share (of the contributions of all events) and attention.
@@ -172,7 +212,10 @@ class Recommender:
         Raises RequestError, DataError.
         """
         sent = {} if events is None else self._to_events(events)
-        ids, candidates = _to_ids(users, "users"), _to_ids(items, "items")
+        ids = _to_ids(users, "users")
+        candidates = [item for item in self._to_items(items) if self._state.knows_item(item)]
+        if not candidates:
+            raise RequestError("items: the model knows none of them", "send ids of the item table")
         requests = (ScoreRequest(user_id=user, items=candidates) for user in ids)
         names = ("user_id", "item_id", "because_of", "event", "timestamp", "share", "attention")
         rows: dict[str, list[Any]] = {name: [] for name in names}
@@ -183,7 +226,6 @@ class Recommender:
                     for name, value in zip(names, (*values, reason.share, reason.attention), strict=True):
                         rows[name].append(value)
         types = (
-            self._user_type(ids),
             self._item_type,
             self._item_type,
             pa.string(),
@@ -191,7 +233,9 @@ class Recommender:
             pa.float64(),
             pa.float64(),
         )
-        return pa.table({name: pa.array(rows[name], type_) for name, type_ in zip(names, types, strict=True)})
+        user_column = {"user_id": _to_id_array(rows["user_id"], ids)}
+        others = zip(names[1:], types, strict=True)
+        return pa.table(user_column | {name: pa.array(rows[name], type_) for name, type_ in others})
 
     def _rank(
         self,
@@ -206,7 +250,7 @@ class Recommender:
         while batch := list(itertools.islice(pairs, BATCH)):
             inputs: list[ModelInput] = []
             for request, user in batch:
-                changes: dict[str, Any] = {"events": sent.get(user, [])}
+                changes: dict[str, Any] = {"events": sent.get(self._state.to_user_name(user), [])}
                 if has_opted_out(user, self._state, self._opt_out_list):
                     changes["user_id"] = None
                 request = request.model_copy(update=changes)
@@ -218,15 +262,21 @@ class Recommender:
 
     def _to_events(self, frame: Any) -> dict[Any, list[Event]]:
         """The events of a table by user, oldest first."""
-        table = to_table(frame, "events")
         data = self._state.dataset.manifest["settings"]["data"]
         columns = {name: data["columns"].get(name) or name for name in schema.EVENT_COLUMNS}
+        table = to_table(frame, "events", list(columns.values()))
         for name in (schema.USER_ID, schema.ITEM_ID):
             if columns[name] not in table.column_names:
                 raise DataError(
                     f"events have no column {columns[name]!r}; they have {', '.join(table.column_names)}",
                     "name the columns as in the event log (data.columns)",
                 )
+            ids = table[columns[name]]
+            if pa.types.is_floating(ids.type):  # as pandas writes whole numbers once one is missing
+                ids = ids.cast(pa.int64(), safe=False)
+            if ids.null_count:
+                raise DataError(f"events: {ids.null_count} rows have no {name}", "leave them out")
+            table = table.set_column(table.schema.get_field_index(columns[name]), columns[name], ids)
         times: list[dt.datetime | None] = [None] * len(table)
         if columns[schema.TIMESTAMP] in table.column_names:
             times = _to_times(table[columns[schema.TIMESTAMP]], data)
@@ -245,7 +295,7 @@ class Recommender:
             times,
             strict=True,
         ):
-            by_user.setdefault(user, []).append(
+            by_user.setdefault(self._state.to_user_name(user), []).append(
                 Event(item_id=item, event=None if event is None else str(event), value=value, timestamp=time)
             )
         return by_user
@@ -253,14 +303,16 @@ class Recommender:
     def _open_bundle(self) -> Bundle:
         return Bundle.open(self._state.dataset.path.parent.parent / "bundles" / self._state.bundle)
 
+    def _to_items(self, values: Any) -> list[Any]:
+        """Ids of items in the type of the item table."""
+        ids = _to_ids(values, "items")
+        if pa.types.is_string(self._item_type):
+            return [str(item) for item in ids]
+        return [self._state.require_item(item, "items") for item in ids]
+
     @property
     def _item_type(self) -> pa.DataType:
         return self._state.predictor.vocabulary.item_ids.type
-
-    def _user_type(self, users: Sequence[Any]) -> pa.DataType:
-        """The type of the ids that were passed: an unknown user may have another one than the log's."""
-        is_int = all(isinstance(user, int) for user in users)
-        return pa.int64() if is_int and users else pa.string()
 
 
 def open_recommender(path: str | Path, *, device: str = "cpu") -> Recommender:
@@ -300,23 +352,26 @@ def run(
     """
     if isinstance(config, Settings) and overrides:
         raise SettingsError("overrides change a settings file, not Settings", "use Settings.replace")
+    if job not in (jobs := [*pipeline.JOBS, *pipeline.STAGE_JOBS]):
+        raise SettingsError(f"there is no job {job!r}", f"known: {', '.join(sorted(jobs))}")
     settings = config if isinstance(config, Settings) else load_settings(config, overrides)
     moment = parse_as_of(as_of, settings.data.timezone) if isinstance(as_of, str) else as_of
     return pipeline.run(job, settings, moment, lambda message, **_: progress(message), **options)
 
 
+@_refusing
 def evaluate(
     model: Recommender,
     events: Any,
     *,
-    split: Split = "leave_one_out",
-    k: Sequence[int] = (10, 20),
+    split: Split | None = None,
+    k: int | Sequence[int] = (10, 20),
     progress: ProgressLog = discard,
 ) -> pa.Table:
     """Compare a model with the baselines on a table of events, with 95 % confidence intervals.
 
     events : table with the columns of the event log; items that the model does not know count as cold
-    split : leave_one_out, time or random, as `split.kind`
+    split : leave_one_out, time or random, as `split.kind`; None: as the model's own run
     k : lengths of the lists; the first is the headline's
 
     Returns one row for each protocol, ranker and metric: protocol, ranker, users, metric, value, low, high.
@@ -334,8 +389,8 @@ def evaluate(
         content = {
             "storage": {"root": f"{folder}/root"},
             "data": data,
-            "split": {"kind": split},
-            "evaluate": {"k": list(k)},
+            "split": {"kind": split or known.split_kind},
+            "evaluate": {"k": [k] if isinstance(k, int) else list(k)},
         }
         settings = Settings.model_validate(content)
         dataset = prepare(settings, None, None, run_in_process)
@@ -365,13 +420,23 @@ def _write_items(dataset: Dataset, data: Mapping[str, Any], folder: str) -> dict
     }
 
 
-def to_table(frame: Any, name: str) -> pa.Table:
+def to_table(frame: Any, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A pandas, polars or Arrow table, a Ray Dataset, or anything with the Arrow PyCapsule interface, in the
     types of input files.
 
+    columns : those to read, where they exist; None: all
+
     Raises DataError for anything else, and for a pandas table with data in its index.
     """
-    table = _to_arrow(frame, name)
+    if columns is not None and hasattr(frame, "reset_index") and hasattr(frame, "columns"):
+        _refuse_index(frame, name)
+        frame = frame[[column for column in frame.columns if column in columns]]
+    try:
+        table = _to_arrow(frame, name)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"{name}: a column has values of several types: {error}", "convert it") from None
+    if columns is not None:
+        table = table.select([column for column in table.column_names if column in columns])
     types = [to_plain_type(arrow_type) for arrow_type in table.schema.types]
     return table.cast(pa.schema(zip(table.schema.names, types, strict=True)))
 
@@ -383,11 +448,8 @@ def _to_arrow(frame: Any, name: str) -> pa.Table:
         import ray
 
         return pa.concat_tables(ray.get(frame.to_arrow_refs()), promote_options="default")
-    index = getattr(frame, "index", None)
-    if index is not None and hasattr(index, "names") and any(level is not None for level in index.names):
-        levels = ", ".join(map(str, index.names))
-        raise DataError(f"{name}: {levels} is in the index of the table", "pass frame.reset_index()")
-    if index is not None and hasattr(frame, "columns"):
+    if hasattr(frame, "reset_index") and hasattr(frame, "columns"):
+        _refuse_index(frame, name)
         return pa.Table.from_pandas(frame, preserve_index=False)
     if hasattr(frame, "__arrow_c_stream__"):
         return pa.table(frame)
@@ -395,10 +457,39 @@ def _to_arrow(frame: Any, name: str) -> pa.Table:
     raise DataError(f"{name}: {type(frame).__name__} is no table", fix)
 
 
+def _refuse_index(frame: Any, name: str) -> None:
+    """Raises DataError for a pandas table with data in its index."""
+    if any(level is not None for level in frame.index.names):
+        levels = ", ".join(map(str, frame.index.names))
+        raise DataError(f"{name}: {levels} is in the index of the table", "pass frame.reset_index()")
+
+
+def _to_mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise RequestError(f"{name}: {value!r} is no dict", "pass a dict with the names of columns")
+    return value or {}
+
+
+def _to_values(value: Any) -> list[Any]:
+    """One value or several, as a list."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return [value.item() if isinstance(value, np.generic) else value]
+    return [each.item() if isinstance(each, np.generic) else each for each in value]
+
+
+def _to_id_array(values: Sequence[Any], users: Sequence[Any]) -> pa.Array:
+    """A column of user ids: whole numbers if all users that were passed are, else text."""
+    if users and all(isinstance(user, int) for user in users):
+        return pa.array(values, pa.int64())
+    return pa.array([str(value) for value in values], pa.string())
+
+
 def _to_ids(values: Any, name: str) -> list[Any]:
     """Ids as Python values. Raises RequestError for what is no collection of ids."""
     if isinstance(values, str | bytes | int) or not isinstance(values, Iterable):
         raise RequestError(f"{name}: {values!r} is not a list of ids", f"pass [{values!r}]")
+    if isinstance(values, Mapping | pa.Table) or hasattr(values, "columns"):
+        raise RequestError(f"{name}: a {type(values).__name__} is not a list of ids", "pass one column")
     if isinstance(values, pa.Array | pa.ChunkedArray):
         ids: list[Any] = values.to_pylist()
     else:
@@ -411,10 +502,17 @@ def _to_ids(values: Any, name: str) -> list[Any]:
 
 def _to_times(column: pa.ChunkedArray, data: Mapping[str, Any]) -> list[dt.datetime | None]:
     """Times of a column, read as `data.time_unit` and `data.timezone` say. Raises DataError."""
-    unit = data["time_unit"]
+    unit, least_us = data["time_unit"], MIN_US
     if unit == "auto":
-        unit = infer_unit(extract_numbers(column)) or "s"
-    times = TimeRule(unit, data["timezone"] or "UTC").read(column)
+        unit = "s"
+        if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
+            numbers = extract_numbers(column)
+            if len(numbers):
+                least_us, inferred = PLAUSIBLE_US, infer_unit(numbers)
+                if inferred is None:
+                    raise unit_error(numbers, "events: the column of times")
+                unit = inferred
+    times = TimeRule(unit, data["timezone"] or "UTC", least_us).read(column)
     is_unreadable = times.unreadable is not None and times.unreadable.any()
     if is_unreadable or pc.any(pc.equal(times.us, OUT_OF_RANGE)).as_py():
         raise DataError("events: some times cannot be read, or lie outside 1970 to 2100", "correct them")

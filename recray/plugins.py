@@ -30,7 +30,11 @@ def list_plugins(group: Group) -> dict[str, str]:
 
 def load_plugin(group: Group, name: str) -> Callable[..., Any]:
     """The function of a name. Raises SettingsError where it cannot be imported."""
-    (point, *_) = [point for point in _points(group) if point.name == name]
+    point = next((point for point in _points(group) if point.name == name), None)
+    if point is None:
+        raise SettingsError(
+            f"no package of this node declares {name} under recray.{group}", "install it on every node"
+        )
     try:
         function = point.load()
     except Exception as error:

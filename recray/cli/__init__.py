@@ -68,11 +68,11 @@ def _run(arguments: argparse.Namespace, write_line: Callable[[str], None] = prin
         if arguments.job == "settings":
             return print_settings(arguments)
         result = run_job(arguments, write_line)
+        _report(arguments, result, write_line)
         if result.status not in ("ok", "skipped"):
             from recray.cli.webhook import notify
 
             notify(arguments, result)
-        _report(arguments, result, write_line)
         return result.exit_code
     except KeyboardInterrupt:
         stopped = RecrayError("stopped by a signal", "repeat the job; it continues where it stopped")
@@ -111,11 +111,11 @@ def _fail(
         seconds=round(time.monotonic() - started, 2),
         reason=text.replace("\n  fix: ", "; fix: "),
     )
+    if arguments.json:
+        write_line(result.to_json())
     from recray.cli.webhook import notify
 
     notify(arguments, result)
-    if arguments.json:
-        write_line(result.to_json())
     return error.exit_code if isinstance(error, RecrayError) else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.request
@@ -34,5 +35,5 @@ def notify(arguments: argparse.Namespace, result: JobResult) -> None:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT_S):
             pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         print(f"warning: report.webhook does not take the result: {error}", file=sys.stderr)

@@ -10,7 +10,14 @@ import pyarrow as pa
 import pytest
 
 import recray
-from recray.errors import DataError, MissingArtifactError, RefusedError, RequestError, UnknownItemError
+from recray.errors import (
+    DataError,
+    MissingArtifactError,
+    RefusedError,
+    RequestError,
+    SettingsError,
+    UnknownItemError,
+)
 from recray.serving.api import RecommendRequest
 from recray.serving.query import resolve_query
 from recray.serving.ranking import bind_query, rank_inputs
@@ -125,6 +132,28 @@ def test_users_who_opted_out_are_unknown_users(storage, model):
     assert before["source"][0].as_py() == "realtime" and after["source"][0].as_py() == "popular"
 
 
+def test_an_id_is_the_same_as_text_and_as_a_number(model):
+    item = model.items["item_id"][5].as_py()
+    expected = model.recommend([7], events=pd.DataFrame({"user_id": [7], "item_id": [item]}), k=4)
+    for users, own in (([7], ["7"]), (["7"], [7]), ([7], [7.0])):
+        own_events = pd.DataFrame({"user_id": own, "item_id": [item], "unused": [{"a": object()}]})
+        table = model.recommend(users, events=own_events, k=4)
+        assert table["item_id"].equals(expected["item_id"])
+    mixed = model.recommend([7, "nobody"], k=2)
+    assert mixed["user_id"].to_pylist() == ["7", "7", "nobody", "nobody"]
+    assert model.score([7], [5, item])["score"][0].as_py() is None
+
+
+def test_times_may_be_dates(model):
+    item = model.items["item_id"][5].as_py()
+    by_date = EVENTS.assign(item_id=item, timestamp=[dt.date(2024, 4, 29)] * 2)
+    by_time = EVENTS.assign(item_id=item, timestamp=[dt.datetime(2024, 4, 29)] * 2)
+    assert model.recommend(events=by_date, k=3).equals(model.recommend(events=by_time, k=3))
+
+
+EVENTS = pd.DataFrame({"user_id": ["a", "b"], "item_id": ["i0000001", "i0000002"]})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -148,6 +177,19 @@ def test_users_who_opted_out_are_unknown_users(storage, model):
             DataError,
             "times cannot be read",
         ),
+        (lambda model: model.recommend([7], k=0), RequestError, "k: "),
+        (lambda model: model.recommend([7], where="brand"), RequestError, "is no dict"),
+        (lambda model: model.recommend([7], where={"price": {"maximum": 1}}), RequestError, "maximum"),
+        (lambda model: model.recommend([7], controls={"temperature": 5}), RequestError, "temperature"),
+        (lambda model: model.recommend(pd.DataFrame({"user_id": [1]})), RequestError, "not a list of ids"),
+        (lambda model: model.similar(model.items["item_id"][:1], k=0), RequestError, "k: "),
+        (lambda model: model.explain([7], ["nothing"]), RequestError, "knows none"),
+        (lambda model: model.score([7], []), RequestError, "items: "),
+        (lambda model: model.recommend(events=EVENTS.assign(user_id=[None, "b"])), DataError, "no user_id"),
+        (lambda model: model.recommend(events=EVENTS.assign(item_id=[1, "b"])), DataError, "several types"),
+        (lambda model: model.recommend(events=EVENTS.assign(timestamp=[19_800, 19_801])), DataError, "days"),
+        (lambda model: recray.evaluate(model, EVENTS, split="foo"), RequestError, "split"),
+        (lambda _: recray.run("frobnicate"), SettingsError, "there is no job 'frobnicate'"),
         (lambda _: recray.open_recommender("/nowhere"), MissingArtifactError, "recray nightly"),
     ],
 )

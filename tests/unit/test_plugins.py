@@ -110,6 +110,11 @@ def test_a_private_training_refuses_a_loss_whose_norm_is_not_known(install):
         load_settings(None, ["privacy.enabled=true", "privacy.cap=8", "train.loss=doubled"])
 
 
+def test_a_loss_that_a_node_lacks_is_named():
+    with pytest.raises(SettingsError, match=r"no package of this node declares focal under recray\.losses"):
+        Criterion("focal", torch.full((7,), 1 / 6))
+
+
 def test_the_metrics_of_recray_stay(install):
     install(metrics={"hit_first": "first"})
     assert list(per_user(LISTS, TARGETS, 2)) == ["hr", "ndcg", "mrr", "recall"]
