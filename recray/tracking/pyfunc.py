@@ -33,6 +33,7 @@ REQUIREMENTS = (
     "torch", "xxhash",
 )  # fmt: skip
 PARAMS = {"k": 10, "filter_seen": False}
+LAST_S = 7_258_118_400  # the year 2200: larger numbers are milliseconds
 COLUMNS = ("history", "timestamps", "events", "values", "now")
 
 
@@ -56,6 +57,12 @@ class HistoryModel:
         import pandas as pd
 
         options = {**PARAMS, **(params or {})}
+        if "history" not in frame.columns:
+            raise RequestError(
+                f"there is no column history, but {', '.join(map(str, frame.columns))}", "name it history"
+            )
+        if not isinstance(options["filter_seen"], bool | np.bool_):
+            raise RequestError(f"filter_seen: {options['filter_seen']!r} is not true or false", "send one")
         rows = [self._to_history(row, number) for number, row in enumerate(frame.to_dict("records"))]
         best = self.predictor.recommend(
             [history for history, _ in rows],
@@ -81,6 +88,9 @@ class HistoryModel:
     def _to_history(self, row: Mapping[str, Any], number: int) -> tuple[History, int]:
         """The history of a row, in order of time, and its query time."""
         given = {name: row[name] for name in COLUMNS if name in row and not _is_missing(row[name])}
+        for name in set(given) - {"now"}:
+            if isinstance(given[name], str | bytes) or not hasattr(given[name], "__len__"):
+                raise RequestError(f"row {number}: {name} is {given[name]!r}, not a list", "send a list")
         items = list(given.get("history", ()))
         for name in ("timestamps", "events", "values"):
             if name in given and len(given[name]) != len(items):
@@ -89,8 +99,12 @@ class HistoryModel:
                     "send one for each item",
                 )
         vocabulary, has_time = self.predictor.vocabulary, self.predictor.catalogue.has_time
-        latest = int(given.get("now", self.as_of_s + 1))
-        times = np.asarray(given.get("timestamps", np.full(len(items), latest)), np.float64).astype(np.int64)
+        for name in given.get("events", ()):
+            if name is not None and name not in vocabulary.event_types:
+                known = ", ".join(vocabulary.event_types)
+                raise RequestError(f"row {number}: events: unknown type {name!r}", f"known: {known}")
+        latest = int(_to_seconds([given["now"]], number, "now")[0]) if "now" in given else self.as_of_s + 1
+        times = _to_seconds(given.get("timestamps", [latest] * len(items)), number, "timestamps")
         now_s = latest if "now" in given else max([latest, *(times + 1)])
         if not has_time:
             times = np.arange(len(items))
@@ -104,6 +118,17 @@ class HistoryModel:
         if has_time:
             order = order[times[order] <= now_s]
         return History(*(values[order] for values in history)), now_s
+
+
+def _to_seconds(values: Any, number: int, name: str) -> np.ndarray:
+    """Times in seconds since 1970, int64 [n]. Raises RequestError for what is no time of 1970 to 2200."""
+    try:
+        seconds = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        seconds = np.array([np.nan])
+    if not (np.isfinite(seconds) & (seconds >= 0) & (seconds < LAST_S)).all():
+        raise RequestError(f"row {number}: {name}: {values!r} are not seconds since 1970", "send seconds")
+    return np.asarray(seconds.astype(np.int64))
 
 
 def _load_pyfunc(path: str) -> HistoryModel:

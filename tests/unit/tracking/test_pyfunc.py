@@ -96,6 +96,25 @@ def test_a_row_that_contradicts_itself_is_named(bundle):
         HistoryModel(bundle).predict(frame)
 
 
+@pytest.mark.parametrize(
+    ("row", "params", "words"),
+    [
+        ({"history": ["a"], "events": ["zap"]}, {}, "unknown type 'zap'"),
+        ({"history": ["a"], "events": "abc"}, {}, "events is 'abc', not a list"),
+        ({"history": "i0000001"}, {}, "history is 'i0000001', not a list"),
+        ({"history": ["a"], "timestamps": [1.7e12]}, {}, "not seconds since 1970"),
+        ({"history": ["a"], "timestamps": [float("inf")]}, {}, "not seconds since 1970"),
+        ({"history": ["a"], "timestamps": ["soon"]}, {}, "not seconds since 1970"),
+        ({"history": ["a"], "now": "soon"}, {}, "now: "),
+        ({"items": ["a"]}, {}, "no column history, but items"),
+        ({"history": ["a"]}, {"filter_seen": "false"}, "filter_seen: 'false'"),
+    ],
+)
+def test_what_the_endpoint_refuses_is_refused_with_the_row(bundle, row, params, words):
+    with pytest.raises(RequestError, match=words):
+        HistoryModel(bundle).predict(pd.DataFrame([row]), params)
+
+
 @pytest.fixture(scope="module")
 def registered(storage, bundle):
     """The tracking in which the bundle is the champion."""
