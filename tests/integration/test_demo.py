@@ -36,7 +36,7 @@ def test_it_ends_ok_and_shows_what_it_did(demo):
         "personal frequency",
         "with seen-item filter",
         "an unknown user",
-        "next:",
+        "look at: file://",
         "[snapshot,",
         "[realtime,",
         "[popular,",

@@ -229,7 +229,7 @@ def test_the_endpoint_says_what_it_serves(first_run, address):
     assert get("/v1/models")["bundle"] == first_run.outputs["bundle"].rsplit("/", 1)[-1]
     schema = get("/openapi.json")
     assert {"/v1/recommend", "/v1/models", "/healthz"} <= set(schema["paths"])
-    assert len(schema["components"]["schemas"]["RecommendRequest"]["examples"]) == 3
+    assert len(schema["components"]["schemas"]["RecommendRequest"]["examples"]) == 4
     with urllib.request.urlopen(f"{address}/docs", timeout=30) as response:
         assert response.status == 200
 
