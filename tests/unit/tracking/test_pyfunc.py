@@ -198,7 +198,9 @@ def test_it_is_served_by_mlflow_in_a_fresh_environment(storage, registered, hist
             last_seen=log.read_text,
             ended=server.poll,
         )
-        body = {"dataframe_records": histories, "params": {"k": 6}}
+        names = ("history", "timestamps", "events", "values", "now")
+        records = [{name: row.get(name) for name in names} for row in histories]
+        body = {"dataframe_records": records, "params": {"k": 6}}
         request = urllib.request.Request(
             f"{address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
