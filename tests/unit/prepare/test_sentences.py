@@ -11,6 +11,8 @@ from recray.prepare.prepare import inspect_input, prepare_key
 from recray.storage import Storage
 from recray.testing.published import prepare_here
 
+pytestmark = pytest.mark.second
+
 PLOTS = [
     "A heist on a space station",
     "Robbers plan to steal a rocket",

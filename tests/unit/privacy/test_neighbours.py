@@ -37,6 +37,8 @@ from recray.tracking.outbox import Outbox
 from recray.training.plan import training_settings
 from recray.training.worker import build_loop, save_checkpoint
 
+pytestmark = pytest.mark.second
+
 PUBLISHED = ("bundles", "evaluations", "promotions", "reports", "tracked")
 DIGEST = re.compile(rb"\b(?=[0-9]*[a-f])[0-9a-f]{16,64}\b")
 SMALL = (
@@ -241,7 +243,7 @@ def remarkable(events: pa.Table, dataset: Dataset, count: int) -> list[object]:
     return list(dict.fromkeys(users))[:count]
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.second])])
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_what_is_published_is_equal_without_any_one_protected_user(base, tmp_path, count):
     events, items, overrides, with_all, most = base
     whole, lists, rows = with_all.files(), with_all.lists(), learned(with_all.dataset)
