@@ -55,10 +55,10 @@ def write_settings(
             f"--from-data takes a log and an item table, not {len(data)} paths",
             "recray init --from-data EVENTS [ITEMS]; name the folder that holds several files",
         )
-    given = parse_overrides(overrides)
-    guesses = guess_settings(events, items[0] if items else None, given)
-    guesses += [Guess(setting, value, "as you said") for setting, value in given.items()]
-    if "storage.root" not in given:
+    decided = parse_overrides(overrides)
+    guesses = guess_settings(events, items[0] if items else None, decided)
+    guesses += [Guess(setting, value, "as you said") for setting, value in decided.items()]
+    if "storage.root" not in decided:
         root = Settings().storage.root
         guesses.append(Guess("storage.root", root, "workspace: everything recray writes is below it"))
     source = events + (f" and {items[0]}" if items else "")

@@ -187,7 +187,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         for part in name.split("."):
             value = value[part]
         if name == "data.columns" and isinstance(value, dict):
-            values |= {f"data.columns.{column}": given for column, given in value.items()}
+            values |= {f"data.columns.{column}": source for column, source in value.items()}
         else:
             values[name] = value
     return values

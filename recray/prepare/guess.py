@@ -98,10 +98,10 @@ class Sample:
     rows: pa.Table
 
 
-def guess_settings(events: str, items: str | None, given: Mapping[str, Any]) -> list[Guess]:
+def guess_settings(events: str, items: str | None, decided: Mapping[str, Any]) -> list[Guess]:
     """Guess the settings of section data, evaluate, score and serve that a log and its item table need.
 
-    given : settings that the user decided, `data.columns.user_id` -> a column; they are not guessed
+    decided : settings that the user decided, `data.columns.user_id` -> a column; they are not guessed
 
     Raises DataError for what cannot be read, and for what cannot be guessed, with the candidates.
     """
@@ -109,13 +109,13 @@ def guess_settings(events: str, items: str | None, given: Mapping[str, Any]) -> 
     guesses = [Guess("data.events", [str(_absolute(events))], "")]
     columns = {
         name.removeprefix("data.columns."): value
-        for name, value in given.items()
+        for name, value in decided.items()
         if name.startswith("data.columns.")
     }
-    for guess in _guess_columns(log, columns, has_unit="data.time_unit" in given):
+    for guess in _guess_columns(log, columns, has_unit="data.time_unit" in decided):
         columns[guess.setting.removeprefix("data.columns.")] = guess.value
         guesses.append(guess)
-    guesses += _guess_times(log, columns, given)
+    guesses += _guess_times(log, columns, decided)
     guesses += _guess_rows(log, columns)
     if items is not None:
         table = read_sample(items, "data.items")
@@ -127,11 +127,12 @@ def guess_settings(events: str, items: str | None, given: Mapping[str, Any]) -> 
         guesses += [Guess("data.items", str(_absolute(items)), note), *features]
     guesses += _guess_repeats(log, columns)
     guesses += _guess_outcomes(log, columns)
-    decided = tuple(given)
+    prefixes = tuple(decided)
     return [
         guess
         for guess in guesses
-        if guess.setting not in given and not guess.setting.startswith(tuple(f"{name}." for name in decided))
+        if guess.setting not in decided
+        and not guess.setting.startswith(tuple(f"{name}." for name in prefixes))
     ]
 
 
@@ -333,7 +334,7 @@ def _find_patterns(values: pa.ChunkedArray) -> list[str]:
     return [pattern for pattern, share in shares.items() if share == best and best >= MIN_SHARE]
 
 
-def _guess_times(log: Sample, columns: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Guess]:
+def _guess_times(log: Sample, columns: Mapping[str, Any], decided: Mapping[str, Any]) -> Iterator[Guess]:
     column = columns.get(schema.TIMESTAMP)
     if column is None:
         if columns.get(schema.POSITION):
@@ -345,7 +346,7 @@ def _guess_times(log: Sample, columns: Mapping[str, Any], given: Mapping[str, An
         return
     if column not in log.rows.column_names:
         raise DataError(f"{log.uri} has no column {column!r}", "correct data.columns.timestamp")
-    if "data.time_unit" in given:
+    if "data.time_unit" in decided:
         return
     values = log.rows[column]
     if not _is_filled(values):

@@ -123,8 +123,8 @@ def looser_settings(settings: Settings, folder: Path) -> Iterator[Settings]:
         try:
             read_items(alone.data, files, tolerates_ids=True)
         except RecrayError:
-            kept = {other: kind for other, kind in usable.data.features.items() if other != name}
-            usable = _update_sections(usable, data={"features": kept})
+            remaining = {other: kind for other, kind in usable.data.features.items() if other != name}
+            usable = _update_sections(usable, data={"features": remaining})
     try:
         read_items(usable.data, files, tolerates_ids=True)
     except RecrayError:

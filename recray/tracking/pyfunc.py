@@ -87,32 +87,32 @@ class HistoryModel:
 
     def _to_history(self, row: Mapping[str, Any], number: int) -> tuple[History, int]:
         """The history of a row, in order of time, and its query time."""
-        given = {name: row[name] for name in COLUMNS if name in row and not _is_missing(row[name])}
-        for name in set(given) - {"now"}:
-            if isinstance(given[name], str | bytes) or not hasattr(given[name], "__len__"):
-                raise RequestError(f"row {number}: {name} is {given[name]!r}, not a list", "send a list")
-        items = list(given.get("history", ()))
+        cells = {name: row[name] for name in COLUMNS if name in row and not _is_missing(row[name])}
+        for name in set(cells) - {"now"}:
+            if isinstance(cells[name], str | bytes) or not hasattr(cells[name], "__len__"):
+                raise RequestError(f"row {number}: {name} is {cells[name]!r}, not a list", "send a list")
+        items = list(cells.get("history", ()))
         for name in ("timestamps", "events", "values"):
-            if name in given and len(given[name]) != len(items):
+            if name in cells and len(cells[name]) != len(items):
                 raise RequestError(
-                    f"row {number}: {name} has {len(given[name])} entries, history {len(items)}",
+                    f"row {number}: {name} has {len(cells[name])} entries, history {len(items)}",
                     "send one for each item",
                 )
         vocabulary, has_time = self.predictor.vocabulary, self.predictor.catalogue.has_time
-        for name in given.get("events", ()):
+        for name in cells.get("events", ()):
             if name is not None and name not in vocabulary.event_types:
                 known = ", ".join(vocabulary.event_types)
                 raise RequestError(f"row {number}: events: unknown type {name!r}", f"known: {known}")
-        latest = int(_to_seconds([given["now"]], number, "now")[0]) if "now" in given else self.as_of_s + 1
-        times = _to_seconds(given.get("timestamps", [latest] * len(items)), number, "timestamps")
-        now_s = latest if "now" in given else max([latest, *(times + 1)])
+        latest = int(_to_seconds([cells["now"]], number, "now")[0]) if "now" in cells else self.as_of_s + 1
+        times = _to_seconds(cells.get("timestamps", [latest] * len(items)), number, "timestamps")
+        now_s = latest if "now" in cells else max([latest, *(times + 1)])
         if not has_time:
             times = np.arange(len(items))
         history = History(
             vocabulary.index_of(items),
-            vocabulary.event_index(given.get("events", [None] * len(items))),
+            vocabulary.event_index(cells.get("events", [None] * len(items))),
             times,
-            np.asarray(given.get("values", np.ones(len(items))), np.float32),
+            np.asarray(cells.get("values", np.ones(len(items))), np.float32),
         )
         order = np.argsort(times, kind="stable")
         if has_time:
@@ -195,13 +195,13 @@ def _signature(*, is_integral: bool) -> ModelSignature:
 
 def find_sources(module: str) -> set[Path]:
     """The files of recray that a module needs, with those of its packages, which may be imported by name."""
-    found: set[Path] = set()
+    sources: set[Path] = set()
     pending = [PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py"), PACKAGE / "__init__.py"]
     while pending:
         path = pending.pop()
-        if path in found:
+        if path in sources:
             continue
-        found.add(path)
+        sources.add(path)
         if path.name == "__init__.py" and path.parent != PACKAGE:
             pending += path.parent.glob("*.py")
         for name in _find_imports(ast.parse(path.read_text())):
@@ -209,7 +209,7 @@ def find_sources(module: str) -> set[Path]:
             candidates = (parts / "__init__.py", parts.with_suffix(".py"))
             pending += [candidate for candidate in candidates if candidate.exists()]
             pending += [parent for parent in [parts.parent / "__init__.py"] if parent.exists()]
-    return found
+    return sources
 
 
 def _find_imports(tree: ast.Module) -> Iterator[str]:
