@@ -17,7 +17,6 @@ from recray.errors import SettingsError
 from recray.prepare.guess import Guess, guess_settings
 from recray.prepare.prepare import inspect_input
 
-TEMPLATES = ("shop", "news", "video")
 MOST_LETTERS = 200  # of a reason
 HEADING = """recray nightly --config {path}
 Settings to decide first. `recray settings` prints all others with their defaults.

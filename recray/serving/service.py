@@ -148,9 +148,9 @@ class Service:
         """A response, and what records it once it is sent."""
         started, deployment = time.monotonic(), self.deployments.current
         request = admit_request(request, deployment.state, self.opt_out_list)
-        owner = deployment.state.to_user_name(request.user_id)
-        shown = [] if request.cursor is None else decode_cursor(request.cursor, owner)
-        if shown:
+        shown: list[Any] = []
+        if request.cursor is not None:
+            shown = decode_cursor(request.cursor, deployment.state.to_user_name(request.user_id))
             request = request.model_copy(update={"deny": [*request.deny, *shown]})
         new_entries, unavailable = await self._read_new_entries(request, deployment.state)
         query = resolve_query(request, deployment.state, new_entries)
@@ -163,7 +163,7 @@ class Service:
         response = to_response(ranking, deployment, unavailable)
         if request.cursor is not None and len(response.items) == request.k:
             shown += [item.item_id for item in response.items]
-            response.cursor = encode_cursor(owner, shown)
+            response.cursor = encode_cursor(deployment.state.to_user_name(request.user_id), shown)
 
         if request.explain and response.items and "model" not in response.degraded:
             await self._add_reasons(response, query, ranking)
