@@ -74,6 +74,7 @@ BENCHMARKS = {
     "serve --against": Benchmark("serve.measure_against", ("checkout", "progress")),
     "serve-overload": Benchmark("serve.measure_overload"),
     "serve-state": Benchmark("serve.measure_state"),
+    "serve-items": Benchmark("items.measure_items"),
     "serve-users": Benchmark("serve.measure_users", ("users", "progress")),
     "explain": _on_data("explain.measure_explain", "data", "overrides", "progress", needs_data=False),
     "policy": Benchmark("policy.measure_policy"),
@@ -96,6 +97,7 @@ def run(
     overrides: Sequence[str] = (),
     overload: bool = False,
     state: bool = False,
+    items: bool = False,
     drift: bool = False,
     follow: bool = False,
     users: int | None = None,
@@ -106,7 +108,7 @@ def run(
     against : baseline library that runs on the same data, or another checkout (prepare, privacy, score,
         serve, train); None: recray alone
     overrides : of the settings, with `data`
-    overload, state, users : other measurements of the endpoint, for serve
+    overload, state, items, users : other measurements of the endpoint, for serve
     drift, follow : rewards that change under a running endpoint, for policy
     """
     if (drift or follow) and (benchmark != "policy" or not drift):
@@ -114,12 +116,13 @@ def run(
             f"benchmark {benchmark} takes no --drift and no --follow",
             "benchmark policy takes --drift, and --drift --follow",
         )
-    if (overload or users or state) and benchmark != "serve":
+    if (overload or users or state or items) and benchmark != "serve":
         raise SettingsError(
-            f"benchmark {benchmark} takes no --overload, no --state and no --users",
+            f"benchmark {benchmark} takes no --overload, --state, --items and --users",
             "they are for benchmark serve",
         )
-    variants = {"follow": follow, "drift": drift, "overload": overload, "state": state, "users": users}
+    variants = {"follow": follow, "drift": drift, "overload": overload, "state": state}
+    variants |= {"items": items, "users": bool(users)}
     benchmark = next((f"{benchmark}-{name}" for name, is_set in variants.items() if is_set), benchmark)
 
     started = time.monotonic()

@@ -104,6 +104,7 @@ def _run_benchmark(arguments: argparse.Namespace, reporter: Reporter) -> JobResu
         overrides=arguments.overrides,
         overload=arguments.overload,
         state=arguments.state,
+        items=arguments.items,
         drift=arguments.drift,
         follow=arguments.follow,
         users=arguments.users,

@@ -173,7 +173,7 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--scopes",
         default="read,write",
-        help="key: scopes, of read, history, write and admin (default: read,write)",
+        help="key: scopes, of read, history, write, items and admin (default: read,write)",
     )
 
 
@@ -256,6 +256,7 @@ def _add_benchmark(commands: Any) -> None:
     flags = {
         "--overload": "serve: three times as many requests as it can serve",
         "--state": "serve: a user with 1,000 recent events, and while Redis hangs",
+        "--items": "serve: how soon all replicas serve a change of an item",
         "--drift": "policy: users whose optima reverse under a running endpoint (half an hour)",
         "--follow": "policy --drift: with recray adapt --follow, in real time (half an hour)",
     }

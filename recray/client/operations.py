@@ -96,6 +96,27 @@ class Item(TypedDict, total=False):
     text: str | None
 
 
+class ItemUpdate(TypedDict, total=False):
+    """What changes of an item. What is not named stays as it is."""
+
+    item_id: Required[int | str]
+    available: bool | None
+    attributes: dict[str, str | int | float | bool | list[str | int | float | bool | None] | None]
+
+
+class ItemsRequest(TypedDict, total=False):
+    """Changes of items."""
+
+    items: Required[list[ItemUpdate]]
+
+
+class ItemsResponse(TypedDict, total=False):
+    """The changes are on disk; this replica serves with them, the others within two seconds."""
+
+    changed: Required[int]
+    added: Required[int]
+
+
 class KnownEvent(TypedDict, total=False):
     """An event of the history. `fresh`: the published run does not know it yet."""
 
@@ -466,6 +487,27 @@ class Operations:
         )
         return response
 
+    def change_items(self, *, items: list[ItemUpdate]) -> ItemsResponse:
+        """Change items. Availability and attributes, or new items, without a nightly run: all of the
+        request or nothing. A
+        change holds until the next one of the item, or until it is deleted; filters, rules and titles use
+            it.
+        Vectors of items that the model was trained with stay. Scope: items.
+
+        items : later ones win
+        """
+        response: ItemsResponse = self._call("PUT", "/v1/items", {"items": items}, repeatable=False)
+        return response
+
+    def restore_item(self, item_id: int | str) -> ItemsResponse:
+        """Drop the changes of an item. The item is as in the item table of the published run again. Scope:
+        items.
+        """
+        response: ItemsResponse = self._call(
+            "DELETE", f"/v1/items/{quote(str(item_id), safe='')}", repeatable=False
+        )
+        return response
+
     def models(self) -> ModelsResponse:
         """Show what is served. Bundle, dataset and snapshot of the responses. Scope: read."""
         response: ModelsResponse = self._call("GET", "/v1/models", repeatable=True)
@@ -675,6 +717,29 @@ class AsyncOperations:
         """
         response: Awaitable[ForgetResponse] = self._call(
             "DELETE", f"/v1/users/{quote(str(user_id), safe='')}", repeatable=False
+        )
+        return response
+
+    def change_items(self, *, items: list[ItemUpdate]) -> Awaitable[ItemsResponse]:
+        """Change items. Availability and attributes, or new items, without a nightly run: all of the
+        request or nothing. A
+        change holds until the next one of the item, or until it is deleted; filters, rules and titles use
+            it.
+        Vectors of items that the model was trained with stay. Scope: items.
+
+        items : later ones win
+        """
+        response: Awaitable[ItemsResponse] = self._call(
+            "PUT", "/v1/items", {"items": items}, repeatable=False
+        )
+        return response
+
+    def restore_item(self, item_id: int | str) -> Awaitable[ItemsResponse]:
+        """Drop the changes of an item. The item is as in the item table of the published run again. Scope:
+        items.
+        """
+        response: Awaitable[ItemsResponse] = self._call(
+            "DELETE", f"/v1/items/{quote(str(item_id), safe='')}", repeatable=False
         )
         return response
 

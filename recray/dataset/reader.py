@@ -6,6 +6,7 @@ loaded into memory.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -234,6 +235,14 @@ class Dataset:
         """The same dataset with one more shard of users, in memory only. They are in every training part."""
         added = (*self._added_shards, shard)
         return Dataset(self.path, self.manifest, part=self._part, parts=self._parts, added_shards=added)
+
+    def with_items(self, items: pa.Table) -> Dataset:
+        """The same dataset with another item table, in memory only. It may have more items at its end."""
+        changed = copy.copy(self)
+        for name in ("popularity", "public_popularity"):  # they have a number for each item
+            changed.__dict__.pop(name, None)
+        changed.__dict__["items"], changed.n_items = items, len(items)
+        return changed
 
     @cached_property
     def digest(self) -> str:

@@ -1,4 +1,5 @@
-"""The event store: events, impressions (decisions) and outcomes of the endpoint, in one order, each once.
+"""The event store: events, impressions (decisions) and outcomes of the endpoint, in one order, each once;
+beside them the changes of items.
 
 A store promises that an entry is on disk when `append` returns, and that all entries of one call are stored
 or none. After a number was read, no smaller one appears: a reader who remembers the last number misses
@@ -13,6 +14,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from recray.events.items import ItemChange
 
 Kind = Literal["event", "decision", "outcome", "set_aside", "access"]
 MAX_RECENT = 1000  # last events of a user that are read at most
@@ -119,6 +122,18 @@ class Log(abc.ABC):
     def forget_user(self, user: str) -> int:
         """Delete the user's events, impressions and their outcomes, and overwrite them in the files as far as
         the store can. Returns how many entries.
+        """
+
+    @abc.abstractmethod
+    def change_items(self, changes: Sequence[ItemChange]) -> None:
+        """Store changes of items, each on top of earlier ones of its item, all or none. On disk when it
+        returns.
+        """
+
+    @abc.abstractmethod
+    def read_items(self, after: int) -> tuple[int, list[ItemChange]]:
+        """Number of the last change of items, 0 for none, and the items that changed after number `after`, of
+        all changes of an item the sum. The number is below `after` where the store was emptied.
         """
 
     @property

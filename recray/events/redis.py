@@ -18,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from recray.errors import StateError
+from recray.events.items import ItemChange, merge_changes
 from recray.events.log import MAX_RECENT, SCAN_ENTRIES, Entry, Kind, Log
 
 PREFIX = "recray"
@@ -51,6 +52,9 @@ for i = 5, #ARGV, 5 do
 end
 return numbers
 """
+
+ITEMS, ITEMS_ORDER, ITEMS_LAST = (f"{PREFIX}:items{name}" for name in ("", ":order", ":last"))
+"""Changes of items by item, items by the number of their last change, and the last number."""
 
 
 class RedisLog(Log):
@@ -130,6 +134,24 @@ class RedisLog(Log):
             lambda: self._redis.delete(*(f"{PREFIX}:key:{entry.kind}:{entry.key}" for _, entry in entries))
         )
 
+    def change_items(self, changes: Sequence[ItemChange]) -> None:
+        self._call(lambda: self._redis.transaction(lambda pipe: _store_changes(pipe, changes), ITEMS_LAST))
+
+    def read_items(self, after: int) -> tuple[int, list[ItemChange]]:
+        last = int(self._call(lambda: self._redis.get(ITEMS_LAST)) or 0)
+        if last <= after:
+            return last, []
+        scored_keys = self._call(
+            lambda: self._redis.zrangebyscore(ITEMS_ORDER, f"({after}", "+inf", withscores=True)
+        )
+        texts = (
+            self._call(lambda: self._redis.hmget(ITEMS, [key for key, _ in scored_keys]))
+            if scored_keys
+            else []
+        )
+        # a change that came in between is read again next time
+        return last, [ItemChange.from_json(text) for text in texts if text is not None]
+
     def close(self) -> None:
         self._redis.close()
 
@@ -174,3 +196,18 @@ class RedisLog(Log):
             return command()
         except redis.RedisError as error:
             raise StateError(f"{self._address}: {error}", "start it, or check serve.state") from error
+
+
+def _store_changes(pipe: Any, changes: Sequence[ItemChange]) -> None:
+    """Queue the commands of a transaction that watches `ITEMS_LAST`, which every change increments."""
+    keys = [change.key for change in changes]
+    texts = pipe.hmget(ITEMS, keys)
+    stored = {
+        key: ItemChange.from_json(text) for key, text in zip(keys, texts, strict=True) if text is not None
+    }
+    number = int(pipe.get(ITEMS_LAST) or 0) + 1
+    merged = merge_changes(changes, stored)
+    pipe.multi()
+    pipe.set(ITEMS_LAST, number)
+    pipe.hset(ITEMS, mapping={key: change.to_json() for key, change in merged.items()})
+    pipe.zadd(ITEMS_ORDER, dict.fromkeys(merged, number))

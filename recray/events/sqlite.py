@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recray.errors import StateError
+from recray.events.items import ItemChange, merge_changes
 from recray.events.log import CONFLICT, DUPLICATE, MAX_RECENT, Entry, Kind, Log
 
 BUSY_S = 10.0
@@ -24,6 +25,8 @@ CREATE TABLE IF NOT EXISTS log (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS log_key ON log (key, kind);
 CREATE INDEX IF NOT EXISTS log_user ON log (user, number) WHERE kind = 'event';
+CREATE TABLE IF NOT EXISTS items (item TEXT PRIMARY KEY, number INTEGER NOT NULL, change TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS items_number ON items (number);
 CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL, one INTEGER PRIMARY KEY CHECK (one = 1));
 """
 _INSERT = (
@@ -132,6 +135,30 @@ class SqliteLog(Log):
                 "PRAGMA wal_checkpoint(TRUNCATE)"
             )  # waits for readers, then empties the write-ahead log
         return int(deleted)
+
+    def change_items(self, changes: Sequence[ItemChange]) -> None:
+        with self._transaction() as connection:
+            stored = {
+                item: ItemChange.from_json(text)
+                for key in {change.key for change in changes}
+                for item, text in connection.execute("SELECT item, change FROM items WHERE item = ?", (key,))
+            }
+            number = self._last_change(connection) + 1
+            rows = [(key, number, change.to_json()) for key, change in merge_changes(changes, stored).items()]
+            connection.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", rows)
+
+    def read_items(self, after: int) -> tuple[int, list[ItemChange]]:
+        with self._wrap_errors():
+            connection = self._connection()
+            rows = connection.execute(
+                "SELECT number, change FROM items WHERE number > ?", (after,)
+            ).fetchall()
+            last = max(row[0] for row in rows) if rows else self._last_change(connection)
+            return last, [ItemChange.from_json(text) for _, text in rows]
+
+    @staticmethod
+    def _last_change(connection: sqlite3.Connection) -> int:
+        return int(connection.execute("SELECT ifnull(max(number), 0) FROM items").fetchone()[0])
 
     def close(self) -> None:
         for connection in self._connections:

@@ -7,6 +7,7 @@ item index. A CPU and a GPU agree to 1e-4; bfloat16, which is off by default, to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,6 +137,13 @@ class Predictor:
         """Take over the model's current weights, as in inference."""
         self.encoder.refresh()
         self._take_over_model()
+
+    def without(self, item_index: np.ndarray) -> Predictor:
+        """The same predictor, which does not recommend some more items."""
+        smaller = copy.copy(self)
+        smaller.retired = torch.from_numpy(np.union1d(self.retired.cpu().numpy(), item_index)).to(self.device)
+        smaller._selector = CandidateSelector(self.encoder.table_VD, smaller.retired)
+        return smaller
 
     @property
     def n_items(self) -> int:

@@ -256,6 +256,35 @@ class FeedbackRequest(_Closed):
     )
 
 
+Cell = Text | int | Number | bool | None
+
+
+class ItemUpdate(_Closed):
+    """What changes of an item. What is not named stays as it is."""
+
+    item_id: Id = Field(description="the item, as in the item table; a new one with its attributes")
+    available: bool | None = Field(
+        None, description="false: not recommended, for instance sold out; true: recommended again"
+    )
+    attributes: dict[Text, Cell | Annotated[list[Cell], Field(max_length=1000)]] = Field(
+        {}, max_length=256, description="new values of columns of the item table; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ItemUpdate:
+        if self.available is None and not self.attributes:
+            raise ValueError("nothing changes: send available or attributes")
+        return self
+
+
+class ItemsRequest(_Closed):
+    """Changes of items."""
+
+    model_config = _examples({"items": [{"item_id": "85123A", "available": False}]})
+
+    items: list[ItemUpdate] = Field(min_length=1, max_length=MOST_EVENTS, description="later ones win")
+
+
 class Reason(BaseModel):
     """An event that carried a recommendation. `share`: its share of the contributions of all events;
     `attention`: its share of the attention.
@@ -387,6 +416,13 @@ class EventsResponse(BaseModel):
         "include them",
     )
     opted_out: int = Field(0, description="events of a user who opted out, which are not kept")
+
+
+class ItemsResponse(BaseModel):
+    """The changes are on disk; this replica serves with them, the others within two seconds."""
+
+    changed: int = Field(description="items that the model knew")
+    added: int = Field(description="new items, which the model knows by their features")
 
 
 class ForgetResponse(BaseModel):

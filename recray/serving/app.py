@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -30,6 +30,7 @@ NAME = "recray"
 # the model's thread needs the interpreter between all its operations; at the default of 5 ms it would wait
 # for requests that are refused
 SWITCH_S = 0.0005
+ITEMS_S = 0.5  # between two checks of a replica for changes of items
 STOP_S = 90.0  # Serve gives its replicas a minute
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -51,16 +52,20 @@ class Endpoint:
             policy=settings.policy,
             exclude_users=settings.data.exclude_users,
         )
-        threading.Thread(target=self._watch, args=(settings.serve.poll_s,), daemon=True).start()
+        for refresh, every_s in (
+            (self.service.refresh, settings.serve.poll_s),
+            (self.service.refresh_items, ITEMS_S),  # which must not wait while a run is loaded
+        ):
+            threading.Thread(target=self._watch, args=(refresh, every_s), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self.service)
 
-    def _watch(self, poll_s: float) -> None:
+    def _watch(self, refresh: Callable[[], None], every_s: float) -> None:
         wait = threading.Event()
-        while not wait.wait(poll_s):
+        while not wait.wait(every_s):
             try:
-                self.service.refresh()
+                refresh()
             except Exception as error:  # the watch must go on
                 logging.getLogger("ray.serve").error("the watch failed, it retries: %s", type(error).__name__)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from recray.events.rewards import Rewards
 from recray.inference.policy import Policy
 from recray.release import Release, adopt_policy, end_experiment
 from recray.serving.experiment import Experiment
+from recray.serving.items import ItemChanges
 from recray.serving.state import ServingState, load_without_lists
 from recray.storage import Storage
 
@@ -45,7 +47,7 @@ class Deployment:
 
 
 class Deployments:
-    """Holds the current deployment; `refresh` replaces it.
+    """Holds the current deployment; `refresh` and `refresh_items` replace it.
 
     Without a readable snapshot, it starts with the champion and the last dataset. Raises
     MissingArtifactError, DamagedArtifactError, RefusedError when it is constructed.
@@ -69,9 +71,9 @@ class Deployments:
         self._released, self._released_retry_at = b"", 0.0
         self._last_entry = 0
         self._stale_run = ""
-        self.current = Deployment(
-            load_first_state(storage, score, self._log.error, private=private, bound=bound, device=device)
-        )
+        self._items, self._publishing = ItemChanges(), threading.Lock()
+        first = load_first_state(storage, score, self._log.error, private=private, bound=bound, device=device)
+        self._loaded = self.current = Deployment(first)
 
     def refresh(self, log: Log | None) -> None:
         """Load a new run or release, replace the deployment at once, and end an experiment that failed.
@@ -85,17 +87,36 @@ class Deployments:
         released = _read_file(self.storage.release)
         if (
             released != self._released and now_s >= self._released_retry_at
-        ) or state is not self.current.state:
-            self.current = self._apply_release(state, released, now_s, log)
+        ) or state is not self._loaded.state:
+            self._publish(self._apply_release(state, released, now_s, log))
         self._log_staleness()
         try:
             self._watch_experiment(log)
         except Exception as error:
             self._log.error("the experiment cannot be checked: %s", error)
 
+    def refresh_items(self, log: Log | None) -> None:
+        """Take over changes of items from the event store, None where it is unavailable."""
+        if log is not None:
+            with contextlib.suppress(StateError):
+                if self._items.read(log):
+                    self._publish()
+
+    def _publish(self, loaded: Deployment | None = None) -> None:
+        """Make a deployment the current one, with the changes of items; None: the last one."""
+        with self._publishing:
+            self._loaded = loaded = loaded or self._loaded
+            states = [state for state in (loaded.state, loaded.challenger) if state is not None]
+            try:
+                state, *challengers = self._items.apply(states)
+            except Exception as error:  # the run must be served
+                self._log.error("the changes of items cannot be applied: %s", error)
+                state, *challengers = states
+            self.current = Deployment(state, loaded.experiment, challengers[0] if challengers else None)
+
     def _load_published(self, now_s: float) -> ServingState:
         """The published run if it is new, else the current one."""
-        state, published = self.current.state, _read_file(self.storage.latest)
+        state, published = self._loaded.state, _read_file(self.storage.latest)
         if (
             published
             and published != self._published
@@ -131,7 +152,7 @@ class Deployments:
 
     def _log_staleness(self) -> None:
         """Log once per run that it is stale."""
-        state = self.current.state
+        state = self._loaded.state
         if state.is_stale and self._stale_run != state.date:
             self._stale_run = state.date
             self._log.error(
@@ -185,7 +206,7 @@ class Deployments:
         challenger = require_privacy(
             state.with_bundle(member.open(self.storage), member.policy), private=self._private
         )
-        running = self.current.experiment
+        running = self._loaded.experiment
         fields = (member.name, release.share, release.shadow, release.since_s)
         if (
             running is not None
@@ -205,7 +226,8 @@ class Deployments:
 
     def _watch_experiment(self, log: Log | None) -> None:
         """Read the new entries of the experiment, and end it if the challenger failed or won."""
-        state, experiment, challenger = self.current.state, self.current.experiment, self.current.challenger
+        loaded = self._loaded
+        state, experiment, challenger = loaded.state, loaded.experiment, loaded.challenger
         if experiment is None:
             return
         if log is not None:
@@ -217,7 +239,7 @@ class Deployments:
                         experiment.add_entry(entry)
                         self._last_entry = number
         if reason := experiment.find_reason_to_end():
-            self.current = Deployment(state)  # at once, even if the release cannot be written
+            self._publish(Deployment(state))  # at once, even if the release cannot be written
             self._log.warning("the experiment of bundle %s ends: %s", experiment.challenger, reason)
             end_experiment(self.storage, reason, experiment.challenger)
         elif (

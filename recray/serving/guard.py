@@ -1,8 +1,8 @@
 """API keys with scopes, and rate limits.
 
-A keys file is a YAML list of entries: `name`, `sha256` (of the key), `scopes` (read, history, write, admin)
-and optionally `rate`. The keys themselves are not stored: `recray serve key NAME` draws a key, shows it once,
-and prints its entry.
+A keys file is a YAML list of entries: `name`, `sha256` (of the key), `scopes` (read, history, write, items,
+admin) and optionally `rate`. The keys themselves are not stored: `recray serve key NAME` draws a key, shows
+it once, and prints its entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from recray.config import ServeSettings, expand_path
 from recray.errors import SettingsError
 from recray.serving.problems import make_problem
 
-KeyScope = Literal["read", "history", "write", "admin"]
+KeyScope = Literal["read", "history", "write", "items", "admin"]
 KEYS_VARIABLE = "RECRAY_KEYS"
 REQUIRED_SCOPES: dict[str, KeyScope] = {
     "/v1/recommend": "read",
@@ -42,6 +42,8 @@ REQUIRED_SCOPES: dict[str, KeyScope] = {
     "/v1/models": "read",
     "/v1/events": "write",
     "/v1/feedback": "write",
+    "/v1/items": "items",
+    "/v1/items/{item_id}": "items",
     "/v1/users/{user_id}": "admin",
 }
 PUBLIC_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json", "/console")
@@ -137,7 +139,7 @@ def draw_key(name: str, scopes: list[str]) -> tuple[str, str]:
         key = Key(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), scopes=frozenset(scopes))
     except ValidationError:
         raise SettingsError(
-            f"scopes {','.join(scopes)}", "choose among read, history, write and admin"
+            f"scopes {','.join(scopes)}", "choose among read, history, write, items and admin"
         ) from None
     return secret, yaml.safe_dump(
         [{"name": key.name, "sha256": key.sha256, "scopes": sorted(key.scopes)}], sort_keys=False
@@ -215,7 +217,7 @@ class Guard:
                 )
                 await refusal(scope, receive, send)
                 return
-            required = REQUIRED_SCOPES.get(scope["path"], "admin")
+            required = _find_scope(scope["path"])
             if required not in key.scopes and "admin" not in key.scopes:
                 refusal = make_problem(
                     403, f"this key lacks the scope {required}", "use a key with the scope"
@@ -255,6 +257,13 @@ class Guard:
                 "rate limits are not applied, their store is unavailable: %s", type(error).__name__
             )
         return None
+
+
+def _find_scope(path: str) -> KeyScope:
+    """The scope that a path needs."""
+    if path.startswith("/v1/items/"):
+        return "items"
+    return REQUIRED_SCOPES.get(path, "admin")
 
 
 def _read_host(scope: Scope) -> str:

@@ -30,6 +30,8 @@ from recray.serving.api import (
     Health,
     HistoryRequest,
     HistoryResponse,
+    ItemsRequest,
+    ItemsResponse,
     ModelsResponse,
     RecommendRequest,
     RecommendResponse,
@@ -87,6 +89,7 @@ def _build_api(service: Service) -> FastAPI:
     api.add_exception_handler(Exception, _to_server_problem)
     _add_recommendation_routes(api, service)
     _add_event_store_routes(api, service)
+    _add_item_routes(api, service)
     _add_operation_routes(api, service)
     _add_pages(api)
 
@@ -140,6 +143,23 @@ def _add_event_store_routes(api: FastAPI, service: Service) -> None:
         forget` erases the user from files.
         """
         return await service.intake.forget(user_id)
+
+
+def _add_item_routes(api: FastAPI, service: Service) -> None:
+    tags: list[Any] = ["items"]
+
+    @api.put("/v1/items", summary="Change items", tags=tags)
+    async def change_items(request: ItemsRequest) -> ItemsResponse:
+        """Availability and attributes, or new items, without a nightly run: all of the request or nothing. A
+        change holds until the next one of the item, or until it is deleted; filters, rules and titles use it.
+        Vectors of items that the model was trained with stay.
+        """
+        return await service.change_items(request)
+
+    @api.delete("/v1/items/{item_id:path}", summary="Drop the changes of an item", tags=tags)
+    async def restore_item(item_id: str) -> ItemsResponse:
+        """The item is as in the item table of the published run again."""
+        return await service.restore_item(item_id)
 
 
 def _add_operation_routes(api: FastAPI, service: Service) -> None:

@@ -17,6 +17,7 @@ from opentelemetry.trace import get_current_span
 
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
 from recray.errors import PartUnavailableError, RecrayError, UnavailableError
+from recray.events.items import ItemChange
 from recray.events.log import MAX_RECENT, Entry
 from recray.events.rewards import Rewards
 from recray.inference.policy import OBSERVED_EVENTS
@@ -24,6 +25,8 @@ from recray.model.device import device
 from recray.serving.api import (
     HistoryRequest,
     HistoryResponse,
+    ItemsRequest,
+    ItemsResponse,
     ModelsResponse,
     Part,
     Privacy,
@@ -43,6 +46,7 @@ from recray.serving.deployment import Deployment, Deployments
 from recray.serving.explain import add_reasons
 from recray.serving.history import to_known_events
 from recray.serving.intake import Intake
+from recray.serving.items import resolve_changes
 from recray.serving.modulation import Exploration
 from recray.serving.query import Query, admit_request, has_opted_out, resolve_query
 from recray.serving.ranker import Ranker, Ranking
@@ -100,6 +104,7 @@ class Service:
             self._exploration = Exploration(
                 policy.exploration_scale, policy.actions, policy.bound, np.random.default_rng()
             )
+        self.refresh_items()
         self.refresh()
 
     @property
@@ -119,6 +124,10 @@ class Service:
             self.telemetry.flush(self._read_gauges(), self._read_labels())
         except Exception as error:
             self._logger.error("the telemetry failed: %s", error)
+
+    def refresh_items(self) -> None:
+        """Take over the changes of items."""
+        self.deployments.refresh_items(self.recorder.log)
 
     def _read_gauges(self) -> dict[str, float]:
         state, writer = self.state, self.recorder.writer
@@ -244,6 +253,25 @@ class Service:
         )
         self._record_endpoint_response(response, "realtime", None, started, "similar")
         return response
+
+    async def change_items(self, request: ItemsRequest) -> ItemsResponse:
+        """Change items; on disk when it returns. Raises RequestError, UnavailableError."""
+        state = self.state
+        changes = await asyncio.to_thread(resolve_changes, request.items, state)
+        known = {change.key for change in changes if state.knows_item(change.item_id)}
+        await self._store_changes(changes)
+        return ItemsResponse(changed=len(known), added=len({change.key for change in changes} - known))
+
+    async def restore_item(self, item_id: str) -> ItemsResponse:
+        """Drop the changes of an item; on disk when it returns. Raises RequestError, UnavailableError."""
+        item = self.state.require_item(item_id, "item_id")
+        is_known = self.state.knows_item(item)
+        await self._store_changes([ItemChange(item, is_removed=True)])
+        return ItemsResponse(changed=int(is_known), added=0)
+
+    async def _store_changes(self, changes: list[ItemChange]) -> None:
+        await self.recorder.write(lambda writer: asyncio.to_thread(writer.log.change_items, changes))
+        await asyncio.to_thread(self.refresh_items)
 
     def models(self) -> ModelsResponse:
         """Describe the current deployment."""

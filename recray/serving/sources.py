@@ -145,17 +145,19 @@ def _filter_list(
     items: list[tuple[Any, float | None]] = list(zip(scored.item_ids, scored.scores, strict=True))
     n_available = state.predictor.n_available
     rule = query.items
-    if not (
+    filters_items = (
         rule.deny or rule.allow is not None or rule.where or (rule.filter_seen and not state.filters_seen)
-    ):
+    )
+    if not filters_items and not len(state.unavailable):
         return items, n_available
     filters, seen = to_filters(rule, state), _load_seen_items(query, state)
     excluded = np.unique(filters.excluded_items(seen))
-    excluded = excluded[excluded > 0]
-    shown = filters.is_allowed(state.predictor.vocabulary.index_of(scored.item_ids), seen)
+    excluded = np.setdiff1d(excluded[excluded > 0], state.unavailable)
+    index = state.predictor.vocabulary.index_of(scored.item_ids)
+    shown = filters.is_allowed(index, seen) & ~np.isin(index, state.unavailable)
     allowed = n_available - len(excluded)
     if filters.allow is not None:
-        allowed = len(np.setdiff1d(filters.allow, excluded))
+        allowed = len(np.setdiff1d(filters.allow, np.union1d(excluded, state.unavailable)))
     return [pair for pair, is_shown in zip(items, shown.tolist(), strict=True) if is_shown], allowed
 
 

@@ -8,7 +8,7 @@ import datetime as dt
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ _LOG = logging.getLogger("ray.serve")
 class ServingState:
     """One published run, and the model bundle of its real-time responses.
 
+    artifact : the model bundle
+    unavailable : indices of items that must not be recommended now (`recray.serving.items`), ascending
     policy_network : decides the attention modulation; None: the unmodified model serves
     bound : a policy with a larger bound is not used
     item_masks : cache of item indices by attribute filter
@@ -52,6 +54,7 @@ class ServingState:
     predictor: Predictor
     translation: Translation
     rules: Rules | None
+    artifact: Bundle
     bundle: str
     bundle_digest: str
     policy: str | None
@@ -60,6 +63,7 @@ class ServingState:
     popular_items: tuple[tuple[Any, float], ...]
     loaded_at: dt.datetime
     bound: float = 1.0
+    unavailable: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     item_masks: dict[str, np.ndarray] = field(default_factory=dict)
     explorable: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
@@ -94,6 +98,20 @@ class ServingState:
         Raises MissingArtifactError, DamagedArtifactError of the bundle.
         """
         return _build_state(self.snapshot, self.dataset, bundle, policy, self.predictor.device, self.bound)
+
+    def with_items(self, dataset: Dataset, unavailable: np.ndarray) -> ServingState:
+        """The same run with other attributes of its items, without those that are unavailable."""
+        predictor = self.predictor.without(unavailable) if len(unavailable) else self.predictor
+        rules = _build_rules(self.snapshot, dataset, self.translation, predictor)
+        return replace(
+            self,
+            dataset=dataset,
+            predictor=predictor,
+            rules=rules,
+            popular_items=_rank_popular_items(predictor, dataset, rules),
+            unavailable=unavailable,
+            item_masks={},
+        )
 
     @cached_property
     def observer(self) -> Observer:
@@ -264,36 +282,56 @@ def _build_state(
             policy = None
     predictor = Predictor.load(bundle, dataset=dataset, device=device, popular_only=popular_only)
     predictor.encoder.capture_graphs(GRAPH_REQUESTS, () if loaded is None else loaded.actions)
-    declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
     translation = predictor.vocabulary.translation(dataset)
-    rules = (
-        None
-        if declared is None
-        else Rules.from_settings(declared, dataset, translation.to_bundle, predictor.cold_V)
-    )
-
-    most_popular = predictor.recommend([EMPTY_HISTORY], MAX_K, now=dataset.now_s, rules=rules)
-    filled = most_popular.item_index[0] > 0
-    ids, scores = (
-        predictor.vocabulary.ids_of(most_popular.item_index[0][filled]),
-        most_popular.scores[0][filled].tolist(),
-    )
-    popular_items = tuple(zip(ids, scores, strict=True))
+    rules = _build_rules(snapshot, dataset, translation, predictor)
     return ServingState(
         snapshot=snapshot,
         dataset=dataset,
         predictor=predictor,
         translation=translation,
         rules=rules,
+        artifact=bundle,
         bundle=bundle.key,
         bundle_digest=bundle.digest,
         policy=policy,
         policy_network=loaded,
         privacy=bundle.privacy,
-        popular_items=popular_items,
+        popular_items=_rank_popular_items(predictor, dataset, rules),
         loaded_at=dt.datetime.now(dt.UTC),
         bound=bound,
     )
+
+
+def rebuild_state(state: ServingState, dataset: Dataset) -> ServingState:
+    """The same run on another dataset, whose new items the model knows by their features."""
+    return _build_state(
+        state.snapshot,
+        dataset,
+        state.artifact,
+        state.policy,
+        state.predictor.device,
+        state.bound,
+        popular_only=state.predictor.popular_only,
+    )
+
+
+def _build_rules(
+    snapshot: Snapshot, dataset: Dataset, translation: Translation, predictor: Predictor
+) -> Rules | None:
+    declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
+    if declared is None:
+        return None
+    return Rules.from_settings(declared, dataset, translation.to_bundle, predictor.cold_V)
+
+
+def _rank_popular_items(
+    predictor: Predictor, dataset: Dataset, rules: Rules | None
+) -> tuple[tuple[Any, float], ...]:
+    """What an unknown user gets, at most `MAX_K` items."""
+    popular = predictor.recommend([EMPTY_HISTORY], MAX_K, now=dataset.now_s, rules=rules)
+    filled = popular.item_index[0] > 0
+    ids = predictor.vocabulary.ids_of(popular.item_index[0][filled])
+    return tuple(zip(ids, popular.scores[0][filled].tolist(), strict=True))
 
 
 def _describe_invalid_id(owners: str, *, is_integral: bool) -> str:

@@ -14,6 +14,7 @@ import pytest
 from harness import DEADLINE_S
 
 from recray.errors import SettingsError, StateError
+from recray.events.items import ItemChange
 from recray.events.log import MAX_RECENT, Entry
 from recray.events.sqlite import SqliteLog
 from recray.events.store import open_log
@@ -65,6 +66,26 @@ def test_what_is_forgotten_is_absent_and_numbers_go_on(log):
     assert log.append([event(6)]) == [6]
     log.drop_through(3)
     assert [number for number, _ in log.read(0, 10)] == [6]
+
+
+def test_changes_of_items_add_up_and_are_read_once(log, tmp_path):
+    assert log.read_items(0) == (0, [])
+    big = 2**53 + 1  # no float
+    log.change_items(
+        [ItemChange(big, False, {"price": 1.5}, 10.0), ItemChange("ä", None, {"tags": ["x"]}, 10.0)]
+    )
+    first, changes = log.read_items(0)
+    assert {change.item_id for change in changes} == {big, "ä"}
+    log.change_items([ItemChange(big, None, {"title": None}, 11.0), ItemChange(big, True, {}, 12.0)])
+    second, changes = log.read_items(first)
+    assert second > first and changes == [ItemChange(big, True, {"price": 1.5, "title": None}, 12.0)]
+    assert log.read_items(second) == (second, [])
+    log.change_items([ItemChange(big, is_removed=True, at_s=13.0)])
+    log.change_items([ItemChange(big, False, {}, 14.0)])
+    assert log.read_items(second)[1] == [ItemChange(big, False, {}, 14.0)], "what was removed is forgotten"
+    log.append([event(1)])
+    log.drop_through(log.last())
+    assert len(log.read_items(0)[1]) == 2, "they are not collected"
 
 
 def test_an_identity_lasts_as_long_as_the_store(log, tmp_path):

@@ -1,0 +1,211 @@
+"""Changes of items (`PUT /v1/items`) on top of the published run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recray.dataset.features import VECTORS
+from recray.dataset.reader import Dataset
+from recray.dataset.schema import ITEM_ID
+from recray.errors import RequestError, UnknownItemError
+from recray.events.items import ItemChange
+from recray.events.log import Log
+from recray.serving.api import ItemUpdate
+from recray.serving.state import ServingState, rebuild_state
+
+_LOG = logging.getLogger("ray.serve")
+
+
+class ItemChanges:
+    """The changes of items that a replica knows. `read` adds the new ones of the event store, and `apply`
+    puts them on a run.
+    """
+
+    def __init__(self) -> None:
+        self._changes: dict[str, ItemChange] = {}
+        self._number = 0
+        self._identity = ""
+        self._reading = threading.Lock()
+        # runs with the items that their models know by changes alone
+        self._extended: dict[int, tuple[ServingState, tuple[str, ...], ServingState]] = {}
+
+    def read(self, log: Log) -> bool:
+        """Whether there were new changes. Raises StateError."""
+        with self._reading:
+            number, changes = log.read_items(self._number if log.identity == self._identity else 0)
+            if log.identity != self._identity or number < self._number:  # another store, or an emptied one
+                number, changes = log.read_items(0)
+                was_changed, self._changes = bool(self._changes or changes), {}
+            else:
+                was_changed = bool(changes)
+            self._changes = self._changes | {change.key: change for change in changes}
+            self._changes = {key: change for key, change in self._changes.items() if not change.is_removed}
+            self._number, self._identity = number, log.identity
+            return was_changed
+
+    def apply(self, states: Sequence[ServingState]) -> list[ServingState]:
+        """Runs with the changes. A column that a run lacks is left out, with an error in the log."""
+        changes = list(self._changes.values())
+        applied, extended = [], {}
+        for state in states:
+            if not changes:
+                applied.append(state)
+                continue
+            table = change_table(state.dataset, changes)
+            # only their vectors depend on the changes: those of other items come from the training
+            by_features = [
+                change.to_json()
+                for change in changes
+                if change.attributes and not _was_trained(change, state)
+            ]
+            base, key = state, tuple(sorted(by_features))
+            if key:
+                known = self._extended.get(id(state))
+                if known is None or known[0] is not state or known[1] != key:
+                    known = (state, key, rebuild_state(state, state.dataset.with_items(table)))
+                extended[id(state)] = known
+                base = known[2]
+            applied.append(_with_changes(base, table, changes))
+        self._extended = extended
+        return applied
+
+
+def _was_trained(change: ItemChange, state: ServingState) -> bool:
+    """Whether the item was in the training of a run's model."""
+    index = int(state.predictor.vocabulary.index_of([change.item_id])[0])
+    return 0 < index <= len(state.artifact.item_ids)
+
+
+def _with_changes(state: ServingState, table: pa.Table, changes: Sequence[ItemChange]) -> ServingState:
+    """A run with another item table, without the items that are not available."""
+    sold_out = [change.item_id for change in changes if change.available is False]
+    index = np.unique(state.predictor.vocabulary.index_of(sold_out))
+    return state.with_items(state.dataset.with_items(table), index[index > 0])
+
+
+def change_table(dataset: Dataset, changes: Sequence[ItemChange]) -> pa.Table:
+    """A dataset's item table with changed attributes, and rows for new items at its end."""
+    table = dataset.items
+    changed = [change for change in changes if change.attributes]
+    if not changed:
+        return table
+    item_ids = pa.array([change.item_id for change in changed])
+    own_ids = table[ITEM_ID].combine_chunks()
+    if own_ids.type != item_ids.type:
+        own_ids, item_ids = own_ids.cast(pa.string()), item_ids.cast(pa.string())
+    position = pc.fill_null(pc.index_in(item_ids, value_set=own_ids), -1).to_pylist()
+    new = [change for change, row in zip(changed, position, strict=True) if row < 0]
+    rows = {id(change): row for change, row in zip(changed, position, strict=True) if row >= 0}
+    rows |= {id(change): len(table) + number for number, change in enumerate(new)}
+    columns = []
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if name == ITEM_ID:
+            added = pa.array([change.item_id for change in new], pa.int64() if _is_integral(column) else None)
+            columns.append(pa.concat_arrays([column, added.cast(column.type)]))
+            continue
+        if new:
+            fill = (
+                pa.array([0] * len(new), column.type) if name == "events" else pa.nulls(len(new), column.type)
+            )
+            column = pa.concat_arrays([column, fill])
+        named = [change for change in changed if name in change.attributes]
+        if named and is_changeable(dataset, name):
+            values = [change.attributes[name] for change in named]
+            order = np.arange(len(column))
+            order[[rows[id(change)] for change in named]] = len(column) + np.arange(len(named))
+            column = pa.concat_arrays([column, to_cells(values, column.type)]).take(pa.array(order))
+        columns.append(column)
+    return pa.table(columns, names=table.column_names)
+
+
+def _is_integral(column: pa.Array) -> bool:
+    return bool(pa.types.is_integer(column.type))
+
+
+def is_changeable(dataset: Dataset, column: str) -> bool:
+    """Whether a column of the item table can be changed: vectors, and texts that became vectors, cannot."""
+    return dataset.features.get(column, VECTORS[0]) not in VECTORS
+
+
+def to_cells(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Values of JSON as cells of a column. Raises pa.ArrowException, TypeError or ValueError for a value that
+    the column cannot hold.
+    """
+    if pa.types.is_dictionary(kind):
+        return to_cells(values, kind.value_type).dictionary_encode().cast(kind)
+    if any(isinstance(value, bool) for value in values) and not pa.types.is_boolean(kind):
+        raise TypeError("true and false are no value of this column")
+    if pa.types.is_decimal(kind) or pa.types.is_float16(kind):
+        return pa.array(values, pa.float64()).cast(kind)
+    return pa.array(values, kind)
+
+
+def resolve_changes(updates: Sequence[ItemUpdate], state: ServingState) -> list[ItemChange]:
+    """The updates of a request in the types of the item table.
+
+    Raises RequestError for a column that the item table lacks or a value that it cannot hold,
+    UnknownItemError for an unknown item without attributes, or one that the model cannot know by them.
+    """
+    changes = list[ItemChange]()
+    for number, update in enumerate(updates):
+        place = f"items.{number}"
+        item_id = state.require_item(update.item_id, f"{place}.item_id")
+        for column, value in update.attributes.items():
+            _check_value(f"{place}.attributes.{column}", column, value, state.dataset)
+        change = ItemChange(item_id, update.available, update.attributes)
+        if not state.knows_item(item_id) and item_id not in {earlier.item_id for earlier in changes}:
+            _check_new_item(place, change, state)
+        changes.append(change)
+    return changes
+
+
+def _check_value(place: str, column: str, value: Any, dataset: Dataset) -> None:
+    known = [name for name in dataset.features if is_changeable(dataset, name)]
+    if column not in dataset.features:
+        raise RequestError(f"{place}: no column {column!r}", f"known: {', '.join(known) or 'none'}")
+    if column not in known:
+        raise RequestError(
+            f"{place}: {column!r} holds vectors, which the next nightly run makes",
+            f"can be changed: {', '.join(known) or 'none'}",
+        )
+    kind = dataset.items[column].type
+    try:
+        to_cells([value], kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        raise RequestError(f"{place}: {value!r} does not fit the column", f"send {_describe(kind)}") from None
+
+
+def _describe(kind: pa.DataType) -> str:
+    """What a column of this type holds, in the words of JSON."""
+    if pa.types.is_dictionary(kind):
+        return _describe(kind.value_type)
+    if pa.types.is_nested(kind):
+        return f"a list, each element {_describe(kind.value_type)}"
+    if pa.types.is_integer(kind):
+        return f"an integer of {kind}"
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return f"a number of {kind}"
+    return "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else f"a value of {kind}"
+
+
+def _check_new_item(place: str, change: ItemChange, state: ServingState) -> None:
+    if not change.attributes:
+        raise UnknownItemError(
+            f"{place}.item_id: no item {change.item_id!r}", "send its attributes too, and it is a new item"
+        )
+    table = change_table(state.dataset, [change])
+    row = table.filter(pc.equal(table[ITEM_ID], pa.scalar(change.item_id, table[ITEM_ID].type)))
+    if not len(state.artifact.cold_items(state.dataset.with_items(row))):
+        features = ", ".join(state.artifact.manifest["features"]) or "none"
+        raise UnknownItemError(
+            f"{place}.item_id: the model cannot know {change.item_id!r} by these attributes",
+            f"its features: {features}; else the next nightly run can learn it from events",
+        )
