@@ -110,6 +110,8 @@ class Recommender:
         events: Any = None,
         k: int = 10,
         filter_seen: bool = False,
+        seen_events: Iterable[str] | None = None,
+        seen_days: float | None = None,
         where: Mapping[str, Any] | None = None,
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] = (),
@@ -122,6 +124,8 @@ class Recommender:
         users : ids, as in the event log; None: the users of `events`
         events : table of events after the stored histories, with the log's columns; also of new users
         filter_seen : leave out items that the user interacted with
+        seen_events, seen_days : by events of these types, and of so many days, alone; None: as in section
+            score
         where : column of the item table -> values, or `{"min": …, "max": …}`
         allow, deny : ids of items that alone, or never, are recommended
         controls : attention controls, -1 to 1 each; None: the policy decides
@@ -139,6 +143,8 @@ class Recommender:
             "k": k,
             "mode": "realtime",
             "filter_seen": filter_seen,
+            "seen_events": None if seen_events is None else list(seen_events),
+            "seen_days": seen_days,
             "where": {
                 name: Range(**value) if isinstance(value, Mapping) else _to_values(value)
                 for name, value in _to_mapping(where, "where").items()

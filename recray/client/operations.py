@@ -208,6 +208,8 @@ class RecommendRequest(TypedDict, total=False):
     controls: dict[str, float] | None
     explain: bool
     filter_seen: bool
+    seen_events: list[str] | None
+    seen_days: float | None
     allow: list[int | str] | None
     deny: list[int | str]
     where: dict[str, list[str | int | float | bool] | Range]
@@ -315,6 +317,8 @@ class Operations:
         controls: dict[str, float] | None = None,
         explain: bool | None = None,
         filter_seen: bool | None = None,
+        seen_events: list[str] | None = None,
+        seen_days: float | None = None,
         allow: list[int | str] | None = None,
         deny: list[int | str] | None = None,
         where: dict[str, list[str | int | float | bool] | Range] | None = None,
@@ -338,6 +342,8 @@ class Operations:
         explain : return the past events that carried each recommendation, and their shares; costs several
             passes of the model
         filter_seen : seen-item filter: leave out the items of the history
+        seen_events : event types whose items the filter leaves out; null: as in score.seen_events, []: all
+        seen_days : days for which the filter leaves an item out; null: as in score.seen_days
         allow : recommend only these items
         deny : items that must not be recommended
         where : columns of the item table: values of which an item must have one, or bounds
@@ -358,6 +364,8 @@ class Operations:
                 "controls": controls,
                 "explain": explain,
                 "filter_seen": filter_seen,
+                "seen_events": seen_events,
+                "seen_days": seen_days,
                 "allow": allow,
                 "deny": deny,
                 "where": where,
@@ -548,6 +556,8 @@ class AsyncOperations:
         controls: dict[str, float] | None = None,
         explain: bool | None = None,
         filter_seen: bool | None = None,
+        seen_events: list[str] | None = None,
+        seen_days: float | None = None,
         allow: list[int | str] | None = None,
         deny: list[int | str] | None = None,
         where: dict[str, list[str | int | float | bool] | Range] | None = None,
@@ -571,6 +581,8 @@ class AsyncOperations:
         explain : return the past events that carried each recommendation, and their shares; costs several
             passes of the model
         filter_seen : seen-item filter: leave out the items of the history
+        seen_events : event types whose items the filter leaves out; null: as in score.seen_events, []: all
+        seen_days : days for which the filter leaves an item out; null: as in score.seen_days
         allow : recommend only these items
         deny : items that must not be recommended
         where : columns of the item table: values of which an item must have one, or bounds
@@ -591,6 +603,8 @@ class AsyncOperations:
                 "controls": controls,
                 "explain": explain,
                 "filter_seen": filter_seen,
+                "seen_events": seen_events,
+                "seen_days": seen_days,
                 "allow": allow,
                 "deny": deny,
                 "where": where,

@@ -713,12 +713,27 @@ class RuleSettings(TypedDict):
     cold_item_boost: NotRequired[float]  # older snapshots have none
 
 
+class SeenSettings(TypedDict):
+    """The declaration of `recray.inference.filters.SeenRule` as JSON."""
+
+    events: list[str]
+    days: float | None
+
+
 class ScoreSettings(Section):
     advanced = frozenset({"actors", "batch_users", "cpus_per_actor", "max_failures", "precision"})
 
     k: int = Field(50, ge=1, le=10_000, description="items stored for each user")
     filter_seen: bool = Field(
         False, description="seen-item filter: leave out the items that the user interacted with"
+    )
+    seen_events: tuple[str, ...] = Field(
+        (),
+        description="event types whose items the seen-item filter leaves out, for example [purchase]; "
+        "[]: all",
+    )
+    seen_days: float | None = Field(
+        None, gt=0, description="days for which the seen-item filter leaves an item out; null: for ever"
     )
     diversity: float = Field(
         0.0,
@@ -754,6 +769,19 @@ class ScoreSettings(Section):
         0.0, "GPUs an actor reserves, 0.5 lets two share one; 0: it scores on the CPU", ge=0
     )
     max_failures: int = operational(3, "restarts of a lost actor, and retries of its batch", ge=0)
+
+    @model_validator(mode="after")
+    def _check_seen(self) -> ScoreSettings:
+        for name in ("seen_events", "seen_days"):
+            if getattr(self, name) and not self.filter_seen:
+                raise ValueError(f"{name}: the seen-item filter is off: set score.filter_seen=true too")
+        return self
+
+    def seen(self) -> SeenSettings | None:
+        """The declaration of `recray.inference.filters.SeenRule`, as plain JSON values; None: all events."""
+        if not self.seen_events and self.seen_days is None:
+            return None
+        return {"events": list(self.seen_events), "days": self.seen_days}
 
     def rules(self) -> RuleSettings:
         """The declaration of `recray.inference.Rules`, as plain JSON values."""

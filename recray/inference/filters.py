@@ -2,39 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from recray.dataset.popularity import UNKNOWN_DAY, Popularity
+from recray.dataset.popularity import DAY_S, UNKNOWN_DAY, Popularity
+from recray.dataset.reader import History
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
+class SeenRule:
+    """Which events make an item a seen one.
+
+    events : their types; empty: all
+    days : how long before the query time; None: however long
+    """
+
+    events: tuple[str, ...] = ()
+    days: float | None = None
+
+    @classmethod
+    def from_settings(cls, seen: Mapping[str, Any] | None) -> SeenRule:
+        """The rule of `ScoreSettings.seen`."""
+        return cls() if seen is None else cls(tuple(seen["events"]), seen["days"])
+
+    def find_problem(self, event_types: Sequence[str], *, has_time: bool) -> tuple[str, str] | None:
+        """Why data cannot have this rule (a type of events that they lack, or days without times) and the
+        fix; None: they can.
+        """
+        if unknown := sorted(set(self.events) - set(event_types)):
+            names = ", ".join(map(repr, unknown))
+            return f"seen_events: no event type {names}", f"known: {', '.join(event_types)}"
+        if self.days is not None and not has_time:
+            return "seen_days: the data have no times", "leave it out"
+        return None
+
+    def to_filters(self, event_types: Sequence[str], now_s: int, **others: np.ndarray | None) -> Filters:
+        """The seen-item filter by this rule, and other filters.
+
+        event_types : names in the order of `History.event_index`
+        """
+        events = [number for number, name in enumerate(event_types) if name in self.events]
+        return Filters(
+            filter_seen=True,
+            seen_events=np.array(events, np.int64) if self.events else None,
+            seen_since_s=None if self.days is None else int(now_s - self.days * DAY_S),
+            **others,
+        )
+
+
+ALL_EVENTS = SeenRule()
+
+
+@dataclass(frozen=True)
 class Filters:
-    """Which items a request may get. `filter_seen` leaves out the whole history; `allow` and `deny` hold item
-    indices.
+    """Which items a request may get.
+
+    filter_seen : leave out the items of the history
+    allow, deny : item indices
+    seen_events : types of events whose items are left out, indices; None: all
+    seen_since_s : from which second on; None: all
     """
 
     filter_seen: bool = False
     allow: np.ndarray | None = None
     deny: np.ndarray | None = None
+    seen_events: np.ndarray | None = None
+    seen_since_s: int | None = None
 
-    def excluded_items(self, seen: np.ndarray) -> np.ndarray:
-        """Items that a user with these seen items may not get, int64 [n]. Items may occur twice; 0 stands for
+    def excluded_items(self, history: History) -> np.ndarray:
+        """Items that a user with this history may not get, int64 [n]. Items may occur twice; 0 stands for
         unknown items.
         """
-        parts = [items for items in (seen if self.filter_seen else None, self.deny) if items is not None]
+        seen = self._seen_items(history) if self.filter_seen else None
+        parts = [items for items in (seen, self.deny) if items is not None]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
-    def is_allowed(self, item_index: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Which of these items a user with these seen items may get, bool [n]."""
+    def _seen_items(self, history: History) -> np.ndarray:
+        items = np.asarray(history.item_index)
+        if self.seen_events is not None:
+            items = np.where(np.isin(history.event_index, self.seen_events), items, 0)
+        if self.seen_since_s is not None:
+            items = np.where(np.asarray(history.timestamp_s) >= self.seen_since_s, items, 0)
+        return items
+
+    def is_allowed(self, item_index: np.ndarray, history: History) -> np.ndarray:
+        """Which of these items a user with this history may get, bool [n]."""
         allowed = np.ones(len(item_index), bool) if self.allow is None else np.isin(item_index, self.allow)
-        return allowed & ~np.isin(item_index, self.excluded_items(seen))
+        return allowed & ~np.isin(item_index, self.excluded_items(history))
 
 
 ANY_ITEM = Filters()
@@ -74,21 +135,21 @@ class AvailabilityFilter:
 class ExcludedItems:
     """Cells of a score matrix (row and item) that must not be served.
 
-    requests : the seen items and the filters of each row
+    requests : the history and the filters of each row
     availability : items by the day from which they are available; None where that is unknown
     day : int64 [rows], the day of each query
     """
 
     def __init__(
         self,
-        requests: list[tuple[np.ndarray, Filters]],
+        requests: list[tuple[History, Filters]],
         device: torch.device,
         availability: AvailabilityFilter | None = None,
         day: np.ndarray | None = None,
     ) -> None:
         excluded = [
-            (row, filters.excluded_items(seen))
-            for row, (seen, filters) in enumerate(requests)
+            (row, filters.excluded_items(history))
+            for row, (history, filters) in enumerate(requests)
             if filters.filter_seen or filters.deny is not None
         ]
         rows = np.repeat([row for row, _ in excluded], [len(items) for _, items in excluded]).astype(np.int64)

@@ -197,7 +197,7 @@ class Predictor:
         days = np.broadcast_to(np.asarray(now, np.int64), len(histories)) // DAY_S
 
         for rows, score, entropy in self._chunks(readable, now, controls, context, with_entropy=with_state):
-            pairs = [(histories[row].item_index, each[row]) for row in rows]
+            pairs = [(histories[row], each[row]) for row in rows]
             excluded = ExcludedItems(pairs, self.device, self.availability, days[rows])
             *best, margin = self._selector.select(score, excluded, k, rules)
             item_index[rows], scores[rows] = (tensor.cpu().numpy() for tensor in best)

@@ -16,6 +16,7 @@ from recray.dataset.context import CODES
 from recray.dataset.features import describe_features
 from recray.dataset.reader import Dataset
 from recray.errors import Problems, RecrayError, SettingsError
+from recray.inference.filters import SeenRule
 from recray.inference.rules import find_unmatched, is_everything_excluded
 from recray.pipeline import discard
 from recray.pipeline.overview import describe_cost, describe_dataset, describe_input
@@ -85,10 +86,13 @@ def validate(settings: Settings, as_of: AsOf, progress: ProgressLog = discard) -
 
 
 def _find_unmatched_rules(settings: Settings, usable: Settings, dataset: Dataset) -> Iterator[RecrayError]:
-    """Rules of section score that match no item of a dataset, or exclude all.
+    """Rules of section score that match no item or event type of a dataset, or exclude all.
 
     usable : the settings without the features that cannot be read; rules about those are not checked
     """
+    seen = SeenRule.from_settings(settings.score.seen())
+    if problem := seen.find_problem(dataset.event_types, has_time=dataset.has_time):
+        yield SettingsError(f"score.{problem[0]}", problem[1])
     if not set(usable.data.features) <= set(dataset.items.column_names):
         return
     unread, rules = settings.data.features.keys() - usable.data.features.keys(), settings.score.rules()

@@ -157,6 +157,14 @@ class RecommendRequest(_BaseRequest):
         "several passes of the model",
     )
     filter_seen: bool = Field(False, description="seen-item filter: leave out the items of the history")
+    seen_events: list[Text] | None = Field(
+        None,
+        max_length=64,
+        description="event types whose items the filter leaves out; null: as in score.seen_events, []: all",
+    )
+    seen_days: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="days for which the filter leaves an item out; null: as in score.seen_days"
+    )
     allow: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="recommend only these items")
     deny: list[Id] = Field([], max_length=MOST_ITEMS, description="items that must not be recommended")
     where: dict[Text, Annotated[list[Text | int | Number | bool], Field(max_length=1000)] | Range] = Field(

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from recray.errors import RequestError
 from recray.events.log import Entry
+from recray.inference.filters import ALL_EVENTS, SeenRule
 from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest
 from recray.serving.state import ServingState
 from recray.storage.opt_out import OptOut
@@ -23,9 +24,13 @@ BATCH_IS_FIXED = (
 
 @dataclass(frozen=True)
 class ItemRule:
-    """Items that a request allows: by id, by columns of the item table, and by the seen-item filter."""
+    """Items that a request allows: by id, by columns of the item table, and by the seen-item filter.
+
+    seen : what the seen-item filter leaves out
+    """
 
     filter_seen: bool = False
+    seen: SeenRule = ALL_EVENTS
     allow: tuple[Any, ...] | None = None
     deny: tuple[Any, ...] = ()
     where: Mapping[str, list[Any] | Range] = field(default_factory=dict)
@@ -88,9 +93,12 @@ class Query:
         """The query for a precomputed list, where no model responds: new items are excluded if seen items
         are.
         """
-        events = (
-            (*(self.history or ()), *self.new_events, *self.sent_events) if self.items.filter_seen else ()
-        )
+        events = [
+            event
+            for event in (*(self.history or ()), *self.new_events, *self.sent_events)
+            if self.items.filter_seen
+            and (not self.items.seen.events or event.event is None or event.event in self.items.seen.events)
+        ]
         items = replace(self.items, deny=(*self.items.deny, *(event.item_id for event in events)))
         return Query(self.user_id, self.user, self.k, "batch", items=items)
 
@@ -116,7 +124,9 @@ def resolve_query(
         fields = {"candidates": tuple(request.items)}
     else:
         allow = None if request.allow is None else tuple(request.allow)
-        items = ItemRule(request.filter_seen or state.filters_seen, allow, tuple(request.deny), request.where)
+        filter_seen = request.filter_seen or state.filters_seen
+        seen = _resolve_seen(request, state, filter_seen=filter_seen)
+        items = ItemRule(filter_seen, seen, allow, tuple(request.deny), request.where)
         fields = {"k": request.k, "mode": request.mode, "controls": request.controls, "items": items}
     user_id = None if request.user_id is None else state.snapshot.to_user_id(request.user_id)
     query = Query(
@@ -132,6 +142,27 @@ def resolve_query(
     if query.mode == "batch" and query.has_request_data:
         raise RequestError(BATCH_IS_FIXED, "use auto")
     return query
+
+
+def _resolve_seen(request: RecommendRequest, state: ServingState, *, filter_seen: bool) -> SeenRule:
+    """What the seen-item filter of a request leaves out: as in the lists, unless the request says otherwise.
+    Raises RequestError.
+    """
+    if request.seen_events is None and request.seen_days is None:
+        return state.seen_rule if filter_seen else ALL_EVENTS
+    if not filter_seen:
+        name = "seen_days" if request.seen_events is None else "seen_events"
+        raise RequestError(f"{name}: the seen-item filter is off", "send filter_seen: true too")
+    declared = state.seen_rule
+    seen = SeenRule(
+        declared.events if request.seen_events is None else tuple(request.seen_events),
+        declared.days if request.seen_days is None else request.seen_days,
+    )
+    predictor = state.predictor
+    has_time = predictor.catalogue.has_time
+    if problem := seen.find_problem(predictor.vocabulary.event_types, has_time=has_time):
+        raise RequestError(*problem)
+    return seen
 
 
 def has_opted_out(user_id: Any, state: ServingState, opted_out: OptOut) -> bool:

@@ -82,7 +82,7 @@ def bind_query(query: Query, state: ServingState, exploration: Exploration | Non
     context = encode_request(
         state.predictor.vocabulary.context, query.context, None if query.moment is None else now_s
     )
-    filters = Filters() if query.candidates is not None else to_filters(query.items, state)
+    filters = Filters() if query.candidates is not None else to_filters(query.items, state, now_s)
     modulation = choose_modulation(query, state, history, now_s, exploration)
     return ModelInput(state, history, now_s, context, modulation, query.k, filters, query.candidates)
 
@@ -134,8 +134,12 @@ def join_events(
     return History(*(values[order] for values in history))
 
 
-def to_filters(rule: ItemRule, state: ServingState) -> Filters:
-    """The item rule in item indices. Raises RequestError for a column that the item table lacks, or that is
+def to_filters(rule: ItemRule, state: ServingState, now_s: int | None = None) -> Filters:
+    """The item rule in item indices.
+
+    now_s : query time, seconds since 1970; None: just after the as-of of the run
+
+    Raises RequestError for a column that the item table lacks, or that is
     not numeric.
     """
     predictor = state.predictor
@@ -144,11 +148,14 @@ def to_filters(rule: ItemRule, state: ServingState) -> Filters:
         mask = _find_items_where(column, condition, state)
         allow = mask if allow is None else np.intersect1d(allow, mask)
     deny = np.unique(predictor.vocabulary.index_of(rule.deny)) if rule.deny else None
-    return Filters(
-        rule.filter_seen,
-        None if allow is None else allow[allow > 0],
-        None if deny is None else deny[deny > 0],
-    )
+    ids = {
+        "allow": None if allow is None else allow[allow > 0],
+        "deny": None if deny is None else deny[deny > 0],
+    }
+    if not rule.filter_seen:
+        return Filters(**ids)
+    now_s = state.dataset.now_s if now_s is None else now_s
+    return rule.seen.to_filters(predictor.vocabulary.event_types, now_s, **ids)
 
 
 def _find_items_where(column: str, condition: list[Any] | Range, state: ServingState) -> np.ndarray:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from recray.dataset.reader import History
 from recray.errors import PartUnavailableError
 from recray.serving.deployment import Deployment
 from recray.serving.experiment import is_in_share
 from recray.serving.modulation import Exploration, can_explore
 from recray.serving.query import Query
 from recray.serving.ranking import RankedItems, to_filters
-from recray.serving.state import ServingState
+from recray.serving.state import EMPTY_HISTORY, ServingState
 from recray.snapshot.reader import ScoredUser
 
 
@@ -78,8 +79,7 @@ def look_up_complete_list(query: Query, state: ServingState) -> RankedItems | No
 
     Raises PartUnavailableError where they cannot be read, RequestError.
     """
-    adds_filter = query.items.filter_seen and not state.filters_seen
-    if query.mode == "realtime" or query.needs_model or adds_filter:
+    if query.mode == "realtime" or query.needs_model or _adds_seen_filter(query, state):
         return None
     scored = _find_scored_user(query, state)
     if scored is None:
@@ -117,7 +117,7 @@ def rank_by_popularity(query: Query, state: ServingState) -> RankedItems:
     items: list[tuple[Any, float | None]] = list(state.popular_items)
     if not query.items.allows_all:
         index = state.predictor.vocabulary.index_of([item_id for item_id, _ in items])
-        shown = to_filters(query.items, state).is_allowed(index, _load_seen_items(query, state))
+        shown = to_filters(query.items, state, query.moment_s).is_allowed(index, _load_history(query, state))
         items = [pair for pair, is_shown in zip(items, shown.tolist(), strict=True) if is_shown]
     return RankedItems(items[: query.k], "popular")
 
@@ -145,21 +145,24 @@ def _filter_list(
     items: list[tuple[Any, float | None]] = list(zip(scored.item_ids, scored.scores, strict=True))
     n_available = state.predictor.n_available
     rule = query.items
-    filters_items = (
-        rule.deny or rule.allow is not None or rule.where or (rule.filter_seen and not state.filters_seen)
-    )
+    filters_items = rule.deny or rule.allow is not None or rule.where or _adds_seen_filter(query, state)
     if not filters_items and not len(state.unavailable):
         return items, n_available
-    filters, seen = to_filters(rule, state), _load_seen_items(query, state)
-    excluded = np.unique(filters.excluded_items(seen))
+    filters, history = to_filters(rule, state, query.moment_s), _load_history(query, state)
+    excluded = np.unique(filters.excluded_items(history))
     excluded = np.setdiff1d(excluded[excluded > 0], state.unavailable)
     index = state.predictor.vocabulary.index_of(scored.item_ids)
-    shown = filters.is_allowed(index, seen) & ~np.isin(index, state.unavailable)
+    shown = filters.is_allowed(index, history) & ~np.isin(index, state.unavailable)
     allowed = n_available - len(excluded)
     if filters.allow is not None:
         allowed = len(np.setdiff1d(filters.allow, np.union1d(excluded, state.unavailable)))
     return [pair for pair, is_shown in zip(items, shown.tolist(), strict=True) if is_shown], allowed
 
 
-def _load_seen_items(query: Query, state: ServingState) -> np.ndarray:
-    return np.zeros(0, np.int64) if query.user_id is None else state.stored_history(query.user_id).item_index
+def _adds_seen_filter(query: Query, state: ServingState) -> bool:
+    """Whether the query leaves out seen items otherwise than the lists."""
+    return query.items.filter_seen and (not state.filters_seen or query.items.seen != state.seen_rule)
+
+
+def _load_history(query: Query, state: ServingState) -> History:
+    return EMPTY_HISTORY if query.user_id is None else state.stored_history(query.user_id)

@@ -21,6 +21,7 @@ from recray.dataset.ids import to_typed_id
 from recray.dataset.reader import Dataset, History
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
 from recray.inference import Predictor, Rules, Translation
+from recray.inference.filters import SeenRule
 from recray.inference.observer import Observer
 from recray.inference.policy import Policy
 from recray.release import Release
@@ -138,6 +139,11 @@ class ServingState:
         """Whether the lists, and so all responses, have the seen-item filter."""
         return bool(self.snapshot.manifest["filter_seen"])
 
+    @cached_property
+    def seen_rule(self) -> SeenRule:
+        """What the seen-item filter of the lists leaves out."""
+        return SeenRule.from_settings(self.snapshot.manifest.get("seen"))
+
     @property
     def has_current_lists(self) -> bool:
         """Whether the lists are of the current policy, which may be released or withdrawn after they were
@@ -254,6 +260,7 @@ def load_without_lists(
         "bundle": f"bundles/{bundle.key}",
         "bundle_digest": bundle.digest,
         "filter_seen": score.filter_seen,
+        "seen": score.seen(),
         "user_type": str(dataset.user_type),
         "rules": score.rules(),
     }

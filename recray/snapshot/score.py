@@ -19,9 +19,10 @@ from recray.bundle import Bundle
 from recray.cluster import require_resources, suppress_lines, unwrap_errors
 from recray.config import ScoreSettings, Settings
 from recray.config.formats import RESULTS_SINCE
-from recray.config.sections import RuleSettings
+from recray.config.sections import RuleSettings, SeenSettings
 from recray.dataset.reader import Dataset, History
-from recray.inference import Filters, Predictor, Recommendations, Rules
+from recray.inference import Predictor, Recommendations, Rules
+from recray.inference.filters import ANY_ITEM, SeenRule
 from recray.inference.memory import keep_freed_memory
 from recray.inference.observer import Observer
 from recray.inference.policy import Policy
@@ -49,7 +50,7 @@ class BucketArguments(TypedDict):
     bundle, policy, dataset : their folders; policy None: the unmodified model
     popular_only : only the popularity fallback scores
     folder : of the parts that are written
-    k, filter_seen, rules, batch_users, precision : as in `ScoreSettings`
+    k, filter_seen, seen, rules, batch_users, precision : as in `ScoreSettings`
     private : the bundle was trained privately, so summaries cover holdout users only
     """
 
@@ -60,6 +61,7 @@ class BucketArguments(TypedDict):
     folder: str
     k: int
     filter_seen: bool
+    seen: SeenSettings | None
     rules: RuleSettings
     batch_users: int
     precision: str
@@ -148,6 +150,8 @@ def write_snapshot(
             "rules": options.rules(),
             "precision": options.precision,
         }
+        if (seen := options.seen()) is not None:
+            fields["seen"] = seen
         with immutable_directory(path, KIND, key, fields) as folder:
             arguments: BucketArguments = {
                 "bundle": str(bundle.path),
@@ -157,6 +161,7 @@ def write_snapshot(
                 "folder": str(folder),
                 "k": options.k,
                 "filter_seen": options.filter_seen,
+                "seen": seen,
                 "rules": options.rules(),
                 "batch_users": options.batch_users,
                 "precision": options.precision,
@@ -223,6 +228,7 @@ class BucketScorer:
         rules: RuleSettings,
         batch_users: int,
         threads: int,
+        seen: SeenSettings | None = None,
         precision: str = "float32",
         private: bool = False,
         gpu: bool = False,
@@ -244,7 +250,10 @@ class BucketScorer:
         self.translation = self.predictor.vocabulary.translation(self.dataset)
         self.private = private
         self.folder, self.k, self.batch_users = Path(folder), k, batch_users
-        self.filters = Filters(filter_seen=filter_seen)
+        self.filters = ANY_ITEM
+        if filter_seen:
+            rule = SeenRule.from_settings(seen)
+            self.filters = rule.to_filters(self.predictor.vocabulary.event_types, self.dataset.now_s)
         self.rules = Rules.from_settings(
             rules, self.dataset, self.translation.to_bundle, self.predictor.cold_V
         )

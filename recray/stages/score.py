@@ -5,6 +5,7 @@ from __future__ import annotations
 from recray import cluster
 from recray.dataset.reader import Dataset
 from recray.errors import RefusedError
+from recray.inference.filters import SeenRule
 from recray.inference.rules import find_unmatched, is_everything_excluded
 from recray.release import Release, load_champion, read_policy_key, require_private
 from recray.snapshot import score as scoring
@@ -76,7 +77,10 @@ def _select_model(context: JobContext, dataset: Dataset) -> scoring.ScoringModel
 
 
 def _check_rules(context: JobContext, dataset: Dataset) -> None:
-    rules = context.settings.score.rules()
+    options = context.settings.score
+    rules, seen = options.rules(), SeenRule.from_settings(options.seen())
+    if problem := seen.find_problem(dataset.event_types, has_time=dataset.has_time):
+        raise RefusedError(f"score.{problem[0]}", problem[1])
     if is_everything_excluded(rules, dataset):
         raise RefusedError("score.exclude leaves no item to recommend", "exclude less")
     for name in find_unmatched(rules, dataset):

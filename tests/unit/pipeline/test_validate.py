@@ -136,6 +136,11 @@ def test_ten_faults_of_settings_columns_rows_and_rules_are_said_in_one_run(tmp_p
         ({}, ["data.min_value=2"], "600 have a value below data.min_value"),
         ({}, ["score.exclude=[brand=c]"], "score: no item has brand=c"),
         ({}, ["score.boosts={price=0.86: 1}"], "score: no item has price=0.86"),
+        (
+            {},
+            ["score.filter_seen=true", "score.seen_events=[buys]"],
+            "score.seen_events: no event type 'buys'",
+        ),
     ],
 )
 def test_what_prepare_would_refuse_is_refused(tmp_path, change, overrides, message):
