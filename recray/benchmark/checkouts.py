@@ -9,7 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +71,22 @@ def compare_checkouts(
     package : name below `recray`
     measure : runs the work of a checkout
     """
+
+    def measure_each(order: Sequence[Path]) -> dict[Path, dict[str, float]]:
+        return {checkout: measure(checkout) for checkout in order}
+
+    return compare_side_by_side(other, package, rounds, measure_each, unit, progress)
+
+
+def compare_side_by_side(
+    other: Path,
+    package: str,
+    rounds: int,
+    measure: Callable[[Sequence[Path]], dict[Path, dict[str, float]]],
+    unit: str,
+    progress: ProgressLog,
+) -> dict[str, float]:
+    """As `compare_checkouts`, with a `measure` that runs the work of all checkouts, in an order."""
     own = Path(__file__).resolve().parents[2]
     if not (other / "recray" / package).is_dir():
         raise SettingsError(
@@ -80,7 +96,7 @@ def compare_checkouts(
     measured: list[tuple[dict[str, float], dict[str, float]]] = []
     for number in range(-1, rounds):
         order = (other, own) if number % 2 else (own, other)
-        measures = {checkout: measure(checkout) for checkout in order}
+        measures = measure(order)
         if number >= 0:
             measured.append((measures[own], measures[other]))
             ratios = {name: here / measures[other][name] for name, here in measures[own].items()}

@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 import uvicorn
 
 from recray.benchmark import Result
-from recray.benchmark.checkouts import compare_checkouts, environment_of
+from recray.benchmark.checkouts import compare_side_by_side, environment_of
 from recray.cluster import free_ports
 from recray.config import Settings
 from recray.dataset.reader import Dataset, assign_buckets
@@ -59,6 +59,7 @@ DEFAULTS = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": 
 START_S = 180.0
 RATE = 100.0  # requests a second, where the load is not at saturation
 CHECKOUT_ROUNDS = 5  # compared with another checkout
+TURNS, TURN_S = 8, 1.0  # of each checkout in a round
 STATE_ROUNDS = 6
 USERS_A_CALL = 100
 TIMES, CONNECTIONS = 3, 128  # of the overload
@@ -155,8 +156,9 @@ def measure_serve(folder: Path, progress: ProgressLog) -> Result:
 
 
 def measure_against(folder: Path, other: Path, progress: ProgressLog) -> dict[str, float]:
-    """Responses a second at `CLIENTS` clients, here and in another checkout, alternating: nightly lists, real
-    time, and users with recent events.
+    """Responses a second at `CLIENTS` clients, here and in another checkout: nightly lists, real time, and
+    users with recent events. Both endpoints run, and get `TURNS` loads in turns, so that a machine whose
+    speed changes does so for both; in each round they are started anew.
 
     Raises SettingsError for a folder that is not a checkout.
     """
@@ -176,15 +178,27 @@ def measure_against(folder: Path, other: Path, progress: ProgressLog) -> dict[st
     ]
     kinds["recent"] = lists[:200]
 
-    def measure(checkout: Path) -> dict[str, float]:
-        for file in (storage.root / "state").glob("log.sqlite*"):
-            file.unlink()
-        with running_serve(storage, environment_of(checkout)) as port:
-            load(port, events, 1, SECONDS)
-            load(port, lists, CLIENTS, WARM_S)
-            return {name: load(port, requests, CLIENTS, SECONDS).per_s for name, requests in kinds.items()}
+    def measure(order: Sequence[Path]) -> dict[Path, dict[str, float]]:
+        per_s = {checkout: dict.fromkeys(kinds, 0.0) for checkout in order}
+        with ExitStack() as stack:
+            ports = {}
+            for number, checkout in enumerate(order):
+                root = folder / f"workspace {number}"
+                shutil.rmtree(root, ignore_errors=True)
+                shutil.copytree(storage.root, root)
+                running = running_serve(Storage(root), environment_of(checkout))
+                ports[checkout] = stack.enter_context(running)
+                load(ports[checkout], events, 1, SECONDS)
+                load(ports[checkout], lists, CLIENTS, WARM_S)
+            for turn in range(TURNS):
+                for checkout in order if turn % 2 else order[::-1]:
+                    for name, requests in kinds.items():
+                        per_s[checkout][name] += (
+                            load(ports[checkout], requests, CLIENTS, TURN_S).per_s / TURNS
+                        )
+        return per_s
 
-    return compare_checkouts(other, "serving", CHECKOUT_ROUNDS, measure, "responses/s", progress)
+    return compare_side_by_side(other, "serving", CHECKOUT_ROUNDS, measure, "responses/s", progress)
 
 
 def measure_state(folder: Path, progress: ProgressLog) -> Result:

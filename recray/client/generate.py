@@ -18,8 +18,8 @@ from recray.serving.http import openapi
 
 TARGET = Path(__file__).with_name("operations.py")
 SCALARS = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "None"}
-REPEATABLE = {"recommendations", "operation"}
-"""Tags of the operations that write nothing, so that they may be repeated."""
+REPEATABLE = {"recommendations", "operation", "items"}
+"""Tags of the operations that may be repeated: they write nothing, or the same once more."""
 HEADER = '''"""The endpoint's operations and their types. Written by `python -m recray.client.generate`."""
 
 from __future__ import annotations

@@ -49,6 +49,9 @@ VALUES = {
 }
 """Setting -> {old value: its name}."""
 
+ADDED: dict[str, Any] = {"score.seen_events": [], "score.seen_days": None}
+"""Later setting -> the value with which results are as before it: then it is not part of run keys."""
+
 FIELDS = {"bundle": {"prior_days": "popularity_prior_days"}, "snapshot": {"new_only": "filter_seen"}}
 """Kind of artifact -> {old field of its manifest: its name}."""
 
@@ -78,7 +81,12 @@ def to_first_names(content: Mapping[str, Any]) -> dict[str, Any]:
     values = {
         _FIRST.get(name, name): {new: old for old, new in renamed.items()} for name, renamed in VALUES.items()
     }
-    return _rename(content, _FIRST, values)
+    first = _rename(content, _FIRST, values)
+    for name, neutral in ADDED.items():
+        section, _, field = name.partition(".")
+        if isinstance(fields := first.get(section), dict) and fields.get(field, ...) == neutral:
+            del fields[field]
+    return first
 
 
 def first_protocol(protocol: str) -> str:

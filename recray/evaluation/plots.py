@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFor
 
 from recray.bundle import CurveLine
 from recray.evaluation.evaluate import MODEL, SEGMENTS, Row, Table
+from recray.evaluation.runs import Run
 from recray.evaluation.table import TITLES
 
 BLUE, GREY, FAINT, INK = "#2456d6", "#9aa5b8", "#d9dee8", "#273043"
@@ -221,6 +222,31 @@ def plot_coverage(table: Table, k: int) -> str:
         )
 
     return _svg(draw, 9.2, 3.4)
+
+
+def plot_runs(runs: Sequence[Run], k: int, *, with_volume: bool) -> str:
+    """NDCG and catalogue coverage of the published runs, and the events and users behind them."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, 1 + with_volume, squeeze=False)[0]
+        series = [(panels[0], "ndcg", f"NDCG@{k}", BLUE), (panels[0], "coverage", "coverage@10", GREY)]
+        if with_volume:
+            series += [(panels[1], "events", "events", BLUE), (panels[1], "users", "users", GREY)]
+        for axes, name, label, colour in series:
+            points = [
+                (row, value) for row, run in enumerate(runs) if (value := getattr(run, name)) is not None
+            ]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, marker="o",
+                      markersize=3, label=label)  # fmt: skip
+        for axes in panels:
+            shown = sorted({0, (len(runs) - 1) // 2, len(runs) - 1})
+            axes.set_xticks(shown, [runs[row].date for row in shown])
+            axes.set_ylim(0, None)
+            axes.legend(frameon=False, fontsize=9)
+        if with_volume:
+            panels[1].yaxis.set_major_formatter(EngFormatter())
+
+    return _svg(draw, 9.2, 2.8)
 
 
 def plot_growth(trained: list[tuple[int, float]], scored: list[tuple[int, float]]) -> str:

@@ -18,16 +18,20 @@ from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError
 from recray.evaluation import plots
+from recray.evaluation.drift import compare_inputs
 from recray.evaluation.evaluate import KIND as EVALUATION
 from recray.evaluation.evaluate import MODEL, Row, Table, evaluate_key, read_table
 from recray.evaluation.promotion import Decision
+from recray.evaluation.runs import Run, find_previous_as_of, list_runs, sample_invalid_rows, sample_lists
 from recray.evaluation.statement import Line, describe_audits, describe_training, load_audits
 from recray.evaluation.table import TITLES, format_cells
 from recray.release import Published, Release, list_bundles
+from recray.snapshot.reader import Snapshot
 from recray.storage import Storage, immutable_directory, is_complete, key_of, read_json
 from recray.version import __version__
 
 KIND = "report"
+LAYOUT = 2  # raised when reports show something else
 PAGE = "report.html"
 CELLS = 7  # of a row
 
@@ -48,12 +52,17 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
     snapshot = Published.read(storage)
     if snapshot is not None and snapshot.dataset_digest != dataset.digest:
         snapshot = None  # it is of another dataset
+    runs = list_runs(storage, settings.evaluate.protocol, settings.evaluate.k[0], dataset.as_of_s)
+    previous_as_of_s = find_previous_as_of(storage, dataset)
     key = key_of(
         "report",
         evaluation_key,
         decision_key,
         snapshot and snapshot.run_key,
         release.champion and release.champion.digest,
+        [vars(run) for run in runs],
+        previous_as_of_s,
+        LAYOUT,
         RESULTS_SINCE,
     )
     path = storage.report(key)
@@ -63,6 +72,8 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
     table, k = read_table(storage.evaluation(evaluation_key)), settings.evaluate.k[0]
     privacy = bundle.privacy if bundle.privacy["differential_privacy"] else None
     figures = _draw_figures(table, bundle, k)
+    if len(runs) > 1:
+        figures.append(_draw_runs(runs, k, is_private=privacy is not None))
     if privacy is not None:
         figures.append(_draw_privacy_spent(storage, privacy))
     better_baselines = describe_better_baselines(table, k)
@@ -81,6 +92,19 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
         "privacy": privacy,
         "privacy_lines": _privacy_lines(storage, bundle) if privacy else [],
         "snapshot": snapshot and snapshot.manifest,
+        "samples": []
+        if snapshot is None
+        else sample_lists(
+            Snapshot(storage.read_latest()[0], dict(snapshot.manifest)),
+            dataset,
+            holdout_only=privacy is not None,
+        ),
+        "inputs": None
+        if previous_as_of_s is None
+        else compare_inputs(dataset, previous_as_of_s, holdout_only=privacy is not None),
+        "invalid_rows": [] if privacy else _describe_invalid_rows(storage, dataset),
+        "segments": _to_segments(table),
+        "to_date": _to_date,
         "protocols": {
             protocol: {"title": TITLES[protocol], "rows": _to_rows(rows, k)}
             for protocol, rows in table.items()
@@ -133,6 +157,34 @@ def _draw_figures(table: Table, bundle: Bundle, k: int) -> list[dict[str, str]]:
         svg = plots.plot_learning_curve(curve, bundle.metrics["best_epoch"], k)
         drawn.append(("curve", "Learning curve", text, svg))
     return [dict(zip(("name", "title", "text", "svg"), figure, strict=True)) for figure in drawn]
+
+
+def _draw_runs(runs: list[Run], k: int, *, is_private: bool) -> dict[str, str]:
+    text = "Published runs: NDCG of the test users and share of the catalogue that lists show"
+    text += "." if is_private else "; events and users of the data set."
+    svg = plots.plot_runs(runs, k, with_volume=not is_private)
+    return {"name": "runs", "title": "Runs", "text": text, "svg": svg}
+
+
+def _describe_invalid_rows(storage: Storage, dataset: Dataset) -> list[dict[str, Any]]:
+    """Invalid rows by reason, the most frequent first, each with an example."""
+    reasons = dataset.manifest.get("reasons", {})
+    examples = sample_invalid_rows(storage.quarantine(dataset.key)) if reasons else {}
+    return [
+        {"reason": reason, "count": count, "example": examples.get(reason, "")}
+        for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+
+
+def _to_segments(table: Table) -> list[dict[str, Any]]:
+    """NDCG of the model by segment of users and targets, for each protocol."""
+    shown = []
+    for protocol, rows in table.items():
+        segments = rows[MODEL].get("segments", {})
+        for name, segment in segments.items():
+            if segment["users"]:
+                shown.append({"protocol": TITLES[protocol], "name": name, **segment})
+    return shown
 
 
 def _draw_privacy_spent(storage: Storage, privacy: PrivacyStatement) -> dict[str, str]:

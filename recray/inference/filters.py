@@ -43,7 +43,13 @@ class SeenRule:
             return "seen_days: the data have no times", "leave it out"
         return None
 
-    def to_filters(self, event_types: Sequence[str], now_s: int, **others: np.ndarray | None) -> Filters:
+    def to_filters(
+        self,
+        event_types: Sequence[str],
+        now_s: int,
+        allow: np.ndarray | None = None,
+        deny: np.ndarray | None = None,
+    ) -> Filters:
         """The seen-item filter by this rule, and other filters.
 
         event_types : names in the order of `History.event_index`
@@ -53,7 +59,8 @@ class SeenRule:
             filter_seen=True,
             seen_events=np.array(events, np.int64) if self.events else None,
             seen_since_s=None if self.days is None else int(now_s - self.days * DAY_S),
-            **others,
+            allow=allow,
+            deny=deny,
         )
 
 

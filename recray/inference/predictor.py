@@ -64,6 +64,8 @@ class Predictor:
     private : whether users were protected while the model was trained
     popular_only : every history gets the popularity fallback
     bfloat16 : see `HistoryEncoder`
+
+    `retired` are the items that are never recommended, `n_available` is how many others there are.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Predictor:
             model, catalogue, popularity_prior_days=popularity_prior_days, bfloat16=bfloat16
         )
         self.device = self.encoder.device
-        self.retired = torch.from_numpy(np.asarray(catalogue.retired, np.int64)).to(self.device)
+        self._retire(np.asarray(catalogue.retired, np.int64))
         self.availability: AvailabilityFilter | None = None
         if catalogue.available_from is not None and catalogue.has_time:
             self.availability = AvailabilityFilter.from_days(
@@ -141,7 +143,7 @@ class Predictor:
     def without(self, item_index: np.ndarray) -> Predictor:
         """The same predictor, which does not recommend some more items."""
         smaller = copy.copy(self)
-        smaller.retired = torch.from_numpy(np.union1d(self.retired.cpu().numpy(), item_index)).to(self.device)
+        smaller._retire(np.union1d(self.retired.cpu().numpy(), item_index))
         smaller._selector = CandidateSelector(self.encoder.table_VD, smaller.retired)
         return smaller
 
@@ -149,10 +151,10 @@ class Predictor:
     def n_items(self) -> int:
         return len(self.vocabulary)
 
-    @property
-    def n_available(self) -> int:
-        """Items that may be recommended: all that are not retired."""
-        return self.n_items - len(self.retired)
+    def _retire(self, item_index: np.ndarray) -> None:
+        """Set the items that are never recommended, int64 [n]."""
+        self.retired = torch.from_numpy(item_index).to(self.device)
+        self.n_available = self.n_items - len(item_index)
 
     @property
     def cold_V(self) -> np.ndarray:

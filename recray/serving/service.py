@@ -350,12 +350,13 @@ class Service:
         self.telemetry.count_response(
             response.source, ranking.state.name, variant, response.degraded, elapsed_ms, item_ids
         )
-        attributes = {
-            "recray.source": response.source,
-            "recray.bundle": ranking.state.name,
-            "recray.degraded": list(response.degraded),
-        }
-        get_current_span().set_attributes(attributes)
+        if (span := get_current_span()).is_recording():
+            attributes = {
+                "recray.source": response.source,
+                "recray.bundle": ranking.state.name,
+                "recray.degraded": list(response.degraded),
+            }
+            span.set_attributes(attributes)
 
     def _record_endpoint_response(
         self,

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,6 +29,7 @@ from processes import titled
 
 from recray import pipeline
 from recray.cli.demo import post as ask
+from recray.client import Client
 from recray.cluster import free_ports
 from recray.config import Settings, load_settings
 from recray.prepare.files import list_collected_files
@@ -209,6 +211,33 @@ def test_an_event_is_heard_by_every_replica(served, shop):
     }
 
 
+def test_a_change_of_an_item_is_served_by_every_replica_and_nobody_waits(served):
+    requests = [post("/v1/recommend", {"user_id": user, "k": 5}) for user in range(USERS)]
+    client = Client(served.address)
+    item = _popular(client)[0]
+    with Continuous(served.port, requests, rate=50.0) as running:
+        running.has_seen_more()
+        client.change_items(items=[{"item_id": item, "available": False}])
+        _become(client, lambda items: item not in items)
+        client.change_items(items=[{"item_id": item, "available": True}])
+        _become(client, lambda items: items[0] == item)
+        running.has_seen_more()
+    assert all(traffic.other_statuses == {} and len(traffic.refused_s) == 0 for traffic in running.seen)
+
+
+def _popular(client: Client) -> list[str]:
+    return [item["item_id"] for item in client.recommend(user_id="nobody", k=20)["items"]]
+
+
+def _become(client: Client, condition: Callable[[list[str]], bool]) -> None:
+    """Wait until every replica's list of an unknown user is so."""
+    wait_for(
+        "20 lists one after the other",
+        lambda: all(condition(_popular(client)) for _ in range(20)),
+        last_seen=lambda: _popular(client),
+    )
+
+
 def test_no_response_is_wrong_while_snapshots_are_swapped(served, own_home, shop, synthetic_dataset):
     """A good night, a damaged one and `recray rollback`, under a load of nightly lists and of the model's
     answers.
@@ -376,6 +405,9 @@ def _collected(root: Path) -> Counter:
 
 def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(served, own_home, shop):
     settings, storage, _ = shop
+    client = Client(served.address)
+    sold_out = _popular(client)[0]
+    client.change_items(items=[{"item_id": sold_out, "available": False}])
     acknowledged = _told(served.address, lambda _: kill(*titled(own_home, "")))
     served.process.communicate()
     assert len(acknowledged) > 50
@@ -386,6 +418,8 @@ def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(se
         {"user_id": acknowledged[0], "events": [{"item_id": "i0000001", "event_id": f"e{acknowledged[0]}"}]},
     )
     assert any("serving on" in line for line in served.process.stderr)
+    assert all(sold_out not in _popular(client) for _ in range(20))
+    client.restore_item(sold_out)
     pipeline.run("collect", settings, None)
     collected = _collected(storage.root)
     assert set(acknowledged) <= set(collected) and max(collected.values()) == 1
