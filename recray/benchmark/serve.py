@@ -59,7 +59,7 @@ DEFAULTS = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": 
 START_S = 180.0
 RATE = 100.0  # requests a second, where the load is not at saturation
 CHECKOUT_ROUNDS = 5  # compared with another checkout
-TURNS, TURN_S = 8, 1.0  # of each checkout in a round
+TURNS, TURN_S = 4, 2.0  # of each checkout in a round
 STATE_ROUNDS = 6
 USERS_A_CALL = 100
 TIMES, CONNECTIONS = 3, 128  # of the overload
@@ -192,6 +192,7 @@ def measure_against(folder: Path, other: Path, progress: ProgressLog) -> dict[st
                 load(ports[checkout], lists, CLIENTS, WARM_S)
             for turn in range(TURNS):
                 for checkout in order if turn % 2 else order[::-1]:
+                    load(ports[checkout], lists, CLIENTS, WARM_S)  # it was idle
                     for name, requests in kinds.items():
                         per_s[checkout][name] += (
                             load(ports[checkout], requests, CLIENTS, TURN_S).per_s / TURNS
