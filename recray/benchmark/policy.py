@@ -31,7 +31,6 @@ from recray.benchmark import Result
 from recray.benchmark.data import train_model
 from recray.dataset.reader import History
 from recray.evaluation.metrics import bootstrap_means, interval
-from recray.evaluation.plots import plot_gap_closed
 from recray.evaluation.protocol import EvaluationQuery
 from recray.events.log import Entry
 from recray.events.rewards import Rewards as OutcomeRewards
@@ -39,6 +38,7 @@ from recray.inference import Predictor
 from recray.inference.modulation import explore
 from recray.inference.observer import Observer
 from recray.inference.policy import OBSERVED, ObservationNormalizer, Policy
+from recray.report.plots import plot_gap_closed
 from recray.serving.experiment import Experiment, is_in_share
 from recray.stages import ProgressLog
 from recray.training.plan import bundle_settings

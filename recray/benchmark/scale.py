@@ -15,7 +15,7 @@ import torch
 from recray.benchmark import Result
 from recray.benchmark.score import scorer
 from recray.config import load_settings
-from recray.evaluation.plots import plot_growth
+from recray.report.plots import plot_growth
 from recray.stages import ProgressLog
 from recray.testing.published import prepare_here
 from recray.testing.synthetic import SyntheticShop

@@ -27,10 +27,10 @@ from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
 from recray.evaluation import metrics as m
-from recray.evaluation.plots import plot_utility
 from recray.evaluation.protocol import EvaluationQueries, EvaluationQuery, targets_of
 from recray.privacy.accounting import Mechanism, Steps, epsilon_of, mechanism_of
 from recray.privacy.counts import weighted_counts
+from recray.report.plots import plot_utility
 from recray.stages import ProgressLog
 from recray.storage import key_of, sha256_file
 from recray.testing.published import prepare_here

@@ -67,6 +67,17 @@ class ForgetResponse(TypedDict, total=False):
     dropped: Required[int]
 
 
+class FoundItem(TypedDict, total=False):
+    """An item as people see it, as far as `data.display` declares it."""
+
+    item_id: Required[int | str]
+    title: str | None
+    image: str | None
+    link: str | None
+    price: str | None
+    available: Required[bool]
+
+
 class Health(TypedDict, total=False):
     status: Required[Literal["ok"]]
     as_of: Required[str | None]
@@ -87,11 +98,16 @@ class HistoryResponse(TypedDict, total=False):
 
 
 class Item(TypedDict, total=False):
-    """A recommended item. `explain` adds `title`, `why` and `text`."""
+    """A recommended item. `explain` adds `title`, `why` and `text`; `describe` adds what `data.display`
+    declares.
+    """
 
     item_id: Required[int | str]
     score: Required[float]
     title: str | None
+    image: str | None
+    link: str | None
+    price: str | None
     why: list[Reason] | None
     text: str | None
 
@@ -148,6 +164,7 @@ class ModelsResponse(TypedDict, total=False):
     as_of: Required[str]
     users: Required[int | None]
     items: Required[int]
+    controls: list[str]
     privacy: Privacy | None
     popular_only: bool
     loaded_at: Required[str]
@@ -206,6 +223,8 @@ class RecommendRequest(TypedDict, total=False):
     cursor: str | None
     mode: Literal["auto", "batch", "realtime"]
     controls: dict[str, float] | None
+    variant: Literal["champion", "challenger", "popular"] | None
+    describe: bool
     explain: bool
     filter_seen: bool
     seen_events: list[str] | None
@@ -229,6 +248,12 @@ class RecommendResponse(TypedDict, total=False):
     source: Required[Literal["snapshot", "realtime", "popular"]]
     items: Required[list[Item]]
     cursor: str | None
+
+
+class SampleUsersResponse(TypedDict, total=False):
+    """A few users of the published run with a history; with privacy holdout users."""
+
+    users: Required[list[int | str]]
 
 
 class ScoreRequest(TypedDict, total=False):
@@ -258,11 +283,25 @@ class ScoredItem(TypedDict, total=False):
     score: Required[float | None]
 
 
+class SearchRequest(TypedDict, total=False):
+    """Items by text."""
+
+    text: Required[str]
+    k: int
+
+
+class SearchResponse(TypedDict, total=False):
+    """Those with this id or title first, then by popularity."""
+
+    items: Required[list[FoundItem]]
+
+
 class SimilarRequest(TypedDict, total=False):
     """Items that are similar to an item, by the cosine of their vectors."""
 
     item_id: Required[int | str]
     k: int
+    describe: bool
 
 
 class SimilarResponse(TypedDict, total=False):
@@ -315,6 +354,8 @@ class Operations:
         cursor: str | None = None,
         mode: Literal["auto", "batch", "realtime"] | None = None,
         controls: dict[str, float] | None = None,
+        variant: Literal["champion", "challenger", "popular"] | None = None,
+        describe: bool | None = None,
         explain: bool | None = None,
         filter_seen: bool | None = None,
         seen_events: list[str] | None = None,
@@ -339,6 +380,9 @@ class Operations:
             the batch recommendations alone; realtime: the model
         controls : attention controls, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; null:
             as the policy decides, {}: no modulation
+        variant : to compare what serves: this variant responds, and the response counts in no experiment;
+            null: as the experiment decides
+        describe : return title, image, link and price, as data.display says
         explain : return the past events that carried each recommendation, and their shares; costs several
             passes of the model
         filter_seen : seen-item filter: leave out the items of the history
@@ -362,6 +406,8 @@ class Operations:
                 "cursor": cursor,
                 "mode": mode,
                 "controls": controls,
+                "variant": variant,
+                "describe": describe,
                 "explain": explain,
                 "filter_seen": filter_seen,
                 "seen_events": seen_events,
@@ -420,15 +466,32 @@ class Operations:
         )
         return response
 
-    def similar(self, *, item_id: int | str, k: int | None = None) -> SimilarResponse:
+    def similar(
+        self, *, item_id: int | str, k: int | None = None, describe: bool | None = None
+    ) -> SimilarResponse:
         """Find similar items. The items with the most similar vectors. Scope: read.
 
         item_id : the item to compare with
         k : how many items
+        describe : return title, image, link and price, as data.display says
         """
         response: SimilarResponse = self._call(
-            "POST", "/v1/similar", {"item_id": item_id, "k": k}, repeatable=True
+            "POST", "/v1/similar", {"item_id": item_id, "k": k, "describe": describe}, repeatable=True
         )
+        return response
+
+    def search(self, *, text: str, k: int | None = None) -> SearchResponse:
+        """Find items by text. By a part of their title or id. Scope: read.
+
+        text : part of a title or of an id, in any case
+        k : how many items
+        """
+        response: SearchResponse = self._call("POST", "/v1/search", {"text": text, "k": k}, repeatable=True)
+        return response
+
+    def users(self) -> SampleUsersResponse:
+        """Name a few users to look at. Users with a history, the same ones for a run. Scope: history."""
+        response: SampleUsersResponse = self._call("GET", "/v1/users", repeatable=True)
         return response
 
     def events(
@@ -504,7 +567,7 @@ class Operations:
 
         items : later ones win
         """
-        response: ItemsResponse = self._call("PUT", "/v1/items", {"items": items}, repeatable=False)
+        response: ItemsResponse = self._call("PUT", "/v1/items", {"items": items}, repeatable=True)
         return response
 
     def restore_item(self, item_id: int | str) -> ItemsResponse:
@@ -512,7 +575,7 @@ class Operations:
         items.
         """
         response: ItemsResponse = self._call(
-            "DELETE", f"/v1/items/{quote(str(item_id), safe='')}", repeatable=False
+            "DELETE", f"/v1/items/{quote(str(item_id), safe='')}", repeatable=True
         )
         return response
 
@@ -554,6 +617,8 @@ class AsyncOperations:
         cursor: str | None = None,
         mode: Literal["auto", "batch", "realtime"] | None = None,
         controls: dict[str, float] | None = None,
+        variant: Literal["champion", "challenger", "popular"] | None = None,
+        describe: bool | None = None,
         explain: bool | None = None,
         filter_seen: bool | None = None,
         seen_events: list[str] | None = None,
@@ -578,6 +643,9 @@ class AsyncOperations:
             the batch recommendations alone; realtime: the model
         controls : attention controls, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; null:
             as the policy decides, {}: no modulation
+        variant : to compare what serves: this variant responds, and the response counts in no experiment;
+            null: as the experiment decides
+        describe : return title, image, link and price, as data.display says
         explain : return the past events that carried each recommendation, and their shares; costs several
             passes of the model
         filter_seen : seen-item filter: leave out the items of the history
@@ -601,6 +669,8 @@ class AsyncOperations:
                 "cursor": cursor,
                 "mode": mode,
                 "controls": controls,
+                "variant": variant,
+                "describe": describe,
                 "explain": explain,
                 "filter_seen": filter_seen,
                 "seen_events": seen_events,
@@ -659,15 +729,34 @@ class AsyncOperations:
         )
         return response
 
-    def similar(self, *, item_id: int | str, k: int | None = None) -> Awaitable[SimilarResponse]:
+    def similar(
+        self, *, item_id: int | str, k: int | None = None, describe: bool | None = None
+    ) -> Awaitable[SimilarResponse]:
         """Find similar items. The items with the most similar vectors. Scope: read.
 
         item_id : the item to compare with
         k : how many items
+        describe : return title, image, link and price, as data.display says
         """
         response: Awaitable[SimilarResponse] = self._call(
-            "POST", "/v1/similar", {"item_id": item_id, "k": k}, repeatable=True
+            "POST", "/v1/similar", {"item_id": item_id, "k": k, "describe": describe}, repeatable=True
         )
+        return response
+
+    def search(self, *, text: str, k: int | None = None) -> Awaitable[SearchResponse]:
+        """Find items by text. By a part of their title or id. Scope: read.
+
+        text : part of a title or of an id, in any case
+        k : how many items
+        """
+        response: Awaitable[SearchResponse] = self._call(
+            "POST", "/v1/search", {"text": text, "k": k}, repeatable=True
+        )
+        return response
+
+    def users(self) -> Awaitable[SampleUsersResponse]:
+        """Name a few users to look at. Users with a history, the same ones for a run. Scope: history."""
+        response: Awaitable[SampleUsersResponse] = self._call("GET", "/v1/users", repeatable=True)
         return response
 
     def events(
@@ -743,9 +832,7 @@ class AsyncOperations:
 
         items : later ones win
         """
-        response: Awaitable[ItemsResponse] = self._call(
-            "PUT", "/v1/items", {"items": items}, repeatable=False
-        )
+        response: Awaitable[ItemsResponse] = self._call("PUT", "/v1/items", {"items": items}, repeatable=True)
         return response
 
     def restore_item(self, item_id: int | str) -> Awaitable[ItemsResponse]:
@@ -753,7 +840,7 @@ class AsyncOperations:
         items.
         """
         response: Awaitable[ItemsResponse] = self._call(
-            "DELETE", f"/v1/items/{quote(str(item_id), safe='')}", repeatable=False
+            "DELETE", f"/v1/items/{quote(str(item_id), safe='')}", repeatable=True
         )
         return response
 

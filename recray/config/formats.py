@@ -49,7 +49,7 @@ VALUES = {
 }
 """Setting -> {old value: its name}."""
 
-ADDED: dict[str, Any] = {"score.seen_events": [], "score.seen_days": None}
+ADDED: dict[str, Any] = {"data.display": {}, "score.seen_events": [], "score.seen_days": None}
 """Later setting -> the value with which results are as before it: then it is not part of run keys."""
 
 FIELDS = {"bundle": {"prior_days": "popularity_prior_days"}, "snapshot": {"new_only": "filter_seen"}}

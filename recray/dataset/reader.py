@@ -22,7 +22,7 @@ import xxhash
 
 from recray.dataset.context import encode_clock
 from recray.dataset.popularity import DAY_S, UNKNOWN_DAY, Popularity
-from recray.dataset.schema import AVAILABLE_FROM, CONTEXT, ITEM_ID, USER_ID
+from recray.dataset.schema import AVAILABLE_FROM, CONTEXT, DISPLAY, ITEM_ID, USER_ID
 from recray.errors import MissingArtifactError
 from recray.storage import Manifest, manifest_digest, open_immutable
 
@@ -209,6 +209,7 @@ class Dataset:
         self.as_of_s: int = manifest["as_of_s"]
         self.context: list[str] = manifest["settings"]["data"].get("context", [])
         self.features: dict[str, str] = manifest["settings"]["data"].get("features", {})
+        self.display: dict[str, str] = manifest["settings"]["data"].get("display", {})
         self.text_encoder: str | None = manifest.get("text_encoder")
         self.query_time: str = manifest["settings"]["split"].get("query_time", "cutoff")
         self.split_kind: str = manifest["settings"]["split"]["kind"]
@@ -271,6 +272,24 @@ class Dataset:
         columns.
         """
         return pq.read_table(self.path / "items.parquet")
+
+    def describe_item(self, item_index: int) -> dict[str, str]:
+        """What people see of an item, as far as it is known: `title`, `image`, `link`, `price`."""
+        row = {name: self.items[column][item_index - 1].as_py() for name, column in self._display_columns}
+        return {name: str(value) for name, value in row.items() if value not in (None, "")}
+
+    @property
+    def title_column(self) -> str | None:
+        """The column of `items` that has their titles."""
+        return dict(self._display_columns).get("title")
+
+    @cached_property
+    def _display_columns(self) -> list[tuple[str, str]]:
+        """What people see, and the columns of `items` that have it."""
+        columns = {name: DISPLAY + name for name in self.display}
+        if "title" not in columns and "title" in self.items.column_names:
+            columns["title"] = "title"
+        return list(columns.items())
 
     @property
     def released_day(self) -> np.ndarray | None:

@@ -21,6 +21,7 @@ EVENT_ID = "event_id"
 EVENT_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP, POSITION, EVENT, VALUE, BASKET, EVENT_ID)
 DEFAULT_EVENT = "interaction"
 AVAILABLE_FROM = "released_s"  # column of a dataset's item table: from when an item is available
+DISPLAY = "display_"  # prefix of columns of a dataset's item table that people see, as text
 LONGEST_ID = 1000  # characters of a user id or an item id
 CONTEXT = "context_"  # prefix of columns of request context
 

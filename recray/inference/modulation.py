@@ -40,14 +40,25 @@ def find_slots(names: Sequence[str], model: Network, event_types: Sequence[str])
     or a feature column of the history's items).
     Raises SettingsError for a name that the model does not have.
     """
+    slots = _list_slots(model, event_types)
+    if unknown := [name for name in names if name not in slots]:
+        raise SettingsError(f"policy.actions: {', '.join(unknown)}", f"known: {', '.join(slots)}")
+    return [slots[name] for name in names]
+
+
+def list_controls(model: Network, event_types: Sequence[str]) -> list[str]:
+    """The names of a model's controls, without those of single heads."""
+    return [name for name in _list_slots(model, event_types) if not name.startswith("temperature.")]
+
+
+def _list_slots(model: Network, event_types: Sequence[str]) -> dict[str, Slot]:
+    """Every control of a model."""
     modalities = ["id", *model.items.names][: model.items.modalities]
     slots = {"temperature": Slot(0, None, LOG_TEMPERATURE), "recency": Slot(2, None, RECENCY_SLOPE)}
     slots |= {f"temperature.{head}": Slot(0, head, LOG_TEMPERATURE) for head in range(model.shape.heads)}
     slots |= {f"event.{name}": Slot(1, column, EVENT_BIAS) for column, name in enumerate(event_types)}
     slots |= {f"weight.{name}": Slot(3, column, LOG_WEIGHT) for column, name in enumerate(modalities)}
-    if unknown := [name for name in names if name not in slots]:
-        raise SettingsError(f"policy.actions: {', '.join(unknown)}", f"known: {', '.join(slots)}")
-    return [slots[name] for name in names]
+    return slots
 
 
 def to_controls(

@@ -63,6 +63,12 @@ AVAILABLE_NAMES = (
     "availablefrom creationtimestamp createdat created launchdate released releasedate published "
     "publishedat publishdate publicationdate"
 )
+DISPLAY_NAMES = {
+    "title": "title name producttitle productname itemname movietitle headline description",
+    "image": "image imageurl imagelink img imgurl picture pictureurl thumbnail poster posterurl",
+    "link": "link url producturl itemurl href",
+    "price": "price unitprice saleprice",
+}
 RECBOLE_KINDS = {"token": "categorical", "token_seq": "text", "float": "numeric"}
 """Type in a column's name, as RecBole writes it -> kind of feature."""
 
@@ -424,6 +430,9 @@ def _guess_features(items: Sample, item_column: str) -> Iterator[Guess]:
             yield Guess(f"data.features.{name}", kind, reason)
     if available is not None:
         yield Guess("data.available_from", available, "an item is not recommended before")
+    for use, candidates in DISPLAY_NAMES.items():
+        if named := [name for name in _find_named(items, candidates) if name != item_column]:
+            yield Guess(f"data.display.{use}", named[0], "what people see of an item")
 
 
 def _guess_kind(name: str, values: pa.ChunkedArray) -> tuple[str | None, str]:

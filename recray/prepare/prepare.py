@@ -618,9 +618,10 @@ def _build_item_table(
         events = counts["events"].take(pc.index_in(item_ids, counts[schema.ITEM_ID].combine_chunks()))
         described_items = items.take(pc.index_in(item_ids, items[schema.ITEM_ID].combine_chunks()))
         columns = {schema.ITEM_ID: item_ids, "events": pc.fill_null(events, 0)}
-        date_columns = [schema.AVAILABLE_FROM] if settings.data.available_from else []
+        others = [schema.DISPLAY + use for use in settings.data.display]
+        others += [schema.AVAILABLE_FROM] if settings.data.available_from else []
         counts = pa.table(
-            {**columns, **{name: described_items[name] for name in (*settings.data.features, *date_columns)}}
+            {**columns, **{name: described_items[name] for name in (*settings.data.features, *others)}}
         )
     item_table = (
         counts.filter(pc.greater_equal(counts["events"], settings.data.min_item_events))

@@ -116,10 +116,14 @@ def looser_settings(settings: Settings, folder: Path) -> Iterator[Settings]:
         return
     features = {name: kind for name, kind in data.features.items() if name in names}
     available_from = data.available_from if data.available_from in names else None
-    usable = _update_sections(usable, data={"features": features, "available_from": available_from})
+    display = {use: name for use, name in data.display.items() if name in names}
+    changed = {"features": features, "display": display, "available_from": available_from}
+    usable = _update_sections(usable, data=changed)
     yield usable
     for name, kind in features.items():
-        alone = _update_sections(usable, data={"features": {name: kind}, "available_from": None})
+        alone = _update_sections(
+            usable, data={"features": {name: kind}, "display": {}, "available_from": None}
+        )
         try:
             read_items(alone.data, files, tolerates_ids=True)
         except RecrayError:
@@ -139,7 +143,8 @@ def _read_names(file: InputFile) -> list[str]:
 
 def without_items(settings: Settings) -> Settings:
     """The settings without an item table."""
-    return _update_sections(settings, data={"items": None, "features": {}, "available_from": None})
+    nothing: dict[str, object] = {"items": None, "features": {}, "display": {}, "available_from": None}
+    return _update_sections(settings, data=nothing)
 
 
 def _update_sections(settings: Settings, **sections: dict[str, object]) -> Settings:

@@ -460,9 +460,10 @@ def read_items(
     Raises DataError.
     """
     if data.items is None:
-        if named := [*data.features, *([data.available_from] if data.available_from else [])]:
+        if named := _list_item_columns(data):
+            names = ", ".join(named)
             raise DataError(
-                f"data.features or data.available_from names {', '.join(named)}, but data.items is null",
+                f"data.features, data.display or data.available_from names {names}, but data.items is null",
                 "name the item table in data.items",
             )
         return None, []
@@ -502,6 +503,8 @@ def read_items(
             columns[name] = problems.collect(
                 partial(_convert_feature, rows[name], name, feature, separators.get(name), file)
             )
+        for use, name in data.display.items():
+            columns[schema.DISPLAY + use] = problems.collect(partial(_to_text, rows[name], name, file))
         if data.available_from is not None:
             columns[schema.AVAILABLE_FROM] = problems.collect(
                 partial(_to_release_seconds, rows[data.available_from], data, file.uri)
@@ -585,6 +588,21 @@ _NULL_TYPES = {
 }
 
 
+def _list_item_columns(data: DataSettings) -> list[str]:
+    """The columns of the item table that are read beside the id; some may be named twice."""
+    return [*data.features, *data.display.values(), *([data.available_from] if data.available_from else [])]
+
+
+def _to_text(column: pa.ChunkedArray, name: str, file: InputFile) -> pa.ChunkedArray:
+    """A column that people see, as text. Raises DataError for one that is none."""
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise DataError(
+            f"{file.uri}: column {name} of data.display holds {column.type}, not text", "name another column"
+        ) from None
+
+
 def _read_item_file(data: DataSettings, file: InputFile, *, is_only_file: bool) -> tuple[str, pa.Table]:
     """The name of the id column of an item file, and its rows with the id first. Raises DataError.
 
@@ -593,14 +611,14 @@ def _read_item_file(data: DataSettings, file: InputFile, *, is_only_file: bool) 
     with open_file(file) as table:
         id_column = data.columns.get("item_id") or schema.ITEM_ID
         id_column = id_column if id_column in table.names else schema.ITEM_ID
-        columns = [id_column, *data.features, *([data.available_from] if data.available_from else [])]
+        columns = list(dict.fromkeys([id_column, *_list_item_columns(data)]))
         missing = [column for column in columns if column not in table.names]
         if missing and (
             is_only_file or file.format != "jsonl" or id_column in missing
         ):  # a name that a JSON file lacks is null
             raise DataError(
                 f"{file.uri} has no column {', '.join(map(repr, missing))}; it has {', '.join(table.names)}",
-                "check data.items, data.columns, data.features and data.available_from",
+                "check data.items, data.columns, data.features, data.display and data.available_from",
             )
         rows = table.read([column for column in columns if column not in missing])
         for column in missing:

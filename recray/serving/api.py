@@ -151,6 +151,12 @@ class RecommendRequest(_BaseRequest):
         "weight.FEATURE; null: as the policy decides, {}: no modulation",
         examples=[{"temperature": 0.5}],
     )
+    variant: Literal["champion", "challenger", "popular"] | None = Field(
+        None,
+        description="to compare what serves: this variant responds, and the response counts in no "
+        "experiment; null: as the experiment decides",
+    )
+    describe: bool = Field(False, description="return title, image, link and price, as data.display says")
     explain: bool = Field(
         False,
         description="return the past events that carried each recommendation, and their shares; costs "
@@ -213,6 +219,18 @@ class SimilarRequest(_Closed):
 
     item_id: Id = Field(description="the item to compare with")
     k: int = Field(10, ge=1, le=MAX_K, description="how many items")
+    describe: bool = Field(False, description="return title, image, link and price, as data.display says")
+
+
+class SearchRequest(_Closed):
+    """Items by text."""
+
+    model_config = _examples({"text": "lantern", "k": 5})
+
+    text: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
+        description="part of a title or of an id, in any case"
+    )
+    k: int = Field(10, ge=1, le=100, description="how many items")
 
 
 class LoggedEvent(Event):
@@ -306,11 +324,16 @@ class Reason(BaseModel):
 
 
 class Item(BaseModel):
-    """A recommended item. `explain` adds `title`, `why` and `text`."""
+    """A recommended item. `explain` adds `title`, `why` and `text`; `describe` adds what `data.display`
+    declares.
+    """
 
     item_id: Id
     score: float
     title: str | None = None
+    image: str | None = None
+    link: str | None = None
+    price: str | None = None
     why: list[Reason] | None = None
     text: str | None = None
 
@@ -402,6 +425,29 @@ class HistoryResponse(BaseModel):
     degraded: list[Part] = []
 
 
+class FoundItem(BaseModel):
+    """An item as people see it, as far as `data.display` declares it."""
+
+    item_id: Id
+    title: str | None = None
+    image: str | None = None
+    link: str | None = None
+    price: str | None = None
+    available: bool = Field(description="false: not recommended, for instance sold out")
+
+
+class SearchResponse(BaseModel):
+    """Those with this id or title first, then by popularity."""
+
+    items: list[FoundItem]
+
+
+class SampleUsersResponse(BaseModel):
+    """A few users of the published run with a history; with privacy holdout users."""
+
+    users: list[Id]
+
+
 class SimilarResponse(BaseResponse):
     """Most similar first; scores are cosines."""
 
@@ -475,6 +521,7 @@ class ModelsResponse(BaseModel):
     as_of: str
     users: int | None = Field(description="null: with privacy, the number of users is not published")
     items: int
+    controls: list[str] = Field([], description="attention controls that a request may set")
     privacy: Privacy | None = Field(None, description="null: the bundle was trained without privacy")
     popular_only: bool = Field(
         False,

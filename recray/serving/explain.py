@@ -57,6 +57,13 @@ def add_reasons(items: Sequence[Item], reasons: Sequence[list[Reason]], state: S
         item.why, item.text, item.title = why, describe_reasons(why, state), state.find_title(item.item_id)
 
 
+def describe_items(items: Sequence[Item], state: ServingState) -> None:
+    """Add to the items of a response what people see of them."""
+    for item in items:
+        for name, value in state.describe_item(item.item_id).items():
+            setattr(item, name, value)
+
+
 def describe_reasons(reasons: Sequence[Reason], state: ServingState) -> str:
     """The reasons as text, with the items' titles where there are any."""
     if not reasons:

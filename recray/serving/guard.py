@@ -38,7 +38,9 @@ REQUIRED_SCOPES: dict[str, KeyScope] = {
     "/v1/recommend": "read",
     "/v1/score": "read",
     "/v1/similar": "read",
+    "/v1/search": "read",
     "/v1/history": "history",
+    "/v1/users": "history",
     "/v1/models": "read",
     "/v1/events": "write",
     "/v1/feedback": "write",
@@ -46,7 +48,7 @@ REQUIRED_SCOPES: dict[str, KeyScope] = {
     "/v1/items/{item_id}": "items",
     "/v1/users/{user_id}": "admin",
 }
-PUBLIC_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json", "/console")
+PUBLIC_PATHS = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/console")
 PROBES = ("/healthz", "/readyz")
 WAIT_S, RETRY_S = 0.2, 1.0  # timeout of the store of the rates; pause after a failure of it
 RELOAD_S = 5.0  # between two checks of the keys file

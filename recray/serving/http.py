@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -35,8 +35,11 @@ from recray.serving.api import (
     ModelsResponse,
     RecommendRequest,
     RecommendResponse,
+    SampleUsersResponse,
     ScoreRequest,
     ScoreResponse,
+    SearchRequest,
+    SearchResponse,
     SimilarRequest,
     SimilarResponse,
     UsersResponse,
@@ -47,6 +50,7 @@ from recray.serving.service import Service
 from recray.serving.traces import trace_app
 from recray.version import __version__
 
+CONSOLE = Path(__file__).parent / "console.html"
 RETRY_AFTER = {"Retry-After": "1"}
 FIELD = re.compile(r"([a-z_]+(?:\.\w+)*): ")  # at the start of an error
 READ_S = 10.0  # timeout of a body
@@ -57,7 +61,8 @@ DOCS_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' https: http: data:; "
+    "frame-ancestors 'none'",  # pictures of items may be anywhere
     "X-Content-Type-Options": "nosniff",
 }
 
@@ -122,6 +127,16 @@ def _add_recommendation_routes(api: FastAPI, service: Service) -> None:
     async def similar(request: SimilarRequest) -> SimilarResponse:
         """The items with the most similar vectors."""
         return await service.similar(request)
+
+    @api.post("/v1/search", summary="Find items by text", tags=tags, response_model_exclude_none=True)
+    async def search(request: SearchRequest) -> SearchResponse:
+        """By a part of their title or id."""
+        return await service.search(request)
+
+    @api.get("/v1/users", summary="Name a few users to look at", tags=tags)
+    async def users() -> SampleUsersResponse:
+        """Users with a history, the same ones for a run."""
+        return await service.sample_users()
 
 
 def _add_event_store_routes(api: FastAPI, service: Service) -> None:
@@ -188,7 +203,11 @@ def _add_operation_routes(api: FastAPI, service: Service) -> None:
 
 
 def _add_pages(api: FastAPI) -> None:
-    console_page = (Path(__file__).parent / "console.html").read_bytes()
+    console_page = CONSOLE.read_bytes()
+
+    @api.get("/", include_in_schema=False)
+    async def start() -> Response:
+        return RedirectResponse("console")
 
     @api.get("/console", include_in_schema=False)
     async def console() -> Response:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from recray.dataset.features import VECTORS
 from recray.dataset.reader import Dataset
-from recray.dataset.schema import ITEM_ID
+from recray.dataset.schema import DISPLAY, ITEM_ID
 from recray.errors import RequestError, UnknownItemError
 from recray.events.items import ItemChange
 from recray.events.log import Log
@@ -116,9 +116,12 @@ def change_table(dataset: Dataset, changes: Sequence[ItemChange]) -> pa.Table:
                 pa.array([0] * len(new), column.type) if name == "events" else pa.nulls(len(new), column.type)
             )
             column = pa.concat_arrays([column, fill])
-        named = [change for change in changed if name in change.attributes]
-        if named and is_changeable(dataset, name):
-            values = [change.attributes[name] for change in named]
+        attribute = _attribute_of(dataset, name)
+        named = [change for change in changed if attribute in change.attributes]
+        if attribute is not None and named:
+            values = [change.attributes[attribute] for change in named]
+            if name.startswith(DISPLAY):
+                values = [None if value is None else str(value) for value in values]
             order = np.arange(len(column))
             order[[rows[id(change)] for change in named]] = len(column) + np.arange(len(named))
             column = pa.concat_arrays([column, to_cells(values, column.type)]).take(pa.array(order))
@@ -130,9 +133,13 @@ def _is_integral(column: pa.Array) -> bool:
     return bool(pa.types.is_integer(column.type))
 
 
-def is_changeable(dataset: Dataset, column: str) -> bool:
-    """Whether a column of the item table can be changed: vectors, and texts that became vectors, cannot."""
-    return dataset.features.get(column, VECTORS[0]) not in VECTORS
+def _attribute_of(dataset: Dataset, column: str) -> str | None:
+    """The attribute that a column of the item table holds; None for one that cannot be changed: vectors, and
+    texts that became vectors.
+    """
+    if column.startswith(DISPLAY):
+        return dataset.display.get(column.removeprefix(DISPLAY))
+    return column if dataset.features.get(column, VECTORS[0]) not in VECTORS else None
 
 
 def to_cells(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
@@ -168,15 +175,21 @@ def resolve_changes(updates: Sequence[ItemUpdate], state: ServingState) -> list[
 
 
 def _check_value(place: str, column: str, value: Any, dataset: Dataset) -> None:
-    known = [name for name in dataset.features if is_changeable(dataset, name)]
-    if column not in dataset.features:
+    columns: dict[str, str] = {}
+    for table_column in dataset.items.column_names:  # features come before what is only shown
+        if (name := _attribute_of(dataset, table_column)) is not None:
+            columns.setdefault(name, table_column)
+    known = sorted(columns)
+    if column not in (*dataset.features, *known):
         raise RequestError(f"{place}: no column {column!r}", f"known: {', '.join(known) or 'none'}")
     if column not in known:
         raise RequestError(
             f"{place}: {column!r} holds vectors, which the next nightly run makes",
             f"can be changed: {', '.join(known) or 'none'}",
         )
-    kind = dataset.items[column].type
+    if columns[column].startswith(DISPLAY) and not isinstance(value, list):
+        return  # as text
+    kind = dataset.items[columns[column]].type
     try:
         to_cells([value], kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):

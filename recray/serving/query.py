@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from recray.errors import RequestError
 from recray.events.log import Entry
@@ -20,6 +20,17 @@ BATCH_IS_FIXED = (
     "mode: batch serves the batch recommendations, which history, events, now, context and controls cannot "
     "change"
 )
+
+
+class StoredEvent(NamedTuple):
+    """An event of the event store, with the fields of an `Event`: a user may have hundreds of them, and a
+    pydantic model costs several times as much.
+    """
+
+    item_id: Any
+    event: str | None
+    value: float
+    timestamp: dt.datetime | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Query:
     moment : query time; None: just after the last event
     controls : attention controls of the request; None: the policy decides
     candidates : items to score; None: all items are ranked
+    variant : who responds whatever the experiment says; None: as it decides
     """
 
     user_id: Any | None
@@ -60,13 +72,14 @@ class Query:
     k: int = 0
     mode: Mode = "realtime"
     history: tuple[Event, ...] | None = None
-    new_events: tuple[Event, ...] = ()
+    new_events: tuple[StoredEvent, ...] = ()
     sent_events: tuple[Event, ...] = ()
     moment: dt.datetime | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
     controls: Mapping[str, float] | None = None
     items: ItemRule = ItemRule()
     candidates: tuple[Any, ...] | None = None
+    variant: Literal["champion", "challenger", "popular"] | None = None
 
     @property
     def has_request_data(self) -> bool:
@@ -93,9 +106,10 @@ class Query:
         """The query for a precomputed list, where no model responds: new items are excluded if seen items
         are.
         """
+        all_events: list[Event | StoredEvent] = [*(self.history or ()), *self.new_events, *self.sent_events]
         events = [
             event
-            for event in (*(self.history or ()), *self.new_events, *self.sent_events)
+            for event in all_events
             if self.items.filter_seen
             and (not self.items.seen.events or event.event is None or event.event in self.items.seen.events)
         ]
@@ -128,6 +142,7 @@ def resolve_query(
         seen = _resolve_seen(request, state, filter_seen=filter_seen)
         items = ItemRule(filter_seen, seen, allow, tuple(request.deny), request.where)
         fields = {"k": request.k, "mode": request.mode, "controls": request.controls, "items": items}
+        fields["variant"] = request.variant
     user_id = None if request.user_id is None else state.snapshot.to_user_id(request.user_id)
     query = Query(
         user_id=user_id,
@@ -177,10 +192,7 @@ def admit_request(request: _Request, state: ServingState, opted_out: OptOut) -> 
     return request
 
 
-def to_event(entry: Entry) -> Event:
+def to_event(entry: Entry) -> StoredEvent:
     """An event of the event store as an event of a request."""
-    moment = dt.datetime.fromtimestamp(entry.at_s, dt.UTC)
-    body = entry.body
-    return Event.model_construct(
-        item_id=body["item_id"], event=body.get("event"), value=body.get("value", 1.0), timestamp=moment
-    )
+    body, moment = entry.body, dt.datetime.fromtimestamp(entry.at_s, dt.UTC)
+    return StoredEvent(body["item_id"], body.get("event"), body.get("value", 1.0), moment)

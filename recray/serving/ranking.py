@@ -24,7 +24,7 @@ from recray.model.controls import Controls
 from recray.serving.api import Event, Item, Range, Reason, Source
 from recray.serving.explain import to_reasons
 from recray.serving.modulation import Exploration, Modulation, choose_modulation, is_ranked_by_model
-from recray.serving.query import ItemRule, Query
+from recray.serving.query import ItemRule, Query, StoredEvent
 from recray.serving.state import EMPTY_HISTORY, ServingState
 
 _ITEMS = TypeAdapter(list[Item])
@@ -88,7 +88,7 @@ def bind_query(query: Query, state: ServingState, exploration: Exploration | Non
 
 def _assemble_history(query: Query, state: ServingState) -> tuple[History, int]:
     """The history and the query time."""
-    events = [*(query.history or ()), *query.new_events, *query.sent_events]
+    events: list[Event | StoredEvent] = [*(query.history or ()), *query.new_events, *query.sent_events]
     stored = EMPTY_HISTORY
     if query.history is None and query.user_id is not None:
         stored = state.stored_history(query.user_id)
@@ -106,7 +106,7 @@ def _assemble_history(query: Query, state: ServingState) -> tuple[History, int]:
 
 
 def join_events(
-    stored: History, events: Sequence[Event], state: ServingState, moment_s: int | None = None
+    stored: History, events: Sequence[Event | StoredEvent], state: ServingState, moment_s: int | None = None
 ) -> History:
     """A stored history and the events after it, in order of time, without event types that the bundle does
     not know.

@@ -20,6 +20,7 @@ from recray.errors import PartUnavailableError, RecrayError, UnavailableError
 from recray.events.items import ItemChange
 from recray.events.log import MAX_RECENT, Entry
 from recray.events.rewards import Rewards
+from recray.inference.modulation import list_controls
 from recray.inference.policy import OBSERVED_EVENTS
 from recray.model.device import device
 from recray.serving.api import (
@@ -32,9 +33,12 @@ from recray.serving.api import (
     Privacy,
     RecommendRequest,
     RecommendResponse,
+    SampleUsersResponse,
     ScoredItem,
     ScoreRequest,
     ScoreResponse,
+    SearchRequest,
+    SearchResponse,
     SimilarRequest,
     SimilarResponse,
     UserResponse,
@@ -43,7 +47,7 @@ from recray.serving.api import (
 from recray.serving.batching import TICKET, Ticket
 from recray.serving.cursor import decode_cursor, encode_cursor
 from recray.serving.deployment import Deployment, Deployments
-from recray.serving.explain import add_reasons
+from recray.serving.explain import add_reasons, describe_items
 from recray.serving.history import to_known_events
 from recray.serving.intake import Intake
 from recray.serving.items import resolve_changes
@@ -52,6 +56,7 @@ from recray.serving.query import Query, admit_request, has_opted_out, resolve_qu
 from recray.serving.ranker import Ranker, Ranking
 from recray.serving.ranking import bind_query, rank_similar_items
 from recray.serving.recorder import EventRecorder, make_id
+from recray.serving.search import sample_users, search_items
 from recray.serving.shadow import ShadowTraffic
 from recray.serving.sources import Route, choose_route, is_list_sufficient
 from recray.serving.state import ServingState
@@ -59,6 +64,8 @@ from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, make_provider, make_tracer
 from recray.storage import Storage
 from recray.storage.opt_out import OptOut
+
+SAMPLE_USERS = 5
 
 
 class Service:
@@ -174,12 +181,15 @@ class Service:
             shown += [item.item_id for item in response.items]
             response.cursor = encode_cursor(deployment.state.to_user_name(request.user_id), shown)
 
+        if request.describe:
+            describe_items(response.items, ranking.state)
         if request.explain and response.items and "model" not in response.degraded:
             await self._add_reasons(response, query, ranking)
 
         def record() -> None:
             self._record(response, query, route, ranking, deployment, started)
-            self.shadow.mirror_query(response, query, ranking, deployment)
+            if query.variant is None:
+                self.shadow.mirror_query(response, query, ranking, deployment)
 
         return response, record
 
@@ -251,6 +261,8 @@ class Service:
         response = SimilarResponse(
             request_id=make_id(), as_of=state.date, bundle=state.bundle, items=ranked_items.to_items()
         )
+        if request.describe:
+            describe_items(response.items, state)
         self._record_endpoint_response(response, "realtime", None, started, "similar")
         return response
 
@@ -272,6 +284,16 @@ class Service:
     async def _store_changes(self, changes: list[ItemChange]) -> None:
         await self.recorder.write(lambda writer: asyncio.to_thread(writer.log.change_items, changes))
         await asyncio.to_thread(self.refresh_items)
+
+    async def search(self, request: SearchRequest) -> SearchResponse:
+        """Find items by text."""
+        return SearchResponse(
+            items=await asyncio.to_thread(search_items, request.text, request.k, self.state)
+        )
+
+    async def sample_users(self) -> SampleUsersResponse:
+        """A few users to look at."""
+        return SampleUsersResponse(users=await asyncio.to_thread(sample_users, SAMPLE_USERS, self.state))
 
     def models(self) -> ModelsResponse:
         """Describe the current deployment."""
@@ -340,7 +362,9 @@ class Service:
             details["decision"] = decision.to_body()
             self.telemetry.actions.extend(zip(decision.actions, decision.action.tolist(), strict=True))
         experiment = deployment.experiment
-        if experiment is not None and not experiment.shadow and query.mode != "batch":
+        if query.variant is not None:
+            details["asked"] = "preview"  # of a person who compares
+        elif experiment is not None and not experiment.shadow and query.mode != "batch":
             details |= {**experiment.to_labels(query.user), **ranking.to_measurements()}
             if route.is_challengers and is_list_sufficient(query, route, deployment.state):
                 details["listed"] = True  # the champion would not have run its model
@@ -414,6 +438,7 @@ def describe_deployment(deployment: Deployment) -> ModelsResponse:
         users=None if state.is_private else manifest["users"],
         privacy=Privacy.model_validate(state.privacy, extra="ignore") if state.is_private else None,
         items=state.predictor.n_available,
+        controls=list_controls(state.predictor.model, state.predictor.vocabulary.event_types),
         popular_only=state.predictor.popular_only,
         loaded_at=state.loaded_at,
         challenger=None if experiment is None else experiment.challenger,

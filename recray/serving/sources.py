@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recray.dataset.reader import History
-from recray.errors import PartUnavailableError
+from recray.errors import PartUnavailableError, RequestError
 from recray.serving.deployment import Deployment
 from recray.serving.experiment import is_in_share
 from recray.serving.modulation import Exploration, can_explore
@@ -53,12 +53,22 @@ class Route:
 def choose_route(
     query: Query, deployment: Deployment, exploration: Exploration | None, share: float
 ) -> Route:
-    """The route of a query.
+    """The route of a query. Raises RequestError for a challenger that there is not.
 
     exploration : how responses explore; None: not at all
     share : share of the users whose responses explore
     """
     state, experiment, challenger = deployment.state, deployment.experiment, deployment.challenger
+    if query.variant == "popular":
+        return Route(state, (RankingSource.POPULARITY,))
+    if query.variant == "challenger":
+        if challenger is None:
+            raise RequestError(
+                "variant: there is no challenger", "recray serve canary BUNDLE begins an experiment"
+            )
+        return Route(challenger, MODEL_FIRST, is_challengers=True)
+    if query.variant == "champion":
+        return Route(state, ORDER[query.mode])
     if exploration is not None and not (is_exploring(query.user, share) and can_explore(state, exploration)):
         exploration = None
     order = ORDER[query.mode]

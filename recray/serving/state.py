@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recray.bundle import Bundle, PrivacyStatement
 from recray.config import ScoreSettings
 from recray.dataset.ids import to_typed_id
 from recray.dataset.reader import Dataset, History
+from recray.dataset.schema import ITEM_ID
 from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
 from recray.inference import Predictor, Rules, Translation
 from recray.inference.filters import SeenRule
@@ -229,13 +231,22 @@ class ServingState:
         except RequestError:
             return False
 
+    @cached_property
+    def search_texts(self) -> tuple[pa.Array, pa.Array]:
+        """Titles and ids of the items in lower case."""
+        items, column = self.dataset.items, self.dataset.title_column
+        ids = pc.utf8_lower(items[ITEM_ID].cast(pa.string()).combine_chunks())
+        titles = ids if column is None else pc.utf8_lower(items[column].cast(pa.string()).combine_chunks())
+        return titles, ids
+
     def find_title(self, item_id: Any) -> str:
-        """An item's title, or its id where the item table has no title."""
-        table = self.dataset.items
-        if "title" not in table.column_names:
-            return str(item_id)
+        """An item's title, or its id where it has none."""
+        return self.describe_item(item_id).get("title", str(item_id))
+
+    def describe_item(self, item_id: Any) -> dict[str, str]:
+        """What people see of an item, see `Dataset.describe_item`; empty for an unknown item."""
         row = int(self.translation.to_dataset[int(self.predictor.vocabulary.index_of([item_id])[0])])
-        return str(table["title"][row - 1].as_py() or item_id) if row else str(item_id)
+        return self.dataset.describe_item(row) if row else {}
 
 
 def load_without_lists(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from recray.config import Settings
 from recray.dataset.reader import Dataset
 from recray.evaluation import evaluate as evaluation
-from recray.evaluation import report as reporting
 from recray.plugins import list_plugins
+from recray.report import page as reporting
 from recray.stages.context import JobContext, Record, StageReport, to_date, to_day
 from recray.stages.train import current_bundle
 from recray.storage import is_complete

@@ -376,6 +376,11 @@ def test_stored_settings_are_read_under_new_names_and_keys_keep_the_first(data):
         section, field = name.split(".")
         settings[section][field] = data.draw(st.sampled_from(list(values.values())))
     first = formats.to_first_names(settings)
-    assert formats.to_current_settings(first) == settings == formats.to_current_settings(settings)
+    assert settings == formats.to_current_settings(settings)
+    for name, neutral in formats.ADDED.items():  # later settings are in keys where they change something
+        section, field = name.split(".")
+        assert settings[section].pop(field) == neutral
+        assert formats.to_first_names({section: {field: "other"}}) == {section: {field: "other"}}
+    assert formats.to_current_settings(first) == settings
     assert "gates" in first and "promotion" not in first and "asked_at" in first["split"]
     assert not list(formats.find_old_names(settings)) and len(list(formats.find_old_names(first))) > 15

@@ -14,12 +14,13 @@ from conftest import synthetic_overrides
 from recray.bundle import Bundle
 from recray.config import load_settings
 from recray.errors import DamagedArtifactError, MissingArtifactError, RefusedError
-from recray.evaluation import criteria, promotion, report
+from recray.evaluation import criteria, promotion
 from recray.evaluation.evaluate import evaluate, evaluate_key
 from recray.inference import Predictor
 from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
 from recray.release import Member, Release, load_champion, require_private, roll_back
+from recray.report import page as report
 from recray.storage import Storage, write_json
 from recray.testing.published import prepare_here, untrained_bundle
 from recray.testing.synthetic import SyntheticShop

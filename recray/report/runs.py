@@ -148,9 +148,8 @@ def sample_invalid_rows(quarantine: Path) -> dict[str, str]:
 
 def to_titles(dataset: Dataset, item_index: list[int]) -> list[str]:
     """Titles of items of a data set, or their ids where there is no title."""
-    columns = [name for name in ("title", "name", "item_id") if name in dataset.items.column_names]
-    titles = []
-    for index in item_index:
-        values = (dataset.items[name][int(index) - 1].as_py() for name in columns if index)
-        titles.append(next((str(value) for value in values if value not in (None, "")), "?"))
-    return titles
+    ids = dataset.items[ITEM_ID]
+    return [
+        dataset.describe_item(int(index)).get("title", str(ids[int(index) - 1].as_py())) if index else "?"
+        for index in item_index
+    ]

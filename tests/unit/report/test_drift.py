@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recray.config import load_settings
-from recray.evaluation.drift import LEAST_SHARE, compare_inputs
-from recray.evaluation.runs import find_previous_as_of, sample_invalid_rows
+from recray.report.drift import LEAST_SHARE, compare_inputs
+from recray.report.runs import find_previous_as_of, sample_invalid_rows
 from recray.storage import Storage
 from recray.testing.published import prepare_here
 

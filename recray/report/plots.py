@@ -14,8 +14,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFor
 
 from recray.bundle import CurveLine
 from recray.evaluation.evaluate import MODEL, SEGMENTS, Row, Table
-from recray.evaluation.runs import Run
 from recray.evaluation.table import TITLES
+from recray.report.runs import Run
 
 BLUE, GREY, FAINT, INK = "#2456d6", "#9aa5b8", "#d9dee8", "#273043"
 STYLE: Any = {

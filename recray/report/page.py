@@ -17,15 +17,15 @@ from recray.config import Settings
 from recray.config.formats import RESULTS_SINCE
 from recray.dataset.reader import Dataset
 from recray.errors import MissingArtifactError
-from recray.evaluation import plots
-from recray.evaluation.drift import compare_inputs
 from recray.evaluation.evaluate import KIND as EVALUATION
 from recray.evaluation.evaluate import MODEL, Row, Table, evaluate_key, read_table
 from recray.evaluation.promotion import Decision
-from recray.evaluation.runs import Run, find_previous_as_of, list_runs, sample_invalid_rows, sample_lists
 from recray.evaluation.statement import Line, describe_audits, describe_training, load_audits
 from recray.evaluation.table import TITLES, format_cells
 from recray.release import Published, Release, list_bundles
+from recray.report import plots
+from recray.report.drift import compare_inputs
+from recray.report.runs import Run, find_previous_as_of, list_runs, sample_invalid_rows, sample_lists
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage, immutable_directory, is_complete, key_of, read_json
 from recray.version import __version__
@@ -121,7 +121,7 @@ def write_report(settings: Settings, dataset: Dataset, bundle: Bundle) -> tuple[
 
 def _write_pages(path: Path, key: str, dataset: Dataset, bundle: Bundle, facts: Mapping[str, Any]) -> None:
     html = Environment(
-        loader=PackageLoader("recray.evaluation"),
+        loader=PackageLoader("recray.report"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
