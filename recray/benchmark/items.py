@@ -63,6 +63,7 @@ def measure_items(folder: Path, progress: ProgressLog) -> Result:
         "gone_max_s": round(max(gone_s), 3),
         "asked_per_turn": int(np.median(asked)),
         "failed": failed,
+        "statuses": {"503": len(result.refused_s)} | {str(k): v for k, v in result.other_statuses.items()},
         "requests": len(result.latency_s) + failed,
         "wrong_after_restart": len(after & set(sold_out)),
     }
