@@ -172,7 +172,16 @@ class Driver:
         self.selector.register(connection.socket, selectors.EVENT_READ, connection)
         self.idle.append(connection)
 
+    def _reconnect(self, connection: _Connection) -> None:
+        self.selector.unregister(connection.socket)
+        connection.socket.close()
+        self._connect()
+
     def _receive(self, connection: _Connection) -> None:
+        if connection in self.idle:  # nothing was sent: a proxy closes what was idle for long
+            self.idle.remove(connection)
+            self._reconnect(connection)
+            return
         try:
             response = connection.receive()
         except OSError:
@@ -191,8 +200,6 @@ class Driver:
         else:
             self.result.other_statuses[status] = self.result.other_statuses.get(status, 0) + 1
         if b"connection: close" in head:
-            self.selector.unregister(connection.socket)
-            connection.socket.close()
-            self._connect()
+            self._reconnect(connection)
         else:
             self.idle.append(connection)
