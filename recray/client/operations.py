@@ -223,6 +223,7 @@ class RecommendRequest(TypedDict, total=False):
     cursor: str | None
     mode: Literal["auto", "batch", "realtime"]
     controls: dict[str, float] | None
+    surface: str | None
     variant: Literal["champion", "challenger", "popular"] | None
     describe: bool
     explain: bool
@@ -354,6 +355,7 @@ class Operations:
         cursor: str | None = None,
         mode: Literal["auto", "batch", "realtime"] | None = None,
         controls: dict[str, float] | None = None,
+        surface: str | None = None,
         variant: Literal["champion", "challenger", "popular"] | None = None,
         describe: bool | None = None,
         explain: bool | None = None,
@@ -380,6 +382,7 @@ class Operations:
             the batch recommendations alone; realtime: the model
         controls : attention controls, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; null:
             as the policy decides, {}: no modulation
+        surface : place of the product, one of serve.surfaces; it fills in what the request lacks
         variant : to compare what serves: this variant responds, and the response counts in no experiment;
             null: as the experiment decides
         describe : return title, image, link and price, as data.display says
@@ -406,6 +409,7 @@ class Operations:
                 "cursor": cursor,
                 "mode": mode,
                 "controls": controls,
+                "surface": surface,
                 "variant": variant,
                 "describe": describe,
                 "explain": explain,
@@ -617,6 +621,7 @@ class AsyncOperations:
         cursor: str | None = None,
         mode: Literal["auto", "batch", "realtime"] | None = None,
         controls: dict[str, float] | None = None,
+        surface: str | None = None,
         variant: Literal["champion", "challenger", "popular"] | None = None,
         describe: bool | None = None,
         explain: bool | None = None,
@@ -643,6 +648,7 @@ class AsyncOperations:
             the batch recommendations alone; realtime: the model
         controls : attention controls, -1 to 1 each: temperature, recency, event.TYPE, weight.FEATURE; null:
             as the policy decides, {}: no modulation
+        surface : place of the product, one of serve.surfaces; it fills in what the request lacks
         variant : to compare what serves: this variant responds, and the response counts in no experiment;
             null: as the experiment decides
         describe : return title, image, link and price, as data.display says
@@ -669,6 +675,7 @@ class AsyncOperations:
                 "cursor": cursor,
                 "mode": mode,
                 "controls": controls,
+                "surface": surface,
                 "variant": variant,
                 "describe": describe,
                 "explain": explain,

@@ -280,7 +280,8 @@ def _describe_problem(details: Any, source: str, replaced: set[str]) -> tuple[st
     fields = getattr(section, "model_fields", {})
     field = fields.get(path[1]) if len(path) > 1 else None
     is_dict = field is not None and get_origin(field.annotation) is dict
-    name = ".".join(path[: 3 if is_dict else 2])  # the rest are members of a union
+    depth = 2 if not is_dict else 4 if len(path) > 3 and path[3] in _entry_fields(path) else 3
+    name = ".".join(path[:depth])  # the rest are members of a union
     origin = source
     if any(f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") for other in replaced):
         origin = "command line"
@@ -316,10 +317,17 @@ def _suggest_choice(setting: str, value: str, choices: list[str]) -> str:
     return f"did you mean {by_folded[close[0]]!r}?" if close else "choose one of them"
 
 
+def _entry_fields(path: list[str]) -> Mapping[str, Any]:
+    """The fields of an entry of a setting that holds sections by name (serve.surfaces); none for others."""
+    field = Settings.model_fields[path[0]].annotation.model_fields.get(path[1])  # type: ignore[union-attr]
+    types = () if field is None else get_args(field.annotation)
+    return getattr(types[1], "model_fields", {}) if len(types) > 1 else {}
+
+
 def _suggest_name(path: list[str]) -> str:
     names: Any = Settings.model_fields
     if len(path) > 1 and path[0] in names:
-        names = names[path[0]].annotation.model_fields
+        names = (_entry_fields(path) if len(path) > 3 else None) or names[path[0]].annotation.model_fields
     close = difflib.get_close_matches(path[-1], list(names), n=1)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(names)}"
 

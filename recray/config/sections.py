@@ -795,6 +795,50 @@ class ScoreSettings(Section):
         return cast(RuleSettings, self.model_dump(mode="json", include=names))
 
 
+class SurfaceSettings(Section):
+    """A place of the product where lists are shown. Values that a request names itself win."""
+
+    k: int | None = Field(None, ge=1, le=1000, description="items of a list; null: 10")
+    filter_seen: bool = Field(False, description="the seen-item filter")
+    seen_events: tuple[str, ...] | None = Field(None, description="as score.seen_events")
+    seen_days: float | None = Field(None, gt=0, description="as score.seen_days")
+    where: dict[str, tuple[str | int | float | bool, ...] | dict[Literal["min", "max"], float]] = Field(
+        default_factory=dict, description="columns of the item table: values or bounds, as in a request"
+    )
+    exclude: tuple[str, ...] = Field((), description="feature=value, beside score.exclude")
+    boosts: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="feature=value: boost, beside score.boosts"
+    )
+    caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="categorical feature: items of one value, beside score.caps"
+    )
+    diversity: float | None = Field(None, ge=0, le=1, description="null: score.diversity")
+    experiment: bool = Field(True, description="false: the champion responds, without exploration")
+
+    @model_validator(mode="after")
+    def _check_seen(self) -> SurfaceSettings:
+        if not self.filter_seen and (self.seen_events is not None or self.seen_days is not None):
+            raise ValueError("seen_events, seen_days: the seen-item filter is off: set filter_seen=true too")
+        return self
+
+    @property
+    def changes_rules(self) -> bool:
+        """Whether its lists have other rules than the batch recommendations."""
+        return bool(self.exclude or self.boosts or self.caps or self.diversity is not None)
+
+    def rules(self, declared: RuleSettings) -> RuleSettings:
+        """The rules of its lists, from those of the batch recommendations."""
+        changed: RuleSettings = {
+            **declared,
+            "exclude": [*declared["exclude"], *self.exclude],
+            "boosts": {**declared["boosts"], **self.boosts},
+            "caps": {**declared["caps"], **self.caps},
+        }
+        if self.diversity is not None:
+            changed["diversity"] = self.diversity
+        return changed
+
+
 class ServeSettings(Section):
     advanced = frozenset(
         {
@@ -849,6 +893,11 @@ class ServeSettings(Section):
         "sqlite",
         "event store of events, impressions and outcomes: sqlite (under storage.root, one "
         "machine) or redis://host:port/database",
+    )
+    surfaces: dict[str, SurfaceSettings] = operational(
+        {},
+        "places of the product by name, as requests name them (surface: cart): k, filter_seen, seen_events, "
+        "seen_days, where, exclude, boosts, caps, diversity and experiment of their lists",
     )
     outcomes: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = operational(
         {"click": 1.0, "purchase": 5.0, "skip": 0.0},

@@ -151,6 +151,9 @@ class RecommendRequest(_BaseRequest):
         "weight.FEATURE; null: as the policy decides, {}: no modulation",
         examples=[{"temperature": 0.5}],
     )
+    surface: Text | None = Field(
+        None, description="place of the product, one of serve.surfaces; it fills in what the request lacks"
+    )
     variant: Literal["champion", "challenger", "popular"] | None = Field(
         None,
         description="to compare what serves: this variant responds, and the response counts in no "

@@ -21,7 +21,7 @@ from recray.inference.memory import keep_freed_memory
 from recray.serving.deployment import load_first_state
 from recray.serving.guard import KEYS_VARIABLE, Keys, load_keys
 from recray.serving.http import create_app
-from recray.serving.service import Service
+from recray.serving.service import Service, check_surfaces
 from recray.serving.telemetry import RayTelemetry
 from recray.serving.traces import SECRET, VARIABLES, make_provider
 from recray.storage import Storage
@@ -137,12 +137,13 @@ def _check_startup(settings: Settings) -> Keys:
             f"serve.state=sqlite is for one machine, this cluster has {nodes} nodes",
             "name a Redis: serve.state=redis://host:port/0",
         )
-    load_first_state(
+    state = load_first_state(
         Storage(settings.root()),
         settings.score,
         logging.getLogger("ray.serve").error,
         private=settings.privacy.enabled,
     )
+    check_surfaces(settings.serve.surfaces, state)
     return keys
 
 

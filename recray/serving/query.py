@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from recray.config.sections import SurfaceSettings
 from recray.errors import RequestError
 from recray.events.log import Entry
 from recray.inference.filters import ALL_EVENTS, SeenRule
@@ -65,6 +66,7 @@ class Query:
     controls : attention controls of the request; None: the policy decides
     candidates : items to score; None: all items are ranked
     variant : who responds whatever the experiment says; None: as it decides
+    surface : name and declaration of the place where the list is shown; None: no particular one
     """
 
     user_id: Any | None
@@ -80,6 +82,12 @@ class Query:
     items: ItemRule = ItemRule()
     candidates: tuple[Any, ...] | None = None
     variant: Literal["champion", "challenger", "popular"] | None = None
+    surface: tuple[str, SurfaceSettings] | None = None
+
+    @property
+    def has_own_rules(self) -> bool:
+        """Whether the surface has other rules than the batch recommendations."""
+        return self.surface is not None and self.surface[1].changes_rules
 
     @property
     def has_request_data(self) -> bool:

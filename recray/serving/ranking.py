@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from recray.dataset.context import encode_request
 from recray.dataset.reader import History
 from recray.errors import RequestError, UnavailableError, UnknownItemError
-from recray.inference import Filters
+from recray.inference import Filters, Rules
 from recray.inference.explain import explain
 from recray.inference.modulation import controls_of
 from recray.inference.rules import match_range, match_values
@@ -26,6 +26,7 @@ from recray.serving.explain import to_reasons
 from recray.serving.modulation import Exploration, Modulation, choose_modulation, is_ranked_by_model
 from recray.serving.query import ItemRule, Query, StoredEvent
 from recray.serving.state import EMPTY_HISTORY, ServingState
+from recray.serving.surfaces import rules_of
 
 _ITEMS = TypeAdapter(list[Item])
 MAX_MASKS = 64  # attribute filters whose items are cached
@@ -63,6 +64,7 @@ class ModelInput:
     modulation: Modulation
     k: int = 0
     filters: Filters = Filters()
+    rules: Rules | None = None
     candidates: tuple[Any, ...] | None = None
     explain: bool = False
 
@@ -83,7 +85,9 @@ def bind_query(query: Query, state: ServingState, exploration: Exploration | Non
     )
     filters = Filters() if query.candidates is not None else to_filters(query.items, state, now_s)
     modulation = choose_modulation(query, state, history, now_s, exploration)
-    return ModelInput(state, history, now_s, context, modulation, query.k, filters, query.candidates)
+    name, surface = query.surface or ("", None)
+    rules = rules_of(surface, name, state)
+    return ModelInput(state, history, now_s, context, modulation, query.k, filters, rules, query.candidates)
 
 
 def _assemble_history(query: Query, state: ServingState) -> tuple[History, int]:
@@ -182,14 +186,14 @@ _Rank = Callable[[list[ModelInput]], list[RankedItems]]
 
 def rank_inputs(inputs: Sequence[ModelInput]) -> list[RankedItems]:
     """Rankings in the order of the inputs, with one pass of a model for all inputs of one state and kind."""
-    groups: dict[tuple[int, _Rank], list[int]] = {}
+    groups: dict[tuple[int, int, _Rank], list[int]] = {}
     for number, model_input in enumerate(inputs):
         rank: _Rank = _rank_all if model_input.candidates is None else _score_candidates
         if model_input.explain:
             rank = _explain_candidates
-        groups.setdefault((id(model_input.state), rank), []).append(number)
+        groups.setdefault((id(model_input.state), id(model_input.rules), rank), []).append(number)
     ranked: dict[int, RankedItems] = {}
-    for (_, rank), numbers in groups.items():
+    for (*_, rank), numbers in groups.items():
         ranked |= zip(numbers, rank([inputs[number] for number in numbers]), strict=True)
     return [ranked[number] for number in range(len(inputs))]
 
@@ -202,13 +206,13 @@ def _stack_controls(inputs: Sequence[ModelInput]) -> Controls:
 
 
 def _rank_all(inputs: list[ModelInput]) -> list[RankedItems]:
-    state, predictor = inputs[0].state, inputs[0].state.predictor
+    predictor = inputs[0].state.predictor
     best = predictor.recommend(
         [model_input.history for model_input in inputs],
         max(model_input.k for model_input in inputs),
         now=[model_input.now_s for model_input in inputs],
         filters=[model_input.filters for model_input in inputs],
-        rules=state.rules,
+        rules=inputs[0].rules,
         controls=_stack_controls(inputs),
         context=[model_input.context for model_input in inputs],
     )

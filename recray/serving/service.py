@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from opentelemetry.trace import get_current_span
 
 from recray.config import PolicySettings, ScoreSettings, ServeSettings
-from recray.errors import PartUnavailableError, RecrayError, UnavailableError
+from recray.config.sections import SurfaceSettings
+from recray.errors import PartUnavailableError, RecrayError, RequestError, SettingsError, UnavailableError
 from recray.events.items import ItemChange
 from recray.events.log import MAX_RECENT, Entry
 from recray.events.rewards import Rewards
@@ -60,6 +62,7 @@ from recray.serving.search import sample_users, search_items
 from recray.serving.shadow import ShadowTraffic
 from recray.serving.sources import Route, choose_route, is_list_sufficient
 from recray.serving.state import ServingState
+from recray.serving.surfaces import apply_surface
 from recray.serving.telemetry import Telemetry
 from recray.serving.traces import QUIET, make_provider, make_tracer
 from recray.storage import Storage
@@ -164,12 +167,15 @@ class Service:
         """A response, and what records it once it is sent."""
         started, deployment = time.monotonic(), self.deployments.current
         request = admit_request(request, deployment.state, self.opt_out_list)
+        request, surface = apply_surface(request, self.options.surfaces)
         shown: list[Any] = []
         if request.cursor is not None:
             shown = decode_cursor(request.cursor, deployment.state.to_user_name(request.user_id))
             request = request.model_copy(update={"deny": [*request.deny, *shown]})
         new_entries, unavailable = await self._read_new_entries(request, deployment.state)
         query = resolve_query(request, deployment.state, new_entries)
+        if surface is not None and request.surface is not None:
+            query = replace(query, surface=(request.surface, surface))
         route = choose_route(query, deployment, self._exploration, self._exploration_share)
         try:
             ranking = await self.ranker.rank(query, route, deployment.state)
@@ -362,6 +368,10 @@ class Service:
             details["decision"] = decision.to_body()
             self.telemetry.actions.extend(zip(decision.actions, decision.action.tolist(), strict=True))
         experiment = deployment.experiment
+        if query.surface is not None:
+            details["surface"] = query.surface[0]
+            if not query.surface[1].experiment:
+                experiment = None
         if query.variant is not None:
             details["asked"] = "preview"  # of a person who compares
         elif experiment is not None and not experiment.shadow and query.mode != "batch":
@@ -395,6 +405,17 @@ class Service:
         self.recorder.record_impression(
             response, item_ids, user, 1000 * (time.monotonic() - started), {"source": source, "asked": kind}
         )
+
+
+def check_surfaces(surfaces: Mapping[str, SurfaceSettings], state: ServingState) -> None:
+    """Raises SettingsError for a surface that a run cannot have: a column or an event type that it lacks."""
+    for name in surfaces:
+        try:
+            request, surface = apply_surface(RecommendRequest(surface=name), surfaces)
+            query = resolve_query(request, state)
+            bind_query(replace(query, surface=None if surface is None else (name, surface)), state)
+        except RequestError as error:
+            raise SettingsError(f"serve.surfaces.{name}: {error.message}", error.fix) from None
 
 
 def count_relevant_events(request: RecommendRequest | ScoreRequest, state: ServingState) -> int:

@@ -67,7 +67,7 @@ def choose_route(
                 "variant: there is no challenger", "recray serve canary BUNDLE begins an experiment"
             )
         return Route(challenger, MODEL_FIRST, is_challengers=True)
-    if query.variant == "champion":
+    if query.variant == "champion" or (query.surface is not None and not query.surface[1].experiment):
         return Route(state, ORDER[query.mode])
     if exploration is not None and not (is_exploring(query.user, share) and can_explore(state, exploration)):
         exploration = None
@@ -89,7 +89,12 @@ def look_up_complete_list(query: Query, state: ServingState) -> RankedItems | No
 
     Raises PartUnavailableError where they cannot be read, RequestError.
     """
-    if query.mode == "realtime" or query.needs_model or _adds_seen_filter(query, state):
+    if (
+        query.mode == "realtime"
+        or query.needs_model
+        or query.has_own_rules
+        or _adds_seen_filter(query, state)
+    ):
         return None
     scored = _find_scored_user(query, state)
     if scored is None:

@@ -8,6 +8,7 @@ import datetime as dt
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ import pyarrow.compute as pc
 
 from recray.bundle import Bundle, PrivacyStatement
 from recray.config import ScoreSettings
+from recray.config.sections import RuleSettings
 from recray.dataset.ids import to_typed_id
 from recray.dataset.reader import Dataset, History
 from recray.dataset.schema import ITEM_ID
-from recray.errors import DamagedArtifactError, MissingArtifactError, RequestError
+from recray.errors import DamagedArtifactError, MissingArtifactError, RefusedError, RequestError
 from recray.inference import Predictor, Rules, Translation
 from recray.inference.filters import SeenRule
 from recray.inference.observer import Observer
@@ -50,6 +52,7 @@ class ServingState:
     bound : a policy with a larger bound is not used
     item_masks : cache of item indices by attribute filter
     explorable : whether the model has the controls of an exploration, by their names
+    surface_rules : cache of rules by surface
     """
 
     snapshot: Snapshot
@@ -69,6 +72,7 @@ class ServingState:
     unavailable: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     item_masks: dict[str, np.ndarray] = field(default_factory=dict)
     explorable: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    surface_rules: dict[str, Rules | None] = field(default_factory=dict)
 
     @classmethod
     def load(cls, storage: Storage, device: str | torch.device = "cpu", bound: float = 1.0) -> ServingState:
@@ -114,7 +118,19 @@ class ServingState:
             popular_items=_rank_popular_items(predictor, dataset, rules),
             unavailable=unavailable,
             item_masks={},
+            surface_rules={},
         )
+
+    def build_rules(self, change: Callable[[RuleSettings], RuleSettings]) -> Rules | None:
+        """Rules from a change of those of the lists. Raises RequestError for a column that the item table
+        lacks.
+        """
+        declared = self.snapshot.manifest.get("rules") or ScoreSettings().rules()
+        to_bundle, cold_V = self.translation.to_bundle, self.predictor.cold_V
+        try:
+            return Rules.from_settings(change(declared), self.dataset, to_bundle, cold_V)
+        except RefusedError as error:
+            raise RequestError(f"surface: {error.message}", error.fix) from None
 
     @cached_property
     def observer(self) -> Observer:
