@@ -23,7 +23,7 @@ NEEDED = (
     "ray.data",
     "ray.train.torch",
     "recray.cli",
-    "recray.evaluation.report",
+    "recray.report.page",
     "recray.pipeline.nightly",
     "recray.pipeline.operate",
     "recray.prepare.prepare",
