@@ -859,7 +859,13 @@ class ServeSettings(Section):
         (),
         "without API keys: host names that requests may be sent to, beside localhost and addresses; *: any",
     )
-    replicas: int = operational(1, "Serve replicas", ge=1)
+    replicas: int = operational(1, "Serve replicas; with max_replicas the fewest", ge=1)
+    max_replicas: int | None = operational(
+        None,
+        "most Serve replicas: more are started while each serves more than half of max_ongoing_requests on "
+        "average, and stopped after ten quiet minutes; null: always as many as replicas",
+        ge=1,
+    )
     gpus_per_replica: float = operational(
         0.0, "GPUs a replica reserves, 0.5 lets two share one; 0: it serves from the CPU", ge=0
     )
@@ -917,6 +923,14 @@ class ServeSettings(Section):
         le=1,
     )
     poll_s: float = operational(1.0, "seconds between two checks of a replica for a new snapshot", gt=0)
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> ServeSettings:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas: {self.max_replicas} is below serve.replicas ({self.replicas}), the fewest"
+            )
+        return self
 
     @property
     def request_limit(self) -> int:

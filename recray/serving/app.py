@@ -31,6 +31,7 @@ NAME = "recray"
 # for requests that are refused
 SWITCH_S = 0.0005
 ITEMS_S = 0.5  # between two checks of a replica for changes of items
+UPSCALE_S, METRICS_S = 10.0, 2.0  # of load above the target, until more replicas start; between two reports
 STOP_S = 90.0  # Serve gives its replicas a minute
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -82,9 +83,21 @@ def build_application(settings: Settings) -> Any:
         for name, value in os.environ.items()
         if name == KEYS_VARIABLE or (name.startswith(VARIABLES) and SECRET not in name)
     }
+    scaling: dict[str, Any] = {"num_replicas": options.replicas}
+    if options.max_replicas is not None:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": options.replicas,
+                "max_replicas": options.max_replicas,
+                "target_ongoing_requests": options.max_ongoing_requests / 2,
+                "upscale_delay_s": UPSCALE_S,
+                "metrics_interval_s": METRICS_S,
+                "look_back_period_s": UPSCALE_S,
+            }
+        }
     deployment: Any = serve.deployment(
         Endpoint,
-        num_replicas=options.replicas,
+        **scaling,
         max_ongoing_requests=options.max_ongoing_requests,
         # Serve counts a burst as queued before any of it starts, so there must be room for all requests that
         # HAProxy admits
