@@ -403,6 +403,26 @@ def _collected(root: Path) -> Counter:
     return Counter(user for user in entries if user > 1000)
 
 
+@pytest.mark.slow
+def test_more_replicas_are_started_under_load(own_home, shop, tmp_path):
+    _, storage, _ = shop
+    root = tmp_path / "root"
+    shutil.copytree(storage.root, root, ignore=shutil.ignore_patterns("state"))
+    before = len(titled(own_home, "ray::ServeReplica"))
+    endpoint = Served(root, "serve.max_replicas=2")
+    try:
+        requests = [post("/v1/recommend", {"user_id": user, "mode": "realtime"}) for user in range(USERS)]
+        with Continuous(endpoint.port, requests, rate=10_000.0) as running:
+            wait_for(
+                "another replica",
+                lambda: len(titled(own_home, "ray::ServeReplica")) == before + 2,
+                last_seen=lambda: titled(own_home, "ray::ServeReplica"),
+            )
+            running.has_seen_more()
+    finally:
+        endpoint.stop()
+
+
 def test_nothing_acknowledged_is_lost_or_kept_twice_when_everything_is_killed(served, own_home, shop):
     settings, storage, _ = shop
     client = Client(served.address)
