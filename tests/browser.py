@@ -60,7 +60,7 @@ def with_axe(page: str) -> str:
 
 def read_axe(dom: str) -> list[Any]:
     """What axe-core found in a page: impact, rule and elements of each fault."""
-    found = re.search(r'<pre id="axe">(.*?)</pre>', dom, re.S)
-    assert found is not None, f"axe-core did not run: {dom[-500:]}"
-    result: list[Any] = json.loads(html.unescape(found[1]))
+    match = re.search(r'<pre id="axe">(.*?)</pre>', dom, re.S)
+    assert match is not None, f"axe-core did not run: {dom[-500:]}"
+    result: list[Any] = json.loads(html.unescape(match[1]))
     return result

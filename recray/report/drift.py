@@ -76,8 +76,10 @@ def compare_inputs(
         knew[user[~is_new]] = True
         new_users += len(np.unique(user[is_new & is_counted & ~knew[user]]))
         for after in (False, True):
-            chosen = is_counted & (is_new if after else ~is_new & (time_s > start_s))
-            parts[after].append([item[chosen], np.asarray(shard.event_index)[chosen], time_s[chosen]])
+            in_period = is_counted & (is_new if after else ~is_new & (time_s > start_s))
+            parts[after].append(
+                [item[in_period], np.asarray(shard.event_index)[in_period], time_s[in_period]]
+            )
     before, after_ = (
         [np.concatenate(arrays) for arrays in zip(*parts[after], strict=True)] for after in (False, True)
     )

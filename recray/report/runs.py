@@ -136,12 +136,12 @@ def sample_invalid_rows(quarantine: Path) -> dict[str, str]:
             if reason in examples:
                 continue
             row = table.filter(pc.equal(table["reason"], reason)).slice(0, 1).to_pylist()[0]
-            given = {
+            values = {
                 name.removeprefix("given_"): value
                 for name, value in row.items()
                 if name == ITEM_ID or name.startswith("given_")
             }
-            shown = {name: value for name, value in given.items() if value is not None and name != USER_ID}
+            shown = {name: value for name, value in values.items() if value is not None and name != USER_ID}
             examples[reason] = ", ".join(f"{name} {value!r:.80}" for name, value in shown.items())
     return examples
 

@@ -163,28 +163,28 @@ def resolve_changes(updates: Sequence[ItemUpdate], state: ServingState) -> list[
     """
     changes = list[ItemChange]()
     for number, update in enumerate(updates):
-        place = f"items.{number}"
-        item_id = state.require_item(update.item_id, f"{place}.item_id")
+        field = f"items.{number}"
+        item_id = state.require_item(update.item_id, f"{field}.item_id")
         for column, value in update.attributes.items():
-            _check_value(f"{place}.attributes.{column}", column, value, state.dataset)
+            _check_value(f"{field}.attributes.{column}", column, value, state.dataset)
         change = ItemChange(item_id, update.available, update.attributes)
         if not state.knows_item(item_id) and item_id not in {earlier.item_id for earlier in changes}:
-            _check_new_item(place, change, state)
+            _check_new_item(field, change, state)
         changes.append(change)
     return changes
 
 
-def _check_value(place: str, column: str, value: Any, dataset: Dataset) -> None:
+def _check_value(field: str, column: str, value: Any, dataset: Dataset) -> None:
     columns: dict[str, str] = {}
     for table_column in dataset.items.column_names:  # features come before what is only shown
         if (name := _attribute_of(dataset, table_column)) is not None:
             columns.setdefault(name, table_column)
     known = sorted(columns)
     if column not in (*dataset.features, *known):
-        raise RequestError(f"{place}: no column {column!r}", f"known: {', '.join(known) or 'none'}")
+        raise RequestError(f"{field}: no column {column!r}", f"known: {', '.join(known) or 'none'}")
     if column not in known:
         raise RequestError(
-            f"{place}: {column!r} holds vectors, which the next nightly run makes",
+            f"{field}: {column!r} holds vectors, which the next nightly run makes",
             f"can be changed: {', '.join(known) or 'none'}",
         )
     if columns[column].startswith(DISPLAY) and not isinstance(value, list):
@@ -193,7 +193,7 @@ def _check_value(place: str, column: str, value: Any, dataset: Dataset) -> None:
     try:
         to_cells([value], kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        raise RequestError(f"{place}: {value!r} does not fit the column", f"send {_describe(kind)}") from None
+        raise RequestError(f"{field}: {value!r} does not fit the column", f"send {_describe(kind)}") from None
 
 
 def _describe(kind: pa.DataType) -> str:
@@ -209,16 +209,16 @@ def _describe(kind: pa.DataType) -> str:
     return "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else f"a value of {kind}"
 
 
-def _check_new_item(place: str, change: ItemChange, state: ServingState) -> None:
+def _check_new_item(field: str, change: ItemChange, state: ServingState) -> None:
     if not change.attributes:
         raise UnknownItemError(
-            f"{place}.item_id: no item {change.item_id!r}", "send its attributes too, and it is a new item"
+            f"{field}.item_id: no item {change.item_id!r}", "send its attributes too, and it is a new item"
         )
     table = change_table(state.dataset, [change])
     row = table.filter(pc.equal(table[ITEM_ID], pa.scalar(change.item_id, table[ITEM_ID].type)))
     if not len(state.artifact.cold_items(state.dataset.with_items(row))):
         features = ", ".join(state.artifact.manifest["features"]) or "none"
         raise UnknownItemError(
-            f"{place}.item_id: the model cannot know {change.item_id!r} by these attributes",
+            f"{field}.item_id: the model cannot know {change.item_id!r} by these attributes",
             f"its features: {features}; else the next nightly run can learn it from events",
         )

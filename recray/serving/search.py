@@ -21,8 +21,8 @@ def search_items(text: str, k: int, state: ServingState) -> list[FoundItem]:
     """
     titles, ids = state.search_texts
     text = text.strip().lower()
-    found = pc.or_(pc.match_substring(titles, text), pc.match_substring(ids, text))
-    rows = np.flatnonzero(pc.fill_null(found, False).to_numpy(zero_copy_only=False))
+    is_match = pc.or_(pc.match_substring(titles, text), pc.match_substring(ids, text))
+    rows = np.flatnonzero(pc.fill_null(is_match, False).to_numpy(zero_copy_only=False))
     is_exact = pc.or_(pc.equal(titles.take(rows), text), pc.equal(ids.take(rows), text))
     counts = state.predictor.counts()[state.translation.to_bundle[rows + 1]]
     best = np.lexsort((rows, -counts, ~pc.fill_null(is_exact, False).to_numpy(zero_copy_only=False)))[:k]

@@ -419,6 +419,7 @@ def test_more_replicas_are_started_under_load(own_home, shop, tmp_path):
                 last_seen=lambda: titled(own_home, "ray::ServeReplica"),
             )
             running.has_seen_more()
+        assert all(traffic.other_statuses == {} for traffic in running.seen)
     finally:
         endpoint.stop()
 

@@ -53,10 +53,10 @@ def test_items_are_found_by_a_part_of_their_title_or_id_in_any_case(service):
     words = {word for title in titles.values() for word in title.lower().split()}
     word = max(words, key=lambda word: (sum(word in title.lower() for title in titles.values()) < 50, word))
     for text in (word.upper(), f"  {word.lower()} "):
-        found = [item.item_id for item in search(service, text)]
-        assert set(found) == {item for item, title in titles.items() if word.lower() in title.lower()}
+        item_ids = [item.item_id for item in search(service, text)]
+        assert set(item_ids) == {item for item, title in titles.items() if word.lower() in title.lower()}
     counts = dict(zip(table["item_id"].to_pylist(), table["events"].to_pylist(), strict=True))
-    assert [counts[item] for item in found] == sorted((counts[item] for item in found), reverse=True)
+    assert [counts[item] for item in item_ids] == sorted((counts[item] for item in item_ids), reverse=True)
     assert [item.item_id for item in search(service, "I0000003")] == ["i0000003"]
     assert search(service, titles["i0000005"])[0].item_id == "i0000005", "the whole title comes first"
     assert search(service, "no such thing") == [] and len(search(service, "i0", k=7)) == 7

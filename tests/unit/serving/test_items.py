@@ -163,8 +163,8 @@ def test_what_cannot_be_changed_is_named_and_nothing_is_stored(start, items, err
     item = ids(service, user_id=KNOWN)[0]
     with pytest.raises(error) as caught:
         change(service, {"item_id": item, "available": False}, *items)
-    said = f"{caught.value.message} {caught.value.fix}"
-    assert all(word in said for word in words), said
+    message = f"{caught.value.message} {caught.value.fix}"
+    assert all(word in message for word in words), message
     assert service.recorder.log.read_items(0) == (0, []) and ids(service, user_id=KNOWN)[0] == item
 
 

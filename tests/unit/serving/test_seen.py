@@ -99,9 +99,9 @@ def test_lists_and_requests_leave_out_the_same(open_shop, events, days):
 def test_the_model_leaves_out_what_plain_python_does(open_shop, events, days, deny):
     service = open_shop()
     everything = recommend(service, mode="realtime")[1]
-    asked = {"filter_seen": True, "seen_events": events, "seen_days": days, "deny": sorted(deny)}
+    rule = {"filter_seen": True, "seen_events": events, "seen_days": days, "deny": sorted(deny)}
     without = seen_items(events, days) | deny
-    assert recommend(service, **asked)[1] == [item for item in everything if item not in without]
+    assert recommend(service, **rule)[1] == [item for item in everything if item not in without]
 
 
 def test_a_new_purchase_is_left_out_and_a_new_view_is_not(open_shop):
