@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -39,8 +41,10 @@ class ItemChanges:
     def read(self, log: Log) -> bool:
         """Whether there were new changes. Raises StateError."""
         with self._reading:
-            number, changes = log.read_items(self._number if log.identity == self._identity else 0)
-            if log.identity != self._identity or number < self._number:  # another store, or an emptied one
+            if log.identity != self._identity:
+                self._number = sys.maxsize  # another store is read as an emptied one: from its beginning
+            number, changes = log.read_items(self._number)
+            if number < self._number:
                 number, changes = log.read_items(0)
                 was_changed, self._changes = bool(self._changes or changes), {}
             else:
@@ -51,7 +55,9 @@ class ItemChanges:
             return was_changed
 
     def apply(self, states: Sequence[ServingState]) -> list[ServingState]:
-        """Runs with the changes. A column that a run lacks is left out, with an error in the log."""
+        """Runs with the changes. What a run cannot hold is left out: a column that it lacks, or a value or an
+        id that its types exclude, which the log names.
+        """
         changes = list(self._changes.values())
         applied, extended = [], {}
         for state in states:
@@ -61,7 +67,7 @@ class ItemChanges:
             table = change_table(state.dataset, changes)
             # only their vectors depend on the changes: those of other items come from the training
             by_features = [
-                change.to_json()
+                json.dumps([change.key, change.attributes], sort_keys=True)
                 for change in changes
                 if change.attributes and not _was_trained(change, state)
             ]
@@ -96,10 +102,10 @@ def change_table(dataset: Dataset, changes: Sequence[ItemChange]) -> pa.Table:
     changed = [change for change in changes if change.attributes]
     if not changed:
         return table
-    item_ids = pa.array([change.item_id for change in changed])
-    own_ids = table[ITEM_ID].combine_chunks()
-    if own_ids.type != item_ids.type:
-        own_ids, item_ids = own_ids.cast(pa.string()), item_ids.cast(pa.string())
+    id_type = table[ITEM_ID].type
+    changed = [change for change in changed if _fits([change.key], id_type, change, is_id=True)]
+    item_ids = pa.array([change.key for change in changed], pa.string())
+    own_ids = table[ITEM_ID].combine_chunks().cast(pa.string())
     position = pc.fill_null(pc.index_in(item_ids, value_set=own_ids), -1).to_pylist()
     new = [change for change, row in zip(changed, position, strict=True) if row < 0]
     rows = {id(change): row for change, row in zip(changed, position, strict=True) if row >= 0}
@@ -108,8 +114,8 @@ def change_table(dataset: Dataset, changes: Sequence[ItemChange]) -> pa.Table:
     for name in table.column_names:
         column = table[name].combine_chunks()
         if name == ITEM_ID:
-            added = pa.array([change.item_id for change in new], pa.int64() if _is_integral(column) else None)
-            columns.append(pa.concat_arrays([column, added.cast(column.type)]))
+            added = pa.array([change.key for change in new], pa.string()).cast(column.type)
+            columns.append(pa.concat_arrays([column, added]))
             continue
         if new:
             fill = (
@@ -119,9 +125,16 @@ def change_table(dataset: Dataset, changes: Sequence[ItemChange]) -> pa.Table:
         attribute = _attribute_of(dataset, name)
         named = [change for change in changed if attribute in change.attributes]
         if attribute is not None and named:
-            values = [change.attributes[attribute] for change in named]
             if name.startswith(DISPLAY):
-                values = [None if value is None else str(value) for value in values]
+                values = [
+                    None if (value := change.attributes[attribute]) is None else str(value)
+                    for change in named
+                ]
+            else:
+                named = [
+                    change for change in named if _fits([change.attributes[attribute]], column.type, change)
+                ]
+                values = [change.attributes[attribute] for change in named]
             order = np.arange(len(column))
             order[[rows[id(change)] for change in named]] = len(column) + np.arange(len(named))
             column = pa.concat_arrays([column, to_cells(values, column.type)]).take(pa.array(order))
@@ -129,8 +142,20 @@ def change_table(dataset: Dataset, changes: Sequence[ItemChange]) -> pa.Table:
     return pa.table(columns, names=table.column_names)
 
 
-def _is_integral(column: pa.Array) -> bool:
-    return bool(pa.types.is_integer(column.type))
+def _fits(values: list[Any], kind: pa.DataType, change: ItemChange, *, is_id: bool = False) -> bool:
+    """Whether a run can hold a value of a change, which another run took; else the log names the item.
+
+    is_id : the value is the id, as text
+    """
+    try:
+        if is_id:
+            pa.array(values, pa.string()).cast(kind)
+        else:
+            to_cells(values, kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        _LOG.error("a change of item %s is left out: this run holds %s there", change.key, kind)
+        return False
+    return True
 
 
 def _attribute_of(dataset: Dataset, column: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 from recray.dataset.schema import ITEM_ID
 from recray.serving.api import FoundItem
 from recray.serving.state import ServingState
+from recray.storage.opt_out import OptOut
 
 LEAST_EVENTS = 3  # of a user to look at
 MOST_READ = 1000  # users that are read to find some
@@ -37,14 +39,17 @@ def describe_found_item(item_id: Any, state: ServingState) -> FoundItem:
     return FoundItem(item_id=item_id, available=is_available, **state.describe_item(item_id))
 
 
-def sample_users(k: int, state: ServingState) -> list[Any]:
-    """A few users with a history, the same ones for a run; with privacy holdout users alone."""
+def sample_users(k: int, state: ServingState, opted_out: OptOut) -> list[Any]:
+    """A few users with a history who did not opt out, the same ones for a run; with privacy holdout users
+    alone.
+    """
     users: list[Any] = []
     read = 0
     for shard in state.dataset.shards():
         lengths = np.diff(shard.offsets[: MOST_READ + 1])
         is_shown = (lengths >= LEAST_EVENTS) & (shard.queried[: len(lengths)] if state.is_private else True)
-        users += [shard.user_ids[int(row)].as_py() for row in np.flatnonzero(is_shown)[: k - len(users)]]
+        named = (shard.user_ids[int(row)].as_py() for row in np.flatnonzero(is_shown))
+        users += itertools.islice((user for user in named if user not in opted_out), k - len(users))
         read += len(lengths)
         if len(users) >= k or read >= MOST_READ:
             break

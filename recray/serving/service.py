@@ -299,7 +299,8 @@ class Service:
 
     async def sample_users(self) -> SampleUsersResponse:
         """A few users to look at."""
-        return SampleUsersResponse(users=await asyncio.to_thread(sample_users, SAMPLE_USERS, self.state))
+        users = await asyncio.to_thread(sample_users, SAMPLE_USERS, self.state, self.opt_out_list)
+        return SampleUsersResponse(users=users)
 
     def models(self) -> ModelsResponse:
         """Describe the current deployment."""
@@ -364,7 +365,9 @@ class Service:
     ) -> None:
         """Record an impression in event store, telemetry and trace."""
         details: dict[str, Any] = {"source": response.source}
-        if (decision := ranking.decision) is not None:
+        if (
+            decision := ranking.decision
+        ) is not None and query.variant is None:  # no policy learns from a preview
             details["decision"] = decision.to_body()
             self.telemetry.actions.extend(zip(decision.actions, decision.action.tolist(), strict=True))
         experiment = deployment.experiment

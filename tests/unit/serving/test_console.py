@@ -100,7 +100,14 @@ def test_variants_respond_side_by_side_and_count_nowhere(service, shop):
     }
     asyncio.run(service.recorder.write(lambda writer: writer.append([])))  # all that is queued
     bodies = [entry.body for _, entry in service.recorder.log.read(0, 100) if entry.kind == "decision"]
-    assert [body["asked"] for body in bodies] == ["preview"] * 3 and not any("arm" in body for body in bodies)
+    assert [body["asked"] for body in bodies] == ["preview"] * 3
+    assert not any("arm" in body or "decision" in body for body in bodies), (
+        "neither test nor policy reads them"
+    )
+    users = asyncio.run(service.sample_users()).users
+    service.opt_out_list.add(users[0])
+    assert users[0] not in (others := asyncio.run(service.sample_users()).users) and len(others) == len(users)
+    (storage.root / "forgotten.json").unlink()
     Release(champion=champion).write(storage)
     shutil.rmtree(storage.bundle("other"))
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from recray.config import ServeSettings
 from recray.errors import RequestError, UnknownItemError
+from recray.events.items import ItemChange
 from recray.serving.api import ItemsRequest, RecommendRequest, SimilarRequest
 from recray.serving.service import Service
 from recray.testing.published import publish_untrained
@@ -123,9 +124,10 @@ def test_a_new_item_is_recommended_by_its_features(start):
         assert new in ids(each, user_id=UNKNOWN, k=1000)
         assert asyncio.run(each.similar(SimilarRequest(item_id=new, k=3))).items
         assert each.state.find_title(new) == like["title"] and each.models().items == ALL + 1
+    before = service.state.predictor.encoder
     change(service, {"item_id": new, "available": False})
     assert new not in ids(service, user_id=UNKNOWN, k=1000)
-    before = service.state.predictor.encoder
+    assert service.state.predictor.encoder is before, "its features are as they were"
     change(service, {"item_id": like["item_id"], "attributes": {"price": 1.0}})
     assert service.state.predictor.encoder is before, "nothing is computed again for it"
 
@@ -166,6 +168,24 @@ def test_what_cannot_be_changed_is_named_and_nothing_is_stored(start, items, err
     message = f"{caught.value.message} {caught.value.fix}"
     assert all(word in message for word in words), message
     assert service.recorder.log.read_items(0) == (0, []) and ids(service, user_id=KNOWN)[0] == item
+
+
+def test_what_a_run_cannot_hold_is_left_out_and_the_rest_is_applied(start, caplog):
+    """Changes outlive runs, and the next run's columns may have other types."""
+    service = start()
+    first, second, third = ids(service, user_id=UNKNOWN)[:3]
+    service.recorder.log.change_items(
+        [
+            ItemChange(first, available=False),
+            ItemChange(second, attributes={"price": "cheap", "title": "kept", "gone": 1}),
+            ItemChange(17, attributes={"price": 2.0}),
+            ItemChange(third, attributes={"price": 7777.0}),
+        ]
+    )
+    service.refresh_items()
+    assert first not in ids(service, user_id=UNKNOWN)
+    assert service.state.find_title(second) == "kept" and f"item {second} is left out" in caplog.text
+    assert ids(service, user_id=UNKNOWN, where={"price": {"min": 5000}}) == [third]
 
 
 def test_changes_stay_with_the_next_run_and_the_challenger(start, storage):
