@@ -44,7 +44,7 @@ from recray.prepare.times import (
 )
 from recray.serving.api import Event, Range, RecommendRequest, ScoreRequest, SimilarRequest
 from recray.serving.query import has_opted_out, resolve_query
-from recray.serving.ranking import ModelInput, bind_query, rank_inputs, rank_similar_items
+from recray.serving.ranking import ModelInput, RankedItems, bind_query, rank_inputs, rank_similar_items
 from recray.serving.state import ServingState, load_without_lists
 from recray.stages import JobResult, ProgressLog
 from recray.storage import Storage
@@ -156,22 +156,7 @@ class Recommender:
             "now": now,
         }
         requests = (RecommendRequest(user_id=user, events=[], **shared) for user in ids)
-        rows: dict[str, list[Any]] = {name: [] for name in ("user_id", "rank", "item_id", "score", "source")}
-        for user, ranked in zip(ids, self._rank(requests, ids, sent), strict=True):
-            rows["user_id"] += [user] * len(ranked.items)
-            rows["rank"] += range(1, len(ranked.items) + 1)
-            rows["item_id"] += [item for item, _ in ranked.items]
-            rows["score"] += [score for _, score in ranked.items]
-            rows["source"] += [ranked.source] * len(ranked.items)
-        types = (pa.int32(), self._item_type, pa.float64(), pa.string())
-        user_column = {"user_id": _to_id_array(rows.pop("user_id"), ids)}
-        return pa.table(
-            user_column
-            | {
-                name: pa.array(values, type_)
-                for (name, values), type_ in zip(rows.items(), types, strict=True)
-            }
-        )
+        return self._to_table(ids, self._rank(requests, ids, sent))
 
     @_refusing
     def score(self, users: Any, items: Any, *, events: Any = None) -> pa.Table:
@@ -242,6 +227,25 @@ class Recommender:
         user_column = {"user_id": _to_id_array(rows["user_id"], ids)}
         others = zip(names[1:], types, strict=True)
         return pa.table(user_column | {name: pa.array(rows[name], type_) for name, type_ in others})
+
+    def _to_table(self, ids: Sequence[Any], rankings: Iterable[RankedItems]) -> pa.Table:
+        """The rankings of users as a table, see `recommend`."""
+        rows: dict[str, list[Any]] = {name: [] for name in ("user_id", "rank", "item_id", "score", "source")}
+        for user, ranked in zip(ids, rankings, strict=True):
+            rows["user_id"] += [user] * len(ranked.items)
+            rows["rank"] += range(1, len(ranked.items) + 1)
+            rows["item_id"] += [item for item, _ in ranked.items]
+            rows["score"] += [score for _, score in ranked.items]
+            rows["source"] += [ranked.source] * len(ranked.items)
+        types = (pa.int32(), self._item_type, pa.float64(), pa.string())
+        user_column = {"user_id": _to_id_array(rows.pop("user_id"), ids)}
+        return pa.table(
+            user_column
+            | {
+                name: pa.array(values, type_)
+                for (name, values), type_ in zip(rows.items(), types, strict=True)
+            }
+        )
 
     def _rank(
         self,

@@ -51,6 +51,7 @@ def _on_data(function: str, *takes: str, needs_data: bool = True) -> Benchmark:
 BENCHMARKS = {
     "prepare": Benchmark("prepare.measure_prepare"),
     "prepare --against": Benchmark("prepare.measure_against", ("checkout", "progress")),
+    "adopt": Benchmark("adopt.measure_adopt"),
     "submit": Benchmark("submit.measure_submit"),
     "quality": _on_data("quality.measure_quality", "data", "against", "overrides", "progress", "out"),
     "ablations": _on_data("ablations.measure_ablations", "data", "overrides", "progress", needs_data=False),

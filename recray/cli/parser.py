@@ -33,6 +33,7 @@ SUBMITTED = (
 )
 BENCHMARKS = {
     "prepare": "peak memory; with --against, events a second",
+    "adopt": "from files in the layouts of other tools to the first served recommendation, by three commands",
     "submit": "a submitted nightly run compared with a local one",
     "quality": "HR and NDCG of three seeds (an hour; a baseline library trains to its own early stop, some "
     "hours, and continues where it stopped)",

@@ -88,6 +88,12 @@ class Log(abc.ABC):
         """
 
     @abc.abstractmethod
+    def recent_of(
+        self, users: Sequence[str], after: int, from_s: float, limit: int = MAX_RECENT
+    ) -> dict[str, list[Entry]]:
+        """The same of many users at once, without the users who have none."""
+
+    @abc.abstractmethod
     def has(self, kind: Kind, key: str) -> bool:
         """Whether there is such an entry."""
 

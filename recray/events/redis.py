@@ -98,8 +98,22 @@ class RedisLog(Log):
         scored_texts = self._call(
             lambda: self._redis.zrange(f"{PREFIX}:user:{user}", -limit, -1, withscores=True)
         )
-        entries = ((number, Entry.from_json(text)) for text, number in scored_texts)
-        return [entry for number, entry in entries if number > after or entry.at_s >= from_s]
+        return _select_recent(scored_texts, after, from_s)
+
+    def recent_of(
+        self, users: Sequence[str], after: int, from_s: float, limit: int = MAX_RECENT
+    ) -> dict[str, list[Entry]]:
+        def read() -> list[list[tuple[str, float]]]:
+            pipe = self._redis.pipeline(transaction=False)
+            for user in users:
+                pipe.zrange(f"{PREFIX}:user:{user}", -limit, -1, withscores=True)
+            return list(pipe.execute())
+
+        entries = {
+            user: _select_recent(scored_texts, after, from_s)
+            for user, scored_texts in zip(users, self._call(read), strict=True)
+        }
+        return {user: events for user, events in entries.items() if events}
 
     def has(self, kind: Kind, key: str) -> bool:
         return bool(self._call(lambda: self._redis.exists(f"{PREFIX}:key:{kind}:{key}")))
@@ -211,3 +225,8 @@ def _store_changes(pipe: Any, changes: Sequence[ItemChange]) -> None:
     pipe.set(ITEMS_LAST, number)
     pipe.hset(ITEMS, mapping={key: change.to_json() for key, change in merged.items()})
     pipe.zadd(ITEMS_ORDER, dict.fromkeys(merged, number))
+
+
+def _select_recent(scored_texts: Sequence[tuple[str, float]], after: int, from_s: float) -> list[Entry]:
+    entries = ((number, Entry.from_json(text)) for text, number in scored_texts)
+    return [entry for number, entry in entries if number > after or entry.at_s >= from_s]

@@ -30,9 +30,15 @@ CREATE INDEX IF NOT EXISTS items_number ON items (number);
 CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL, one INTEGER PRIMARY KEY CHECK (one = 1));
 """
 _INSERT = (
-    "INSERT INTO log (kind, key, user, at_s, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key, kind) "
-    "DO NOTHING RETURNING number"
+    "INSERT INTO log (kind, key, user, at_s, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key, kind) DO NOTHING"
 )
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_RECENT_OF = """
+SELECT kind, key, user, at_s, body FROM (
+    SELECT *, row_number() OVER (PARTITION BY user ORDER BY number DESC) AS place FROM log
+    WHERE kind = 'event' AND user IN ({}) AND (number > ? OR at_s >= ?)
+) WHERE place <= ? ORDER BY number
+"""
 _OUTCOMES_OF = """
 DELETE FROM log WHERE kind IN ('outcome', 'set_aside') AND json_extract(body, '$.request_id') IN
     (SELECT key FROM log WHERE kind = 'decision' AND user = ?)
@@ -62,17 +68,18 @@ class SqliteLog(Log):
         return self._identity
 
     def append(self, entries: Sequence[Entry]) -> list[int]:
-        numbers: list[int] = []
+        rows = [(entry.kind, entry.key, entry.user, entry.at_s, _encode(entry.body)) for entry in entries]
         with self._transaction() as connection:
-            for entry in entries:
-                row = (
-                    entry.kind,
-                    entry.key,
-                    entry.user,
-                    entry.at_s,
-                    json.dumps(entry.body, separators=(",", ":"), ensure_ascii=False),
-                )
-                new = connection.execute(_INSERT, row).fetchone()
+            before = connection.total_changes
+            connection.execute("SAVEPOINT entries")
+            connection.executemany(_INSERT, rows)
+            if connection.total_changes - before == len(rows):  # all are new: their numbers follow each other
+                (last,) = connection.execute("SELECT last_insert_rowid()").fetchone()
+                return list(range(last - len(rows) + 1, last + 1))
+            connection.execute("ROLLBACK TO entries")
+            numbers: list[int] = []
+            for entry, row in zip(entries, rows, strict=True):
+                new = connection.execute(f"{_INSERT} RETURNING number", row).fetchone()
                 numbers.append(new[0] if new else self._compare_stored(connection, entry))
         return numbers
 
@@ -93,6 +100,18 @@ class SqliteLog(Log):
                 (user, after, from_s, min(limit, MAX_RECENT)),
             )
             return [_to_entry(row) for row in rows][::-1]
+
+    def recent_of(
+        self, users: Sequence[str], after: int, from_s: float, limit: int = MAX_RECENT
+    ) -> dict[str, list[Entry]]:
+        with self._wrap_errors():
+            rows = self._connection().execute(
+                _RECENT_OF.format(",".join("?" * len(users))), (*users, after, from_s, min(limit, MAX_RECENT))
+            )
+            entries: dict[str, list[Entry]] = {}
+            for row in rows:
+                entries.setdefault(row[2], []).append(_to_entry(row))
+            return entries
 
     def has(self, kind: Kind, key: str) -> bool:
         with self._wrap_errors():

@@ -12,13 +12,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from recray.errors import StateError
 from recray.events.log import MAX_RECENT, Entry, Kind, Log
 
+T = TypeVar("T")
 COMMIT_WAIT_S = 0.1  # how long a queued impression may wait for others
 MAX_QUEUED = 10_000  # queued impressions; more are dropped and counted
 COMMIT_ENTRIES = 2000  # entries of one commit, approximately
@@ -52,13 +54,13 @@ class Writer:
         self._queue.put((list(entries), done))
         return await asyncio.shield(asyncio.wrap_future(done))  # a cancelled request must not cancel others
 
-    def enqueue(self, entry: Entry) -> None:
-        """Write an entry in the background. Never waits, never raises."""
+    def enqueue(self, entries: Sequence[Entry]) -> None:
+        """Write entries in the background. Never waits, never raises."""
         if self._queued >= MAX_QUEUED:
-            self.lost += 1
+            self.lost += len(entries)
             return
-        self._queued += 1
-        self._queue.put(([entry], None))
+        self._queued += len(entries)
+        self._queue.put((list(entries), None))
 
     async def recent(
         self, user: str, after: int, from_s: float, limit: int = MAX_RECENT, timeout_s: float | None = None
@@ -70,9 +72,16 @@ class Writer:
             entries = self.log.recent(user, after, from_s, min(limit, INLINE_EVENTS + 1))
             if len(entries) <= min(limit - 1, INLINE_EVENTS) or limit <= INLINE_EVENTS + 1:
                 return entries
-        reading = asyncio.get_running_loop().run_in_executor(
-            self._readers, self.log.recent, user, after, from_s, limit
-        )
+        return await self._read(timeout_s, self.log.recent, user, after, from_s, limit)
+
+    async def recent_of(
+        self, users: Sequence[str], after: int, from_s: float, limit: int, timeout_s: float | None = None
+    ) -> dict[str, list[Entry]]:
+        """As `Log.recent_of`, in another thread. Raises StateError, also after `timeout_s`."""
+        return await self._read(timeout_s, self.log.recent_of, users, after, from_s, limit)
+
+    async def _read(self, timeout_s: float | None, read: Callable[..., T], *arguments: Any) -> T:
+        reading = asyncio.get_running_loop().run_in_executor(self._readers, read, *arguments)
         try:
             return await asyncio.wait_for(reading, timeout_s)
         except TimeoutError:
@@ -128,7 +137,7 @@ class Writer:
 
     def _commit(self, batch: list[tuple[list[Entry], Future[list[int]] | None]]) -> None:
         entries = [entry for item_entries, _ in batch for entry in item_entries]
-        impressions = sum(done is None for _, done in batch)
+        impressions = sum(len(item_entries) for item_entries, done in batch if done is None)
         try:
             numbers = self.log.append(entries) if entries else []
         except Exception as error:  # whatever it is: waiting callers must get it, and this thread goes on

@@ -55,7 +55,7 @@ class Endpoint:
         )
         for refresh, every_s in (
             (self.service.refresh, settings.serve.poll_s),
-            (self.service.refresh_items, ITEMS_S),  # which must not wait while a run is loaded
+            (self.service.catalogue.refresh, ITEMS_S),  # which must not wait while a run is loaded
         ):
             threading.Thread(target=self._watch, args=(refresh, every_s), daemon=True).start()
 

@@ -126,17 +126,17 @@ def _add_recommendation_routes(api: FastAPI, service: Service) -> None:
     @api.post("/v1/similar", summary="Find similar items", tags=tags, response_model_exclude_none=True)
     async def similar(request: SimilarRequest) -> SimilarResponse:
         """The items with the most similar vectors."""
-        return await service.similar(request)
+        return await service.catalogue.similar(request)
 
     @api.post("/v1/search", summary="Find items by text", tags=tags, response_model_exclude_none=True)
     async def search(request: SearchRequest) -> SearchResponse:
         """By a part of their title or id."""
-        return await service.search(request)
+        return await service.catalogue.search(request)
 
     @api.get("/v1/users", summary="Name a few users to look at", tags=tags)
     async def users() -> SampleUsersResponse:
         """Users with a history, the same ones for a run."""
-        return await service.sample_users()
+        return await service.catalogue.sample_users()
 
 
 def _add_event_store_routes(api: FastAPI, service: Service) -> None:
@@ -169,12 +169,12 @@ def _add_item_routes(api: FastAPI, service: Service) -> None:
         change holds until the next one of the item, or until it is deleted; filters, rules and titles use it.
         Vectors of items that the model was trained with stay.
         """
-        return await service.change_items(request)
+        return await service.catalogue.change_items(request)
 
     @api.delete("/v1/items/{item_id:path}", summary="Drop the changes of an item", tags=tags)
     async def restore_item(item_id: str) -> ItemsResponse:
         """The item is as in the item table of the published run again."""
-        return await service.restore_item(item_id)
+        return await service.catalogue.restore_item(item_id)
 
 
 def _add_operation_routes(api: FastAPI, service: Service) -> None:

@@ -110,6 +110,14 @@ class Query:
         """Query time in seconds since 1970."""
         return None if self.moment is None else int(self.moment.timestamp())
 
+    def of_user(self, user_id: Any | None, user: str | None, new_entries: Sequence[Entry] = ()) -> Query:
+        """The same query of another user.
+
+        new_entries : events of the user that the published run does not know
+        """
+        new_events = tuple(to_event(entry) for entry in new_entries)
+        return replace(self, user_id=user_id, user=user, new_events=new_events)
+
     def without_model(self) -> Query:
         """The query for a precomputed list, where no model responds: new items are excluded if seen items
         are.
@@ -126,11 +134,15 @@ class Query:
 
 
 def resolve_query(
-    request: RecommendRequest | ScoreRequest, state: ServingState, new_entries: Sequence[Entry] = ()
+    request: RecommendRequest | ScoreRequest,
+    state: ServingState,
+    new_entries: Sequence[Entry] = (),
+    surface: SurfaceSettings | None = None,
 ) -> Query:
     """The query of a request.
 
     new_entries : events of the user that the published run does not know
+    surface : declaration of the request's surface
 
     Raises RequestError for a request that contradicts itself or names an unknown event type.
     """
@@ -151,6 +163,8 @@ def resolve_query(
         items = ItemRule(filter_seen, seen, allow, tuple(request.deny), request.where)
         fields = {"k": request.k, "mode": request.mode, "controls": request.controls, "items": items}
         fields["variant"] = request.variant
+        if surface is not None and request.surface is not None:
+            fields["surface"] = (request.surface, surface)
     user_id = None if request.user_id is None else state.snapshot.to_user_id(request.user_id)
     query = Query(
         user_id=user_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -118,6 +119,17 @@ class Ranker:
                 busy, model_ms = error, 0.0
         assert busy is not None, "popularity ranks for everybody"
         raise busy
+
+    def look_up(self, query: Query, route: Route, champion: ServingState) -> Ranking | None:
+        """The ranking of a route's first source, where that needs no model and succeeds. Raises
+        RequestError.
+        """
+        if route.sources[0] is RankingSource.MODEL:
+            return None
+        with contextlib.suppress(PartUnavailableError):  # `rank` names it
+            listed = rank_without_model(route.sources[0], query, champion)
+            return None if listed is None else Ranking(listed, champion)
+        return None
 
     async def run_model(self, model_input: ModelInput, *, is_challengers: bool = False) -> RankedItems:
         """The model's ranking. Raises PartUnavailableError where the model fails or times out, RequestError,

@@ -9,8 +9,8 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from recray.config import ServeSettings
 from recray.errors import PartUnavailableError, StateError, UnavailableError
@@ -23,6 +23,7 @@ from recray.serving.guard import KEY_NAME
 from recray.serving.state import ServingState
 from recray.storage import Storage
 
+T = TypeVar("T")
 RETRY_S = 1.0  # pause after a failure of the event store
 READ_SHARE = 0.125  # timeout of a read, as a share of serve.timeout_s
 MOST_RECORDED = 1000  # items of a response
@@ -34,6 +35,29 @@ _ids = random.Random(secrets.token_bytes(32))  # the system's random numbers are
 def make_id() -> str:
     """A random id of 128 bits."""
     return f"{_ids.getrandbits(128):032x}"
+
+
+def to_impression(
+    response: BaseResponse,
+    item_ids: Sequence[Any],
+    user: str | None,
+    elapsed_ms: float,
+    details: dict[str, Any],
+) -> Entry:
+    """The entry of a response; its outcomes refer to its id.
+
+    details : further fields of the entry, `source` among them
+    """
+    body = {
+        "items": list(item_ids[:MOST_RECORDED]),
+        "source": details.pop("source"),
+        "night": response.as_of,
+        "bundle": response.bundle,
+        "degraded": response.degraded,
+        "ms": round(elapsed_ms, 3),
+        **details,
+    }
+    return Entry("decision", response.request_id, user, time.time(), body)
 
 
 class EventRecorder:
@@ -67,39 +91,35 @@ class EventRecorder:
 
         Raises PartUnavailableError; an unavailable store is not read until `reconnect` succeeds.
         """
+        return await self._read(lambda writer: writer.recent, user, state, limit)
+
+    async def read_recent_events_of(
+        self, users: Sequence[str], state: ServingState, limit: int
+    ) -> dict[str, list[Entry]]:
+        """The same of many users at once, without the users who have none."""
+        return await self._read(lambda writer: writer.recent_of, users, state, limit)
+
+    async def _read(
+        self,
+        method: Callable[[Writer], Callable[..., Awaitable[T]]],
+        whose: str | Sequence[str],
+        state: ServingState,
+        limit: int,
+    ) -> T:
         if self.writer is None or self._failed:
             raise PartUnavailableError("state")
         collected = state.collected.get(self.writer.log.identity, 0)
+        timeout_s = self._options.timeout_s * READ_SHARE
         try:
-            return await self.writer.recent(
-                user, collected, state.begins_s, limit, self._options.timeout_s * READ_SHARE
-            )
+            return await method(self.writer)(whose, collected, state.begins_s, limit, timeout_s)
         except StateError as error:
             self._record_failure(error)
             raise PartUnavailableError("state") from error
 
-    def record_impression(
-        self,
-        response: BaseResponse,
-        item_ids: Sequence[Any],
-        user: str | None,
-        elapsed_ms: float,
-        details: dict[str, Any],
-    ) -> None:
-        """Record a response in the background; its outcomes refer to its id.
-
-        details : further fields of the entry, `source` among them
-        """
-        body = {
-            "items": list(item_ids[:MOST_RECORDED]),
-            "source": details.pop("source"),
-            "night": response.as_of,
-            "bundle": response.bundle,
-            "degraded": response.degraded,
-            "ms": round(elapsed_ms, 3),
-            **details,
-        }
-        self._enqueue(Entry("decision", response.request_id, user, time.time(), body))
+    def record(self, entries: Sequence[Entry]) -> None:
+        """Write entries in the background; nothing where the store is not open."""
+        if self.writer is not None:
+            self.writer.enqueue(entries)
 
     def record_refusal(self, user: str | None, experiment: Experiment | None) -> None:
         """Record that the champion's queue was full, once for each user of an experiment: its tests count
@@ -118,19 +138,14 @@ class EventRecorder:
             "model_ms": 0.0,
             "refused": True,
         }
-        self._enqueue(Entry("decision", make_id(), user, time.time(), body))
+        self.record([Entry("decision", make_id(), user, time.time(), body)])
 
     def record_access(self, user: str | None, purpose: str) -> None:
         """Record in the background that a user's events are read, and with which API key."""
         if user is not None:
-            self._enqueue(
-                Entry("access", make_id(), user, time.time(), {"by": KEY_NAME.get(), "what": purpose})
+            self.record(
+                [Entry("access", make_id(), user, time.time(), {"by": KEY_NAME.get(), "what": purpose})]
             )
-
-    def _enqueue(self, entry: Entry) -> None:
-        """As `Writer.enqueue`; nothing where the store is not open."""
-        if self.writer is not None:
-            self.writer.enqueue(entry)
 
     async def write(self, operation: Callable[[Writer], Any], timeout_s: float | None = None) -> Any:
         """The result of `operation` with the writer.

@@ -16,7 +16,7 @@ from recray.serving.experiment import Experiment
 from recray.serving.query import Query
 from recray.serving.ranker import Ranker, Ranking
 from recray.serving.ranking import RankedItems, bind_query
-from recray.serving.recorder import EventRecorder
+from recray.serving.recorder import EventRecorder, to_impression
 from recray.serving.state import ServingState
 from recray.serving.telemetry import Telemetry
 
@@ -77,4 +77,4 @@ class ShadowTraffic:
             )
             item_ids = [item.item_id for item in ranked.to_items()]
             elapsed_ms = 1000 * (time.monotonic() - started)
-            self._recorder.record_impression(shadow, item_ids, query.user, elapsed_ms, details)
+            self._recorder.record([to_impression(shadow, item_ids, query.user, elapsed_ms, details)])

@@ -12,6 +12,8 @@ from collections import Counter
 
 import pytest
 from harness import DEADLINE_S
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from recray.errors import SettingsError, StateError
 from recray.events.items import ItemChange
@@ -51,6 +53,21 @@ def test_recent_events_are_those_that_the_snapshot_lacks(log):
     assert [entry.body["item_id"] for entry in log.recent("u", 3, 1e9)] == [4, 5]
     assert [entry.body["item_id"] for entry in log.recent("u", 3, 98)] == [1, 2, 4, 5]
     assert log.recent("nobody", 0, 0.0) == []
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    users=st.lists(st.sampled_from(["u", "v", "ä", "a\0b", "a", "%"]), max_size=30),
+    after=st.integers(0, 40),
+    limit=st.integers(1, 4),
+)
+def test_recent_events_of_many_users_are_those_of_each(log, users, after, limit):
+    before = log.last()
+    log.append([event(n, user, at_s=float(n)) for n, user in enumerate(users)])
+    after, asked = before + after, [*dict.fromkeys(users), "nobody"]
+    each = {user: log.recent(user, after, 1e9, limit) for user in asked}
+    some = {user: events for user, events in each.items() if events}
+    assert log.recent_of(asked, after, 1e9, limit) == some
 
 
 def test_a_user_keeps_the_last_events_only(log):
@@ -218,12 +235,12 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
     writer = Writer(log)
 
     async def talk():
-        writer.enqueue(Entry("decision", "r1", "u", 1.0, {}))
+        writer.enqueue([Entry("decision", "r1", "u", 1.0, {})])
         appends = [asyncio.create_task(writer.append([event(n), event(n)])) for n in range(50)]
         await asyncio.sleep(0)  # each begins: it is in the queue
         all_queued.set()
         assert all(first and not second for first, second in await asyncio.gather(*appends))
-        writer.enqueue(Entry("decision", "r2", "u", 1.0, {}))
+        writer.enqueue([Entry("decision", "r2", "u", 1.0, {})])
         assert await writer.append_outcome(Entry("outcome", "o2", "u", 2.0, {"request_id": "r2"}), "r2") == (
             True,
             True,
@@ -249,7 +266,7 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
 def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
     monkeypatch.setattr("recray.events.writer.DECISION_WAIT_S", DEADLINE_S)  # however slow this disk is
     here, there = Writer(log), Writer(log)
-    threading.Timer(0.1, lambda: there.enqueue(Entry("decision", "far", "u", 1.0, {}))).start()
+    threading.Timer(0.1, lambda: there.enqueue([Entry("decision", "far", "u", 1.0, {})])).start()
     assert asyncio.run(here.append_outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
     here.close(), there.close()
 
@@ -271,7 +288,7 @@ def test_outcomes_of_made_up_requests_do_not_make_others_wait(log, monkeypatch):
         waiting = {request: outcome for request, outcome in outcomes.items() if not outcome.done()}
         assert len(waiting) == MAX_WAITING_OUTCOMES
         for request in waiting:
-            writer.enqueue(Entry("decision", request, "u", 1.0, {}))
+            writer.enqueue([Entry("decision", request, "u", 1.0, {})])
         assert await asyncio.gather(*waiting.values()) == [(True, True)] * MAX_WAITING_OUTCOMES
 
     for times in range(2):  # those that waited have made room for others
@@ -297,7 +314,7 @@ def test_a_log_that_fails_is_heard_of_and_the_writer_lives_on(log):
     writer = Writer(log)
 
     async def talk():
-        writer.enqueue(Entry("decision", "lost", "u", 1.0, {}))
+        writer.enqueue([Entry("decision", "lost", "u", 1.0, {})])
         with pytest.raises(StateError, match="gone"):
             await writer.append([event(1)])
         broken.clear()
@@ -337,6 +354,6 @@ def test_a_caller_that_leaves_while_it_waits_cancels_nobody_else(log):
 def test_a_writer_that_is_closed_has_written_all(log):
     writer = Writer(log)
     for n in range(200):
-        writer.enqueue(Entry("decision", f"d{n}", None, 1.0, {}))
+        writer.enqueue([Entry("decision", f"d{n}", None, 1.0, {})])
     writer.close()
     assert log.last() == 200

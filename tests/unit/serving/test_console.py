@@ -44,7 +44,7 @@ def service(shop):
 
 
 def search(service, text, k=100):
-    return asyncio.run(service.search(SearchRequest(text=text, k=k))).items
+    return asyncio.run(service.catalogue.search(SearchRequest(text=text, k=k))).items
 
 
 def test_items_are_found_by_a_part_of_their_title_or_id_in_any_case(service):
@@ -68,16 +68,16 @@ def test_an_item_is_described_as_declared_and_as_it_changed(service):
     assert (item.title, item.available) == (row["title"][0].as_py(), True)
     assert float(item.price) == row["price"][0].as_py() and item.image == row["brand"][0].as_py()
     change = {"item_id": "i0000003", "available": False, "attributes": {"price": 12.5, "brand": PICTURE}}
-    asyncio.run(service.change_items(ItemsRequest.model_validate({"items": [change]})))
+    asyncio.run(service.catalogue.change_items(ItemsRequest.model_validate({"items": [change]})))
     item = search(service, "i0000003")[0]
     assert (item.price, item.image, item.available) == ("12.5", PICTURE, False)
     response = asyncio.run(service.recommend(RecommendRequest(user_id=7, k=5, describe=True)))
     assert all(item.title and item.price for item in response.items)
     plain = asyncio.run(service.recommend(RecommendRequest(user_id=7, k=5)))
     assert all(item.title is None and item.price is None for item in plain.items)
-    similar = asyncio.run(service.similar(SimilarRequest(item_id="i0000004", k=3, describe=True)))
+    similar = asyncio.run(service.catalogue.similar(SimilarRequest(item_id="i0000004", k=3, describe=True)))
     assert all(item.title for item in similar.items)
-    asyncio.run(service.restore_item("i0000003"))
+    asyncio.run(service.catalogue.restore_item("i0000003"))
 
 
 def test_variants_respond_side_by_side_and_count_nowhere(service, shop):
@@ -104,9 +104,10 @@ def test_variants_respond_side_by_side_and_count_nowhere(service, shop):
     assert not any("arm" in body or "decision" in body for body in bodies), (
         "neither test nor policy reads them"
     )
-    users = asyncio.run(service.sample_users()).users
+    users = asyncio.run(service.catalogue.sample_users()).users
     service.opt_out_list.add(users[0])
-    assert users[0] not in (others := asyncio.run(service.sample_users()).users) and len(others) == len(users)
+    others = asyncio.run(service.catalogue.sample_users()).users
+    assert users[0] not in others and len(others) == len(users)
     (storage.root / "forgotten.json").unlink()
     Release(champion=champion).write(storage)
     shutil.rmtree(storage.bundle("other"))

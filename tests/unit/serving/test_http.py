@@ -752,7 +752,7 @@ def test_a_request_reads_one_published_run_however_many_come_meanwhile(handler, 
         lambda: handler.recommend(RecommendRequest(user_id=7, k=3)),
         lambda: handler.score(ScoreRequest(user_id=7, items=["i0000001"])),
         lambda: handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])),
-        lambda: handler.similar(SimilarRequest(item_id="i0000001")),
+        lambda: handler.catalogue.similar(SimilarRequest(item_id="i0000001")),
     ):
         while next(deployments) is now:
             pass
@@ -808,6 +808,8 @@ def test_a_store_that_hangs_is_said_and_nobody_waits_long(handler):
         )
         with pytest.raises(UnavailableError, match="whether anything was kept is unknown"):
             asyncio.run(handler.intake.events(EventsRequest(user_id=7, events=[{"item_id": "i0000001"}])))
+        users = asyncio.run(handler.recommend_users(RecommendRequest(users=[7, 3], k=3)))
+        assert [response.degraded for response in users.responses] == [["state"], ["state"]]
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_for("the store to be found back", lambda: handler.refresh() or not handler.recorder.is_unavailable)
@@ -829,6 +831,8 @@ def test_lists_that_cannot_be_read_are_said_and_somebody_answers(address, handle
     answer = good(address, "/v1/recommend", USER)
     assert answer["degraded"] == ["snapshot"] and answer["source"] == "realtime" and len(answer["items"]) == 5
     assert good(address, "/v1/recommend", {**USER, "mode": "batch"})["degraded"] == ["snapshot"]
+    for response in good(address, "/v1/recommend", {"users": [7, 3]})["responses"]:
+        assert response["degraded"] == ["snapshot"] and response["source"] == "realtime"
 
 
 def test_where_only_private_bundles_may_answer_another_does_not(storage, synthetic_settings):
@@ -964,6 +968,18 @@ def test_many_users_in_one_call_get_what_each_would_get(address, mode):
     assert good(address, "/v1/feedback", feedback) == {"kept": True, "set_aside": False, "notes": []}
 
 
+def test_many_users_in_one_call_have_their_new_events(address):
+    users = list(range(40, 50))
+    for user in (41, 47):
+        good(address, "/v1/events", {"user_id": user, "events": [{"item_id": "i0000009"}]})
+    responses = good(address, "/v1/recommend", {"users": users, "k": 4})["responses"]
+    sources = {response["user_id"]: response["source"] for response in responses}
+    assert sources == {user: "realtime" if user in (41, 47) else "snapshot" for user in users}
+    for response in responses:
+        alone = good(address, "/v1/recommend", {"user_id": response["user_id"], "k": 4})
+        assert ids(response) == ids(alone)
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -1032,11 +1048,11 @@ def test_a_call_for_many_users_that_fails_records_nothing(handler, monkeypatch):
 
     recorded = []
     monkeypatch.setattr(handler.ranker, "rank", rank)
-    monkeypatch.setattr(handler.recorder, "record_impression", lambda *_: recorded.append(1))
+    monkeypatch.setattr(handler.recorder, "record", recorded.extend)
 
     async def ask_all():
         with pytest.raises(UnavailableError):
-            await handler.recommend_users(RecommendRequest(users=list(range(60)), k=3))
+            await handler.recommend_users(RecommendRequest(users=list(range(60)), k=3, mode="realtime"))
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
 

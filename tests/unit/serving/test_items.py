@@ -38,7 +38,7 @@ def start(storage, synthetic_settings):
 
 
 def change(service, *items):
-    return asyncio.run(service.change_items(ItemsRequest.model_validate({"items": list(items)})))
+    return asyncio.run(service.catalogue.change_items(ItemsRequest.model_validate({"items": list(items)})))
 
 
 def ids(service, **request):
@@ -62,13 +62,13 @@ def test_what_is_sold_out_is_gone_everywhere_and_comes_back(start, request_):
     gone = before[:2]
     made = change(first, *({"item_id": item, "available": False} for item in gone))
     assert (made.changed, made.added) == (2, 0)
-    second.refresh_items()
+    second.catalogue.refresh()
     for service in (first, second, start()):
         after = ids(service, **request_)
         assert not set(gone) & set(after)
         assert [item for item in before if item not in gone] == after[: len(before) - 2]
         assert len(after) == len(before) or request_.get("k", ALL) != 5
-        similar = asyncio.run(service.similar(SimilarRequest(item_id=before[3], k=ALL))).items
+        similar = asyncio.run(service.catalogue.similar(SimilarRequest(item_id=before[3], k=ALL))).items
         assert not set(gone) & {item.item_id for item in similar}
     change(second, *({"item_id": item, "available": True} for item in gone))
     assert ids(second, **request_) == before
@@ -97,7 +97,7 @@ def test_filters_rules_and_titles_have_the_new_attributes(start, storage, synthe
     change(
         service, {"item_id": item, "attributes": {"price": 9999.5, "title": "A new name", "tags": ["a", "b"]}}
     )
-    other.refresh_items()
+    other.catalogue.refresh()
     for each in (service, other):
         assert ids(each, user_id=KNOWN, where={"price": {"min": 5000}}) == [item]
         assert ids(each, user_id=UNKNOWN, where={"tags": ["b"], "price": {"min": 5000}}) == [item]
@@ -106,7 +106,7 @@ def test_filters_rules_and_titles_have_the_new_attributes(start, storage, synthe
     assert ids(service, user_id=KNOWN, where={"price": {"min": 5000}}) == []
     assert service.state.find_title(item) == "A new name", "what is not named stays"
 
-    asyncio.run(service.restore_item(str(item)))
+    asyncio.run(service.catalogue.restore_item(str(item)))
     assert service.state.find_title(item) != "A new name"
     assert start().state.find_title(item) == service.state.find_title(item)
 
@@ -122,7 +122,7 @@ def test_a_new_item_is_recommended_by_its_features(start):
     for each in (service, start()):
         assert ids(each, user_id=KNOWN, allow=[new, like["item_id"]], mode="realtime").count(new) == 1
         assert new in ids(each, user_id=UNKNOWN, k=1000)
-        assert asyncio.run(each.similar(SimilarRequest(item_id=new, k=3))).items
+        assert asyncio.run(each.catalogue.similar(SimilarRequest(item_id=new, k=3))).items
         assert each.state.find_title(new) == like["title"] and each.models().items == ALL + 1
     before = service.state.predictor.encoder
     change(service, {"item_id": new, "available": False})
@@ -182,7 +182,7 @@ def test_what_a_run_cannot_hold_is_left_out_and_the_rest_is_applied(start, caplo
             ItemChange(third, attributes={"price": 7777.0}),
         ]
     )
-    service.refresh_items()
+    service.catalogue.refresh()
     assert first not in ids(service, user_id=UNKNOWN)
     assert service.state.find_title(second) == "kept" and f"item {second} is left out" in caplog.text
     assert ids(service, user_id=UNKNOWN, where={"price": {"min": 5000}}) == [third]

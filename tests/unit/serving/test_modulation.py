@@ -207,7 +207,7 @@ def test_before_a_model_was_promoted_every_query_gets_the_popularity_fallback(sh
     )
     assert explained.source == "popular" and not any(item.why for item in explained.items)
     with pytest.raises(UnavailableError, match="no model was promoted yet"):
-        asyncio.run(handler.similar(SimilarRequest(item_id=item)))
+        asyncio.run(handler.catalogue.similar(SimilarRequest(item_id=item)))
     assert handler.models().popular_only
     handler.close()
 
