@@ -43,8 +43,8 @@ fi
 # two lanes on two cores: threads that wait for each other would take turns, and those that spin meanwhile would hold the others up
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 export RAY_worker_niceness=0 # Ray's workers come after everybody else by default: beside a busy process they would stand still
-tests() { # tests with a marker expression
-    .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}"
+tests() { # tests with a marker expression, of some files or all
+    .venv/bin/python -m pytest --durations=60 --durations-min=1 -m "$1${marks:+ and $marks}" "${@:2}"
 }
 no_ray_then_jobs() {
     tests "not ray and not own and not second and not long"
@@ -54,7 +54,7 @@ clusters_then_ray() {
     .venv/bin/python tests/forked.py || return 1 # compiles what is imported, once for all processes
     bash infra/lint.sh || failed=1
     tests "(ray or own or second) and not alone and not long" || failed=1
-    tests "alone" || failed=1 # in a process of its own
+    tests "alone" $(grep -rl --include='test_*.py' 'mark\.alone' tests) || failed=1 # in a process of its own
     return $failed
 }
 long() {

@@ -1,8 +1,8 @@
 """The model bundle: the artifact that training hands to evaluation, scoring and serving.
 
 Immutable, without pickle: `manifest.json`, `config.yaml` (settings of the training, no addresses),
-`model.safetensors`, `items.parquet` (vocabulary and features), `popularity.parquet`, `privacy.json` (and
-`privacy.md`), `metrics.json`.
+`model.safetensors`, `neighbours.safetensors` (of a model with item-to-item evidence), `items.parquet`
+(vocabulary and features), `popularity.parquet`, `privacy.json` (and `privacy.md`), `metrics.json`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,14 +30,16 @@ from recray.dataset.popularity import Popularity
 from recray.dataset.reader import Dataset, released_day
 from recray.dataset.schema import ITEM_ID
 from recray.errors import ArtifactError, DamagedArtifactError
+from recray.model.cooccurrence import Neighbours
 from recray.model.network import Network
 from recray.model.shape import Shape
 from recray.storage import Manifest, immutable_directory, key_of, manifest_digest, open_immutable
 from recray.version import __version__
 
 KIND = "bundle"
+NEIGHBOURS = "neighbours.safetensors"
 # weights that older bundles lack; as zeros they leave the model unchanged
-OPTIONAL_WEIGHTS = ("items.fusion", "attention.event_bias.weight")
+OPTIONAL_WEIGHTS = ("items.fusion", "attention.event_bias.weight", "log_scale")
 
 
 class CurveLine(TypedDict, total=False):
@@ -59,7 +63,8 @@ class TrainingMetrics(TypedDict, total=False):
     """The content of `metrics.json`: the progress of the training at its end; empty of untrained weights.
 
     epoch, step : epochs and optimiser steps
-    best_epoch, best_ndcg : the epoch whose weights were kept, and its validation NDCG
+    best_epoch, best_ndcg : the epoch whose weights were kept, and its validation NDCG before calibration
+    factors : factor of each term of the scores by calibration
     """
 
     epoch: int
@@ -67,6 +72,7 @@ class TrainingMetrics(TypedDict, total=False):
     best_epoch: int
     best_ndcg: float
     curve: list[CurveLine]
+    factors: dict[str, float] | None
 
 
 class PrivacyStatement(TypedDict, total=False):
@@ -217,6 +223,10 @@ class Bundle:
                 f"{unexpected}",
                 "read it with the version of recray that wrote it, or train again",
             )
+        if model.cooccurrence is not None:
+            neighbours = Neighbours(**load_arrays(self.path / NEIGHBOURS))
+            grown = [np.pad(part, [(0, n_cold), *[(0, 0)] * (part.ndim - 1)]) for part in neighbours]
+            model.cooccurrence.attach(Neighbours(*grown))  # cold items have none
         return model.eval()
 
 
@@ -232,6 +242,7 @@ def write_bundle(
     parent: str | None = None,
     privacy: PrivacyStatement | None = None,
     page: str | None = None,
+    neighbours: Neighbours | None = None,
 ) -> Bundle:
     """Write a bundle at `path`, or keep the one that this run key already wrote. Raises OutputExistsError.
 
@@ -239,6 +250,7 @@ def write_bundle(
     parent : run key of the bundle that initialised the weights
     privacy : the statement of a private training
     page : the same as Markdown
+    neighbours : of a model with item-to-item evidence
     """
     fields = {
         "recray": __version__,
@@ -264,6 +276,10 @@ def write_bundle(
             {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())},
             folder / "model.safetensors",
         )
+        if neighbours is not None:
+            save_arrays(
+                {name: part[-1:].copy() for name, part in neighbours._asdict().items()}, folder / NEIGHBOURS
+            )
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True))
         (folder / "privacy.json").write_text(
             json.dumps(privacy or {"differential_privacy": False}, indent=2, sort_keys=True) + "\n"

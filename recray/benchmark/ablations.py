@@ -113,7 +113,7 @@ def _train_variant(
 ) -> tuple[Result, dict[str, np.ndarray]]:
     """Train to the early stop and evaluate; the figures, and NDCG of each user by protocol."""
     seconds = [line["seconds"] for line in loop.run()]
-    loop.ema_model.load_state_dict(loop.best)
+    loop.finish()
     predictor = Predictor.of(loop.ema_model.eval(), dataset, settings.model.popularity_prior_days)
     evaluator = Evaluator(settings, dataset, select_test_queries(settings, dataset))
     rows = evaluator.run(_to_ranker(predictor, 0.0), reference)

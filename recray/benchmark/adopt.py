@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from recray.benchmark import Result
 from recray.benchmark.data import find_data
 from recray.benchmark.serve import running_serve
-from recray.cli.demo import post
+from recray.client import Client
 from recray.errors import ClusterError
 from recray.stages import ProgressLog
 from recray.storage import Storage
@@ -60,7 +61,8 @@ def _adopt(place: Path, files: Sequence[Path]) -> Result:
     result["nightly_s"] = round(time.monotonic() - started - result["init_s"], 1)
     (user,) = pq.read_table(next(root.glob("scores/dt=*/run=*/part-*.parquet")), columns=["user_id"])[0][:1]
     with running_serve(Storage(root), {}, "--config", str(config)) as port:
-        response = post(f"http://127.0.0.1:{port}/v1/recommend", {"user_id": user.as_py(), "k": 10})
+        with Client(f"http://127.0.0.1:{port}") as client:
+            response: Any = client.recommend(user_id=user.as_py(), k=10)
         result["total_s"] = round(time.monotonic() - started, 1)
     result["items"], result["source"] = len(response["items"]), response["source"]
     result["promoted"] = last["metrics"].get("promoted")

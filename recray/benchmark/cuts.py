@@ -142,7 +142,7 @@ class TrainingSeries:
         loop = build_loop(dataset, settings, torch.device("cpu"), parent, vars(mechanism))
         for _ in loop.run():
             pass
-        loop.ema_model.load_state_dict(loop.best)
+        loop.finish()
         return write_bundle(
             path,
             path.name,

@@ -61,7 +61,7 @@ def train_model(
     settings, dataset = prepare_data(data, folder / "root", overrides)
     loop = build_loop(str(dataset.path), training_settings(settings), torch.device("cpu"))
     epochs = len(list(loop.run()))
-    loop.ema_model.load_state_dict(loop.best)
+    loop.finish()
     progress(f"{epochs} epochs, validation NDCG {loop.progress.best_ndcg:.4f}")
     return (
         settings,

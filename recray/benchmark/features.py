@@ -152,7 +152,7 @@ def _train_variant(
     """Train a model to its early stop; its figures, and the figures of each cold-item boost."""
     loop = build_loop(str(dataset.path), settings, torch.device("cpu"))
     epochs = [line["epoch"] for line in loop.run()]
-    loop.ema_model.load_state_dict(loop.best)
+    loop.finish()
     predictor = Predictor.of(loop.ema_model.eval(), dataset, settings.model.popularity_prior_days)
     cold = np.array([False, *(is_cold(item) for item in dataset.items["item_id"].to_pylist())])
     filter_seen = settings.evaluate.protocol == "filter_seen"

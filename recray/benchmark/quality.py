@@ -256,7 +256,7 @@ def _train(
             f"seed {seed}, epoch {line['epoch']}: {line['seconds']:.0f} s, loss {line['loss']:.4f}, "
             f"validation NDCG@10 {line['validation_ndcg']:.4f}"
         )
-    loop.ema_model.load_state_dict(loop.best)
+    loop.finish()
     progress(f"seed {seed}: epoch {loop.progress.best_epoch} of {loop.progress.epoch}")
     return curve, loop.ema_model.eval(), precision_of(loop)
 

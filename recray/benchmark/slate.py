@@ -64,7 +64,7 @@ def measure_slate(
             f"epoch {line['epoch']}: loss {line['loss']:.4f}, validation NDCG@10 "
             f"{line['validation_ndcg']:.4f}"
         )
-    loop.ema_model.load_state_dict(loop.best)
+    loop.finish()
     test = shown[shown.second >= cutoff_s]
     scores = _score_impressions(loop.ema_model.eval(), dataset, settings, test, sessions)
     counts = shown[(shown.second < cutoff_s) & shown.clicked].item_id.value_counts()

@@ -280,7 +280,7 @@ class UtilityData:
         loop = build_loop(str(self.dataset.path), settings, torch.device("cpu"), None, mechanism)
         for _ in loop.run():
             pass
-        loop.ema_model.load_state_dict(loop.best)
+        loop.finish()
         return _to_figures(
             {
                 part: ranks_of(loop.ema_model.eval(), self.dataset, settings, queries)

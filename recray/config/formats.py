@@ -49,7 +49,16 @@ VALUES = {
 }
 """Setting -> {old value: its name}."""
 
-ADDED: dict[str, Any] = {"data.display": {}, "score.seen_events": [], "score.seen_days": None}
+ADDED: dict[str, Any] = {
+    "data.display": {},
+    "model.cooccurrence": False,
+    "model.cooccurrence_events": 50,
+    "model.cooccurrence_neighbours": 32,
+    "score.seen_days": None,
+    "score.seen_events": [],
+    "train.calibrate": False,
+    "train.cooccurrence_memory": 2.0,
+}
 """Later setting -> the value with which results are as before it: then it is not part of run keys."""
 
 FIELDS = {"bundle": {"prior_days": "popularity_prior_days"}, "snapshot": {"new_only": "filter_seen"}}

@@ -49,8 +49,10 @@ RESTRICTIONS: dict[str, Restriction] = {
     "model.repeat_consumption": Restriction(_is_off, False, _UNKNOWN_NORM),
     "model.repeat_by_item": Restriction(_is_off, False, _UNKNOWN_NORM),
     "model.popularity_prior_days": Restriction(_is_off, 0, "its counts have no noise"),
+    "model.cooccurrence": Restriction(_is_off, False, "its counts have no noise"),
     "train.loss": Restriction(lambda value: value in ("auto", "softmax"), "softmax", _UNKNOWN_NORM),
     "train.temperature_jitter": Restriction(_is_off, 0.0, _UNKNOWN_NORM),
+    "train.calibrate": Restriction(_is_off, False, "the scores of a private model have a single term"),
     "train.target_baskets": Restriction(lambda value: value == 1, 1, _UNKNOWN_NORM),
     "promotion.must_beat": Restriction(
         lambda value: set(value) <= {"most popular"},

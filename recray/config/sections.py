@@ -263,6 +263,8 @@ class ModelSettings(Section):
     advanced = frozenset(
         {
             "attention",
+            "cooccurrence_events",
+            "cooccurrence_neighbours",
             "feature_buckets",
             "feed",
             "id_dropout",
@@ -309,6 +311,17 @@ class ModelSettings(Section):
     repeat_by_item: bool = Field(
         False, description="repeat consumption differs by item (fuel every week, a kettle once)"
     )
+    cooccurrence: bool = Field(
+        False,
+        description="item-to-item evidence: candidates that the log connects with the last items of the "
+        "history (occur together, follow, linear model) gain, by learned weights",
+    )
+    cooccurrence_events: int = Field(
+        50, ge=1, le=1000, description="last events of the history that item-to-item evidence reads"
+    )
+    cooccurrence_neighbours: int = Field(
+        32, ge=1, le=1000, description="neighbours of each item that item-to-item evidence keeps"
+    )
     popularity_prior_days: int = Field(
         7,
         ge=0,
@@ -351,6 +364,7 @@ class TrainSettings(Section):
     advanced = frozenset(
         {
             "batch_tokens",
+            "cooccurrence_memory",
             "ema_decay",
             "full_softmax_items",
             "gbce_calibration",
@@ -386,6 +400,17 @@ class TrainSettings(Section):
         ge=0,
         le=1,
         description="spread of the log temperature drawn for each history and head while training",
+    )
+    cooccurrence_memory: float = Field(
+        2.0,
+        gt=0,
+        description="GiB for counting item-to-item evidence; a larger catalogue has no linear model in it, "
+        "and its weakest pairs are dropped",
+    )
+    calibrate: bool = Field(
+        True,
+        description="after training, choose on the validation users how much each term of the scores counts "
+        "(similarity, repeat consumption, popularity, item-to-item evidence); not with privacy",
     )
     epochs: int = Field(50, ge=1, description="maximum number of passes over the training histories")
     patience: int = Field(4, ge=1, description="stop after so many epochs without a better validation NDCG")
@@ -1006,6 +1031,14 @@ class Settings(Section):
             raise ValueError(
                 "promotion.must_beat: 'popular, last day' needs split.kind=time and "
                 "split.query_time=target; else name 'popular, last 7 days'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_evidence(self) -> Settings:
+        if self.model.cooccurrence and not self.train.calibrate:
+            raise ValueError(
+                "model.cooccurrence needs train.calibrate, which weighs its evidence; set train.calibrate=true"
             )
         return self
 

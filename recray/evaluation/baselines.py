@@ -107,7 +107,7 @@ def fit_baselines(
     if dataset.n_items > ease_max_items:
         yield "EASE", f"more than {ease_max_items} items"
     else:
-        yield "EASE", _to_linear_baseline(_ease_weights(seen_UV, ease_l2))
+        yield "EASE", _to_linear_baseline(ease_weights(seen_UV, ease_l2))
 
 
 def _fit_public_baselines(
@@ -237,7 +237,7 @@ def _keep_nearest(similarity: sp.csr_matrix, first: int) -> sp.csr_matrix:
     return sp.csr_matrix((value[is_near], (row[is_near], col[is_near])), shape=similarity.shape)
 
 
-def _ease_weights(seen_UV: sp.csr_matrix, l2: float) -> np.ndarray:
+def ease_weights(seen_UV: sp.csr_matrix, l2: float) -> np.ndarray:
     """EASE weights [V, V] (Steck, WWW 2019): B = -P / diag(P) off the diagonal, P the inverse of the Gram
     matrix plus l2.
     """

@@ -109,6 +109,10 @@ class HistoryEncoder:
         """Scores [B, n] of a block of items."""
         return self.model.scores(hidden, self._output_VD[items], batch, first=items.start)
 
+    def term_scores(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The scores [B, V] of all items by each term."""
+        return self.model.term_scores(hidden, self._output_VD, batch)
+
     @torch.no_grad()
     def attention_rollout(self, batch: Batch) -> np.ndarray:
         """How much of each event reaches the hidden state through the attention (roll-out), float32 [T]."""

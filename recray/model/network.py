@@ -2,6 +2,7 @@
 
 score(user, item) = hidden · item vector
     + repeat consumption (how often and how recently the user interacted with the item)
+    + item-to-item evidence (what the training events connect with the items of the history)
     + recent popularity + freshness + log of a fixed count
 
 All terms but the first are optional. Hidden states come from causal attention over the history. Each position
@@ -12,6 +13,7 @@ items and padding, D width, P days.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import accumulate
 
 import numpy as np
@@ -32,6 +34,7 @@ from recray.model.attention import (
 )
 from recray.model.blocks import Block
 from recray.model.controls import Controls
+from recray.model.cooccurrence import CooccurrenceHead
 from recray.model.dropout import Dropout
 from recray.model.fused import Embedding, RMSNorm, lookup
 from recray.model.items import ItemEncoder
@@ -96,6 +99,7 @@ class Network(nn.Module):
             if shape.repeat
             else None
         )
+        self.cooccurrence = CooccurrenceHead(shape.cooccurrence) if shape.cooccurrence else None
         self.prior_scale = nn.Parameter(torch.tensor(0.5)) if shape.prior else None
         self.freshness = nn.Embedding(FRESHNESS_BUCKETS, 1) if shape.fresh else None
         if self.freshness is not None:
@@ -277,6 +281,44 @@ class Network(nn.Module):
         )
         return scores if extra is None else scores + extra
 
+    def term_scores(self, hidden_ND: Tensor, output_VD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The scores [N, V] of each term; their sum are the `scores`, but for fixed counts and padding."""
+        n_items, every = len(output_VD), slice(None)
+        scores = {"similarity": hidden_ND @ output_VD.mT}
+        if self.repeat is not None:
+            propensity_V = self.repeat_propensity(output_VD)
+            scores["repeat"] = self.repeat(hidden_ND, batch, every, n_items, propensity_V)
+        if self.prior_scale is not None:
+            scores["prior"] = self.prior_scale * batch.prior_PV[batch.day_N]
+        if self.freshness is not None:
+            scores["freshness"] = self.freshness(batch.fresh_PV.long()).squeeze(-1)[batch.day_N]
+        if self.cooccurrence is not None:
+            for name, scale_SR in self.cooccurrence.terms():
+                scores[name] = self.cooccurrence(batch, every, n_items, scale_SR=scale_SR)
+        return scores
+
+    @torch.no_grad()
+    def scale_terms(self, factors: Mapping[str, float]) -> None:
+        """Multiply the scores of terms, by their names in `term_scores`, in the weights."""
+        factor = factors.get("similarity", 1.0)
+        if self.temperature is not None:
+            temperature = self.temperature.clamp(COLDEST, HOTTEST)
+            self.temperature.copy_((temperature / factor).clamp(COLDEST, HOTTEST))
+            factor = float(temperature / self.temperature)
+        else:
+            self.norm.weight.mul_(factor)
+        if self.repeat is not None:
+            self.repeat.gate.weight.div_(factor)  # it reads the hidden states, which have another length now
+            self.repeat.log_scale.add_(math.log(factors.get("repeat", 1.0)))
+        if self.prior_scale is not None:
+            self.prior_scale.mul_(factors.get("prior", 1.0))
+        if self.freshness is not None:
+            self.freshness.weight.mul_(factors.get("freshness", 1.0))
+        if self.cooccurrence is not None:
+            names = [name for name, _ in self.cooccurrence.terms()]
+            scale = self.cooccurrence.scale
+            scale.mul_(scale.new_tensor([factors.get(name, 1.0) for name in names]).view_as(scale))
+
     def repeat_propensity(self, output_VD: Tensor) -> Tensor | None:
         """Learned tendency of each item to be repeated [V]; None for a model without it."""
         if self.repeat is None or self.repeat.again is None:
@@ -294,8 +336,8 @@ class Network(nn.Module):
         propensity_V: Tensor | None,
         first: int = 0,
     ) -> Tensor | None:
-        """Scores [N, n_items] of repeat consumption, recent popularity and freshness; None for a model
-        without.
+        """Scores [N, n_items] of repeat consumption, item-to-item evidence, recent popularity and freshness;
+        None for a model without.
 
         They are the scores of items first : first + n_items.
 
@@ -304,6 +346,9 @@ class Network(nn.Module):
         extra: Tensor | None = None
         if self.repeat is not None:
             extra = self.repeat(hidden_ND, batch, queries, n_items, propensity_V, first)
+        if self.cooccurrence is not None and self.cooccurrence.is_attached:
+            evidence = self.cooccurrence(batch, queries, n_items, first)
+            extra = evidence if extra is None else extra + evidence
         if self.prior_scale is not None:
             prior = self.prior_scale * batch.prior_PV[:, first : first + n_items][batch.day_N[queries]]
             extra = prior if extra is None else extra + prior
@@ -383,11 +428,13 @@ class ContextModulation(nn.Module):
 
 
 class RepeatConsumptionHead(nn.Module):
-    """Scores items of the history: softplus(gate(hidden) + again(item)) · log(1 + Σ exp(age + event)).
+    """Scores items of the history: s · softplus(gate(hidden) + again(item)) · log(1 + Σ exp(age + event)).
 
-    The sum runs over the item's events. With `by_item`, `again` is a linear map of the item's vector: some
-    items are bought every week (fuel), others once. Without, it is 0.
+    The sum runs over the item's events; calibration sets the scale s. With `by_item`, `again` is a linear map
+    of the item's vector: some items are bought every week (fuel), others once. Without, it is 0.
     """
+
+    log_scale: Tensor
 
     def __init__(self, dim: int, event_types: int, *, has_time: bool, by_item: bool) -> None:
         super().__init__()
@@ -400,6 +447,7 @@ class RepeatConsumptionHead(nn.Module):
             if table is not None:
                 nn.init.zeros_(table.weight)
         nn.init.ones_(self.gate.bias)
+        self.register_buffer("log_scale", torch.zeros(()))
 
     def forward(
         self,
@@ -442,7 +490,7 @@ class RepeatConsumptionHead(nn.Module):
         gate_NT = self.gate(hidden_ND)
         if propensity_V is not None:
             gate_NT = gate_NT + lookup(index_NT, propensity_V[:, None]).squeeze(-1)
-        score_NT = F.softplus(gate_NT) * torch.log1p(mass_NT)
+        score_NT = self.log_scale.exp() * F.softplus(gate_NT) * torch.log1p(mass_NT)
         return torch.zeros(len(item_NT), n_items, dtype=score_NT.dtype, device=score_NT.device).scatter_add_(
             1, index_NT, score_NT
         )

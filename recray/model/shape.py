@@ -77,6 +77,7 @@ class Shape:
     fixed_items: bool = False
     context: int = 0
     counts: bool = False
+    cooccurrence: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

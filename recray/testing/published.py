@@ -18,10 +18,10 @@ from recray.release import Member, Release
 from recray.snapshot.score import BucketArguments, BucketScorer, BucketSummary, ScoringModel, write_snapshot
 from recray.storage import Storage
 from recray.testing.synthetic import SyntheticShop
-from recray.training.plan import bundle_settings, training_settings
+from recray.training.plan import bundle_settings, plan_training, training_settings
 from recray.training.private import PrivateLoop
 from recray.training.trainer import mechanism_for
-from recray.training.worker import build_loop
+from recray.training.worker import build_loop, fit_neighbours_for
 
 KEY = "untrained"
 
@@ -73,6 +73,13 @@ def publish_untrained(
     return storage
 
 
+def skip_training(settings: Settings, as_of: dt.datetime | None = None) -> Bundle:
+    """Write what the train stage of these settings would write, so that it is skipped: untrained weights."""
+    dataset = prepare_here(settings, as_of)
+    key = plan_training(settings, dataset).key
+    return untrained_bundle(settings, dataset, Storage(settings.root()).bundle(key), key)
+
+
 def untrained_bundle(
     settings: Settings, dataset: Dataset, path: Path, key: str, privacy: PrivacyStatement | None = None
 ) -> Bundle:
@@ -100,6 +107,7 @@ def untrained_bundle(
         settings=bundle_settings(settings),
         metrics={},
         privacy=privacy,
+        neighbours=fit_neighbours_for(settings, dataset) if loop.model.cooccurrence is not None else None,
     )
 
 

@@ -33,6 +33,8 @@ SCALAR_FACTOR = 10.0  # on the learning rate of the few scalar parameters
 
 Validate = Callable[[Network, int, int], tuple[float, float]]
 """(model, rank, world_size) -> this rank's parts of a sum and of its divisor: together the mean NDCG"""
+Calibrate = Callable[[Network], dict[str, float]]
+"""Scales the terms of a model in place and returns their factors; see `recray.training.calibration`"""
 
 
 class Batches(Protocol):
@@ -66,13 +68,14 @@ class LoopSettings:
 
 @dataclass
 class Progress:
-    """Progress of a run. `curve` has a line per epoch."""
+    """Progress of a run. `curve` has a line per epoch; `factors` are the calibration's, None before it."""
 
     epoch: int = 0
     step: int = 0
     best_epoch: int = 0
     best_ndcg: float = -1.0
     curve: list[CurveLine] = field(default_factory=list)
+    factors: dict[str, float] | None = None
 
     def to_dict(self) -> TrainingMetrics:
         """As the content of a bundle's `metrics.json`."""
@@ -82,6 +85,7 @@ class Progress:
             "best_epoch": self.best_epoch,
             "best_ndcg": self.best_ndcg,
             "curve": self.curve,
+            "factors": self.factors,
         }
 
 
@@ -95,8 +99,9 @@ class Loop:
         validate: Validate,
         criterion: Criterion,
         settings: LoopSettings,
+        calibrate: Calibrate | None = None,
     ) -> None:
-        self.model, self.batches, self.validate = model, batches, validate
+        self.model, self.batches, self.validate, self.calibrate = model, batches, validate, calibrate
         self.criterion, self.settings = criterion, settings
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -140,6 +145,15 @@ class Loop:
             }
             progress.curve.append(line)
             yield {**line, "seconds": time.monotonic() - started}
+
+    def finish(self) -> Network:
+        """The trained model: the best weights, calibrated once."""
+        model = self.ema_model
+        model.load_state_dict(self.best)
+        if self.progress.factors is None:
+            self.progress.factors = {} if self.calibrate is None else self.calibrate(model)
+            self.best = copy_weights(model)
+        return model.eval()
 
     def train_epoch(self, epoch: int) -> float:
         """One pass over the training histories; returns the mean loss of a query.

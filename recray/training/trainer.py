@@ -33,8 +33,15 @@ from recray.privacy.ledger import Ledger
 from recray.release import list_bundles
 from recray.storage import Storage, find_disk_errno, find_failed_path, is_complete
 from recray.training.batches import users_estimated, users_learned
+from recray.training.neighbours import load_neighbours, save_neighbours
 from recray.training.plan import TrainingPlan, bundle_settings, network_shape, training_settings
-from recray.training.worker import Reservation, WorkerConfig, last_checkpoint, train_worker
+from recray.training.worker import (
+    Reservation,
+    WorkerConfig,
+    fit_neighbours_for,
+    last_checkpoint,
+    train_worker,
+)
 
 OnMetrics = Callable[[CurveLine], None]
 """Called in the driver with each new line of the learning curve."""
@@ -64,9 +71,10 @@ def train(
     if mechanism is not None:
         private = _reserve(settings, key, dataset, mechanism, last_checkpoint(run))
 
+    neighbours = _fit_neighbours(settings, dataset, storage.training_runs / f"{key}.safetensors")
     progress = storage.training_runs / f"{key}.jsonl"
     with _CurveFollower(progress, on_metrics):
-        checkpoint = _fit(settings, run, dataset, progress, parent, private)
+        checkpoint = _fit(settings, run, dataset, progress, parent, private, neighbours)
 
     metrics = json.loads((checkpoint / "progress.json").read_text())
     statement: PrivacyStatement | None = None
@@ -89,10 +97,13 @@ def train(
         parent=None if parent is None else parent.key,
         privacy=statement,
         page=None if statement is None else to_markdown(statement, f"bundle {key}"),
+        neighbours=None if neighbours is None else load_neighbours(neighbours),
     )
     if mechanism is not None:
         _ledger(settings).commit(key)
     shutil.rmtree(run, ignore_errors=True)  # the bundle holds all results
+    if neighbours is not None:
+        neighbours.unlink(missing_ok=True)
     return bundle
 
 
@@ -199,6 +210,30 @@ def _reserve(
     }
 
 
+def _fit_neighbours(settings: Settings, dataset: Dataset, path: Path) -> Path | None:
+    """Fit the neighbours of items in a task, once for all attempts; None where the model has no item-to-item
+    evidence. Raises SettingsError.
+    """
+    import ray
+
+    if not settings.model.cooccurrence:
+        return None
+    if not path.exists():
+        scratch = path.with_suffix(f".{os.getpid()}")
+        with unwrap_errors():
+            ray.get(
+                ray.remote(_write_neighbours).remote(
+                    training_settings(settings), str(dataset.path), str(scratch)
+                )
+            )
+        os.replace(scratch, path)
+    return path
+
+
+def _write_neighbours(settings: Settings, dataset: str, path: str) -> None:
+    save_neighbours(fit_neighbours_for(settings, Dataset.open(dataset)), Path(path))
+
+
 def _check_ledger(settings: Settings, ledger: Ledger) -> None:
     """Raises RefusedError if the ledger lacks a private bundle of its population: it is new or outdated."""
     recorded = {run.run_key for run in ledger.runs()}
@@ -224,6 +259,7 @@ def _fit(
     progress: Path,
     parent: Bundle | None,
     private: Reservation | None,
+    neighbours: Path | None,
 ) -> Path:
     """Run Ray Train to the end; returns the folder of the last checkpoint.
 
@@ -250,6 +286,7 @@ def _fit(
         "resume": None if resume is None else str(resume),
         "parent": None if parent is None else str(parent.path.resolve()),
         "private": private,
+        "neighbours": None if neighbours is None else str(neighbours),
     }
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's types lack its return value

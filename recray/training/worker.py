@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from recray.bundle import Bundle
+from recray.bundle import Bundle, CurveLine
 from recray.config import ModelSettings, Settings, TrainSettings
 from recray.dataset.features import encode_features
 from recray.dataset.reader import Dataset
@@ -22,6 +23,7 @@ from recray.errors import DataError, RecrayError, TrainingError
 from recray.evaluation.metrics import per_user
 from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries, targets_of
 from recray.inference import Filters, Predictor
+from recray.model.cooccurrence import Neighbours
 from recray.model.fused import Linear
 from recray.model.losses import Criterion
 from recray.model.network import Network
@@ -31,7 +33,9 @@ from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
 from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
+from recray.training.calibration import calibrate
 from recray.training.loop import Loop, LoopSettings, Validate
+from recray.training.neighbours import fit_neighbours, load_neighbours
 from recray.training.warm import copy_parent_weights
 
 FILES = ("model", "average", "best", "optimizer")
@@ -63,6 +67,7 @@ class WorkerConfig(TypedDict):
     resume : folder of the checkpoint of an earlier attempt; None: there is none
     parent : folder of the bundle whose weights the training begins with; None: random weights
     private : None: the training is not private
+    neighbours : file of the neighbours of items; None: the model has no item-to-item evidence
     """
 
     dataset: str
@@ -72,6 +77,7 @@ class WorkerConfig(TypedDict):
     resume: str | None
     parent: str | None
     private: Reservation | None
+    neighbours: str | None
 
 
 def shape_of(model: ModelSettings, dataset: Dataset, *, counts: bool = False) -> Shape:
@@ -99,6 +105,7 @@ def shape_of(model: ModelSettings, dataset: Dataset, *, counts: bool = False) ->
         feature_buckets=model.feature_buckets,
         id_dropout=model.id_dropout,
         fixed_items=model.items == "features",
+        cooccurrence=model.cooccurrence_events if model.cooccurrence else 0,
         context=len(dataset.context),
         counts=counts,
     )
@@ -132,7 +139,9 @@ def _train(config: WorkerConfig) -> None:
 
     private = config["private"]
     mechanism = None if private is None else private["mechanism"]
-    loop = build_loop(config["dataset"], config["settings"], device, config["parent"], mechanism)
+    loop = build_loop(
+        config["dataset"], config["settings"], device, config["parent"], mechanism, config["neighbours"]
+    )
 
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -142,15 +151,21 @@ def _train(config: WorkerConfig) -> None:
     if private and context.get_world_rank() == 0:
         loop.take_steps = _ledger_taker(private, loop.progress.step)  # type: ignore[attr-defined]
 
-    for line in loop.run():
+    def report(line: CurveLine) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            report = None
+            checkpoint = None
             if context.get_world_rank() == 0:
                 save_checkpoint(loop, Path(folder))
-                report = ray.train.Checkpoint.from_directory(folder)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
                 with open(config["progress"], "a") as file:
                     file.write(json.dumps(line) + "\n")
-            ray.train.report(dict(line), checkpoint=report)
+            ray.train.report(dict(line), checkpoint=checkpoint)
+
+    for line in loop.run():
+        report(line)
+    if loop.calibrate is not None and loop.progress.factors is None and loop.progress.curve:
+        loop.finish()
+        report(loop.progress.curve[-1])
 
 
 def build_loop(
@@ -159,6 +174,7 @@ def build_loop(
     device: torch.device,
     parent: str | None = None,
     mechanism: Mapping[str, Any] | None = None,
+    neighbours: str | None = None,
 ) -> Loop:
     """Build model, batches, validation and optimiser.
 
@@ -166,6 +182,7 @@ def build_loop(
     settings : as `recray.training.plan.training_settings` returns them
     parent : folder of the bundle whose weights the model begins with
     mechanism : fields of the `Mechanism` of a private training
+    neighbours : file of `save_neighbours`; None: fitted here where the model has item-to-item evidence
     """
     dataset = Dataset.open(dataset) if isinstance(dataset, str) else dataset
     train = settings.train
@@ -209,7 +226,10 @@ def build_loop(
 
     validate = _build_validation(dataset, model, settings, private=mechanism is not None)
     if mechanism is None:
-        return Loop(model, batches, validate, criterion, loop_settings)
+        calibration = None
+        if train.calibrate:
+            calibration = partial(_attach_and_calibrate, dataset, settings, neighbours)
+        return Loop(model, batches, validate, criterion, loop_settings, calibration)
     from recray.training.private import PrivateLoop
 
     return PrivateLoop(
@@ -220,6 +240,34 @@ def build_loop(
         loop_settings,
         Mechanism(**mechanism),
         report_every=settings.privacy.report_every,
+    )
+
+
+def fit_neighbours_for(settings: Settings, dataset: Dataset) -> Neighbours:
+    """The neighbours of items for a training. Raises SettingsError."""
+    return fit_neighbours(
+        dataset,
+        neighbours=settings.model.cooccurrence_neighbours,
+        l2=settings.evaluate.ease_l2,
+        memory_bytes=settings.train.cooccurrence_memory * 2**30,
+    )
+
+
+def _attach_and_calibrate(
+    dataset: Dataset, settings: Settings, neighbours: str | None, model: Network
+) -> dict[str, float]:
+    """Give a trained model its neighbours, if it has item-to-item evidence, and calibrate it."""
+    if model.cooccurrence is not None:
+        fitted = (
+            fit_neighbours_for(settings, dataset) if neighbours is None else load_neighbours(Path(neighbours))
+        )
+        model.cooccurrence.attach(fitted)
+    return calibrate(
+        model,
+        dataset,
+        popularity_prior_days=settings.model.popularity_prior_days,
+        protocols=_selection_protocols(settings),
+        seed=settings.split.seed,
     )
 
 
@@ -267,13 +315,18 @@ def _is_bfloat16_fast(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def _selection_protocols(settings: Settings) -> tuple[str, ...]:
+    """The protocols by which validation users select the weights."""
+    return PROTOCOLS if settings.train.select_by == "both" else (settings.evaluate.protocol,)
+
+
 def _build_validation(dataset: Dataset, model: Network, settings: Settings, *, private: bool) -> Validate:
     """A function for the mean NDCG of validation users under the protocol of selection, or under both.
 
     It uses the predictor that serves. Raises DataError where a protocol has no target.
     """
     k = settings.evaluate.k[0]
-    protocols = PROTOCOLS if settings.train.select_by == "both" else (settings.evaluate.protocol,)
+    protocols = _selection_protocols(settings)
     queries = EvaluationQueries(
         dataset, "validation", max_users=settings.train.validation_users, seed=settings.split.seed
     )

@@ -32,6 +32,7 @@ from recray.serving import app
 from recray.serving.state import ServingState
 from recray.snapshot.reader import Snapshot
 from recray.storage import Storage
+from recray.testing.published import skip_training
 from recray.testing.synthetic import SyntheticShop
 
 FIRST = dt.datetime(2024, 4, 20, 23, 59, 59, tzinfo=dt.UTC)
@@ -351,6 +352,7 @@ def test_a_first_run_that_is_not_promoted_shows_its_comparisons_and_publishes_no
     changed |= {
         "model": settings.model.model_copy(update={"repeat_consumption": False, "popularity_prior_days": 0})
     }
+    skip_training(settings.model_copy(update=changed), FIRST)
     refused = pipeline.run("nightly", settings.model_copy(update=changed), FIRST)
     assert (
         (refused.status, refused.exit_code) == ("refused", 3)

@@ -29,7 +29,7 @@ from recray.release import Release
 from recray.snapshot.reader import Snapshot
 from recray.stages.policy import open_published_dataset
 from recray.storage import Storage
-from recray.testing.published import prepare_here, publish_untrained
+from recray.testing.published import prepare_here, publish_untrained, skip_training
 from recray.testing.synthetic import SyntheticShop
 from recray.tracking.runs import Tracking
 
@@ -150,6 +150,7 @@ def test_a_nightly_run_learns_a_policy_for_its_new_bundle_and_scores_with_it(set
         return gate.Verdict([gate.Check("gain", True, "gains")], {"gain": 1.0})
 
     monkeypatch.setattr(tuning, "judge", judge)
+    skip_training(nightly)
     assert pipeline.run("nightly", nightly, None).status == "ok"
     champion = Release.read(storage).champion
     policy = Policy.load(storage.policy(champion.policy), champion.digest)

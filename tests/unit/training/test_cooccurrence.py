@@ -1,0 +1,126 @@
+"""Neighbours of items by the training events, and calibration of the terms of the scores."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recray.errors import SettingsError
+from recray.evaluation.protocol import PROTOCOLS
+from recray.model.cooccurrence import SEEN, SOURCES, CooccurrenceHead, Neighbours
+from recray.model.shape import Batch
+from recray.training.calibration import Scored, fit_factors
+from recray.training.neighbours import FADE_S, SHRINKAGE, WINDOW, _Counts, fit_neighbours
+
+
+def counted(histories, n_items, *, has_time=True):
+    """The matrices of histories of (item, time in seconds)."""
+    counts = _Counts(n_items + 1, 10**6)
+    owner = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    item, time_s = (np.array([event[i] for history in histories for event in history]) for i in (0, 1))
+    counts.add(owner, item, time_s, has_time=has_time)
+    return [np.asarray(getattr(matrix, "todense", lambda m=matrix: m)()) for matrix in counts.matrices(1.0)]
+
+
+HISTORIES = st.lists(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 10**7)), min_size=1, max_size=15).map(
+        lambda events: sorted(events, key=lambda event: event[1])
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(HISTORIES, st.booleans())
+def test_counts_are_those_of_plain_loops(histories, has_time):
+    together, following = np.zeros((2, 6, 6))
+    for history in histories:
+        for a, (first, early) in enumerate(history):
+            for b in range(a + 1, min(a + WINDOW, len(history) - 1) + 1):
+                second, late = history[b]
+                weight = (np.exp(-(late - early) / FADE_S) if has_time else 1.0) / (b - a)
+                if first != second:
+                    together[first, second] += weight
+                    together[second, first] += weight
+                    following[first, second] += weight if late > early or not has_time else 0.0
+    norm = np.sqrt(np.maximum(together.sum(1), 1e-9))
+    ours = counted(histories, 5, has_time=has_time)
+    np.testing.assert_allclose(ours[0], together / norm[:, None] / norm[None], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        ours[1], following / (following.sum(1)[:, None] + SHRINKAGE), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_neighbours_are_the_strongest_and_no_item_is_its_own(synthetic_dataset):
+    few = fit_neighbours(synthetic_dataset, neighbours=3, l2=10.0, memory_bytes=2**30)
+    many = fit_neighbours(synthetic_dataset, neighbours=50, l2=10.0, memory_bytes=2**30)
+    n_rows = synthetic_dataset.n_items + 1
+    assert few.item.shape == (n_rows, 3) and many.value.shape == (n_rows, 50, len(SOURCES))
+    assert not few.item[0].any() and not (many.item == np.arange(n_rows)[:, None])[1:].any()
+    strength = many.value.max(2)
+    assert (np.diff(strength, axis=1) <= 0).all() and (few.item == many.item[:, :3]).all()
+    assert ((many.item == 0) == (strength == 0)).all()
+
+
+def test_where_the_linear_model_does_not_fit_the_others_stay(synthetic_dataset):
+    n_rows = synthetic_dataset.n_items + 1
+    fitted = fit_neighbours(synthetic_dataset, neighbours=5, l2=10.0, memory_bytes=n_rows**2 * 19)
+    assert fitted.value[..., 0].any() and fitted.value[..., 1].any() and not fitted.value[..., 2].any()
+    with pytest.raises(SettingsError, match="train.cooccurrence_memory: 5 neighbours of 120 items"):
+        fit_neighbours(synthetic_dataset, neighbours=5, l2=10.0, memory_bytes=1000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_scores_are_those_of_plain_loops(data):
+    n_items, neighbours = data.draw(st.integers(2, 9)), data.draw(st.integers(1, 4))
+    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+    item = random.integers(0, n_items + 1, (n_items + 1, neighbours)).astype(np.int32)
+    item[0] = 0
+    value = random.random((n_items + 1, neighbours, len(SOURCES))).astype(np.float16)
+    value[item == 0] = 0
+    history = data.draw(st.lists(st.integers(1, n_items), min_size=1, max_size=30))
+    position, events = data.draw(st.integers(0, len(history) - 1)), data.draw(st.integers(1, 30))
+    head = CooccurrenceHead(events)
+    head.attach(Neighbours(item, value))
+    head.scale.copy_(torch.rand(head.scale.shape))
+
+    expected, before = np.zeros(n_items + 1), history[: position + 1]
+    for recency, event in enumerate(dict.fromkeys(before[::-1][:events])):
+        column = int(np.searchsorted([1, 5, 20], recency, side="right"))
+        for m in range(neighbours):
+            candidate = item[event, m]
+            scale = head.scale[:, SEEN if candidate in before else column].numpy()
+            expected[candidate] += float(scale @ value[event, m].astype(np.float32)) if candidate else 0.0
+    zeros = torch.zeros(1, len(history), dtype=torch.int64)
+    queries = torch.tensor([0]), torch.tensor([position])
+    batch = Batch(torch.tensor([history]), *[zeros] * 4, *queries, *[zeros] * 4)
+    ours = head(batch, slice(None), n_items + 1)[0]
+    np.testing.assert_allclose(ours[1:], expected[1:], rtol=1e-3, atol=1e-3)
+    first = data.draw(st.integers(1, n_items))
+    block = head(batch, slice(None), n_items + 1 - first, first)[0]
+    np.testing.assert_allclose(block, ours[first:], rtol=1e-6, atol=1e-6)
+    terms = sum(head(batch, slice(None), n_items + 1, scale_SR=only) for _, only in head.terms())
+    np.testing.assert_allclose(terms[0, 1:], ours[1:], rtol=1e-4, atol=1e-5)
+
+
+def drawn(random, factors, queries=3000, candidates=30):
+    """Queries whose targets are drawn by the softmax of the terms times factors."""
+    score_SQC = torch.from_numpy(random.normal(size=(len(factors), queries, candidates)).astype(np.float32))
+    chances = torch.einsum("sqc,s->qc", score_SQC, torch.tensor(factors)).softmax(1).numpy()
+    target = (chances.cumsum(1) < random.random((queries, 1))).sum(1).clip(max=candidates - 1)
+    is_target_QC = torch.zeros(queries, candidates, dtype=torch.bool)
+    is_target_QC[torch.arange(queries), torch.from_numpy(target)] = True
+    return Scored(score_SQC, is_target_QC, torch.zeros_like(is_target_QC))
+
+
+def test_factors_are_those_by_which_the_targets_came_about():
+    factors = fit_factors(drawn(np.random.default_rng(0), [0.5, 2.0, 1.0]), PROTOCOLS)
+    np.testing.assert_allclose(factors, [0.5, 2.0, 1.0], rtol=0.1)
+
+
+def test_a_term_that_says_nothing_ends_near_zero():
+    factors = fit_factors(drawn(np.random.default_rng(1), [1.0, 0.0]), PROTOCOLS)
+    assert factors[0] == pytest.approx(1.0, rel=0.1) and factors[1] < 0.1
