@@ -277,9 +277,8 @@ def write_bundle(
             folder / "model.safetensors",
         )
         if neighbours is not None:
-            save_arrays(
-                {name: part[-1:].copy() for name, part in neighbours._asdict().items()}, folder / NEIGHBOURS
-            )
+            parts = {name: np.ascontiguousarray(part) for name, part in neighbours._asdict().items()}
+            save_arrays(parts, folder / NEIGHBOURS)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True))
         (folder / "privacy.json").write_text(
             json.dumps(privacy or {"differential_privacy": False}, indent=2, sort_keys=True) + "\n"

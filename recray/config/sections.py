@@ -1038,7 +1038,7 @@ class Settings(Section):
     def _check_evidence(self) -> Settings:
         if self.model.cooccurrence and not self.train.calibrate:
             raise ValueError(
-                "model.cooccurrence needs train.calibrate, which weighs its evidence; set train.calibrate=true"
+                "model.cooccurrence needs train.calibrate, which weighs it: set train.calibrate=true"
             )
         return self
 

@@ -23,9 +23,9 @@ from recray.model.network import Network
 
 MOST_QUERIES = 1000
 FEWEST_QUERIES = 30
-MOST_CANDIDATES = 4096  # of a query: the best of the uncalibrated scores, and the targets
+BEST, DRAWN = 2048, 2048  # candidates of a query: the best before calibration and the targets; and others
 MOST_SCORES = 1 << 25  # queries x items x terms that are computed at once
-PULL = 1e-3  # of each log factor towards 0
+SPREAD = 1.0  # of a log factor before anything was seen: few validation users move it little
 STEPS = 60
 
 
@@ -34,11 +34,13 @@ class Scored(NamedTuple):
 
     score_SQC : float32, scores of each term
     is_target_QC, is_seen_QC : whether a candidate is a target, and whether the history has it
+    log_weight_QC : log of the number of items that a drawn candidate stands for, 0 for others
     """
 
     score_SQC: Tensor
     is_target_QC: Tensor
     is_seen_QC: Tensor
+    log_weight_QC: Tensor
 
 
 def calibrate(
@@ -68,7 +70,7 @@ def calibrate(
 
 def fit_factors(scored: Scored, protocols: Sequence[str]) -> Tensor:
     """The factor of each term, float64 [S], by which the targets are most likely under the protocols."""
-    _, is_target_QC, is_seen_QC = scored
+    _, is_target_QC, is_seen_QC, log_weight_QC = scored
     by_protocol = {
         "with_repeats": (torch.zeros_like(is_seen_QC), is_target_QC),
         "filter_seen": (is_seen_QC, is_target_QC & ~is_seen_QC),
@@ -79,8 +81,8 @@ def fit_factors(scored: Scored, protocols: Sequence[str]) -> Tensor:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        score_QC = torch.einsum("sqc,s->qc", scored.score_SQC, log_S.exp().float())
-        total = PULL * log_S.square().sum()
+        score_QC = torch.einsum("sqc,s->qc", scored.score_SQC, log_S.exp().float()) + log_weight_QC
+        total = log_S.square().sum() / (2 * SPREAD**2 * len(is_seen_QC))
         for is_hidden_QC, is_target_QC in parts:
             log_share_QC = score_QC.masked_fill(is_hidden_QC, -math.inf).log_softmax(1)
             count_Q = is_target_QC.sum(1)
@@ -103,11 +105,26 @@ def _to_scored(predictor: Predictor, queries: list[EvaluationQuery]) -> Scored:
         is_target_QV[row, torch.from_numpy(np.asarray(query.target, np.int64))] = True
         is_seen_QV[row, torch.from_numpy(np.asarray(query.history.item_index, np.int64))] = True
     is_target_QV[:, 0] = False
-    total_QV = score_SQV.sum(0)
-    count = min(MOST_CANDIDATES, total_QV.shape[1])
-    best_QC = total_QV.masked_fill(is_target_QV, math.inf).topk(count, 1).indices
-    score_SQC = score_SQV.gather(2, best_QC.expand(len(score_SQV), -1, -1))
-    return Scored(score_SQC, is_target_QV.gather(1, best_QC), is_seen_QV.gather(1, best_QC))
+    index_QC, log_weight_QC = _choose(score_SQV.sum(0).masked_fill(is_target_QV, math.inf))
+    score_SQC = score_SQV.gather(2, index_QC.expand(len(score_SQV), -1, -1))
+    is_target_QC = is_target_QV.gather(1, index_QC) & log_weight_QC.isfinite()
+    return Scored(score_SQC, is_target_QC, is_seen_QV.gather(1, index_QC), log_weight_QC)
+
+
+def _choose(score_QV: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates [Q, C], and the log of how many items each stands for: the best ones for themselves, and
+    draws for the rest, since the best alone would make the scores look worse than they are.
+    """
+    Q, V = score_QV.shape
+    if V <= BEST + DRAWN:
+        return torch.arange(V).expand(Q, -1), torch.zeros(Q, V)
+    best_QC = score_QV.topk(BEST, 1).indices
+    drawn_QC = torch.randint(1, V, (Q, DRAWN), generator=torch.Generator().manual_seed(V))
+    is_best_QV = torch.zeros(Q, V, dtype=torch.bool).scatter_(1, best_QC, True)
+    is_other_QC = ~is_best_QV.gather(1, drawn_QC)
+    stands_for = (V - BEST) / is_other_QC.sum(1, keepdim=True).clamp(min=1)
+    log_weight_QC = torch.where(is_other_QC, stands_for.log(), -math.inf)
+    return torch.cat([best_QC, drawn_QC], 1), torch.cat([torch.zeros(Q, BEST), log_weight_QC], 1)
 
 
 @torch.no_grad()

@@ -147,13 +147,26 @@ class Loop:
             yield {**line, "seconds": time.monotonic() - started}
 
     def finish(self) -> Network:
-        """The trained model: the best weights, calibrated once."""
-        model = self.ema_model
+        """The trained model: the best weights, calibrated once, unless validation users are better off
+        without.
+        """
+        model = self.ema_model.eval()
         model.load_state_dict(self.best)
         if self.progress.factors is None:
-            self.progress.factors = {} if self.calibrate is None else self.calibrate(model)
+            self.progress.factors = {} if self.calibrate is None else self._calibrate(model, self.calibrate)
             self.best = copy_weights(model)
-        return model.eval()
+        return model
+
+    def _calibrate(self, model: Network, calibrate: Calibrate) -> dict[str, float]:
+        before, _ = self.validate(model, 0, 1)
+        factors = calibrate(model)
+        after, _ = self.validate(model, 0, 1)
+        if after >= before:
+            return factors
+        model.load_state_dict(self.best)
+        if model.cooccurrence is not None:
+            model.cooccurrence.scale.zero_()
+        return {}
 
     def train_epoch(self, epoch: int) -> float:
         """One pass over the training histories; returns the mean loss of a query.

@@ -50,6 +50,7 @@ def settings(tmp_path_factory):
         "serve.poll_s=0.2",
         "serve.timeout_s=30",
         "train.every_days=3",
+        "model.cooccurrence=true",
     ]
     return with_port(load_settings(None, overrides))
 

@@ -7,11 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recray.errors import SettingsError
-from recray.evaluation.protocol import PROTOCOLS
+from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries
+from recray.inference import Predictor
 from recray.model.cooccurrence import SEEN, SOURCES, CooccurrenceHead, Neighbours
 from recray.model.shape import Batch
-from recray.training.calibration import Scored, fit_factors
+from recray.training.calibration import BEST, DRAWN, Scored, _choose, fit_factors
 from recray.training.neighbours import FADE_S, SHRINKAGE, WINDOW, _Counts, fit_neighbours
+from recray.training.plan import training_settings
+from recray.training.worker import build_loop
 
 
 def counted(histories, n_items, *, has_time=True):
@@ -113,7 +116,7 @@ def drawn(random, factors, queries=3000, candidates=30):
     target = (chances.cumsum(1) < random.random((queries, 1))).sum(1).clip(max=candidates - 1)
     is_target_QC = torch.zeros(queries, candidates, dtype=torch.bool)
     is_target_QC[torch.arange(queries), torch.from_numpy(target)] = True
-    return Scored(score_SQC, is_target_QC, torch.zeros_like(is_target_QC))
+    return Scored(score_SQC, is_target_QC, torch.zeros_like(is_target_QC), torch.zeros(queries, candidates))
 
 
 def test_factors_are_those_by_which_the_targets_came_about():
@@ -124,3 +127,78 @@ def test_factors_are_those_by_which_the_targets_came_about():
 def test_a_term_that_says_nothing_ends_near_zero():
     factors = fit_factors(drawn(np.random.default_rng(1), [1.0, 0.0]), PROTOCOLS)
     assert factors[0] == pytest.approx(1.0, rel=0.1) and factors[1] < 0.1
+
+
+def test_drawn_candidates_stand_for_all_others():
+    score_QV = torch.from_numpy(np.random.default_rng(2).normal(size=(50, 20_000)).astype(np.float32))
+    score_QV[:, 0] = -1e9
+    index_QC, log_weight_QC = _choose(score_QV)
+    assert index_QC.shape == (50, BEST + DRAWN) and (index_QC[:, :BEST] > 0).all()
+    is_dropped = log_weight_QC == -np.inf
+    assert is_dropped[:, BEST:].any() and not is_dropped[:, :BEST].any()
+    for factor in (0.0, 0.5, 1.0, 1.5):
+        estimate = (factor * score_QV.gather(1, index_QC) + log_weight_QC).logsumexp(1)
+        np.testing.assert_allclose(estimate, (factor * score_QV[:, 1:]).logsumexp(1), atol=0.03)
+    small, weights = _choose(score_QV[:, :1000])
+    assert (small == torch.arange(1000)).all() and not weights.any()
+
+
+def trained_here(dataset, settings, **model):
+    changed = settings.replace("model", **model) if model else settings
+    loop = build_loop(dataset, training_settings(changed), torch.device("cpu"))
+    for _ in loop.run():
+        pass
+    return loop
+
+
+@pytest.mark.parametrize("scores", ["dot", "cosine"])
+def test_scaled_terms_are_the_scores_of_the_scaled_model(synthetic_dataset, synthetic_settings, scores):
+    loop = trained_here(synthetic_dataset, synthetic_settings, scores=scores, cooccurrence=True)
+    model = loop.ema_model.eval()
+    model.cooccurrence.attach(fit_neighbours(synthetic_dataset, neighbours=9, l2=10.0, memory_bytes=2**30))
+    (queries,) = EvaluationQueries(synthetic_dataset, "validation").batches(1000)
+
+    def terms():
+        encoder = Predictor.of(model, synthetic_dataset, 7).encoder
+        contexts = np.stack([query.context for query in queries])
+        moments = np.array([query.now for query in queries])
+        batch = encoder.batch([query.history.last(32) for query in queries], moments, contexts)
+        with torch.no_grad():
+            hidden, _ = encoder.encode(batch, None, with_entropy=False)
+            return encoder.term_scores(hidden, batch), encoder.score_block(hidden, batch, slice(0, None))
+
+    before, whole = terms()
+    assert len(before) > 15
+    np.testing.assert_allclose(sum(before.values())[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
+    random = np.random.default_rng(0)
+    factors = {
+        name: float(factor) for name, factor in zip(before, random.uniform(0.5, 1.5, 99), strict=False)
+    }
+    model.scale_terms(factors)
+    after, whole = terms()
+    for name, factor in factors.items():
+        np.testing.assert_allclose(after[name], factor * before[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(sum(after.values())[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_calibration_that_does_validation_users_no_good_is_taken_back(
+    synthetic_dataset, synthetic_settings
+):
+    loop = trained_here(synthetic_dataset, synthetic_settings, cooccurrence=True)
+    uncalibrated = {name: tensor.clone() for name, tensor in loop.best.items()}
+    before, _ = loop.validate(loop.finish(), 0, 1)
+    assert loop.progress.factors["similarity"] != 1.0
+    assert loop.finish() is loop.ema_model, "a second time changes nothing"
+    assert loop.validate(loop.ema_model, 0, 1)[0] == before
+
+    def spoil(model):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), model.cooccurrence.scale):
+                tensor.zero_()
+        return {"similarity": 0.0}
+
+    loop.best, loop.progress.factors, loop.calibrate = uncalibrated, None, spoil
+    model = loop.finish()
+    assert loop.progress.factors == {} and not model.cooccurrence.scale.any()
+    for name, tensor in model.state_dict().items():
+        assert name == "cooccurrence.scale" or torch.equal(tensor, uncalibrated[name]), name
