@@ -78,7 +78,7 @@ class Predictor:
         popular_only: bool = False,
         bfloat16: bool = False,
     ) -> None:
-        self.model, self.catalogue, self.vocabulary = model, catalogue, catalogue.vocabulary
+        self.catalogue, self.vocabulary = catalogue, catalogue.vocabulary
         self.private, self.popular_only = private, popular_only
         self.encoder = HistoryEncoder(
             model, catalogue, popularity_prior_days=popularity_prior_days, bfloat16=bfloat16
@@ -135,8 +135,17 @@ class Predictor:
             model, catalogue, popularity_prior_days=popularity_prior_days, private=private, bfloat16=bfloat16
         )
 
-    def refresh(self) -> None:
-        """Take over the model's current weights, as in inference."""
+    @property
+    def model(self) -> Network:
+        """The network, as the encoder reads it."""
+        return self.encoder.model
+
+    def refresh(self, model: Network | None = None) -> None:
+        """Take over the current weights, as in inference.
+
+        model : another model of the same shape and catalogue from now on; None: the same one
+        """
+        self.encoder.model = model or self.encoder.model
         self.encoder.refresh()
         self._take_over_model()
 

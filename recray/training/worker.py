@@ -347,8 +347,7 @@ def _build_validation(dataset: Dataset, model: Network, settings: Settings, *, p
             )
 
     def validate(candidate: Network, rank: int, world_size: int) -> tuple[float, float]:
-        predictor.model = candidate
-        predictor.refresh()
+        predictor.refresh(candidate)
         total = 0.0
         for batch in queries.batches(VALIDATION_BATCH, rank, world_size):
             for protocol in protocols:

@@ -199,6 +199,7 @@ def test_a_calibration_that_does_validation_users_no_good_is_taken_back(
 
     loop.best, loop.progress.factors, loop.calibrate = uncalibrated, None, spoil
     model = loop.finish()
-    assert loop.progress.factors == {} and not model.cooccurrence.scale.any()
+    assert loop.progress.factors == {}, "validation users are worse off"
+    assert not model.cooccurrence.scale.any()
     for name, tensor in model.state_dict().items():
         assert name == "cooccurrence.scale" or torch.equal(tensor, uncalibrated[name]), name

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -189,6 +191,16 @@ def test_what_broke_in_a_later_epoch_leaves_the_checkpoint_before_it(
     repeated = loop(synthetic_settings, synthetic_dataset)
     load_checkpoint(repeated, last_checkpoint(tmp_path))
     assert repeated.progress.epoch == 1 and next(repeated.run())["epoch"] == 2
+
+
+def test_validation_measures_the_weights_that_it_is_given(synthetic_settings, synthetic_dataset):
+    run = loop(synthetic_settings, synthetic_dataset, ema_decay=0.9)
+    other = copy.deepcopy(run.ema_model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    first, zero, again = (run.validate(model, 0, 1)[0] for model in (run.ema_model, other, run.ema_model))
+    assert first == again != zero
 
 
 def test_the_average_follows_the_weights(synthetic_settings, synthetic_dataset):
