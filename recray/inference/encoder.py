@@ -50,6 +50,8 @@ class HistoryEncoder:
         """Take over the model's current weights, as in inference: without dropout, in whatever mode it is."""
         was_training = self.model.training
         self.model.eval()
+        if self.model.cooccurrence is not None:
+            self.model.cooccurrence.refresh()
         self._parts_MVD = self.model.items.parts()
         self.table_VD = self.model.items()
         self._output_VD = self.model.output(self.table_VD)

@@ -58,10 +58,9 @@ def explain(
         scores = predictor.score([readable], [every_item], now=now, controls=controls, context=contexts)[0]
         return Explanation(positions, rollout_T, (scores[items] - scores[1:].mean())[:, None])
 
-    is_repeat = np.isin(
-        readable.item_index, items
-    )  # the repeat-consumption head reads these without attention
-    selected = np.sort(np.lexsort((rollout_T, is_repeat))[-events:])
+    # repeat consumption and item-to-item evidence read these without attention
+    is_read = np.isin(readable.item_index, items) | predictor.has_neighbours(readable.item_index, items)
+    selected = np.sort(np.lexsort((rollout_T, is_read))[-events:])
     occluded = [History(*(np.delete(values, position) for values in readable)) for position in selected]
     histories = [readable, *occluded]
     expanded = None if controls is None else controls.map(lambda t: t.expand(len(histories), *t.shape[1:]))

@@ -171,6 +171,14 @@ class Predictor:
         items = self.model.items
         return (items.present().any(0) & ~items.seen_V).cpu().numpy()
 
+    def has_neighbours(self, item_index: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Whether item-to-item evidence connects each item with one of the candidates, bool [n]."""
+        head = self.model.cooccurrence
+        if head is None or not head.is_attached:
+            return np.zeros(len(item_index), bool)
+        neighbour_nM = head.item[torch.from_numpy(np.asarray(item_index, np.int64))].cpu().numpy()
+        return np.asarray(np.isin(neighbour_nM, np.setdiff1d(candidates, [0])).any(1))
+
     def counts(self) -> np.ndarray:
         """Interactions with each item, float64 [n_items + 1]; of a private model its noised counts alone."""
         return self._fallback.counts()

@@ -48,6 +48,7 @@ class CooccurrenceHead(nn.Module):
     scale: Tensor
     item: Tensor
     value: Tensor
+    weight: Tensor
 
     def __init__(self, events: int) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class CooccurrenceHead(nn.Module):
         # as large as the catalogue: in a file of its own beside the weights
         self.register_buffer("item", torch.zeros(0, 0, dtype=torch.int32), persistent=False)
         self.register_buffer("value", torch.zeros(0, 0, len(SOURCES)), persistent=False)
+        self.register_buffer("weight", torch.zeros(SEEN + 1, 0, 0), persistent=False)
 
     @property
     def is_attached(self) -> bool:
@@ -66,6 +68,16 @@ class CooccurrenceHead(nn.Module):
         """Take over the neighbours."""
         self.item = torch.from_numpy(neighbours.item).to(self.scale.device)
         self.value = torch.from_numpy(neighbours.value).to(self.scale.device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the current scales."""
+        self.weight = self._weigh(self.scale)
+
+    def _weigh(self, scale_SR: Tensor) -> Tensor:
+        """Score of each neighbour by recency of the item, float32 [R + 1, V, M]."""
+        weights = [self.value.float() @ scale_SR[:, recency] for recency in range(SEEN + 1)]
+        return torch.stack(weights)
 
     def terms(self) -> Iterator[tuple[str, Tensor]]:
         """Name of each scale, and all scales with the others at 0."""
@@ -82,34 +94,31 @@ class CooccurrenceHead(nn.Module):
 
         scale_SR : in place of its own
         """
-        scale_SR = self.scale if scale_SR is None else scale_SR
+        weight_RVM = self.weight if scale_SR is None else self._weigh(scale_SR)
         user_N, position_N = batch.user_N[queries], batch.position_N[queries]
-        length = min(self.events, batch.item_BT.shape[1])
+        history_NT = batch.item_BT[user_N]
+        length = min(self.events, history_NT.shape[1])
         where_NL = position_N[:, None] - torch.arange(length, device=position_N.device)  # the latest first
-        item_NL = batch.item_BT[user_N[:, None], where_NL.clamp(min=0)]
-        counts_NL = (where_NL >= 0) & ~(item_NL[:, :, None] == item_NL[:, None, :]).tril(-1).any(2)
+        item_NL = history_NT.gather(1, where_NL.clamp(min=0))
+        counts_NL = ~(item_NL[:, :, None] == item_NL[:, None, :]).tril(-1).any(2) & (where_NL >= 0)
         ends = torch.tensor(RECENCIES, device=item_NL.device)
         recency_NL = torch.searchsorted(ends, counts_NL.cumsum(1) - 1, right=True)
 
-        neighbour_NLM, value_NLMS = self.item[item_NL].long() - first, self.value[item_NL].float()
-        inside_NLM = (neighbour_NLM >= max(1 - first, 0)) & (neighbour_NLM < n_items) & counts_NL[..., None]
-        at_NX = neighbour_NLM.clamp(0, n_items - 1).flatten(1)
-        unseen_NLM = torch.einsum("nlms,snl->nlm", value_NLMS, scale_SR[:, recency_NL])
-        seen_NLM = value_NLMS @ scale_SR[:, SEEN]
-        unseen, seen = (
-            torch.zeros(len(item_NL), n_items, device=item_NL.device).scatter_add_(
-                1, at_NX, torch.where(inside_NLM, score_NLM, 0.0).flatten(1)
-            )
-            for score_NLM in (unseen_NLM, seen_NLM)
+        # what is outside of these items, or does not count, is added to a column of its own
+        neighbour_NX = (self.item[item_NL] * counts_NL[:, :, None]).flatten(1).long() - first
+        inside_NX = (neighbour_NX >= max(1 - first, 0)) & (neighbour_NX < n_items)
+        neighbour_NX = torch.where(inside_NX, neighbour_NX, n_items)
+        inside_NT = (
+            (history_NT >= first)
+            & (history_NT < first + n_items)
+            & (torch.arange(history_NT.shape[1], device=item_NL.device) <= position_N[:, None])
         )
-        return torch.where(self._is_seen(batch.item_BT[user_N], position_N, n_items, first), seen, unseen)
-
-    @staticmethod
-    def _is_seen(item_NT: Tensor, position_N: Tensor, n_items: int, first: int) -> Tensor:
-        """Whether the history has each item [N, n_items]."""
-        where_T = torch.arange(item_NT.shape[1], device=item_NT.device)
-        inside = (item_NT >= first) & (item_NT < first + n_items) & (where_T <= position_N[:, None])
-        # what is outside is marked in a column of its own
-        index_NT = torch.where(inside, item_NT - first, n_items)
-        marks = torch.zeros(len(item_NT), n_items + 1, dtype=torch.bool, device=item_NT.device)
-        return marks.scatter_(1, index_NT, True)[:, :n_items]
+        is_seen_NV = torch.zeros(len(item_NL), n_items + 1, dtype=torch.bool, device=item_NL.device)
+        is_seen_NV.scatter_(1, torch.where(inside_NT, history_NT - first, n_items), True)
+        recency_NX = torch.where(
+            is_seen_NV.gather(1, neighbour_NX), SEEN, recency_NL.repeat_interleave(self.item.shape[1], 1)
+        )
+        place_NX = torch.arange(self.item.shape[1], device=item_NL.device).repeat(length)
+        score_NX = weight_RVM[recency_NX, item_NL.repeat_interleave(self.item.shape[1], 1), place_NX]
+        scores_NV = torch.zeros(len(item_NL), n_items + 1, device=item_NL.device)
+        return scores_NV.scatter_add_(1, neighbour_NX, score_NX)[:, :n_items]

@@ -29,6 +29,7 @@ from recray.model.shape import Batch
 if TYPE_CHECKING:
     from recray.bundle import CurveLine, TrainingMetrics
 
+WORST_AFTER = 0.97  # of the validation NDCG after calibration: with a few hundred users it is rough
 SCALAR_FACTOR = 10.0  # on the learning rate of the few scalar parameters
 
 Validate = Callable[[Network, int, int], tuple[float, float]]
@@ -147,8 +148,8 @@ class Loop:
             yield {**line, "seconds": time.monotonic() - started}
 
     def finish(self) -> Network:
-        """The trained model: the best weights, calibrated once, unless validation users are better off
-        without.
+        """The trained model: the best weights, calibrated once, unless validation users are clearly
+        better off without.
         """
         model = self.ema_model.eval()
         model.load_state_dict(self.best)
@@ -161,7 +162,7 @@ class Loop:
         before, _ = self.validate(model, 0, 1)
         factors = calibrate(model)
         after, _ = self.validate(model, 0, 1)
-        if after >= before:
+        if after >= WORST_AFTER * before:
             return factors
         model.load_state_dict(self.best)
         if model.cooccurrence is not None:

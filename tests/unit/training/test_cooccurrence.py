@@ -89,6 +89,7 @@ def test_scores_are_those_of_plain_loops(data):
     head = CooccurrenceHead(events)
     head.attach(Neighbours(item, value))
     head.scale.copy_(torch.rand(head.scale.shape))
+    head.refresh()
 
     expected, before = np.zeros(n_items + 1), history[: position + 1]
     for recency, event in enumerate(dict.fromkeys(before[::-1][:events])):
