@@ -55,6 +55,7 @@ BENCHMARKS = {
     "submit": Benchmark("submit.measure_submit"),
     "quality": _on_data("quality.measure_quality", "data", "against", "overrides", "progress", "out"),
     "ablations": _on_data("ablations.measure_ablations", "data", "overrides", "progress", needs_data=False),
+    "evidence": _on_data("evidence.measure_evidence", "data", "overrides", "progress", needs_data=False),
     "features": _on_data("features.measure_features", "data", "overrides", "progress"),
     "slate": _on_data("slate.measure_slate", "data", "overrides", "progress"),
     "train": _on_data("train.measure_train", "data", "against", "overrides", "progress"),

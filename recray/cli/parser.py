@@ -39,6 +39,8 @@ BENCHMARKS = {
     "hours, and continues where it stopped)",
     "ablations": "the contribution of each part of the model, one training each, on the data that ships "
     "(half an hour) or another data set",
+    "evidence": "what calibration and item-to-item evidence add, three trainings, on the data that ships or "
+    "another data set",
     "features": "the contribution of each column, and cold items",
     "slate": "AUC within impressions (MIND)",
     "train": "seconds an epoch",
