@@ -57,8 +57,9 @@ def measure_evidence(
 
         started = time.perf_counter()
         model = loop.finish()
-        facts.append({"epochs": epochs, "train_s": round(trained_s, 1)})
-        facts[-1] |= {"finish_s": round(time.perf_counter() - started, 1), "factors": loop.progress.factors}
+        fact: Result = {"epochs": epochs, "train_s": round(trained_s, 1)}
+        fact |= {"finish_s": round(time.perf_counter() - started, 1), "factors": loop.progress.factors}
+        facts.append(fact)
         ndcg["evidence"].append(_ndcg(model, settings, dataset, queries))
         calibrated = _calibrate_alone(best, seeded, dataset)
         ndcg["calibrated"].append(_ndcg(calibrated, settings, dataset, queries))
@@ -99,10 +100,8 @@ def _ndcg(
     model: Network, settings: Settings, dataset: Dataset, queries: EvaluationQueries
 ) -> dict[str, np.ndarray]:
     """NDCG of each user with a target, by protocol."""
-    predictor, k = (
-        Predictor.of(model.eval(), dataset, settings.model.popularity_prior_days),
-        settings.evaluate.k[0],
-    )
+    predictor = Predictor.of(model.eval(), dataset, settings.model.popularity_prior_days)
+    k = settings.evaluate.k[0]
     values: dict[str, list[np.ndarray]] = {protocol: [] for protocol in PROTOCOLS}
     for batch in queries.batches(BATCH):
         for protocol in PROTOCOLS:
