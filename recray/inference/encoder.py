@@ -54,15 +54,15 @@ class HistoryEncoder:
             self.model.cooccurrence.refresh()
         self._parts_MVD = self.model.items.parts()
         self.table_VD = self.model.items()
-        self._output_VD = self.model.output(self.table_VD)
+        self.output_VD = self.model.output(self.table_VD)
         has_vector_V = self.model.items.present().any(0)
         self.blank_items = (~has_vector_V[1:]).nonzero()[
             :, 0
         ] + 1  # without an id vector and without a feature
 
         if len(self.blank_items) and has_vector_V.any():  # such an item scores as all others do on average
-            mean_D = self._output_VD[has_vector_V].mean(0)
-            self._output_VD = self._output_VD.index_copy(
+            mean_D = self.output_VD[has_vector_V].mean(0)
+            self.output_VD = self.output_VD.index_copy(
                 0, self.blank_items, mean_D.expand(len(self.blank_items), -1)
             )
         self.model.train(was_training)
@@ -109,11 +109,7 @@ class HistoryEncoder:
 
     def score_block(self, hidden: Tensor, batch: Batch, items: slice) -> Tensor:
         """Scores [B, n] of a block of items."""
-        return self.model.scores(hidden, self._output_VD[items], batch, first=items.start)
-
-    def term_scores(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The scores [B, V] of all items by each term."""
-        return self.model.term_scores(hidden, self._output_VD, batch)
+        return self.model.scores(hidden, self.output_VD[items], batch, first=items.start)
 
     @torch.no_grad()
     def attention_rollout(self, batch: Batch) -> np.ndarray:

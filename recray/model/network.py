@@ -13,7 +13,6 @@ items and padding, D width, P days.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import accumulate
 
 import numpy as np
@@ -280,44 +279,6 @@ class Network(nn.Module):
             hidden_ND, batch, queries, len(output_VD), self.repeat_propensity(output_VD), first
         )
         return scores if extra is None else scores + extra
-
-    def term_scores(self, hidden_ND: Tensor, output_VD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The scores [N, V] of each term; their sum are the `scores`, but for fixed counts and padding."""
-        n_items, every = len(output_VD), slice(None)
-        scores = {"similarity": hidden_ND @ output_VD.mT}
-        if self.repeat is not None:
-            propensity_V = self.repeat_propensity(output_VD)
-            scores["repeat"] = self.repeat(hidden_ND, batch, every, n_items, propensity_V)
-        if self.prior_scale is not None:
-            scores["prior"] = self.prior_scale * batch.prior_PV[batch.day_N]
-        if self.freshness is not None:
-            scores["freshness"] = self.freshness(batch.fresh_PV.long()).squeeze(-1)[batch.day_N]
-        if self.cooccurrence is not None:
-            for name, scale_SR in self.cooccurrence.terms():
-                scores[name] = self.cooccurrence(batch, every, n_items, scale_SR=scale_SR)
-        return scores
-
-    @torch.no_grad()
-    def scale_terms(self, factors: Mapping[str, float]) -> None:
-        """Multiply the scores of terms, by their names in `term_scores`, in the weights."""
-        factor = factors.get("similarity", 1.0)
-        if self.temperature is not None:
-            temperature = self.temperature.clamp(COLDEST, HOTTEST)
-            self.temperature.copy_((temperature / factor).clamp(COLDEST, HOTTEST))
-            factor = float(temperature / self.temperature)
-        else:
-            self.norm.weight.mul_(factor)
-        if self.repeat is not None:
-            self.repeat.gate.weight.div_(factor)  # it reads the hidden states, which have another length now
-            self.repeat.log_scale.add_(math.log(factors.get("repeat", 1.0)))
-        if self.prior_scale is not None:
-            self.prior_scale.mul_(factors.get("prior", 1.0))
-        if self.freshness is not None:
-            self.freshness.weight.mul_(factors.get("freshness", 1.0))
-        if self.cooccurrence is not None:
-            names = [name for name, _ in self.cooccurrence.terms()]
-            scale = self.cooccurrence.scale
-            scale.mul_(scale.new_tensor([factors.get(name, 1.0) for name in names]).view_as(scale))
 
     def repeat_propensity(self, output_VD: Tensor) -> Tensor | None:
         """Learned tendency of each item to be repeated [V]; None for a model without it."""

@@ -9,7 +9,7 @@ it is temperature scaling (Guo et al., ICML 2017) of each term. Shapes: Q querie
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ from torch import Tensor
 from recray.dataset.reader import Dataset
 from recray.evaluation.protocol import EvaluationQueries, EvaluationQuery
 from recray.inference import Predictor
-from recray.model.network import Network
+from recray.model.network import COLDEST, HOTTEST, Network
+from recray.model.shape import Batch
 
 MOST_QUERIES = 1000
 FEWEST_QUERIES = 30
@@ -64,8 +65,51 @@ def calibrate(
     parts = [_to_scored(predictor, queries[first : first + size]) for first in range(0, len(queries), size)]
     scored = Scored(*(torch.cat(tensors, -2) for tensors in zip(*parts, strict=True)))
     factors = dict(zip(names, fit_factors(scored, protocols).tolist(), strict=True))
-    model.scale_terms(factors)
+    scale_terms(model, factors)
     return factors
+
+
+def term_scores(model: Network, hidden_ND: Tensor, output_VD: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The scores [N, V] of each term of a model; their sum are the scores, but for fixed counts and padding.
+
+    output_VD : `Network.output` of all items
+    """
+    n_items, every = len(output_VD), slice(None)
+    scores = {"similarity": hidden_ND @ output_VD.mT}
+    if model.repeat is not None:
+        propensity_V = model.repeat_propensity(output_VD)
+        scores["repeat"] = model.repeat(hidden_ND, batch, every, n_items, propensity_V)
+    if model.prior_scale is not None:
+        scores["prior"] = model.prior_scale * batch.prior_PV[batch.day_N]
+    if model.freshness is not None:
+        scores["freshness"] = model.freshness(batch.fresh_PV.long()).squeeze(-1)[batch.day_N]
+    if model.cooccurrence is not None:
+        for name, scale_SR in model.cooccurrence.terms():
+            scores[name] = model.cooccurrence(batch, every, n_items, scale_SR=scale_SR)
+    return scores
+
+
+@torch.no_grad()
+def scale_terms(model: Network, factors: Mapping[str, float]) -> None:
+    """Multiply the scores of terms, by their names in `term_scores`, in the weights of a model."""
+    factor = factors.get("similarity", 1.0)
+    if model.temperature is not None:
+        temperature = model.temperature.clamp(COLDEST, HOTTEST)
+        model.temperature.copy_((temperature / factor).clamp(COLDEST, HOTTEST))
+        factor = float(temperature / model.temperature)
+    else:
+        model.norm.weight.mul_(factor)
+    if model.repeat is not None:
+        model.repeat.gate.weight.div_(factor)  # it reads the hidden states, which have another length now
+        model.repeat.log_scale.add_(math.log(factors.get("repeat", 1.0)))
+    if model.prior_scale is not None:
+        model.prior_scale.mul_(factors.get("prior", 1.0))
+    if model.freshness is not None:
+        model.freshness.weight.mul_(factors.get("freshness", 1.0))
+    if model.cooccurrence is not None:
+        names = [name for name, _ in model.cooccurrence.terms()]
+        scale = model.cooccurrence.scale
+        scale.mul_(scale.new_tensor([factors.get(name, 1.0) for name in names]).view_as(scale))
 
 
 def fit_factors(scored: Scored, protocols: Sequence[str]) -> Tensor:
@@ -137,4 +181,5 @@ def _score(predictor: Predictor, queries: list[EvaluationQuery]) -> dict[str, Te
         np.stack([query.context for query in queries]).astype(np.int64),
     )
     hidden, _ = encoder.encode(batch, None, with_entropy=False)
-    return {name: scores.cpu() for name, scores in encoder.term_scores(hidden, batch).items()}
+    scores = term_scores(encoder.model, hidden, encoder.output_VD, batch)
+    return {name: tensor.cpu() for name, tensor in scores.items()}

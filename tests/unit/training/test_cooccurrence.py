@@ -11,7 +11,7 @@ from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries
 from recray.inference import Predictor
 from recray.model.cooccurrence import SEEN, SOURCES, CooccurrenceHead, Neighbours
 from recray.model.shape import Batch
-from recray.training.calibration import BEST, DRAWN, Scored, _choose, fit_factors
+from recray.training.calibration import BEST, DRAWN, Scored, _choose, fit_factors, scale_terms, term_scores
 from recray.training.neighbours import FADE_S, SHRINKAGE, WINDOW, _Counts, fit_neighbours
 from recray.training.plan import training_settings
 from recray.training.worker import build_loop
@@ -166,7 +166,8 @@ def test_scaled_terms_are_the_scores_of_the_scaled_model(synthetic_dataset, synt
         batch = encoder.batch([query.history.last(32) for query in queries], moments, contexts)
         with torch.no_grad():
             hidden, _ = encoder.encode(batch, None, with_entropy=False)
-            return encoder.term_scores(hidden, batch), encoder.score_block(hidden, batch, slice(0, None))
+            whole = encoder.score_block(hidden, batch, slice(0, None))
+            return term_scores(model, hidden, encoder.output_VD, batch), whole
 
     before, whole = terms()
     assert len(before) > 15
@@ -175,7 +176,7 @@ def test_scaled_terms_are_the_scores_of_the_scaled_model(synthetic_dataset, synt
     factors = {
         name: float(factor) for name, factor in zip(before, random.uniform(0.5, 1.5, 99), strict=False)
     }
-    model.scale_terms(factors)
+    scale_terms(model, factors)
     after, whole = terms()
     for name, factor in factors.items():
         np.testing.assert_allclose(after[name], factor * before[name], rtol=1e-3, atol=1e-4, err_msg=name)
