@@ -63,7 +63,7 @@ class TrainingMetrics(TypedDict, total=False):
     """The content of `metrics.json`: the progress of the training at its end; empty of untrained weights.
 
     epoch, step : epochs and optimiser steps
-    best_epoch, best_ndcg : the epoch whose weights were kept, and its validation NDCG before calibration
+    best_epoch, best_ndcg : the epoch whose weights were kept, and its validation NDCG
     factors : factor of each term of the scores by calibration
     """
 

@@ -83,7 +83,7 @@ def term_scores(model: Network, hidden_ND: Tensor, output_VD: Tensor, batch: Bat
         scores["prior"] = model.prior_scale * batch.prior_PV[batch.day_N]
     if model.freshness is not None:
         scores["freshness"] = model.freshness(batch.fresh_PV.long()).squeeze(-1)[batch.day_N]
-    if model.cooccurrence is not None:
+    if model.cooccurrence is not None and model.cooccurrence.is_attached:
         for name, scale_SR in model.cooccurrence.terms():
             scores[name] = model.cooccurrence(batch, every, n_items, scale_SR=scale_SR)
     return scores

@@ -91,7 +91,13 @@ class Progress:
 
 
 class Loop:
-    """Trains a model until early stop. `state_dict` and `load_state_dict` move it between processes."""
+    """Trains a model until early stop. `state_dict` and `load_state_dict` move it between processes.
+
+    Parameters
+    ----------
+    calibrate : epochs are compared, and the trained model is left, after it
+    attach : adds to the trained model what training does not need
+    """
 
     def __init__(
         self,
@@ -101,8 +107,10 @@ class Loop:
         criterion: Criterion,
         settings: LoopSettings,
         calibrate: Calibrate | None = None,
+        attach: Callable[[Network], None] | None = None,
     ) -> None:
-        self.model, self.batches, self.validate, self.calibrate = model, batches, validate, calibrate
+        self.model, self.batches, self.validate = model, batches, validate
+        self.calibrate, self.attach = calibrate, attach
         self.criterion, self.settings = criterion, settings
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -160,6 +168,8 @@ class Loop:
 
     def _calibrate(self, model: Network, calibrate: Calibrate) -> dict[str, float]:
         before, _ = self.validate(model, 0, 1)
+        if self.attach is not None:
+            self.attach(model)
         factors = calibrate(model)
         after, _ = self.validate(model, 0, 1)
         if after >= WORST_AFTER * before:
@@ -258,7 +268,11 @@ class Loop:
         return tensor
 
     def validation_ndcg(self) -> float:
-        total, users = self.validate(self.ema_model, self.rank, self.world_size)
+        model = self.ema_model
+        if self.calibrate is not None:
+            model = copy.deepcopy(model).eval()
+            self.calibrate(model)
+        total, users = self.validate(model, self.rank, self.world_size)
         total, users = self._sum_over_ranks(
             torch.tensor([total, users], dtype=torch.float64, device=self.device)
         ).tolist()

@@ -228,8 +228,15 @@ def build_loop(
     if mechanism is None:
         calibration = None
         if train.calibrate:
-            calibration = partial(_attach_and_calibrate, dataset, settings, neighbours)
-        return Loop(model, batches, validate, criterion, loop_settings, calibration)
+            calibration = partial(
+                calibrate,
+                dataset=dataset,
+                popularity_prior_days=settings.model.popularity_prior_days,
+                protocols=_selection_protocols(settings),
+                seed=settings.split.seed,
+            )
+        attach = partial(_attach_neighbours, dataset, settings, neighbours) if shape.cooccurrence else None
+        return Loop(model, batches, validate, criterion, loop_settings, calibration, attach)
     from recray.training.private import PrivateLoop
 
     return PrivateLoop(
@@ -253,22 +260,13 @@ def fit_neighbours_for(settings: Settings, dataset: Dataset) -> Neighbours:
     )
 
 
-def _attach_and_calibrate(
-    dataset: Dataset, settings: Settings, neighbours: str | None, model: Network
-) -> dict[str, float]:
-    """Give a trained model its neighbours, if it has item-to-item evidence, and calibrate it."""
-    if model.cooccurrence is not None:
-        fitted = (
-            fit_neighbours_for(settings, dataset) if neighbours is None else load_neighbours(Path(neighbours))
-        )
-        model.cooccurrence.attach(fitted)
-    return calibrate(
-        model,
-        dataset,
-        popularity_prior_days=settings.model.popularity_prior_days,
-        protocols=_selection_protocols(settings),
-        seed=settings.split.seed,
-    )
+def _attach_neighbours(dataset: Dataset, settings: Settings, neighbours: str | None, model: Network) -> None:
+    """Give a model with item-to-item evidence its neighbours, of a file or fitted here."""
+    assert model.cooccurrence is not None
+    if neighbours is None:
+        model.cooccurrence.attach(fit_neighbours_for(settings, dataset))
+    else:
+        model.cooccurrence.attach(load_neighbours(Path(neighbours)))
 
 
 def _loop_settings(
