@@ -19,7 +19,8 @@ BY_EVENT = ("events.weight", "event_bias.weight", "repeat.event.weight")
 @torch.no_grad()
 def copy_parent_weights(model: Network, dataset: Dataset, parent: Bundle) -> None:
     """Copy the parent's weights into a new model of the dataset. Other weights keep their initial values."""
-    parent_weights = dict(parent.model().named_parameters())
+    parent_model = parent.model()
+    parent_weights = dict(parent_model.named_parameters())
     item = dataset.translate(parent.item_ids)
     parent_types = parent.manifest["event_types"]
     event = np.array(
@@ -34,6 +35,8 @@ def copy_parent_weights(model: Network, dataset: Dataset, parent: Bundle) -> Non
             _copy_rows(weight, parent_weights[name], event)
         elif parent_weights[name].shape == weight.shape:
             weight.copy_(parent_weights[name])
+    if model.repeat is not None and parent_model.repeat is not None:
+        model.repeat.log_scale.copy_(parent_model.repeat.log_scale)
 
 
 def _copy_rows(weight: torch.Tensor, parent_weights: torch.Tensor, source_row: np.ndarray) -> None:
