@@ -184,7 +184,7 @@ def excerpts(one: bytes, other: bytes) -> tuple[bytes, bytes]:
     return one[max(first - 60, 0) : first + 60], other[max(first - 60, 0) : first + 60]
 
 
-def in_this_process(settings, run, dataset, progress, parent, private):
+def in_this_process(settings, run, dataset, progress, parent, private, neighbours):
     train_settings = training_settings(settings)
     loop = build_loop(
         str(dataset.path),
@@ -192,6 +192,7 @@ def in_this_process(settings, run, dataset, progress, parent, private):
         torch.device("cpu"),
         parent and str(parent.path),
         private["mechanism"],
+        neighbours,
     )
     for _ in loop.run():
         pass
