@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from recray.bundle import Bundle, PrivacyStatement, write_bundle
+from recray.bundle import Bundle, PrivacyStatement, TrainingMetrics, write_bundle
 from recray.config import Settings, load_settings
 from recray.dataset.reader import Dataset
 from recray.prepare.prepare import prepare, run_in_process
@@ -18,6 +18,7 @@ from recray.release import Member, Release
 from recray.snapshot.score import BucketArguments, BucketScorer, BucketSummary, ScoringModel, write_snapshot
 from recray.storage import Storage
 from recray.testing.synthetic import SyntheticShop
+from recray.training.loop import Progress
 from recray.training.plan import bundle_settings, plan_training, training_settings
 from recray.training.private import PrivateLoop
 from recray.training.trainer import mechanism_for
@@ -77,15 +78,22 @@ def skip_training(settings: Settings, as_of: dt.datetime | None = None) -> Bundl
     """Write what the train stage of these settings would write, so that it is skipped: untrained weights."""
     dataset = prepare_here(settings, as_of)
     key = plan_training(settings, dataset).key
-    return untrained_bundle(settings, dataset, Storage(settings.root()).bundle(key), key)
+    path = Storage(settings.root()).bundle(key)
+    return untrained_bundle(settings, dataset, path, key, metrics=Progress().to_dict())
 
 
 def untrained_bundle(
-    settings: Settings, dataset: Dataset, path: Path, key: str, privacy: PrivacyStatement | None = None
+    settings: Settings,
+    dataset: Dataset,
+    path: Path,
+    key: str,
+    privacy: PrivacyStatement | None = None,
+    metrics: TrainingMetrics | None = None,
 ) -> Bundle:
     """Write a model bundle of untrained weights.
 
     privacy : its privacy statement
+    metrics : of a training; None: it has none
     """
     mechanism = mechanism_for(settings, dataset)
     loop = build_loop(
@@ -105,7 +113,7 @@ def untrained_bundle(
         shape=loop.model.shape,
         state=loop.best,
         settings=bundle_settings(settings),
-        metrics={},
+        metrics=metrics or {},
         privacy=privacy,
         neighbours=fit_neighbours_for(settings, dataset) if loop.model.cooccurrence is not None else None,
     )

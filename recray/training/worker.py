@@ -151,21 +151,22 @@ def _train(config: WorkerConfig) -> None:
     if private and context.get_world_rank() == 0:
         loop.take_steps = _ledger_taker(private, loop.progress.step)  # type: ignore[attr-defined]
 
-    def report(line: CurveLine) -> None:
+    def report(line: CurveLine, *, is_new: bool = True) -> None:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if context.get_world_rank() == 0:
                 save_checkpoint(loop, Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-                with open(config["progress"], "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                if is_new:
+                    with open(config["progress"], "a") as file:
+                        file.write(json.dumps(line) + "\n")
             ray.train.report(dict(line), checkpoint=checkpoint)
 
     for line in loop.run():
         report(line)
     if loop.calibrate is not None and loop.progress.factors is None and loop.progress.curve:
         loop.finish()
-        report(loop.progress.curve[-1])
+        report(loop.progress.curve[-1], is_new=False)
 
 
 def build_loop(

@@ -75,6 +75,7 @@ def test_two_workers_on_two_nodes_equal_one(two_nodes, synthetic_folder, tmp_pat
             "resume": None,
             "parent": None,
             "private": None,
+            "neighbours": None,
         },
         scaling_config=ScalingConfig(
             num_workers=2, resources_per_worker={"CPU": 1}, placement_strategy="STRICT_SPREAD"

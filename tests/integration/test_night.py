@@ -350,9 +350,8 @@ def test_a_first_run_that_is_not_promoted_shows_its_comparisons_and_publishes_no
     changed = {"storage": settings.storage.model_copy(update={"root": str(tmp_path / "root")})}
     changed |= {"promotion": settings.promotion.model_copy(update={"must_beat": ("EASE",)})}
     changed |= {"train": settings.train.model_copy(update={"learning_rate": 1e-9, "epochs": 1})}
-    changed |= {
-        "model": settings.model.model_copy(update={"repeat_consumption": False, "popularity_prior_days": 0})
-    }
+    weaker = {"repeat_consumption": False, "popularity_prior_days": 0, "cooccurrence": False}
+    changed |= {"model": settings.model.model_copy(update=weaker)}
     skip_training(settings.model_copy(update=changed), FIRST)
     refused = pipeline.run("nightly", settings.model_copy(update=changed), FIRST)
     assert (

@@ -124,6 +124,7 @@ def test_what_passes_enters_an_experiment_and_what_is_refused_is_not_adopted(set
     storage.release.write_bytes(before)
 
 
+@pytest.mark.usefixtures("storage")
 def test_a_nightly_run_learns_a_policy_for_its_new_bundle_and_scores_with_it(settings, monkeypatch, tmp_path):
     changes = {
         "storage": {"root": str(tmp_path)},
