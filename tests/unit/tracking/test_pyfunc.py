@@ -36,7 +36,8 @@ T = 1_712_000_000
 
 @pytest.fixture(scope="module")
 def storage(synthetic_settings, synthetic_dataset, tmp_path_factory) -> Storage:
-    return publish_untrained(synthetic_settings, synthetic_dataset, tmp_path_factory.mktemp("mlflow"))
+    settings = synthetic_settings.replace("model", cooccurrence=True)
+    return publish_untrained(settings, synthetic_dataset, tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture(scope="module")
