@@ -43,16 +43,16 @@ def measure_adopt(folder: Path, progress: ProgressLog) -> Result:
     """
     metrics: Result = {}
     for name, layout in LAYOUTS.items():
-        place = folder / name
-        place.mkdir()
-        files = layout.write(find_data(layout.data), place)
-        metrics[name] = _adopt(place, files)
+        layout_folder = folder / name
+        layout_folder.mkdir()
+        files = layout.write(find_data(layout.data), layout_folder)
+        metrics[name] = _adopt(layout_folder, files)
         progress(f"{name}: {json.dumps(metrics[name])}")
     return metrics
 
 
-def _adopt(place: Path, files: Sequence[Path]) -> Result:
-    config, root = place / "recray.yaml", place / "workspace"
+def _adopt(layout_folder: Path, files: Sequence[Path]) -> Result:
+    config, root = layout_folder / "recray.yaml", layout_folder / "workspace"
     result: Result = {"bytes": sum(path.stat().st_size for path in files)}
     started = time.monotonic()
     _run(["init", str(config), "--from-data", *map(str, files), f"storage.root={root}"])
@@ -91,7 +91,7 @@ def _run(words: Sequence[str]) -> str:
     return done.stdout
 
 
-def _write_retail(data: Path, place: Path) -> list[Path]:
+def _write_retail(data: Path, layout_folder: Path) -> list[Path]:
     """One CSV as the UCI repository has it: no item table, 12/1/2010 8:26, some rows without a customer."""
     events = pq.read_table(data / "interactions.parquet")
     items = pq.read_table(data / "items.parquet", columns=["item_id", "title"])
@@ -109,11 +109,11 @@ def _write_retail(data: Path, place: Path) -> list[Path]:
         "CustomerID": events["user_id"],
         "Country": events["country"].cast(pa.string()),
     }
-    csv.write_csv(pa.table(columns), place / "Online Retail.csv")
-    return [place / "Online Retail.csv"]
+    csv.write_csv(pa.table(columns), layout_folder / "Online Retail.csv")
+    return [layout_folder / "Online Retail.csv"]
 
 
-def _write_personalize(data: Path, place: Path) -> list[Path]:
+def _write_personalize(data: Path, layout_folder: Path) -> list[Path]:
     """Interactions and items of a shop as Amazon Personalize takes them: upper case, seconds since 1970."""
     events = pq.read_table(data / "interactions.parquet")
     seconds = pc.divide(events["timestamp"].cast(pa.int64()), 1000)
@@ -124,7 +124,7 @@ def _write_personalize(data: Path, place: Path) -> list[Path]:
         "EVENT_TYPE": events["event"].cast(pa.string()),
         "EVENT_VALUE": events["value"],
     }
-    csv.write_csv(pa.table(columns), place / "interactions.csv")
+    csv.write_csv(pa.table(columns), layout_folder / "interactions.csv")
     items = pq.read_table(data / "items.parquet")
     columns = {
         "ITEM_ID": items["item_id"],
@@ -134,11 +134,11 @@ def _write_personalize(data: Path, place: Path) -> list[Path]:
         "PRICE": items["price"],
         "PRODUCT_DESCRIPTION": items["title"],
     }
-    csv.write_csv(pa.table(columns), place / "items.csv")
-    return [place / "interactions.csv", place / "items.csv"]
+    csv.write_csv(pa.table(columns), layout_folder / "items.csv")
+    return [layout_folder / "interactions.csv", layout_folder / "items.csv"]
 
 
-def _write_recbole(data: Path, place: Path) -> list[Path]:
+def _write_recbole(data: Path, layout_folder: Path) -> list[Path]:
     """Atomic files of RecBole: tabs, and the type behind each column's name."""
     events = pq.read_table(data / "interactions.parquet", columns=["user_id", "item_id", "value"])
     times = pq.read_table(data / "timestamps.parquet", columns=["user_id", "item_id", "timestamp"])
@@ -150,7 +150,7 @@ def _write_recbole(data: Path, place: Path) -> list[Path]:
         "rating:float": events["value"],
         "timestamp:float": pc.divide(events["timestamp"].cast(pa.int64()), 1000),
     }
-    csv.write_csv(pa.table(columns), place / "ml-1m.inter", options)
+    csv.write_csv(pa.table(columns), layout_folder / "ml-1m.inter", options)
     items = pq.read_table(data / "items.parquet", columns=["item_id", "title", "year", "genres"])
     columns = {
         "item_id:token": items["item_id"],
@@ -158,8 +158,8 @@ def _write_recbole(data: Path, place: Path) -> list[Path]:
         "release_year:token": items["year"],
         "genre:token_seq": pa.array([" ".join(genres or []) for genres in items["genres"].to_pylist()]),
     }
-    csv.write_csv(pa.table(columns), place / "ml-1m.item", options)
-    return [place / "ml-1m.inter", place / "ml-1m.item"]
+    csv.write_csv(pa.table(columns), layout_folder / "ml-1m.item", options)
+    return [layout_folder / "ml-1m.inter", layout_folder / "ml-1m.item"]
 
 
 LAYOUTS = {

@@ -106,17 +106,17 @@ def _ndcg(
     for batch in queries.batches(BATCH):
         for protocol in PROTOCOLS:
             filter_seen = protocol == "filter_seen"
-            asked = [query for query in batch if len(targets_of(query, filter_seen=filter_seen))]
-            if not asked:
+            with_targets = [query for query in batch if len(targets_of(query, filter_seen=filter_seen))]
+            if not with_targets:
                 continue
             lists = predictor.recommend(
-                [query.history for query in asked],
+                [query.history for query in with_targets],
                 k,
-                now=[query.now for query in asked],
+                now=[query.now for query in with_targets],
                 filters=Filters(filter_seen=filter_seen),
-                context=[query.context for query in asked],
+                context=[query.context for query in with_targets],
             ).item_index
-            targets = [targets_of(query, filter_seen=filter_seen) for query in asked]
+            targets = [targets_of(query, filter_seen=filter_seen) for query in with_targets]
             values[protocol].append(per_user(lists, targets, k)["ndcg"])
     return {protocol: np.concatenate(each) for protocol, each in values.items()}
 

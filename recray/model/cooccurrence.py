@@ -76,8 +76,10 @@ class CooccurrenceHead(nn.Module):
 
     def _weigh(self, scale_SR: Tensor) -> Tensor:
         """Score of each neighbour by recency of the item, float32 [R + 1, V, M]."""
-        weights = [self.value.float() @ scale_SR[:, recency] for recency in range(SEEN + 1)]
-        return torch.stack(weights)
+        weight_RVM = torch.zeros(SEEN + 1, *self.item.shape, device=self.scale.device)
+        for recency in scale_SR.any(0).nonzero().flatten().tolist():
+            weight_RVM[recency] = self.value.float() @ scale_SR[:, recency]
+        return weight_RVM
 
     def terms(self) -> Iterator[tuple[str, Tensor]]:
         """Name of each scale, and all scales with the others at 0."""

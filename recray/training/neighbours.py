@@ -98,12 +98,12 @@ class _Counts:
         self, counts: sp.csr_matrix, first: np.ndarray, second: np.ndarray, weight: np.ndarray
     ) -> sp.csr_matrix:
         """Counts and further pairs; the weakest ones are dropped where there are too many."""
-        more = sp.csr_matrix((weight.astype(np.float32), (first, second)), shape=self._shape)
-        counts = (counts + more).tocsr()
+        counts = (
+            counts + sp.csr_matrix((weight.astype(np.float32), (first, second)), shape=self._shape)
+        ).tocsr()
         if counts.nnz > self._most_pairs:
-            least = np.partition(counts.data, counts.nnz - self._most_pairs // 2)[
-                counts.nnz - self._most_pairs // 2
-            ]
+            position = counts.nnz - self._most_pairs // 2
+            least = np.partition(counts.data, position)[position]
             counts.data[counts.data < least] = 0.0
             counts.eliminate_zeros()
         return counts
@@ -160,9 +160,9 @@ def _merge(
     order = np.lexsort((column, -values.max(1, initial=0.0), row))
     row, column, values = row[order], column[order], values[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
-    kept = rank < count
+    is_strong = rank < count
     item_VM = np.zeros((n_rows, count), np.int32)
     value_VMS = np.zeros((n_rows, count, len(sources)), np.float16)
-    item_VM[row[kept], rank[kept]] = column[kept]
-    value_VMS[row[kept], rank[kept]] = np.minimum(values[kept], 6e4)
+    item_VM[row[is_strong], rank[is_strong]] = column[is_strong]
+    value_VMS[row[is_strong], rank[is_strong]] = np.minimum(values[is_strong], 6e4)
     return Neighbours(item_VM, value_VMS)

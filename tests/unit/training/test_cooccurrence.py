@@ -67,6 +67,18 @@ def test_neighbours_are_the_strongest_and_no_item_is_its_own(synthetic_dataset):
     assert ((many.item == 0) == (strength == 0)).all()
 
 
+def test_of_too_many_pairs_the_strongest_stay():
+    random = np.random.default_rng(0)
+    owner, item = np.repeat(np.arange(200), 20), random.integers(1, 300, 4000)
+    few, all_of_them = _Counts(301, 1000), _Counts(301, 10**6)
+    for counts in (few, all_of_them):
+        counts.add(owner, item, np.zeros(4000), has_time=False)
+        for _ in range(3):  # one pair again and again
+            counts.add(np.zeros(2), np.array([7, 8]), np.zeros(2), has_time=False)
+    assert few.together.nnz <= 1000 < all_of_them.together.nnz
+    assert few.together[7, 8] >= 3.0
+
+
 def test_where_the_linear_model_does_not_fit_the_others_stay(synthetic_dataset):
     n_rows = synthetic_dataset.n_items + 1
     fitted = fit_neighbours(synthetic_dataset, neighbours=5, l2=10.0, memory_bytes=n_rows**2 * 19)
