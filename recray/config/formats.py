@@ -51,6 +51,7 @@ VALUES = {
 
 ADDED: dict[str, Any] = {
     "data.display": {},
+    "data.targets": {},
     "model.cooccurrence": False,
     "model.cooccurrence_events": 50,
     "model.cooccurrence_neighbours": 32,

@@ -38,6 +38,7 @@ RESTRICTIONS: dict[str, Restriction] = {
         "the catalogue would reveal that a user interacted with an item",
     ),
     "data.min_item_events": Restriction(_is_off, 0, _REVEALS),
+    "data.targets": Restriction(_is_off, {}, "its item counts and its loss take all events alike"),
     "data.shards": Restriction(bool, 16, "it would reveal the number of events"),
     "data.context": Restriction(_is_off, [], _UNKNOWN_NORM),
     "data.available_from": Restriction(_is_off, None, _UNKNOWN_NORM),

@@ -93,6 +93,11 @@ class DataSettings(Section):
         None,
         description="events with a smaller value are left out, for example returns at 1; null: all count",
     )
+    targets: dict[str, float] = Field(
+        default_factory=dict,
+        description="event types to recommend for, and their weight in training: {purchase: 1.0, cart: 0.3}; "
+        "events of other types, and returns (values below 0), are history alone; {}: all types, weight 1",
+    )
     features: dict[str, Literal["categorical", "multi", "numeric", "text", "sentence", "vector"]] = Field(
         default_factory=dict,
         description="columns of the item table and their kind: categorical, multi, numeric, text "
@@ -156,6 +161,15 @@ class DataSettings(Section):
                 "item table, or, without privacy, set data.catalogue to all"
             )
         return self
+
+    @field_validator("targets")
+    @classmethod
+    def _check_weights(cls, targets: dict[str, float]) -> dict[str, float]:
+        if wrong := [name for name, weight in targets.items() if not 0 < weight <= 1]:
+            raise ValueError(
+                f"{wrong[0]}: a weight is above 0, and at most 1; leave out a type that is no target"
+            )
+        return targets
 
     @field_validator("context")
     @classmethod

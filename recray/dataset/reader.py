@@ -23,6 +23,7 @@ import xxhash
 from recray.dataset.context import encode_clock
 from recray.dataset.popularity import DAY_S, UNKNOWN_DAY, Popularity
 from recray.dataset.schema import AVAILABLE_FROM, CONTEXT, DISPLAY, ITEM_ID, USER_ID
+from recray.dataset.targets import TargetRule
 from recray.errors import MissingArtifactError
 from recray.storage import Manifest, manifest_digest, open_immutable
 
@@ -86,7 +87,8 @@ class Shard:
     validation_end) is the validation target, [0, test_start) the test history, [test_start, test_end) its
     target. context holds the codes of the declared columns, int16 [n] each. holdout bool [users]: the holdout
     users; None without such. other_part bool [users]: users of other training parts, who are neither trained
-    nor queried (`Dataset.with_training_part`); None without parts.
+    nor queried (`Dataset.with_training_part`); None without parts. target_rule: None: every event is a
+    target.
     """
 
     user_ids: pa.Array
@@ -100,6 +102,7 @@ class Shard:
     context: dict[str, np.ndarray] = field(default_factory=dict)
     holdout: np.ndarray | None = None
     other_part: np.ndarray | None = None
+    target_rule: TargetRule | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -129,9 +132,45 @@ class Shard:
         return np.stack(columns, 1).astype(np.int64) if names else np.zeros((len(event), 0), np.int64)
 
     def targets(self, user: int, first: int, last: int) -> np.ndarray:
-        """Distinct items of the user's events first:last, ascending."""
+        """Distinct items of the targets among the user's events first:last, ascending."""
         start = int(self.offsets[user])
-        return np.unique(self.item_index[start + first : start + last])
+        where: np.ndarray | slice = slice(start + first, start + last)
+        if self.target_rule is not None:
+            before = self.targets_before
+            where = self.target_positions[before[start + first] : before[start + last]]
+        return np.unique(self.item_index[where])
+
+    @cached_property
+    def target_positions(self) -> np.ndarray:
+        """The events (flat, over all users) that are targets, ascending, int64."""
+        if self.target_rule is None:
+            return np.arange(len(self.item_index))
+        return np.flatnonzero(self.target_rule.weigh(self.event_index, self.value))
+
+    @cached_property
+    def targets_before(self) -> np.ndarray:
+        """Number of targets before each event (flat), and of all, int64 [events + 1]."""
+        is_target = np.zeros(len(self.item_index) + 1, np.int64)
+        is_target[self.target_positions + 1] = 1
+        return np.cumsum(is_target)
+
+    def count_targets(self, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Number of targets among the events first[i]:end[i] (flat), int64 [n]."""
+        if self.target_rule is None:
+            result: np.ndarray = np.maximum(end - first, 0)
+        else:
+            result = self.targets_before[np.maximum(end, first)] - self.targets_before[first]
+        return result
+
+    def next_target(self, event: np.ndarray) -> np.ndarray:
+        """The first target at or after an event (flat) of each user, int64 [users]; the end of the user's
+        events where there is none.
+        """
+        if self.target_rule is None:
+            return event
+        positions = np.append(self.target_positions, len(self.item_index))
+        result: np.ndarray = np.minimum(positions[self.targets_before[event]], self.offsets[1:])
+        return result
 
     @cached_property
     def train_lengths(self) -> np.ndarray:
@@ -156,11 +195,17 @@ class Shard:
         is_out_of_order = (np.diff(self.timestamp_s) < 0) & (position[1:] > 0)
         return int(is_leaked.sum()), int(is_out_of_order.sum())
 
-    def trained_item_index(self) -> np.ndarray:
-        """Items of the training events, in order."""
+    def trained_item_index(self, *, targets: bool = False) -> np.ndarray:
+        """Items of the training events, in order.
+
+        targets : of those that are targets
+        """
         counts = np.diff(self.offsets)
         position = np.arange(len(self.item_index)) - np.repeat(self.offsets[:-1], counts)
-        result: np.ndarray = self.item_index[position < np.repeat(self.train_lengths, counts)]
+        is_trained = position < np.repeat(self.train_lengths, counts)
+        if targets and self.target_rule is not None:
+            is_trained &= self.target_rule.weigh(self.event_index, self.value) > 0
+        result: np.ndarray = self.item_index[is_trained]
         return result
 
     @cached_property
@@ -212,6 +257,7 @@ class Dataset:
         self.display: dict[str, str] = manifest["settings"]["data"].get("display", {})
         self.text_encoder: str | None = manifest.get("text_encoder")
         self.query_time: str = manifest["settings"]["split"].get("query_time", "cutoff")
+        self.target_rule = TargetRule.of(manifest)
         self.split_kind: str = manifest["settings"]["split"]["kind"]
         self._part, self._parts, self._added_shards = part, parts, added_shards
 
@@ -310,6 +356,8 @@ class Dataset:
         popularity = Popularity.count_events(np.zeros(0, np.int64), None, self.n_items)
         for shard in self.shards():
             is_queried = np.repeat(shard.queried, np.diff(shard.offsets))
+            event = np.arange(len(is_queried))
+            is_queried &= shard.count_targets(event, event + 1) > 0
             popularity = popularity + Popularity.count_events(
                 shard.item_index[is_queried],
                 shard.timestamp_s[is_queried] if self.has_time else None,
@@ -359,6 +407,7 @@ class Dataset:
             split=np.load(self.path / "splits" / f"{number:05d}.npy", mmap_mode="r"),
             holdout=np.load(holdout_file, mmap_mode="r") if holdout_file.exists() else None,
             other_part=None if is_in_part is None else ~is_in_part,
+            target_rule=self.target_rule,
             context={
                 name.removeprefix(CONTEXT): array.values.to_numpy()
                 for name, array in columns.items()

@@ -73,9 +73,9 @@ def fit_baselines(
         yield from _fit_public_baselines(dataset, public_popularity_V)
         return
 
-    histories = _load_histories(dataset, queries.part)
+    histories, wanted = _load_histories(dataset, queries.part)
     seen_UV = _to_matrix(histories, dataset.n_items)
-    total_V = np.asarray(seen_UV.sum(0)).ravel()
+    total_V = np.asarray(_to_matrix(wanted, dataset.n_items).sum(0)).ravel()
     baseline = partial(Baseline, dataset.n_items)
     recent: ScoreFunction = partial(_repeat_scores, total_V)  # breaks ties where no time is known
     yield "most popular", baseline(recent)
@@ -87,7 +87,7 @@ def fit_baselines(
         yield "popular, last 7 days", baseline(recent)
         yield "popular, last day", baseline(partial(_count_recent, dataset, 1))
     elif cutoff_s is not None:
-        since = [items[times >= cutoff_s - RECENT_S] for items, times in histories]
+        since = [items[times >= cutoff_s - RECENT_S] for items, times in wanted]
         recent_V = np.asarray(_to_matrix([(items, items) for items in since], dataset.n_items).sum(0)).ravel()
         recent = partial(_repeat_scores, recent_V)
         yield "popular, last 7 days", baseline(recent)
@@ -132,15 +132,22 @@ def _to_linear_baseline(weights: np.ndarray | sp.csr_matrix) -> Baseline:
     return Baseline(weights.shape[0] - 1, lambda queries: _multiply(queries, weights))
 
 
-def _load_histories(dataset: Dataset, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Items and times of every user's events before the part's targets."""
+def _load_histories(
+    dataset: Dataset, part: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]:
+    """Items and times of every user's events before the part's targets; of all, and of those of target
+    types, which are popular items counted by.
+    """
     column = 0 if part == "validation" else 2
-    histories = []
+    histories, wanted = [], []
     for shard in dataset.shards():
         for row in np.flatnonzero(shard.split[:, column] > 0):
             history = shard.history_before(int(row), int(shard.split[row, column]))
             histories.append((history.item_index, history.timestamp_s))
-    return histories
+            if dataset.target_rule is not None:
+                is_target = dataset.target_rule.weigh(history.event_index, history.value) > 0
+                wanted.append((history.item_index[is_target], history.timestamp_s[is_target]))
+    return histories, wanted or histories
 
 
 def _to_matrix(histories: list[tuple[np.ndarray, np.ndarray]], n_items: int) -> sp.csr_matrix:

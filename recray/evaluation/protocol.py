@@ -44,7 +44,8 @@ class EvaluationQueries:
         positions = []
         for number, shard in enumerate(dataset.shards()):
             begin, end = shard.split[:, first], shard.split[:, last]
-            rows = np.flatnonzero((end > begin) & (begin > 0) & shard.queried)
+            has_target = shard.count_targets(shard.offsets[:-1] + begin, shard.offsets[:-1] + end) > 0
+            rows = np.flatnonzero(has_target & (begin > 0) & shard.queried)
             if len(rows):
                 positions.append(np.stack([np.full(len(rows), number), rows, begin[rows], end[rows]], 1))
         # columns: shard, row in it, first target and end of the targets in the user's events

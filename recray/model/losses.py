@@ -30,11 +30,30 @@ BLOCK_SCORES = {
 class Targets(NamedTuple):
     """Target items of the queries.
 
-    Query i has the items item[offsets[i]:offsets[i + 1]]; each occurrence has an equal share.
+    Query i has the items item[offsets[i]:offsets[i + 1]]. Each occurrence has a share in proportion to its
+    weight, and the query counts by their mean weight; None: all weights are 1.
     """
 
     offsets: Tensor
     item: Tensor
+    weight: Tensor | None = None
+
+    def to(self, device: torch.device) -> Targets:
+        weight = None if self.weight is None else self.weight.to(device)
+        return Targets(self.offsets.to(device), self.item.to(device), weight)
+
+    def shares(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query and share of each target, int64 and float32 [t], and the weight of each query, float32 [N];
+        None: 1.
+        """
+        count_N = self.offsets.diff()
+        query_t = torch.repeat_interleave(
+            torch.arange(len(count_N), device=count_N.device), count_N, output_size=len(self.item)
+        )
+        if self.weight is None:
+            return query_t, (1.0 / count_N.float())[query_t], None
+        sum_N = self.weight.new_zeros(len(count_N)).index_add_(0, query_t, self.weight)
+        return query_t, self.weight / sum_N[query_t], sum_N / count_N
 
 
 class Loss(Protocol):
@@ -237,7 +256,8 @@ def backward_in_blocks(
     half: bool = False,
     block: int | None = None,
 ) -> Tensor:
-    """The loss summed over the queries; accumulates gradients of `scale` times the loss in every `.grad`.
+    """The loss summed over the queries; accumulates gradients of `scale` times the loss, each query by its
+    weight, in every `.grad`.
 
     output_UD : `Network.output` of all items or of the candidates
     correction_U : `Candidates.correction_U`
@@ -247,11 +267,7 @@ def backward_in_blocks(
     dtype = torch.bfloat16 if half else torch.float32
     hidden, table = hidden_ND.detach().to(dtype), output_UD.detach().to(dtype)
     block = block or max(BLOCK_SCORES[hidden.device.type] // len(table), 16)
-    count = targets.offsets.diff()
-    query_t = torch.repeat_interleave(
-        torch.arange(len(count), device=count.device), count, output_size=len(targets.item)
-    )
-    share_t = (1.0 / count.float())[query_t]
+    query_t, share_t, weight_N = targets.shares()
     # a single block needs no offsets on the host, which would wait for the GPU
     bounds = targets.offsets.tolist() if block < len(hidden) else {0: 0, len(hidden): len(targets.item)}
 
@@ -280,6 +296,8 @@ def backward_in_blocks(
 
         block_loss, gradient = judge(scores, item, row, share)
         total += block_loss
+        if weight_N is not None:
+            gradient = gradient.mul_(weight_N[queries, None])
         block_gradient = gradient.to(dtype)
         torch.mm(block_gradient, table, out=grad_hidden[queries])
         if half:

@@ -75,6 +75,13 @@ RECBOLE_KINDS = {"token": "categorical", "token_seq": "text", "float": "numeric"
 REWARDS = {"purchase": 5.0, "buy": 5.0, "order": 5.0, "transaction": 5.0, "cart": 2.0, "addtocart": 2.0}
 """Reward of an event type in `serve.outcomes`; any other has 1."""
 
+NO_INTEREST = (
+    "impression impressions exposure exposed shown show display displayed noclick skip skipped hide hidden "
+    "dislike thumbsdown downvote cancel cancelled canceled cancellation return returned refund refunded "
+    "remove removed removefromcart removefromwishlist unlike unfollow unsubscribe report reported block"
+)
+"""Types of events that do not say that a user wants the item."""
+
 _DATES = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%y", "%m/%d/%y", "%d.%m.%y")
 _WORDED_DATES = ("%d %b %Y", "%d-%b-%Y", "%b %d %Y", "%b %d, %Y", "%d%b%Y")
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", "T%H:%M:%S", ", %H:%M", ":%H:%M:%S")
@@ -123,6 +130,7 @@ def guess_settings(events: str, items: str | None, decided: Mapping[str, Any]) -
         guesses.append(guess)
     guesses += _guess_times(log, columns, decided)
     guesses += _guess_rows(log, columns)
+    guesses += _guess_targets(log, columns)
     if items is not None:
         table = read_sample(items, "data.items")
         features = list(_guess_features(table, columns[schema.ITEM_ID]))
@@ -485,14 +493,34 @@ def _are_lists(texts: list[str], separator: str) -> bool:
     return is_short and len(set(parts)) <= 0.5 * len(parts)
 
 
+def _is_of_interest(event_type: Any) -> bool:
+    return _normalize(str(event_type)) not in NO_INTEREST.split()
+
+
+def _guess_targets(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
+    """Targets, where the log has types of events that are none."""
+    if (column := columns.get(schema.EVENT)) not in log.rows.column_names:
+        return
+    types = pc.drop_null(log.rows[column]).unique().to_pylist()
+    targets = sorted(str(name) for name in types if _is_of_interest(name))
+    others = sorted(str(name) for name in types if not _is_of_interest(name))
+    if targets and others:
+        reason = f"{', '.join(others)}: no interest in the item, so history alone"
+        yield Guess("data.targets", dict.fromkeys(targets, 1.0), reason)
+
+
 def _guess_repeats(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
-    pairs = log.rows.select([columns[schema.USER_ID], columns[schema.ITEM_ID]]).rename_columns(
-        ["user", "item"]
-    )
+    rows = log.rows
+    if (event := columns.get(schema.EVENT)) in rows.column_names:
+        types = rows[event].unique()
+        wanted = [name for name in types.to_pylist() if name is None or _is_of_interest(name)]
+        if wanted:
+            rows = rows.filter(pc.is_in(rows[event], pa.array(wanted, types.type)))
+    pairs = rows.select([columns[schema.USER_ID], columns[schema.ITEM_ID]]).rename_columns(["user", "item"])
     if (basket := columns.get(schema.BASKET)) in log.rows.column_names:
         # an item twice in a basket is one event; an event without a basket is one of its own
         own = pa.array([f"row {number}" for number in range(len(pairs))])
-        pairs = pairs.append_column("basket", pc.coalesce(log.rows[basket].cast(pa.string()), own))
+        pairs = pairs.append_column("basket", pc.coalesce(rows[basket].cast(pa.string()), own))
         pairs = pairs.group_by(["user", "item", "basket"]).aggregate([]).select(["user", "item"])
     pairs = pairs.drop_null()
     repeats = 1 - len(pairs.group_by(pairs.column_names).aggregate([])) / max(1, len(pairs))
@@ -511,5 +539,9 @@ def _guess_outcomes(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
     counts = sorted(
         pc.drop_null(log.rows[column]).value_counts().to_pylist(), key=lambda count: -count["counts"]
     )
-    types = {str(count["values"]): REWARDS.get(_normalize(str(count["values"])), 1.0) for count in counts}
+    types = {
+        str(count["values"]): REWARDS.get(_normalize(str(count["values"])), 1.0)
+        for count in counts
+        if _is_of_interest(count["values"])
+    }
     yield Guess("serve.outcomes", types, "reward of each type of event, as you value it")

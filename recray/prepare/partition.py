@@ -83,7 +83,7 @@ class Stats:
     last_us : newest time, of the users who describe the data (`PartitionPlan.holdout_split`)
     clocked : whether any time of these users has a time of day
     event_types : events of each type, of these users
-    negative : events with a value of 0 or less
+    zero, negative : events with a value of 0, and below
     words : events whose user or item id is a word for null (`NULL_IDS`)
     padded : ids that begin or end with a blank
     """
@@ -94,6 +94,7 @@ class Stats:
     low: int = 0
     opted_out: int = 0
     events: int = 0
+    zero: int = 0
     negative: int = 0
     words: int = 0
     padded: int = 0
@@ -103,7 +104,18 @@ class Stats:
     event_types: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Stats) -> None:
-        for name in ("rows", "bad", "late", "low", "opted_out", "events", "negative", "words", "padded"):
+        for name in (
+            "rows",
+            "bad",
+            "late",
+            "low",
+            "opted_out",
+            "events",
+            "zero",
+            "negative",
+            "words",
+            "padded",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.clocked |= other.clocked
         for counts, other_counts in ((self.reasons, other.reasons), (self.event_types, other.event_types)):
@@ -173,7 +185,9 @@ def partition_row_group(plan: PartitionPlan, group: RowGroup) -> None:
         if plan.clock == schema.TIMESTAMP:
             stats.update_last_us(pc.max(statistics_rows["t"]).as_py())
         if schema.VALUE in plan.columns:
-            stats.negative += int((valid[schema.VALUE].to_numpy() <= 0).sum())
+            values = valid[schema.VALUE].to_numpy()
+            stats.zero += int((values == 0).sum())
+            stats.negative += int((values < 0).sum())
         stats.words += _count_matching_ids(valid, lambda text: pc.is_in(text, pa.array(NULL_IDS)))
         stats.padded += _count_matching_ids(
             valid, lambda text: pc.not_equal(pc.utf8_trim_whitespace(text), text)

@@ -24,6 +24,7 @@ from recray.dataset import schema
 from recray.dataset.context import CLOCK
 from recray.dataset.popularity import Popularity
 from recray.dataset.reader import KIND, Dataset
+from recray.dataset.targets import choose_targets
 from recray.errors import (
     DataError,
     Problems,
@@ -301,6 +302,12 @@ def prepare(
             )
         vocabulary = item_table[schema.ITEM_ID].combine_chunks()
         types, default = _order_event_types(settings, totals)
+        targets = choose_targets(
+            settings.data.targets,
+            totals.event_types,
+            types,
+            has_returns=totals.negative > 0 and not settings.split.holdout_users,
+        )
 
         fields: dict[str, Any] = {
             "recray": __version__,
@@ -319,6 +326,7 @@ def prepare(
             **dropped,
             "reasons": totals.reasons,
             "collected": _last_collected(inputs.collected),
+            **({} if targets is None else {"targets": targets}),
             "text_encoder": None if encoder is None else digest_encoder(encoder),
         }
         with immutable_directory(final, KIND, key, fields) as folder:
@@ -543,9 +551,15 @@ def _describe_rows(
         )
         notes.append(f"{counted.duplicates} events equal another in all mapped columns and are {action}")
     if totals.negative and settings.data.min_value is None:
+        count = "count like all others" if settings.privacy.enabled else "are history, but no targets"
         notes.append(
-            f"{totals.negative} events have a value of 0 or less (returns?) and count like all others: "
-            "set data.min_value to leave them out"
+            f"{totals.negative} events have a value below 0 (returns?) and {count}: set data.min_value to "
+            "leave them out"
+        )
+    if totals.zero and settings.data.min_value is None:
+        notes.append(
+            f"{totals.zero} events have a value of 0 and count like all others: set data.min_value, or "
+            "data.targets, if they are no interest"
         )
     return notes
 
@@ -678,8 +692,8 @@ def _encode_texts(items: pa.Table, settings: Settings, storage: Storage) -> pa.T
 
 
 def _write_splits(folder: Path, fields: dict[str, Any], settings: Settings) -> pa.Array:
-    """Count users and events, set the cuts, write the splits and the popularity. Returns the events of each
-    item.
+    """Count users and events, set the cuts, write the splits and the popularity of the targets. Returns the
+    events of each item.
 
     Raises DataError for a split that is impossible, or that would put an event at or after the cut into
     training.
@@ -687,6 +701,7 @@ def _write_splits(folder: Path, fields: dict[str, Any], settings: Settings) -> p
     probe = Dataset(folder, {**fields, "run_key": "", "users": 0, "events": 0, "cuts": {}})
     has_time = probe.has_time
     popularity = Popularity.count_events(np.zeros(0, np.int64), None, probe.n_items)
+    interacted = np.zeros(probe.n_items + 1, np.int64)
     users = events = 0
     holdout_masks = []
     for number in range(probe.n_shards):
@@ -695,9 +710,11 @@ def _write_splits(folder: Path, fields: dict[str, Any], settings: Settings) -> p
         holdout_masks.append(mask_holdout(shard, settings.split) if settings.split.holdout_users else None)
         users += len(shard)
         events += len(shard.item_index)
+        where = slice(None) if shard.target_rule is None else shard.target_positions
         popularity = popularity + Popularity.count_events(
-            shard.item_index, shard.timestamp_s if has_time else None, probe.n_items
+            shard.item_index[where], shard.timestamp_s[where] if has_time else None, probe.n_items
         )
+        interacted += np.bincount(shard.item_index, minlength=len(interacted))
 
     def iterate_times() -> Iterator[np.ndarray]:
         for number, mask in enumerate(holdout_masks):  # the split must not depend on training users
@@ -708,6 +725,11 @@ def _write_splits(folder: Path, fields: dict[str, Any], settings: Settings) -> p
                 else shard.timestamp_s[np.repeat(mask, np.diff(shard.offsets))]
             )
 
+    if not len(popularity.day):
+        raise DataError(
+            "no event of a type in data.targets remains",
+            "add types to data.targets, or leave fewer events out",
+        )
     cuts = cut_dates(settings.split, iterate_times) if settings.split.kind == "time" else {}
     for number in range(probe.n_shards):
         shard = probe._map(number)
@@ -718,4 +740,4 @@ def _write_splits(folder: Path, fields: dict[str, Any], settings: Settings) -> p
             np.save(folder / "held_out" / f"{number:05d}.npy", mask)
     popularity.save(folder / "popularity.parquet")
     fields.update(users=users, events=events, cuts=cuts)
-    return pa.array(popularity.total()[1:].astype(np.int64))
+    return pa.array(interacted[1:])

@@ -87,18 +87,32 @@ def split_shard(shard: Shard, settings: SplitSettings, cuts: dict[str, int]) -> 
         )
         before_test = _count_before(shard, cuts["test"])
         before_validation = _count_before(shard, cuts["validation"])
-        test_start[:] = before_test
-        test_end[:] = np.where(before_test > 0, _basket_end(shard, before_test), before_test)
-        validation = is_queried & (before_validation > 0) & (before_validation < before_test)
+        start = shard.offsets[:-1]
+        first_test = shard.next_target(start + before_test) - start
+        first_validation = shard.next_target(start + before_validation) - start
+        is_at_target = settings.query_time == "target"  # the user's events up to the target are history
+        test_start[:] = first_test if is_at_target else before_test
+        has_target = (before_test > 0) & (first_test < counts)
+        test_end[:] = np.where(has_target, _basket_end(shard, first_test), test_start)
+        validation = is_queried & (before_validation > 0) & (first_validation < before_test)
+        before_validation = first_validation if is_at_target else before_validation
         train_end[:] = np.where(validation, before_validation, before_test)
         validation_end[:] = np.where(
-            validation, np.minimum(_basket_end(shard, before_validation), before_test), train_end
+            validation, np.minimum(_basket_end(shard, first_validation), before_test), train_end
         )
     elif settings.kind == "leave_one_out":
-        holdout_counts = np.where(counts >= 3, 1, 0)
-        test_end[:] = counts
-        test_start[:] = validation_end[:] = counts - holdout_counts
-        train_end[:] = counts - 2 * holdout_counts
+        targets = shard.target_positions
+        end = shard.targets_before[shard.offsets[1:]]
+        count = end - shard.targets_before[shard.offsets[:-1]]
+        # the last two targets of a user who has an event before them
+        last, before = (
+            np.append(targets, 0)[np.maximum(end - back, -1)] - shard.offsets[:-1] for back in (1, 2)
+        )
+        is_queried = (count >= 2) & (before >= 1)
+        test_start[:], test_end[:] = (np.where(is_queried, event, counts) for event in (last, last + 1))
+        train_end[:], validation_end[:] = (
+            np.where(is_queried, event, counts) for event in (before, before + 1)
+        )
         if settings.holdout_users:  # other users have no targets
             is_trained = ~mask_holdout(shard, settings)
             split[is_trained, :3] = counts[is_trained, None]

@@ -148,7 +148,7 @@ class PrivateStep:
         for parameter in self.optimizer.params:
             parameter.grad = torch.zeros_like(parameter)
         for batch, targets in physical:
-            self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
+            self.clipped_sum(batch.to(self.device), targets.to(self.device))
         if self.canaries is not None:
             self.canaries.plant([_grad(parameter) for parameter in self.optimizer.params])
         if self.monitor is not None:
@@ -176,7 +176,7 @@ class PrivateStep:
         saved = [parameter.grad for parameter in self.optimizer.params]
         for parameter in self.optimizer.params:
             parameter.grad = torch.zeros_like(parameter)
-        norm = self.clipped_sum(batch.to(self.device), Targets(*(t.to(self.device) for t in targets)))
+        norm = self.clipped_sum(batch.to(self.device), targets.to(self.device))
         contribution = [_grad(parameter) for parameter in self.optimizer.params]
         for parameter, gradient in zip(self.optimizer.params, saved, strict=True):
             parameter.grad = gradient

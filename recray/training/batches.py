@@ -86,10 +86,10 @@ class TrainingBatches:
                 yield batch, targets, total
 
     def item_share(self) -> np.ndarray:
-        """Share of each item in the training events, float32 [n_items + 1]; padding 0."""
+        """Share of each item in the training targets, float32 [n_items + 1]; padding 0."""
         counts = np.zeros(self.dataset.n_items + 1)
         for shard in self.dataset.shards():
-            counts += np.bincount(shard.trained_item_index(), minlength=len(counts))
+            counts += np.bincount(shard.trained_item_index(targets=True), minlength=len(counts))
         result: np.ndarray = (counts / max(counts.sum(), 1.0)).astype(np.float32)
         return result
 
@@ -143,7 +143,9 @@ class TrainingBatches:
         ]
 
     def _queries(self, part: tuple[Shard, Sequences]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each query: its row in the part, its event (flat), and the end of its next baskets."""
+        """Of each query: its row in the part, its event (flat), and the end of its next baskets (those with a
+        target).
+        """
         shard, sequences = part
         starts = shard.basket_starts
         first = np.searchsorted(starts, sequences.start, side="right")
@@ -151,8 +153,15 @@ class TrainingBatches:
         count = last - first
         row = np.repeat(np.arange(len(sequences)), count)
         basket = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-        last = np.minimum(basket + self.target_baskets, len(starts) - 1)
-        return row, starts[basket] - 1, np.minimum(starts[last], sequences.limit[row])
+        if shard.target_rule is None:
+            last = np.minimum(basket + self.target_baskets, len(starts) - 1)
+            return row, starts[basket] - 1, np.minimum(starts[last], sequences.limit[row])
+        own = np.flatnonzero(shard.count_targets(starts[:-1], starts[1:]))  # baskets with a target
+        last = np.searchsorted(own, basket) + self.target_baskets - 1
+        ends = np.append(starts[own + 1], starts[-1])
+        end = np.minimum(ends[np.minimum(last, len(own))], sequences.limit[row])
+        is_query = shard.count_targets(starts[basket], end) > 0
+        return row[is_query], starts[basket][is_query] - 1, end[is_query]
 
     def last_sequences(self, *, holdout: bool = False) -> Sequences:
         """The last sequence of each training user, one row per user.
@@ -172,7 +181,7 @@ class TrainingBatches:
         item, event = np.zeros((len(sequences), T), np.int64), np.zeros((len(sequences), T), np.int64)
         time, now = np.zeros((len(sequences), T), np.int64), np.zeros((len(sequences), T), np.int64)
         value = np.zeros((len(sequences), T), np.float32)
-        user, position, context, targets, sizes = [], [], [], [], []
+        user, position, context, targets, sizes, weights = [], [], [], [], [], []
 
         for rows, part in zip(_rows_by_shard(sequences), self._by_shard(sequences), strict=True):
             shard, own = part
@@ -189,8 +198,14 @@ class TrainingBatches:
             user.append(rows[row])
             position.append(last - own.start[row])
             context.append(shard.context_of(self.dataset.context, last + 1))
-            sizes.append(end - last - 1)
-            targets.append(_ranges(shard.item_index, last + 1, end))
+            sizes.append(shard.count_targets(last + 1, end))
+            if shard.target_rule is None:
+                targets.append(_ranges(shard.item_index, last + 1, end))
+            else:
+                before = shard.targets_before
+                event_t = _ranges(shard.target_positions, before[last + 1], before[end])
+                targets.append(shard.item_index[event_t])
+                weights.append(shard.target_rule.weigh(shard.event_index[event_t], shard.value[event_t]))
 
         user_N, position_N = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (user, position))
         sizes_N = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
@@ -202,7 +217,9 @@ class TrainingBatches:
         batch = Batch._make((*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays), None))
         offsets = np.concatenate([[0], np.cumsum(sizes_N)])
         target_items = np.concatenate(targets) if targets else np.zeros(0, np.int64)
-        return batch, Targets(torch.from_numpy(offsets), torch.from_numpy(target_items.astype(np.int64)))
+        weight = torch.from_numpy(np.concatenate(weights)) if weights else None
+        item_t = torch.from_numpy(target_items.astype(np.int64))
+        return batch, Targets(torch.from_numpy(offsets), item_t, weight)
 
     def dated(self, day_P: np.ndarray, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Popularity prior float32 and bucket of freshness uint8 per day, [P, items] each.
@@ -276,6 +293,11 @@ def _input_ranges(shard: Shard, learned: np.ndarray) -> tuple[np.ndarray, np.nda
     last = np.maximum(limit - 1, start)
     stop = shard.basket_starts[np.searchsorted(shard.basket_starts, last, side="right") - 1]
     keep = (limit > start) & (stop > start)
+    if shard.target_rule is not None and len(shard.basket_starts) > 1:
+        first = shard.basket_starts[
+            np.searchsorted(shard.basket_starts, start, side="right").clip(max=len(shard.basket_starts) - 1)
+        ]
+        keep &= shard.count_targets(first, limit) > 0
     return start[keep], stop[keep], limit[keep]
 
 

@@ -213,7 +213,7 @@ class Loop:
             batch = self.criterion.complete(batch)
             if self.settings.row and len(batch.item_BT):
                 batch = batch._replace(packing=pack(batch.item_BT, self.settings.row))
-            yield batch.to(self.device), type(targets)(*(t.to(self.device) for t in targets)), n_queries
+            yield batch.to(self.device), targets.to(self.device), n_queries
 
     def train_step(self, batch: Batch, targets: Targets, n_queries: int) -> Tensor:
         """One step on this rank's part of a global batch of `n_queries` queries; returns its summed loss."""

@@ -57,13 +57,14 @@ def load_neighbours(path: Path) -> Neighbours:
     return Neighbours(**load_file(path))
 
 
-def _training_events(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """User, item and time of the training events, in order."""
+def _training_events(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """User, item and time of the training events, in order, and whether each is a target."""
     length = shard.train_lengths
     owner = np.repeat(np.arange(len(shard)), length)
     position = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
     where = shard.offsets[owner] + position
-    return owner, np.asarray(shard.item_index[where]), np.asarray(shard.timestamp_s[where])
+    is_target = shard.count_targets(where, where + 1) > 0
+    return owner, np.asarray(shard.item_index[where]), np.asarray(shard.timestamp_s[where]), is_target
 
 
 class _Counts:
@@ -78,7 +79,15 @@ class _Counts:
         self.following = sp.csr_matrix(self._shape, dtype=np.float32)
         self.seen = sp.csr_matrix((0, n_rows), dtype=np.float32)
 
-    def add(self, owner: np.ndarray, item: np.ndarray, time_s: np.ndarray, *, has_time: bool) -> None:
+    def add(
+        self,
+        owner: np.ndarray,
+        item: np.ndarray,
+        time_s: np.ndarray,
+        is_target: np.ndarray,
+        *,
+        has_time: bool,
+    ) -> None:
         for distance in range(1, WINDOW + 1):
             same = np.flatnonzero(owner[distance:] == owner[:-distance])
             first, second = item[same], item[same + distance]
@@ -86,7 +95,7 @@ class _Counts:
             weight = (np.exp(-apart_s / FADE_S) if has_time else np.ones(len(same))) / distance
             keep = first != second
             self.together = self._sum(self.together, first[keep], second[keep], weight[keep])
-            is_next = keep & (apart_s > 0) if has_time else keep
+            is_next = (keep & (apart_s > 0) if has_time else keep) & is_target[same + distance]
             self.following = self._sum(self.following, first[is_next], second[is_next], weight[is_next])
         _, row = np.unique(owner, return_inverse=True)
         pairs = np.unique(np.stack([row, item], 1), axis=0)

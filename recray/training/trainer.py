@@ -114,6 +114,11 @@ def _check_dataset(dataset: Dataset) -> None:
             f"dataset {dataset.key} has no training events",
             "lower data.min_user_events or move split.test_from later",
         )
+    if dataset.target_rule is not None and not users_learned(dataset):
+        raise DataError(
+            f"dataset {dataset.key} has no training event of a type in data.targets after an earlier event",
+            "add types to data.targets, or move split.test_from later",
+        )
     if not any(((shard.split[:, 1] > shard.split[:, 0]) & shard.queried).any() for shard in dataset.shards()):
         raise DataError(
             f"dataset {dataset.key} has no validation users",

@@ -18,16 +18,16 @@ from recray.training.worker import build_loop
 
 
 def counted(histories, n_items, *, has_time=True):
-    """The matrices of histories of (item, time in seconds)."""
+    """The matrices of histories of (item, time in seconds, whether a target)."""
     counts = _Counts(n_items + 1, 10**6)
     owner = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    item, time_s = (np.array([event[i] for history in histories for event in history]) for i in (0, 1))
-    counts.add(owner, item, time_s, has_time=has_time)
+    columns = [np.array([event[i] for history in histories for event in history]) for i in range(3)]
+    counts.add(owner, *columns, has_time=has_time)
     return [np.asarray(getattr(matrix, "todense", lambda m=matrix: m)()) for matrix in counts.matrices(1.0)]
 
 
 HISTORIES = st.lists(
-    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 10**7)), min_size=1, max_size=15).map(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 10**7), st.booleans()), min_size=1, max_size=15).map(
         lambda events: sorted(events, key=lambda event: event[1])
     ),
     min_size=1,
@@ -40,14 +40,15 @@ HISTORIES = st.lists(
 def test_counts_are_those_of_plain_loops(histories, has_time):
     together, following = np.zeros((2, 6, 6))
     for history in histories:
-        for a, (first, early) in enumerate(history):
+        for a, (first, early, _) in enumerate(history):
             for b in range(a + 1, min(a + WINDOW, len(history) - 1) + 1):
-                second, late = history[b]
+                second, late, is_target = history[b]
                 weight = (np.exp(-(late - early) / FADE_S) if has_time else 1.0) / (b - a)
                 if first != second:
                     together[first, second] += weight
                     together[second, first] += weight
-                    following[first, second] += weight if late > early or not has_time else 0.0
+                    is_next = is_target and (late > early or not has_time)
+                    following[first, second] += weight if is_next else 0.0
     norm = np.sqrt(np.maximum(together.sum(1), 1e-9))
     ours = counted(histories, 5, has_time=has_time)
     np.testing.assert_allclose(ours[0], together / norm[:, None] / norm[None], rtol=1e-4, atol=1e-6)
@@ -72,9 +73,9 @@ def test_of_too_many_pairs_the_strongest_stay():
     owner, item = np.repeat(np.arange(200), 20), random.integers(1, 300, 4000)
     few, all_of_them = _Counts(301, 1000), _Counts(301, 10**6)
     for counts in (few, all_of_them):
-        counts.add(owner, item, np.zeros(4000), has_time=False)
+        counts.add(owner, item, np.zeros(4000), np.ones(4000, bool), has_time=False)
         for _ in range(3):  # one pair again and again
-            counts.add(np.zeros(2), np.array([7, 8]), np.zeros(2), has_time=False)
+            counts.add(np.zeros(2), np.array([7, 8]), np.zeros(2), np.ones(2, bool), has_time=False)
     assert few.together.nnz <= 1000 < all_of_them.together.nnz
     assert few.together[7, 8] >= 3.0
 
