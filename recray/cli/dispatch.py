@@ -51,7 +51,8 @@ def run_job(arguments: argparse.Namespace, write_line: Callable[[str], None]) ->
         if arguments.job == "submit":
             return _submit(arguments, reporter)
 
-        settings = load_settings(arguments.config, arguments.overrides)
+        overrides = [*arguments.overrides, *_name_overrides(arguments)]
+        settings = load_settings(arguments.config, overrides)
         if settings.changed:
             changes = ", ".join(settings.changed)
             reporter.progress(f"privacy.enabled changes {len(settings.changed)} settings: {changes}")
@@ -65,6 +66,13 @@ def run_job(arguments: argparse.Namespace, write_line: Callable[[str], None]) ->
         if arguments.job in ("models", "privacy"):
             return _inspect(arguments, settings, as_of, reporter)
         return _run_pipeline(arguments, settings, as_of, reporter)
+
+
+def _name_overrides(arguments: argparse.Namespace) -> list[str]:
+    """The arguments of a job that stand for settings, as overrides."""
+    names = {"search.minutes": "minutes", "search.trials": "trials"} if arguments.job == "search" else {}
+    values = {setting: getattr(arguments, name) for setting, name in names.items()}
+    return [f"{setting}={value}" for setting, value in values.items() if value is not None]
 
 
 def _run_pipeline(

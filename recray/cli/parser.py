@@ -21,6 +21,8 @@ JOBS = {
     "score": "write and publish batch recommendations for every user by the champion",
     "nightly": "collect, prepare, train, evaluate, promote, tune, score, report; continues where it stopped",
     "report": "write a page about the nightly run, with plots, and open it in a browser",
+    "search": "try settings of model and training on the validation users; the best become a file and "
+    "a challenger",
     "rollback": "make the previous champion the champion again, and publish its batch recommendations",
     "export": "copy all data of a user to a file: event store, collected events, history, lists",
     "forget": "erase a user from event store, collected events, datasets and lists; nothing more of them is "
@@ -29,6 +31,7 @@ JOBS = {
 }
 SUBMITTED = (
     *("collect", "prepare", "train", "evaluate", "promote", "tune", "adapt", "score", "nightly"),
+    "search",
     *("rollback", "audit"),
 )
 BENCHMARKS = {
@@ -150,6 +153,14 @@ def _add_nightly(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--minutes", type=float, help="end after so many minutes (default: search.minutes, 30)"
+    )
+    command.add_argument("--trials", type=int, help="end after so many trials (default: by time)")
+    command.add_argument("--out", help="the settings file to write (default: in the folder of the search)")
+
+
 def _add_report(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-open", action="store_true", help="do not open a browser; print the path")
 
@@ -187,6 +198,7 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": _add_export,
     "nightly": _add_nightly,
     "report": _add_report,
+    "search": _add_search,
     "serve": _add_serve,
 }
 """Job -> function that adds its own arguments."""

@@ -13,7 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recray.config.file import FIRST_SETTINGS, load_settings, parse_as_of, parse_overrides, render_yaml
+    from recray.config.file import (
+        FIRST_SETTINGS,
+        load_settings,
+        parse_as_of,
+        parse_overrides,
+        render_yaml,
+        with_values,
+    )
     from recray.config.paths import expand_path, sqlite_file, sqlite_url
     from recray.config.sections import (
         RESULT_SECTIONS,
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
         PrivacySettings,
         PromotionSettings,
         ScoreSettings,
+        SearchSettings,
         ServeSettings,
         Settings,
         SplitSettings,
@@ -44,6 +52,7 @@ __all__ = [
     "PrivacySettings",
     "PromotionSettings",
     "ScoreSettings",
+    "SearchSettings",
     "ServeSettings",
     "Settings",
     "SplitSettings",
@@ -57,11 +66,13 @@ __all__ = [
     "render_yaml",
     "sqlite_file",
     "sqlite_url",
+    "with_values",
 ]
 
 _MODULES = {
     **dict.fromkeys(
-        ("FIRST_SETTINGS", "load_settings", "parse_as_of", "parse_overrides", "render_yaml"), "file"
+        ("FIRST_SETTINGS", "load_settings", "parse_as_of", "parse_overrides", "render_yaml", "with_values"),
+        "file",
     ),
     **dict.fromkeys(("expand_path", "sqlite_file", "sqlite_url"), "paths"),
 }

@@ -56,6 +56,18 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Set
     return settings
 
 
+def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """These settings with other values, by `section.field`, all checked. Raises SettingsError."""
+    content = settings.model_dump()
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        content[section][field] = value
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise _to_settings_error(error, "search", set(values)) from None
+
+
 def _refuse_old_names(renamed: Iterable[tuple[str, str]], source: str) -> None:
     """Raises SettingsError with the new name of each old one."""
     if pairs := [f"{old} is now {new}" for old, new in renamed]:

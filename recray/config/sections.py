@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 from urllib.parse import unquote
 
-from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 from recray.config import formats
 from recray.config.fields import (
@@ -418,8 +418,8 @@ class TrainSettings(Section):
     cooccurrence_memory: float = Field(
         2.0,
         gt=0,
-        description="GiB for counting item-to-item evidence; a larger catalogue has no linear model in it, "
-        "and its weakest pairs are dropped",
+        description="GiB for counting item-to-item evidence; where the linear model does not fit, the cosine "
+        "of the items' users replaces it, and the weakest pairs are dropped",
     )
     calibrate: bool = Field(
         True,
@@ -998,9 +998,52 @@ class ReportSettings(Section):
     )
 
 
+class Range(Section):
+    """A range of numbers in a search space."""
+
+    min: float = Field(float("nan"), description="lowest number")
+    max: float = Field(float("nan"), description="highest number")
+    log: bool = Field(False, description="drawn by the logarithm")
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Range:
+        if missing := {"min", "max"} - self.model_fields_set:
+            raise ValueError(f"a range needs {' and '.join(sorted(missing))}")
+        if not self.min < self.max or (self.log and self.min <= 0):
+            raise ValueError(f"min must be below max{', both above 0 where log is true' if self.log else ''}")
+        return self
+
+
+Domain = Annotated[
+    Annotated[tuple[Any, ...], Field(min_length=1), Tag("values")] | Annotated[Range, Tag("range")],
+    Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "values"),
+]
+"""Values, or a range of numbers."""
+
+
+class SearchSettings(Section):
+    advanced = frozenset({"cpus_per_trial", "grace_epochs", "scheduler", "seed"})
+
+    minutes: float = operational(30.0, "ends the search after so many minutes, of all its attempts", gt=0)
+    trials: int | None = operational(None, "ends the search after so many trials; null: by time alone", ge=1)
+    space: dict[str, Domain] = operational(
+        {},
+        "settings of model and train, each with its values: {model.dropout: [0.1, 0.3], "
+        "train.learning_rate: {min: 3e-4, max: 3e-3, log: true}}; {}: chosen by the size of the data",
+    )
+    scheduler: Literal["asha", "median"] = operational(
+        "asha",
+        "which trials end early: asha: all but the best third, at 2, 6, 18 … epochs; median: those below the "
+        "median of the others",
+    )
+    grace_epochs: int = operational(2, "epochs before a trial may end early", ge=1)
+    cpus_per_trial: float = operational(1, "logical CPUs, and torch threads, of a trial", gt=0)
+    seed: int = operational(0, "draws the trials", ge=0)
+
+
 class Settings(Section):
-    """All settings. Sections: storage, data, split, model, train, privacy, evaluate, promotion, policy,
-    score, serve, tracking, report.
+    """All settings. Sections: storage, data, split, model, train, search, privacy, evaluate, promotion,
+    policy, score, serve, tracking, report.
     """
 
     storage: StorageSettings = StorageSettings()
@@ -1008,6 +1051,7 @@ class Settings(Section):
     split: SplitSettings = SplitSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
+    search: SearchSettings = SearchSettings()
     privacy: PrivacySettings = PrivacySettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     promotion: PromotionSettings = PromotionSettings()

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from recray.model.shape import Batch
 
 SOURCES = ("together", "next", "linear")
-"""Pairs of items near each other, transitions to later items, and a linear model (EASE)."""
+"""Pairs of items near each other, transitions to later items, and a linear model (EASE); in a large catalogue
+the cosine of the items' users in its place.
+"""
 RECENCIES = (1, 5, 20)
 """Where a recency ends, in items from the latest; the last one has no end."""
 SEEN = len(RECENCIES) + 1

@@ -24,6 +24,7 @@ STAGE_JOBS = ("collect", "prepare", "train", "evaluate", "tune", "score", "repor
 JOBS = {
     "validate": "validate",
     "nightly": "nightly",
+    "search": "search",
     "promote": "operate",
     "rollback": "operate",
     "canary": "operate",

@@ -120,6 +120,10 @@ class Storage:
     def audit(self, key: str) -> Path:
         return self.root / "audits" / f"{key}.json"
 
+    def search(self, key: str) -> Path:
+        """The trials of a search, and its results."""
+        return self.root / "searches" / key
+
     def nightly_run(self, key: str) -> Path:
         """The settings with which a nightly run was started, and whether it has finished."""
         return self.root / "nights" / f"{key}.json"

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from recray.errors import DamagedArtifactError, TrackingError
 from recray.release import Release
 from recray.storage import Storage, read_json, write_json
-from recray.tracking.runs import DatasetInput, Tracking
+from recray.tracking.runs import PARENT, DatasetInput, Tracking
 
 
 class Metrics(TypedDict):
@@ -30,6 +30,7 @@ class Entry(TypedDict, total=False):
     run_key, run_name : of the run
     order : as_of_s, and the stage's position
     at_ms : when the entry was queued, milliseconds since 1970; the time of its metrics
+    parent : run key and name of the run that it is a child of
     tags : of the run
     dataset : the data of the run
     settings : by section
@@ -44,6 +45,7 @@ class Entry(TypedDict, total=False):
     run_name: str
     order: list[int]
     at_ms: int
+    parent: Mapping[str, str]
     tags: Mapping[str, str]
     dataset: DatasetInput
     settings: Mapping[str, Any]
@@ -120,6 +122,9 @@ class Outbox:
     def _send(self, entry: Entry) -> str:
         tracking = self.tracking
         run = tracking.run(entry["run_key"], entry["run_name"])
+        if "parent" in entry:
+            parent = tracking.run(entry["parent"]["run_key"], entry["parent"]["run_name"])
+            tracking.log_tags(run, {PARENT: parent})
         if "settings" in entry:
             tracking.log_settings(run, entry["settings"])
         if "tags" in entry:

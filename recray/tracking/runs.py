@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 RUN_KEY = "recray.run_key"
 DATASET = "recray.dataset"
 DIGEST = "recray.digest"
+PARENT = "mlflow.parentRunId"
 MOST_METRICS = 500  # of a request; MLflow takes 1,000
 
 

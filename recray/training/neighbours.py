@@ -14,20 +14,22 @@ from safetensors.numpy import load_file, save_file
 from recray.dataset.popularity import DAY_S
 from recray.dataset.reader import Dataset, Shard
 from recray.errors import SettingsError
-from recray.evaluation.baselines import ease_weights
+from recray.evaluation.baselines import cosine_similarity, ease_weights
 from recray.model.cooccurrence import SOURCES, Neighbours
 
 WINDOW = 10  # events apart, at most, of a pair
 FADE_S = 30 * DAY_S  # a pair counts exp(-time between / FADE_S)
 SHRINKAGE = 5.0  # added to the transitions from an item, so that rare ones are no certainties
 LINEAR_BYTES = 20  # of an entry of the matrix that the linear model inverts, with what that takes beside it
+MOST_USER_PAIRS = 1e9  # of items of one user, for the cosine of the items' users
 PAIR_BYTES = 48  # of a counted pair, with what adding to the counts takes beside it
 
 
 def fit_neighbours(dataset: Dataset, *, neighbours: int, l2: float, memory_bytes: float) -> Neighbours:
     """The strongest `neighbours` of each item.
 
-    l2 : L2 regularisation of the linear model, which is left out where its matrix does not fit in the memory
+    l2 : L2 regularisation of the linear model. Where its matrix does not fit in the memory, the cosine of the
+        items' users takes its place
     memory_bytes : memory for counts and matrices
 
     Raises SettingsError where not even the neighbours fit.
@@ -77,7 +79,7 @@ class _Counts:
         self._shape, self._most_pairs = (n_rows, n_rows), most_pairs
         self.together = sp.csr_matrix(self._shape, dtype=np.float32)
         self.following = sp.csr_matrix(self._shape, dtype=np.float32)
-        self.seen = sp.csr_matrix((0, n_rows), dtype=np.float32)
+        self.seen = sp.csr_matrix((0, n_rows), dtype=np.float32)  # 1: the user's latest item, 2: the next …
 
     def add(
         self,
@@ -98,10 +100,13 @@ class _Counts:
             is_next = (keep & (apart_s > 0) if has_time else keep) & is_target[same + distance]
             self.following = self._sum(self.following, first[is_next], second[is_next], weight[is_next])
         _, row = np.unique(owner, return_inverse=True)
-        pairs = np.unique(np.stack([row, item], 1), axis=0)
+        pairs, back = np.unique(np.stack([row, item], 1)[::-1], axis=0, return_index=True)
+        order = np.lexsort((back, pairs[:, 0]))  # of each user, the latest item first
+        row = pairs[order, 0]
+        rank = np.empty(len(pairs), np.float32)
+        rank[order] = 1 + np.arange(len(pairs)) - np.searchsorted(row, row)
         shape = (int(row.max(initial=-1)) + 1, self._shape[0])
-        seen = sp.csr_matrix((np.ones(len(pairs), np.float32), (pairs[:, 0], pairs[:, 1])), shape=shape)
-        self.seen = sp.vstack([self.seen, seen], format="csr")
+        self.seen = sp.vstack([self.seen, sp.csr_matrix((rank, pairs.T), shape=shape)], format="csr")
 
     def _sum(
         self, counts: sp.csr_matrix, first: np.ndarray, second: np.ndarray, weight: np.ndarray
@@ -120,14 +125,41 @@ class _Counts:
     def matrices(self, l2: float | None) -> Iterator[sp.csr_matrix | np.ndarray]:
         """The matrices of `SOURCES`: row: item of the history, column: candidate.
 
-        l2 : of the linear model; None: without
+        l2 : of the linear model; None: the cosine of the items' users in its place
         """
         together = (self.together + self.together.T).tocsr()
         norm = sp.diags(1.0 / np.sqrt(np.maximum(np.asarray(together.sum(1)).ravel(), 1e-9)))
         yield (norm @ together @ norm).tocsr()
         share = sp.diags(1.0 / (np.asarray(self.following.sum(1)).ravel() + SHRINKAGE))
         yield (share @ self.following).tocsr()
-        yield sp.csr_matrix(self._shape, dtype=np.float32) if l2 is None else ease_weights(self.seen, l2)
+        yield (
+            cosine_similarity(self._latest(), dense=False)
+            if l2 is None
+            else ease_weights(_ones(self.seen), l2)
+        )
+
+    def _latest(self) -> sp.csr_matrix:
+        """Who interacted with what, of each user so many of the latest items that there are at most
+        `MOST_USER_PAIRS` pairs.
+        """
+        size = np.diff(self.seen.indptr)
+        low, high = 1, int(size.max(initial=1))
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high)
+                if (np.minimum(size, middle) ** 2.0).sum() <= MOST_USER_PAIRS
+                else (low, middle - 1)
+            )
+        latest = self.seen.copy()
+        latest.data[latest.data > low] = 0.0
+        latest.eliminate_zeros()
+        return _ones(latest)
+
+
+def _ones(matrix: sp.csr_matrix) -> sp.csr_matrix:
+    """The matrix with 1 at its entries."""
+    return sp.csr_matrix((np.ones_like(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def _strongest(matrix: sp.csr_matrix | np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

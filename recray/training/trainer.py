@@ -62,7 +62,7 @@ def train(
             _ledger(settings).commit(key)
         shutil.rmtree(run, ignore_errors=True)  # an earlier attempt may have been killed before this line
         return Bundle.open(final)
-    _check_dataset(dataset)
+    check_dataset(dataset)
 
     shape = network_shape(settings, dataset)
     mechanism = mechanism_for(settings, dataset, key)
@@ -107,7 +107,7 @@ def train(
     return bundle
 
 
-def _check_dataset(dataset: Dataset) -> None:
+def check_dataset(dataset: Dataset) -> None:
     """Raises DataError if a dataset has no training events or no validation users."""
     if not any((shard.train_lengths > 0).any() for shard in dataset.shards()):
         raise DataError(

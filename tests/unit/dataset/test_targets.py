@@ -18,7 +18,7 @@ from recray.evaluation.protocol import EvaluationQueries
 from recray.model.losses import Targets
 from recray.testing.published import prepare_here
 from recray.training.batches import TrainingBatches
-from recray.training.trainer import _check_dataset
+from recray.training.trainer import check_dataset
 from recray.training.worker import build_loop
 
 T, HOUR = 1_709_251_200, 3600
@@ -236,4 +236,4 @@ def test_a_target_that_is_always_a_users_first_event_cannot_be_learned(tmp_path)
     write_log(tmp_path, [[(0, "purchase"), *[(n, "view") for n in range(1, 6)]] for _ in range(20)])
     cuts = [f"split.validation_from={moment(2)}", f"split.test_from={moment(4)}"]
     with pytest.raises(DataError, match="no training event of a type"):
-        _check_dataset(prepared(tmp_path, said({"purchase": 1.0}), *cuts))
+        check_dataset(prepared(tmp_path, said({"purchase": 1.0}), *cuts))

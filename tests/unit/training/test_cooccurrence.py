@@ -57,6 +57,16 @@ def test_counts_are_those_of_plain_loops(histories, has_time):
     )
 
 
+def test_users_of_many_items_count_by_their_latest_ones(monkeypatch):
+    """Two users of ten items each: with at most two pairs a user, only the last item counts."""
+    monkeypatch.setattr("recray.training.neighbours.MOST_USER_PAIRS", 8)
+    counts = _Counts(11, 10**6)
+    owner, item = np.repeat([0, 1], 10), np.tile(np.arange(1, 11), 2)
+    counts.add(owner, item, np.arange(20), np.ones(20, bool), has_time=True)
+    assert counts._latest().nnz == 4
+    assert counts._latest()[:, [9, 10]].nnz == 4, "the latest two of each"
+
+
 def test_neighbours_are_the_strongest_and_no_item_is_its_own(synthetic_dataset):
     few = fit_neighbours(synthetic_dataset, neighbours=3, l2=10.0, memory_bytes=2**30)
     many = fit_neighbours(synthetic_dataset, neighbours=50, l2=10.0, memory_bytes=2**30)
@@ -80,10 +90,25 @@ def test_of_too_many_pairs_the_strongest_stay():
     assert few.together[7, 8] >= 3.0
 
 
-def test_where_the_linear_model_does_not_fit_the_others_stay(synthetic_dataset):
+def test_the_cosine_of_items_users_replaces_a_linear_model_that_does_not_fit(synthetic_dataset):
     n_rows = synthetic_dataset.n_items + 1
     fitted = fit_neighbours(synthetic_dataset, neighbours=5, l2=10.0, memory_bytes=n_rows**2 * 19)
-    assert fitted.value[..., 0].any() and fitted.value[..., 1].any() and not fitted.value[..., 2].any()
+    histories = [
+        shard.history(row, int(end)).item_index
+        for shard in synthetic_dataset.shards()
+        for row, end in enumerate(shard.train_lengths)
+    ]
+    seen = np.zeros((len(histories), n_rows))
+    for row, items in enumerate(histories):
+        seen[row, items] = 1.0
+    cosine = seen.T @ seen / np.maximum(np.sqrt(np.outer(seen.sum(0), seen.sum(0))), 1e-9)
+    np.fill_diagonal(cosine, 0.0)
+    highest = cosine.max(1)
+    scale = highest[highest > 0].mean()
+    values = fitted.value[..., 2].astype(float)
+    for row, place in np.argwhere(values > 0):
+        assert values[row, place] == pytest.approx(cosine[row, fitted.item[row, place]] / scale, rel=1e-2)
+    assert (values.max(1)[1:] > 0).mean() > 0.9
     with pytest.raises(SettingsError, match="train.cooccurrence_memory: 5 neighbours of 120 items"):
         fit_neighbours(synthetic_dataset, neighbours=5, l2=10.0, memory_bytes=1000)
 
