@@ -14,7 +14,8 @@ import yaml
 
 from recray.config import FIRST_SETTINGS, Settings, load_settings, parse_overrides, render_yaml
 from recray.errors import SettingsError
-from recray.prepare.guess import Guess, guess_settings
+from recray.prepare.choose import Guess
+from recray.prepare.guess import guess_settings
 from recray.prepare.prepare import inspect_input
 
 MOST_LETTERS = 200  # of a reason
@@ -55,13 +56,18 @@ def write_settings(
             "recray init --from-data EVENTS [ITEMS]; name the folder that holds several files",
         )
     decided = parse_overrides(overrides)
-    guesses = guess_settings(events, items[0] if items else None, decided)
+    shipped = _load_template(template)
+    guesses = [
+        guess
+        for guess in guess_settings(events, items[0] if items else None, decided)
+        if not _is_of_model(guess.setting, shipped)
+    ]
     guesses += [Guess(setting, value, "as you said") for setting, value in decided.items()]
     if "storage.root" not in decided:
         root = Settings().storage.root
         guesses.append(Guess("storage.root", root, "workspace: everything recray writes is below it"))
     source = events + (f" and {items[0]}" if items else "")
-    text = _render(guesses, GUESSED.format(path=path, source=source), _load_template(template))
+    text = _render(guesses, GUESSED.format(path=path, source=source), shipped)
 
     with tempfile.TemporaryDirectory(prefix="recray-init-") as folder:
         draft = Path(folder) / "draft.yaml"
@@ -84,6 +90,12 @@ def _write_new(path: Path, text: str) -> None:
     finally:
         scratch.unlink(missing_ok=True)
     print(f"wrote {path}; next: recray validate --config {path}", file=sys.stderr)
+
+
+def _is_of_model(setting: str, template: dict[str, dict[str, Any]]) -> bool:
+    """Whether a template decides about a setting of the model."""
+    section, name, *_ = setting.split(".")
+    return section in ("model", "train", "split") and name in template.get(section, {})
 
 
 def _load_template(name: str | None) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from recray.dataset import schema
 from recray.errors import DataError
+from recray.prepare.choose import MANY_REPEATS, Guess, choose_settings, measure_log
 from recray.prepare.files import list_files
 from recray.prepare.formats import NULL_IDS, NULL_WORDS, POINT_ZERO, open_file
 from recray.prepare.sources import is_blank
@@ -26,7 +27,6 @@ from recray.prepare.times import MIN_SHARE, TimeRule, extract_numbers, infer_uni
 
 SAMPLE_ROWS = 200_000  # rows of a table that are looked at
 MAX_CATEGORIES = 1_000  # text with more values is no category
-MANY_REPEATS = 0.1  # share of events that repeat an item, above which lists repeat items too
 MANY_LISTS = 0.2  # share of texts with a separator, above which they are lists
 SHORT_PART = 20  # letters of a part of such a list
 FEW_CHOICES = 50  # event types are fewer
@@ -95,15 +95,6 @@ _ID_FORMS = {schema.USER_ID: "users", schema.ITEM_ID: "items"}
 
 
 @dataclass(frozen=True)
-class Guess:
-    """A setting such as `data.columns.user_id`, its value, and why it has this value."""
-
-    setting: str
-    value: Any
-    reason: str
-
-
-@dataclass(frozen=True)
 class Sample:
     """The first rows of a table, SAMPLE_ROWS at most."""
 
@@ -112,7 +103,7 @@ class Sample:
 
 
 def guess_settings(events: str, items: str | None, decided: Mapping[str, Any]) -> list[Guess]:
-    """Guess the settings of section data, evaluate, score and serve that a log and its item table need.
+    """Guess the settings that a log and its item table need: what they hold, and a model for their size.
 
     decided : settings that the user decided, `data.columns.user_id` -> a column; they are not guessed
 
@@ -139,8 +130,14 @@ def guess_settings(events: str, items: str | None, decided: Mapping[str, Any]) -
         left = [name for name in table.rows.column_names if name not in used]
         note = f"not used: {', '.join(left)}" if left else ""
         guesses += [Guess("data.items", str(_absolute(items)), note), *features]
-    guesses += _guess_repeats(log, columns)
+    repeats = _measure_repeats(log, columns)
+    guesses += _guess_protocol(repeats)
     guesses += _guess_outcomes(log, columns)
+    if not decided.get("privacy.enabled"):  # it has settings of its own
+        size = measure_log(events, columns[schema.USER_ID], columns[schema.ITEM_ID])
+        has_baskets = columns.get(schema.BASKET) in log.rows.column_names
+        has_time = columns.get(schema.TIMESTAMP) is not None
+        guesses += choose_settings(size, repeats=repeats, has_baskets=has_baskets, has_time=has_time)
     prefixes = tuple(decided)
     return [
         guess
@@ -509,7 +506,8 @@ def _guess_targets(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
         yield Guess("data.targets", dict.fromkeys(targets, 1.0), reason)
 
 
-def _guess_repeats(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
+def _measure_repeats(log: Sample, columns: Mapping[str, Any]) -> float:
+    """Share of the events of an item that the user had before."""
     rows = log.rows
     if (event := columns.get(schema.EVENT)) in rows.column_names:
         types = rows[event].unique()
@@ -523,7 +521,10 @@ def _guess_repeats(log: Sample, columns: Mapping[str, Any]) -> Iterator[Guess]:
         pairs = pairs.append_column("basket", pc.coalesce(rows[basket].cast(pa.string()), own))
         pairs = pairs.group_by(["user", "item", "basket"]).aggregate([]).select(["user", "item"])
     pairs = pairs.drop_null()
-    repeats = 1 - len(pairs.group_by(pairs.column_names).aggregate([])) / max(1, len(pairs))
+    return 1 - len(pairs.group_by(pairs.column_names).aggregate([])) / max(1, len(pairs))
+
+
+def _guess_protocol(repeats: float) -> Iterator[Guess]:
     reason = f"{repeats:.0%} of the events are of an item that the user had before"
     if repeats >= MANY_REPEATS:
         yield Guess("evaluate.protocol", "with_repeats", reason)
