@@ -1,11 +1,12 @@
 """Item-to-item evidence: candidates that the training events connect with the items of a history.
 
-score(candidate) = Σ_source Σ_item scale[source, recency of the item] · value_source[item, candidate]
+evidence(candidate) = Σ_source Σ_item scale[source, recency of the item] · value_source[item, candidate]
+score(candidate) = evidence + log_scale · log(1 + evidence / SMALL)
 
-The sum runs over the history's last items, each once. The values are fixed (`recray.training.neighbours`);
-calibration chooses the scales after training (`recray.training.calibration`), those of candidates in the
-history apart. Shapes: N queries, L events, V items and padding, M neighbours of an item, S sources, R
-recencies.
+The sum runs over the history's last items, each once. The logarithm tells candidates with little evidence
+from those without. The values are fixed (`recray.training.neighbours`); calibration chooses the scales after
+training (`recray.training.calibration`), those of candidates in the history apart. Shapes: N queries, L
+events, V items and padding, M neighbours of an item, S sources, R recencies.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ RECENCIES = (1, 5, 20)
 SEEN = len(RECENCIES) + 1
 """Column of the scales for candidates in the history."""
 INITIAL_SCALE = 0.1
+SMALL = 0.03
 
 
 class Neighbours(NamedTuple):
@@ -41,6 +43,11 @@ class Neighbours(NamedTuple):
     value: np.ndarray
 
 
+def to_log(evidence: Tensor) -> Tensor:
+    """log(1 + evidence / SMALL)."""
+    return torch.log1p(evidence / SMALL)
+
+
 class CooccurrenceHead(nn.Module):
     """Scores candidates by the neighbours of a history's last items. Without neighbours all scores are 0.
 
@@ -48,6 +55,7 @@ class CooccurrenceHead(nn.Module):
     """
 
     scale: Tensor
+    log_scale: Tensor
     item: Tensor
     value: Tensor
     weight: Tensor
@@ -56,6 +64,7 @@ class CooccurrenceHead(nn.Module):
         super().__init__()
         self.events = events
         self.register_buffer("scale", torch.full((len(SOURCES), SEEN + 1), INITIAL_SCALE))
+        self.register_buffer("log_scale", torch.tensor(INITIAL_SCALE))
         # as large as the catalogue: in a file of its own beside the weights
         self.register_buffer("item", torch.zeros(0, 0, dtype=torch.int32), persistent=False)
         self.register_buffer("value", torch.zeros(0, 0, len(SOURCES)), persistent=False)
@@ -91,10 +100,15 @@ class CooccurrenceHead(nn.Module):
                 only[number, recency] = self.scale[number, recency]
                 yield f"evidence.{source}.{'seen' if recency == SEEN else recency}", only
 
-    def forward(
+    def forward(self, batch: Batch, queries: slice, n_items: int, first: int = 0) -> Tensor:
+        """Scores of the items first : first + n_items [N, n_items]."""
+        evidence_NV = self.evidence(batch, queries, n_items, first)
+        return evidence_NV + self.log_scale * to_log(evidence_NV)
+
+    def evidence(
         self, batch: Batch, queries: slice, n_items: int, first: int = 0, scale_SR: Tensor | None = None
     ) -> Tensor:
-        """Scores of the items first : first + n_items [N, n_items].
+        """Evidence for the items first : first + n_items, float32 [N, n_items].
 
         scale_SR : in place of its own
         """

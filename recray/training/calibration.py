@@ -19,9 +19,11 @@ from torch import Tensor
 from recray.dataset.reader import Dataset
 from recray.evaluation.protocol import EvaluationQueries, EvaluationQuery
 from recray.inference import Predictor
+from recray.model.cooccurrence import to_log
 from recray.model.network import COLDEST, HOTTEST, Network
 from recray.model.shape import Batch
 
+LOGARITHM = "evidence.log"
 MOST_QUERIES = 1000
 FEWEST_QUERIES = 30
 BEST, DRAWN = 2048, 2048  # candidates of a query: the best before calibration and the targets; and others
@@ -62,15 +64,28 @@ def calibrate(
     if len(names) == 1:
         return {}
     size = max(MOST_SCORES // (len(names) * (dataset.n_items + 1)), 1)
-    parts = [_to_scored(predictor, queries[first : first + size]) for first in range(0, len(queries), size)]
+    log_scale = 0.0
+    if (head := model.cooccurrence) is not None and head.is_attached:
+        log_scale = float(head.log_scale)
+    parts = [
+        _to_scored(predictor, queries[first : first + size], log_scale)
+        for first in range(0, len(queries), size)
+    ]
     scored = Scored(*(torch.cat(tensors, -2) for tensors in zip(*parts, strict=True)))
-    factors = dict(zip(names, fit_factors(scored, protocols).tolist(), strict=True))
+    fitted = fit_factors(scored, protocols, is_evidence(names), log_scale).tolist()
+    factors = dict(zip([*names, LOGARITHM][: len(fitted)], fitted, strict=True))
     scale_terms(model, factors)
     return factors
 
 
+def is_evidence(names: Sequence[str]) -> Tensor:
+    """Which terms are item-to-item evidence, bool [S]."""
+    return torch.tensor([name.startswith("evidence.") for name in names])
+
+
 def term_scores(model: Network, hidden_ND: Tensor, output_VD: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """The scores [N, V] of each term of a model; their sum are the scores, but for fixed counts and padding.
+    """The scores [N, V] of each term of a model. Their sum are the scores, but for fixed counts, padding and
+    the logarithm of the evidence.
 
     output_VD : `Network.output` of all items
     """
@@ -85,7 +100,7 @@ def term_scores(model: Network, hidden_ND: Tensor, output_VD: Tensor, batch: Bat
         scores["freshness"] = model.freshness(batch.fresh_PV.long()).squeeze(-1)[batch.day_N]
     if model.cooccurrence is not None and model.cooccurrence.is_attached:
         for name, scale_SR in model.cooccurrence.terms():
-            scores[name] = model.cooccurrence(batch, every, n_items, scale_SR=scale_SR)
+            scores[name] = model.cooccurrence.evidence(batch, every, n_items, scale_SR=scale_SR)
     return scores
 
 
@@ -110,22 +125,37 @@ def scale_terms(model: Network, factors: Mapping[str, float]) -> None:
         names = [name for name, _ in model.cooccurrence.terms()]
         scale = model.cooccurrence.scale
         scale.mul_(scale.new_tensor([factors.get(name, 1.0) for name in names]).view_as(scale))
+        model.cooccurrence.log_scale.mul_(factors.get(LOGARITHM, 1.0))
 
 
-def fit_factors(scored: Scored, protocols: Sequence[str]) -> Tensor:
-    """The factor of each term, float64 [S], by which the targets are most likely under the protocols."""
+def fit_factors(
+    scored: Scored, protocols: Sequence[str], is_evidence_S: Tensor | None = None, log_scale: float = 0.0
+) -> Tensor:
+    """The factor of each term, float64 [S], by which the targets are most likely under the protocols; with
+    item-to-item evidence also that of its logarithm, [S + 1].
+
+    is_evidence_S : bool; None: no term is evidence
+    log_scale : scale of its logarithm
+    """
+    has_evidence = is_evidence_S is not None and bool(is_evidence_S.any())
+    evidence_EQC = scored.score_SQC[is_evidence_S] if has_evidence else None
     _, is_target_QC, is_seen_QC, log_weight_QC = scored
     by_protocol = {
         "with_repeats": (torch.zeros_like(is_seen_QC), is_target_QC),
         "filter_seen": (is_seen_QC, is_target_QC & ~is_seen_QC),
     }
     parts = [by_protocol[protocol] for protocol in protocols]
-    log_S = torch.zeros(len(scored.score_SQC), dtype=torch.float64, requires_grad=True)
+    n_terms = len(scored.score_SQC)
+    log_S = torch.zeros(n_terms + has_evidence, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_S], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        score_QC = torch.einsum("sqc,s->qc", scored.score_SQC, log_S.exp().float()) + log_weight_QC
+        factor_S = log_S.exp().float()
+        score_QC = torch.einsum("sqc,s->qc", scored.score_SQC, factor_S[:n_terms]) + log_weight_QC
+        if evidence_EQC is not None:
+            sum_QC = torch.einsum("eqc,e->qc", evidence_EQC, factor_S[:n_terms][is_evidence_S])
+            score_QC = score_QC + factor_S[-1] * log_scale * to_log(sum_QC)
         total = log_S.square().sum() / (2 * SPREAD**2 * len(is_seen_QC))
         for is_hidden_QC, is_target_QC in parts:
             log_share_QC = score_QC.masked_fill(is_hidden_QC, -math.inf).log_softmax(1)
@@ -140,16 +170,18 @@ def fit_factors(scored: Scored, protocols: Sequence[str]) -> Tensor:
     return factors if bool(factors.isfinite().all()) else torch.ones_like(factors)
 
 
-def _to_scored(predictor: Predictor, queries: list[EvaluationQuery]) -> Scored:
-    score_SQV = torch.stack(list(_score(predictor, queries).values()))
-    score_SQV[:, :, 0] = -1e9  # padding
+def _to_scored(predictor: Predictor, queries: list[EvaluationQuery], log_scale: float) -> Scored:
+    scores = _score(predictor, queries)
+    score_SQV = torch.stack(list(scores.values()))
+    score_SQV[0, :, 0] = -1e9  # padding
+    sum_QV = score_SQV.sum(0) + log_scale * to_log(score_SQV[is_evidence(list(scores))].sum(0))
     is_target_QV = torch.zeros(score_SQV.shape[1:], dtype=torch.bool)
     is_seen_QV = torch.zeros_like(is_target_QV)
     for row, query in enumerate(queries):
         is_target_QV[row, torch.from_numpy(np.asarray(query.target, np.int64))] = True
         is_seen_QV[row, torch.from_numpy(np.asarray(query.history.item_index, np.int64))] = True
     is_target_QV[:, 0] = False
-    index_QC, log_weight_QC = _choose(score_SQV.sum(0).masked_fill(is_target_QV, math.inf))
+    index_QC, log_weight_QC = _choose(sum_QV.masked_fill(is_target_QV, math.inf))
     score_SQC = score_SQV.gather(2, index_QC.expand(len(score_SQV), -1, -1))
     is_target_QC = is_target_QV.gather(1, index_QC) & log_weight_QC.isfinite()
     return Scored(score_SQC, is_target_QC, is_seen_QV.gather(1, index_QC), log_weight_QC)

@@ -177,6 +177,7 @@ class Loop:
         model.load_state_dict(self.best)
         if model.cooccurrence is not None:
             model.cooccurrence.scale.zero_()
+            model.cooccurrence.log_scale.zero_()
         return {}
 
     def train_epoch(self, epoch: int) -> float:

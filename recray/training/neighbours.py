@@ -44,7 +44,10 @@ def fit_neighbours(dataset: Dataset, *, neighbours: int, l2: float, memory_bytes
         )
     counts = _Counts(n_rows, int(memory_bytes / PAIR_BYTES / 2))
     for shard in dataset.shards():
-        counts.add(*_training_events(shard), has_time=dataset.has_time)
+        events = _training_events(shard)
+        if dataset.split_kind != "random":  # which permutes the events
+            counts.add_pairs(*events, has_time=dataset.has_time)
+        counts.add_users(*events[:2])
     matrices = counts.matrices(l2 if LINEAR_BYTES * n_rows**2 <= memory_bytes else None)
     return _merge([_strongest(matrix, neighbours) for matrix in matrices], n_rows, neighbours)
 
@@ -81,7 +84,7 @@ class _Counts:
         self.following = sp.csr_matrix(self._shape, dtype=np.float32)
         self.seen = sp.csr_matrix((0, n_rows), dtype=np.float32)  # 1: the user's latest item, 2: the next …
 
-    def add(
+    def add_pairs(
         self,
         owner: np.ndarray,
         item: np.ndarray,
@@ -90,6 +93,7 @@ class _Counts:
         *,
         has_time: bool,
     ) -> None:
+        """Count pairs within a window and transitions."""
         for distance in range(1, WINDOW + 1):
             same = np.flatnonzero(owner[distance:] == owner[:-distance])
             first, second = item[same], item[same + distance]
@@ -99,6 +103,9 @@ class _Counts:
             self.together = self._sum(self.together, first[keep], second[keep], weight[keep])
             is_next = (keep & (apart_s > 0) if has_time else keep) & is_target[same + distance]
             self.following = self._sum(self.following, first[is_next], second[is_next], weight[is_next])
+
+    def add_users(self, owner: np.ndarray, item: np.ndarray) -> None:
+        """Count who interacted with what."""
         _, row = np.unique(owner, return_inverse=True)
         pairs, back = np.unique(np.stack([row, item], 1)[::-1], axis=0, return_index=True)
         order = np.lexsort((back, pairs[:, 0]))  # of each user, the latest item first

@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from recray.errors import SettingsError
 from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries
 from recray.inference import Predictor
-from recray.model.cooccurrence import SEEN, SOURCES, CooccurrenceHead, Neighbours
+from recray.model.cooccurrence import SEEN, SMALL, SOURCES, CooccurrenceHead, Neighbours, to_log
 from recray.model.shape import Batch
-from recray.training.calibration import BEST, DRAWN, Scored, _choose, fit_factors, scale_terms, term_scores
+from recray.training.calibration import (
+    BEST,
+    DRAWN,
+    LOGARITHM,
+    Scored,
+    _choose,
+    fit_factors,
+    scale_terms,
+    term_scores,
+)
 from recray.training.neighbours import FADE_S, SHRINKAGE, WINDOW, _Counts, fit_neighbours
 from recray.training.plan import training_settings
 from recray.training.worker import build_loop
@@ -22,7 +31,8 @@ def counted(histories, n_items, *, has_time=True):
     counts = _Counts(n_items + 1, 10**6)
     owner = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
     columns = [np.array([event[i] for history in histories for event in history]) for i in range(3)]
-    counts.add(owner, *columns, has_time=has_time)
+    counts.add_pairs(owner, *columns, has_time=has_time)
+    counts.add_users(owner, columns[0])
     return [np.asarray(getattr(matrix, "todense", lambda m=matrix: m)()) for matrix in counts.matrices(1.0)]
 
 
@@ -62,7 +72,7 @@ def test_users_of_many_items_count_by_their_latest_ones(monkeypatch):
     monkeypatch.setattr("recray.training.neighbours.MOST_USER_PAIRS", 8)
     counts = _Counts(11, 10**6)
     owner, item = np.repeat([0, 1], 10), np.tile(np.arange(1, 11), 2)
-    counts.add(owner, item, np.arange(20), np.ones(20, bool), has_time=True)
+    counts.add_users(owner, item)
     assert counts._latest().nnz == 4
     assert counts._latest()[:, [9, 10]].nnz == 4, "the latest two of each"
 
@@ -83,9 +93,9 @@ def test_of_too_many_pairs_the_strongest_stay():
     owner, item = np.repeat(np.arange(200), 20), random.integers(1, 300, 4000)
     few, all_of_them = _Counts(301, 1000), _Counts(301, 10**6)
     for counts in (few, all_of_them):
-        counts.add(owner, item, np.zeros(4000), np.ones(4000, bool), has_time=False)
+        counts.add_pairs(owner, item, np.zeros(4000), np.ones(4000, bool), has_time=False)
         for _ in range(3):  # one pair again and again
-            counts.add(np.zeros(2), np.array([7, 8]), np.zeros(2), np.ones(2, bool), has_time=False)
+            counts.add_pairs(np.zeros(2), np.array([7, 8]), np.zeros(2), np.ones(2, bool), has_time=False)
     assert few.together.nnz <= 1000 < all_of_them.together.nnz
     assert few.together[7, 8] >= 3.0
 
@@ -127,6 +137,7 @@ def test_scores_are_those_of_plain_loops(data):
     head = CooccurrenceHead(events)
     head.attach(Neighbours(item, value))
     head.scale.copy_(torch.rand(head.scale.shape))
+    head.log_scale.copy_(torch.rand(()))
     head.refresh()
 
     expected, before = np.zeros(n_items + 1), history[: position + 1]
@@ -139,13 +150,16 @@ def test_scores_are_those_of_plain_loops(data):
     zeros = torch.zeros(1, len(history), dtype=torch.int64)
     queries = torch.tensor([0]), torch.tensor([position])
     batch = Batch(torch.tensor([history]), *[zeros] * 4, *queries, *[zeros] * 4)
+    evidence = head.evidence(batch, slice(None), n_items + 1)[0]
+    np.testing.assert_allclose(evidence[1:], expected[1:], rtol=1e-3, atol=1e-3)
+    expected += float(head.log_scale) * np.log(1 + expected / SMALL)
     ours = head(batch, slice(None), n_items + 1)[0]
     np.testing.assert_allclose(ours[1:], expected[1:], rtol=1e-3, atol=1e-3)
     first = data.draw(st.integers(1, n_items))
     block = head(batch, slice(None), n_items + 1 - first, first)[0]
     np.testing.assert_allclose(block, ours[first:], rtol=1e-6, atol=1e-6)
-    terms = sum(head(batch, slice(None), n_items + 1, scale_SR=only) for _, only in head.terms())
-    np.testing.assert_allclose(terms[0, 1:], ours[1:], rtol=1e-4, atol=1e-5)
+    terms = sum(head.evidence(batch, slice(None), n_items + 1, scale_SR=only) for _, only in head.terms())
+    np.testing.assert_allclose(terms[0, 1:], evidence[1:], rtol=1e-4, atol=1e-5)
 
 
 def drawn(random, factors, queries=3000, candidates=30):
@@ -166,6 +180,19 @@ def test_factors_are_those_by_which_the_targets_came_about():
 def test_a_term_that_says_nothing_ends_near_zero():
     factors = fit_factors(drawn(np.random.default_rng(1), [1.0, 0.0]), PROTOCOLS)
     assert factors[0] == pytest.approx(1.0, rel=0.1) and factors[1] < 0.1
+
+
+def test_the_factor_of_the_logarithm_is_that_by_which_the_targets_came_about():
+    random = np.random.default_rng(3)
+    scored, is_evidence = drawn(random, [1.0, 0.0, 0.0]), torch.tensor([False, True, True])
+    evidence_EQC = torch.from_numpy(random.exponential(0.1, (2, 3000, 30)).astype(np.float32))
+    scored.score_SQC[1:] = evidence_EQC
+    chances = (scored.score_SQC[0] + 0.6 * to_log(0.5 * evidence_EQC[0] + 2 * evidence_EQC[1])).softmax(1)
+    target = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(0))
+    scored = scored._replace(is_target_QC=torch.zeros(3000, 30, dtype=torch.bool).scatter_(1, target, True))
+    similarity, *factors, logarithm = fit_factors(scored, PROTOCOLS, is_evidence, 0.3).tolist()
+    assert similarity == pytest.approx(1.0, rel=0.1) and logarithm == pytest.approx(2.0, rel=0.15)
+    assert factors[1] > 2 * factors[0]
 
 
 def test_drawn_candidates_stand_for_all_others():
@@ -207,18 +234,23 @@ def test_scaled_terms_are_the_scores_of_the_scaled_model(synthetic_dataset, synt
             whole = encoder.score_block(hidden, batch, slice(0, None))
             return term_scores(model, hidden, encoder.output_VD, batch), whole
 
+    def total(scores):
+        evidence = sum(values for name, values in scores.items() if name.startswith("evidence."))
+        return (sum(scores.values()) + model.cooccurrence.log_scale * to_log(evidence))[:, 1:]
+
     before, whole = terms()
     assert len(before) > 15
-    np.testing.assert_allclose(sum(before.values())[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(total(before), whole[:, 1:], rtol=1e-4, atol=1e-4)
     random = np.random.default_rng(0)
     factors = {
         name: float(factor) for name, factor in zip(before, random.uniform(0.5, 1.5, 99), strict=False)
     }
-    scale_terms(model, factors)
+    scale_terms(model, {**factors, LOGARITHM: 3.0})
+    assert float(model.cooccurrence.log_scale) == pytest.approx(0.3)
     after, whole = terms()
     for name, factor in factors.items():
         np.testing.assert_allclose(after[name], factor * before[name], rtol=1e-3, atol=1e-4, err_msg=name)
-    np.testing.assert_allclose(sum(after.values())[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(total(after), whole[:, 1:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_calibration_that_does_validation_users_no_good_is_taken_back(
@@ -233,13 +265,13 @@ def test_a_calibration_that_does_validation_users_no_good_is_taken_back(
 
     def spoil(model):
         with torch.no_grad():
-            for tensor in (*model.parameters(), model.cooccurrence.scale):
+            for tensor in (*model.parameters(), model.cooccurrence.scale, model.cooccurrence.log_scale):
                 tensor.zero_()
         return {"similarity": 0.0}
 
     loop.best, loop.progress.factors, loop.calibrate = uncalibrated, None, spoil
     model = loop.finish()
     assert loop.progress.factors == {}, "validation users are worse off"
-    assert not model.cooccurrence.scale.any()
+    assert not model.cooccurrence.scale.any() and not model.cooccurrence.log_scale
     for name, tensor in model.state_dict().items():
-        assert name == "cooccurrence.scale" or torch.equal(tensor, uncalibrated[name]), name
+        assert name.startswith("cooccurrence.") or torch.equal(tensor, uncalibrated[name]), name
