@@ -19,7 +19,8 @@ from recray.evaluation.protocol import EvaluationQueries
 from recray.pipeline import discard, hold_workspace
 from recray.prepare import prepare as preparation
 from recray.search.space import Domain, own_values, read_space, to_json
-from recray.search.trials import METRIC, Search, Trial, find_winner, read_curve, run_trials
+from recray.search.trial import METRIC, Search, Trial, read_curve
+from recray.search.trials import find_winner, run_trials
 from recray.stages import AsOf, JobContext, JobResult, ProgressLog, run_stage, to_date
 from recray.storage import key_of, write_json
 from recray.training.plan import bundle_settings

@@ -21,7 +21,7 @@ MOST_ROWS = 20_000_000  # of a log that are counted
 READ_ROWS = 1_000_000
 FEW_USERS = 5_000
 MANY_REPEATS = 0.1  # share of events that repeat an item, above which lists repeat items too
-EPOCH_EVENTS = 10_000_000  # events that a first training sees at most, in all its epochs
+EPOCH_EVENTS = 8_000_000  # events that a first training sees at most, in all its epochs
 HISTORIES = (50, 100, 200, 400)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from recray.search.trials import Search, describe_values, read_trial
+from recray.search.trial import Search, describe_values, read_trial
 from recray.stages import ProgressLog
 from recray.storage import read_json, write_json
 

@@ -18,7 +18,7 @@ LEVEL = {
     "bundle": 1.1, "inference": 1.2, "release": 1.2, "privacy": 1.2, "evaluation": 1.3,
     "cluster": 2.0, "prepare": 2.1, "training": 2.1, "snapshot": 2.1, "tracking": 2.1, "events": 2.1,
     "report": 2.2,
-    "serving": 3, "client": 3.1, "stages": 3.5, "pipeline": 4, "api": 4.05, "testing": 4.05,
+    "serving": 3, "client": 3.1, "stages": 3.5, "search": 3.6, "pipeline": 4, "api": 4.05, "testing": 4.05,
     "benchmark": 4.1, "cli": 4.2, "__init__": 9,
 }  # fmt: skip
 
