@@ -26,7 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from typing import Any, Literal, Required, TypedDict
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
+
+
+def add_query(path: str, values: dict[str, Any]) -> str:
+    """The path with the values that are not None as its query."""
+    sent = {name: value for name, value in values.items() if value is not None}
+    return f"{path}?{urlencode(sent)}" if sent else path
 '''
 
 
@@ -71,12 +77,14 @@ def _to_method(
     path: str, method: str, operation: dict[str, Any], document: dict[str, Any], *, is_async: bool
 ) -> str:
     name = operation["operationId"].split("_v1_")[0].split(f"_{path.strip('/')}_")[0]
-    in_path = [parameter["name"] for parameter in operation.get("parameters", ())]
+    parameters = operation.get("parameters", ())
+    in_path = [parameter["name"] for parameter in parameters if parameter["in"] == "path"]
+    in_query = {each["name"]: each["schema"] for each in parameters if each["in"] == "query"}
     content = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     body = document["components"]["schemas"][_to_annotation(content)] if content else {}
     required = set(body.get("required", ()))
     properties = body.get("properties", {})
-    fields = sorted(properties.items(), key=lambda field: field[0] not in required)
+    fields = sorted((properties | in_query).items(), key=lambda field: field[0] not in required)
 
     result = _to_annotation(operation["responses"]["200"]["content"]["application/json"]["schema"])
     arguments = ["self", *(f"{parameter}: int | str" for parameter in in_path)]
@@ -98,8 +106,11 @@ def _to_method(
     if in_path:
         quoted = re.sub(r"{(\w+)}", r"{quote(str(\1), safe='')}", path)
         target = f'f"{quoted}"'
-    pairs = ", ".join(f'"{field}": {field}' for field, _ in fields)
-    sent = f", {{{pairs}}}" if fields else ""
+    if in_query:
+        pairs = ", ".join(f'"{field}": {field}' for field in in_query)
+        target = f"add_query({target}, {{{pairs}}})"
+    pairs = ", ".join(f'"{field}": {field}' for field, _ in fields if field in properties)
+    sent = f", {{{pairs}}}" if properties else ""
     repeatable = bool(REPEATABLE & set(operation["tags"]))
     call = f'self._call("{method.upper()}", {target}{sent}, repeatable={repeatable})'
     lines += [f"        response: {returned} = {call}", "        return response"]

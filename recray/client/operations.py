@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from typing import Any, Literal, Required, TypedDict
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
+
+
+def add_query(path: str, values: dict[str, Any]) -> str:
+    """The path with the values that are not None as its query."""
+    sent = {name: value for name, value in values.items() if value is not None}
+    return f"{path}?{urlencode(sent)}" if sent else path
 
 
 class Event(TypedDict, total=False):
@@ -498,6 +504,34 @@ class Operations:
         response: SampleUsersResponse = self._call("GET", "/v1/users", repeatable=True)
         return response
 
+    def read_list(
+        self,
+        user_id: int | str,
+        *,
+        k: int | None = None,
+        surface: str | None = None,
+        filter_seen: bool | None = None,
+        describe: bool | None = None,
+    ) -> RecommendResponse:
+        """Read a user's list. As /v1/recommend, for clients that cache: an ETag, and 304 for a list that
+        the client has. Such a
+        response is no impression. Scope: read.
+
+        k : how many items
+        surface : place of the product, one of serve.surfaces
+        filter_seen : seen-item filter: leave out the items of the history
+        describe : return title, image, link and price, as data.display says
+        """
+        response: RecommendResponse = self._call(
+            "GET",
+            add_query(
+                f"/v1/lists/{quote(str(user_id), safe='')}",
+                {"k": k, "surface": surface, "filter_seen": filter_seen, "describe": describe},
+            ),
+            repeatable=True,
+        )
+        return response
+
     def events(
         self,
         *,
@@ -764,6 +798,34 @@ class AsyncOperations:
     def users(self) -> Awaitable[SampleUsersResponse]:
         """Name a few users to look at. Users with a history, the same ones for a run. Scope: history."""
         response: Awaitable[SampleUsersResponse] = self._call("GET", "/v1/users", repeatable=True)
+        return response
+
+    def read_list(
+        self,
+        user_id: int | str,
+        *,
+        k: int | None = None,
+        surface: str | None = None,
+        filter_seen: bool | None = None,
+        describe: bool | None = None,
+    ) -> Awaitable[RecommendResponse]:
+        """Read a user's list. As /v1/recommend, for clients that cache: an ETag, and 304 for a list that
+        the client has. Such a
+        response is no impression. Scope: read.
+
+        k : how many items
+        surface : place of the product, one of serve.surfaces
+        filter_seen : seen-item filter: leave out the items of the history
+        describe : return title, image, link and price, as data.display says
+        """
+        response: Awaitable[RecommendResponse] = self._call(
+            "GET",
+            add_query(
+                f"/v1/lists/{quote(str(user_id), safe='')}",
+                {"k": k, "surface": surface, "filter_seen": filter_seen, "describe": describe},
+            ),
+            repeatable=True,
+        )
         return response
 
     def events(

@@ -905,6 +905,9 @@ class ServeSettings(Section):
         "average, and stopped after ten quiet minutes; null: always as many as replicas",
         ge=1,
     )
+    list_cache_s: int = operational(
+        0, "seconds for which a client may keep a list of GET /v1/lists; 0: it asks each time", ge=0
+    )
     gpus_per_replica: float = operational(
         0.0, "GPUs a replica reserves, 0.5 lets two share one; 0: it serves from the CPU", ge=0
     )

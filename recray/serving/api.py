@@ -198,6 +198,15 @@ class RecommendRequest(_BaseRequest):
         return self
 
 
+class ListQuery(_Closed):
+    """Parameters of a list."""
+
+    k: int = Field(10, ge=1, le=MAX_K, description="how many items")
+    surface: Text | None = Field(None, description="place of the product, one of serve.surfaces")
+    filter_seen: bool = Field(False, description="seen-item filter: leave out the items of the history")
+    describe: bool = Field(False, description="return title, image, link and price, as data.display says")
+
+
 class ScoreRequest(_BaseRequest):
     """Candidates to score."""
 

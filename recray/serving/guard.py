@@ -36,6 +36,7 @@ KeyScope = Literal["read", "history", "write", "items", "admin"]
 KEYS_VARIABLE = "RECRAY_KEYS"
 REQUIRED_SCOPES: dict[str, KeyScope] = {
     "/v1/recommend": "read",
+    "/v1/lists/{user_id}": "read",
     "/v1/score": "read",
     "/v1/similar": "read",
     "/v1/search": "read",
@@ -263,8 +264,9 @@ class Guard:
 
 def _find_scope(path: str) -> KeyScope:
     """The scope that a path needs."""
-    if path.startswith("/v1/items/"):
-        return "items"
+    for prefix in ("/v1/items/", "/v1/lists/"):
+        if path.startswith(prefix):
+            return REQUIRED_SCOPES[next(known for known in REQUIRED_SCOPES if known.startswith(prefix))]
     return REQUIRED_SCOPES.get(path, "admin")
 
 

@@ -8,9 +8,10 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
@@ -32,6 +33,7 @@ from recray.serving.api import (
     HistoryResponse,
     ItemsRequest,
     ItemsResponse,
+    ListQuery,
     ModelsResponse,
     RecommendRequest,
     RecommendResponse,
@@ -45,6 +47,7 @@ from recray.serving.api import (
     UsersResponse,
 )
 from recray.serving.guard import REQUIRED_SCOPES, Guard
+from recray.serving.lists import cache_control, rank_list
 from recray.serving.problems import MEDIA_TYPE, FieldError, make_problem, to_field_errors
 from recray.serving.service import Service
 from recray.serving.traces import trace_app
@@ -90,9 +93,11 @@ def _build_api(service: Service) -> FastAPI:
     api.router.route_class = JsonRoute
     api.add_exception_handler(RequestError, _to_request_problem)
     api.add_exception_handler(UnavailableError, _to_unavailable_problem)
+    api.add_exception_handler(RequestValidationError, _to_query_problem)
     api.add_exception_handler(HTTPException, _to_http_problem)
     api.add_exception_handler(Exception, _to_server_problem)
     _add_recommendation_routes(api, service)
+    _add_list_route(api, service)
     _add_event_store_routes(api, service)
     _add_item_routes(api, service)
     _add_operation_routes(api, service)
@@ -137,6 +142,31 @@ def _add_recommendation_routes(api: FastAPI, service: Service) -> None:
     async def users() -> SampleUsersResponse:
         """Users with a history, the same ones for a run."""
         return await service.catalogue.sample_users()
+
+
+def _add_list_route(api: FastAPI, service: Service) -> None:
+    headers = {name: {"schema": {"type": "string"}} for name in ("ETag", "Cache-Control")}
+    responses: Any = {200: {"headers": headers}, 304: {"description": "The list is the one that you have."}}
+
+    @api.get(
+        "/v1/lists/{user_id:path}",
+        summary="Read a user's list",
+        tags=["recommendations"],
+        response_model_exclude_none=True,
+        responses=responses,
+    )
+    async def read_list(
+        request: Request, user_id: str, query: Annotated[ListQuery, Query()]
+    ) -> RecommendResponse:
+        """As /v1/recommend, for clients that cache: an ETag, and 304 for a list that the client has. Such a
+        response is no impression.
+        """
+        response, tag, has_it = await rank_list(service, user_id, query, request.headers.get("if-none-match"))
+        sent_headers = {"ETag": tag, "Cache-Control": cache_control(service.options.list_cache_s, response)}
+        if has_it:
+            return Response(status_code=304, headers=sent_headers)  # type: ignore[return-value]
+        content = response.model_dump_json(exclude_none=True)
+        return Response(content, media_type="application/json", headers=sent_headers)  # type: ignore[return-value]
 
 
 def _add_event_store_routes(api: FastAPI, service: Service) -> None:
@@ -304,6 +334,10 @@ def _to_invalid_problem(errors: Sequence[Any]) -> JSONResponse:
     fields = to_field_errors(errors)
     detail = "; ".join(f"{error.field}: {error.problem}" for error in fields[:5])
     return make_problem(422, detail, "see /docs", fields)
+
+
+def _to_query_problem(_: Request, error: Any) -> JSONResponse:
+    return _to_invalid_problem([{**each, "loc": each["loc"][1:]} for each in error.errors()])
 
 
 def _to_http_problem(_: Request, error: Any) -> JSONResponse:

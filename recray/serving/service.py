@@ -43,6 +43,7 @@ from recray.serving.explain import add_reasons, describe_items
 from recray.serving.history import to_known_events
 from recray.serving.impressions import ImpressionLog, RankedResponse
 from recray.serving.intake import Intake
+from recray.serving.lists import IsShown, is_always
 from recray.serving.modulation import Exploration
 from recray.serving.new_events import NewEvents
 from recray.serving.query import Query, admit_request, has_opted_out, resolve_query
@@ -142,9 +143,11 @@ class Service:
         challenger = "" if deployment.experiment is None else deployment.experiment.challenger
         return {"as_of": deployment.state.date, "bundle": deployment.state.name, "challenger": challenger}
 
-    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+    async def recommend(self, request: RecommendRequest, is_shown: IsShown = is_always) -> RecommendResponse:
         """Recommend items. Raises RequestError for an invalid request, UnavailableError where no source can
         respond.
+
+        is_shown : whether a response is an impression
         """
         started, deployment = time.monotonic(), self.deployments.current
         request = admit_request(request, deployment.state, self.opt_out_list)
@@ -166,7 +169,8 @@ class Service:
             describe_items(response.items, ranked.ranking.state)
         if request.explain and response.items and "model" not in response.degraded:
             await self._add_reasons(response, query, ranked.ranking)
-        self.impressions.record([ranked], deployment, started)
+        if is_shown(response):
+            self.impressions.record([ranked], deployment, started)
         return response
 
     async def recommend_users(self, request: RecommendRequest) -> UsersResponse:

@@ -512,7 +512,7 @@ def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     (storage.root / "forgotten.json").unlink(missing_ok=True)  # whom it took off, other tests ask for
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "Tested: 14" in done.stdout
+    assert "Tested: 15" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -1007,6 +1007,66 @@ def pages(address, body, most=50):
 
 
 @pytest.mark.parametrize("body", [USER, {"user_id": "nobody", "k": 7}, {**USER, "mode": "realtime"}])
+def get(address, path, etag=None):
+    """Status, headers and content of a GET."""
+    headers = {} if etag is None else {"If-None-Match": etag}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{address}{path}", headers=headers)) as response:
+            return response.status, response.headers, json.load(response)
+    except urllib.error.HTTPError as error:
+        content = error.read()
+        return error.code, error.headers, json.loads(content) if content else None
+
+
+def test_a_list_that_the_client_has_is_not_sent_again_and_is_no_impression(address, handler, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(handler.recorder, "record", recorded.extend)
+    status, headers, content = get(address, "/v1/lists/7?k=5")
+    expected = good(address, "/v1/recommend", USER)
+    assert status == 200 and content["items"] == expected["items"] and content["source"] == "snapshot"
+    assert headers["cache-control"] == "private, no-cache"
+    wait_for("two impressions", lambda: len(recorded) == 2)
+    for sent in (headers["etag"], headers["etag"].removeprefix("W/"), f'"x", {headers["etag"]}', "*"):
+        status, again, content = get(address, "/v1/lists/7?k=5", sent)
+        assert (status, again["etag"], content) == (304, headers["etag"], None)
+    status, other, _ = get(address, "/v1/lists/7?k=5", 'W/"another"')
+    assert status == 200 and other["etag"] == headers["etag"], "the request's id is no part of it"
+    wait_for("a third impression", lambda: len(recorded) == 3)
+    assert get(address, "/v1/lists/7?k=4")[1]["etag"] != headers["etag"]
+
+    strange = ids(good(address, "/v1/recommend", {**USER, "k": 100, "mode": "realtime"}))[-1]
+    good(address, "/v1/events", {"user_id": 7, "events": [{"item_id": strange, "event": "purchase"}]})
+    status, new, content = get(address, "/v1/lists/7?k=5", headers["etag"])
+    assert status == 200 and content["source"] == "realtime" and new["etag"] != headers["etag"]
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [("7?k=0", "k"), ("7?k=many", "k"), ("7?surface=nowhere", "surface"), ("7?size=3", "size")],
+)
+def test_a_list_with_parameters_that_make_no_sense_is_refused(address, path, named):
+    status, headers, content = get(address, f"/v1/lists/{path}")
+    assert status == 422 and headers["content-type"] == "application/problem+json"
+    assert named in json.dumps(content)
+
+
+def test_a_list_has_the_lifetime_that_is_declared_unless_a_part_fails(
+    storage, synthetic_settings, monkeypatch
+):
+    options = ServeSettings(list_cache_s=60)
+    service = Service(storage, options, synthetic_settings.score)
+    with served(service) as url:
+        assert get(url, "/v1/lists/7")[1]["cache-control"] == "private, max-age=60"
+
+        def fail(*_):
+            raise OSError("stale file handle")
+
+        monkeypatch.setattr(type(service.state.snapshot), "find", fail)
+        degraded = get(url, "/v1/lists/7")
+        assert degraded[2]["degraded"] and degraded[1]["cache-control"] == "private, no-cache"
+    service.close()
+
+
 def test_pages_follow_each_other_without_repeats(address, body):
     shown = list(itertools.chain(*pages(address, body)))
     assert len(shown) == len(set(shown)) > 100  # the whole catalogue
