@@ -78,14 +78,19 @@ def _count(counts: pa.Table | None, values: pa.ChunkedArray) -> pa.Table:
     return table.group_by("value").aggregate([("count", "sum")]).rename_columns(["value", "count"])
 
 
-def choose_settings(size: LogSize, *, repeats: float, has_baskets: bool, has_time: bool) -> Iterator[Guess]:
+def choose_settings(
+    size: LogSize, *, repeats: float, has_baskets: bool, has_time: bool, has_order: bool = True
+) -> Iterator[Guess]:
     """The settings for a log of this size that differ from the defaults.
 
     repeats : share of its events that repeat an item of the user
+    has_order : whether times or positions order the events
     """
     yield Guess(
         "model.cooccurrence", True, "candidates gain that the log connects with what a user had before"
     )
+    if not has_order:
+        yield Guess("model.cooccurrence_neighbours", 100, "without an order, who shares items says most")
     if size.users < FEW_USERS:
         few = f"{size.users:,} users are few"
         yield Guess("model.dropout", 0.4, f"{few}: more regularisation")

@@ -137,7 +137,9 @@ def guess_settings(events: str, items: str | None, decided: Mapping[str, Any]) -
         size = measure_log(events, columns[schema.USER_ID], columns[schema.ITEM_ID])
         has_baskets = columns.get(schema.BASKET) in log.rows.column_names
         has_time = columns.get(schema.TIMESTAMP) is not None
-        guesses += choose_settings(size, repeats=repeats, has_baskets=has_baskets, has_time=has_time)
+        kind = {"has_baskets": has_baskets, "has_time": has_time}
+        has_order = has_time or columns.get(schema.POSITION) is not None
+        guesses += choose_settings(size, repeats=repeats, has_order=has_order, **kind)
     prefixes = tuple(decided)
     return [
         guess

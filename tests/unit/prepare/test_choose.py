@@ -43,7 +43,8 @@ def test_the_size_of_a_log_is_that_of_all_its_files(tmp_path):
 def test_choices_are_settings_and_fit_together(users, events, history):
     settings = Settings()
     for repeats in (0.0, 0.5):
-        values = chosen(LogSize(events, users, 100, history), repeats=repeats, has_baskets=True)
+        kind = {"repeats": repeats, "has_baskets": True, "has_order": repeats > 0}
+        values = chosen(LogSize(events, users, 100, history), **kind)
         overrides = [f"{name}={str(value).lower()}" for name, value in values.items()]
         loaded = load_settings(None, overrides)
         assert loaded.model.cooccurrence and loaded.model.repeat_by_item == (repeats > 0)
