@@ -22,6 +22,7 @@ READ_ROWS = 1_000_000
 FEW_USERS = 5_000
 MANY_REPEATS = 0.1  # share of events that repeat an item, above which lists repeat items too
 EPOCH_EVENTS = 8_000_000  # events that a first training sees at most, in all its epochs
+FEW_EPOCHS = 20
 HISTORIES = (50, 100, 200, 400)
 
 
@@ -109,3 +110,5 @@ def choose_settings(
         yield Guess(
             "train.epochs", epochs, f"{size.events:,} events: a first run of minutes; more may be better"
         )
+    if epochs < FEW_EPOCHS and size.users >= FEW_USERS:
+        yield Guess("train.learning_rate", 0.003, "few epochs: larger steps")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from opentelemetry.trace import get_current_span
@@ -17,6 +17,15 @@ from recray.serving.recorder import EventRecorder, to_impression
 from recray.serving.shadow import ShadowTraffic
 from recray.serving.sources import Route, is_list_sufficient
 from recray.serving.telemetry import Telemetry
+
+
+IsShown = Callable[[RecommendResponse], bool]
+"""Whether a response is sent, and so an impression."""
+
+
+def is_always(response: RecommendResponse) -> bool:
+    """Every response is sent."""
+    return True
 
 
 class RankedResponse(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -11,15 +10,6 @@ from recray.serving.api import ListQuery, RecommendRequest, RecommendResponse
 
 if TYPE_CHECKING:
     from recray.serving.service import Service
-
-
-IsShown = Callable[[RecommendResponse], bool]
-"""Whether a response is sent, and so an impression."""
-
-
-def is_always(response: RecommendResponse) -> bool:
-    """Every response is sent."""
-    return True
 
 
 async def rank_list(

@@ -41,9 +41,8 @@ from recray.serving.cursor import decode_cursor, encode_cursor
 from recray.serving.deployment import Deployment, Deployments
 from recray.serving.explain import add_reasons, describe_items
 from recray.serving.history import to_known_events
-from recray.serving.impressions import ImpressionLog, RankedResponse
+from recray.serving.impressions import ImpressionLog, IsShown, RankedResponse, is_always
 from recray.serving.intake import Intake
-from recray.serving.lists import IsShown, is_always
 from recray.serving.modulation import Exploration
 from recray.serving.new_events import NewEvents
 from recray.serving.query import Query, admit_request, has_opted_out, resolve_query

@@ -49,6 +49,7 @@ def test_choices_are_settings_and_fit_together(users, events, history):
         loaded = load_settings(None, overrides)
         assert loaded.model.cooccurrence and loaded.model.repeat_by_item == (repeats > 0)
         assert loaded.train.epochs * events <= EPOCH_EVENTS or loaded.train.epochs == 5
+        assert loaded.train.learning_rate == (0.003 if loaded.train.epochs < 20 and users >= 5_000 else 0.001)
         assert loaded.model.history >= min(history, 400)
         assert (loaded.model.dropout > settings.model.dropout) == (users < 5_000)
 

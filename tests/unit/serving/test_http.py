@@ -1006,7 +1006,6 @@ def pages(address, body, most=50):
     return shown
 
 
-@pytest.mark.parametrize("body", [USER, {"user_id": "nobody", "k": 7}, {**USER, "mode": "realtime"}])
 def get(address, path, etag=None):
     """Status, headers and content of a GET."""
     headers = {} if etag is None else {"If-None-Match": etag}
@@ -1067,6 +1066,7 @@ def test_a_list_has_the_lifetime_that_is_declared_unless_a_part_fails(
     service.close()
 
 
+@pytest.mark.parametrize("body", [USER, {"user_id": "nobody", "k": 7}, {**USER, "mode": "realtime"}])
 def test_pages_follow_each_other_without_repeats(address, body):
     shown = list(itertools.chain(*pages(address, body)))
     assert len(shown) == len(set(shown)) > 100  # the whole catalogue
