@@ -18,7 +18,6 @@ from recray.serving.shadow import ShadowTraffic
 from recray.serving.sources import Route, is_list_sufficient
 from recray.serving.telemetry import Telemetry
 
-
 IsShown = Callable[[RecommendResponse], bool]
 """Whether a response is sent, and so an impression."""
 
