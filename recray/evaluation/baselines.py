@@ -73,9 +73,9 @@ def fit_baselines(
         yield from _fit_public_baselines(dataset, public_popularity_V)
         return
 
-    histories, wanted = _load_histories(dataset, queries.part)
+    histories, target_histories = _load_histories(dataset, queries.part)
     seen_UV = _to_matrix(histories, dataset.n_items)
-    total_V = np.asarray(_to_matrix(wanted, dataset.n_items).sum(0)).ravel()
+    total_V = np.asarray(_to_matrix(target_histories, dataset.n_items).sum(0)).ravel()
     baseline = partial(Baseline, dataset.n_items)
     recent: ScoreFunction = partial(_repeat_scores, total_V)  # breaks ties where no time is known
     yield "most popular", baseline(recent)
@@ -87,7 +87,7 @@ def fit_baselines(
         yield "popular, last 7 days", baseline(recent)
         yield "popular, last day", baseline(partial(_count_recent, dataset, 1))
     elif cutoff_s is not None:
-        since = [items[times >= cutoff_s - RECENT_S] for items, times in wanted]
+        since = [items[times >= cutoff_s - RECENT_S] for items, times in target_histories]
         recent_V = np.asarray(_to_matrix([(items, items) for items in since], dataset.n_items).sum(0)).ravel()
         recent = partial(_repeat_scores, recent_V)
         yield "popular, last 7 days", baseline(recent)
@@ -139,15 +139,15 @@ def _load_histories(
     types, which are popular items counted by.
     """
     column = 0 if part == "validation" else 2
-    histories, wanted = [], []
+    histories, target_histories = [], []
     for shard in dataset.shards():
         for row in np.flatnonzero(shard.split[:, column] > 0):
             history = shard.history_before(int(row), int(shard.split[row, column]))
             histories.append((history.item_index, history.timestamp_s))
             if dataset.target_rule is not None:
                 is_target = dataset.target_rule.weigh(history.event_index, history.value) > 0
-                wanted.append((history.item_index[is_target], history.timestamp_s[is_target]))
-    return histories, wanted or histories
+                target_histories.append((history.item_index[is_target], history.timestamp_s[is_target]))
+    return histories, target_histories or histories
 
 
 def _to_matrix(histories: list[tuple[np.ndarray, np.ndarray]], n_items: int) -> sp.csr_matrix:

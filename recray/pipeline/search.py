@@ -53,6 +53,8 @@ def search(
     path = None if out is None else Path(out)
     if path is not None and path.exists():
         raise SettingsError(f"{path} exists", "name another file: --out other.yaml")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise SettingsError(f"{path}: its folder does not exist", "make the folder, or name another file")
     with hold_workspace("search", settings, progress) as context:
         progress("── prepare", stage="prepare")
         prepared = run_stage("prepare", context, as_of, preparation.find_input(settings))

@@ -121,7 +121,8 @@ def guess_settings(events: str, items: str | None, decided: Mapping[str, Any]) -
         guesses.append(guess)
     guesses += _guess_times(log, columns, decided)
     guesses += _guess_rows(log, columns)
-    guesses += _guess_targets(log, columns)
+    if not decided.get("privacy.enabled"):  # which takes all events alike
+        guesses += _guess_targets(log, columns)
     if items is not None:
         table = read_sample(items, "data.items")
         features = list(_guess_features(table, columns[schema.ITEM_ID]))
@@ -513,9 +514,9 @@ def _measure_repeats(log: Sample, columns: Mapping[str, Any]) -> float:
     rows = log.rows
     if (event := columns.get(schema.EVENT)) in rows.column_names:
         types = rows[event].unique()
-        wanted = [name for name in types.to_pylist() if name is None or _is_of_interest(name)]
-        if wanted:
-            rows = rows.filter(pc.is_in(rows[event], pa.array(wanted, types.type)))
+        targets = [name for name in types.to_pylist() if name is None or _is_of_interest(name)]
+        if targets:
+            rows = rows.filter(pc.is_in(rows[event], pa.array(targets, types.type)))
     pairs = rows.select([columns[schema.USER_ID], columns[schema.ITEM_ID]]).rename_columns(["user", "item"])
     if (basket := columns.get(schema.BASKET)) in log.rows.column_names:
         # an item twice in a basket is one event; an event without a basket is one of its own

@@ -551,12 +551,13 @@ def _describe_rows(
         )
         notes.append(f"{counted.duplicates} events equal another in all mapped columns and are {action}")
     if totals.negative and settings.data.min_value is None:
-        count = "count like all others" if settings.privacy.enabled else "are history, but no targets"
+        has_rule = bool(settings.data.targets) or not settings.split.holdout_users
+        count = "are history, but no targets" if has_rule else "count like all others"
         notes.append(
             f"{totals.negative} events have a value below 0 (returns?) and {count}: set data.min_value to "
             "leave them out"
         )
-    if totals.zero and settings.data.min_value is None:
+    if totals.zero and settings.data.min_value is None and not settings.data.targets:
         notes.append(
             f"{totals.zero} events have a value of 0 and count like all others: set data.min_value, or "
             "data.targets, if they are no interest"
@@ -725,7 +726,7 @@ def _write_splits(folder: Path, fields: dict[str, Any], settings: Settings) -> p
                 else shard.timestamp_s[np.repeat(mask, np.diff(shard.offsets))]
             )
 
-    if not len(popularity.day):
+    if events and not len(popularity.day):
         raise DataError(
             "no event of a type in data.targets remains",
             "add types to data.targets, or leave fewer events out",

@@ -72,7 +72,7 @@ def read_queries(data, **options):
     batches = TrainingBatches(
         data, history=100, batch_tokens=500, sequences="all", popularity_prior_days=0, seed=0, **options
     )
-    found = []
+    queries = []
     for batch, targets, total in batches.epoch(0):
         offsets = targets.offsets.tolist()
         assert total == len(offsets) - 1
@@ -82,8 +82,8 @@ def read_queries(data, **options):
             part = slice(offsets[n], offsets[n + 1])
             weights = None if targets.weight is None else tuple(targets.weight[part].tolist())
             context = tuple(batch.item_BT[user, : position + 1].tolist())
-            found.append((context, tuple(targets.item[part].tolist()), weights))
-    return sorted(found)
+            queries.append((context, tuple(targets.item[part].tolist()), weights))
+    return sorted(queries)
 
 
 def test_a_query_predicts_the_next_targets_and_knows_all_events_before_them(tmp_path):
@@ -127,12 +127,12 @@ def test_users_are_asked_for_their_next_target_after_the_cut(tmp_path_factory, u
     data = prepared(folder, said(), f"split.query_time={query_time}", "split.validation_users=1", *cuts)
     names = data.items["item_id"].to_pylist()
     for part, cut, until in (("validation", 1, 3), ("test", 3, last)):
-        asked = {}
+        queries_of = {}
         for batch in EvaluationQueries(data, part).batches(100):
             for query in batch:
                 user = data.shard(query.shard).user_ids[query.row].as_py()
                 history = [names[i - 1] for i in query.history.item_index]
-                asked[user] = (history, [names[i - 1] for i in query.target])
+                queries_of[user] = (history, [names[i - 1] for i in query.target])
         expected = {}
         for user, events in enumerate(users):
             at = next((n for n, event in enumerate(events) if cut <= n < until and event[1] in WEIGHTS), None)
@@ -140,7 +140,7 @@ def test_users_are_asked_for_their_next_target_after_the_cut(tmp_path_factory, u
                 known = at if query_time == "target" else cut
                 history = [f"i{item}" for item, _ in events[:known]]
                 expected[user] = (history, [f"i{events[at][0]}"])
-        assert asked == expected
+        assert queries_of == expected
 
 
 def test_leave_one_out_leaves_out_the_last_target_of_each_user(tmp_path):
@@ -189,8 +189,8 @@ def test_a_weight_scales_the_gradient_of_its_query_and_shares_it_among_targets(t
         config = ["model.dim=8", "model.heads=1", "model.dropout=0", "model.cooccurrence=false"]
         loop = build_loop(data, load_settings(None, config), torch.device("cpu"))
         loop.model.eval()
-        batch, found, total = next(loop._prepare_batches(0))
-        loop.criterion.backward(loop.model, batch, found, 1.0 / total)
+        batch, batch_targets, total = next(loop._prepare_batches(0))
+        loop.criterion.backward(loop.model, batch, batch_targets, 1.0 / total)
         return torch.cat([p.grad.flatten() for p in loop.model.parameters() if p.grad is not None])
 
     whole, half = gradient({"purchase": 1.0}), gradient({"purchase": 0.5})
@@ -237,3 +237,17 @@ def test_a_target_that_is_always_a_users_first_event_cannot_be_learned(tmp_path)
     cuts = [f"split.validation_from={moment(2)}", f"split.test_from={moment(4)}"]
     with pytest.raises(DataError, match="no training event of a type"):
         check_dataset(prepared(tmp_path, said({"purchase": 1.0}), *cuts))
+
+
+def test_a_log_that_leaves_no_user_says_so_whatever_its_targets(tmp_path):
+    write_log(tmp_path, example(events=3))
+    for targets in (said(), said({})):
+        with pytest.raises(DataError, match="no user has data.min_user_events events"):
+            prepared(tmp_path, targets, "data.min_user_events=9")
+
+
+def test_zeros_are_doubtful_where_no_targets_are_declared(tmp_path):
+    write_log(tmp_path, example(), lambda user, n, item, kind: 0.0)
+    for targets, is_noted in ((said({}), True), (said(), False)):
+        notes = prepared(tmp_path, targets, "split.kind=random").manifest["notes"]
+        assert any("have a value of 0" in note for note in notes) == is_noted

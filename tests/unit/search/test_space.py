@@ -96,4 +96,6 @@ def test_a_private_search_is_refused_and_an_existing_file_kept(tmp_path, synthet
     settings = load_settings(None, synthetic_overrides(synthetic_folder, tmp_path / "root"))
     with pytest.raises(SettingsError, match="exists"):
         pipeline.run("search", settings, out=str(file))
+    with pytest.raises(SettingsError, match="its folder does not exist"):
+        pipeline.run("search", settings, out=str(tmp_path / "nowhere" / "best.yaml"))
     assert file.read_text() == "model: {dim: 32}\n" and not (tmp_path / "root").exists()
