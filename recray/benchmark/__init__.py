@@ -21,6 +21,8 @@ from recray.errors import SettingsError
 from recray.stages import JobResult, ProgressLog
 
 LIBRARIES = ("implicit", "rectools")
+MODELS = {"rectools-sasrec": "sasrec", "rectools-hstu": "hstu", "rectools-fast": "fast"}
+"""Models of a library that `quality` compares with all baselines, and their names in `rectools_models_peer.py`."""
 
 Result = dict[str, Any]
 """The figures of a benchmark, or of a part of it: the JSON object `metrics` of its result file. The docstring
@@ -33,7 +35,7 @@ class Benchmark:
     """A benchmark: the function that measures, and what it takes in this order beside the folder it works in.
 
     function : `module.function` of `recray.benchmark`, imported when it runs
-    takes : of data, against, checkout, overrides, users, progress and out
+    takes : of data, against, checkout, models, overrides, users, progress and out
     needs_data : `--data` must name a data set
     returns_settings : it returns the settings of its runs before the metrics
     """
@@ -54,6 +56,7 @@ BENCHMARKS = {
     "adopt": Benchmark("adopt.measure_adopt"),
     "submit": Benchmark("submit.measure_submit"),
     "quality": _on_data("quality.measure_quality", "data", "against", "overrides", "progress", "out"),
+    "quality --against": _on_data("baselines.measure_baselines", "data", "models", "overrides", "progress"),
     "ablations": _on_data("ablations.measure_ablations", "data", "overrides", "progress", needs_data=False),
     "evidence": _on_data("evidence.measure_evidence", "data", "overrides", "progress", needs_data=False),
     "features": _on_data("features.measure_features", "data", "overrides", "progress"),
@@ -139,7 +142,7 @@ def run(
         f"benchmark {benchmark}", "ok", metrics=metrics, seconds=round(time.monotonic() - started, 2)
     )
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"{benchmark}-{Path(data).name}" if data else benchmark
+    stem = f"{benchmark}-{Path(data).stem}" if data else benchmark
     path = out / f"{stem}-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}.json"
     content = {"benchmark": benchmark, "metrics": metrics, "config": config, **machine()}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -174,8 +177,21 @@ def _measure(name: str, folder: Path, options: Mapping[str, Any]) -> tuple[Mappi
     module, _, function = benchmark.function.partition(".")
     measure = getattr(importlib.import_module(f"recray.benchmark.{module}"), function)
     values = {**options, "checkout": Path(options["against"] or "")}
+    values["models"] = _select_models(options["against"]) if "models" in benchmark.takes else ()
     result = measure(folder, *(values[option] for option in benchmark.takes))
     return result if benchmark.returns_settings else ({}, result)
+
+
+def _select_models(against: str) -> list[str]:
+    """The models that `--against` names beside the baselines. Raises SettingsError for an unknown name."""
+    names = [name.strip() for name in against.split(",")]
+    if unknown := [name for name in names if name not in ("baselines", *MODELS)]:
+        known = ", ".join((*LIBRARIES, "baselines", *MODELS))
+        raise SettingsError(
+            f"benchmark quality: --against {', '.join(unknown)}",
+            f"known: {known}; all but {' and '.join(LIBRARIES)} may be combined with a comma",
+        )
+    return [name for name in names if name != "baselines"]
 
 
 def _select(name: str, options: Mapping[str, Any]) -> tuple[str, Benchmark]:

@@ -34,12 +34,15 @@ def prepare_data(
     """Settings of a config with overrides, and their dataset, prepared in this process. Raises SettingsError,
     DataError.
 
-    data : folder of the data set, or its name under $RECRAY_DATA; None: the shipped data
+    data : folder of the data set, its name under $RECRAY_DATA, or a file of settings; None: the shipped data
     config : name of a file in jobs/configs; None: that of the data set
     """
     name = SHIPPED
     if data is not None:
         folder = find_data(data).resolve()
+        if folder.is_file():
+            settings = load_settings(folder, [f"storage.root={root}", *overrides])
+            return settings, prepare_here(settings)
         name = folder.name
         os.environ["RECRAY_DATA"] = str(folder.parent)
     configs = Path(str(resources.files("jobs") / "configs"))
@@ -72,21 +75,32 @@ def train_model(
 
 
 def find_data(data: str) -> Path:
-    """The folder of a data set, or that of its name under $RECRAY_DATA. Raises DataError."""
+    """The folder of a data set, or that of its name under $RECRAY_DATA, or a file of settings. Raises
+    DataError.
+    """
+    if Path(data).suffix in (".yaml", ".yml") and Path(data).is_file():
+        return Path(data)
     folder = Path(data) if Path(data).is_dir() else Path(os.environ.get("RECRAY_DATA", "")) / data
     if not folder.is_dir():
         raise DataError(
             f"{folder} does not exist",
-            "name the folder of the data set, or set RECRAY_DATA to the folder above it",
+            "name the folder of the data set, or a file of settings, or set RECRAY_DATA to the folder above",
         )
     return folder
 
 
-def write_events(dataset: Dataset, path: Path) -> None:
+def count_users(dataset: Dataset) -> np.ndarray:
+    """Number of the first user of each shard, as `write_events` counts them, and the number of all."""
+    return np.concatenate([[0], np.cumsum([len(shard) for shard in dataset.shards()])])
+
+
+def write_events(dataset: Dataset, path: Path, *, with_time: bool = False) -> None:
     """Write all events as Parquet: user (a number), item (index), order in the user's history, and part: 0
     train, 1 validation, 2 test, 3 none.
+
+    with_time : also the time in seconds
     """
-    users, items, orders, parts = [], [], [], []
+    users, items, orders, times, parts = [], [], [], [], []
     first = 0
     for shard in dataset.shards():
         count = np.diff(shard.offsets)
@@ -95,6 +109,7 @@ def write_events(dataset: Dataset, path: Path) -> None:
         users.append(first + owner)
         items.append(shard.item_index)
         orders.append(position)
+        times.append(np.asarray(shard.timestamp_s))
         train_end, validation_end, test_start, test_end = shard.split[owner].T
         validation, test = (
             (position >= train_end) & (position < validation_end),
@@ -103,4 +118,5 @@ def write_events(dataset: Dataset, path: Path) -> None:
         parts.append(np.select([position < train_end, validation, test], [0, 1, 2], 3).astype(np.int8))
         first += len(shard)
     columns = {"user": users, "item": items, "order": orders, "part": parts}
+    columns |= {"time": times} if with_time else {}
     pq.write_table(pa.table({name: np.concatenate(values) for name, values in columns.items()}), path)

@@ -17,7 +17,7 @@ from recray.stages import ProgressLog
 from recray.storage import key_of
 
 PINS = {"rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "implicit==0.7.3", "pyarrow==25.0.1")}
-ENVIRONMENTS = {"rectools": "rectools", "implicit": "rectools"}  # the environment of each library
+ENVIRONMENTS = dict.fromkeys(("rectools", "rectools_models", "implicit"), "rectools")  # of each library
 
 
 class LibraryRequest(TypedDict):
@@ -25,6 +25,7 @@ class LibraryRequest(TypedDict):
 
     events : Parquet file of `recray.benchmark.data.write_events`
     batches : training batches of an epoch; without it all of them
+    model, seconds_at_most, has_time, filter_seen, lists : see `rectools_models_peer.py`
     """
 
     events: str
@@ -44,6 +45,11 @@ class LibraryRequest(TypedDict):
     validation_users: NotRequired[list[int]]
     keep: NotRequired[str]
     epochs_at_most: NotRequired[int]
+    model: NotRequired[str]
+    seconds_at_most: NotRequired[float]
+    has_time: NotRequired[bool]
+    filter_seen: NotRequired[bool]
+    lists: NotRequired[str]
 
 
 class LibraryLine(TypedDict):
@@ -71,6 +77,7 @@ class LibraryResponse(TypedDict, total=False):
     curve: list[LibraryLine]
     best_epoch: int
     ranks: dict[str, int]
+    peak_memory_mb: float
 
 
 def run_library(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from recray.benchmark import Result, peers
-from recray.benchmark.data import prepare_data, write_events
+from recray.benchmark.data import count_users, prepare_data, write_events
 from recray.benchmark.train import make_request, precision_of
 from recray.config import Settings
 from recray.dataset.reader import Dataset
@@ -95,7 +95,7 @@ def measure_quality(
         for query in batch
         if len(targets_of(query, filter_seen=True)) == 1
     ]
-    first_number = _first_user_numbers(dataset)
+    first_number = count_users(dataset)
     users = [int(first_number[query.shard] + query.row) for query in queries]
 
     ranks = {"user": np.array(users)}
@@ -307,7 +307,7 @@ def _train_library(
     """
     events = folder / "events.parquet"
     write_events(dataset, events)
-    first_number = _first_user_numbers(dataset)
+    first_number = count_users(dataset)
     validation = EvaluationQueries(
         dataset, "validation", max_users=settings.train.validation_users, seed=settings.split.seed
     )
@@ -335,11 +335,6 @@ def _train_library(
     result = peers.run_library(library, {**request, "keep": str(keep)}, folder, progress)
     (folder / "keep" / f"{library}-{key}.json").write_text(json.dumps(result) + "\n")
     return {**result, "taken_from": None, "pace": {"seconds": 1.0, "cpu_seconds": 1.0}}
-
-
-def _first_user_numbers(dataset: Dataset) -> np.ndarray:
-    """Number of the first user of each shard, as `write_events` counts them."""
-    return np.concatenate([[0], np.cumsum([len(shard) for shard in dataset.shards()])])
 
 
 def _round(values: list[float]) -> list[float]:

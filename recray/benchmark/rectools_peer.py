@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def main(request: LibraryRequest) -> Mapping[str, Any]:
     model, clock = _build_model(request)
     if "patience" in request:
         return _train_to_early_stop(model, events, request)
-    dataset = _to_dataset(events[events.part == TRAIN])
+    dataset = build_dataset(events[events.part == TRAIN])
     model.fit(dataset)
     response = {"epoch_s": clock.seconds}
     if request.get("recommend"):
@@ -74,27 +74,32 @@ def main(request: LibraryRequest) -> Mapping[str, Any]:
     return response
 
 
-def _to_dataset(events: pd.DataFrame) -> Dataset:
+def build_dataset(events: pd.DataFrame, has_time: bool = False) -> Dataset:
+    """The library's data set of events, by their times, or by their order alone."""
     frame = pd.DataFrame({Columns.User: events.user, Columns.Item: events["item"], Columns.Weight: 1.0})
-    frame[Columns.Datetime] = pd.Timestamp("2000-01-01") + pd.to_timedelta(events.order, unit="s")
+    seconds = events.time if has_time else events.order
+    frame[Columns.Datetime] = pd.Timestamp(0 if has_time else "2000-01-01") + pd.to_timedelta(
+        seconds, unit="s"
+    )
     return Dataset.construct(frame)
+
+
+def build_trainer(request: LibraryRequest, callbacks: list[Callback]) -> Callable[[], Trainer]:
+    """A function that returns the library's trainer: on the CPU, silent, without files."""
+    return lambda: Trainer(
+        max_epochs=request.get("epochs", 1),
+        limit_train_batches=request.get("batches"),
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def _build_model(request: LibraryRequest) -> tuple[SASRecModel, Clock]:
     clock = Clock()
-
-    def trainer() -> Trainer:
-        return Trainer(
-            max_epochs=request.get("epochs", 1),
-            limit_train_batches=request.get("batches"),
-            callbacks=[clock],
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
     model = SASRecModel(
         n_factors=request["dim"],
         n_blocks=request["blocks"],
@@ -106,7 +111,7 @@ def _build_model(request: LibraryRequest) -> tuple[SASRecModel, Clock]:
         batch_size=request["batch_users"],
         epochs=request.get("epochs", 1),
         recommend_torch_device="cpu",
-        get_trainer_func=trainer,
+        get_trainer_func=build_trainer(request, [clock]),
     )
     return model, clock
 
@@ -117,7 +122,7 @@ def _train_to_early_stop(
     """Train by epoch with an early stop; the curve (epoch, seconds and CPU seconds of training so far, NDCG)
     and the ranks.
     """
-    trained = _to_dataset(events[events.part == TRAIN])
+    trained = build_dataset(events[events.part == TRAIN])
     users = np.array(request["validation_users"])
     state_file = Path(request["keep"]) / "state.npz"
     curve: list[LibraryLine] = []
@@ -146,7 +151,7 @@ def _train_to_early_stop(
     if len(curve) >= max_epochs:
         return {"curve": curve}
     model.torch_model.load_state_dict(best)
-    ranks = _rank_targets(model, _to_dataset(events[events.part < TEST]), events[events.part == TEST])
+    ranks = _rank_targets(model, build_dataset(events[events.part < TEST]), events[events.part == TEST])
     return {"curve": curve, "best_epoch": _best_epoch(curve), "ranks": ranks}
 
 

@@ -265,6 +265,7 @@ def _add_benchmark(commands: Any) -> None:
     benchmark.add_argument(
         "--against",
         help="quality, train, score: the baseline library to run on the same data, implicit or rectools; "
+        "quality: baselines, or with a comma also rectools-sasrec, rectools-hstu, rectools-fast; "
         "prepare, privacy, score, serve, train: folder of another checkout of recray, run in turns with this "
         "one",
     )

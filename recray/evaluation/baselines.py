@@ -110,6 +110,37 @@ def fit_baselines(
         yield "EASE", _to_linear_baseline(ease_weights(seen_UV, ease_l2))
 
 
+def fit_last_item_baselines(dataset: Dataset, queries: EvaluationQueries) -> Iterator[tuple[str, Baseline]]:
+    """Baselines that know a user by the last item alone: the items of the same users (cosine), and the items
+    that followed it directly. Ties are broken by popularity.
+    """
+    histories, _ = _load_histories(dataset, queries.part)
+    total_V = np.asarray(_to_matrix(histories, dataset.n_items).sum(0)).ravel()
+    following = [items for items, _ in histories if len(items) > 1]
+    first, second = (
+        (np.concatenate([items[part] for items in following]) if following else np.zeros(0, np.int64))
+        for part in (slice(-1), slice(1, None))
+    )
+    n_rows = dataset.n_items + 1
+    transitions = sp.csr_matrix((np.ones(len(first), np.float32), (first, second)), shape=(n_rows, n_rows))
+    similarity = cosine_similarity(_to_matrix(histories, dataset.n_items), dense=False)
+    popular = to_fractions(total_V[None])
+    # counts differ by 1 at least, cosines by little
+    for name, matrix, tie_break in (
+        ("last item's neighbours", similarity, 1e-6 * popular),
+        ("transitions", transitions, popular),
+    ):
+        yield name, Baseline(dataset.n_items, partial(_score_last, matrix, tie_break))
+
+
+def _score_last(
+    matrix: sp.csr_matrix, tie_break_1V: np.ndarray, queries: list[EvaluationQuery]
+) -> np.ndarray:
+    last = np.array([query.history.item_index[-1] for query in queries])
+    scores: np.ndarray = matrix[last].toarray() + tie_break_1V
+    return scores
+
+
 def _fit_public_baselines(
     dataset: Dataset, public_popularity_V: np.ndarray
 ) -> Iterator[tuple[str, Baseline | str]]:
