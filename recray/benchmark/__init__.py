@@ -22,7 +22,7 @@ from recray.stages import JobResult, ProgressLog
 
 LIBRARIES = ("implicit", "rectools")
 MODELS = {"rectools-sasrec": "sasrec", "rectools-hstu": "hstu", "rectools-fast": "fast"}
-"""Models of a library that `quality` compares with all baselines, and their names in `rectools_models_peer.py`."""
+"""Models of a library that `quality` compares with all baselines, and their names in its script."""
 
 Result = dict[str, Any]
 """The figures of a benchmark, or of a part of it: the JSON object `metrics` of its result file. The docstring

@@ -175,7 +175,16 @@ class Shard:
     @cached_property
     def train_lengths(self) -> np.ndarray:
         """How many events from each user's first are in training, int [users]."""
-        lengths = self.split[:, 0]
+        return self._of_trained_users(self.split[:, 0])
+
+    @property
+    def test_starts(self) -> np.ndarray:
+        """How many events from each user's first are in training or before the test, int [users]; as in
+        `train_lengths`, none of a user who takes no part in training.
+        """
+        return self._of_trained_users(self.split[:, 2])
+
+    def _of_trained_users(self, lengths: np.ndarray) -> np.ndarray:
         for mask in (self.holdout, self.other_part):
             lengths = lengths if mask is None else np.where(mask, 0, lengths)
         return lengths

@@ -3,7 +3,13 @@
 A network that has seen the training histories often is too sure of what it remembers of them. Terms of few
 parameters (repeat consumption, popularity) are not, and item-to-item evidence has not been weighed at all.
 One factor a term, by which the validation targets are most likely with and without repeats, sets that right:
-it is temperature scaling (Guo et al., ICML 2017) of each term. Shapes: Q queries, C candidates, S terms.
+it is temperature scaling (Guo et al., ICML 2017) of each term.
+
+Likelihood looks at all candidates, lists at the first ones. Where a network is weak, as on small logs without
+an order, its scores still make targets more likely, but push better evidence off the lists. So with evidence
+the network keeps a smaller share where that clearly raises NDCG.
+
+Shapes: Q queries, C candidates, S terms.
 """
 
 from __future__ import annotations
@@ -26,10 +32,14 @@ from recray.model.shape import Batch
 LOGARITHM = "evidence.log"
 MOST_QUERIES = 1000
 FEWEST_QUERIES = 30
-BEST, DRAWN = 2048, 2048  # candidates of a query: the best before calibration and the targets; and others
+BEST, DRAWN = 2048, 2048  # candidates of a query: the best before calibration, half of them by evidence
+# alone, and the targets; and others
 MOST_SCORES = 1 << 25  # queries x items x terms that are computed at once
 SPREAD = 1.0  # of a log factor before anything was seen: few validation users move it little
 STEPS = 60
+SHARES = (0.7, 0.5, 0.25, 0.125, 0.06)  # of the network beside evidence, that are tried
+CLEARLY = 1.5  # standard errors of a paired difference
+K = 10
 
 
 class Scored(NamedTuple):
@@ -72,8 +82,10 @@ def calibrate(
         for first in range(0, len(queries), size)
     ]
     scored = Scored(*(torch.cat(tensors, -2) for tensors in zip(*parts, strict=True)))
-    fitted = fit_factors(scored, protocols, is_evidence(names), log_scale).tolist()
-    factors = dict(zip([*names, LOGARITHM][: len(fitted)], fitted, strict=True))
+    fitted = fit_factors(scored, protocols, is_evidence(names), log_scale)
+    if is_evidence(names).any():
+        fitted[0] *= choose_share(scored, fitted, protocols, is_evidence(names), log_scale)
+    factors = dict(zip([*names, LOGARITHM][: len(fitted)], fitted.tolist(), strict=True))
     scale_terms(model, factors)
     return factors
 
@@ -138,25 +150,15 @@ def fit_factors(
     log_scale : scale of its logarithm
     """
     has_evidence = is_evidence_S is not None and bool(is_evidence_S.any())
-    evidence_EQC = scored.score_SQC[is_evidence_S] if has_evidence else None
-    _, is_target_QC, is_seen_QC, log_weight_QC = scored
-    by_protocol = {
-        "with_repeats": (torch.zeros_like(is_seen_QC), is_target_QC),
-        "filter_seen": (is_seen_QC, is_target_QC & ~is_seen_QC),
-    }
-    parts = [by_protocol[protocol] for protocol in protocols]
-    n_terms = len(scored.score_SQC)
-    log_S = torch.zeros(n_terms + has_evidence, dtype=torch.float64, requires_grad=True)
+    is_evidence_S = is_evidence_S if has_evidence else None
+    parts = [_mask(scored, protocol) for protocol in protocols]
+    log_S = torch.zeros(len(scored.score_SQC) + has_evidence, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_S], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        factor_S = log_S.exp().float()
-        score_QC = torch.einsum("sqc,s->qc", scored.score_SQC, factor_S[:n_terms]) + log_weight_QC
-        if evidence_EQC is not None:
-            sum_QC = torch.einsum("eqc,e->qc", evidence_EQC, factor_S[:n_terms][is_evidence_S])
-            score_QC = score_QC + factor_S[-1] * log_scale * to_log(sum_QC)
-        total = log_S.square().sum() / (2 * SPREAD**2 * len(is_seen_QC))
+        score_QC = _combine(scored, log_S.exp().float(), is_evidence_S, log_scale) + scored.log_weight_QC
+        total = log_S.square().sum() / (2 * SPREAD**2 * len(score_QC))
         for is_hidden_QC, is_target_QC in parts:
             log_share_QC = score_QC.masked_fill(is_hidden_QC, -math.inf).log_softmax(1)
             count_Q = is_target_QC.sum(1)
@@ -170,18 +172,80 @@ def fit_factors(
     return factors if bool(factors.isfinite().all()) else torch.ones_like(factors)
 
 
+def choose_share(
+    scored: Scored, factor_S: Tensor, protocols: Sequence[str], is_evidence_S: Tensor, log_scale: float
+) -> float:
+    """By what the network's factor, the first one, is to be multiplied: the one of `SHARES` with the highest
+    NDCG, if it is clearly higher than with the factors as they are; else 1.
+
+    Arguments as for `fit_factors`, whose result `factor_S` is.
+    """
+
+    def measure(share: float) -> list[Tensor]:
+        changed_S = factor_S.float().clone()
+        changed_S[0] *= share
+        score_QC = _combine(scored, changed_S, is_evidence_S, log_scale)
+        score_QC = score_QC.masked_fill(scored.log_weight_QC == -math.inf, -math.inf)
+        return [_ndcg(score_QC, *_mask(scored, protocol)) for protocol in protocols]
+
+    before, best, highest = measure(1.0), 1.0, 0.0
+    for share in SHARES:
+        gains = [after_Q - before_Q for after_Q, before_Q in zip(measure(share), before, strict=True)]
+        gain = sum(float(gain_Q.mean()) for gain_Q in gains if len(gain_Q))
+        error = math.sqrt(sum(float(gain_Q.var()) / len(gain_Q) for gain_Q in gains if len(gain_Q) > 1))
+        if gain > highest and gain > CLEARLY * error:
+            best, highest = share, gain
+    return best
+
+
+def _mask(scored: Scored, protocol: str) -> tuple[Tensor, Tensor]:
+    """Under a protocol: which candidates are hidden, and which are targets, bool [Q, C] each."""
+    _, is_target_QC, is_seen_QC, _ = scored
+    if protocol == "filter_seen":
+        return is_seen_QC, is_target_QC & ~is_seen_QC
+    return torch.zeros_like(is_seen_QC), is_target_QC
+
+
+def _combine(scored: Scored, factor_S: Tensor, is_evidence_S: Tensor | None, log_scale: float) -> Tensor:
+    """The candidates' scores [Q, C] with a factor for each term, and one for the logarithm of the evidence.
+
+    is_evidence_S : bool; None: no term is evidence
+    """
+    n_terms = len(scored.score_SQC)
+    score_QC = torch.einsum("sqc,s->qc", scored.score_SQC, factor_S[:n_terms])
+    if is_evidence_S is None:
+        return score_QC
+    evidence_QC = torch.einsum("sqc,s->qc", scored.score_SQC, factor_S[:n_terms] * is_evidence_S)
+    return score_QC + factor_S[-1] * log_scale * to_log(evidence_QC)
+
+
+def _ndcg(score_QC: Tensor, is_hidden_QC: Tensor, is_target_QC: Tensor) -> Tensor:
+    """NDCG of the queries that have a target, float64 [at most Q]."""
+    best_QK = score_QC.masked_fill(is_hidden_QC, -math.inf).topk(min(K, score_QC.shape[1]), 1).indices
+    discount_K = 1.0 / torch.arange(2, best_QK.shape[1] + 2, dtype=torch.float64).log2()
+    gain_Q = (is_target_QC.gather(1, best_QK) * discount_K).sum(1)
+    count_Q = is_target_QC.sum(1)
+    ideal_Q = discount_K.cumsum(0)[count_Q.clamp(1, len(discount_K)) - 1]
+    return (gain_Q / ideal_Q)[count_Q > 0]
+
+
 def _to_scored(predictor: Predictor, queries: list[EvaluationQuery], log_scale: float) -> Scored:
     scores = _score(predictor, queries)
     score_SQV = torch.stack(list(scores.values()))
     score_SQV[0, :, 0] = -1e9  # padding
-    sum_QV = score_SQV.sum(0) + log_scale * to_log(score_SQV[is_evidence(list(scores))].sum(0))
+    evidence_QV = score_SQV[is_evidence(list(scores))].sum(0)
+    sum_QV = score_SQV.sum(0) + log_scale * to_log(evidence_QV)
     is_target_QV = torch.zeros(score_SQV.shape[1:], dtype=torch.bool)
     is_seen_QV = torch.zeros_like(is_target_QV)
     for row, query in enumerate(queries):
         is_target_QV[row, torch.from_numpy(np.asarray(query.target, np.int64))] = True
         is_seen_QV[row, torch.from_numpy(np.asarray(query.history.item_index, np.int64))] = True
     is_target_QV[:, 0] = False
-    index_QC, log_weight_QC = _choose(sum_QV.masked_fill(is_target_QV, math.inf))
+    is_chosen_QV = is_target_QV
+    if log_scale and sum_QV.shape[1] > BEST:  # with another share of the network these come first
+        most_QC = evidence_QV.topk(BEST // 2, 1).indices
+        is_chosen_QV = is_target_QV.scatter(1, most_QC, True).index_fill(1, torch.tensor([0]), False)
+    index_QC, log_weight_QC = _choose(sum_QV.masked_fill(is_chosen_QV, math.inf))
     score_SQC = score_SQV.gather(2, index_QC.expand(len(score_SQV), -1, -1))
     is_target_QC = is_target_QV.gather(1, index_QC) & log_weight_QC.isfinite()
     return Scored(score_SQC, is_target_QC, is_seen_QV.gather(1, index_QC), log_weight_QC)

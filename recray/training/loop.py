@@ -97,6 +97,7 @@ class Loop:
     ----------
     calibrate : epochs are compared, and the trained model is left, after it
     attach : adds to the trained model what training does not need
+    complete : gives the calibrated model what calibration must not see
     """
 
     def __init__(
@@ -108,9 +109,10 @@ class Loop:
         settings: LoopSettings,
         calibrate: Calibrate | None = None,
         attach: Callable[[Network], None] | None = None,
+        complete: Callable[[Network], None] | None = None,
     ) -> None:
         self.model, self.batches, self.validate = model, batches, validate
-        self.calibrate, self.attach = calibrate, attach
+        self.calibrate, self.attach, self.complete = calibrate, attach, complete
         self.criterion, self.settings = criterion, settings
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -164,6 +166,8 @@ class Loop:
         if self.progress.factors is None:
             self.progress.factors = {} if self.calibrate is None else self._calibrate(model, self.calibrate)
             self.best = copy_weights(model)
+        if self.complete is not None:
+            self.complete(model)
         return model
 
     def _calibrate(self, model: Network, calibrate: Calibrate) -> dict[str, float]:

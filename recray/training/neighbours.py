@@ -25,12 +25,16 @@ MOST_USER_PAIRS = 3e8  # of items of one user, for the cosine of the items' user
 PAIR_BYTES = 48  # of a counted pair, with what adding to the counts takes beside it
 
 
-def fit_neighbours(dataset: Dataset, *, neighbours: int, l2: float, memory_bytes: float) -> Neighbours:
+def fit_neighbours(
+    dataset: Dataset, *, neighbours: int, l2: float, memory_bytes: float, with_validation: bool = False
+) -> Neighbours:
     """The strongest `neighbours` of each item.
 
     l2 : L2 regularisation of the linear model. Where its matrix does not fit in the memory, the cosine of the
         items' users takes its place
     memory_bytes : memory for counts and matrices
+    with_validation : count all events before the test, not those of training alone. The weights are chosen on
+        validation targets, which must not be in the counts by then; what is served should know the latest
 
     Raises SettingsError where not even the neighbours fit.
     """
@@ -44,7 +48,7 @@ def fit_neighbours(dataset: Dataset, *, neighbours: int, l2: float, memory_bytes
         )
     counts = _Counts(n_rows, int(memory_bytes / PAIR_BYTES / 2))
     for shard in dataset.shards():
-        events = _training_events(shard)
+        events = _events(shard, shard.test_starts if with_validation else shard.train_lengths)
         if dataset.split_kind != "random":  # which permutes the events
             counts.add_pairs(*events, has_time=dataset.has_time)
         counts.add_users(*events[:2])
@@ -62,9 +66,8 @@ def load_neighbours(path: Path) -> Neighbours:
     return Neighbours(**load_file(path))
 
 
-def _training_events(shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """User, item and time of the training events, in order, and whether each is a target."""
-    length = shard.train_lengths
+def _events(shard: Shard, length: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """User, item and time of so many events from each user's first, in order; whether each is a target."""
     owner = np.repeat(np.arange(len(shard)), length)
     position = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
     where = shard.offsets[owner] + position

@@ -76,6 +76,11 @@ def train(
     with _CurveFollower(progress, on_metrics):
         checkpoint = _fit(settings, run, dataset, progress, parent, private, neighbours)
 
+    final_neighbours = None
+    if neighbours is not None:
+        final_neighbours = _fit_neighbours(
+            settings, dataset, neighbours.with_suffix(".final.safetensors"), with_validation=True
+        )
     metrics = json.loads((checkpoint / "progress.json").read_text())
     statement: PrivacyStatement | None = None
     if mechanism is not None:
@@ -97,13 +102,14 @@ def train(
         parent=None if parent is None else parent.key,
         privacy=statement,
         page=None if statement is None else to_markdown(statement, f"bundle {key}"),
-        neighbours=None if neighbours is None else load_neighbours(neighbours),
+        neighbours=None if final_neighbours is None else load_neighbours(final_neighbours),
     )
     if mechanism is not None:
         _ledger(settings).commit(key)
     shutil.rmtree(run, ignore_errors=True)  # the bundle holds all results
-    if neighbours is not None:
-        neighbours.unlink(missing_ok=True)
+    for path in (neighbours, final_neighbours):
+        if path is not None:
+            path.unlink(missing_ok=True)
     return bundle
 
 
@@ -215,7 +221,9 @@ def _reserve(
     }
 
 
-def _fit_neighbours(settings: Settings, dataset: Dataset, path: Path) -> Path | None:
+def _fit_neighbours(
+    settings: Settings, dataset: Dataset, path: Path, *, with_validation: bool = False
+) -> Path | None:
     """Fit the neighbours of items in a task, once for all attempts; None where the model has no item-to-item
     evidence. Raises SettingsError.
     """
@@ -228,15 +236,16 @@ def _fit_neighbours(settings: Settings, dataset: Dataset, path: Path) -> Path | 
         with unwrap_errors():
             ray.get(
                 ray.remote(_write_neighbours).remote(
-                    training_settings(settings), str(dataset.path), str(scratch)
+                    training_settings(settings), str(dataset.path), str(scratch), with_validation
                 )
             )
         os.replace(scratch, path)
     return path
 
 
-def _write_neighbours(settings: Settings, dataset: str, path: str) -> None:
-    save_neighbours(fit_neighbours_for(settings, Dataset.open(dataset)), Path(path))
+def _write_neighbours(settings: Settings, dataset: str, path: str, with_validation: bool) -> None:
+    neighbours = fit_neighbours_for(settings, Dataset.open(dataset), with_validation=with_validation)
+    save_neighbours(neighbours, Path(path))
 
 
 def _check_ledger(settings: Settings, ledger: Ledger) -> None:

@@ -236,8 +236,12 @@ def build_loop(
                 protocols=_selection_protocols(settings),
                 seed=settings.split.seed,
             )
-        attach = partial(_attach_neighbours, dataset, settings, neighbours) if shape.cooccurrence else None
-        return Loop(model, batches, validate, criterion, loop_settings, calibration, attach)
+        attach = complete = None
+        if shape.cooccurrence:
+            attach = partial(_attach_neighbours, dataset, settings, neighbours)
+            if neighbours is None:
+                complete = partial(_attach_neighbours, dataset, settings, None, with_validation=True)
+        return Loop(model, batches, validate, criterion, loop_settings, calibration, attach, complete)
     from recray.training.private import PrivateLoop
 
     return PrivateLoop(
@@ -251,21 +255,29 @@ def build_loop(
     )
 
 
-def fit_neighbours_for(settings: Settings, dataset: Dataset) -> Neighbours:
-    """The neighbours of items for a training. Raises SettingsError."""
+def fit_neighbours_for(settings: Settings, dataset: Dataset, *, with_validation: bool = False) -> Neighbours:
+    """The neighbours of items for a training, or for its bundle. Raises SettingsError."""
     return fit_neighbours(
         dataset,
         neighbours=settings.model.cooccurrence_neighbours,
         l2=settings.evaluate.ease_l2,
         memory_bytes=settings.train.cooccurrence_memory * 2**30,
+        with_validation=with_validation,
     )
 
 
-def _attach_neighbours(dataset: Dataset, settings: Settings, neighbours: str | None, model: Network) -> None:
+def _attach_neighbours(
+    dataset: Dataset,
+    settings: Settings,
+    neighbours: str | None,
+    model: Network,
+    *,
+    with_validation: bool = False,
+) -> None:
     """Give a model with item-to-item evidence its neighbours, of a file or fitted here."""
     assert model.cooccurrence is not None
     if neighbours is None:
-        model.cooccurrence.attach(fit_neighbours_for(settings, dataset))
+        model.cooccurrence.attach(fit_neighbours_for(settings, dataset, with_validation=with_validation))
     else:
         model.cooccurrence.attach(load_neighbours(Path(neighbours)))
 

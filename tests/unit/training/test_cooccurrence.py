@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recray.dataset.reader import Dataset
 from recray.errors import SettingsError
 from recray.evaluation.protocol import PROTOCOLS, EvaluationQueries
 from recray.inference import Predictor
@@ -15,8 +16,10 @@ from recray.training.calibration import (
     BEST,
     DRAWN,
     LOGARITHM,
+    SHARES,
     Scored,
     _choose,
+    choose_share,
     fit_factors,
     scale_terms,
     term_scores,
@@ -195,6 +198,38 @@ def test_the_factor_of_the_logarithm_is_that_by_which_the_targets_came_about():
     assert factors[1] > 2 * factors[0]
 
 
+def ndcg_of_one_target(scored, score_QC, k=10):
+    target = scored.is_target_QC.int().argmax(1)
+    rank = 1 + (score_QC > score_QC.gather(1, target[:, None])).sum(1)
+    return torch.where(rank <= k, 1 / (1 + rank).log2(), 0.0).mean()
+
+
+def test_a_network_that_spoils_the_first_places_gets_a_smaller_share():
+    """The network knows nothing, and its noise drowns what evidence knows."""
+    random = np.random.default_rng(4)
+    is_evidence = torch.tensor([False, True])
+    scored = drawn(random, [0.0, 0.0], queries=1000, candidates=200)
+    evidence = torch.where(scored.is_target_QC, 0.5, 0.0) * torch.from_numpy(random.random((1000, 1)) < 0.5)
+    scored.score_SQC[1] = evidence + 0.4 * torch.from_numpy(random.random((1000, 200)))
+    factors = torch.ones(3)
+    share = choose_share(scored, factors, PROTOCOLS, is_evidence, 0.3)
+    assert share == SHARES[-1]
+
+    def ndcg(share):
+        score_QC = share * scored.score_SQC[0] + scored.score_SQC[1] + 0.3 * to_log(scored.score_SQC[1])
+        return ndcg_of_one_target(scored, score_QC)
+
+    assert ndcg(share) == max(ndcg(each) for each in (1.0, *SHARES)) > 1.5 * ndcg(1.0)
+
+
+def test_a_network_that_orders_the_first_places_keeps_its_share():
+    is_evidence = torch.tensor([False, True])
+    for seed in range(5):
+        scored = drawn(np.random.default_rng(seed), [2.0, 0.0], queries=300, candidates=100)
+        scored.score_SQC[1].abs_()
+        assert choose_share(scored, torch.ones(3), PROTOCOLS, is_evidence, 0.1) == 1.0
+
+
 def test_drawn_candidates_stand_for_all_others():
     score_QV = torch.from_numpy(np.random.default_rng(2).normal(size=(50, 20_000)).astype(np.float32))
     score_QV[:, 0] = -1e9
@@ -275,3 +310,37 @@ def test_a_calibration_that_does_validation_users_no_good_is_taken_back(
     assert not model.cooccurrence.scale.any() and not model.cooccurrence.log_scale
     for name, tensor in model.state_dict().items():
         assert name.startswith("cooccurrence.") or torch.equal(tensor, uncalibrated[name]), name
+
+
+def test_the_finished_model_knows_what_happened_before_the_test(synthetic_dataset, synthetic_settings):
+    """Calibration must not see its own targets in the counts; what is served knows the latest."""
+    loop = trained_here(synthetic_dataset, synthetic_settings, cooccurrence=True)
+    seen, calibrate = [], loop.calibrate
+
+    def look(model):
+        seen.append(model.cooccurrence.value.clone())
+        return calibrate(model)
+
+    loop.calibrate = look
+    model = loop.finish()
+    options = {"neighbours": 32, "l2": synthetic_settings.evaluate.ease_l2, "memory_bytes": 2**31}
+    in_training = fit_neighbours(synthetic_dataset, **options)
+    before_test = fit_neighbours(synthetic_dataset, **options, with_validation=True)
+    np.testing.assert_array_equal(seen[0], in_training.value)
+    np.testing.assert_array_equal(model.cooccurrence.value, before_test.value)
+    np.testing.assert_array_equal(model.cooccurrence.item, before_test.item)
+    assert (before_test.value != in_training.value).any()
+
+
+def test_counts_before_the_test_are_those_of_a_training_that_ends_there(
+    synthetic_dataset, synthetic_settings, monkeypatch
+):
+    options = {"neighbours": 9, "l2": 10.0, "memory_bytes": 2**30}
+    before_test = fit_neighbours(synthetic_dataset, **options, with_validation=True)
+    moved = Dataset.open(synthetic_dataset.path)
+    shards = list(moved.shards())
+    for shard in shards:
+        shard.__dict__["train_lengths"] = shard.split[:, 2]
+    monkeypatch.setattr(moved, "shards", lambda: shards)
+    for ours, expected in zip(before_test, fit_neighbours(moved, **options), strict=True):
+        np.testing.assert_array_equal(ours, expected)
