@@ -23,6 +23,8 @@ from recray.serving.http import openapi
 from recray.serving.telemetry import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "infra" / "benchmarks"
+BASELINES = "<!-- baselines: a table for each result file -->"
 LINK = re.compile(r"\]\((\.\.?/[^)#\s]+|[\w.][^)#:\s]*)(#[^)\s]+)?\)")
 
 
@@ -53,7 +55,44 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             files.append(File.generated(config, uri, abs_src_path=str(path)))
         return f"]({uri}{match[2] or ''})"
 
+    if page.file.src_uri == "benchmarks.md":
+        markdown = markdown.replace(BASELINES, baselines())
     return LINK.sub(inside, markdown)
+
+
+def baselines() -> str:
+    """A table for each data set: its newest result of `recray benchmark quality --against baselines,…`."""
+    newest: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        metrics = json.loads(path.read_text()).get("metrics", {})
+        if "rankers" in metrics:
+            newest[path.name.rpartition("-")[0]] = path, metrics
+    lines: list[str] = []
+    for stem, (path, metrics) in newest.items():
+        lines += [
+            f"### {stem.removeprefix('quality-')}",
+            f"{metrics['users']:,} test users, {metrics['items']:,} items "
+            f"([result](../../benchmarks/{path.name})).",
+            "",
+            "| | seeds | NDCG@10 | recray's lead | NDCG@10, new items | recray's lead | training | memory "
+            "| users/s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name, line in metrics["rankers"].items():
+            cells = [name, str(line["seeds"])]
+            for protocol in ("with_repeats", "filter_seen"):
+                ndcg = line.get(protocol, {}).get("ndcg@10")
+                lead = line.get("lead", {}).get(protocol) or []
+                cells.append("" if ndcg is None else f"{ndcg:.4f}")
+                cells.append(f"{lead[0]:+.4f} [{lead[1]:+.4f}, {lead[2]:+.4f}]" if lead else "")
+            seconds = line.get("train_s")
+            note = "" if line.get("stopped_early", 1) else ", cut off"
+            cells.append("" if seconds is None else f"{seconds:.0f} s{note}")
+            cells.append(f"{line['peak_memory_mb']:.0f} MB" if "peak_memory_mb" in line else "")
+            cells.append(f"{line['users_per_s']:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def readme() -> str:

@@ -21,7 +21,7 @@ WINDOW = 10  # events apart, at most, of a pair
 FADE_S = 30 * DAY_S  # a pair counts exp(-time between / FADE_S)
 SHRINKAGE = 5.0  # added to the transitions from an item, so that rare ones are no certainties
 LINEAR_BYTES = 20  # of an entry of the matrix that the linear model inverts, with what that takes beside it
-MOST_USER_PAIRS = 3e8  # of items of one user, for the cosine of the items' users
+MOST_USER_PAIRS = 1e8  # of items of one user, for the cosine of the items' users
 PAIR_BYTES = 48  # of a counted pair, with what adding to the counts takes beside it
 
 
