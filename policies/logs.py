@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from recray.config import PolicySettings
 from recray.errors import RefusedError
-from recray.events.rewards import Credits, Rewards
+from recray.events.rewards import SHOWN, Credits, Rewards
 from recray.inference.modulation import log_density
 from recray.inference.policy import OBSERVED
 
@@ -135,7 +135,14 @@ def read_rounds(
     """
     rows, cuts, first = _read_recent(folders, options, options.bound if bound is None else bound, until_s)
     recent = rows[: cuts[-1]]
-    reward_of = _sum_outcomes(recent, _existing_files(folders[max(first - 1, 0) :], "outcomes"), rewards)
+    outcome_files = _existing_files(folders[max(first - 1, 0) :], "outcomes")
+    reward_of, shown = _sum_outcomes(recent, outcome_files, rewards)
+    if options.shown_only:
+        recent = [
+            row if row.reason or row.request_id in shown else replace(row, reason="not_shown")
+            for row in recent
+        ]
+        rows = [*recent, *rows[len(recent) :]]
     excluded = ExclusionCounts(row.reason for row in recent if row.reason)
     rounds = [
         [row for row in rows[start:end] if not row.reason]
@@ -190,20 +197,29 @@ def _read_recent(
     return rows, cuts, first
 
 
-def _sum_outcomes(rows: Sequence[_Row], files: Sequence[Path], rewards: Rewards) -> dict[str, float]:
-    """The reward of each decision by request id, from its outcomes in any of the files."""
+def _sum_outcomes(
+    rows: Sequence[_Row], files: Sequence[Path], rewards: Rewards
+) -> tuple[dict[str, float], set[str]]:
+    """The reward of each decision by request id, from its outcomes in any of the files; and the decisions of
+    which an item was reported as shown.
+    """
     credits, reward_of = Credits(rewards, limit=None), dict[str, float]()
     for row in rows:
         reward_of[row.request_id] = credits.add_response(row.request_id, row.items)
+    for is_report in (True, False):  # positions first, whenever they were reported
+        for outcome in _read_outcomes(files):
+            key = outcome["request_id"]
+            if key in reward_of and (outcome["outcome"] == SHOWN) == is_report:
+                reward_of[key] += credits.add_outcome(
+                    key, outcome["outcome"], outcome["item_id"], outcome["value"]
+                )
+    return reward_of, {key for key in reward_of if credits.was_shown(key)}
+
+
+def _read_outcomes(files: Sequence[Path]) -> Iterator[Mapping[str, Any]]:
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(columns=["request_id", "outcome", "item_id", "value"]):
-            for outcome in batch.to_pylist():
-                key = outcome["request_id"]
-                if key in reward_of:
-                    reward_of[key] += credits.add_outcome(
-                        key, outcome["outcome"], outcome["item_id"], outcome["value"]
-                    )
-    return reward_of
+            yield from batch.to_pylist()
 
 
 def _sort_key(row: _Row) -> tuple[float, str]:

@@ -103,6 +103,22 @@ class HistoryResponse(TypedDict, total=False):
     degraded: list[Literal["state", "model", "snapshot"]]
 
 
+class ImpressionsRequest(TypedDict, total=False):
+    """The items of a response that were really shown."""
+
+    request_id: Required[str]
+    items: Required[list[ShownItem]]
+    timestamp: str | None
+
+
+class ImpressionsResponse(TypedDict, total=False):
+    """The event store has them on disk."""
+
+    kept: Required[int]
+    duplicates: Required[int]
+    set_aside: Required[bool]
+
+
 class Item(TypedDict, total=False):
     """A recommended item. `explain` adds `title`, `why` and `text`; `describe` adds what `data.display`
     declares.
@@ -301,6 +317,13 @@ class SearchResponse(TypedDict, total=False):
     """Those with this id or title first, then by popularity."""
 
     items: Required[list[FoundItem]]
+
+
+class ShownItem(TypedDict, total=False):
+    """An item that was shown, and where."""
+
+    item_id: Required[int | str]
+    position: Required[int]
 
 
 class SimilarRequest(TypedDict, total=False):
@@ -582,6 +605,24 @@ class Operations:
                 "timestamp": timestamp,
                 "feedback_id": feedback_id,
             },
+            repeatable=False,
+        )
+        return response
+
+    def impressions(
+        self, *, request_id: str, items: list[ShownItem], timestamp: str | None = None
+    ) -> ImpressionsResponse:
+        """Log which items of a response were shown. On disk when it responds. A page may report again while
+        the user scrolls: each item counts once. Scope: write.
+
+        request_id : of the response
+        items : each item once
+        timestamp : when, UTC unless an offset is given; null: now
+        """
+        response: ImpressionsResponse = self._call(
+            "POST",
+            "/v1/impressions",
+            {"request_id": request_id, "items": items, "timestamp": timestamp},
             repeatable=False,
         )
         return response
@@ -878,6 +919,24 @@ class AsyncOperations:
                 "timestamp": timestamp,
                 "feedback_id": feedback_id,
             },
+            repeatable=False,
+        )
+        return response
+
+    def impressions(
+        self, *, request_id: str, items: list[ShownItem], timestamp: str | None = None
+    ) -> Awaitable[ImpressionsResponse]:
+        """Log which items of a response were shown. On disk when it responds. A page may report again while
+        the user scrolls: each item counts once. Scope: write.
+
+        request_id : of the response
+        items : each item once
+        timestamp : when, UTC unless an offset is given; null: now
+        """
+        response: Awaitable[ImpressionsResponse] = self._call(
+            "POST",
+            "/v1/impressions",
+            {"request_id": request_id, "items": items, "timestamp": timestamp},
             repeatable=False,
         )
         return response

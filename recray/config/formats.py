@@ -55,6 +55,7 @@ ADDED: dict[str, Any] = {
     "model.cooccurrence": False,
     "model.cooccurrence_events": 50,
     "model.cooccurrence_neighbours": 32,
+    "policy.shown_only": False,
     "score.seen_days": None,
     "score.seen_events": [],
     "train.calibrate": False,

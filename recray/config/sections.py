@@ -677,6 +677,11 @@ class PolicySettings(Section):
         "ndcg", description="reward: this metric of users' next items, at the first of evaluate.k"
     )
     decisions: int = Field(100_000, ge=1, description="decisions that it learns from")
+    shown_only: bool = Field(
+        False,
+        description="learn from responses alone of which /v1/impressions reported an item as shown; the "
+        "others are counted as excluded",
+    )
     penalty: float = Field(
         0.002,
         ge=0,
@@ -889,6 +894,7 @@ class ServeSettings(Section):
             "max_waiting",
             "outcome_bound",
             "poll_s",
+            "position_bias",
         }
     )
 
@@ -957,6 +963,14 @@ class ServeSettings(Section):
         "largest value of one outcome that counts; larger ones count as this, negative ones as 0",
         gt=0,
         allow_inf_nan=False,
+    )
+    position_bias: float = operational(
+        0.0,
+        "rewards of experiments and policies: people look at position p with a propensity of p ** "
+        "-position_bias, and an outcome counts by its inverse, at most tenfold; the position is that of "
+        "/v1/impressions, or in the response; 0: all positions alike",
+        ge=0,
+        le=2,
     )
     traces: float = operational(
         0.0,

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from recray.dataset import schema
 from recray.errors import StateError
 from recray.events.log import Entry, Log
-from recray.events.rewards import Credits, Rewards
+from recray.events.rewards import SHOWN, Credits, Rewards
 from recray.storage import Storage, immutable_directory, read_json
 
 KIND = "collected"
@@ -230,7 +230,13 @@ def _summarize_outcomes(
 ) -> dict[str, float]:
     """Metrics of outcomes. variant_of : variant of each impression of an experiment, by request id"""
     metrics: dict[str, float] = {"outcomes/set_aside": sum(row["set_aside"] for row in rows)}
-    counted = [row for row in rows if not row["set_aside"]]
+    reports = [row for row in rows if row["outcome"] == SHOWN and not row["set_aside"]]
+    if reports:
+        shown = {row["request_id"] for row in reports}
+        metrics |= {"shown/answers": len(shown), "shown/items": len(reports)}
+        for row in reports:
+            credits.add_outcome(row["request_id"], SHOWN, row["item_id"], row["value"])
+    counted = [row for row in rows if row["outcome"] != SHOWN and not row["set_aside"]]
     metrics |= {
         f"outcomes/{name}/an_answer": count / max(response_count, 1)
         for name, count in Counter(row["outcome"] for row in counted).items()

@@ -12,6 +12,11 @@ import xxhash
 
 from recray.config import ServeSettings
 
+SHOWN = "recray.shown"
+"""Outcome that an item of a response was really shown; its value is the position, from 1. No caller can send
+it as feedback: the name has a dot.
+"""
+MAX_POSITION_WEIGHT = 10.0
 MAX_RESPONSES = 200_000  # remembered responses
 MAX_EARLY = 20_000  # requests with outcomes but without a response so far
 _BYTES = 8
@@ -20,20 +25,25 @@ _BYTES = 8
 @dataclass(frozen=True)
 class Rewards:
     """Rewards of outcomes (`serve.outcomes`): `worth` by name, times the reported value, clipped to 0 and
-    `bound`.
+    `bound`, times the inverse propensity of the item's position.
+
+    People look at position p with a propensity of p ** -position_bias (Joachims, Swaminathan and Schnabel,
+    WSDM 2017). The inverse is at most `MAX_POSITION_WEIGHT`.
     """
 
     worth: Mapping[str, float]
     bound: float
+    position_bias: float = 0.0
 
     @classmethod
     def declared(cls, options: ServeSettings) -> Rewards:
         """The rewards of the settings."""
-        return cls(options.outcomes, options.outcome_bound)
+        return cls(options.outcomes, options.outcome_bound, options.position_bias)
 
-    def of(self, outcome: str, value: float) -> float:
-        """The reward of an outcome; 0 if it is not declared."""
-        return self.worth.get(outcome, 0.0) * min(max(value, 0.0), self.bound)
+    def of(self, outcome: str, value: float, position: int = 1) -> float:
+        """The reward of an outcome of the item at a position, from 1; 0 if it is not declared."""
+        weight = min(float(position**self.position_bias), MAX_POSITION_WEIGHT)
+        return self.worth.get(outcome, 0.0) * min(max(value, 0.0), self.bound) * weight
 
 
 @dataclass
@@ -49,6 +59,7 @@ class Credits:
     _items: dict[str, bytes] = field(default_factory=dict)
     _credited: dict[str, set[tuple[str | None, str]]] = field(default_factory=dict)
     _early: dict[str, list[tuple[str, str | None, float]]] = field(default_factory=dict)
+    _shown: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._items
@@ -59,21 +70,28 @@ class Credits:
             oldest = next(iter(self._items))
             del self._items[oldest]
             self._credited.pop(oldest, None)
+            self._shown.pop(oldest, None)
         self._items[request_id] = b"".join(_digest(str(item)) for item in items)
         return sum(self.add_outcome(request_id, *outcome) for outcome in self._early.pop(request_id, ()))
+
+    def was_shown(self, request_id: str) -> bool:
+        """Whether an item of a known response was reported as shown."""
+        return request_id in self._shown
 
     def rejection_reason(self, request_id: str, outcome: str, item_id: Any) -> str:
         """Why an outcome of a known response would not count; empty if it would."""
         item = None if item_id is None else str(item_id)
         if outcome not in self.rewards.worth:
             return "undeclared"
-        if item is not None and not _contains(self._items[request_id], _digest(item)):
+        if item is not None and _find(self._items[request_id], _digest(item)) < 0:
             return "not_in_response"
         return "repeated" if (item, outcome) in self._credited.get(request_id, ()) else ""
 
     def add_outcome(self, request_id: str, outcome: str, item_id: Any, value: float) -> float:
         """The reward of an outcome, `item_id` None for the response as a whole; 0 if it does not count, or
         its response is unknown so far.
+
+        The position of the item is the one that was reported as shown until then, else that in the response.
         """
         item = None if item_id is None else str(item_id)
         items = self._items.get(request_id)
@@ -83,18 +101,24 @@ class Credits:
             self._early.setdefault(request_id, []).append((outcome, item, value))
             return 0.0
         credited = self._credited.setdefault(request_id, set())
-        if (item, outcome) in credited or (item is not None and not _contains(items, _digest(item))):
+        place = -1 if item is None else _find(items, _digest(item))
+        if (item, outcome) in credited or (item is not None and place < 0):
             return 0.0
         credited.add((item, outcome))
-        return self.rewards.of(outcome, value)
+        if outcome == SHOWN and item is not None:
+            self._shown.setdefault(request_id, {})[item] = max(round(value), 1)
+            return 0.0
+        position = 1 if item is None else self._shown.get(request_id, {}).get(item, place + 1)
+        return self.rewards.of(outcome, value, position)
 
 
 def _digest(item: str) -> bytes:
     return xxhash.xxh64_digest(item.encode("utf-8", "surrogatepass"))
 
 
-def _contains(digests: bytes, digest: bytes) -> bool:
+def _find(digests: bytes, digest: bytes) -> int:
+    """Place of an item among those of a response, from 0; -1 if it is not there."""
     position = digests.find(digest)
     while position % _BYTES and position >= 0:
         position = digests.find(digest, position + 1)
-    return position >= 0
+    return position // _BYTES

@@ -87,11 +87,11 @@ class Writer:
         except TimeoutError:
             raise StateError(f"the event store did not respond within {timeout_s:g} s") from None
 
-    async def append_outcome(self, entry: Entry, decision: str) -> tuple[bool, bool]:
-        """Write an outcome after its impression, or set it aside if the impression is unknown so far
+    async def append_outcomes(self, entries: Sequence[Entry], decision: str) -> tuple[int, bool]:
+        """Write outcomes after their impression, or set them aside if the impression is unknown so far
         (`collect` checks again).
 
-        Returns whether the outcome was new, and whether the impression is known. Raises StateError.
+        Returns how many outcomes were new, and whether the impression is known. Raises StateError.
         """
         await self.append([])  # writes the queue
         may_wait = self._waiting_outcomes < MAX_WAITING_OUTCOMES
@@ -106,9 +106,10 @@ class Writer:
         finally:
             self._waiting_outcomes -= may_wait
         kind: Kind = "outcome" if is_known else "set_aside"
-        is_new = (await self.append([replace(entry, kind=kind)]))[0] > 0
-        self.set_aside += is_new and not is_known
-        return is_new, is_known
+        numbers = await self.append([replace(entry, kind=kind) for entry in entries])
+        new = sum(number > 0 for number in numbers)
+        self.set_aside += 0 if is_known else new
+        return new, is_known
 
     def close(self) -> None:
         """Write the queue, then stop."""

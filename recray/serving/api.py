@@ -294,6 +294,32 @@ class FeedbackRequest(_Closed):
     )
 
 
+class ShownItem(_Closed):
+    """An item that was shown, and where."""
+
+    item_id: Id = Field(description="an item of the response")
+    position: int = Field(ge=1, le=MAX_K, description="from 1, as the user saw it")
+
+
+class ImpressionsRequest(_Closed):
+    """The items of a response that were really shown."""
+
+    model_config = _examples({"request_id": "0192f0c1", "items": [{"item_id": "22423", "position": 1}]})
+
+    request_id: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(
+        description="of the response"
+    )
+    items: list[ShownItem] = Field(min_length=1, max_length=MAX_K, description="each item once")
+    timestamp: Moment | None = Field(None, description="when, UTC unless an offset is given; null: now")
+
+    @model_validator(mode="after")
+    def _check_items(self) -> ImpressionsRequest:
+        ids = [str(item.item_id) for item in self.items]
+        if twice := sorted({item for item in ids if ids.count(item) > 1}):
+            raise ValueError(f"items: {', '.join(twice[:3])} more than once")
+        return self
+
+
 Cell = Text | int | Number | bool | None
 
 
@@ -509,6 +535,17 @@ class FeedbackResponse(BaseModel):
     notes: list[str] = Field(
         default_factory=list,
         description="why its reward for experiments and policies is 0, or less than was sent",
+    )
+
+
+class ImpressionsResponse(BaseModel):
+    """The event store has them on disk."""
+
+    kept: int = Field(description="items that were not reported for this response before")
+    duplicates: int = Field(description="items that were: their first position stays")
+    set_aside: bool = Field(
+        description="true: no response of that request_id is known yet; they count if the response is in the "
+        "event store when it is collected"
     )
 
 

@@ -45,6 +45,7 @@ REQUIRED_SCOPES: dict[str, KeyScope] = {
     "/v1/models": "read",
     "/v1/events": "write",
     "/v1/feedback": "write",
+    "/v1/impressions": "write",
     "/v1/items": "items",
     "/v1/items/{item_id}": "items",
     "/v1/users/{user_id}": "admin",

@@ -31,6 +31,8 @@ from recray.serving.api import (
     Health,
     HistoryRequest,
     HistoryResponse,
+    ImpressionsRequest,
+    ImpressionsResponse,
     ItemsRequest,
     ItemsResponse,
     ListQuery,
@@ -181,6 +183,11 @@ def _add_event_store_routes(api: FastAPI, service: Service) -> None:
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:
         """On disk when it responds, after the response that it is about."""
         return await service.intake.feedback(request)
+
+    @api.post("/v1/impressions", summary="Log which items of a response were shown", tags=tags)
+    async def impressions(request: ImpressionsRequest) -> ImpressionsResponse:
+        """On disk when it responds. A page may report again while the user scrolls: each item counts once."""
+        return await service.intake.impressions(request)
 
     @api.delete("/v1/users/{user_id:path}", summary="Forget a user", tags=tags)
     async def forget(user_id: str) -> ForgetResponse:

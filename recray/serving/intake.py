@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import time
 from typing import Any
 
 from recray.config import ServeSettings
 from recray.errors import RequestError, UnavailableError
 from recray.events.log import CONFLICT, DUPLICATE, Entry, make_key
+from recray.events.rewards import SHOWN
 from recray.serving.api import (
     EventsRequest,
     EventsResponse,
     FeedbackRequest,
     FeedbackResponse,
     ForgetResponse,
+    ImpressionsRequest,
+    ImpressionsResponse,
 )
 from recray.serving.deployment import Deployments
 from recray.serving.recorder import EventRecorder, make_id
@@ -92,17 +96,34 @@ class Intake:
             "item_id": request.item_id,
             "value": request.value,
         }
-        at_s = time.time() if request.timestamp is None else request.timestamp.timestamp()
-        if at_s > time.time() + AHEAD_S:
-            raise RequestError(f"timestamp: {request.timestamp} lies in the future", "send UTC, or an offset")
+        at_s = _moment_s(request.timestamp)
         key = make_key(request.request_id, request.feedback_id) if request.feedback_id else make_id()
         entry = Entry("outcome", key, None, at_s, body)
-        is_new, is_known = await self._recorder.write(
-            lambda writer: writer.append_outcome(entry, request.request_id)
+        new, is_known = await self._recorder.write(
+            lambda writer: writer.append_outcomes([entry], request.request_id)
         )
-        self._telemetry.stored["outcome" if is_known else "set_aside"] += is_new
+        self._telemetry.stored["outcome" if is_known else "set_aside"] += new
         self._telemetry.lags_s.append(time.time() - at_s)
-        return FeedbackResponse(kept=is_new, set_aside=not is_known, notes=self._note_reward(request))
+        return FeedbackResponse(kept=bool(new), set_aside=not is_known, notes=self._note_reward(request))
+
+    async def impressions(self, request: ImpressionsRequest) -> ImpressionsResponse:
+        """Keep which items of a response were really shown, and where; on disk when it returns. Raises
+        RequestError, UnavailableError.
+        """
+        at_s = _moment_s(request.timestamp)
+        entries = []
+        for shown in request.items:
+            body: dict[str, Any] = {"request_id": request.request_id, "outcome": SHOWN}
+            body |= {"item_id": shown.item_id, "value": float(shown.position)}
+            key = make_key(
+                request.request_id, f"{SHOWN} {shown.item_id}"
+            )  # the first report of an item counts
+            entries.append(Entry("outcome", key, None, at_s, body))
+        new, is_known = await self._recorder.write(
+            lambda writer: writer.append_outcomes(entries, request.request_id)
+        )
+        self._telemetry.stored["shown"] += new
+        return ImpressionsResponse(kept=new, duplicates=len(entries) - new, set_aside=not is_known)
 
     def _note_reward(self, request: FeedbackRequest) -> list[str]:
         """Why the reward of an outcome is 0, or less than was sent."""
@@ -144,3 +165,12 @@ class Intake:
             lambda writer: asyncio.to_thread(writer.log.forget_user, user), FORGET_S
         )
         return ForgetResponse(new=new, dropped=dropped)
+
+
+def _moment_s(moment: dt.datetime | None) -> float:
+    """Seconds since 1970 of a moment, None for now. Raises RequestError if it lies in the future."""
+    now_s = time.time()
+    at_s = now_s if moment is None else moment.timestamp()
+    if at_s > now_s + AHEAD_S:
+        raise RequestError(f"timestamp: {moment} lies in the future", "send UTC, or an offset")
+    return at_s

@@ -241,18 +241,15 @@ def test_writers_wait_together_and_decisions_come_before_their_outcome(log):
         all_queued.set()
         assert all(first and not second for first, second in await asyncio.gather(*appends))
         writer.enqueue([Entry("decision", "r2", "u", 1.0, {})])
-        assert await writer.append_outcome(Entry("outcome", "o2", "u", 2.0, {"request_id": "r2"}), "r2") == (
-            True,
-            True,
-        )
-        assert await writer.append_outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3") == (
-            True,
-            False,
-        )
-        assert await writer.append_outcome(Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"}), "r3") == (
-            False,
-            False,
-        )
+        assert await writer.append_outcomes(
+            [Entry("outcome", "o2", "u", 2.0, {"request_id": "r2"})], "r2"
+        ) == (True, True)
+        assert await writer.append_outcomes(
+            [Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"})], "r3"
+        ) == (True, False)
+        assert await writer.append_outcomes(
+            [Entry("outcome", "o3", "u", 2.0, {"request_id": "r3"})], "r3"
+        ) == (False, False)
         return await writer.recent("u", 0, 0.0)
 
     recent = asyncio.run(talk())
@@ -267,7 +264,7 @@ def test_an_outcome_waits_for_a_decision_of_another_replica(log, monkeypatch):
     monkeypatch.setattr("recray.events.writer.DECISION_WAIT_S", DEADLINE_S)  # however slow this disk is
     here, there = Writer(log), Writer(log)
     threading.Timer(0.1, lambda: there.enqueue([Entry("decision", "far", "u", 1.0, {})])).start()
-    assert asyncio.run(here.append_outcome(Entry("outcome", "o", "u", 2.0, {}), "far")) == (True, True)
+    assert asyncio.run(here.append_outcomes([Entry("outcome", "o", "u", 2.0, {})], "far")) == (True, True)
     here.close(), there.close()
 
 
@@ -279,7 +276,9 @@ def test_outcomes_of_made_up_requests_do_not_make_others_wait(log, monkeypatch):
     async def many(times):
         outcomes = {
             f"made up {times}.{n}": asyncio.create_task(
-                writer.append_outcome(Entry("outcome", f"o{times}.{n}", "u", 2.0, {}), f"made up {times}.{n}")
+                writer.append_outcomes(
+                    [Entry("outcome", f"o{times}.{n}", "u", 2.0, {})], f"made up {times}.{n}"
+                )
             )
             for n in range(40)
         }

@@ -184,6 +184,35 @@ def test_outcomes_are_kept_after_their_decision(address, handler):
     assert entries[1].body["request_id"] == answer["request_id"]
 
 
+@pytest.mark.parametrize("handler", ["sqlite", "redis_server"], indirect=True)
+def test_what_was_shown_is_kept_once_for_each_item(address, handler):
+    answer = good(address, "/v1/recommend", USER)
+    first, second, third = ids(answer)[:3]
+
+    def report(*items, request_id=answer["request_id"]):
+        shown = [{"item_id": item, "position": position} for item, position in items]
+        return good(address, "/v1/impressions", {"request_id": request_id, "items": shown})
+
+    assert report((first, 1), (second, 2)) == {"kept": 2, "duplicates": 0, "set_aside": False}
+    assert report((second, 5), (third, 3)) == {"kept": 1, "duplicates": 1, "set_aside": False}
+    assert report((first, 1), request_id="never") == {"kept": 1, "duplicates": 0, "set_aside": True}
+    entries = [entry for _, entry in handler.recorder.writer.log.read(0, 100)]
+    assert [entry.kind for entry in entries] == ["decision", *["outcome"] * 3, "set_aside"]
+    assert [(entry.body["item_id"], entry.body["value"]) for entry in entries[1:4]] == [
+        (first, 1.0),
+        (second, 2.0),
+        (third, 3.0),
+    ]
+    assert handler.telemetry.stored["shown"] == 4
+    for wrong, name in (
+        ([], "items"),
+        ([{"item_id": first, "position": 0}], "position"),
+        ([{"item_id": first, "position": 1}, {"item_id": first, "position": 2}], "more than once"),
+    ):
+        status, problem = ask(address, "/v1/impressions", {"request_id": "r", "items": wrong})[:2]
+        assert status == 422 and name in str(problem)
+
+
 def test_an_outcome_that_counts_nothing_or_less_is_kept_and_says_why(address, handler):
     answer = good(address, "/v1/recommend", USER)
     sent = {
@@ -512,7 +541,7 @@ def test_whatever_the_openapi_document_allows_and_forbids_is_answered_as_it_says
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     (storage.root / "forgotten.json").unlink(missing_ok=True)  # whom it took off, other tests ask for
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "Tested: 15" in done.stdout
+    assert "Tested: 16" in done.stdout
 
 
 @pytest.mark.parametrize(
