@@ -65,6 +65,7 @@ class TrainingMetrics(TypedDict, total=False):
     epoch, step : epochs and optimiser steps
     best_epoch, best_ndcg : the epoch whose weights were kept, and its validation NDCG
     factors : factor of each term of the scores by calibration
+    cold_gaps : see `recray.inference.Predictor`
     """
 
     epoch: int
@@ -73,6 +74,7 @@ class TrainingMetrics(TypedDict, total=False):
     best_ndcg: float
     curve: list[CurveLine]
     factors: dict[str, float] | None
+    cold_gaps: list[float] | None
 
 
 class PrivacyStatement(TypedDict, total=False):

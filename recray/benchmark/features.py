@@ -3,15 +3,15 @@
 A tenth of the items, selected by a hash of their ids, is removed from all events before the test. A model of
 ids alone, one with each column, and one with all columns are trained alike. They are evaluated on warm and on
 cold targets of the test; the latter in the whole catalogue and among the cold items alone. The model of all
-columns is evaluated with several values of `score.cold_item_boost`, which shows their cost for warm targets.
-The figures of the run are those of the last value that costs the validation users, whose targets are all
-warm, at most `BUDGET` of their NDCG. So the test targets have no influence on the value.
+columns is evaluated with several values of `score.cold_item_boost` and `score.cold_item_share`, which shows
+their cost for warm targets. The figures of the run are those of the largest share that costs the validation
+users, whose targets are all warm, at most `BUDGET` of their NDCG. So the test targets have no influence.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,13 @@ CONFIGS = {"ml-1m": "video"}  # with features; the other benchmarks use another 
 K = 10
 BATCH = 256
 ONE_IN = 10  # items become cold
-BOOSTS = (0.0, 3.0, 3.5, 4.0, 4.5)  # of score.cold_item_boost
-BUDGET = 0.05  # share of the validation NDCG that cold items may cost
+ALONE: dict[str, float] = {}
+PLACES = (  # what lets cold items into the lists
+    ALONE,
+    *({"cold_item_boost": boost} for boost in (3.0, 3.5, 4.0, 4.5)),
+    *({"cold_item_share": share} for share in (0.25, 0.5, 0.75, 1.0)),
+)
+BUDGET = 0.02  # share of the validation NDCG that cold items may cost
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
@@ -84,25 +89,28 @@ def measure_features(
             ],
             config,
         )
-        figures, by_boost = _train_variant(
-            dataset, training_settings(settings), BOOSTS if name == "all" else BOOSTS[:1]
+        figures, by_place = _train_variant(
+            dataset, training_settings(settings), PLACES if name == "all" else PLACES[:1]
         )
         metrics["variants"][name] = figures
         progress(f"{name}: " + ", ".join(f"{metric} {value}" for metric, value in figures.items()))
 
-    metrics["cold_item_boost"] = by_boost
+    metrics["cold_items"] = by_place
     best = metrics["variants"]["all"]
     metrics |= {
         f"{metric}_gain": round(best[metric] - metrics["variants"]["ids"][metric], 4)
         for metric in ("hr@10", "ndcg@10")
     }
     selected = [
-        line for line in by_boost if line["validation_ndcg"] >= (1 - BUDGET) * by_boost[0]["validation_ndcg"]
+        line
+        for line in by_place
+        if "cold_item_boost" not in line
+        and line["validation_ndcg"] >= (1 - BUDGET) * by_place[0]["validation_ndcg"]
     ][-1]
     metrics |= {
         name: selected[name]
         for name in (
-            "cold_item_boost",
+            "cold_item_share",
             "hr@10",
             "ndcg@10",
             "cold_hr@10",
@@ -147,35 +155,44 @@ def _to_timestamp(time_s: int | None) -> str:
 
 
 def _train_variant(
-    dataset: Dataset, settings: Settings, boosts: tuple[float, ...]
+    dataset: Dataset, settings: Settings, places: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Train a model to its early stop; its figures, and the figures of each cold-item boost."""
+    """Train a model to its early stop; its figures, and the figures with each of `PLACES`."""
     loop = build_loop(str(dataset.path), settings, torch.device("cpu"))
     epochs = [line["epoch"] for line in loop.run()]
     loop.finish()
     predictor = Predictor.of(loop.ema_model.eval(), dataset, settings.model.popularity_prior_days)
+    predictor.cold_gaps = tuple(loop.progress.cold_gaps or ())
     cold = np.array([False, *(is_cold(item) for item in dataset.items["item_id"].to_pylist())])
     filter_seen = settings.evaluate.protocol == "filter_seen"
     validation = EvaluationQueries(
         dataset, "validation", max_users=settings.train.validation_users, seed=settings.split.seed
     )
     rows = []
-    for boost in boosts:
-        figures = _evaluate(predictor, EvaluationQueries(dataset, "test"), cold, filter_seen, boost)
+    for place in places:
+        figures = _evaluate(predictor, EvaluationQueries(dataset, "test"), cold, filter_seen, place)
         rows.append(
             figures
-            | {"validation_ndcg": _evaluate(predictor, validation, cold, filter_seen, boost)["ndcg@10"]}
+            | {"validation_ndcg": _evaluate(predictor, validation, cold, filter_seen, place)["ndcg@10"]}
         )
     ends = {"best_epoch": loop.progress.best_epoch, "epochs": int(epochs[-1])}
-    return rows[0] | ends, [{"cold_item_boost": boost} | row for boost, row in zip(boosts, rows, strict=True)]
+    return rows[0] | ends, [{**place} | row for place, row in zip(places, rows, strict=True)]
 
 
 def _evaluate(
-    predictor: Predictor, queries: EvaluationQueries, cold: np.ndarray, filter_seen: bool, boost: float
+    predictor: Predictor,
+    queries: EvaluationQueries,
+    cold: np.ndarray,
+    filter_seen: bool,
+    place: Mapping[str, float],
 ) -> dict[str, float]:
     """Figures of warm and of cold targets."""
     rules = Rules.from_settings(
-        ScoreSettings(cold_item_boost=boost).rules(), queries.dataset, np.arange(len(cold)), predictor.cold_V
+        ScoreSettings(**place).rules(),
+        queries.dataset,
+        np.arange(len(cold)),
+        predictor.cold_V,
+        predictor.cold_gaps,
     )
     warm_hits, warm_ndcg, cold_hits, hits_among_cold, cold_counts, chance = [], [], [], [], [], []
     for batch in queries.batches(BATCH):

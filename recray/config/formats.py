@@ -56,6 +56,7 @@ ADDED: dict[str, Any] = {
     "model.cooccurrence_events": 50,
     "model.cooccurrence_neighbours": 32,
     "policy.shown_only": False,
+    "score.cold_item_share": 0.0,
     "score.seen_days": None,
     "score.seen_events": [],
     "train.calibrate": False,

@@ -761,6 +761,7 @@ class RuleSettings(TypedDict):
     exclude: list[str]
     caps: dict[str, int]
     cold_item_boost: NotRequired[float]  # older snapshots have none
+    cold_item_share: NotRequired[float]
 
 
 class SeenSettings(TypedDict):
@@ -807,6 +808,13 @@ class ScoreSettings(Section):
         description="added to the scores of cold items, which are represented by their features alone; "
         "0: none",
     )
+    cold_item_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="exploration: share of the lists of ten whose last place goes to the best cold item, "
+        "those where it comes closest by its score; 0: cold items enter by score alone",
+    )
     batch_users: int = Field(1024, ge=1, description="users that are read and scored in one batch")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -819,6 +827,12 @@ class ScoreSettings(Section):
         0.0, "GPUs an actor reserves, 0.5 lets two share one; 0: it scores on the CPU", ge=0
     )
     max_failures: int = operational(3, "restarts of a lost actor, and retries of its batch", ge=0)
+
+    @model_validator(mode="after")
+    def _check_cold_items(self) -> ScoreSettings:
+        if self.cold_item_boost and self.cold_item_share:
+            raise ValueError("cold_item_boost and cold_item_share: set one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_seen(self) -> ScoreSettings:
@@ -835,7 +849,7 @@ class ScoreSettings(Section):
 
     def rules(self) -> RuleSettings:
         """The declaration of `recray.inference.Rules`, as plain JSON values."""
-        names = {"diversity", "boosts", "exclude", "caps", "cold_item_boost"}
+        names = {"diversity", "boosts", "exclude", "caps", "cold_item_boost", "cold_item_share"}
         return cast(RuleSettings, self.model_dump(mode="json", include=names))
 
 

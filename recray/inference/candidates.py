@@ -51,17 +51,49 @@ class CandidateSelector:
         if rules is None:
             return index[:, :k], scores[:, :k], margin
 
+        item_index, values = self._fill(index, scores, score, excluded, k, rules)
+        if rules.last_boost is not None:
+            item_index, values = rules.explore(item_index, values, *self._best_cold(score, excluded, rules))
+        return item_index, values, margin
+
+    def _fill(
+        self, index: Tensor, scores: Tensor, score: ScoreBlock, excluded: ExcludedItems, k: int, rules: Rules
+    ) -> tuple[Tensor, Tensor]:
+        """The rules' choice of k among the best items, and among more where caps leave places empty."""
         item_index, values = rules.rerank(index, scores, self._table_VD, k)
-        filled = min(k, rules.max_length)
+        filled, pool = min(k, rules.max_length), index.shape[1]
         if not filled:
-            return item_index, values, margin
+            return item_index, values
         short = ((item_index[:, filled - 1] == 0) & (index[:, -1] > 0)).nonzero()[:, 0]
         while len(short) and pool <= self._n_items:  # caps left positions empty although there are more items
             pool = min(4 * pool, self._n_items + 1)
             index, scores = self._top(score, excluded, pool, rules, short)
             item_index[short], values[short] = rules.rerank(index, scores, self._table_VD, k)
             short = short[(item_index[short, filled - 1] == 0) & (index[:, -1] > 0)]
-        return item_index, values, margin
+        return item_index, values
+
+    def _best_cold(self, score: ScoreBlock, excluded: ExcludedItems, rules: Rules) -> tuple[Tensor, Tensor]:
+        """The best cold item that is not excluded, and its score, of each row; 0 and -inf: there is none."""
+        assert rules.is_cold_V is not None
+        best: tuple[Tensor, Tensor] | None = None
+        for items in item_blocks(self._n_items):
+            is_cold = rules.is_cold_V[items]
+            if not is_cold.any():
+                continue
+            scores = self._score(score, excluded, items, rules)
+            scores = scores.masked_fill(~is_cold.to(scores.device), -torch.inf)
+            index, values = top_k(scores, 1)
+            best = merge(best, (torch.where(values == -torch.inf, 0, index + items.start), values), 1)
+        assert best is not None  # else the rules had no boost for the last place
+        return best[0][:, 0], best[1][:, 0]
+
+    def _score(self, score: ScoreBlock, excluded: ExcludedItems, items: slice, rules: Rules | None) -> Tensor:
+        """Scores of a block of items, -inf for those that must not be recommended."""
+        scores = score(items, rules)
+        retired = self._retired[(self._retired >= items.start) & (self._retired < items.stop)] - items.start
+        if len(retired):
+            scores = scores.index_fill(1, retired, -torch.inf)
+        return excluded.apply(scores, items.start)
 
     def _top(
         self,
@@ -74,13 +106,7 @@ class CandidateSelector:
         """The n best items that are not excluded, and their scores; 0 and -inf where there are fewer."""
         best: tuple[Tensor, Tensor] | None = None
         for items in item_blocks(self._n_items):
-            scores = score(items, rules)
-            retired = (
-                self._retired[(self._retired >= items.start) & (self._retired < items.stop)] - items.start
-            )
-            if len(retired):
-                scores = scores.index_fill(1, retired, -torch.inf)
-            scores = excluded.apply(scores, items.start)
+            scores = self._score(score, excluded, items, rules)
             index, values = top_k(scores if rows is None else scores[rows], n)
             best = merge(best, (torch.where(values == -torch.inf, 0, index + items.start), values), n)
         assert best is not None

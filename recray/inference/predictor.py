@@ -65,6 +65,8 @@ class Predictor:
     popular_only : every history gets the popularity fallback
     bfloat16 : see `HistoryEncoder`
 
+    `cold_gaps`: quantiles over users of how much a list's last score exceeds that of the best cold item,
+    empty where that was not measured; see `recray.training.calibration.measure_cold_gaps`.
     `retired` are the items that are never recommended, `n_available` is how many others there are.
     """
 
@@ -80,6 +82,7 @@ class Predictor:
     ) -> None:
         self.catalogue, self.vocabulary = catalogue, catalogue.vocabulary
         self.private, self.popular_only = private, popular_only
+        self.cold_gaps: tuple[float, ...] = ()
         self.encoder = HistoryEncoder(
             model, catalogue, popularity_prior_days=popularity_prior_days, bfloat16=bfloat16
         )
@@ -110,7 +113,7 @@ class Predictor:
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         cold_items = None if dataset is None else opened.cold_items(dataset)
-        return cls(
+        predictor = cls(
             opened.model(cold_items).to(device),
             Catalogue.of_bundle(opened, dataset, cold_items),
             popularity_prior_days=opened.manifest["popularity_prior_days"],
@@ -118,6 +121,8 @@ class Predictor:
             popular_only=popular_only,
             bfloat16=bfloat16,
         )
+        predictor.cold_gaps = tuple(opened.metrics.get("cold_gaps") or ())
+        return predictor
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""Business rules of recommendation lists: boosts, exclusions, caps, diversity, and a boost for cold items.
+"""Business rules of recommendation lists: boosts, exclusions, caps, diversity, and places for cold items.
 
 Boosts and exclusions change the scores before the best items are selected. Caps and diversity then select
 among the best, greedily by maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998). The scores in a
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
@@ -32,6 +32,7 @@ _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?",
 # candidates among which diversity selects, before the rest follow by score; a fixed number, so that no list
 # depends on the length of another
 POOL = 500
+LEAST_LIST = 5  # places of the shortest list whose last one may go to a cold item
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,33 @@ class Rules:
     caps : for each capped column the code of an item's value, int64 [V] (-1: no value), and how many items of
         one value a list may hold
     cold_boost_V : float32 [V], added only to scores of the model, because no cold item is popular
+    last_boost : the last place of a list goes to the best cold item if its score and this reach the score
+        there; None: by score alone
+    is_cold_V : bool [V]
     """
 
     diversity: float
     boost_V: Tensor
     caps: tuple[tuple[Tensor, int], ...]
     cold_boost_V: Tensor | None = None
+    last_boost: float | None = None
+    is_cold_V: Tensor | None = None
 
     @classmethod
     def from_settings(
-        cls, settings: Mapping[str, Any], dataset: Dataset, to_bundle: np.ndarray, cold_V: np.ndarray
+        cls,
+        settings: Mapping[str, Any],
+        dataset: Dataset,
+        to_bundle: np.ndarray,
+        cold_V: np.ndarray,
+        cold_gaps: Sequence[float] = (),
     ) -> Rules | None:
-        """The `diversity`, `boosts`, `exclude`, `caps` and `cold_item_boost` of `ScoreSettings`, applied to a
-        dataset's item table; None where they change nothing.
+        """The `RuleSettings` of `ScoreSettings`, applied to a dataset's item table; None where they change
+        nothing.
 
         to_bundle : index of each of the dataset's items in a bundle (`Translation.to_bundle`)
         cold_V : bool [V], which of the bundle's items are cold (`Predictor.cold_V`)
+        cold_gaps : see `Predictor`
 
         Raises RefusedError for a column that the dataset does not have.
         """
@@ -74,9 +86,14 @@ class Rules:
             (_value_codes(dataset, column, bundle_index, len(cold_V) - 1), limit)
             for column, limit in settings["caps"].items()
         )
-        if not (settings["diversity"] or boost.any() or cold_boost.any() or caps):
+        share = settings.get("cold_item_share", 0.0) if cold_V.any() and len(cold_gaps) else 0.0
+        if not (settings["diversity"] or boost.any() or cold_boost.any() or caps or share):
             return None
-        return cls(settings["diversity"], boost, caps, cold_boost if cold_boost.any() else None)
+        rules = cls(settings["diversity"], boost, caps, cold_boost if cold_boost.any() else None)
+        if not share:
+            return rules
+        last_boost = float(np.interp(share, np.linspace(0.0, 1.0, len(cold_gaps)), cold_gaps))
+        return replace(rules, last_boost=last_boost, is_cold_V=torch.from_numpy(cold_V))
 
     def add_boosts(self, scores: Tensor, first: int) -> Tensor:
         """Scores [..., n] of the items from `first` on, with boosts."""
@@ -161,6 +178,37 @@ class Rules:
         return (
             torch.where(is_filled, index_BP.gather(1, position.clamp(min=0)), 0),
             torch.where(is_filled, scores_BP.gather(1, position.clamp(min=0)), -torch.inf),
+        )
+
+    def explore(
+        self, index_Bk: Tensor, scores_Bk: Tensor, cold_B: Tensor, cold_score_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Lists whose last place may go to a cold item, and their scores [B, k].
+
+        A list stays as it is if it is shorter than `LEAST_LIST`, has an empty place, or has the cold item, or
+        if a cap leaves no room for it.
+
+        cold_B : the best cold item of each list, 0: none
+        """
+        if self.last_boost is None or index_Bk.shape[1] < LEAST_LIST:
+            return index_Bk, scores_Bk
+        reached_B = cold_score_B + self.last_boost
+        enters_B = (
+            (cold_B > 0)
+            & (index_Bk[:, -1] > 0)
+            & (reached_B >= scores_Bk[:, -1])
+            & ~(index_Bk == cold_B[:, None]).any(1)
+        )
+        for code_V, limit in self.caps:
+            code_V = code_V.to(index_Bk.device)
+            same_B = (code_V[index_Bk[:, :-1]] == code_V[cold_B][:, None]).sum(1)
+            enters_B &= (code_V[cold_B] < 0) | (same_B < limit)
+        last_B = torch.where(enters_B, cold_B, index_Bk[:, -1])
+        # in order, as the scores of a list are
+        score_B = torch.where(enters_B, torch.minimum(reached_B, scores_Bk[:, -1]), scores_Bk[:, -1])
+        return (
+            torch.cat([index_Bk[:, :-1], last_B[:, None]], 1),
+            torch.cat([scores_Bk[:, :-1], score_B[:, None]], 1),
         )
 
 

@@ -126,9 +126,11 @@ class ServingState:
         lacks.
         """
         declared = self.snapshot.manifest.get("rules") or ScoreSettings().rules()
-        to_bundle, cold_V = self.translation.to_bundle, self.predictor.cold_V
+        to_bundle, predictor = self.translation.to_bundle, self.predictor
         try:
-            return Rules.from_settings(change(declared), self.dataset, to_bundle, cold_V)
+            return Rules.from_settings(
+                change(declared), self.dataset, to_bundle, predictor.cold_V, predictor.cold_gaps
+            )
         except RefusedError as error:
             raise RequestError(f"surface: {error.message}", error.fix) from None
 
@@ -355,7 +357,9 @@ def _build_rules(
     declared = snapshot.manifest.get("rules")  # snapshots of 0.1.0 have none
     if declared is None:
         return None
-    return Rules.from_settings(declared, dataset, translation.to_bundle, predictor.cold_V)
+    return Rules.from_settings(
+        declared, dataset, translation.to_bundle, predictor.cold_V, predictor.cold_gaps
+    )
 
 
 def _rank_popular_items(

@@ -255,7 +255,7 @@ class BucketScorer:
             rule = SeenRule.from_settings(seen)
             self.filters = rule.to_filters(self.predictor.vocabulary.event_types, self.dataset.now_s)
         self.rules = Rules.from_settings(
-            rules, self.dataset, self.translation.to_bundle, self.predictor.cold_V
+            rules, self.dataset, self.translation.to_bundle, self.predictor.cold_V, self.predictor.cold_gaps
         )
 
     def __call__(self, row: Mapping[str, int]) -> BucketSummary:

@@ -26,6 +26,11 @@ def score(context: JobContext, dataset: Dataset) -> StageReport:
     model = _select_model(context, dataset)
     bundle = model.bundle
     _check_rules(context, dataset)
+    if settings.score.cold_item_share and not bundle.metrics.get("cold_gaps"):
+        context.warn(
+            f"score.cold_item_share does nothing: bundle {bundle.key} was trained without cold items that "
+            "have features, or with too few validation users, or without train.calibrate"
+        )
     key = scoring.score_key(settings, dataset, model)
     is_new = not is_complete(writer.snapshot_path(storage, dataset.as_of_s, key), writer.KIND, key)
     if is_new:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recray.dataset.reader import Dataset
 from recray.evaluation.protocol import EvaluationQueries, EvaluationQuery
-from recray.inference import Predictor
+from recray.inference import Filters, Predictor
 from recray.model.cooccurrence import to_log
 from recray.model.network import COLDEST, HOTTEST, Network
 from recray.model.shape import Batch
@@ -88,6 +88,37 @@ def calibrate(
     factors = dict(zip([*names, LOGARITHM][: len(fitted)], fitted.tolist(), strict=True))
     scale_terms(model, factors)
     return factors
+
+
+def measure_cold_gaps(
+    model: Network, dataset: Dataset, *, popularity_prior_days: int, filter_seen: bool, seed: int
+) -> list[float]:
+    """By how much the score at the end of a list of `K` exceeds that of the best cold item, for validation
+    users: quantiles of 0, 0.05, … 1. Empty without cold items, or where there are too few validation users.
+    """
+    predictor = Predictor.of(model, dataset, popularity_prior_days)
+    cold = np.flatnonzero(predictor.cold_V)
+    sample = EvaluationQueries(dataset, "validation", max_users=MOST_QUERIES, seed=seed)
+    if not len(cold) or len(sample) < FEWEST_QUERIES or dataset.n_items < 2 * K:
+        return []
+    gaps = []
+    for queries in sample.batches(100):
+        whole, best = (
+            predictor.recommend(
+                [query.history for query in queries],
+                k,
+                now=[query.now for query in queries],
+                filters=Filters(filter_seen=filter_seen, allow=allow),
+                context=[query.context for query in queries],
+            ).scores[:, -1]
+            for k, allow in ((K, None), (1, cold))
+        )
+        gaps.append(whole - best)
+    gap_Q = np.concatenate(gaps)
+    gap_Q = gap_Q[np.isfinite(gap_Q)]
+    if len(gap_Q) < FEWEST_QUERIES:
+        return []
+    return [round(float(gap), 5) for gap in np.quantile(gap_Q, np.linspace(0.0, 1.0, 21))]
 
 
 def is_evidence(names: Sequence[str]) -> Tensor:

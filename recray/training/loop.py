@@ -34,6 +34,8 @@ SCALAR_FACTOR = 10.0  # on the learning rate of the few scalar parameters
 
 Validate = Callable[[Network, int, int], tuple[float, float]]
 """(model, rank, world_size) -> this rank's parts of a sum and of its divisor: together the mean NDCG"""
+Gauge = Callable[[Network], list[float]]
+"""How far cold items are from the lists; see `recray.training.calibration.measure_cold_gaps`"""
 Calibrate = Callable[[Network], dict[str, float]]
 """Scales the terms of a model in place and returns their factors; see `recray.training.calibration`"""
 
@@ -77,6 +79,7 @@ class Progress:
     best_ndcg: float = -1.0
     curve: list[CurveLine] = field(default_factory=list)
     factors: dict[str, float] | None = None
+    cold_gaps: list[float] | None = None
 
     def to_dict(self) -> TrainingMetrics:
         """As the content of a bundle's `metrics.json`."""
@@ -87,6 +90,7 @@ class Progress:
             "best_ndcg": self.best_ndcg,
             "curve": self.curve,
             "factors": self.factors,
+            "cold_gaps": self.cold_gaps,
         }
 
 
@@ -98,6 +102,7 @@ class Loop:
     calibrate : epochs are compared, and the trained model is left, after it
     attach : adds to the trained model what training does not need
     complete : gives the calibrated model what calibration must not see
+    gauge : measures the calibrated model
     """
 
     def __init__(
@@ -110,9 +115,11 @@ class Loop:
         calibrate: Calibrate | None = None,
         attach: Callable[[Network], None] | None = None,
         complete: Callable[[Network], None] | None = None,
+        gauge: Gauge | None = None,
     ) -> None:
         self.model, self.batches, self.validate = model, batches, validate
-        self.calibrate, self.attach, self.complete = calibrate, attach, complete
+        self.calibrate, self.attach = calibrate, attach
+        self.complete, self.gauge = complete, gauge
         self.criterion, self.settings = criterion, settings
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -166,6 +173,7 @@ class Loop:
         if self.progress.factors is None:
             self.progress.factors = {} if self.calibrate is None else self._calibrate(model, self.calibrate)
             self.best = copy_weights(model)
+            self.progress.cold_gaps = None if self.gauge is None else self.gauge(model)
         if self.complete is not None:
             self.complete(model)
         return model

@@ -33,7 +33,7 @@ from recray.privacy.accounting import Mechanism
 from recray.privacy.ledger import Ledger
 from recray.storage import sha256_file
 from recray.training.batches import TrainingBatches
-from recray.training.calibration import calibrate
+from recray.training.calibration import calibrate, measure_cold_gaps
 from recray.training.loop import Loop, LoopSettings, Validate
 from recray.training.neighbours import fit_neighbours, load_neighbours
 from recray.training.warm import copy_parent_weights
@@ -241,7 +241,14 @@ def build_loop(
             attach = partial(_attach_neighbours, dataset, settings, neighbours)
             if neighbours is None:
                 complete = partial(_attach_neighbours, dataset, settings, None, with_validation=True)
-        return Loop(model, batches, validate, criterion, loop_settings, calibration, attach, complete)
+        gauge = partial(
+            measure_cold_gaps,
+            dataset=dataset,
+            popularity_prior_days=settings.model.popularity_prior_days,
+            filter_seen=settings.score.filter_seen,
+            seed=settings.split.seed,
+        )
+        return Loop(model, batches, validate, criterion, loop_settings, calibration, attach, complete, gauge)
     from recray.training.private import PrivateLoop
 
     return PrivateLoop(

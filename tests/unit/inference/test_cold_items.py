@@ -1,5 +1,7 @@
 """Items that came, and items that went, since a bundle was trained."""
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +12,11 @@ from conftest import private_overrides, synthetic_overrides
 from recray.config import ScoreSettings, load_settings
 from recray.dataset.features import append_items, encode_features
 from recray.dataset.popularity import Popularity
+from recray.evaluation.protocol import EvaluationQueries
 from recray.inference import Predictor, Rules
 from recray.testing.published import prepare_here, untrained_bundle
+from recray.training.plan import training_settings
+from recray.training.worker import build_loop
 
 KINDS = {"category": "categorical", "price": "numeric", "tags": "multi", "title": "text", "image": "vector"}
 
@@ -138,6 +143,84 @@ def test_the_cold_item_boost_raises_what_is_known_by_features_alone(synthetic_fo
         with_features in answer.item_index[0][: predictor.cold_V.sum()]
         and nothing not in answer.item_index[0]
     )
+
+
+@pytest.fixture(scope="module")
+def with_cold(synthetic_folder, items, tmp_path_factory):
+    """A trained predictor that knows five items by their features alone, and queries."""
+    root = tmp_path_factory.mktemp("cold")
+    cold = pa.concat_tables(
+        [items.slice(n, 1).set_column(0, "item_id", pa.array([f"j-cold-{n}"])) for n in range(5)]
+    )
+    settings, dataset = prepared(synthetic_folder, root, pa.concat_tables([items, cold]))
+    loop = build_loop(dataset, training_settings(settings), torch.device("cpu"))
+    for _ in loop.run():
+        pass
+    predictor = Predictor.of(loop.finish().eval(), dataset, settings.model.popularity_prior_days)
+    predictor.cold_gaps = tuple(loop.progress.cold_gaps)
+    (queries,) = EvaluationQueries(dataset, "validation").batches(1000)
+    return dataset, predictor, queries
+
+
+def lists_of(with_cold, k=10, *, histories=None, **declared):
+    dataset, predictor, queries = with_cold
+    rules = Rules.from_settings(
+        ScoreSettings(**declared).rules(),
+        dataset,
+        np.arange(dataset.n_items + 1),
+        predictor.cold_V,
+        predictor.cold_gaps,
+    )
+    return predictor.recommend(
+        histories or [query.history for query in queries],
+        k,
+        now=[query.now for query in queries],
+        rules=rules,
+        context=[query.context for query in queries],
+    )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_so_many_lists_end_with_a_cold_item_as_are_asked_for(with_cold, share):
+    _, predictor, queries = with_cold
+    before, after = lists_of(with_cold), lists_of(with_cold, cold_item_share=share)
+    has_cold = predictor.cold_V[after.item_index].any(1)
+    at_first = predictor.cold_V[before.item_index].any(1).mean()
+    assert len(predictor.cold_gaps) == 21 and len(queries) > 50 and at_first < share
+    assert has_cold.mean() == pytest.approx(share, abs=0.05)
+    np.testing.assert_array_equal(before.item_index[:, :-1], after.item_index[:, :-1])
+    changed = before.item_index[:, -1] != after.item_index[:, -1]
+    assert predictor.cold_V[after.item_index[changed, -1]].all()
+    assert (np.diff(after.scores, axis=1) <= 0).all(), "in order of their scores"
+    assert all(len(set(row)) == 10 for row in after.item_index.tolist())
+
+
+def test_a_place_for_cold_items_is_the_same_whatever_the_blocks_and_none_in_short_lists(with_cold):
+    _, predictor, queries = with_cold
+    whole = lists_of(with_cold, cold_item_share=0.7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recray.inference.candidates.ITEM_BLOCK", 16)
+        np.testing.assert_array_equal(lists_of(with_cold, cold_item_share=0.7).item_index, whole.item_index)
+    short = lists_of(with_cold, 4, cold_item_share=1.0)
+    np.testing.assert_array_equal(short.item_index, lists_of(with_cold, 4).item_index)
+    nobody = [query.history.last(0) for query in queries]
+    popular = lists_of(with_cold, histories=nobody, cold_item_share=0.5)
+    assert not predictor.cold_V[popular.item_index].any(), "nobody bought a cold item"
+    capped = lists_of(with_cold, cold_item_share=1.0, caps={"category": 2})
+    categories = np.array([None, *with_cold[0].items["category"].to_pylist()], object)
+    for row in capped.item_index:
+        assert max(Counter(categories[row[row > 0]]).values()) <= 2
+
+
+def test_without_cold_items_or_their_gaps_a_share_changes_nothing(synthetic_dataset, with_cold):
+    declared = ScoreSettings(cold_item_share=0.5).rules()
+    to_bundle = np.arange(synthetic_dataset.n_items + 1)
+    none_V = np.zeros(synthetic_dataset.n_items + 1, bool)
+    gaps = with_cold[1].cold_gaps
+    assert Rules.from_settings(declared, synthetic_dataset, to_bundle, none_V, gaps) is None
+    assert Rules.from_settings(declared, synthetic_dataset, to_bundle, ~none_V) is None
+    with pytest.raises(ValueError, match="set one of them"):
+        ScoreSettings(cold_item_share=0.5, cold_item_boost=1.0)
 
 
 def test_removed_items_are_not_recommended(synthetic_folder, items, tmp_path):
