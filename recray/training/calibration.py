@@ -95,6 +95,8 @@ def measure_cold_gaps(
 ) -> list[float]:
     """By how much the score at the end of a list of `K` exceeds that of the best cold item, for validation
     users: quantiles of 0, 0.05, … 1. Empty without cold items, or where there are too few validation users.
+
+    filter_seen : of the lists
     """
     predictor = Predictor.of(model, dataset, popularity_prior_days)
     cold = np.flatnonzero(predictor.cold_V)

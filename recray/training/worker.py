@@ -245,7 +245,7 @@ def build_loop(
             measure_cold_gaps,
             dataset=dataset,
             popularity_prior_days=settings.model.popularity_prior_days,
-            filter_seen=settings.score.filter_seen,
+            filter_seen="filter_seen" in _selection_protocols(settings),
             seed=settings.split.seed,
         )
         return Loop(model, batches, validate, criterion, loop_settings, calibration, attach, complete, gauge)
