@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 import zoneinfo
 from pathlib import Path
@@ -853,6 +854,26 @@ class ScoreSettings(Section):
         return cast(RuleSettings, self.model_dump(mode="json", include=names))
 
 
+class PinSettings(Section):
+    """An item at a place of its own."""
+
+    item_id: str | int = Field(description="the item, as in the item table")
+    position: int = Field(1, ge=1, le=1000, description="its place in a list, from 1")
+    since: dt.datetime | None = Field(None, description="from when, UTC unless an offset is given")
+    until: dt.datetime | None = Field(None, description="until when")
+
+    @field_validator("since", "until")
+    @classmethod
+    def _to_utc(cls, moment: dt.datetime | None) -> dt.datetime | None:
+        return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+
+    @model_validator(mode="after")
+    def _check_dates(self) -> PinSettings:
+        if self.since and self.until and self.since >= self.until:
+            raise ValueError("until: not later than since, so the item is never pinned")
+        return self
+
+
 class SurfaceSettings(Section):
     """A place of the product where lists are shown. Values that a request names itself win."""
 
@@ -872,6 +893,9 @@ class SurfaceSettings(Section):
     )
     diversity: float | None = Field(None, ge=0, le=1, description="null: score.diversity")
     experiment: bool = Field(True, description="false: the champion responds, without exploration")
+    pins: tuple[PinSettings, ...] = Field(
+        (), description="items at places of their own: item_id, position, since, until"
+    )
 
     @model_validator(mode="after")
     def _check_seen(self) -> SurfaceSettings:
@@ -965,7 +989,7 @@ class ServeSettings(Section):
     surfaces: dict[str, SurfaceSettings] = operational(
         {},
         "places of the product by name, as requests name them (surface: cart): k, filter_seen, seen_events, "
-        "seen_days, where, exclude, boosts, caps, diversity and experiment of their lists",
+        "seen_days, where, exclude, boosts, caps, diversity, experiment and pins of their lists",
     )
     outcomes: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = operational(
         {"click": 1.0, "purchase": 5.0, "skip": 0.0},

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from recray.serving.impressions import ImpressionLog, IsShown, RankedResponse, i
 from recray.serving.intake import Intake
 from recray.serving.modulation import Exploration
 from recray.serving.new_events import NewEvents
+from recray.serving.pins import find_unknown, pin_items
 from recray.serving.query import Query, admit_request, has_opted_out, resolve_query
 from recray.serving.ranker import Ranker, Ranking
 from recray.serving.ranking import bind_query
@@ -57,6 +59,8 @@ from recray.serving.telemetry import Telemetry
 from recray.serving.traces import make_provider, make_tracer
 from recray.storage import Storage
 from recray.storage.opt_out import OptOut
+
+_LOG = logging.getLogger("ray.serve")
 
 
 class Service:
@@ -220,6 +224,7 @@ class Service:
             if ranking is None:
                 tasks[number] = asyncio.create_task(self._rank(query, route, deployment, unavailable))
             else:
+                ranking = with_pins(ranking, query)
                 ranked[number] = RankedResponse(
                     to_response(ranking, deployment, unavailable), query, route, ranking
                 )
@@ -239,6 +244,7 @@ class Service:
         except UnavailableError:
             self.recorder.record_refusal(query.user, deployment.experiment)
             raise
+        ranking = with_pins(ranking, query)
         return RankedResponse(to_response(ranking, deployment, unavailable), query, route, ranking)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
@@ -319,6 +325,13 @@ def check_surfaces(surfaces: Mapping[str, SurfaceSettings], state: ServingState)
             bind_query(resolve_query(request, state, (), surface), state)
         except RequestError as error:
             raise SettingsError(f"serve.surfaces.{name}: {error.message}", error.fix) from None
+        for item in find_unknown(surfaces[name].pins, state):
+            _LOG.warning("serve.surfaces.%s.pins: no item %r, so it is not shown", name, item)
+
+
+def with_pins(ranking: Ranking, query: Query) -> Ranking:
+    """A ranking with the pinned items of the query's surface."""
+    return replace(ranking, ranked=pin_items(ranking.ranked, query, ranking.state))
 
 
 def to_response(ranking: Ranking, deployment: Deployment, unavailable: Sequence[Part]) -> RecommendResponse:

@@ -39,7 +39,13 @@ SURFACES = """{
   cart: {k: 4, filter_seen: true, seen_events: [purchase], where: {price: {max: 6}}},
   bell: {boosts: {brand=bell: 20}, exclude: [brand=dairy]},
   one: {caps: {brand: 1}, k: 6},
-  quiet: {experiment: false}
+  quiet: {experiment: false},
+  campaign: {k: 4, where: {brand: [acme, bell]}, pins: [
+    {item_id: jam, position: 2},
+    {item_id: cake, position: 1, since: 2024-06-01, until: 2024-07-01},
+    {item_id: milk},
+    {item_id: nothing},
+    {item_id: pot, position: 9, since: 2024-07-01}]}
 }"""
 
 
@@ -90,6 +96,50 @@ def test_a_surface_fills_in_what_the_request_lacks(shop, request_, expected):
     assert recommend(shop[2], **request_) == expected
 
 
+@pytest.mark.parametrize(
+    ("moment", "request_", "expected"),
+    [
+        ("2024-05-20", {}, ["tea", "jam", "cup", "pot"]),  # milk is of another brand, nothing is unknown
+        ("2024-06-10", {}, ["cake", "jam", "tea", "cup"]),
+        ("2024-07-10", {}, ["tea", "jam", "cup", "pot"]),  # the cake is over, there is no ninth place
+        ("2024-06-10", {"k": 1}, ["cake"]),
+        ("2024-06-10", {"deny": ["jam"]}, ["cake", "tea", "cup", "pot"]),
+        ("2024-06-10", {"filter_seen": True, "user_id": "ann"}, ["cake", "jam"]),
+        ("2024-07-10", {"deny": ["tea", "cup"], "k": 6}, ["pot", "jam", "cake"]),
+    ],
+)
+def test_pinned_items_have_their_places_between_their_dates(shop, moment, request_, expected):
+    service, request_ = shop[2], dict(request_)
+    user = request_.pop("user_id", "eve")
+    assert recommend(service, user, surface="campaign", now=f"{moment}T00:00:00Z", **request_) == expected
+    response = asyncio.run(
+        service.recommend(RecommendRequest(user_id=user, surface="campaign", now=f"{moment}T00:00:00Z"))
+    )
+    scores = [item.score for item in response.items]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_items_are_pinned_in_calls_of_many_users_and_in_whole_lists_too(shop):
+    service = shop[2]
+    now = asyncio.run(service.recommend(RecommendRequest(user_id="ann", surface="campaign")))
+    assert now.items[1].item_id == "jam" and len(now.items) == 4
+    many = asyncio.run(service.recommend_users(RecommendRequest(users=["ann", "bob"], surface="campaign")))
+    assert [each.items[1].item_id for each in many.responses] == ["jam", "jam"]
+    first = asyncio.run(
+        service.recommend(RecommendRequest(user_id="ann", surface="campaign", cursor="", k=2))
+    )
+    rest = asyncio.run(
+        service.recommend(RecommendRequest(user_id="ann", surface="campaign", cursor=first.cursor, k=2))
+    )
+    pages = [item.item_id for page in (first, rest) for item in page.items]
+    assert len(set(pages)) == 4, "no repeats"
+
+
+def test_an_unknown_pinned_item_is_named_when_the_endpoint_starts(shop, caplog):
+    check_surfaces(shop[0].serve.surfaces, shop[2].state)
+    assert "serve.surfaces.campaign.pins: no item 'nothing'" in caplog.text
+
+
 def test_lists_of_a_user_follow_the_surface_too(shop):
     service = shop[2]
     plain = recommend(service, "ann")
@@ -127,11 +177,13 @@ def test_a_surface_without_experiments_gets_the_champion_and_counts_in_none(shop
 def test_what_cannot_be_is_named(shop, tmp_path):
     with pytest.raises(RequestError, match="no surface 'card'") as caught:
         recommend(shop[2], surface="card")
-    assert "home, cart, bell, one, quiet" in caught.value.fix
+    assert "home, cart, bell, one, quiet, campaign" in caught.value.fix
     words = ["data.events=[x.csv]", f"storage.root={tmp_path}"]
     for surface, message in (
         ("{home: {boost: 1}}", "boost"),
         ("{home: {seen_days: 3}}", "seen-item filter is off"),
+        ("{home: {pins: [{item_id: a, since: 2024-02-01, until: 2024-01-01}]}}", "not later than since"),
+        ("{home: {pins: [{item_id: a, position: 0}]}}", "pins: .*greater"),
         ("{home: {k: 0}}", r"serve\.surfaces\.home\.k: .*greater"),
         ("{home: {filter_sen: true}}", "did you mean filter_seen"),
     ):
