@@ -139,7 +139,7 @@ def read_rounds(
     reward_of, shown = _sum_outcomes(recent, outcome_files, rewards)
     if options.shown_only:
         recent = [
-            row if row.reason or row.request_id in shown else replace(row, reason="not_shown")
+            row if row.reason or row.request_id in shown else replace(row, reason="not reported as shown")
             for row in recent
         ]
         rows = [*recent, *rows[len(recent) :]]

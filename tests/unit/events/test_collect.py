@@ -21,7 +21,7 @@ from recray.dataset.reader import is_holdout
 from recray.errors import StateError
 from recray.events import collect as collecting
 from recray.events.log import Entry
-from recray.events.rewards import Rewards
+from recray.events.rewards import SHOWN, Rewards
 from recray.events.store import open_log
 from recray.prepare.files import InputFile, list_collected_files
 from recray.prepare.partition import (
@@ -156,6 +156,26 @@ def test_a_collect_that_breaks_leaves_nothing_and_the_next_does_its_work(log, tm
         for user in pq.read_table(file.uri)["user_id"].to_pylist()
     ]
     assert Counter(users) == {**{str(user): 20 for user in range(5)}, "7": 1}
+
+
+def test_what_was_shown_is_counted_apart_from_outcomes(log, tmp_path):
+    def shown(request, item, position, kind="outcome"):
+        body = {"request_id": request, "outcome": SHOWN, "item_id": item, "value": float(position)}
+        return Entry(kind, f"{request} {item}", None, 6.0, body)
+
+    log.append([decision("d1"), decision("d2")])
+    items = log.read(0, 1)[0][1].body["items"]
+    log.append([shown("d1", items[0], 1), shown("d1", items[-1], 4), outcome("o1", "d1")])
+    log.append([shown("?", "a", 1, "set_aside")])
+    folder, _ = collecting.collect(Storage(tmp_path), log)
+    summary = collecting.summarize(folder, REWARDS)
+    assert (summary["shown/answers"], summary["shown/items"]) == (1, 2)
+    assert summary["outcomes/click/an_answer"] == 0.5
+    assert not [name for name in summary if "recray" in name or "undeclared" in name]
+    rows = pq.read_table(folder / "outcomes.parquet").to_pylist()
+    assert [
+        (row["item_id"], row["value"]) for row in rows if row["outcome"] == SHOWN and not row["set_aside"]
+    ] == [(str(items[0]), 1.0), (str(items[-1]), 4.0)]
 
 
 def test_each_collected_range_is_logged_to_mlflow_once(synthetic_folder, tmp_path):

@@ -185,7 +185,9 @@ def test_a_round_from_the_endpoint_to_the_next_policy_and_back(shop, synthetic_d
         assert sample.reward[is_query].mean() == pytest.approx(rate, abs=0.06)
     assert aside == {} and require_usable(sample, "untrained", {""})[1] == {}
     shown_only = settings.policy.model_copy(update={"shown_only": True})
-    assert read_rounds(folders, shown_only, rewards, until_s=np.inf).excluded == {"not_shown": len(sample)}
+    assert read_rounds(folders, shown_only, rewards, until_s=np.inf).excluded == {
+        "not reported as shown": len(sample)
+    }
     recency = settings.policy.model_copy(update={"actions": ("recency",)})
     others = read_rounds(folders, recency, rewards, until_s=np.inf)
     assert (others.rounds, others.excluded) == ([], {"of other controls or another bound": len(sample)})
