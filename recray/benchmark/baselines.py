@@ -77,9 +77,9 @@ class StoredLists:
         users = self._lists["users"]
         items = self._lists["filter_seen" if filter_seen else "with_repeats"]
         number = np.array([self._first_number[query.shard] + query.row for query in queries])
-        place = np.minimum(np.searchsorted(users, number), len(users) - 1)
-        result = items[place, :k].copy()
-        for row in np.flatnonzero((users[place] != number) | ~result.any(1)):
+        position = np.minimum(np.searchsorted(users, number), len(users) - 1)
+        result = items[position, :k].copy()
+        for row in np.flatnonzero((users[position] != number) | ~result.any(1)):
             seen = set(queries[row].history.item_index.tolist()) if filter_seen else set()
             result[row] = [item for item in self._popular if item not in seen][: result.shape[1]]
         return result

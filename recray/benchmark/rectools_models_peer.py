@@ -157,7 +157,7 @@ class Fast:
         self._network.eval()
         sequences, users = self._to_sequences(histories[histories.user.isin(now.index)], self._history)
         whole = histories[histories["item"].isin(self._items)].groupby("user")["item"].agg(list)
-        place = pd.Series(np.arange(len(now)), index=now.index)
+        row_of_user = pd.Series(np.arange(len(now)), index=now.index)
         items = np.full((len(now), K), EMPTY, np.int64)
         embeddings = self._network.all_item_embeddings()
         for first in range(0, len(users), BATCH):
@@ -167,8 +167,8 @@ class Fast:
                 for row, user in enumerate(part):
                     scores[row, np.searchsorted(self._items, whole[user])] = -torch.inf
             top = scores.topk(min(K, scores.shape[1]), 1)
-            chosen = np.where(top.values.isfinite(), self._items[top.indices], EMPTY)
-            items[place[part].to_numpy(), : chosen.shape[1]] = chosen
+            best_items = np.where(top.values.isfinite(), self._items[top.indices], EMPTY)
+            items[row_of_user[part].to_numpy(), : best_items.shape[1]] = best_items
         return items
 
 
@@ -223,8 +223,8 @@ def main(request: LibraryRequest) -> dict[str, Any]:
 
 def peak_memory_mb() -> float:
     """Peak resident memory of this process since its program was loaded."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(peak[1]) / 1024 if peak else 0.0
 
 
 def best_epoch(curve: list[LibraryLine]) -> int:
@@ -245,11 +245,11 @@ def validate(model: Ranker, events: pd.DataFrame, targets: pd.DataFrame, *, filt
     histories, now = split_histories(events, targets)
     items = model.recommend(histories, now, filter_seen=filter_seen)
     seen = histories.groupby("user")["item"].agg(set)
-    wanted = targets.groupby("user")["item"].agg(set)
+    targets_of_user = targets.groupby("user")["item"].agg(set)
     discount = 1.0 / np.log2(np.arange(2, K + 2))
     values = []
     for row, user in enumerate(now.index):
-        relevant = wanted[user] - seen[user] if filter_seen else wanted[user]
+        relevant = targets_of_user[user] - seen[user] if filter_seen else targets_of_user[user]
         if relevant:
             hits = np.isin(items[row], list(relevant))
             values.append((hits * discount).sum() / discount[: min(len(relevant), K)].sum())

@@ -101,14 +101,14 @@ class Credits:
             self._early.setdefault(request_id, []).append((outcome, item, value))
             return 0.0
         credited = self._credited.setdefault(request_id, set())
-        place = -1 if item is None else _find(items, _digest(item))
-        if (item, outcome) in credited or (item is not None and place < 0):
+        index = -1 if item is None else _find(items, _digest(item))
+        if (item, outcome) in credited or (item is not None and index < 0):
             return 0.0
         credited.add((item, outcome))
         if outcome == SHOWN and item is not None:
             self._shown.setdefault(request_id, {})[item] = max(round(value), 1)
             return 0.0
-        position = 1 if item is None else self._shown.get(request_id, {}).get(item, place + 1)
+        position = 1 if item is None else self._shown.get(request_id, {}).get(item, index + 1)
         return self.rewards.of(outcome, value, position)
 
 

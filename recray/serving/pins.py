@@ -35,8 +35,8 @@ def pin_items(ranked: RankedItems, query: Query, state: ServingState) -> RankedI
             continue
         (item_id,) = state.predictor.vocabulary.ids_of(index)
         items = [pair for pair in items if pair[0] != item_id]
-        place = min(pin.position - 1, len(items))
-        items.insert(place, (item_id, _score_at(items, place)))
+        index_in_list = min(pin.position - 1, len(items))
+        items.insert(index_in_list, (item_id, _score_at(items, index_in_list)))
     return replace(ranked, items=items[: query.k])
 
 
@@ -55,8 +55,8 @@ def _current(pins: Sequence[PinSettings], moment: dt.datetime | None) -> list[Pi
     return sorted(current, key=lambda pin: pin.position)
 
 
-def _score_at(items: Sequence[tuple[Any, float | None]], place: int) -> float:
+def _score_at(items: Sequence[tuple[Any, float | None]], index: int) -> float:
     if not items:
         return 0.0
-    score = items[min(place, len(items) - 1)][1]
+    score = items[min(index, len(items) - 1)][1]
     return 0.0 if score is None else score
