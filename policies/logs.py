@@ -136,7 +136,7 @@ def read_rounds(
     rows, cuts, first = _read_recent(folders, options, options.bound if bound is None else bound, until_s)
     recent = rows[: cuts[-1]]
     outcome_files = _existing_files(folders[max(first - 1, 0) :], "outcomes")
-    reward_of, shown = _sum_outcomes(recent, outcome_files, rewards)
+    reward_of, shown = _sum_outcomes(recent, outcome_files, rewards, shown_only=options.shown_only)
     if options.shown_only:
         recent = [
             row if row.reason or row.request_id in shown else replace(row, reason="not reported as shown")
@@ -198,15 +198,16 @@ def _read_recent(
 
 
 def _sum_outcomes(
-    rows: Sequence[_Row], files: Sequence[Path], rewards: Rewards
+    rows: Sequence[_Row], files: Sequence[Path], rewards: Rewards, *, shown_only: bool
 ) -> tuple[dict[str, float], set[str]]:
     """The reward of each decision by request id, from its outcomes in any of the files; and the decisions of
-    which an item was reported as shown.
+    which an item was reported as shown, where that is asked for (`shown_only`) or changes rewards.
     """
     credits, reward_of = Credits(rewards, limit=None), dict[str, float]()
     for row in rows:
         reward_of[row.request_id] = credits.add_response(row.request_id, row.items)
-    for is_report in (True, False):  # positions first, whenever they were reported
+    needs_reports = bool(rewards.position_bias) or shown_only
+    for is_report in (True, False) if needs_reports else (False,):  # positions first, whenever reported
         for outcome in _read_outcomes(files):
             key = outcome["request_id"]
             if key in reward_of and (outcome["outcome"] == SHOWN) == is_report:

@@ -25,7 +25,7 @@ import torch
 from rectools import Columns
 from rectools.fast_transformers import FlatSASRecNet
 from rectools.models import HSTUModel, SASRecModel
-from rectools_peer import TEST, TRAIN, VALIDATION, build_dataset, build_trainer
+from rectools_peer import TEST, TRAIN, VALIDATION, build_dataset, model_options
 
 if TYPE_CHECKING:  # the library's environment has no recray
     from recray.benchmark.peers import LibraryLine, LibraryRequest
@@ -57,19 +57,7 @@ class Fitted:
         has_time = request["has_time"]
         options: dict[str, Any] = {"relative_time_attention": has_time} if kind is HSTUModel else {}
         self._asks_time = kind is HSTUModel and has_time
-        self._model = kind(
-            n_factors=request["dim"],
-            n_blocks=request["blocks"],
-            n_heads=request["heads"],
-            session_max_len=request["history"],
-            dropout_rate=request["dropout"],
-            loss="softmax",
-            lr=request["learning_rate"],
-            batch_size=request["batch_users"],
-            recommend_torch_device="cpu",
-            get_trainer_func=build_trainer(request, []),
-            **options,
-        )
+        self._model = kind(**model_options(request, []), **options)
         self._trained = build_dataset(events, request["has_time"])
         self._has_time = has_time
 

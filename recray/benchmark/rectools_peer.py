@@ -84,7 +84,7 @@ def build_dataset(events: pd.DataFrame, has_time: bool = False) -> Dataset:
     return Dataset.construct(frame)
 
 
-def build_trainer(request: LibraryRequest, callbacks: list[Callback]) -> Callable[[], Trainer]:
+def _build_trainer(request: LibraryRequest, callbacks: list[Callback]) -> Callable[[], Trainer]:
     """A function that returns the library's trainer: on the CPU, silent, without files."""
     return lambda: Trainer(
         max_epochs=request.get("epochs", 1),
@@ -100,20 +100,24 @@ def build_trainer(request: LibraryRequest, callbacks: list[Callback]) -> Callabl
 
 def _build_model(request: LibraryRequest) -> tuple[SASRecModel, Clock]:
     clock = Clock()
-    model = SASRecModel(
-        n_factors=request["dim"],
-        n_blocks=request["blocks"],
-        n_heads=request["heads"],
-        session_max_len=request["history"],
-        dropout_rate=request["dropout"],
-        loss="softmax",
-        lr=request["learning_rate"],
-        batch_size=request["batch_users"],
-        epochs=request.get("epochs", 1),
-        recommend_torch_device="cpu",
-        get_trainer_func=build_trainer(request, [clock]),
-    )
+    model = SASRecModel(epochs=request.get("epochs", 1), **model_options(request, [clock]))
     return model, clock
+
+
+def model_options(request: LibraryRequest, callbacks: list[Callback]) -> dict[str, Any]:
+    """The arguments of a model of the library: the shape of the network, and its trainer."""
+    return {
+        "n_factors": request["dim"],
+        "n_blocks": request["blocks"],
+        "n_heads": request["heads"],
+        "session_max_len": request["history"],
+        "dropout_rate": request["dropout"],
+        "loss": "softmax",
+        "lr": request["learning_rate"],
+        "batch_size": request["batch_users"],
+        "recommend_torch_device": "cpu",
+        "get_trainer_func": _build_trainer(request, callbacks),
+    }
 
 
 def _train_to_early_stop(

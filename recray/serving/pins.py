@@ -13,15 +13,16 @@ from recray.serving.ranking import RankedItems, to_filters
 from recray.serving.state import EMPTY_HISTORY, ServingState
 
 
-def pin_items(ranked: RankedItems, query: Query, state: ServingState) -> RankedItems:
-    """The list with the pinned items of the query's surface, and no longer than before: others move down.
+def pin_items(
+    ranked: RankedItems, declared: Sequence[PinSettings], query: Query, state: ServingState
+) -> RankedItems:
+    """The list with the pinned items of a surface, and no longer than the query asks: others move down.
 
     Pins hold at the query time, now without one. A pin is left out where its place is beyond the list, its
     item is not available, or the request, or `where` of the surface, leaves it out; the seen-item filter does
     not. A pinned item has the score of the item whose place it takes, so that scores fall.
     """
-    pins = [] if query.surface is None else _current(query.surface[1].pins, query.moment)
-    pins = [pin for pin in pins if pin.position <= query.k]
+    pins = [pin for pin in _current(declared, query.moment) if pin.position <= query.k]
     if not pins:
         return ranked
     items = list(ranked.items)

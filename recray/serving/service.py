@@ -331,7 +331,9 @@ def check_surfaces(surfaces: Mapping[str, SurfaceSettings], state: ServingState)
 
 def with_pins(ranking: Ranking, query: Query) -> Ranking:
     """A ranking with the pinned items of the query's surface."""
-    return replace(ranking, ranked=pin_items(ranking.ranked, query, ranking.state))
+    if query.surface is None or not query.surface[1].pins:
+        return ranking
+    return replace(ranking, ranked=pin_items(ranking.ranked, query.surface[1].pins, query, ranking.state))
 
 
 def to_response(ranking: Ranking, deployment: Deployment, unavailable: Sequence[Part]) -> RecommendResponse:
